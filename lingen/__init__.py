@@ -1,0 +1,54 @@
+"""lingen: an open framework for LinGen (arXiv 2412.09856), text-to-video diffusion with linear cost.
+
+The public names below are imported when they are first used, so that ``import lingen`` is instant.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lingen.data.datamodule import ClipData
+    from lingen.generate import generate
+    from lingen.model import LinGen
+    from lingen.module import LinGenModule
+    from lingen.recipe import load_recipe, stages_of
+    from lingen.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError
+    from lingen.video import save_video
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AUTOENCODERS",
+    "ClipData",
+    "LinGen",
+    "LinGenModule",
+    "MIXERS",
+    "RecipeError",
+    "SCANS",
+    "TEXT_ENCODERS",
+    "generate",
+    "load_recipe",
+    "save_video",
+    "stages_of",
+]
+
+_HOMES = {
+    "lingen.data.datamodule": ("ClipData",),
+    "lingen.generate": ("generate",),
+    "lingen.model": ("LinGen",),
+    "lingen.module": ("LinGenModule",),
+    "lingen.recipe": ("load_recipe", "stages_of"),
+    "lingen.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS", "RecipeError"),
+    "lingen.video": ("save_video",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'lingen' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

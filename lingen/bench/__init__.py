@@ -1,0 +1,1 @@
+"""Measurements: every number that README states comes from here."""

@@ -1,0 +1,136 @@
+"""Small layers that several mixers share: norms, rotary embedding, head counts, SwiGLU."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from lingen.registry import SettingError
+
+# One number each for t, h and w.
+Triple = tuple[int, int, int]
+
+# Frequencies span positions 1..100, a window's length and not a text's [ours; RoFormer's 10,000 is for texts].
+_ROTARY_BASE = 100.0
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (arXiv 1910.07467); computed in float32 at least, given in x's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+        return _rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """norm(y * silu(z)) over each of `groups` equal parts of the last axis, as in Mamba2 (arXiv 2405.21060, sec. 7)."""
+
+    def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5):
+        super().__init__()
+        self.eps, self.groups = eps, groups
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, y: Float[Tensor, "*any d"], z: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        gated = (y.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (self.groups, -1))
+        return _rms_norm(gated, self.weight.view(self.groups, -1), self.eps).flatten(-2).to(y.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    high = x.to(dtype)
+    scale = torch.rsqrt(high.square().mean(-1, keepdim=True) + eps)
+    return (high * scale * weight.to(dtype)).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """silu(x W_gate) * (x W_up) W_down without biases (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+        gate, up = self.in_proj(x).chunk(2, -1)
+        return self.out_proj(F.silu(gate) * up)
+
+
+def head_count(dim: int, num_heads: int | None) -> int:
+    """Number of heads; None takes the widest heads among 128, 64, ..., 8 that give two or more, else one head [ours].
+
+    Raises SettingError where `num_heads` does not divide `dim`.
+    """
+    if num_heads is None:
+        return next((dim // e for e in (128, 64, 32, 16, 8) if dim % e == 0 and dim >= 2 * e), 1)
+    if num_heads < 1 or dim % num_heads:
+        fits = [str(k) for k in range(1, dim + 1) if dim % k == 0]
+        shown = ", ".join(fits[:8]) + (", ..." if len(fits) > 8 else "")
+        raise SettingError(
+            "num_heads", f"num_heads={num_heads} does not divide the width {dim}; choose one of {shown}."
+        )
+    return num_heads
+
+
+def grid_of(x: Shaped[Tensor, "b t h w d"]) -> Triple:
+    """Number of tokens along t, h and w."""
+    _, t, h, w, _ = x.shape
+    return t, h, w
+
+
+def clamp(sizes: Triple, grid: Triple) -> Triple:
+    """Sizes of a window or kernel that are no larger than the grid."""
+    t, h, w = map(min, sizes, grid)
+    return t, h, w
+
+
+def check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises SettingError unless `value` is one of `known`."""
+    if value not in known:
+        raise SettingError(setting, f"{setting}={value!r} is not known; choose one of {', '.join(known)}.")
+
+
+def check_sizes(setting: str, sizes: Triple) -> None:
+    """Raises SettingError unless `sizes` are three numbers of 1 or more, for t, h and w."""
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise SettingError(setting, f"{setting}={list(sizes)} must be three numbers of 1 or more, for t, h and w.")
+
+
+@lru_cache(maxsize=64)
+def rotary_table(
+    grid: Triple, width: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Float[Tensor, "n 1 p"], Float[Tensor, "n 1 p"]]:
+    """Cosines and sines of the 3D rotary embedding of a grid's tokens in raster order, for heads of `width`.
+
+    The width // 2 pairs are shared out over t, h and w (t first where three does not divide them); an odd channel is
+    not turned. Axial form of arXiv 2104.09864; the base is ours.
+    """
+    pairs = width // 2
+    share = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
+    # Values are kept between calls: computed outside of any device context and of inference mode.
+    with torch.device("cpu"), torch.inference_mode(False):
+        angles = []
+        for axis, m in enumerate(share):
+            frequencies = _ROTARY_BASE ** (-torch.arange(m, dtype=torch.float64) / max(m, 1))
+            angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies
+            shape = [1, 1, 1, m]
+            shape[axis] = grid[axis]
+            angles.append(angle.view(shape).expand(*grid, m))
+        angle = torch.cat(angles, -1).flatten(0, 2).unsqueeze(1)
+        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+
+
+def rotate(
+    x: Float[Tensor, "b n k e"], table: tuple[Float[Tensor, "n 1 p"], Float[Tensor, "n 1 p"]]
+) -> Float[Tensor, "b n k e"]:
+    """Turns channel pairs (i, i + p) by the table's angles, in the table's dtype; returned in x's dtype."""
+    cos, sin = table
+    pairs = cos.shape[-1]
+    first, second, rest = x.to(cos.dtype).split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], -1).to(x.dtype)

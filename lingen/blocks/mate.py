@@ -1,0 +1,127 @@
+"""MATE, LinGen's token mixer: an MA-branch and a TE-branch side by side (arXiv 2412.09856, Figure 2)."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lingen.blocks.layers import Triple, check_choice, clamp
+from lingen.registry import MIXERS, SettingError
+from lingen.schema import check_value, settings_of
+
+# The probe's grid: windows larger than this would cost time and say nothing more about the scale.
+_PROBE_GRID = (8, 8, 8)
+# Random numbers in the probe: as many clips as it takes to know the RMS of a narrow model to a few per cent.
+_PROBE_NUMBERS = 65_536
+
+
+class MATE(nn.Module):
+    """mate(x) = mate.ma(x) + mate.te(x): bidirectional Mamba2 with review tokens, plus windowed attention; linear.
+
+    The settings are those of `Mamba2` and `TemporalSwin`, flat, with the same defaults; a branch is given those that
+    its signature names (`kernel`: only where it is one of the branch's choices, else the branch stays at its default).
+    Both branches start at the same output RMS [ours; at init the MA-branch is else up to 10x the TE-branch]: the
+    output projection of `te` is rescaled by a seeded probe. Not so on the meta device, where a branch is switched off,
+    or where `te` has no `out_proj.weight`.
+    Raises SettingError.
+
+    Settings:
+        ma, te: any mixer, by name or as a mapping with `name` and its own settings (which win over the flat ones);
+            null switches the branch off.
+        branch_gate: "shared" is the plain sum (the paper: one gate, the block's); "each" gives each branch a learned
+            gain per channel that starts at 1 [ours].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        layer: int,
+        *,
+        ma: str | dict[str, Any] | None = "mamba2",
+        te: str | dict[str, Any] | None = "temporal_swin",
+        branch_gate: Literal["shared", "each"] = "shared",
+        scan: str = "rotary_major",
+        state_dim: int = 128,
+        head_dim: int = 64,
+        groups: int = 1,
+        expand: int = 2,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        conv: Literal["shared", "per_direction"] = "shared",
+        conv_width: int = 4,
+        review: tuple[int, int, int] | None = (2, 2, 2),
+        review_reverse: Literal["front", "plain"] = "front",
+        bidirectional: bool = True,
+        window: tuple[int, int, int] = (8, 4, 4),
+        num_heads: int | None = None,
+        kernel: Literal["auto", "reference", "chunked", "stock", "sdpa", "flash"] = "auto",
+    ):
+        super().__init__()
+        check_choice("branch_gate", branch_gate, ("shared", "each"))
+        if ma is None and te is None:
+            raise SettingError("ma", "ma and te are both null: nothing is left of MATE. Switch off one branch at most.")
+        flat = {
+            "scan": scan, "state_dim": state_dim, "head_dim": head_dim, "groups": groups, "expand": expand,
+            "dt_min": dt_min, "dt_max": dt_max, "conv": conv, "conv_width": conv_width, "review": review,
+            "review_reverse": review_reverse, "bidirectional": bidirectional, "window": window, "kernel": kernel,
+        }  # fmt: skip
+        branches = {"ma": _component(ma, flat), "te": _component(te, flat | {"num_heads": num_heads})}
+        if kernel != "auto" and all(branch.get("kernel") != kernel for branch in branches.values()):
+            raise SettingError("kernel", f"kernel={kernel!r} is offered by no branch that is switched on.")
+        self.ma, self.te = (MIXERS.build(branch, dim, layer) if branch else None for branch in branches.values())
+        self.ma_gain = self.te_gain = None
+        if self.ma is not None and self.te is not None:
+            _equalise(self.ma, self.te, clamp(window, _PROBE_GRID), dim)
+            if branch_gate == "each":
+                self.ma_gain, self.te_gain = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "b t h w d"]) -> Float[Tensor, "b t h w d"]:
+        if self.ma is None or self.te is None:
+            only = self.ma or self.te
+            assert only is not None
+            return only(x)
+        ma, te = self.ma(x), self.te(x)
+        if self.ma_gain is None or self.te_gain is None:
+            return ma + te
+        return ma * self.ma_gain.to(ma.dtype) + te * self.te_gain.to(te.dtype)
+
+
+def _component(component: str | dict[str, Any] | None, flat: dict[str, Any]) -> dict[str, Any]:
+    """The branch as MIXERS.build takes it: its own settings over the flat ones that its signature names."""
+    if component is None:
+        return {}
+    own = {"name": component} if isinstance(component, str) else dict(component)
+    known = settings_of(MIXERS[own.get("name", "")])
+    given = {setting: value for setting, value in flat.items() if setting in known}
+    if "kernel" in known and check_value(flat["kernel"], known["kernel"].hint)[1]:
+        del given["kernel"]
+    return given | own
+
+
+def _equalise(ma: nn.Module, te: nn.Module, grid: Triple, dim: int) -> None:
+    """Rescales te.out_proj so that both branches give the same RMS on random tokens of unit RMS."""
+    weight = getattr(getattr(te, "out_proj", None), "weight", None)
+    if weight is None or any(parameter.is_meta for parameter in (*ma.parameters(), *te.parameters())):
+        return
+    device = weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    clips = -(-_PROBE_NUMBERS // (math.prod(grid) * dim))
+    probe = torch.randn(clips, *grid, dim, generator=generator, device=device, dtype=weight.dtype)
+    # A third party's mixer may draw random numbers: the caller's stream of them stays as it was.
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        ratio = _output_rms(ma, probe) / _output_rms(te, probe)
+        if 0 < ratio < float("inf"):
+            weight.mul_(ratio)
+
+
+def _output_rms(branch: Any, x: Tensor) -> float:
+    """With the kernel that runs anywhere: a model is built on the CPU before it moves to the device of its kernel."""
+    kernel = getattr(branch, "kernel", None)
+    if kernel is not None:
+        branch.kernel = "auto"
+    rms = branch(x).double().square().mean().sqrt().item()
+    if kernel is not None:
+        branch.kernel = kernel
+    return rms

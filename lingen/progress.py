@@ -1,0 +1,94 @@
+"""How the command line shows a run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lingen.config import Recipe
+from lingen.run import Reporter
+
+
+def bar(console: Console) -> Progress:
+    """The house's progress bar."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=False,
+    )
+
+
+@contextmanager
+def count_bar(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar to be called with (done, total); nothing where there is no terminal."""
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    with bar(console) as shown:
+        task = shown.add_task(description, total=None, note="")
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def step_bar(console: Console) -> AbstractContextManager[Callable[[int, int], None]]:
+    """The bar of a sampler's steps."""
+    return count_bar(console, "sampling")
+
+
+class ConsoleReporter(Reporter):
+    """Shows stages, steps and losses on a console.
+
+    Args:
+        console: where to; one that is no terminal gets a line for a row of metrics.csv, at most one in `every` seconds.
+    """
+
+    def __init__(self, console: Console, every: float = 5.0):
+        self.console = console
+        self.every = every
+        self._bar = bar(console) if console.is_terminal else None
+        self._task: Any = None
+        self._said = 0.0
+        self._name, self._steps = "", 0
+
+    def __enter__(self) -> ConsoleReporter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
+        self._name, self._steps = str(recipe.stage), recipe.train.steps
+        going_on = f", going on from step {done}" if done else ""
+        self.say(f"stage {number}/{count} {self._name}: {self._steps} steps{going_on}")
+        if self._bar is not None:
+            self._task = self._bar.add_task(self._name, total=self._steps, completed=done, note="")
+
+    def step(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def row(self, row: dict[str, Any]) -> None:
+        if "loss" not in row:
+            return
+        note = f"loss {row['loss']:.4f}  {row.get('tokens_per_second', 0):,.0f} tokens/s"
+        last = int(row["step"]) >= self._steps
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+        elif last or time.monotonic() - self._said > self.every:
+            self._said = time.monotonic()
+            self.say(f"{self._name} {row['step']}/{self._steps}  {note}")

@@ -1,0 +1,117 @@
+"""Small text encoders that need no download and are trained with the denoiser [ours]."""
+
+import logging
+import re
+import zlib
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lingen.blocks.layers import head_count
+from lingen.registry import SettingError
+
+log = logging.getLogger("lingen")
+
+_START = 256  # the id after the last byte
+
+
+class Words(nn.Module):
+    """Hashed lower-case words: an embedding plus a learned position, for captions of few words.
+
+    Two words may share a bucket; with 4,096 buckets and 20 words that happens in one vocabulary out of twenty.
+    Raises SettingError for a setting below 1.
+    """
+
+    trainable = True
+
+    def __init__(
+        self,
+        *,
+        dim: Annotated[int, "width of a token"] = 96,
+        buckets: Annotated[int, "rows of the embedding, into which words are hashed"] = 4096,
+        max_tokens: Annotated[int, "words that are read; the rest is cut, with a warning"] = 32,
+    ):
+        super().__init__()
+        _check(dim=dim, buckets=buckets, max_tokens=max_tokens)
+        self.dim = dim
+        self.cut = _Cut("words", max_tokens)
+        self.embedding = nn.Embedding(buckets, dim)
+        self.position = nn.Parameter(torch.randn(max_tokens, dim) * 0.1)
+
+    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
+        """Tokens of the longest text's length, at least 1; an empty text is masked all over."""
+        ids, mask = _padded(self.cut([self._ids(text) for text in texts]), self.position.device)
+        return self.embedding(ids) + self.position[: ids.shape[1]], mask
+
+    def _ids(self, text: str) -> list[int]:
+        words = re.findall(r"\w+", text.lower())
+        return [zlib.crc32(word.encode()) % self.embedding.num_embeddings for word in words]
+
+
+class Bytes(nn.Module):
+    """UTF-8 bytes through a small transformer encoder: any language, spelling included.
+
+    Raises SettingError for a setting below 1.
+    """
+
+    trainable = True
+
+    def __init__(
+        self,
+        *,
+        dim: Annotated[int, "width of a token"] = 96,
+        depth: Annotated[int, "layers of the encoder"] = 2,
+        max_tokens: Annotated[int, "bytes that are read; the rest is cut, with a warning"] = 256,
+    ):
+        super().__init__()
+        _check(dim=dim, depth=depth, max_tokens=max_tokens)
+        self.dim = dim
+        self.cut = _Cut("bytes", max_tokens)
+        self.embedding = nn.Embedding(_START + 1, dim)
+        self.position = nn.Parameter(torch.randn(max_tokens + 1, dim) * 0.1)
+        layer = nn.TransformerEncoderLayer(
+            dim, head_count(dim, None), 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
+        """A token for the start and one for each byte; an empty text is masked all over."""
+        cut = self.cut([list(text.encode("utf-8", "replace")) for text in texts])
+        # The start lets an empty text, too, attend to something: a softmax over nothing is NaN.
+        ids, real = _padded([[_START, *text] for text in cut], self.position.device)
+        hidden = self.layers(self.embedding(ids) + self.position[: ids.shape[1]], src_key_padding_mask=~real)
+        empty = torch.tensor([not text for text in cut], device=real.device)
+        return hidden, real & ~empty[:, None]
+
+
+class _Cut:
+    """Cuts sequences at `limit`, counts those that were longer, and says so the first time."""
+
+    def __init__(self, unit: str, limit: int):
+        self.unit, self.limit, self.count = unit, limit, 0
+
+    def __call__(self, rows: list[list[int]]) -> list[list[int]]:
+        long = [len(row) for row in rows if len(row) > self.limit]
+        if long and not self.count:
+            log.warning(
+                "A text of %d %s was cut to %d (text.max_tokens); others may be, too, and are not named.",
+                long[0], self.unit, self.limit,
+            )  # fmt: skip
+        self.count += len(long)
+        return [row[: self.limit] for row in rows]
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids [b n], mask [b n]"""
+    n = max([1, *map(len, rows)])
+    ids = torch.tensor([row + [0] * (n - len(row)) for row in rows], dtype=torch.long).view(len(rows), n)
+    mask = torch.tensor([[i < len(row) for i in range(n)] for row in rows], dtype=torch.bool).view(len(rows), n)
+    return ids.to(device), mask.to(device)
+
+
+def _check(**settings: int) -> None:
+    for setting, value in settings.items():
+        if value < 1:
+            raise SettingError(setting, f"{setting}={value} must be 1 or more.")

@@ -1,0 +1,135 @@
+"""Weights as one safetensors file with its recipe inside. Loading one never unpickles."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lingen.registry import RecipeError
+
+if TYPE_CHECKING:
+    from lingen.module import LinGenModule
+
+Copy = Literal["averaged", "raw"]
+"""Sample with the averaged copy; go on training from the raw one."""
+
+
+def save_weights(path: Path, module: LinGenModule, recipe_yaml: str, step: int) -> None:
+    """Writes the raw and the averaged copy of everything trained, with the whole filled recipe, in one step.
+
+    Keys are ``raw.NAME`` and ``averaged.NAME``; the metadata holds `recipe` (YAML), `stage` and `step`.
+    """
+    from safetensors.torch import save_file
+
+    raw = module.trained_state()
+    averaged = raw | (module.average.weights() if module.average is not None else {})
+    tensors = {f"raw.{name}": value for name, value in raw.items()} | {
+        f"averaged.{name}": v for name, v in averaged.items()
+    }
+    metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
+    partial = path.with_name(path.name + ".partial")
+    save_file(
+        {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}, str(partial), metadata
+    )
+    partial.replace(path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a weights file. RecipeError for a file that lingen did not write."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(f"{path} cannot be read as safetensors: {error}") from error
+    if metadata.get("format") != "lingen":
+        raise RecipeError(
+            f"{path} holds no lingen weights (its metadata names no recipe). Use a file that `lingen fit` wrote."
+        )
+    return metadata
+
+
+def read_weights(path: Path, copy: Copy) -> dict[str, Tensor]:
+    """name -> tensor (CPU) of one copy."""
+    from safetensors import safe_open
+
+    prefix = f"{copy}."
+    with safe_open(str(path), "pt") as file:
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+
+def load_into(module: LinGenModule, weights: dict[str, Tensor], source: Any) -> None:
+    """Puts weights into a module; positional tables of another size are resized (model.resize_tables).
+
+    Raises:
+        RecipeError: names what is missing, left over or of another shape.
+    """
+    from lingen.model import resize_tables
+
+    own = module.trained_state()
+    fitted = {
+        f"model.{name}": value for name, value in resize_tables(part_of(weights, "model."), module.recipe.model).items()
+    }
+    weights = weights | fitted
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if missing or extra or shapes:
+        parts = [
+            f"{len(names)} {what} (such as {names[0]})"
+            for names, what in (
+                (missing, "missing"),
+                (extra, "not in this model"),
+                (sorted(shapes), "of another shape"),
+            )
+            if names
+        ]
+        raise RecipeError(
+            f"The weights in {source} do not fit this recipe's model: {', '.join(parts)}. Use the recipe that they "
+            "were trained with."
+        )
+    module.load_state_dict(weights, strict=False)
+
+
+def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def find_weights(source: str | Path) -> Path:
+    """A weights file, or the last finished stage of a run folder."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise RecipeError(f"There is no run folder or weights file at {path}.")
+    about = path / "run.json"
+    if not about.is_file():
+        raise RecipeError(
+            f"{path} is no run folder: it has no run.json. Name one that `lingen fit` made, or a .safetensors file."
+        )
+    stages = json.loads(about.read_text())["stages"]
+    finished = [file for stage in stages if (file := path / "stages" / stage / "weights.safetensors").is_file()]
+    if not finished:
+        raise RecipeError(f"No stage of {path} is finished yet. Go on with `lingen fit`, then sample.")
+    return finished[-1]
+
+
+def load_module(source: str | Path, copy: Copy = "averaged", device: str | torch.device = "cpu") -> LinGenModule:
+    """The module of a run folder or weights file, from the recipe inside, with one copy of its weights, in eval."""
+    from lingen.module import LinGenModule
+    from lingen.recipe import load_recipe
+
+    path = find_weights(source)
+    metadata = read_metadata(path)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / f"{path.stem}.yaml"
+        recipe.write_text(metadata["recipe"], encoding="utf-8")
+        module = LinGenModule(load_recipe(recipe, stage=metadata["stage"]))
+    load_into(module, read_weights(path, copy), path)
+    return module.to(device).eval()

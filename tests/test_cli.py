@@ -1,0 +1,191 @@
+"""The command line as a shell sees it: exit codes, what goes to stdout and what to stderr."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lingen.cli import COMMANDS, main
+from lingen.recipe import load_recipe, shipped_recipes
+from lingen.registry import MIXERS, SCANS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_is_instant_and_imports_nothing_heavy():
+    code = (
+        "import sys; from lingen.cli import main; assert main(['--help']) == 0\n"
+        "heavy = {'torch', 'lightning', 'omegaconf', 'rich', 'numpy', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "lingen", "--help"], check=True, capture_output=True, cwd=ROOT)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    assert main([name, "--help"]) == 0
+    assert f"lingen {name}" in capsys.readouterr().out
+
+
+def test_list_mixers(capsys):
+    assert main(["list", "mixers", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(MIXERS.names())
+    assert rows["mate"]["settings"]["window"] == [8, 4, 4] and rows["mate"]["origin"] == "lingen"
+    assert main(["list", "mixers"]) == 0
+    out = capsys.readouterr().out
+    assert "window=[8, 4, 4]" in out and len(out.splitlines()) == 1 + len(rows)
+
+
+def test_list_scans_shows_how_far_neighbours_are(capsys):
+    assert main(["list", "scans", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(SCANS.names())
+    key = "steps between neighbours at (8, 16, 16)"
+    assert rows["thw"][key] == {"t": 256.0, "h": 16.0, "w": 1.0}
+    assert rows["rotary_major"][key]["t"] < 256 and rows["hilbert"][key]["t"] < 256
+
+
+@pytest.mark.parametrize("what", ["autoencoders", "text", "recipes"])
+def test_list(what, capsys):
+    assert main(["list", what]) == 0
+    assert {"autoencoders": "pixels", "text": "words", "recipes": "quickstart_cpu"}[what] in capsys.readouterr().out
+
+
+def test_show_prints_a_recipe_that_loads_again(capsys):
+    assert main(["show", "model.depth=2", "--recipe", "quickstart_cpu", "train.lr=1e-3"]) == 0
+    out = capsys.readouterr().out
+    Path("filled.yaml").write_text(out)
+    assert load_recipe("filled.yaml") == load_recipe("quickstart_cpu", ["model.depth=2", "train.lr=1e-3"])
+    comments = [line for line in out.splitlines() if line.startswith("#")]
+    assert "stage: videos, tokens: 9 (image) + 36 (video)" in comments[1] and "GiB" in comments[1]
+    assert "blocks.mixer: " in comments[-1]
+
+
+def test_show_one_stage_as_json(capsys):
+    assert main(["show", "--recipe", "t2v_68s", "--stage", "t2v_512_68s", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["recipe"]["stage"] == "t2v_512_68s" and shown["stages"][0]["tokens"]["video"] == 139_264
+    assert shown["stages"][0]["trained"] == sum(shown["stages"][0]["parameters"].values())
+
+
+def test_show_schema(capsys):
+    assert main(["show", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["model"]["properties"]["dim"]["default"] == 384
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (
+            ["model.detph=3"],
+            ["command line: Key 'detph' not in 'LinGenConfig'. Did you mean 'depth'? (at model.detph)"],
+        ),
+        (["depth"], ["command line: 'depth' is no override; say key=value, e.g. model.depth=4."]),
+        (["--stage", "video"], ["There is no stage called 'video'. Did you mean 'videos'? Known: images, videos."]),
+        (
+            ["train.lr=x", "model.mixer=mat"],
+            [
+                "command line: Expected a number, got 'x'. (at train.lr)",
+                "command line: There is no mixer called 'mat'. Did you mean 'mate'? Known: attention, mamba2, mate, "
+                "temporal_swin. To use your own, write 'module:Class'. (at model.mixer)",
+            ],
+        ),
+    ],
+)
+def test_mistakes_are_one_plain_line_each(arguments, lines, capsys):
+    assert main(["show", "--recipe", "quickstart_cpu", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == lines and captured.out == ""
+
+
+def test_a_mistake_in_a_file_names_its_line(capsys):
+    Path("mine.yaml").write_text("model:\n  dim: 3.5\n")
+    assert main(["show", "--recipe", "mine.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "mine.yaml:2: Expected a whole number, got 3.5. (at model.dim)"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["shwo"], ["list", "things"], ["list", "scans", "x=3"], ["show", "--recpie", "x"], ["show"]]
+)
+def test_wrong_use_is_exit_code_2(arguments, capsys):
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "list", COMMANDS["list"]._replace(run=interrupted))
+    assert main(["list", "scans"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m lingen list recipes --json | head -c 1; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_a_terminal_gets_tables():
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lingen", "show", "--recipe", "quickstart_cpu"],
+        stdout=follower,
+        cwd=ROOT,
+        env=environment,
+    )
+    os.close(follower)
+    text = b""
+    while chunk := _read(leader):
+        text += chunk
+    assert process.wait() == 0
+    assert "─" in text.decode() and "# stage" not in text.decode()
+
+
+def _read(leader: int) -> bytes:
+    try:
+        return os.read(leader, 65536)
+    except OSError:  # Linux says so where the other end is closed
+        return b""
+
+
+@pytest.mark.slow
+def test_recipes_are_found_in_a_wheel(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", "dist"], check=True)
+    (wheel,) = Path("dist").glob("lingen-*.whl")
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)], check=True
+    )
+    code = "import lingen, lingen.recipe as r; print(lingen.__file__, *r.shipped_recipes(), r.stages_of('t2v_68s'))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert (
+        out.startswith(str(tmp_path / "site")) and all(name in out for name in shipped_recipes()) and "quality" in out
+    )
+    assert OmegaConf.load(tmp_path / "site" / "lingen" / "recipes" / "t2v_68s.yaml").model.depth == 28

@@ -1,0 +1,302 @@
+"""Mamba2 and MATE against independent forms of themselves, and the sharp edges that facts.md names."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lingen.blocks.mamba2 import Mamba2
+from lingen.blocks.mate import MATE
+from lingen.blocks.review import pool
+from lingen.blocks.scan import permutation
+from lingen.blocks.temporal_swin import TemporalSwin
+from lingen.kernels import ssd
+from lingen.registry import MIXERS, SettingError
+
+DIM = 12
+SMALL = {"state_dim": 4, "head_dim": 6, "dt_max": 0.5}
+
+
+def tokens(*grid, dtype=torch.float64, batch=2):
+    return torch.randn(batch, *grid, DIM, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+
+
+def relative(got, want):
+    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
+
+
+def mamba2(layer=0, **settings):
+    torch.manual_seed(layer)
+    return Mamba2(DIM, layer, **SMALL | settings).double()
+
+
+def one_direction(mixer, x, direction, flip_review):
+    """The form of the paper's Figure 2: pooled tokens are projected, laid in front, scanned and thrown away."""
+    inner, channels, heads = mixer.sizes
+    sequences = []
+    for is_clip, source in [(False, pool(x, mixer.review)), (True, x)] if mixer.review else [(True, x)]:
+        order, _ = permutation(mixer.order, tuple(source.shape[1:4]), x.device)
+        streams = mixer.in_proj(source.flatten(1, 3)[:, order])[..., inner:]
+        mine = slice(None) if mixer.centred else slice(direction * channels, (direction + 1) * channels)
+        weight, bias = mixer.conv1d.weight[mine], mixer.conv1d.bias[mine]
+        taps = weight.shape[-1]
+        before = taps // 2 if mixer.centred else taps - 1
+        flipped = direction == 1 and (is_clip or flip_review)
+        xbc, dt = streams.split([channels, heads], -1)
+        if flipped and not mixer.centred:
+            xbc = xbc.flip(1)
+        xbc = F.silu(F.conv1d(F.pad(xbc.mT, (before, taps - 1 - before)), weight, bias, groups=channels).mT)
+        if flipped and mixer.centred:
+            xbc = xbc.flip(1)
+        sequences.append(torch.cat([xbc, dt.flip(1) if flipped else dt], -1))
+    if flip_review and direction == 1:
+        sequences.reverse()
+    size = mixer.groups * mixer.state_dim
+    xs, b, c, dt = torch.cat(sequences, 1).split([inner, size, size, heads], -1)
+    y = ssd(
+        xs.unflatten(-1, (heads, -1)), dt, -mixer.a_log[direction].exp(), b.unflatten(-1, (mixer.groups, -1)),
+        c.unflatten(-1, (mixer.groups, -1)), mixer.d[direction], mixer.dt_bias[direction], kernel="reference",
+    ).flatten(2)  # fmt: skip
+    n = x[0, ..., 0].numel()
+    y = y[:, :n].flip(1) if flip_review and direction == 1 else y[:, -n:]
+    return y.flip(1) if direction == 1 and not flip_review else y
+
+
+def explicit(mixer, x):
+    plain = mixer.review_reverse == "plain"
+    y = sum(one_direction(mixer, x, direction, plain and direction == 1) for direction in range(mixer.directions))
+    _, inverse = permutation(mixer.order, tuple(x.shape[1:4]), x.device)
+    z = mixer.in_proj(x)[..., : mixer.sizes[0]]
+    return mixer.out_proj(mixer.norm(y[:, inverse].unflatten(1, x.shape[1:4]), z))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"conv": "per_direction"},
+        {"review_reverse": "plain"},
+        {"review_reverse": "plain", "conv": "per_direction", "review": (3, 2, 4)},
+        {"bidirectional": False},
+        {"groups": 2, "scan": "hilbert", "conv_width": 3},
+        {"review": None, "scan": "zigzag"},
+        {"review": (1, 1, 1), "expand": 1, "conv_width": 1},
+    ],
+    ids=str,
+)
+def test_review_as_prefix_and_as_initial_state_agree(settings):
+    for layer, grid in enumerate([(3, 5, 7), (1, 4, 3), (4, 2, 2), (1, 1, 1)]):
+        mixer, x = mamba2(layer, **settings), tokens(*grid).requires_grad_()
+        got, want = mixer(x), explicit(mixer, x)
+        assert relative(got, want) < 1e-12
+        parts = {"input": x} | dict(mixer.named_parameters())
+        seed = torch.randn_like(got)
+        pairs = zip(*(torch.autograd.grad(y, list(parts.values()), seed) for y in (got, want)), strict=True)
+        for name, (mine, theirs) in zip(parts, pairs, strict=True):
+            assert relative(mine, theirs) < 1e-11, name
+
+
+def test_causal_mode_is_the_mamba2_of_transformers():
+    configuration = pytest.importorskip("transformers.models.mamba2.configuration_mamba2").Mamba2Config(
+        hidden_size=DIM, num_heads=4, head_dim=6, state_size=4, expand=2, n_groups=2, chunk_size=8, num_hidden_layers=1
+    )
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    theirs = Mamba2Mixer(configuration, layer_idx=0).float()
+    ours = mamba2(scan="thw", review=None, bidirectional=False, groups=2).float()
+    names = {"A_log": "a_log", "D": "d", "dt_bias": "dt_bias"}
+    torch.nn.init.normal_(theirs.D)
+    torch.nn.init.uniform_(theirs.norm.weight, 0.5, 2)
+    weights = {names.get(name, name): weight for name, weight in theirs.state_dict().items()}
+    ours.load_state_dict({name: weight.view_as(ours.state_dict()[name]) for name, weight in weights.items()})
+    x = tokens(3, 5, 2, dtype=torch.float32)
+    assert relative(ours(x), theirs(x.flatten(1, 3)).view_as(x)) < 1e-5
+
+
+def test_causal_mode_sees_no_later_token():
+    mixer, x = mamba2(scan="thw", review=None, bidirectional=False), tokens(2, 2, 3).requires_grad_()
+    seen = torch.autograd.grad(mixer(x).flatten(1, 3)[:, 5].sum(), x)[0].flatten(1, 3).abs().amax((0, 2))
+    assert (seen[:6] > 0).all() and (seen[6:] == 0).all()
+
+
+def test_both_directions_see_every_token():
+    mixer, x = mamba2(review=None), tokens(2, 2, 3).requires_grad_()
+    seen = torch.autograd.grad(mixer(x)[:, 0, 1, 1].square().sum(), x)[0]
+    assert (seen.abs().amax((0, 4)) > 0).all()
+
+
+def test_kernels_agree_inside_the_mixer():
+    x = tokens(3, 4, 5)
+    assert relative(mamba2(kernel="chunked")(x), mamba2(kernel="reference")(x)) < 1e-12
+
+
+def test_sizes_at_the_width_of_the_large_model():
+    with torch.device("meta"):
+        mixer = Mamba2(2560, 0)
+    assert mixer.in_proj.weight.shape == (10576, 2560) and mixer.in_proj.bias is None
+    assert mixer.a_log.shape == mixer.d.shape == mixer.dt_bias.shape == (2, 80)
+
+
+def test_what_must_be_float32_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mixer = Mamba2(DIM, 0, **SMALL)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in (mixer.a_log, mixer.d, mixer.dt_bias)} == {torch.float32}
+    assert mixer.in_proj.weight.dtype == torch.bfloat16
+    assert mixer(tokens(2, 3, 3, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_time_steps_start_in_their_range():
+    mixer = Mamba2(64, 0, head_dim=1, dt_min=1e-5, dt_max=1e-4)
+    steps = F.softplus(mixer.dt_bias)
+    assert steps.min() > 0.99e-5 and steps.max() < 1.01e-4 and steps.std() > 1e-5
+    assert mixer.horizon().shape == (2, 128) and 600 < mixer.horizon().min() and mixer.horizon().max() < 1.1e5
+
+
+def review_share(mixer, x, place):
+    """Share of the output at a token that the review tokens make."""
+    with_review, review = mixer(x), mixer.review
+    mixer.review = None
+    without = mixer(x)
+    mixer.review = review
+    return relative(*(y.flatten(1, 3)[:, place] for y in (without, with_review)))
+
+
+def test_how_far_the_review_reaches_depends_on_the_smallest_step():
+    """facts.md, sharp edge 1: with the usual steps the overview is forgotten within a frame."""
+    x = tokens(16, 16, 8, batch=1)
+    shares = {}
+    for dt_min, dt_max in ((1e-3, 0.1), (1e-5, 1e-4)):
+        mixer = mamba2(scan="thw", bidirectional=False, dt_min=dt_min, dt_max=dt_max, state_dim=16)
+        with torch.no_grad():
+            mixer.d.zero_()  # what the scan remembers, without the token itself
+            shares[dt_min] = [review_share(mixer, x, place) for place in (0, 2000)]
+    (near, far), (near_long, far_long) = shares[1e-3], shares[1e-5]
+    assert near > 0.05 and far < near * 1e-3
+    assert far_long > near_long * 0.05 and far_long > 100 * far
+
+
+def mate(layer=0, **settings):
+    torch.manual_seed(layer)
+    return MATE(DIM, layer, **SMALL | {"window": (2, 3, 4)} | settings)
+
+
+def test_mate_is_the_sum_of_its_branches():
+    for layer in range(2):
+        mixer, x = mate(layer), tokens(3, 4, 5, dtype=torch.float32)
+        assert torch.equal(mixer(x), mixer.ma(x) + mixer.te(x))
+        assert isinstance(mixer.ma, Mamba2) and isinstance(mixer.te, TemporalSwin)
+        assert mixer.te.shifted == (layer == 1)
+
+
+def test_mate_has_every_setting_of_its_branches():
+    def settings(mixer):
+        parameters = inspect.signature(mixer).parameters.values()
+        return {p.name: (p.default, p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    mine, own = settings(MATE), {"ma", "te", "branch_gate"}
+    branches = settings(Mamba2) | settings(TemporalSwin)
+    assert mine.keys() == branches.keys() | own
+    for name in branches.keys() - {"kernel"}:
+        assert mine[name] == branches[name], name
+    offered = {kernel for branch in (Mamba2, TemporalSwin) for kernel in settings(branch)["kernel"][1].__args__}
+    assert set(mine["kernel"][1].__args__) == offered
+    assert mine["kernel"][0] == settings(Mamba2)["kernel"][0] == settings(TemporalSwin)["kernel"][0]
+
+
+def test_settings_reach_their_branch():
+    mixer = mate(scan="hwt", review=None, window=(1, 2, 3), num_heads=3, conv="per_direction", kernel="reference")
+    assert (mixer.ma.order, mixer.ma.review, mixer.ma.centred, mixer.ma.kernel) == ("hwt", None, False, "reference")
+    assert (mixer.te.window, mixer.te.num_heads, mixer.te.kernel) == ((1, 2, 3), 3, "auto")
+    assert mate(kernel="sdpa").te.kernel == "sdpa" and mate(kernel="sdpa").ma.kernel == "auto"
+
+
+def test_a_branch_switches_off_or_is_another_mixer():
+    x = tokens(2, 3, 4, dtype=torch.float32)
+    alone = mate(te=None)
+    assert alone.te is None and torch.equal(alone(x), alone.ma(x))
+    alone = mate(ma=None)
+    assert alone.ma is None and torch.equal(alone(x), alone.te(x))
+    swapped = mate(ma={"name": "mamba2", "state_dim": 7}, te={"name": "attention", "num_heads": 2})
+    assert swapped.ma.state_dim == 7 and swapped.ma.head_dim == 6 and swapped.te.num_heads == 2
+    assert torch.equal(swapped(x), swapped.ma(x) + swapped.te(x))
+    assert mate(te="attention", num_heads=3).te.num_heads == 3
+
+
+def test_mistakes_of_mate_are_named():
+    with pytest.raises(SettingError, match="ma and te are both null"):
+        mate(ma=None, te=None)
+    with pytest.raises(SettingError, match="kernel='sdpa' is offered by no branch that is switched on"):
+        mate(te=None, kernel="sdpa")
+    with pytest.raises(ValueError, match="Did you mean 'mamba2'"):
+        mate(ma="mamba")
+    with pytest.raises(SettingError, match="num_heads=5 does not divide the width 12"):
+        mate(num_heads=5)
+
+
+def test_branches_start_at_equal_rms():
+    for layer in range(3):
+        mixer, x = mate(layer), torch.randn(4, 2, 3, 4, DIM)
+        ma, te = (branch(x).square().mean().sqrt() for branch in (mixer.ma, mixer.te))
+        assert 0.8 < ma / te < 1.25
+
+
+def test_equalising_leaves_the_random_numbers_of_others_alone():
+    torch.manual_seed(0)
+    Mamba2(DIM, 0, **SMALL)
+    TemporalSwin(DIM, 0, window=(2, 3, 4))
+    want = torch.rand(3)
+    torch.manual_seed(0)
+    MATE(DIM, 0, **SMALL, window=(2, 3, 4))
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_a_gain_for_each_branch_starts_as_the_plain_sum():
+    mixer, x = mate(branch_gate="each"), tokens(2, 3, 4, dtype=torch.float32)
+    assert torch.equal(mixer(x), mixer.ma(x) + mixer.te(x))
+    torch.nn.init.zeros_(mixer.te_gain)
+    assert torch.equal(mixer(x), mixer.ma(x)) and mixer.te_gain.shape == (DIM,)
+
+
+class Bare(torch.nn.Module):
+    """A third party's mixer: random, and without an `out_proj`."""
+
+    def __init__(self, dim, layer, *, gain: float = 2.0):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x):
+        return x * self.gain + 0 * torch.rand_like(x)
+
+
+def test_third_parties_fit_in_either_branch():
+    own = {"name": f"{__name__}:Bare", "gain": 3.0}
+    x = tokens(2, 3, 4, dtype=torch.float32)
+    mixer = mate(te=own)
+    assert torch.equal(mixer.te(x), 3 * x)
+    mixer = mate(ma=own)
+    assert 0.8 < mixer.te(x).square().mean().sqrt() / (3 * x).square().mean().sqrt() < 1.25
+
+
+@pytest.mark.parametrize("name", ["mamba2", "temporal_swin", "mate"])
+def test_memory_is_linear_in_tokens(name):
+    """Bytes that autograd keeps: four times the frames cost at most 4.2 times as much."""
+
+    def kept(frames):
+        known = inspect.signature(MIXERS[name]).parameters
+        settings = {key: v for key, v in (SMALL | {"window": (4, 3, 4)}).items() if key in known}
+        mixer, storages = MIXERS.build({"name": name} | settings, DIM, 1), {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(1, frames, 6, 8, DIM, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = mixer(x)
+        return sum(storages.values()) if y.numel() else 0
+
+    assert kept(64) < 4.2 * kept(16)

@@ -1,0 +1,112 @@
+"""README states only what runs: its blocks are taken from the file and executed or parsed here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lingen
+from lingen.cli import _parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+def here(line: str) -> list[str]:
+    """The words of a command, run with this interpreter instead of README's virtual environment."""
+    words = shlex.split(line)
+    assert words[0] == ".venv/bin/lingen", f"README's commands use its own virtual environment: {line}"
+    return [sys.executable, "-m", "lingen", *words[1:]]
+
+
+def test_the_first_two_blocks_install_fit_sample_and_test():
+    """They are what .ci/run executes word for word; here only their form."""
+    first, second = blocks("sh")[:2]
+    assert len(first.strip().splitlines()) == len(second.strip().splitlines()) == 1
+    assert "pip install ." in first and "lingen fit" in first and "lingen sample" in first
+    assert "[test]" in second and "pytest" in second
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.slow
+def test_the_other_commands_run(tmp_path: Path):
+    mixer = next(block for block in blocks("python") if "my_mixers.py" in block)
+    (tmp_path / "my_mixers.py").write_text(mixer)
+    for line in (line for block in blocks("sh")[2:] for line in block.strip().splitlines()):
+        done = subprocess.run(here(line), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert done.stdout.strip(), line
+
+
+def test_commands_for_gpus_and_clusters_are_understood():
+    lines = [line.removeprefix("srun ") for block in blocks("text") for line in block.strip().splitlines()]
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        assert words[0] == "lingen"
+        args = _parse(words[1:])
+        if getattr(args, "recipe", None):
+            lingen.stages_of(args.recipe, args.overrides)
+
+
+def test_the_block_is_as_short_as_promised_and_python_parses():
+    mixer = next(block for block in blocks("python") if "my_mixers.py" in block)
+    assert len(mixer.strip().splitlines()) <= 17
+    for block in blocks("python"):
+        ast.parse(block)
+
+
+@pytest.mark.slow
+def test_python_example_runs(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from lingen.run import fit
+
+    monkeypatch.chdir(tmp_path)
+    fit(tiny_recipe, run="runs/quickstart")
+    example = next(block for block in blocks("python") if "lingen.generate" in block)
+    exec(example, {})
+    assert (tmp_path / "green_square.mp4").stat().st_size > 500
+
+
+def test_yaml_example_is_a_recipe(tmp_path: Path):
+    (tmp_path / "example.yaml").write_text(blocks("yaml")[0])
+    assert lingen.stages_of(tmp_path / "example.yaml") == ["images", "clips"]
+    assert lingen.load_recipe(tmp_path / "example.yaml", stage="clips").data.mix.video == 100
+
+
+def test_the_shown_mistakes_are_what_lingen_says(tmp_path: Path):
+    """The sentences, not the file names."""
+    shown = next(block for block in re.findall(r"^```\n(.*?)^```$", README, flags=re.M | re.S))
+    (tmp_path / "wrong.yaml").write_text("model: {detph: 4}\ndata: {synthetic: shapes}\n")
+    with pytest.raises(lingen.RecipeError) as wrong:
+        lingen.load_recipe(tmp_path / "wrong.yaml")
+    assert wrong.value.problems[0].split(": ", 1)[1] == shown.splitlines()[0].split(": ", 1)[1]
+    with pytest.raises(lingen.RecipeError) as unknown:
+        lingen.load_recipe("quickstart_cpu", ["model.mixer=mamba"])
+    assert unknown.value.problems[0] == shown.splitlines()[1]
+
+
+def test_recipes_and_mixers_in_readme_are_the_registered_ones():
+    named = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.M))
+    from lingen.recipe import shipped_recipes
+
+    assert named == {*lingen.MIXERS.names(), *shipped_recipes()}
+
+
+def test_the_score_in_readme_has_a_source():
+    results = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
+    assert {"device", "versions", "date", "commit", "command", "rows"} <= results.keys()
+    for attribute in ("colour", "motion", "shape"):
+        line = next(line for line in README.splitlines() if line.startswith(f"| {attribute} |"))
+        shares = [row["sampled"][attribute]["share"] for row in results["rows"]]
+        assert line.split("|")[2].strip() == f"{min(shares):.0%} to {max(shares):.0%}"

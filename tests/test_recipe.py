@@ -1,0 +1,506 @@
+"""Recipes: what is merged over what, every mistake's exact words, filled recipes that load again, shipped recipes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from lingen.json_schema import json_schema
+from lingen.plan import plan
+from lingen.recipe import load_recipe, load_stages, shipped_recipes, stages_of, to_yaml
+from lingen.registry import MIXERS, RecipeError
+from lingen.schema import check_value, settings_of
+
+TINY = """\
+model:
+  dim: 32
+  depth: 2
+  mixer: {name: attention, num_heads: 2}
+  patch: [1, 4, 4]
+data: {synthetic: shapes, frames: 4, size: [16, 16], fps: 8}
+"""
+STAGED = (
+    TINY
+    + """\
+stages:
+  images: {data: {mix: {image: 1, video: 0}}, train: {steps: 3}}
+  videos: {data: {frames: 8}, train: {steps: 5, lr: 1e-3}}
+"""
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(text: str, name: str = "r.yaml") -> str:
+    Path(name).write_text(text, encoding="utf-8")
+    return name
+
+
+def parsed(text: str) -> object:
+    """YAML as editors read it: 1e-3 is a number."""
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def problems(text: str, *overrides: str, stage: str | None = None) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(text), overrides, stage)
+    return list(caught.value.problems)
+
+
+def test_defaults_are_filled_and_lists_are_tuples():
+    recipe = load_recipe(write(TINY))
+    assert recipe.name == "r" and recipe.stage is None and recipe.stages == {}
+    assert recipe.model.patch == (1, 4, 4) and recipe.data.size == (16, 16)
+    assert recipe.model.mixer == {"name": "attention", "num_heads": 2, "kernel": "auto"}
+    assert recipe.train.lr == 1e-4 and recipe.data.fps == 8.0 and isinstance(recipe.data.fps, float)
+    assert recipe.model.channels == 3 and recipe.model.text_dims == (96,) and recipe.model.max_grid == (4, 4, 4)
+
+
+def test_strength():
+    Path("sub").mkdir()
+    write("train: {lr: 2, steps: 2, warmup: 2, accumulate: 2}\n" + STAGED, "base.yaml")
+    write(
+        "extends: ../base\ntrain: {steps: 3, warmup: 3, accumulate: 3}\nstages: {videos: {train: {warmup: 4}}}".replace(
+            "../base", "../base.yaml"
+        ),
+        "sub/r.yaml",
+    )
+    stage = load_recipe("sub/r.yaml", ["train.accumulate=5", "stages.videos.data.fps=4"], "videos")
+    assert stage.data.workers == 2  # default
+    assert stage.train.lr == 1e-3  # the parent's stage beats the parent
+    assert stage.train.steps == 5  # ... and the child's sections
+    assert stage.train.warmup == 4  # the child's stage
+    assert stage.train.accumulate == 5 and stage.data.fps == 4.0
+    assert load_recipe("sub/r.yaml", ["train.steps=7"], "videos").train.steps == 7  # an override beats every stage
+    assert load_recipe("sub/r.yaml", ["train.steps=7", "stages.videos.train.steps=8"], "videos").train.steps == 8
+    assert load_recipe("sub/r.yaml", ["stages.videos.train.steps=8", "train.steps=7"], "images").train.steps == 7
+    assert stage.name == "r"
+
+
+def test_stages():
+    path = write(STAGED)
+    assert stages_of(path) == ["images", "videos"]
+    base = load_recipe(path)
+    assert base.train.steps == 1000 and list(base.stages) == ["images", "videos"]
+    images, videos = load_stages(path)
+    assert (images.stage, videos.stage) == ("images", "videos") and images == load_recipe(path, stage="images")
+    assert videos.train.steps == 5 and videos.data.frames == 8 and videos.stages == {}
+    assert images.model.max_grid == videos.model.max_grid == base.model.max_grid == (8, 4, 4)
+    assert stages_of(write(TINY)) == ["main"] and load_recipe("r.yaml", stage="main").stage == "main"
+
+
+def test_a_changed_name_drops_the_old_settings():
+    path = write(TINY)
+    assert load_recipe(path, ["model.mixer=temporal_swin"]).model.mixer["window"] == (8, 4, 4)
+    assert load_recipe(path, ["model.mixer=attention"]).model.mixer["num_heads"] == 2
+    both = load_recipe(path, ["model.mixer=temporal_swin", "model.mixer.window=[4,4,4]"])
+    assert both.model.mixer == {"name": "temporal_swin", "window": (4, 4, 4), "num_heads": None, "kernel": "auto"}
+
+
+def test_lists_of_components():
+    path = write(TINY + "text: [words, {name: bytes, dim: 32}]\n")
+    assert load_recipe(path).model.text_dims == (96, 32)
+    assert load_recipe(path, ["text.0.dim=64"]).model.text_dims == (64, 32)
+    assert load_recipe(path, ["text=bytes"]).model.text_dims == (96,)
+    assert load_recipe(path, ["text=[]"]).model.text_dims == ()
+    hybrid = load_recipe(path, ["model.mixer=[temporal_swin, attention]", "model.mixer.1.num_heads=4"]).model.mixer
+    assert [one["name"] for one in hybrid] == ["temporal_swin", "attention"] and hybrid[1]["num_heads"] == 4
+
+
+def test_interpolation_follows_the_stage():
+    path = write(STAGED + "train: {warmup: '${train.steps}'}\nsample: {steps: '${data.frames}'}\n")
+    assert load_recipe(path, stage="videos").train.warmup == 5
+    assert load_recipe(path).sample.steps == 4 and load_recipe(path, stage="videos").sample.steps == 8
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.steps=9", "stages.images.model.checkpointing=true", "text=bytes")])
+def test_a_filled_recipe_loads_again(overrides):
+    path = write(
+        STAGED + "init: 1e-4\nsample: {prompts: ['${a}', 'null', '3', 'ends: here']}\n".replace("${a}", r"\${a}")
+    )
+    base = load_recipe(path, [*overrides, "init='1e-4'"])
+    assert base.init == "1e-4" and base.sample.prompts == ["${a}", "null", "3", "ends: here"]
+    filled = write(to_yaml(base), "filled.yaml")
+    assert load_recipe(filled) == base
+    stages = load_stages(path, [*overrides, "init='1e-4'"])
+    assert load_stages(filled) == stages
+    for stage in stages:
+        one = write(to_yaml(stage), "one.yaml")
+        assert load_recipe(one) == load_recipe(one, stage=stage.stage) == stage and stages_of(one) == [stage.stage]
+
+
+def test_a_filled_stage_keeps_the_tables_of_all_stages():
+    images = load_recipe(write(STAGED), stage="images")
+    assert load_recipe(write(to_yaml(images), "one.yaml")).model.max_grid == (8, 4, 4)
+    assert load_recipe("one.yaml", ["data.size=[32,32]"]).model.max_grid == (8, 8, 8)
+
+
+MISTAKES = {
+    "unknown key": (
+        "model:\n  detph: 3\n" + "data: {synthetic: shapes}",
+        "r.yaml:2: Key 'detph' not in 'LinGenConfig'. Did you mean 'depth'? (at model.detph)",
+    ),
+    "unknown section": (
+        TINY + "modle: {}\n",
+        "r.yaml:7: Key 'modle' not in 'Recipe'. Did you mean 'model'? (at modle)",
+    ),
+    "unknown key in a stage": (
+        STAGED + "  third: {train: {stps: 3}}\n",
+        "r.yaml:10: Key 'stps' not in 'TrainConfig'. Did you mean 'steps'? (at stages.third.train.stps)",
+    ),
+    "unknown setting": (
+        TINY.replace("num_heads", "num_head"),
+        "r.yaml:4: Key 'num_head' not in 'Attention'. Did you mean 'num_heads'? (at model.mixer.num_head)",
+    ),
+    "derived key": (
+        TINY.replace("depth: 2", "channels: 4"),
+        "r.yaml:3: Key 'channels' of 'LinGenConfig' is worked out from the rest of the recipe; take it out. "
+        "(at model.channels)",
+    ),
+    "a float for an int": (
+        TINY.replace("depth: 2", "depth: 2.0"),
+        "r.yaml:3: Expected a whole number, got 2.0. (at model.depth)",
+    ),
+    "true for an int": (
+        TINY.replace("depth: 2", "depth: true"),
+        "r.yaml:3: Expected a whole number, got true. (at model.depth)",
+    ),
+    "a number for text": (TINY + "init: 3\n", "r.yaml:7: Expected text or null, got 3. (at init)"),
+    "a wrong choice": (
+        TINY + "sample: {solver: eular}\n",
+        "r.yaml:7: Expected 'euler' or 'heun', got 'eular'. Did you mean 'euler'? (at sample.solver)",
+    ),
+    "a wrong type in a part": (
+        TINY.replace("num_heads: 2", "num_heads: two"),
+        "r.yaml:4: Expected a whole number or null, got 'two'. (at model.mixer.num_heads)",
+    ),
+    "tuple length": (
+        TINY.replace("[1, 4, 4]", "[4, 4]"),
+        "r.yaml:5: Expected 3 whole numbers, got 2. (at model.patch)",
+    ),
+    "tuple entry": (
+        TINY.replace("[1, 4, 4]", "[1, 4, x]"),
+        "r.yaml:5: Expected a whole number, got 'x'. (at model.patch.2)",
+    ),
+    "a list for a mapping": (
+        TINY + "train: [1, 2]\n",
+        "r.yaml:7: Expected a mapping with the settings of 'TrainConfig', got [1, 2]. (at train)",
+    ),
+    "unknown mixer": (
+        TINY.replace("attention", "atention").replace(", num_heads: 2", ""),
+        "r.yaml:4: There is no mixer called 'atention'. Did you mean 'attention'? Known: attention, mamba2, mate, "
+        "temporal_swin. To use your own, write 'module:Class'. (at model.mixer.name)",
+    ),
+    "unknown autoencoder": (
+        TINY + "autoencoder: taf\n",
+        "r.yaml:7: There is no autoencoder called 'taf'. Did you mean 'tae'? Known: pixels, tae. To use your "
+        "own, write "
+        "'module:Class'. (at autoencoder)",
+    ),
+    "a part without a name": (
+        TINY + "text: [{dim: 3}]\n",
+        "r.yaml:7: This text encoder has no name. Known: byt5, bytes, metaclip, ul2, words. (at text.0.name)",
+    ),
+    "no autoencoder": (
+        TINY + "autoencoder: null\n",
+        "r.yaml:7: There is no autoencoder named here. Known: pixels, tae. (at autoencoder)",
+    ),
+    "a name that is no word": (
+        TINY + "autoencoder: {name: 3}\n",
+        "r.yaml:7: This autoencoder has no name. Known: pixels, tae. (at autoencoder.name)",
+    ),
+    "a branch that does not exist": (
+        TINY.replace("attention, num_heads: 2", "mate, ma: mamba3, head_dim: 16"),
+        "r.yaml:4: There is no mixer called 'mamba3'. Did you mean 'mamba2'? Known: attention, mamba2, mate, "
+        "temporal_swin. To use your own, write 'module:Class'. (at model.mixer)",
+    ),
+    "a part that cannot be imported": (
+        TINY + "autoencoder: nowhere:Nothing\n",
+        "r.yaml:7: Cannot load 'nowhere:Nothing': ModuleNotFoundError: No module named 'nowhere' (at autoencoder)",
+    ),
+    "heads": (
+        TINY.replace("num_heads: 2", "num_heads: 5"),
+        "r.yaml:4: num_heads=5 does not divide the width 32; choose one of 1, 2, 4, 8, 16, 32. (at "
+        "model.mixer.num_heads)",
+    ),
+    "heads of the cross-attention": (
+        TINY.replace("depth: 2", "num_heads: 5"),
+        "r.yaml:3: num_heads=5 does not divide the width 32; choose one of 1, 2, 4, 8, 16, 32. (at model.num_heads)",
+    ),
+    "patch and size": (
+        TINY.replace("[16, 16]", "[16, 18]"),
+        "r.yaml:6: The width of 18 pixels is no multiple of 4, the autoencoder's stride 1 times the patch 4; "
+        "take 16 or 20. "
+        "(at data.size)",
+    ),
+    "patch and frames": (
+        TINY.replace("[1, 4, 4]", "[3, 4, 4]"),
+        "r.yaml:6: A clip of 4 frames is 4 latent frames (stride 1), which patches of 3 do not fill; take 3 or 6 "
+        "frames. "
+        "(at data.frames)",
+    ),
+    "mix without shards": (
+        TINY.replace("synthetic: shapes", "shards: {video: v.tar}"),
+        "r.yaml:6: The mix asks for image batches, and there are no image shards; set data.shards.image, or "
+        "data.mix.image=0. (at data.mix.image)",
+    ),
+    "empty mix": (
+        TINY + "stages: {one: {data: {mix: {image: 0, video: 0}}}}\n",
+        "r.yaml:7: This mix is empty; image or video must be above 0. (at stages.one.data.mix)",
+    ),
+    "score without synthetic clips": (
+        TINY.replace("synthetic: shapes", "shards: {video: v.tar, image: i.tar}") + "score: {clips: 3}\n",
+        "r.yaml:7: Only clips of data.synthetic can be scored; set it, or score.clips=0. (at score.clips)",
+    ),
+    "interpolation loop": (
+        TINY + "train: {steps: '${sample.steps}'}\nsample: {steps: '${train.steps}'}\n",
+        "r.yaml:7: Interpolation ${sample.steps} leads back to itself. (at train.steps)",
+    ),
+    "interpolation of nothing": (
+        TINY + "train: {steps: '${sample.stepz}'}\n",
+        "r.yaml:7: Interpolation ${sample.stepz} names a key that the recipe does not have. (at train.steps)",
+    ),
+    "interpolation cut short": (
+        TINY + "init: '${sample.steps'\n",
+        "r.yaml:7: This value cannot be read: no viable alternative at input '${sample.steps'. (at init)",
+    ),
+    "invalid YAML": (
+        "model: {dim: 3\ndata: {}\n",
+        "r.yaml:2: This is not valid YAML: expected ',' or '}', but got ':'.",
+    ),
+    "a tab": (
+        "model:\n\tdim: 3\n",
+        "r.yaml:2: This is not valid YAML: found character '\\t' that cannot start any token.",
+    ),
+    "empty file": ("# nothing\n", "r.yaml: The file is empty; a recipe has sections such as model and data."),
+    "no mapping": ("- a\n- b\n", "r.yaml:1: A recipe is a mapping of sections."),
+    "a key twice": (TINY + "model: {}\n", "r.yaml:7: Key 'model' is written twice, first at r.yaml:1. (at model)"),
+    "a key that is no text": (TINY + "3: {}\n", "r.yaml:7: Key 3 is not text; put it in quotes."),
+    "stages as a list": (
+        TINY + "stages: [a]\n",
+        "r.yaml:7: Stages are a mapping: a name and an overlay for each. (at stages)",
+    ),
+    "a stage as a list": (TINY + "stages: {a: [b]}\n", "r.yaml:7: A stage is a mapping of sections. (at stages.a)"),
+    "a stage in a stage": (
+        TINY + "stages: {a: {stages: {}}}\n",
+        "r.yaml:7: A stage cannot set 'stages'. (at stages.a.stages)",
+    ),
+    "weights that do not carry over": (
+        STAGED + "  third: {model: {dim: 64}}\n",
+        "r.yaml:10: The weights of stage 'third' have other shapes than those of stage 'images'. (at "
+        "stages.third.model.dim)",
+    ),
+    "trainer": (
+        TINY + "trainer:\n  acelerator: cpu\n",
+        "r.yaml:8: Key 'acelerator' not in 'Trainer'. Did you mean 'accelerator'? (at trainer.acelerator)",
+    ),
+    "trainer's type": (
+        TINY + "trainer: {max_time: 3}\n",
+        "r.yaml:7: Expected text or timedelta or a mapping or null, got 3. (at trainer.max_time)",
+    ),
+    "trainer's steps": (
+        TINY + "trainer: {max_steps: 3}\n",
+        "r.yaml:7: 'max_steps' is not set here but by train.steps. (at trainer.max_steps)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name):
+    text, expected = MISTAKES[name]
+    assert expected in problems(text)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    {
+        "model.depth=0": "Expected at least 1, got 0. (at model.depth)",
+        "train.steps=0": "Expected at least 1, got 0. (at train.steps)",
+        "data.size=[0,16]": "Expected at least 1, got 0. (at data.size.0)",
+        "data.fps=0": "Expected a number above 0, got 0. (at data.fps)",
+        "data.batch.video=-1": "Expected at least 1, got -1. (at data.batch.video)",
+        "train.text_drop=2": "Expected a number from 0 to 1, got 2. (at train.text_drop)",
+        "train.lr=-1": "Expected at least 0, got -1. (at train.lr)",
+        "train.lr=fast": "Expected a number, got 'fast'. (at train.lr)",
+        "score.clips=41": "Expected a number from 0 to 40, got 41. (at score.clips)",
+        "sample.guidance_interval=[.5,.2]": "The interval ends at 0.2, before it begins at 0.5. (at "
+        "sample.guidance_interval)",
+        "model.depth": "'model.depth' is no override; say key=value, e.g. model.depth=4.",
+        "=4": "'=4' is no override; say key=value, e.g. model.depth=4.",
+        "model.detph=4": "Key 'detph' not in 'LinGenConfig'. Did you mean 'depth'? (at model.detph)",
+        "model.patch=[1,2": "This is not valid YAML: did not find expected ',' or ']'. (at model.patch)",
+        "model=4": "Expected a mapping with the settings of 'LinGenConfig', got 4. (at model)",
+        "text.1.dim=3": "text is a list of 1; say text.0 for its first entry. (at text.1)",
+        "text.dim=3": "text is a list of 1; say text.0 for its first entry. (at text.dim)",
+        "stages.audio.train.steps=3": "There is no stage called 'audio'. Known: images, videos. (at stages.audio)",
+        "stages.video.train.steps=3": "There is no stage called 'video'. Did you mean 'videos'? Known: images, videos. "
+        "(at stages.video)",
+        "stages.videos=3": "Say stages.NAME.key=value. (at stages.videos)",
+        "model.mixer={name: temporal_swin, window: [0,4,4]}": (
+            "window=[0, 4, 4] must be three numbers of 1 or more, for t, h and w. (at model.mixer.window)"
+        ),
+        "model.mixer={name: mamba2, head_dim: 16, review: [2,0,2]}": (
+            "review=[2, 0, 2] must be three numbers of 1 or more, for t, h and w. (at model.mixer.review)"
+        ),
+    }.items(),
+)
+def test_mistakes_on_the_command_line(setting, text):
+    found = problems(STAGED, setting)
+    assert any(line.startswith(f"command line: {text}") for line in found), found
+
+
+def test_sizes_below_one_are_said_at_their_own_line():
+    text = TINY.replace(
+        "mixer: {name: attention, num_heads: 2}", "mixer:\n    name: mamba2\n    head_dim: 16\n    review: [2, 0, 2]"
+    )
+    (found,) = problems(text)
+    assert found.startswith("r.yaml:7: ") and found.endswith("(at model.mixer.review)")
+
+
+def test_unknown_stage_and_recipe():
+    assert problems(STAGED, stage="image") == [
+        "There is no stage called 'image'. Did you mean 'images'? Known: images, videos."
+    ]
+    known = "Known: " + ", ".join(shipped_recipes())
+    with pytest.raises(RecipeError, match=f"no recipe called 'quikstart_cpu'. Did you mean 'quickstart_cpu'. {known}"):
+        load_recipe("quikstart_cpu")
+    with pytest.raises(RecipeError, match="There is no recipe file 'no/such.yaml'."):
+        load_recipe("no/such.yaml")
+
+
+def test_extends_takes_one_level():
+    write(TINY, "a.yaml")
+    write("extends: a\n".replace("a\n", "a.yaml\n"), "b.yaml")
+    assert load_recipe("b.yaml").model.dim == 32 and load_recipe("b.yaml").name == "b"
+    write("\nextends: b.yaml\n", "c.yaml")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("c.yaml")
+    assert (
+        str(caught.value) == "c.yaml:2: 'b.yaml' extends another recipe itself; only one level is allowed. (at extends)"
+    )
+    write("extends: t2v_67s\n", "d.yaml")
+    with pytest.raises(
+        RecipeError, match="^d.yaml:1: There is no recipe called 't2v_67s'. Did you mean 't2v_68s'.* \\(at extends\\)$"
+    ):
+        load_recipe("d.yaml")
+    assert load_recipe(write("extends: quickstart_cpu\nmodel: {depth: 1}\n")).model.dim == 96
+
+
+def test_all_mistakes_at_once():
+    text = TINY.replace("depth", "detph") + "train: {lr: fast, betas: [1]}\nstages: {a: {text: [wrods]}}\n"
+    places = [line.partition(": ")[0] for line in problems(text, "seed=x")]
+    assert places == ["command line", "r.yaml:3", "r.yaml:7", "r.yaml:7", "r.yaml:8"]
+
+
+def test_what_needs_no_torch_is_said_without_torch():
+    write(STAGED)
+    code = (
+        "import sys; from lingen.recipe import load_recipe, stages_of; from lingen.registry import RecipeError\n"
+        "assert stages_of('r.yaml') == ['images', 'videos']\n"
+        "try: load_recipe('r.yaml', ['model.detph=3', 'model.mixer=mamba'])\n"
+        "except RecipeError as error: assert len(error.problems) == 2, error\n"
+        "else: raise AssertionError\n"
+        "assert not {'torch', 'lightning', 'av', 'webdataset'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_lingen_needs_no_decoders():
+    code = (
+        "import sys; import lingen, lingen.model, lingen.kernels, lingen.recipe\n"
+        "assert not {'av', 'webdataset', 'omegaconf'} & set(sys.modules), 'too much is imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_build_on_meta_and_load_again(name):
+    base, stages = load_recipe(name), load_stages(name)
+    assert load_recipe(write(to_yaml(base))) == base and load_stages("r.yaml") == stages
+    assert [stage.stage for stage in stages] == stages_of(name)
+    for stage in stages:
+        assert all(count > 0 for count in plan(stage).tokens.values())
+    file = shipped_recipes()[name]
+    jsonschema.validate(parsed(file.read_text(encoding="utf-8")), json_schema())
+    assert re.match(r"# yaml-language-server: \$schema=(\./)?recipe\.schema\.json\n", file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.mixer=attention", "model.depth=38")])
+def test_lingen_and_its_dit_twin_have_four_billion_parameters(overrides):
+    forecast = plan(load_recipe("t2v_68s", overrides, stage="t2v_512_68s"))
+    assert forecast.trained == pytest.approx(4.0e9, rel=0.05)
+    assert forecast.tokens == {"image": 1024, "video": 139_264} and forecast.grids["video"] == (136, 32, 32)
+
+
+def test_the_six_stages_are_the_papers():
+    stages = load_stages("t2v_68s")
+    assert [stage.data.frames for stage in stages] == [1, 272, 272, 544, 1088, 1088]
+    assert [stage.data.size[0] for stage in stages] == [256, 256, 512, 512, 512, 512]
+    assert {stage.model.max_grid for stage in stages} == {(136, 32, 32)}
+    assert (stages[1].data.mix.image, stages[1].data.mix.video) == (1, 100)
+
+
+def test_lingens_flops_grow_linearly_and_attentions_do_not():
+    def ratio(*overrides: str) -> float:
+        short, long = (
+            plan(load_recipe("t2v_68s", overrides, stage=s)).flops["video"] for s in ("t2v_512_17s", "t2v_512_68s")
+        )
+        return long / short
+
+    assert ratio() == pytest.approx(4, rel=1e-6)
+    assert ratio("model.mixer=attention") > 10
+
+
+def test_the_schema_file_is_that_of_the_code():
+    """After a change: lingen show --schema > recipes/recipe.schema.json"""
+    shipped = next(iter(shipped_recipes().values())).parent / "recipe.schema.json"
+    assert json.loads(shipped.read_text(encoding="utf-8")) == json.loads(json.dumps(json_schema()))
+
+
+def test_the_schema_finds_what_the_loader_finds():
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid(parsed(STAGED)) and validator.is_valid(parsed(to_yaml(load_recipe(write(STAGED)))))
+    for text in (
+        "model: {detph: 3}",
+        "model: {patch: [1, 2]}",
+        "stages: {a: {train: {stps: 3}}}",
+        "model: {mixer: mamba}",
+    ):
+        assert not validator.is_valid(parsed(text)), text
+    assert not validator.is_valid(parsed("model: {mixer: {name: mate, windw: [1, 2, 3]}}"))
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3))
+
+
+@given(SCALARS, st.sampled_from([bool, int, float, str, int | None, float | str, tuple[int, int], tuple[float, ...]]))
+def test_check_value_returns_what_the_hint_says_or_a_sentence(value, hint):
+    converted, problem = check_value([value, value], hint) if "tuple" in str(hint) else check_value(value, hint)
+    if problem is None and hint in (bool, int, float, str):
+        assert type(converted) is hint
+    elif problem is None and "tuple" in str(hint):
+        assert isinstance(converted, tuple) and {type(one) for one in converted} <= {
+            int if hint == tuple[int, int] else float
+        }
+    elif problem is not None:
+        assert problem.startswith("Expected ")
+
+
+def test_documentation_of_settings_comes_from_the_signature():
+    from lingen.config import DataConfig
+
+    assert settings_of(DataConfig)["size"].doc == "height and width in pixels"
+    assert settings_of(MIXERS["mate"])["window"].default == (8, 4, 4)

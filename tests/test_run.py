@@ -1,0 +1,310 @@
+"""The curriculum: resume after a kill, hand-over, ranks, guards. Real runs of tiny models on real shards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lingen
+from lingen.average import AveragedWeights
+from lingen.data.ledger import DataError
+from lingen.folder import RunFolder
+from lingen.module import LinGenModule, NonFiniteError
+from lingen.run import fit
+from lingen.weights import find_weights, load_module, read_metadata, read_weights
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: Path) -> dict[tuple[str, str], str]:
+    return {(row["stage"], row["step"]): row["loss"] for row in rows(run) if row.get("loss")}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    path = find_weights(run)
+    return {f"{copy}.{name}": value for copy in ("raw", "averaged") for name, value in read_weights(path, copy).items()}
+
+
+def lingen_command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "lingen", *words]
+
+
+def run_command(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(lingen_command(*words), capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def straight(tiny_recipe: Path, tmp_path: Path) -> Path:
+    """A run of both stages without interruption."""
+    return fit(tiny_recipe, run=tmp_path / "straight").folder.path
+
+
+def test_fit_leaves_everything_in_the_run_folder(straight: Path):
+    assert {row["stage"] for row in rows(straight)} == {"images", "clips"}
+    assert [row["step"] for row in rows(straight) if row["stage"] == "clips" and row["loss"]] == ["2", "4", "6"]
+    columns = rows(straight)[0].keys()
+    assert {
+        "loss/video",
+        "loss/image",
+        "grad_norm",
+        "grad_norm/image",
+        "lr",
+        "tokens_per_second",
+        "validation/loss",
+    } <= columns
+    assert any(name.startswith("loss/time_") for name in columns)
+    assert {"mixer/00/ma_rms", "mixer/01/te_rms", "mixer/01/horizon_median"} <= columns
+    about = json.loads((straight / "run.json").read_text())
+    assert (
+        about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"] == torch.__version__
+    )
+    for stage in ("images", "clips"):
+        metadata = read_metadata(straight / "stages" / stage / "weights.safetensors")
+        assert metadata["stage"] == stage
+    assert (straight / "samples" / "clips-0000006" / "00.mp4").stat().st_size > 500
+    assert (straight / "samples" / "clips-0000006" / "sheet.png").is_file()
+    ledger = json.loads((straight / "ledger.json").read_text())
+    assert ledger["seen"] >= 6
+    reloaded = lingen.load_recipe(straight / "recipe.yaml", stage="clips")
+    assert reloaded.model == load_module(straight).recipe.model
+
+
+def test_same_command_again_does_nothing_and_more_steps_go_on(tiny_recipe: Path, straight: Path, tmp_path: Path):
+    short = tmp_path / "short"
+    fit(tiny_recipe, ["stages.clips.train.steps=2"], run=short)
+    before = losses(short)
+    fit(tiny_recipe, ["stages.clips.train.steps=2"], run=short)
+    assert losses(short) == before
+    fit(tiny_recipe, run=short)
+    assert losses(short) == losses(straight)
+    for name, value in weights(straight).items():
+        assert torch.equal(value, weights(short)[name]), name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_and_the_same_command_give_the_same_run(tiny_recipe: Path, tmp_path: Path, workers: int):
+    words = [
+        "fit",
+        "--recipe",
+        str(tiny_recipe),
+        f"data.workers={workers}",
+        "train.checkpoint_every=2",
+        "train.log_every=1",
+    ]
+    words += ["stages.clips.train.steps=9", "train.sample_every=0", "sample.prompts=[]"]
+    assert run_command(*words, "--run", str(tmp_path / "straight")).returncode == 0
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(lingen_command(*words, "--run", str(killed)), start_new_session=True)
+    wait_for(lambda: RunFolder(killed).checkpoints("clips"), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not RunFolder(killed).weights("clips").is_file(), "the kill came too late to prove anything"
+    again = run_command(*words, "--run", str(killed))
+    assert again.returncode == 0, again.stderr
+    assert losses(killed) == losses(tmp_path / "straight")
+    for name, value in weights(tmp_path / "straight").items():
+        assert torch.equal(value, weights(killed)[name]), name
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_sample_keys_are_the_same_after_a_resume(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[str, int, str, tuple[str, ...]]] = []
+    step = LinGenModule.training_step
+
+    def note(self, batch, batch_idx):
+        seen.append((self.recipe.stage, batch.step, batch.kind, tuple(batch.keys)))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LinGenModule, "training_step", note)
+    fit(tiny_recipe, run=tmp_path / "straight")
+    straight, seen[:] = list(seen), []
+    fit(tiny_recipe, ["stages.clips.train.steps=3"], run=tmp_path / "halves")
+    fit(tiny_recipe, run=tmp_path / "halves")
+    assert seen == straight
+    assert {kind for _, _, kind, _ in straight} == {"image", "video"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGTERM, 75)])
+def test_a_signal_saves_at_the_steps_edge(tiny_recipe: Path, tmp_path: Path, number: int, code: int):
+    run = tmp_path / "run"
+    words = [
+        "fit",
+        "--recipe",
+        str(tiny_recipe),
+        "--run",
+        str(run),
+        "stages.clips.train.steps=100000",
+        "train.checkpoint_every=3",
+    ]
+    process = subprocess.Popen(lingen_command(*words), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: RunFolder(run).checkpoints("clips"), process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert RunFolder(run).checkpoints("clips")
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_rank_of_twice_the_batch(tiny_recipe: Path, tmp_path: Path):
+    common = ["--recipe", str(tiny_recipe), "data.workers=0", "train.text_drop=0.5"]
+    one = run_command("fit", *common, "--run", str(tmp_path / "one"), "data.batch.image=4", "data.batch.video=4")
+    two = run_command(
+        "fit", *common, "--run", str(tmp_path / "two"), "data.batch.image=2", "data.batch.video=2",
+        "trainer.devices=2", "trainer.strategy=ddp",
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    for stage in ("images", "clips"):
+        a, b = (
+            read_weights(tmp_path / run / "stages" / stage / "weights.safetensors", "raw") for run in ("one", "two")
+        )
+        for name, value in a.items():
+            assert torch.allclose(value, b[name], atol=1e-6, rtol=1e-6), name
+    for key, value in losses(tmp_path / "one").items():
+        assert float(value) == pytest.approx(float(losses(tmp_path / "two")[key]), rel=1e-6)
+    ledgers = [json.loads((tmp_path / run / "ledger.json").read_text()) for run in ("one", "two")]
+    assert ledgers[0]["seen"] == ledgers[1]["seen"]
+
+
+def test_accumulated_batches_equal_one_large_batch(tiny_recipe: Path, tmp_path: Path):
+    fit(tiny_recipe, ["data.batch.image=4", "data.batch.video=4"], run=tmp_path / "large", stage="clips")
+    fit(
+        tiny_recipe,
+        ["data.batch.image=2", "data.batch.video=2", "train.accumulate=2"],
+        run=tmp_path / "small",
+        stage="clips",
+    )
+    large, small = (read_weights(find_weights(tmp_path / run), "raw") for run in ("large", "small"))
+    for name, value in large.items():
+        assert torch.allclose(value, small[name], atol=1e-6, rtol=1e-6), name
+
+
+def test_hand_over_takes_raw_weights_and_seeds_the_average(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    started: dict[str, dict[str, torch.Tensor]] = {}
+    start = LinGenModule.on_fit_start
+
+    def note(self):
+        start(self)
+        started[self.recipe.stage] = {name: value.clone() for name, value in self.average.weights().items()}
+        assert self.average.updates == 0
+
+    monkeypatch.setattr(LinGenModule, "on_fit_start", note)
+    folder = fit(tiny_recipe, run=tmp_path / "run").folder
+    raw = read_weights(folder.weights("images"), "raw")
+    averaged = read_weights(folder.weights("images"), "averaged")
+    assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
+    for name, value in started["clips"].items():
+        assert torch.equal(value, raw[name]), name
+
+
+def test_keep_optimizer_carries_the_moments_over(tiny_recipe: Path, tmp_path: Path):
+    kept = ["stages.clips.train.keep_optimizer=true"]
+    fit(tiny_recipe, kept, run=tmp_path / "kept")
+    fit(tiny_recipe, run=tmp_path / "fresh")
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "kept").values(), weights(tmp_path / "fresh").values(), strict=True)
+    )
+
+
+def test_init_starts_from_given_weights(tiny_recipe: Path, straight: Path, tmp_path: Path):
+    run = fit(
+        tiny_recipe,
+        [f"init={straight}", "stages.images.train.steps=1", "train.lr=0"],
+        run=tmp_path / "tuned",
+        stage="images",
+    ).folder
+    given, tuned = read_weights(find_weights(straight), "raw"), read_weights(run.weights("images"), "raw")
+    for name, value in given.items():
+        assert torch.equal(value, tuned[name]), name
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tiny_recipe: Path, straight: Path):
+    with pytest.raises(lingen.RecipeError, match="holds a run of another recipe"):
+        fit(tiny_recipe, ["model.depth=1"], run=straight)
+    refused = run_command("fit", "--recipe", str(tiny_recipe), "--run", str(straight), "seed=5")
+    assert refused.returncode == 2
+    assert "holds a run of another recipe" in refused.stderr and "Traceback" not in refused.stderr
+
+
+NAN_MIXER = """
+import torch
+class Broken(torch.nn.Module):
+    def __init__(self, dim, layer, *, gain: float = 1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(dim))
+    def forward(self, x):
+        return x * self.weight * float("nan")
+"""
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "broken_mixer.py").write_text(NAN_MIXER)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 3 of stage 'clips'.*\.tar:"):
+        fit(tiny_recipe, ["model.mixer=broken_mixer:Broken"], run=tmp_path / "run", stage="clips")
+
+
+def test_too_many_broken_samples_stop_the_run_and_name_the_first(tiny_recipe: Path, broken_shard: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="broken"):
+        fit(
+            tiny_recipe,
+            [f"data.shards.video={broken_shard}", "data.max_dropped=0"],
+            run=tmp_path / "strict",
+            stage="clips",
+        )
+    kept = fit(
+        tiny_recipe, [f"data.shards.video={broken_shard}", "data.max_dropped=1"], run=tmp_path / "lax", stage="clips"
+    )
+    assert sum(json.loads(kept.folder.ledger.read_text())["dropped"].values()) > 0
+
+
+def test_average_warms_up_and_restores():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    average = AveragedWeights({"p": parameter}, decay=0.99)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    average.update()
+    assert torch.allclose(average.weights()["p"], torch.full((3,), 0.9))  # 1 - (1 + 0) / (10 + 0)
+    with average.applied():
+        assert torch.allclose(parameter, torch.full((3,), 0.9))
+    assert torch.equal(parameter, torch.ones(3))
+    for _ in range(2000):
+        average.update()
+    assert torch.allclose(average.weights()["p"], torch.ones(3))
+
+
+def test_decay_pulls_only_at_matrices(tiny_recipe: Path):
+    module = LinGenModule(lingen.load_recipe(tiny_recipe, stage="clips"))
+    decayed, free = module._parameter_groups()
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    assert decayed["weight_decay"] > 0 and free["weight_decay"] == 0
+    free_names = {names[id(p)] for p in free["params"]}
+    assert {name for name in free_names if name.endswith(("a_log", "dt_bias", ".d", "norm.weight"))}
+    assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(module.trained_parameters())

@@ -1,0 +1,130 @@
+"""Scan orders are bijections, cycles cycle, and their adjacency shows what they are for."""
+
+import itertools
+
+import pytest
+import torch
+
+from lingen.blocks.review import pool
+from lingen.blocks.scan import (
+    AXES,
+    ROTARY_MAJOR,
+    adjacency,
+    hilbert,
+    order_of,
+    permutation,
+    to_grid,
+    to_sequence,
+    zigzag,
+)
+from lingen.registry import SCANS, SettingError
+
+GRIDS = [(1, 1, 1), (1, 4, 6), (3, 5, 7), (4, 4, 4), (9, 2, 1)]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", SCANS.names())
+def test_there_and_back(name, grid):
+    x = torch.randn(2, *grid, 3)
+    for layer in range(4):
+        order = order_of(name, layer)
+        index, inverse = permutation(order, grid, CPU)
+        sequence = to_sequence(x, order)
+        raster = torch.arange(index.numel())
+        assert torch.equal(index.sort().values, raster) and torch.equal(index[inverse], raster)
+        assert torch.equal(sequence, x.flatten(1, 3)[:, index])
+        assert torch.equal(to_grid(sequence, order, grid), x)
+
+
+def test_axis_strings_name_the_slowest_axis_first():
+    want = [t * 15 + h * 5 + w for h, w, t in itertools.product(range(3), range(5), range(2))]
+    assert permutation("hwt", (2, 3, 5), CPU)[0].tolist() == want
+    assert set(AXES) <= set(SCANS.names())
+
+
+def test_axis_strings_are_strides():
+    x = torch.randn(1, 2, 3, 4, 5)
+    assert to_grid(to_sequence(x, "thw"), "thw", (2, 3, 4)).data_ptr() == x.data_ptr()
+
+
+def test_rotary_major_takes_turns():
+    assert [order_of("rotary_major", layer) for layer in range(6)] == [*ROTARY_MAJOR, "thw", "twh"]
+
+
+def test_cycles_hold_names_and_functions():
+    mixed = ("hilbert", ("thw", zigzag), "rotary_major")
+    assert [order_of(mixed, layer) for layer in range(6)] == [hilbert, zigzag, "hwt", hilbert, "thw", "twh"]
+
+
+def steps(name, grid):
+    index = permutation(order_of(name, 0), grid, CPU)[0]
+    places = torch.stack(torch.unravel_index(index, grid), 1)
+    return places.diff(dim=0).abs().sum(1)
+
+
+@pytest.mark.parametrize("grid", GRIDS[1:])
+def test_zigzag_never_jumps(grid):
+    assert (steps("zigzag", grid) == 1).all()
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_hilbert_never_jumps_in_a_cube(size):
+    assert (steps("hilbert", (size, size, size)) == 1).all()
+
+
+def test_adjacency_of_raster_order():
+    assert adjacency("thw", (3, 5, 7)) == (35.0, 7.0, 1.0)
+    assert adjacency("wht", (3, 5, 7)) == (1.0, 3.0, 15.0)
+    assert adjacency("rotary_major", (3, 5, 7), layer=3) == (1.0, 3.0, 15.0)
+    assert adjacency("thw", (1, 1, 4)) == (0.0, 0.0, 1.0)
+    # Hilbert treats the axes alike where raster order favours one.
+    assert max(adjacency("hilbert", (8, 8, 8))) < 64.0
+
+
+def test_permutations_are_real_on_meta_and_under_inference():
+    with torch.device("meta"), torch.inference_mode():
+        index, _ = permutation(order_of("hilbert", 0), (2, 3, 6), CPU)
+    assert index.device == CPU and not index.is_inference() and index.sum() == sum(range(36))
+
+
+def one_place(t, h, w):
+    return torch.zeros(t * h * w, dtype=torch.long)
+
+
+def too_short(t, h, w):
+    return torch.arange(t * h)
+
+
+@pytest.mark.parametrize("bad", [one_place, too_short, lambda t, h, w: torch.arange(t * h * w) + 1])
+def test_no_bijection_is_named(bad):
+    with pytest.raises(SettingError, match=f"Scan order '{bad.__name__}' does not visit each of the 24 tokens"):
+        order_of(bad, 0)
+
+
+def late(t, h, w):
+    return torch.arange(t * h * w) if t < 5 else torch.zeros(t * h * w).long()
+
+
+def test_no_bijection_on_another_grid_is_named():
+    with pytest.raises(SettingError, match="'late' does not visit each of the 12 tokens of a \\(6, 1, 2\\) grid once"):
+        to_sequence(torch.randn(1, 6, 1, 2, 1), order_of(late, 0))
+
+
+def test_unknown_scans_are_settings():
+    with pytest.raises(SettingError, match="Did you mean 'zigzag'") as caught:
+        order_of("zigzig", 0)
+    assert caught.value.setting == "scan"
+    for nothing in ((), ((),)):
+        with pytest.raises(SettingError, match="is no scan order"):
+            order_of(nothing, 0)
+
+
+@pytest.mark.parametrize("grid, kernel", [((4, 4, 6), (2, 2, 2)), ((1, 5, 7), (2, 2, 3)), ((3, 1, 2), (9, 1, 4))])
+def test_pool_averages_real_tokens(grid, kernel):
+    x = torch.randn(2, *grid, 3, dtype=torch.float64)
+    got = pool(x, kernel)
+    for t, h, w in itertools.product(*map(range, got.shape[1:4])):
+        window = x[:, *(slice(i * k, (i + 1) * k) for i, k in zip((t, h, w), kernel, strict=True))]
+        assert torch.allclose(got[:, t, h, w], window.mean((1, 2, 3)), atol=1e-14)
+    assert got.shape[1:4] == tuple(-(-n // min(n, k)) for n, k in zip(grid, kernel, strict=True))

@@ -1,0 +1,135 @@
+"""The judge: right on real clips after H.264, steady on the soft and noisy ones of a small model, fair to empty."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+
+import av
+import numpy as np
+import pytest
+
+from lingen.data.encode import encode_mp4
+from lingen.data.synthetic import captions, draw
+from lingen.metrics.shapes import judge, score, wilson
+
+
+def real(size: tuple[int, int], frames: int = 8) -> tuple[list[np.ndarray], list[str]]:
+    """Four clips of each held-out caption, through H.264."""
+    rng = np.random.default_rng(7)
+    texts = [*captions("tune"), *captions("report")] * 4
+    clips = []
+    for text in texts:
+        with av.open(io.BytesIO(encode_mp4(draw(text, size, frames, rng), 8))) as file:
+            clips.append(np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]))
+    return clips, texts
+
+
+def shares(clips: list[np.ndarray], texts: list[str]) -> tuple[float, float, float]:
+    result = score(clips, texts)
+    assert result.empty == 0
+    return result.colour.share, result.shape.share, result.motion.share
+
+
+def soften(clip: np.ndarray) -> np.ndarray:
+    padded = np.pad(clip.astype(float), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    h, w = clip.shape[1:3]
+    return sum(padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)) / 9
+
+
+def as_clip(values: np.ndarray) -> np.ndarray:
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (32, 32), (24, 40)])
+def test_the_judge_is_right_on_real_clips(size: tuple[int, int]):
+    colour, shape, motion = shares(*real(size))
+    assert colour >= 0.99 and shape >= 0.97 and motion >= 0.97
+
+
+@pytest.mark.parametrize("fault", ["blur", "noise", "faint", "fade"])
+def test_the_judge_is_steady_on_clips_of_a_small_model(fault: str):
+    rng = np.random.default_rng(0)
+    make = {
+        "blur": lambda clip: soften(soften(clip)),
+        "noise": lambda clip: soften(clip) + rng.normal(0, 20, clip.shape),
+        "faint": lambda clip: (soften(clip) - 128) * 0.4 + 128,
+        "fade": lambda clip: clip * np.linspace(0.75, 1, len(clip))[:, None, None, None],
+    }[fault]
+    clips, texts = real((24, 24))
+    colour, shape, motion = shares([as_clip(make(clip)) for clip in clips], texts)
+    assert colour >= 0.97 and shape >= 0.9 and motion >= 0.95
+
+
+def test_wrong_clips_are_judged_wrong():
+    clips, texts = real((24, 24))
+    for attribute, index in (("colour", 0), ("shape", 1), ("motion", 2)):
+        other = [_swap(text, index) for text in texts]
+        result = score(clips, other)
+        assert getattr(result, attribute).share <= 0.03
+        assert all(getattr(result, name).share >= 0.97 for name in {"colour", "shape", "motion"} - {attribute})
+        assert result.all.share <= 0.03
+
+
+def _swap(caption: str, index: int) -> str:
+    """The caption with one attribute changed."""
+    a, colour, shape, motion = caption.split(" ", 3)
+    if index == 0:
+        colour = "green" if colour != "green" else "red"
+    elif index == 1:
+        shape = "circle" if shape != "circle" else "square"
+    else:
+        motion = "grows" if motion != "grows" else "moves up"
+    return f"{a} {colour} {shape} {motion}"
+
+
+@pytest.mark.parametrize("kind", ["plain", "faint noise", "noise", "half and half"])
+def test_a_clip_that_shows_no_object_is_empty(kind: str):
+    rng = np.random.default_rng(1)
+    clip = {
+        "plain": np.full((8, 24, 24, 3), 90),
+        "faint noise": 120 + rng.normal(0, 8, (8, 24, 24, 3)),
+        "noise": rng.uniform(0, 255, (8, 24, 24, 3)),
+        "half and half": np.concatenate([np.zeros((8, 24, 9, 3)), np.full((8, 24, 15, 3), 255)], axis=2),
+    }[kind]
+    verdict = judge(as_clip(clip))
+    assert verdict == (None, None, None, True), verdict
+    result = score([as_clip(clip)], ["a red circle grows"])
+    assert result.empty == 1 and result.all.share == 0 and result.motion.share == 0
+
+
+def test_still_clips_images_grey_and_vanishing_objects():
+    rng = np.random.default_rng(2)
+    clip = draw("a yellow square", (24, 24), 8, rng)
+    assert judge(clip) == ("yellow", "square", None, False)
+    assert judge(clip[:1]) == ("yellow", "square", None, False)
+    grey = clip.mean(-1, keepdims=True).repeat(3, -1)
+    assert judge(as_clip(grey)).colour is None
+    moving = draw("a yellow square moves left", (24, 24), 8, rng)
+    moving[5:] = moving[0, 0, 0]
+    assert judge(moving).motion is None
+    assert score([clip[:1]], ["a yellow square"]).all.share == 1
+
+
+def test_score_rows_and_intervals():
+    clips, texts = real((24, 24))
+    result = score(clips[:8], [*texts[:6], _swap(texts[6], 0), _swap(texts[7], 0)])
+    assert [row["attribute"] for row in result.rows()] == ["colour", "shape", "motion", "all"]
+    assert result.colour.share == 0.75 and (result.colour.low, result.colour.high) == wilson(6, 8)
+    assert result.colour.chance == 1 / 6 and result.all.chance == pytest.approx(1 / 108)
+    assert asdict(result)["shape"]["chance"] == 1 / 3
+
+
+def test_wilson_agrees_with_the_literature():
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)  # Newcombe 1998, method 3
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(5, 5)[1] == 1.0
+    with pytest.raises(ValueError, match="at least one sample"):
+        wilson(0, 0)
+
+
+def test_wrong_calls_say_so():
+    with pytest.raises(ValueError, match="got 0 clips and 0 captions"):
+        score([], [])
+    with pytest.raises(ValueError, match=r"A clip is uint8 \[t h w 3\], got float64 \[8, 24, 24, 3\]"):
+        judge(np.zeros((8, 24, 24, 3)))

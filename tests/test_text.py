@@ -1,0 +1,135 @@
+"""Text encoders: tokens, masks, and what happens to empty and to long texts."""
+
+import logging
+
+import pytest
+import torch
+
+from lingen.registry import TEXT_ENCODERS, RecipeError, SettingError
+from lingen.text import with_frame_rate
+from lingen.text.small import Bytes, Words
+
+SMALL = ["words", "bytes"]
+FROZEN = {"ul2": 4096, "byt5": 1472, "metaclip": 1280}
+
+
+def build(name, **settings):
+    torch.manual_seed(0)
+    return TEXT_ENCODERS.build({"name": name, "dim": 16, **settings})
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_tokens_and_masks_have_the_promised_shapes(name):
+    encoder = build(name)
+    tokens, mask = encoder.encode(["a red circle", "", "été"])
+    assert encoder.trainable and encoder.dim == 16
+    assert tokens.shape == (3, mask.shape[1], 16) and mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == ([3, 0, 1] if name == "words" else [13, 0, 6])
+    assert torch.isfinite(tokens).all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_empty_texts_alone_still_make_a_sequence(name):
+    tokens, mask = build(name).encode(["", "", ""])
+    assert tokens.shape == (3, 1, 16) and not mask.any()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_text_does_not_depend_on_its_neighbours_in_the_batch(name):
+    encoder = build(name).double()
+    alone, _ = encoder.encode(["red"])
+    beside, mask = encoder.encode(["a much longer caption than the other", "red"])
+    torch.testing.assert_close(beside[1][mask[1]], alone[0])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_word_order_matters(name):
+    encoder = build(name)
+    assert not torch.allclose(*(encoder.encode([text])[0] for text in ("red on blue", "blue on red")))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_reach_every_parameter_and_an_empty_text_has_none(name):
+    encoder = build(name)
+    tokens, mask = encoder.encode(["a red circle", ""])
+    (tokens * torch.randn_like(tokens))[mask].sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_encoder_gives_the_same_in_training_and_in_evaluation(name):
+    encoder = build(name)
+    trained = encoder.train().encode(["a red circle", "red", ""])
+    with torch.no_grad():
+        evaluated = encoder.eval().encode(["a red circle", "red", ""])
+    assert torch.equal(trained[1], evaluated[1])
+    torch.testing.assert_close(evaluated[0][evaluated[1]], trained[0][trained[1]].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "unit"), [("words", "words"), ("bytes", "bytes")])
+def test_a_long_text_is_cut_counted_and_said_once(name, unit, caplog):
+    encoder = build(name, max_tokens=4)
+    with caplog.at_level(logging.WARNING, "lingen"):
+        tokens, mask = encoder.encode(["one two three four five six", "a b", "1 2 3 4 5"])
+        encoder.encode(["one two three four five"])
+    assert mask.shape[1] == (4 if name == "words" else 5)
+    assert encoder.cut.count == 3
+    (record,) = caplog.records
+    assert f"{unit} was cut to 4 (text.max_tokens)" in record.getMessage()
+
+
+def test_words_ignore_case_and_punctuation():
+    encoder = Words(dim=8)
+    assert torch.equal(encoder.encode(["A red, circle!"])[0], encoder.encode(["a RED circle"])[0])
+
+
+def test_words_of_the_embedded_data_do_not_share_a_bucket():
+    from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES
+
+    words = {word for part in (*COLOURS, *SHAPES, *MOTIONS, "a fps 8 16 24") for word in part.split()}
+    words |= set("a fps 8 16 24".split())
+    assert len({Words()._ids(word)[0] for word in words}) == len(words)
+
+
+def test_bytes_tell_accents_apart_and_take_any_text():
+    encoder = Bytes(dim=8)
+    tokens, mask = encoder.encode(["ete", "été", "红色", "\ud800"])
+    assert mask.sum(1).tolist() == [4, 6, 7, 2] and torch.isfinite(tokens).all()
+
+
+@pytest.mark.parametrize(("name", "dim"), FROZEN.items())
+def test_frozen_encoders_are_planned_with_but_not_run(name, dim):
+    with torch.device("meta"):
+        encoder = TEXT_ENCODERS.build({"name": name, "path": "nowhere", "max_tokens": 8})
+    assert (encoder.dim, encoder.trainable, encoder.max_tokens) == (dim, False, 8)
+    with pytest.raises(RecipeError, match=f"'{name}' can be planned with but not run.*'words' or 'bytes'"):
+        encoder.encode(["a red circle"])
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        (name, setting)
+        for name, more in (("words", "buckets"), ("bytes", "depth"))
+        for setting in ("dim", "max_tokens", more)
+    ]
+    + [(name, "max_tokens") for name in FROZEN],
+)
+def test_settings_below_one_are_named(name, setting):
+    with pytest.raises(SettingError, match=f"{setting}=0 must be 1 or more") as error:
+        TEXT_ENCODERS.build({"name": name, setting: 0})
+    assert error.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    ("caption", "fps", "said"),
+    [
+        ("A red ball.", 16.0, "FPS-16. A red ball."),
+        ("A red ball.", 12.5, "FPS-12.5. A red ball."),
+        ("A red ball.", 0.0, "A red ball."),
+        ("", 16.0, "FPS-16."),
+        ("", 0.0, ""),
+    ],
+)
+def test_the_frame_rate_stands_before_the_caption(caption, fps, said):
+    assert with_frame_rate(caption, fps) == said
