@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -239,17 +239,24 @@ class MetricsFile(Logger):
         self._last = row
 
 
-class MixerProbes(Callback):
-    """Logs what goes on inside the mixers at each logged step: the memory horizon of every scan (median and largest
-    over its heads, in tokens) and the output RMS of both branches of every MATE layer."""
+class Rows(Callback):
+    """Logs a row every `train.log_every` steps, before a checkpoint of the same step is written.
+
+    With it goes what happens inside the mixers at that step: the memory horizon of every scan (median and largest over
+    its heads, in tokens) and the output RMS of both branches of every MATE layer.
+    """
 
     def __init__(self) -> None:
         self._hooks: list[Any] = []
         self._rms: dict[str, Tensor] = {}
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+    @staticmethod
+    def _is_due(pl_module: Any, steps: int) -> bool:
         settings = pl_module.recipe.train
-        if (batch_idx + 1) % (settings.log_every * settings.accumulate):
+        return steps % settings.log_every == 0 or steps >= settings.steps
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % pl_module.recipe.train.accumulate or not self._is_due(pl_module, trainer.global_step + 1):
             return
         for index, block in enumerate(pl_module.model.blocks):
             for branch in ("ma", "te"):
@@ -266,17 +273,23 @@ class MixerProbes(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if not self._hooks:
+        if (batch_idx + 1) % pl_module.recipe.train.accumulate or not self._is_due(pl_module, trainer.global_step):
             return
         for hook in self._hooks:
             hook.remove()
-        values = dict(self._rms)
-        for index, block in enumerate(pl_module.model.blocks):
-            for part in block.mixer.modules():
-                if hasattr(part, "horizon"):
-                    horizon = part.horizon().flatten()
-                    values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
-                    values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
-        self._hooks, self._rms = [], {}
-        for name, value in values.items():
+        for name, value in (self._rms | horizons(pl_module)).items():
             pl_module.meter.add(name, value[None])
+        self._hooks, self._rms = [], {}
+        pl_module.log_row(pl_module.collect_metrics())
+
+
+def horizons(module: LinGenModule) -> dict[str, Tensor]:
+    """Memory horizon of each scan, in tokens, see `Mamba2.horizon`."""
+    values: dict[str, Tensor] = {}
+    for index, block in enumerate(module.model.blocks):
+        for part in cast(nn.Module, block.mixer).modules():
+            if hasattr(part, "horizon"):
+                horizon = cast(Any, part).horizon().flatten()
+                values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
+                values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
+    return values

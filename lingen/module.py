@@ -108,9 +108,10 @@ class LinGenModule(lightning.LightningModule):
             purpose: names the stream of random numbers: a stage's name, or ``validation`` (always the same times and
                 noise, no text left out).
         Returns:
-            losses [b] and times [b], float32.
+            losses [b] and times [b], float32 (float64 where the model is).
         """
-        latents = self.encode_clips(batch.clips).float()
+        dtype = torch.promote_types(self.model.patchify.weight.dtype, torch.float32)
+        latents = self.encode_clips(batch.clips).to(dtype)
         shift = flow.resolve_shift(self.recipe.time.shift, math.prod(self.model.grid_of(latents.shape[2:])))
         draws = flow.draw(latents.shape[1:], batch.slots, (self.recipe.seed, purpose), self.recipe.time, shift)
         noise, times = draws.noise.to(latents), draws.times.to(latents)
@@ -119,7 +120,7 @@ class LinGenModule(lightning.LightningModule):
             "" if left_out else caption for caption, left_out in zip(batch.captions, drop.tolist(), strict=True)
         ]
         velocity = self.model(flow.interpolate(noise, latents, times), times, self.encode_text(captions, batch.fps))
-        error = velocity.float() - flow.target(noise, latents)
+        error = velocity.to(dtype) - flow.target(noise, latents)
         return error.square().flatten(1).mean(1), times
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -194,7 +195,7 @@ class LinGenModule(lightning.LightningModule):
         if self.bad_steps >= self.recipe.train.max_nonfinite:
             raise NonFiniteError(
                 f"The loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step "
-                f"{self.global_step} of stage '{self.recipe.stage or 'main'}'; samples of this rank's last batch: "
+                f"{self.global_step + 1} of stage '{self.recipe.stage or 'main'}'; samples of this rank's last batch: "
                 f"{', '.join(self._batch.keys)}. Lower train.lr, lengthen train.warmup, or look at these samples. "
                 "Nothing of these steps was kept."
             )
@@ -249,12 +250,6 @@ class LinGenModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self._started = (clock.perf_counter(), self.global_step)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        settings = self.recipe.train
-        stepped = (batch_idx + 1) % settings.accumulate == 0
-        if stepped and (self.global_step % settings.log_every == 0 or self.global_step >= settings.steps):
-            self.log_row(self.collect_metrics())
 
     def collect_metrics(self) -> dict[str, float]:
         """Means since the last call, over all ranks; speed in tokens per second of all ranks together."""

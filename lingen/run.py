@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 
-from lingen.callbacks import ClipsDuringTraining, MetricsFile, MixerProbes, StageEnd, StepEdge, Steps
+from lingen.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.config import Component, Recipe
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
@@ -134,7 +134,7 @@ def train_stage(
         save_weights(folder.weights(name), module, to_yaml(base), step)
         sample(module, step)
 
-    callbacks = [edge, ClipsDuringTraining(sample), StageEnd(finish), MixerProbes(), Steps(reporter.step)]
+    callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step)]
     metrics = MetricsFile(folder.metrics, name, done, reporter.row)
     trainer = build_trainer(recipe, folder, callbacks, metrics)
     with warnings.catch_warnings():

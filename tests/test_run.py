@@ -167,7 +167,7 @@ def test_a_signal_saves_at_the_steps_edge(tiny_recipe: Path, tmp_path: Path, num
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_rank_of_twice_the_batch(tiny_recipe: Path, tmp_path: Path):
-    common = ["--recipe", str(tiny_recipe), "data.workers=0", "train.text_drop=0.5"]
+    common = ["--recipe", str(tiny_recipe), "data.workers=0", "train.text_drop=0.5", "trainer.precision=64-true"]
     one = run_command("fit", *common, "--run", str(tmp_path / "one"), "data.batch.image=4", "data.batch.video=4")
     two = run_command(
         "fit", *common, "--run", str(tmp_path / "two"), "data.batch.image=2", "data.batch.video=2",
@@ -180,7 +180,7 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(tiny_recipe: Path, tmp_path
             read_weights(tmp_path / run / "stages" / stage / "weights.safetensors", "raw") for run in ("one", "two")
         )
         for name, value in a.items():
-            assert torch.allclose(value, b[name], atol=1e-6, rtol=1e-6), name
+            assert torch.allclose(value, b[name], atol=1e-9, rtol=1e-9), name
     for key, value in losses(tmp_path / "one").items():
         assert float(value) == pytest.approx(float(losses(tmp_path / "two")[key]), rel=1e-6)
     ledgers = [json.loads((tmp_path / run / "ledger.json").read_text()) for run in ("one", "two")]
@@ -188,10 +188,11 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(tiny_recipe: Path, tmp_path
 
 
 def test_accumulated_batches_equal_one_large_batch(tiny_recipe: Path, tmp_path: Path):
-    fit(tiny_recipe, ["data.batch.image=4", "data.batch.video=4"], run=tmp_path / "large", stage="clips")
+    double = ["trainer.precision=64-true"]  # AdamW divides by |gradient|: in float32 the rounding of tiny ones shows
+    fit(tiny_recipe, [*double, "data.batch.image=4", "data.batch.video=4"], run=tmp_path / "large", stage="clips")
     fit(
         tiny_recipe,
-        ["data.batch.image=2", "data.batch.video=2", "train.accumulate=2"],
+        [*double, "data.batch.image=2", "data.batch.video=2", "train.accumulate=2"],
         run=tmp_path / "small",
         stage="clips",
     )

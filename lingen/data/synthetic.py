@@ -39,7 +39,7 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "turn
 Split = Literal["train", "tune", "report"]
 SPLITS: tuple[Split, ...] = ("train", "tune", "report")
 KINDS = ("image", "video")
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the drawing changes, so that an old cache is not taken for a new one."""
 
 
@@ -113,7 +113,7 @@ def draw(caption: str, size: tuple[int, int], frames: int, rng: np.random.Genera
     height, width = size
     side = min(height, width)
     s = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
-    radius = side * rng.uniform(0.2, 0.22) * np.ones(frames)
+    radius = side * rng.uniform(0.24, 0.26) * np.ones(frames)
     angle = rng.uniform(-0.1, 0.1) * np.ones(frames)
     x, y = (extent / 2 + side * rng.uniform(-0.04, 0.04) + np.zeros(frames) for extent in (width, height))
     if motion == "grows":
