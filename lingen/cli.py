@@ -47,10 +47,13 @@ JSON = argument("--json", action="store_true", help="for machines")
 
 
 def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[Run], Run]:
-    """Makes a function the command of its name. With `overrides`, ``key=value`` words arrive in ``args.overrides``."""
+    """Makes a function the command of its name, `data_fetch` that of ``lingen data fetch``.
+
+    With `overrides`, ``key=value`` words arrive in ``args.overrides``.
+    """
 
     def add(run: Run) -> Run:
-        COMMANDS[run.__name__.rstrip("_")] = Command(run, help, arguments, overrides)
+        COMMANDS[run.__name__.rstrip("_").replace("_", " ")] = Command(run, help, arguments, overrides)
         return run
 
     return add

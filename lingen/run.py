@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import logging
-import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers.logger import Logger
 
 from lingen.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
-from lingen.config import Component, Recipe
+from lingen.config import Recipe
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
-from lingen.folder import RunFolder, as_json, default_path, write_text
-from lingen.generate import best_device, clip_size, decode, sample_latents
+from lingen.folder import RunFolder, default_path
 from lingen.module import LinGenModule, NonFiniteError
 from lingen.ranks import is_first_rank
 from lingen.recipe import load_recipe, load_stages, to_yaml
-from lingen.registry import RecipeError, import_object
-from lingen.video import contact_sheet, save_video
-from lingen.weights import find_weights, load_into, load_module, read_weights, save_weights
+from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.samples import sample_prompts, score
+from lingen.trainer import build_trainer, quiet_lightning
+from lingen.weights import find_weights, load_into, read_weights, save_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit"]
 
@@ -88,6 +83,7 @@ def fit(
     names = [str(s.stage) for s in stages]
     if stage is not None:
         load_recipe(recipe, overrides, stage=stage)  # says which stages there are
+    check_ready([s for s in stages if stage in (None, s.stage)])
     folder = RunFolder(Path(run) if run else default_path(stages))
     if is_first_rank():
         folder.open(stages, to_yaml(base))
@@ -102,8 +98,30 @@ def fit(
         if number is not None:
             return Outcome(folder, number)
     if stages[-1].score.clips and folder.weights(names[-1]).is_file() and is_first_rank():
-        score(folder, stages[-1], reporter)
+        if scored_steps(folder) == folder.finished_steps(names[-1]):
+            reporter.say(f"the score stands in {folder.score}")
+        else:
+            reporter.say(f"judging {stages[-1].score.clips} clips of held-out captions")
+            score(folder, stages[-1])
     return Outcome(folder)
+
+
+def check_ready(stages: Sequence[Recipe]) -> None:
+    """RecipeError where a part cannot run yet or shards are not there, before anything is built."""
+    for recipe in stages:
+        with torch.device("meta"):
+            parts = [AUTOENCODERS.build(recipe.autoencoder), *(TEXT_ENCODERS.build(one) for one in recipe.text)]
+        for part in parts:
+            if hasattr(part, "check_ready"):
+                part.check_ready()
+        ClipData(recipe).check()
+        if recipe.init is not None:
+            find_weights(recipe.init)
+
+
+def scored_steps(folder: RunFolder) -> int:
+    """Steps of the weights that were scored; 0: none."""
+    return int(json.loads(folder.score.read_text())["step"]) if folder.score.is_file() else 0
 
 
 def last_step(folder: RunFolder, stage: str) -> int:
@@ -119,12 +137,6 @@ def train_stage(
     recipe = stages[index]
     name = str(recipe.stage)
     done = last_step(folder, name)
-    lightning.seed_everything(recipe.seed, verbose=False)
-    module = LinGenModule(recipe)
-    if done == 0:
-        hand_over(module, folder, stages, index, reporter)
-    data = ClipData(recipe)
-    data.start_step = done
     edge = StepEdge(folder, name, Ledger())
 
     def sample(module: LinGenModule, step: int) -> None:
@@ -135,8 +147,13 @@ def train_stage(
         sample(module, step)
 
     callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step)]
-    metrics = MetricsFile(folder.metrics, name, done, reporter.row)
-    trainer = build_trainer(recipe, folder, callbacks, metrics)
+    trainer = build_trainer(recipe, folder, callbacks, MetricsFile(folder.metrics, name, done, reporter.row))
+    lightning.seed_everything(recipe.seed, verbose=False)
+    module = LinGenModule(recipe)
+    if done == 0:
+        hand_over(module, folder, stages, index, reporter)
+    data = ClipData(recipe)
+    data.start_step = done
     with warnings.catch_warnings():
         quiet_lightning()
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint_path(folder, name), weights_only=True)
@@ -177,150 +194,3 @@ def read_optimizer(folder: RunFolder, stage: str) -> dict[str, Any]:
     """AdamW's moments at the end of a stage."""
     state = torch.load(folder.checkpoints(stage)[-1], map_location="cpu", weights_only=True)
     return state["optimizer_states"][0]
-
-
-def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback], metrics: Logger) -> lightning.Trainer:
-    """lightning.Trainer with the recipe's arguments and ours."""
-    arguments = dict(recipe.trainer)
-    loggers = [metrics, *(build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard")))]
-    settings = recipe.train
-    batches = settings.steps * settings.accumulate
-    every = settings.validate_every * settings.accumulate or batches
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-    if SLURMEnvironment.detect():
-        # Lightning's own requeue handler saves inside the signal handler; ours waits for the step's edge.
-        arguments.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
-    with warnings.catch_warnings():
-        quiet_lightning()
-        return lightning.Trainer(
-            **arguments,
-            max_steps=settings.steps,
-            max_epochs=-1,
-            min_epochs=0,
-            accumulate_grad_batches=settings.accumulate,
-            val_check_interval=min(every, batches),
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            logger=loggers,
-            callbacks=callbacks,
-            default_root_dir=folder.path,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-
-
-LOGGERS = {
-    "tensorboard": "lightning.pytorch.loggers:TensorBoardLogger",
-    "wandb": "lightning.pytorch.loggers:WandbLogger",
-    "mlflow": "lightning.pytorch.loggers:MLFlowLogger",
-    "comet": "lightning.pytorch.loggers:CometLogger",
-    "neptune": "lightning.pytorch.loggers:NeptuneLogger",
-}
-
-
-def listed(value: Any) -> list[Any]:
-    """`trainer.logger` in all its spellings: false or null, a name, a component, a list of them."""
-    if value in (None, False):
-        return []
-    return list(value) if isinstance(value, list | tuple) else ["tensorboard" if value is True else value]
-
-
-def build_logger(component: str | Component, folder: RunFolder) -> Logger:
-    """Any Lightning logger: a short name or ``module:Class``, with its own arguments."""
-    settings = {"name": component} if isinstance(component, str) else dict(component)
-    name = settings.pop("name")
-    if name not in LOGGERS and ":" not in name:
-        raise RecipeError(
-            f"There is no logger called '{name}'. Known: {', '.join(LOGGERS)}. Or write 'module:Class'. "
-            "(at trainer.logger)"
-        )
-    if name == "tensorboard":
-        settings = {"save_dir": str(folder.path), "name": "tensorboard", "version": ""} | settings
-    return import_object(LOGGERS.get(name, name))(**settings)
-
-
-def quiet_lightning() -> None:
-    """Silences advice that does not apply: the loader is endless by design, and its workers are a setting."""
-    for text in (
-        ".*does not have many workers.*",
-        ".*max_epochs.*",
-        ".*GPU available but not used.*",
-        ".*in eval mode.*",
-        ".*isinstance.treespec.*",
-        ".*Total length of.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
-    if not os.environ.get("LINGEN_DEBUG"):
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
-    """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too."""
-    if not prompts:
-        return
-    clips = sample_clips(module, prompts)
-    target = folder.samples(str(module.recipe.stage), step)
-    for number, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
-        save_video(clip, target / f"{number:02d}.mp4", module.recipe.data.fps, title=prompt)
-    sheet = contact_sheet(clips, target / "sheet.png", prompts)
-    log_sheet(module, sheet, step)
-
-
-def sample_clips(module: LinGenModule, prompts: Sequence[str], batch: int = 8) -> list[Any]:
-    """uint8 [t h w 3] for each prompt, in eval mode, with the averaged weights where the module holds both copies."""
-    clip = clip_size(module)
-    was_training = module.training
-    module.eval()
-    clips: list[Any] = []
-    with module.averaged_weights():
-        for first in range(0, len(prompts), batch):
-            latents = sample_latents(module, prompts[first : first + batch], clip, module.recipe.sample, first=first)
-            clips += decode(module.autoencoder, latents, clip.frames)
-    module.train(was_training)
-    return clips
-
-
-def log_sheet(module: LinGenModule, sheet: Path, step: int) -> None:
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-    from PIL import Image
-
-    for logger in module.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            import numpy as np
-
-            logger.experiment.add_image("samples", np.asarray(Image.open(sheet)), step, dataformats="HWC")
-        elif isinstance(logger, WandbLogger):
-            logger.log_image("samples", [str(sheet)], step=step)
-
-
-def score(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> None:
-    """Judges colour, shape and motion of clips sampled for held-out captions, and of real ones to judge the judge."""
-    from lingen.data.synthetic import captions as captions_of
-    from lingen.data.synthetic import held_out_clips
-    from lingen.metrics.shapes import score as judge
-
-    if folder.score.is_file() and json.loads(folder.score.read_text())["step"] == folder.finished_steps(
-        str(recipe.stage)
-    ):
-        reporter.say(f"the score stands in {folder.score}")
-        return
-    module = load_module(folder.weights(str(recipe.stage)), device=best_device())
-    captions = list(itertools.islice(itertools.cycle(captions_of(recipe.score.split)), recipe.score.clips))
-    clips = sample_clips(module, captions)
-    real, real_captions = held_out_clips(recipe, recipe.score.clips, recipe.score.split)
-    step = folder.finished_steps(str(recipe.stage))
-    result = {
-        "step": step,
-        "split": recipe.score.split,
-        "sampled": asdict(judge(clips, captions)),
-        "real": asdict(judge(real, real_captions)),
-    }
-    target = folder.samples("score", step)
-    contact_sheet(clips, target / "sheet.png", captions)
-    save_video(clips[0], target / "00.mp4", recipe.data.fps, title=captions[0])
-    write_text(folder.score, as_json(result))

@@ -33,13 +33,14 @@ class TAE(nn.Module):
 
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Raises RecipeError."""
-        self._missing()
+        self.check_ready()
 
     def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
         """Raises RecipeError."""
-        self._missing()
+        self.check_ready()
 
-    def _missing(self) -> NoReturn:
+    def check_ready(self) -> NoReturn:
+        """What a run asks before it starts. Raises RecipeError."""
         raise RecipeError(
             "The autoencoder 'tae' can be planned with but not run: its network and weights come in a later release. "
             "Meanwhile train in pixel space with 'autoencoder: pixels'."

@@ -48,6 +48,12 @@ class ClipData(lightning.LightningDataModule):
         """Kinds that the mix asks for."""
         return [kind for kind in KINDS if getattr(self.recipe.data.mix, kind) > 0]
 
+    def check(self) -> None:
+        """RecipeError where a pattern of the recipe's shards matches no file; nothing is read."""
+        for setting in ("shards", "validation"):
+            for kind in self.kinds:
+                expand(getattr(getattr(self.recipe.data, setting), kind), f"data.{setting}.{kind}")
+
     def prepare_data(self) -> None:
         """Draws the synthetic clips where the recipe names no shards; done once per machine."""
         self._shards()

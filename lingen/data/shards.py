@@ -59,7 +59,8 @@ def _expand_one(pattern: str, setting: str) -> list[Path]:
     found = [match for name in names for match in (glob(name, recursive=True) if has_magic(name) else [name])]
     if not found:
         raise RecipeError(
-            f"{setting}: no file matches '{pattern}'; correct the pattern, or the folder that lingen is started in."
+            f"{setting}: no file matches '{pattern}'; correct the pattern, or the folder that lingen is started in. "
+            "(`lingen data fetch emoji` and `lingen data fetch footage` make data/emoji and data/footage.)"
         )
     for name in found:
         if os.path.isdir(name):

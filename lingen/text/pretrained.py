@@ -1,6 +1,6 @@
 """LinGen's three frozen text encoders: known by their widths, so that recipes with them can be checked and planned."""
 
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ class _Frozen(nn.Module):
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """Raises RecipeError."""
+        self.check_ready()
+
+    def check_ready(self) -> NoReturn:
+        """What a run asks before it starts. Raises RecipeError."""
         raise RecipeError(
             f"The text encoder '{type(self).__name__.lower()}' can be planned with but not run: it arrives with "
             "the frozen parts in a later release. Meanwhile use 'words' or 'bytes', which are trained along."

@@ -1,0 +1,78 @@
+"""Clips that a run makes of itself: of the recipe's prompts while it trains, of held-out captions for the score."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lingen.config import Recipe
+from lingen.folder import RunFolder, as_json, write_text
+from lingen.generate import best_device, clip_size, decode, sample_latents
+from lingen.module import LinGenModule
+from lingen.video import contact_sheet, save_video
+from lingen.weights import load_module
+
+
+def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
+    """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too."""
+    if not prompts:
+        return
+    clips = sample_clips(module, prompts)
+    target = folder.samples(str(module.recipe.stage), step)
+    for number, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
+        save_video(clip, target / f"{number:02d}.mp4", module.recipe.data.fps, title=prompt)
+    sheet = contact_sheet(clips, target / "sheet.png", prompts)
+    log_sheet(module, sheet, step)
+
+
+def sample_clips(module: LinGenModule, prompts: Sequence[str], batch: int = 8) -> list[Any]:
+    """uint8 [t h w 3] for each prompt, in eval mode, with the averaged weights where the module holds both copies."""
+    clip = clip_size(module)
+    was_training = module.training
+    module.eval()
+    clips: list[Any] = []
+    with module.averaged_weights():
+        for first in range(0, len(prompts), batch):
+            latents = sample_latents(module, prompts[first : first + batch], clip, module.recipe.sample, first=first)
+            clips += decode(module.autoencoder, latents, clip.frames)
+    module.train(was_training)
+    return clips
+
+
+def log_sheet(module: LinGenModule, sheet: Path, step: int) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    from PIL import Image
+
+    for logger in module.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image("samples", np.asarray(Image.open(sheet)), step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image("samples", [str(sheet)], step=step)
+
+
+def score(folder: RunFolder, recipe: Recipe) -> None:
+    """Judges colour, shape and motion of clips sampled for held-out captions, and of real ones to judge the judge."""
+    from lingen.data.synthetic import captions as captions_of
+    from lingen.data.synthetic import held_out_clips
+    from lingen.metrics.shapes import score as judge
+
+    module = load_module(folder.weights(str(recipe.stage)), device=best_device())
+    captions = list(itertools.islice(itertools.cycle(captions_of(recipe.score.split)), recipe.score.clips))
+    clips = sample_clips(module, captions)
+    real, real_captions = held_out_clips(recipe, recipe.score.clips, recipe.score.split)
+    step = folder.finished_steps(str(recipe.stage))
+    result = {
+        "step": step,
+        "split": recipe.score.split,
+        "sampled": asdict(judge(clips, captions)),
+        "real": asdict(judge(real, real_captions)),
+    }
+    target = folder.samples("score", step)
+    contact_sheet(clips, target / "sheet.png", captions)
+    save_video(clips[0], target / "00.mp4", recipe.data.fps, title=captions[0])
+    write_text(folder.score, as_json(result))
