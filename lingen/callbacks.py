@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from lingen.data.batch import Batch
+from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
 from lingen.folder import RunFolder, as_json, write_text
 from lingen.module import LinGenModule
 from lingen.ranks import gather_objects, is_first_rank
 
 KEPT_CHECKPOINTS = 2
+
+log = logging.getLogger("lingen")
 
 
 class StepEdge(Callback):
@@ -39,6 +42,7 @@ class StepEdge(Callback):
         self.data_error: DataError | None = None
         self._handlers: dict[int, Any] = {}
         self._merged = ledger
+        self._said: set[Drop] = set()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -76,6 +80,20 @@ class StepEdge(Callback):
             raise self.data_error
         if stop:
             trainer.should_stop = True
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for drop in batch.drops:
+            if drop not in self._said:
+                self._said.add(drop)
+                log.warning("a held-out sample was dropped and replaced: %s: %s", *drop)
 
     def save(self, trainer: lightning.Trainer, step: int) -> None:
         """A checkpoint that is there whole or not at all; the last few are kept."""

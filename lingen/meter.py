@@ -14,7 +14,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._means: dict[str, tuple[Tensor, int]] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
 
     def add(self, name: str, values: Tensor) -> None:
         """Takes a vector of observations into the mean `name`."""
@@ -23,7 +23,7 @@ class Meter:
         total, count = self._means.get(name, (torch.zeros((), device=values.device), 0))
         self._means[name] = (total + values.detach().float().sum(), count + len(values))
 
-    def count(self, name: str, amount: int) -> None:
+    def count(self, name: str, amount: float) -> None:
         """Adds to the sum `name`."""
         self._counts[name] = self._counts.get(name, 0) + amount
 

@@ -18,6 +18,7 @@ from lingen.config import Recipe
 from lingen.data.batch import Batch
 from lingen.meter import Meter
 from lingen.model import LinGen
+from lingen.plan import peak_flops, plan
 from lingen.ranks import gather_objects
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.text import TextEncoder, with_frame_rate
@@ -57,6 +58,7 @@ class LinGenModule(lightning.LightningModule):
         self.optimizer_state: dict[str, Any] | None = None
         """AdamW's moments of the stage before, where the recipe keeps them."""
         self._pending_average: dict[str, Any] | None = None
+        self._flops: dict[str, float] | None = None
         self._started = (clock.perf_counter(), 0)
 
     # what is trained and what is not
@@ -138,7 +140,14 @@ class LinGenModule(lightning.LightningModule):
         self.meter.add(f"loss/{batch.kind}", losses)
         for name, picked in by_time(losses, times):
             self.meter.add(name, picked)
+        self.meter.count("flop", self.flop_of_training(batch.kind) * len(losses))
         self.meter.count("tokens", len(losses) * math.prod(self.model.grid_of(self.latent_size(batch.clips.shape[2:]))))
+
+    def flop_of_training(self, kind: str) -> float:
+        """FLOPs of forward and backward of one sample: 3 forwards, 4 where blocks are recomputed."""
+        if self._flops is None:
+            self._flops = plan(self.recipe).flops
+        return self._flops[kind] * (4 if self.recipe.model.checkpointing else 3)
 
     def latent_size(self, clip: Any) -> tuple[int, int, int]:
         """(frames, height, width) of a clip -> (t, h, w) of its latents; a last partial group of frames is one more."""
@@ -257,6 +266,10 @@ class LinGenModule(lightning.LightningModule):
         seconds = clock.perf_counter() - self._started[0]
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
+        rate = values.pop("flop", 0.0) / seconds
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if peak is not None:
+            values["mfu"] = rate / (peak * self.trainer.world_size)
         values["steps_per_second"] = (self.global_step - self._started[1]) / seconds
         self._started = (clock.perf_counter(), self.global_step)
         return values

@@ -20,6 +20,8 @@ SIXTEEN_BIT = 0.85
 """Share of it in 16 bits: the SSD's sums stay in float32."""
 CHUNK = 64
 """Length of the chunks of the SSD's matmul form (arXiv 2405.21060, section 6), in tokens [ours]."""
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+"""Dense bfloat16 FLOP/s by the makers' data sheets, for the share of it that training reaches (MFU)."""
 TEXT_TOKENS = 256
 """Tokens of a text encoder that does not say `max_tokens` [ours]."""
 
@@ -53,6 +55,11 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "tokens": self.tokens, "trained": self.trained}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of a GPU by its name; None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def plan(recipe: Recipe) -> Plan:

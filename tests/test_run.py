@@ -309,3 +309,13 @@ def test_decay_pulls_only_at_matrices(tiny_recipe: Path):
     assert {name for name in free_names if name.endswith(("a_log", "dt_bias", ".d", "norm.weight"))}
     assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(module.trained_parameters())
+
+
+def test_mfu_is_logged_where_the_peak_is_known(tiny_recipe: Path):
+    from lingen.plan import peak_flops, plan
+
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA Unheard-of") is None
+    recipe = lingen.load_recipe(tiny_recipe, stage="clips")
+    module = LinGenModule(recipe)
+    assert module.flop_of_training("video") == 3 * plan(recipe).flops["video"] > 0
