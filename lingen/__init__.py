@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lingen.data.datamodule import ClipData
-    from lingen.generate import generate
     from lingen.model import LinGen
     from lingen.module import LinGenModule
     from lingen.recipe import load_recipe, stages_of
     from lingen.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError
+    from lingen.sampling import generate
     from lingen.video import save_video
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ __all__ = [
 
 _HOMES = {
     "lingen.data.datamodule": ("ClipData",),
-    "lingen.generate": ("generate",),
+    "lingen.sampling": ("generate",),
     "lingen.model": ("LinGen",),
     "lingen.module": ("LinGenModule",),
     "lingen.recipe": ("load_recipe", "stages_of"),

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingen.generate import Progress, best_device, clip_size, decode, sample_latents, settings_with
 from lingen.registry import AUTOENCODERS, RecipeError
+from lingen.sampling import Progress, best_device, clip_size, decode, sample_latents, settings_with
 from lingen.video import contact_sheet, save_video
 from lingen.weights import find_weights, load_module, read_metadata
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from lingen.config import Recipe
 from lingen.folder import RunFolder, as_json, write_text
-from lingen.generate import best_device, clip_size, decode, sample_latents
 from lingen.module import LinGenModule
+from lingen.sampling import best_device, clip_size, decode, sample_latents
 from lingen.video import contact_sheet, save_video
 from lingen.weights import load_module
 

@@ -20,7 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+    """The code blocks of a language, in order; "" for those that name none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+    return [text for name, text in found if name == language]
 
 
 def here(line: str) -> list[str]:
@@ -86,7 +88,7 @@ def test_yaml_example_is_a_recipe(tmp_path: Path):
 
 def test_the_shown_mistakes_are_what_lingen_says(tmp_path: Path):
     """The sentences, not the file names."""
-    shown = next(block for block in re.findall(r"^```\n(.*?)^```$", README, flags=re.M | re.S))
+    shown = blocks("")[0]
     (tmp_path / "wrong.yaml").write_text("model: {detph: 4}\ndata: {synthetic: shapes}\n")
     with pytest.raises(lingen.RecipeError) as wrong:
         lingen.load_recipe(tmp_path / "wrong.yaml")
