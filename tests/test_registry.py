@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_an_installed_package_brings_a_mixer_and_a_scan(site):
 
 
 @pytest.mark.slow
-def test_a_package_installed_by_pip_brings_a_mixer_and_a_scan(site, tmp_path_factory):
+def test_a_package_installed_by_pip_brings_a_mixer_and_a_scan(site, tmp_path_factory, tiny_recipe):
     source = tmp_path_factory.mktemp("source")
     (source / "other_part.py").write_text(PLUGIN)
     (source / "pyproject.toml").write_text(
@@ -188,6 +189,12 @@ def test_a_package_installed_by_pip_brings_a_mixer_and_a_scan(site, tmp_path_fac
     subprocess.run([*pip, "--target", str(site), str(source)], check=True)
     importlib.invalidate_caches()
     check_plugin(site)
+    mixers = "model.mixer=[{name: gain, gain: 0.5}, {name: mamba2, scan: backwards, state_dim: 4, head_dim: 8}]"
+    command = [sys.executable, "-m", "lingen", "fit", "--recipe", str(tiny_recipe), "--run", "run", mixers]
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, cwd=site, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (site / "run" / "stages" / "clips" / "weights.safetensors").is_file()
 
 
 def check_plugin(site: Path) -> None:
