@@ -61,6 +61,8 @@ def command(help: str, *arguments: Argument, overrides: bool = False) -> Callabl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 done, 1 failed, 2 wrong use, 75 asked to be requeued, 130 interrupted."""
+    # Before torch is imported: OpenMP threads that spin while they wait bring a busy laptop to a standstill.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = _parse(argv)
         return COMMANDS[args.command].run(args)
