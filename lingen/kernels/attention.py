@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lingen.registry import RecipeError
+
 ATTENTION_KERNELS = ("auto", "sdpa", "flash")
 
 
@@ -35,9 +37,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     try:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
     except ImportError as error:
-        raise ValueError(f"kernel='flash' needs flash-attn ({error}): pip install 'lingen[cuda]'.") from error
+        raise RecipeError(f"kernel='flash' needs flash-attn ({error}): pip install 'lingen[cuda]'.") from error
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"kernel='flash' computes in float16 or bfloat16, not {q.dtype}: use bf16-mixed precision.")
+        raise RecipeError(f"kernel='flash' computes in float16 or bfloat16, not {q.dtype}: use bf16-mixed precision.")
     if real is None:
         return flash_attn_func(q, k, v)
     # flash-attn has no mask: the real tokens are packed into sequences of unequal length.

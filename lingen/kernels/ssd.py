@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lingen.registry import RecipeError
+
 SSD_KERNELS = ("auto", "reference", "chunked", "stock")
 
 # Chunk states above this number are passed on group by group, so that no matrix is larger than this in either axis.
@@ -194,9 +196,9 @@ def _stock(
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError as error:
-        raise ValueError(f"kernel='stock' needs mamba_ssm ({error}): pip install 'lingen[cuda]'.") from error
+        raise RecipeError(f"kernel='stock' needs mamba_ssm ({error}): pip install 'lingen[cuda]'.") from error
     if not x.is_cuda:
-        raise ValueError(f"kernel='stock' runs on CUDA, but the tokens are on {x.device}.")
+        raise RecipeError(f"kernel='stock' runs on CUDA, but the tokens are on {x.device}.")
     # mamba_ssm's chunks must be powers of two; 256 is what it is tuned for.
     out = mamba_chunk_scan_combined(
         x, dt, a, b.to(x.dtype), c.to(x.dtype), chunk_size=256, initial_states=state, return_final_states=True
