@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lingen import __version__
@@ -92,7 +92,9 @@ def list_(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(rows)
     else:
-        _print_table([{key: _cell(value) for key, value in row.items()} for row in rows])
+        from lingen.tables import as_cell
+
+        _print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
     return DONE
 
 
@@ -372,31 +374,10 @@ def _print_forecast(rows: list[dict[str, str]], parameters: dict[str, int]) -> N
 
 
 def _print_table(rows: Sequence[dict[str, str]]) -> None:
-    """A table on a terminal; else columns without frames that no line break cuts."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from lingen.tables import as_table
 
-    terminal = sys.stdout.isatty()
-    table = Table(box=SIMPLE_HEAD if terminal else None, pad_edge=False, header_style="bold")
-    for name in dict.fromkeys(name for row in rows for name in row):
-        table.add_column(name, overflow="fold", no_wrap=not terminal)
-    for row in rows:
-        table.add_row(*(Text(row.get(str(column.header), "")) for column in table.columns))
-    console = Console(width=None if terminal else 10_000, soft_wrap=not terminal, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    print(as_table(rows, terminal=sys.stdout.isatty()))
 
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={_cell(item)}" for key, item in value.items())
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return "[" + ", ".join(map(_cell, value)) + "]"
-    return str(value) if isinstance(value, str) else json.dumps(value)
