@@ -13,8 +13,24 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+if not torch.cuda.is_available():
+    # Before triton is imported: without a GPU the kernels run in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
-install_import_hook(["lingen.blocks", "lingen.kernels", "lingen.flow", "lingen.model"], "beartype.beartype")
+KERNELS = [
+    f"lingen.kernels.{file.stem}"
+    for file in (Path(__file__).parents[1] / "lingen" / "kernels").glob("*.py")
+    # What Triton compiles cannot be wrapped by a type checker.
+    if not file.stem.endswith("_triton") and file.stem != "__init__"
+]
+install_import_hook(["lingen.blocks", "lingen.flow", "lingen.model", *KERNELS], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels are tested: CUDA, or the CPU through Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
 
 TINY = """
 model:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lingen
-from lingen.cli import _parse
+from lingen.cli.command import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def test_commands_for_gpus_and_clusters_are_understood():
     for line in lines:
         words = shlex.split(line)
         assert words[0] == "lingen"
-        args = _parse(words[1:])
+        args = parse(words[1:])
         if getattr(args, "recipe", None):
             lingen.stages_of(args.recipe, args.overrides)
 

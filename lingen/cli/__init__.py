@@ -1,0 +1,35 @@
+"""The ``lingen`` command: argparse in, rich out. The only room that prints; each command calls one function.
+
+Heavy imports are made inside the commands, so that ``lingen --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lingen.cli import bench, data, recipes, runs  # noqa: F401  (their commands register themselves)
+from lingen.cli.command import COMMANDS, DONE, INTERRUPTED, WRONG_USE, parse
+from lingen.registry import RecipeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0 done, 1 failed, 2 wrong use, 75 asked to be requeued, 130 interrupted."""
+    # Before torch is imported: OpenMP threads that spin while they wait bring a busy laptop to a standstill.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        args = parse(argv)
+        return COMMANDS[args.command].run(args)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or DONE)
+    except RecipeError as error:
+        for problem in error.problems:
+            print(" ".join(problem.split("\n")), file=sys.stderr)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `lingen list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE

@@ -1,0 +1,108 @@
+"""How a subcommand of ``lingen`` is declared, parsed and shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from lingen import __version__
+
+DONE, FAILED, WRONG_USE, INTERRUPTED, REQUEUE = 0, 1, 2, 130, 75
+"""Exit codes; 75 asks to be requeued."""
+
+Run = Callable[[argparse.Namespace], int]
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+class Command(NamedTuple):
+    """A subcommand: its function, and the arguments it takes."""
+
+    run: Run
+    help: str
+    arguments: tuple[Argument, ...]
+    takes_overrides: bool
+
+
+COMMANDS: dict[str, Command] = {}
+GROUPS = {"data": "data sets", "bench": "measurements"}
+"""Words that stand before the name of a command, and what they are about."""
+
+
+def argument(*flags: str, **options: Any) -> Argument:
+    """One argument, as argparse's `add_argument` takes it."""
+    return flags, options
+
+
+RECIPE = argument("--recipe", metavar="R", help="a YAML file, or the name of a recipe that comes with lingen")
+STAGE = argument("--stage", metavar="S", help="one stage of the recipe")
+JSON = argument("--json", action="store_true", help="for machines")
+
+
+def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[Run], Run]:
+    """Makes a function the command of its name, `data_fetch` that of ``lingen data fetch``.
+
+    With `overrides`, ``key=value`` words arrive in ``args.overrides``.
+    """
+
+    def add(run: Run) -> Run:
+        COMMANDS[run.__name__.rstrip("_").replace("_", " ")] = Command(run, help, arguments, overrides)
+        return run
+
+    return add
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of the command; what argparse leaves over are overrides, wherever they stand between the flags."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    flags = [word for word in rest if word.startswith("-")]
+    if flags or (rest and not COMMANDS[args.command].takes_overrides):
+        parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
+    args.overrides = rest
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lingen",
+        description="Text-to-video diffusion whose cost grows linearly with pixels: an open framework for LinGen.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lingen {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups: dict[str, Any] = {}
+    for name, one in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group and group not in groups:
+            about = GROUPS[group]
+            groups[group] = commands.add_parser(group, help=about, description=about).add_subparsers(
+                metavar="WHAT", required=True
+            )
+        usage = " [key=value ...]" if one.takes_overrides else ""
+        sub = groups.get(group, commands).add_parser(word, help=one.help, description=one.help, allow_abbrev=False)
+        sub.set_defaults(command=name)
+        for flags, options in one.arguments:
+            sub.add_argument(*flags, **options)
+        if usage:
+            sub.usage = sub.format_usage().removeprefix("usage: ").rstrip() + usage
+    return parser
+
+
+def console() -> Any:
+    """Where progress goes: stderr, so that stdout holds results only."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def print_table(rows: Sequence[dict[str, str]]) -> None:
+    from lingen.tables import as_table
+
+    print(as_table(rows, terminal=sys.stdout.isatty()))
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

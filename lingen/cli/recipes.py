@@ -1,0 +1,78 @@
+"""What recipes can name, and what one comes to: ``lingen list`` and ``lingen show``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from lingen.cli.command import DONE, JSON, RECIPE, STAGE, argument, command, print_json, print_table
+from lingen.registry import RecipeError
+
+
+@command(
+    "what a recipe can name: mixers, scan orders, autoencoders, text encoders; and the recipes that come with lingen",
+    argument("what", choices=["mixers", "scans", "autoencoders", "text", "recipes"]),
+    JSON,
+)
+def list_(args: argparse.Namespace) -> int:
+    from lingen.catalogue import parts, recipes
+
+    rows = recipes() if args.what == "recipes" else parts(args.what)
+    if args.json:
+        print_json(rows)
+    else:
+        from lingen.tables import as_cell
+
+        print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
+    return DONE
+
+
+@command(
+    "the recipe with every default filled in, its tokens, parameters and memory",
+    RECIPE,
+    STAGE,
+    JSON,
+    argument("--schema", action="store_true", help="print a JSON Schema of recipes, for editors"),
+    overrides=True,
+)
+def show(args: argparse.Namespace) -> int:
+    if args.schema:
+        from lingen.json_schema import json_schema
+
+        print_json(json_schema())
+        return DONE
+    if args.recipe is None:
+        raise RecipeError("Say which recipe: --recipe R, or --schema.")
+    from lingen.plan import plan
+    from lingen.recipe import load_recipe, load_stages, to_yaml
+    from lingen.schema import as_plain
+
+    recipe = load_recipe(args.recipe, args.overrides, stage=args.stage)
+    stages = [recipe] if args.stage else load_stages(args.recipe, args.overrides)
+    plans = [plan(stage) for stage in stages]
+    if args.json:
+        print_json({"recipe": as_plain(recipe), "stages": [one.as_dict() for one in plans]})
+        return DONE
+    _print_forecast([_forecast_row(one) for one in plans], plans[0].parameters)
+    print(to_yaml(recipe), end="")
+    return DONE
+
+
+def _forecast_row(one: Any) -> dict[str, str]:
+    gib = {name: f"{size / 2**30:.3g} GiB" for name, size in one.memory.items()}
+    tokens = " + ".join(f"{count:,} ({kind})" for kind, count in one.tokens.items())
+    flops = " + ".join(f"{count / 1e12:.3g}" for count in one.flops.values())
+    return {"stage": one.stage, "tokens": tokens, "parameters": f"{one.trained:,}", "forward TFLOP": flops, **gib}
+
+
+def _print_forecast(rows: list[dict[str, str]], parameters: dict[str, int]) -> None:
+    """On a terminal two tables; else comment lines, so that what is printed is a recipe."""
+    parts = [{"part": name, "parameters": f"{count:,}"} for name, count in parameters.items()]
+    if sys.stdout.isatty():
+        print_table(rows)
+        print_table(parts)
+        return
+    for row in rows:
+        print("# " + ", ".join(f"{name}: {value}" for name, value in row.items()))
+    print("# " + ", ".join(f"{row['part']}: {row['parameters']}" for row in parts))

@@ -1,0 +1,137 @@
+"""Training and sampling: ``lingen fit``, ``sample`` and ``decode``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from lingen.cli.command import DONE, FAILED, INTERRUPTED, RECIPE, REQUEUE, argument, command, console, print_table
+from lingen.registry import RecipeError
+
+
+@command(
+    "train every stage of a recipe; the same command again goes on where it was stopped",
+    RECIPE,
+    argument("--stage", metavar="S", help="train only this stage"),
+    argument("--run", metavar="DIR", help="run folder; default: runs/RECIPE-FINGERPRINT"),
+    overrides=True,
+)
+def fit(args: argparse.Namespace) -> int:
+    from lingen.recipe import load_stages
+
+    if args.recipe is None:
+        raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
+    load_stages(args.recipe, args.overrides)  # says what is wrong before lightning and the data room are imported
+    import signal
+
+    from lingen import run
+    from lingen.data.ledger import DataError
+    from lingen.progress import ConsoleReporter
+
+    with ConsoleReporter(console()) as reporter:
+        try:
+            outcome = run.fit(args.recipe, args.overrides, run=args.run, stage=args.stage, reporter=reporter)
+        except (DataError, run.NonFiniteError) as error:
+            reporter.say(str(error))
+            return FAILED
+    if outcome.signal is not None:
+        print(f"Stopped by {signal.Signals(outcome.signal).name}; the same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED if outcome.signal == signal.SIGINT else REQUEUE
+    if outcome.is_first_rank:
+        _print_outcome(outcome)
+    return DONE
+
+
+def _print_outcome(outcome: Any) -> None:
+    folder = outcome.folder
+    if folder.score.is_file():
+        score = json.loads(folder.score.read_text())
+        print_table([_score_row(what, rate) for what in ("sampled", "real") for rate in _rates(score[what], what)])
+        print(
+            f"\n{score['sampled']['clips']} clips of held-out captions, {score['sampled']['empty']} of them empty; "
+            "95% intervals."
+        )
+    for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
+        print(sheet)
+    print(f"lingen sample --run {folder.path} --prompt '...' --out clip.mp4")
+
+
+def _rates(score: dict[str, Any], what: str) -> list[dict[str, Any]]:
+    return [{"attribute": name, **score[name]} for name in ("colour", "shape", "motion")]
+
+
+def _score_row(what: str, rate: dict[str, Any]) -> dict[str, str]:
+    share = f"{rate['share']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})"
+    return {"clips": what, "attribute": rate["attribute"], "right": share, "by chance": f"{rate['chance']:.0%}"}
+
+
+SAMPLING = (
+    argument("--seed", type=int, help="another seed gives another clip"),
+    argument("--steps", type=int, help="solver steps"),
+    argument("--guidance", type=float, help="weight of the prompt; 1: none"),
+    argument("--seconds", type=float, help="length of the clip"),
+    argument("--size", metavar="HxW", help="height x width in pixels, e.g. 384x704"),
+)
+
+
+@command(
+    "make the clip of a prompt: an H.264 MP4, a contact sheet and the latents beside it",
+    argument("--run", metavar="DIR", help="a run folder: its last finished stage"),
+    argument("--checkpoint", metavar="F", help="a weights file (.safetensors)"),
+    argument("--prompt", action="append", default=[], help="what to show; may be given several times"),
+    argument("--prompts", metavar="FILE", help="a file with a prompt on each line"),
+    argument("--out", default="clip.mp4", metavar="x.mp4", help="several prompts give x-00.mp4, x-01.mp4, ..."),
+    *SAMPLING,
+)
+def sample(args: argparse.Namespace) -> int:
+    prompts = args.prompt + (_lines(args.prompts) if args.prompts else [])
+    if (args.run is None) == (args.checkpoint is None):
+        raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
+    if not prompts:
+        raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
+    size = _size(args.size)
+    from lingen.output import sample_to_files
+    from lingen.progress import step_bar
+
+    with step_bar(console()) as progress:
+        files = sample_to_files(
+            args.run or args.checkpoint, prompts, args.out, seed=args.seed, steps=args.steps,
+            guidance=args.guidance, seconds=args.seconds, size=size, progress=progress,
+        )  # fmt: skip
+        try:
+            for file in files:
+                print(file)
+        except ValueError as error:
+            raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+    return DONE
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The prompts in {path} cannot be read: {error}") from error
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise RecipeError(f"--size is height x width in pixels, such as 384x704; got '{text}'.")
+    return int(height), int(width)
+
+
+@command(
+    "latents that `lingen sample` saved -> MP4 and contact sheet",
+    argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
+    argument("--out", default="clip.mp4", metavar="x.mp4"),
+)
+def decode(args: argparse.Namespace) -> int:
+    from lingen.output import decode_file
+
+    print(decode_file(args.latents, args.out))
+    return DONE

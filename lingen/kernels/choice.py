@@ -1,0 +1,64 @@
+"""Which twin of an operation runs: the one asked for, or for "auto" the fastest that is here, said once."""
+
+import logging
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from lingen.registry import RecipeError
+
+log = logging.getLogger("lingen")
+
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain: str = "reference") -> str:
+    """The twin to run: `kernel` itself, or for "auto" "triton" where it runs on `x` and else `plain`.
+
+    Args:
+        operation: what the message calls it, e.g. "scan".
+        known: the operation's twins, "auto" among them.
+        x: a tensor of the operation; its device and dtype decide.
+    Raises:
+        RecipeError: for an unknown kernel, or "triton" where it cannot run.
+    """
+    if kernel not in known:
+        raise RecipeError(f"There is no {operation} kernel called {kernel!r}. Known: {', '.join(known)}.")
+    why_not = _why_no_triton(x)
+    if kernel == "triton" and why_not:
+        raise RecipeError(f"kernel='triton' of the {operation} cannot run: {why_not} kernel='auto' takes another.")
+    if kernel != "auto":
+        return kernel
+    chosen = "triton" if "triton" in known and x.is_cuda and not why_not else plain
+    if not torch.compiler.is_compiling():
+        _say(operation, chosen, x.device.type)
+    return chosen
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1): for tests, never for "auto"."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_no_triton(x: Tensor) -> str | None:
+    if not has_triton():
+        return "Triton is not installed."
+    if not (x.is_cuda or (interpreted() and x.device.type == "cpu")):
+        return f"the tensors are on {x.device}, not on CUDA."
+    if x.dtype not in _TRITON_TYPES:
+        return f"it computes in float32, bfloat16 or float16, not {x.dtype}."
+    return None
+
+
+@lru_cache
+def has_triton() -> bool:
+    """Whether Triton is installed (it is not on Windows and macOS)."""
+    return find_spec("triton") is not None
+
+
+@lru_cache
+def _say(operation: str, chosen: str, device: str) -> None:
+    log.info("%s: kernel=auto runs '%s' on %s", operation, chosen, device)
