@@ -40,9 +40,11 @@ class LinGenConfig:
     pool_text: Annotated[bool, "add the mean text token to the timestep embedding (not LinGen: for tiny models)"] = (
         False
     )
-    checkpointing: Annotated[bool, "recompute each block in the backward pass instead of keeping its activations"] = (
-        False
-    )
+    checkpointing: Annotated[
+        bool | float,
+        "recompute blocks in the backward pass instead of keeping their activations: all, none, or as few (the first "
+        "ones) as it takes for the activations to fit into this many GiB per rank",
+    ] = False
 
     channels: int = field(default=16, metadata=DERIVED)
     """Latent channels, from the autoencoder."""
@@ -144,6 +146,16 @@ class SampleConfig:
     solver: Literal["euler", "heun"] = "euler"
     schedule: Annotated[Literal["linear_quadratic", "uniform"], "spacing of the sampling times"] = "linear_quadratic"
     emulated_steps: Annotated[int, "N of the linear-quadratic schedule (Movie Gen: 250)"] = 250
+    precision: Annotated[
+        Literal["auto", "32-true", "bf16-true", "fp8"],
+        "of the denoiser's weights and stream; auto: bf16-true on CUDA where the trainer's precision has bf16, else as "
+        "they are; fp8: bf16-true with 8-bit products; clips sampled during training take the trainer's",
+    ] = "auto"
+    guidance_batch: Annotated[
+        bool | Literal["auto"],
+        "run with and without text as one batch, else one after the other in half the memory; auto: up to 16,384 "
+        "tokens",
+    ] = "auto"
     seed: int = 0
     prompts: Annotated[list[str], "sampled during training"] = field(default_factory=list)
 

@@ -1,8 +1,10 @@
 """LinGen, the denoiser (arXiv 2412.09856, Figure 2): patchify, blocks of a swappable mixer, unpatchify."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,11 +13,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lingen.blocks.layers import RMSNorm, SwiGLU, check_sizes, head_count
+from lingen.blocks.block import Block
+from lingen.blocks.layers import RMSNorm, check_sizes
 from lingen.config import LinGenConfig
 from lingen.flow import along
+from lingen.kernels.fp8 import input_dtype
+from lingen.kernels.modulate import norm_modulate
+from lingen.plan import activation_bytes, recomputed_blocks
 from lingen.positions import Grid, Positions, resize_tables
-from lingen.registry import MIXERS
+from lingen.registry import SettingError
+
+log = logging.getLogger("lingen")
 
 __all__ = ["LinGen", "Text", "grid_of", "resize_tables"]
 
@@ -40,6 +48,9 @@ class LinGen(nn.Module):
     velocity stays right above time 0.95 as well: there the best output is latents + 0.05 velocity, a point a little
     beyond the clip.
 
+    Where `checkpointing` is a number of GiB, the first blocks are computed again in the backward pass, as few as
+    `lingen.plan.recomputed_blocks` finds for the tokens of the batch.
+
     Args:
         config: the model's settings, with the derived fields filled.
     Raises:
@@ -49,6 +60,9 @@ class LinGen(nn.Module):
     def __init__(self, config: LinGenConfig):
         super().__init__()
         check_sizes("patch", config.patch)
+        if not isinstance(config.checkpointing, bool) and config.checkpointing <= 0:
+            text = f"checkpointing={config.checkpointing:g} must be true, false, or a number of GiB above 0."
+            raise SettingError("checkpointing", text)
         self.config = config
         dim, numbers = config.dim, config.channels * math.prod(config.patch)
         self.patchify = nn.Linear(numbers, dim)
@@ -85,13 +99,17 @@ class LinGen(nn.Module):
         dtype = self.patchify.weight.dtype
         x = self.patchify(_cut(latents, self.config.patch).to(dtype)).to(dtype)
         positions = self.positions(grid).to(x.dtype)
-        for block in self.blocks:
-            if self.config.checkpointing and torch.is_grad_enabled():
+        recomputed = self._recomputed(x)
+        for index, block in enumerate(self.blocks):
+            if index < recomputed:
                 x = checkpoint(block, x, positions, modulation, tokens, mask, use_reentrant=False)
             else:
                 x = block(x, positions, modulation, tokens, mask)
         shift, scale = (embedding[:, :, None] + self.modulation).unbind(2)
-        out = _linear(self.unpatchify, _modulate(self.norm(x), shift, scale))
+        dtype = torch.promote_types(dtype, torch.float32)  # that of `_linear`
+        normed = norm_modulate(x, self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
+        assert isinstance(normed, Tensor)
+        out = _linear(self.unpatchify, normed)
         out = _join(out, self.config.patch)[:, :, : latents.shape[2]].to(latents.dtype)
         if self.config.predict == "velocity":
             return out
@@ -109,6 +127,17 @@ class LinGen(nn.Module):
             counts[f"blocks.{path[2]}" if path[0] == "blocks" else path[0]] += parameter.numel()
         return dict(counts)
 
+    def _recomputed(self, x: Tensor) -> int:
+        """Number of blocks, from the first on, whose activations are computed again in the backward pass."""
+        if not torch.is_grad_enabled():
+            return 0
+        where = self.config, x[..., 0].numel()
+        how = input_dtype(None, x).itemsize == 2, x.device.type
+        recomputed = recomputed_blocks(*where, *how)
+        if not isinstance(self.config.checkpointing, bool):
+            _say(recomputed, self.config.depth, activation_bytes(*where, recomputed, *how))
+        return recomputed
+
     def _check(self, latents: Tensor, time: Tensor, text: Text, condition: Any) -> None:
         b, c, t = latents.shape[:3]
         if condition is not None:
@@ -122,64 +151,6 @@ class LinGen(nn.Module):
             raise ValueError(f"text has tokens of widths {widths}; this model takes {list(self.config.text_dims)}.")
         if rows - {b}:
             raise ValueError(f"text has {min(rows - {b})} rows for {b} latents; give one row for each.")
-
-
-class Block(nn.Module):
-    """Mixer, cross-attention to the text, SwiGLU, each on a normed input and added to the stream (Figure 2).
-
-    The timestep scales and shifts the first and the last one's input and gates their output: a row for each of the six
-    in `modulation`, added to what all blocks share. The cross-attention sees no timestep and has no gate.
-    """
-
-    def __init__(self, config: LinGenConfig, mixer: Any, layer: int):
-        super().__init__()
-        dim = config.dim
-        self.mixer_norm, self.text_norm, self.ffn_norm = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim)
-        self.mixer = MIXERS.build(mixer, dim, layer)
-        self.cross_attention = CrossAttention(dim, config.num_heads, config.gate_init)
-        self.ffn = SwiGLU(dim, config.ffn_dim or max(64, 64 * round(2.7 * dim / 64)))
-        gate = torch.tensor([0, 0, 1, 0, 0, 1]) * config.gate_init
-        self.modulation = nn.Parameter(gate[:, None].repeat(1, dim))
-
-    def forward(
-        self,
-        x: Float[Tensor, "b t h w d"],
-        positions: Float[Tensor, "t h w d"],
-        modulation: Float[Tensor, "b f 6 d"],
-        text: Float[Tensor, "b n d"],
-        mask: Bool[Tensor, "b n"],
-    ) -> Float[Tensor, "b t h w d"]:
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation + self.modulation).unbind(2)
-        x = x + _gated(self.mixer(_modulate(self.mixer_norm(x) + positions, shift, scale)), gate, x)
-        x = x + self.cross_attention(self.text_norm(x), text, mask).to(x.dtype)
-        return x + _gated(self.ffn(_modulate(self.ffn_norm(x), ffn_shift, ffn_scale)), ffn_gate, x)
-
-
-class CrossAttention(nn.Module):
-    """Each token of the grid attends to the unmasked text tokens; queries and keys are RMS-normed.
-
-    Each row of `mask` must hold a True. The output starts scaled by `gate_init`: at 0 the text has no say at first.
-    """
-
-    def __init__(self, dim: int, num_heads: int | None, gate_init: float):
-        super().__init__()
-        self.num_heads = head_count(dim, num_heads)
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.kv_proj = nn.Linear(dim, 2 * dim, bias=False)
-        self.q_norm = RMSNorm(dim // self.num_heads)
-        self.k_norm = RMSNorm(dim // self.num_heads)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
-        with torch.no_grad():
-            self.out_proj.weight.mul_(gate_init)
-
-    def forward(
-        self, x: Float[Tensor, "b t h w d"], text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]
-    ) -> Float[Tensor, "b t h w d"]:
-        q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
-        k, v = self.kv_proj(text.to(x.dtype)).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        q, k, v = (u.transpose(1, 2) for u in (self.q_norm(q), self.k_norm(k), v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        return self.out_proj(out.transpose(1, 2).flatten(2)).view_as(x)
 
 
 class TimeEmbedding(nn.Module):
@@ -232,6 +203,16 @@ class TextJoin(nn.Module):
         return torch.cat(tokens, 1), torch.cat([~real.any(1, keepdim=True), real], 1)
 
 
+@lru_cache
+def _say(recomputed: int, depth: int, size: int) -> None:
+    log.info(
+        "checkpointing: the first %d of %d blocks are recomputed; activations of about %.3g GiB",
+        recomputed,
+        depth,
+        size / 2**30,
+    )
+
+
 def mixers_of(config: LinGenConfig) -> list[tuple[Any, int]]:
     """(component, layer) of each block. A list of mixers is cycled; `layer` counts the blocks whose mixer has the same
     name, so that in a hybrid each mixer goes through all of its scan orders and shifts."""
@@ -281,18 +262,6 @@ def _per_token(time: Float[Tensor, "b *frames"], patch: int) -> Float[Tensor, "b
 def _repeat_last(x: Tensor, axis: int, length: int) -> Tensor:
     missing = max(0, length - x.shape[axis])
     return torch.cat([x, *[x.narrow(axis, -1, 1)] * missing], axis) if missing else x
-
-
-def _modulate(
-    x: Float[Tensor, "b t h w d"], shift: Float[Tensor, "b f d"], scale: Float[Tensor, "b f d"]
-) -> Float[Tensor, "b t h w d"]:
-    return (x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]).to(x.dtype)
-
-
-def _gated(
-    update: Float[Tensor, "b t h w d"], gate: Float[Tensor, "b f d"], stream: Float[Tensor, "b t h w d"]
-) -> Float[Tensor, "b t h w d"]:
-    return (update * gate[:, :, None, None]).to(stream.dtype)
 
 
 def _linear(layer: nn.Linear, x: Float[Tensor, "*any i"]) -> Float[Tensor, "*any o"]:

@@ -144,10 +144,10 @@ class LinGenModule(lightning.LightningModule):
         self.meter.count("tokens", len(losses) * math.prod(self.model.grid_of(self.latent_size(batch.clips.shape[2:]))))
 
     def flop_of_training(self, kind: str) -> float:
-        """FLOPs of forward and backward of one sample: 3 forwards, 4 where blocks are recomputed."""
+        """FLOPs of forward and backward of one sample, recomputed blocks included (`Plan.training_flops`)."""
         if self._flops is None:
-            self._flops = plan(self.recipe).flops
-        return self._flops[kind] * (4 if self.recipe.model.checkpointing else 3)
+            self._flops = plan(self.recipe).training_flops
+        return self._flops[kind]
 
     def latent_size(self, clip: Any) -> tuple[int, int, int]:
         """(frames, height, width) of a clip -> (t, h, w) of its latents; a last partial group of frames is one more."""

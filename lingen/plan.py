@@ -13,11 +13,17 @@ from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 
 Grid = tuple[int, int, int]
 
-KEPT_BYTES = {"mate": 460, "mamba2": 400, "temporal_swin": 170, "attention": 145}
-"""What a block of this mixer keeps for the backward pass in float32, in bytes per token and unit of width: tensors that
-autograd saved, at width 256 with plain PyTorch kernels [ours]. A mixer of someone else is taken for the largest."""
-SIXTEEN_BIT = 0.85
-"""Share of it in 16 bits: the SSD's sums stay in float32."""
+KEPT_BYTES = {
+    "cpu": {"mate": 460, "mamba2": 400, "temporal_swin": 170, "attention": 145, "linear_attention": 160},
+    "cuda": {"mate": 148, "mamba2": 132, "temporal_swin": 94, "attention": 110},
+}
+"""What a block of this mixer keeps for the backward pass in float32, in bytes per token and unit of width, by the type
+of device: tensors that autograd saved, at width 256, with plain PyTorch on a CPU and the Triton kernels on an H100
+[ours]. A device that is not here is taken for a CPU, a mixer of someone else for the largest."""
+SIXTEEN_BIT = {"cpu": 0.85, "cuda": 0.65}
+"""Share of it in 16 bits: with plain PyTorch the SSD's sums stay in float32, on CUDA the residual stream."""
+INPUT_BYTES = 4
+"""Of a recomputed block's input for each number of it: the residual stream is float32 while training."""
 CHUNK = 64
 """Length of the chunks of the SSD's matmul form (arXiv 2405.21060, section 6), in tokens [ours]."""
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -40,7 +46,9 @@ class Plan:
     memory: dict[str, int]
     """Bytes: weights, averaged weights, gradients and optimiser, activations of the largest batch."""
     flops: dict[str, float]
-    """Of one forward pass over one sample of each kind; training takes about 3 times this, 4 with checkpointing."""
+    """Of one forward pass over one sample of each kind."""
+    training_flops: dict[str, float]
+    """Of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -82,14 +90,48 @@ def plan(recipe: Recipe) -> Plan:
             frozen += _count(encoder)
     grids = grids_of(recipe.data, tuple(autoencoder.strides), recipe.model.patch)
     per_token = parameters["blocks.mixer"] + parameters["blocks.ffn"]
+    flops = {kind: _flops(recipe, per_token, grid) for kind, grid in grids.items()}
     return Plan(
         stage=recipe.stage or "main",
         grids=grids,
         parameters=dict(parameters),
         frozen=frozen,
         memory=_memory(recipe, sum(parameters.values()), grids),
-        flops={kind: _flops(recipe, per_token, grid) for kind, grid in grids.items()},
+        flops=flops,
+        training_flops={kind: flops[kind] * (3 + _recomputed_share(recipe, kind, grids[kind])) for kind in grids},
     )
+
+
+def recomputed_blocks(config: LinGenConfig, tokens: int, sixteen_bit: bool, device: str = "cpu") -> int:
+    """How many blocks, from the first on, keep only their input and are computed again in the backward pass.
+
+    `checkpointing` true is all and false none; a number of GiB is the fewest with which the activations fit into it, or
+    all but the last, where even that is too much: the last one would be computed again at once, and save nothing.
+
+    Args:
+        tokens: of all samples of the batch on this rank.
+        sixteen_bit: whether matrix products are done in 16 bits.
+        device: type of the device.
+    """
+    if isinstance(config.checkpointing, bool):
+        return config.depth if config.checkpointing else 0
+    target = config.checkpointing * 2**30
+    fits = (k for k in range(config.depth) if activation_bytes(config, tokens, k, sixteen_bit, device) <= target)
+    return next(fits, config.depth - 1)
+
+
+def activation_bytes(config: LinGenConfig, tokens: int, recomputed: int, sixteen_bit: bool, device: str = "cpu") -> int:
+    """What the blocks keep for the backward pass at its peak, where the first `recomputed` of them keep their input.
+
+    The backward pass begins with the last block. By the time that the first ones are computed again, one by one, what
+    the others kept is gone; so recomputing the first ones costs nothing on top, and the peak is either the one or the
+    other.
+    """
+    table = KEPT_BYTES.get(device, KEPT_BYTES["cpu"])
+    share = SIXTEEN_BIT.get(device, SIXTEEN_BIT["cpu"]) if sixteen_bit else 1
+    blocks = [share * table.get(_name(mixer), max(table.values())) for mixer in _layers(config)]
+    inside = max(sum(blocks[recomputed:]), *blocks[:recomputed], 0)
+    return int(tokens * config.dim * (INPUT_BYTES * recomputed + inside))
 
 
 def _count(module: Any) -> int:
@@ -108,20 +150,31 @@ def _by_part(model: Any) -> Counter[str]:
 
 def _memory(recipe: Recipe, trained: int, grids: dict[str, Grid]) -> dict[str, int]:
     """float32 weights, averaged copy, gradients and two moments; activations in the trainer's precision."""
-    precision = str(recipe.trainer.get("precision", "32-true"))
-    width = 2 if "16" in precision else 4
-    held = width if precision.endswith("16-true") else 4
-    values = recipe.model.dim * max(math.prod(grid) * getattr(recipe.data.batch, kind) for kind, grid in grids.items())
-    blocks = [KEPT_BYTES.get(mixer["name"], max(KEPT_BYTES.values())) for mixer in _layers(recipe.model)]
-    share = SIXTEEN_BIT if width == 2 else 1
-    # With checkpointing, the input of every block and the inside of one.
-    kept = max(blocks) * share + 4 * len(blocks) if recipe.model.checkpointing else sum(blocks) * share
+    held = 2 if str(recipe.trainer.get("precision")).endswith("16-true") else 4
+    largest = max(_batch_tokens(recipe, kind, grid) for kind, grid in grids.items())
+    recomputed = recomputed_blocks(recipe.model, largest, *_where(recipe))
     return {
         "weights": held * trained,
         "averaged weights": 4 * trained,
         "gradients and optimiser": 3 * held * trained,
-        "activations": int(values * kept),
+        "activations": activation_bytes(recipe.model, largest, recomputed, *_where(recipe)),
     }
+
+
+def _batch_tokens(recipe: Recipe, kind: str, grid: Grid) -> int:
+    return int(getattr(recipe.data.batch, kind)) * math.prod(grid)
+
+
+def _where(recipe: Recipe) -> tuple[bool, str]:
+    """Whether products are done in 16 bits, and the type of the device: a GPU, unless the trainer says CPU."""
+    device = "cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"
+    return "16" in str(recipe.trainer.get("precision")), device
+
+
+def _recomputed_share(recipe: Recipe, kind: str, grid: Grid) -> float:
+    """Share of the blocks that training with batches of this kind computes twice."""
+    tokens = _batch_tokens(recipe, kind, grid)
+    return recomputed_blocks(recipe.model, tokens, *_where(recipe)) / recipe.model.depth
 
 
 def _flops(recipe: Recipe, per_token: int, grid: Grid) -> float:
@@ -133,6 +186,10 @@ def _flops(recipe: Recipe, per_token: int, grid: Grid) -> float:
     cross = config.depth * (4 * config.dim**2 + 4 * text * config.dim)
     edges = 4 * config.channels * math.prod(config.patch) * config.dim
     return float(tokens) * (2 * per_token + between + cross + edges)
+
+
+def _name(component: Component | str) -> str:
+    return component if isinstance(component, str) else component["name"]
 
 
 def _layers(config: LinGenConfig) -> list[Component]:
@@ -150,6 +207,10 @@ def _between_tokens(component: Component, config: LinGenConfig, grid: Grid) -> f
         return sum(_between_tokens({**component, **part}, config, grid) for part in parts)
     if name == "attention":
         return 4.0 * math.prod(grid) * config.dim
+    if name == "linear_attention":
+        from lingen.blocks.layers import head_count
+
+        return 4.0 * config.dim * (config.dim // head_count(config.dim, component["num_heads"]))
     if name == "temporal_swin":
         return 4.0 * math.prod(map(min, component["window"], grid)) * config.dim
     if name == "mamba2":

@@ -166,6 +166,7 @@ MIXERS = Registry(
     "lingen.mixers",
     {
         "attention": "lingen.blocks.attention:Attention",
+        "linear_attention": "lingen.blocks.linear_attention:LinearAttention",
         "mamba2": "lingen.blocks.mamba2:Mamba2",
         "temporal_swin": "lingen.blocks.temporal_swin:TemporalSwin",
         "mate": "lingen.blocks.mate:MATE",

@@ -16,9 +16,14 @@ from torch import Tensor
 from lingen import flow
 from lingen.config import SampleConfig
 from lingen.module import LinGenModule
+from lingen.precision import set_precision
 from lingen.weights import load_module
 
 log = logging.getLogger("lingen")
+
+GUIDANCE_TOKENS = 16_384
+"""With `guidance_batch: auto`, up to this many tokens of all clips go with and without text in one batch [ours]: more
+fill a GPU on their own."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -47,7 +52,8 @@ def generate(
     """Samples a clip for each prompt; the same seed and prompt give the same clip on the same machine.
 
     Args:
-        run_or_checkpoint: a run folder (its last finished stage), a .safetensors file, or a loaded module.
+        run_or_checkpoint: a run folder (its last finished stage), a .safetensors file, or a loaded module, whose
+            denoiser is put into `sample.precision` for good (auto: bfloat16 on CUDA, where it was trained so).
         prompts: one or several.
         seed, steps, guidance: in place of the recipe's `sample` settings.
         seconds: length, at the recipe's frame rate; default: the recipe's clip.
@@ -123,7 +129,7 @@ def sample_latents(
     first: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Solves the flow from noise for a batch of prompts.
+    """Solves the flow from noise for a batch of prompts, in `settings.precision` (see `lingen.precision`).
 
     Args:
         first: number of the first prompt; its noise is drawn from (seed, number), so that batches do not matter.
@@ -139,17 +145,22 @@ def sample_latents(
     fps = clip.fps if clip.frames > 1 else 0.0
     null, text = module.encode_text([""] * len(prompts), fps), module.encode_text(list(prompts), fps)
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
+    tokens = len(prompts) * math.prod(module.model.grid_of(shape[1:]))
+    one_batch = tokens <= GUIDANCE_TOKENS if settings.guidance_batch == "auto" else settings.guidance_batch
     low, high = settings.guidance_interval
 
     def velocity(latents: Tensor, time: Tensor) -> Tensor:
         time = time.expand(len(latents))
         if settings.guidance == 1 or not low <= float(time[0]) <= high:
             return module.model(latents, time, text).float()
-        unconditional, conditional = module.model(latents.repeat(2, 1, 1, 1, 1), time.repeat(2), both).float().chunk(2)
+        if one_batch:
+            velocities = module.model(latents.repeat(2, 1, 1, 1, 1), time.repeat(2), both).float().chunk(2)
+        else:
+            velocities = tuple(module.model(latents, time, words).float() for words in (null, text))
+        unconditional, conditional = velocities
         return flow.guided(conditional, unconditional, settings.guidance, settings.guidance_rescale)
 
-    bf16 = "bf16" in str(module.recipe.trainer.get("precision", "")) and module.device.type == "cuda"
-    with torch.autocast(module.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(module.device.type, torch.bfloat16, enabled=set_precision(module, settings.precision)):
         return flow.solve(velocity, noise, times.to(module.device), settings.solver, progress)
 
 

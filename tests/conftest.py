@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests of the command line read its plain lines.
 os.environ.setdefault("COLUMNS", "200")
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,35 @@ KERNELS = [
     if not file.stem.endswith("_triton") and file.stem != "__init__"
 ]
 install_import_hook(["lingen.blocks", "lingen.flow", "lingen.model", *KERNELS], "beartype.beartype")
+
+
+def _products_of_bfloat16() -> None:
+    """Triton's interpreter keeps bfloat16 as integers and multiplies those: its products are given their values."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    dot, multiply = InterpreterBuilder.create_dot, InterpreterBuilder.create_fmul
+
+    def value(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounded(x):
+        bits = np.ascontiguousarray(x.data).view(np.uint32)
+        return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), tl.bfloat16)
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, value(a), value(b), *rest)
+
+    def create_fmul(self, a, b):
+        product = multiply(self, value(a), value(b))
+        return rounded(product) if a.dtype.scalar == tl.bfloat16 else product
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.create_fmul = create_dot, create_fmul
+
+
+if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    _products_of_bfloat16()
 
 
 @pytest.fixture(scope="session")

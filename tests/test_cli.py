@@ -105,7 +105,8 @@ def test_show_schema(capsys):
             ["train.lr=x", "model.mixer=mat"],
             [
                 "command line: Expected a number, got 'x'. (at train.lr)",
-                "command line: There is no mixer called 'mat'. Did you mean 'mate'? Known: attention, mamba2, mate, "
+                "command line: There is no mixer called 'mat'. Did you mean 'mate'? Known: attention, "
+                "linear_attention, mamba2, mate, "
                 "temporal_swin. To use your own, write 'module:Class'. (at model.mixer)",
             ],
         ),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lingen.kernels import attention, ssd, ssd_state
+from lingen.kernels import attention, ssd
 
 SHAPES = [(1, 1, 1), (7, 1, 4), (33, 2, 8), (40, 3, 16), (5, 1, 64)]
 
@@ -66,18 +66,6 @@ def test_many_chunks_are_passed_on_in_groups(n, chunk):
     assert max(map(relative, fast, slow)) < 1e-12
     for name, got in gradients(fast, parts).items():
         assert relative(got, wanted[name]) < 1e-12, name
-
-
-@pytest.mark.parametrize("n", [1, 6, 50])
-def test_state_alone_is_the_state_that_is_left(n):
-    parts = operands(n, 2) | {"initial_state": None, "d": None}
-    _, want = ssd(**parts, return_state=True, kernel="reference")
-    used = {name: parts[name] for name in ("x", "dt", "a", "b", "dt_bias")}
-    got = ssd_state(**used)
-    assert relative(got, want) < 1e-12
-    wanted = gradients([want], used)
-    for name, grad in gradients([got], used).items():
-        assert relative(grad, wanted[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])

@@ -199,7 +199,8 @@ MISTAKES = {
     ),
     "unknown mixer": (
         TINY.replace("attention", "atention").replace(", num_heads: 2", ""),
-        "r.yaml:4: There is no mixer called 'atention'. Did you mean 'attention'? Known: attention, mamba2, mate, "
+        "r.yaml:4: There is no mixer called 'atention'. Did you mean 'attention'? Known: attention, "
+        "linear_attention, mamba2, mate, "
         "temporal_swin. To use your own, write 'module:Class'. (at model.mixer.name)",
     ),
     "unknown autoencoder": (
@@ -222,7 +223,8 @@ MISTAKES = {
     ),
     "a branch that does not exist": (
         TINY.replace("attention, num_heads: 2", "mate, ma: mamba3, head_dim: 16"),
-        "r.yaml:4: There is no mixer called 'mamba3'. Did you mean 'mamba2'? Known: attention, mamba2, mate, "
+        "r.yaml:4: There is no mixer called 'mamba3'. Did you mean 'mamba2'? Known: attention, "
+        "linear_attention, mamba2, mate, "
         "temporal_swin. To use your own, write 'module:Class'. (at model.mixer)",
     ),
     "a part that cannot be imported": (

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from lingen.blocks.review import pool
 from lingen.blocks.scan import (
     AXES,
     ROTARY_MAJOR,
@@ -17,6 +16,7 @@ from lingen.blocks.scan import (
     to_sequence,
     zigzag,
 )
+from lingen.kernels.pool import pool
 from lingen.registry import SCANS, SettingError
 
 GRIDS = [(1, 1, 1), (1, 4, 6), (3, 5, 7), (4, 4, 4), (9, 2, 1)]

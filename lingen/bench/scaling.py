@@ -1,174 +1,160 @@
-"""How the cost of a mixer grows with its tokens: FLOPs, time and memory, with fitted exponents."""
+"""The complexity receipt: FLOPs, time and memory of one layer of each mixer, from short clips to long ones."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from lingen.folder import git_commit, versions
-from lingen.registry import MIXERS
+from lingen.bench.build import built, dtype_name, kernel_of, name_of, precision_of
+from lingen.bench.findings import Split, findings
+from lingen.bench.flops import Component, Grid, flops
+from lingen.bench.parts import by_part
+from lingen.bench.results import GIB, Results, Row, Say
+from lingen.bench.timing import (
+    Work,
+    allocated,
+    forward,
+    forward_backward,
+    interleaved,
+    milliseconds,
+    or_none,
+    peak_bytes,
+    saved_bytes,
+)
+from lingen.blocks.layers import grid_of
+from lingen.registry import MIXERS, RecipeError
 
-Grid = tuple[int, int, int]
+GRIDS: tuple[Grid, ...] = (
+    (34, 16, 16), (34, 32, 32), (68, 32, 32), (34, 64, 64), (136, 32, 32), (272, 32, 32),
+)  # fmt: skip
+"""256x256 for 17 s, 512x512 for 17, 34, 68 and 136 s, 1024x1024 for 17 s: 8,704 to 278,528 tokens."""
 
-QUICK_GRIDS: tuple[Grid, ...] = ((4, 8, 8), (8, 8, 8), (16, 8, 8), (32, 8, 8), (64, 8, 8))
-"""A clip that grows longer at one size: 256 to 4,096 tokens."""
+QUICK_GRIDS: tuple[Grid, ...] = ((32, 8, 8), (64, 8, 8), (128, 8, 8), (256, 8, 8))
+"""A clip that grows longer at one size, for a CPU: 2,048 to 16,384 tokens."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """One mixer on one grid, forward and backward of one layer, batch 1."""
-
-    mixer: str
-    tokens: int
-    gflop: float
-    """Of the forward, counted from the matrix products executed."""
-    ms: float
-    """Median of forward and backward."""
-    mib: float
-    """Activations kept for the backward pass, each storage once, weights left out."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """cost ~ tokens ** exponent, with a 95% confidence interval of the exponent."""
-
-    exponent: float
-    low: float
-    high: float
+ONCE_TFLOP = 500
+"""Work above this is run once, without a warm-up: a second or more on the fastest GPU."""
 
 
-def measure(component: str | dict[str, Any], grid: Grid, dim: int, repeats: int = 3) -> Row:
-    """Counts and times one layer of a mixer on the CPU.
-
-    Args:
-        component: name or component of MIXERS.
-        grid: tokens in t, h, w.
-    """
-    mixer = MIXERS.build(component, dim, 1)
-    x = torch.randn(1, *grid, dim, requires_grad=True)
-    name = component if isinstance(component, str) else component["name"]
-    kept = saved_bytes(mixer, x)
-    times = [seconds(lambda: mixer(x).sum().backward()) for _ in range(repeats)]
-    return Row(name, math.prod(grid), flops(component, grid, dim) / 1e9, 1e3 * statistics.median(times), kept / 2**20)
-
-
-def flops(component: str | dict[str, Any], grid: Grid, dim: int) -> int:
-    """FLOPs of the matrix products of one forward, on the meta device: nothing is computed, any size is free."""
-    with torch.device("meta"):
-        mixer, x = MIXERS.build(component, dim, 1), torch.empty(1, *grid, dim)
-    # Fused attention hides its products from the counter; the plain form has the same ones.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        mixer(x)
-    return counter.get_total_flops()
-
-
-def saved_bytes(mixer: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps between forward and backward."""
-    weights = {p.untyped_storage()._cdata for p in mixer.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(kept: Tensor) -> Tensor:
-        storage = kept.untyped_storage()
-        if storage._cdata not in weights:
-            sizes[storage._cdata] = storage.nbytes()
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        output = mixer(x)
-    del output
-    return sum(sizes.values())
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def fit_exponent(tokens: Sequence[float], costs: Sequence[float]) -> Fit:
-    """Least squares of log cost over log tokens; the interval is Student's t on the slope.
-
-    Raises:
-        ValueError: for fewer than three points.
-    """
-    if len(tokens) < 3:
-        raise ValueError(f"An exponent needs at least three sizes, got {len(tokens)}.")
-    x, y = [math.log(n) for n in tokens], [math.log(c) for c in costs]
-    slope, intercept = statistics.linear_regression(x, y)
-    residual = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    spread = sum((a - statistics.fmean(x)) ** 2 for a in x)
-    freedom = len(x) - 2
-    error = math.sqrt(residual / freedom / spread) * student_t(freedom)
-    return Fit(round(slope, 4), round(slope - error, 4), round(slope + error, 4))
-
-
-def student_t(freedom: int) -> float:
-    """97.5% quantile of Student's t (table up to 10, then the normal's with a first correction)."""
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
+def label(grid: Grid) -> str:
+    """Pixels and seconds of a grid at 8x8x8 compression, patches of 1x2x2 and 16 frames a second (LinGen)."""
+    return f"{16 * grid[1]}x{16 * grid[2]} {grid[0] / 2:g} s"
 
 
 def scaling(
-    mixers: Sequence[str],
-    dim: int = 64,
-    grids: Sequence[Grid] = QUICK_GRIDS,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measures every mixer on every grid and fits exponents.
+    mixers: Sequence[Component],
+    dim: int,
+    grids: Sequence[Grid],
+    device: torch.device,
+    out: Path,
+    say: Say,
+    budget: float = 0.5,
+    commit: str | None = None,
+) -> Row:
+    """Measures every mixer on every grid, smallest first, and fits exponents; `scaling.json` grows row by row.
 
+    Args:
+        out: folder of scaling.json.
+        budget: seconds for each number.
     Returns:
-        device, versions, date, commit, rows, and ``fits: {mixer: {flops | time | memory: {exponent, low, high}}}``.
+        what the file holds: the head, rows, and ``fits: {mixer: {flops | time | memory: {exponent, low, high}}}`` of
+        the forward; what else is in it is said at `findings`.
     """
-    rows = []
-    for number, (mixer, grid) in enumerate((m, g) for m in mixers for g in grids):
-        rows.append(measure(mixer, grid, dim))
-        if progress:
-            progress(number + 1, len(mixers) * len(grids))
-    fits = {mixer: fits_of([row for row in rows if row.mixer == mixer]) for mixer in mixers}
-    return {
-        "device": f"CPU, {torch.get_num_threads()} threads",
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git_commit(),
-        "dim": dim,
-        "rows": [asdict(row) for row in rows],
-        "fits": fits,
-    }
+    if len({math.prod(grid) for grid in grids}) < 3:
+        raise RecipeError(f"An exponent needs at least three sizes, got {[list(grid) for grid in grids]}.")
+    memory = "activation peak above weights" if device.type == "cuda" else "activations kept for the backward pass"
+    results = Results(out / "scaling.json", {"dim": dim, "batch": 1, "memory": memory}, device, say, commit)
+    splits = measure(mixers, dim, grids, device, results, budget)
+    # FLOPs are counted without computing: on the real grids, whatever was measured.
+    results.data |= findings(results.data["rows"], mixers, dim, GRIDS, splits)
+    results.write()
+    return results.data
 
 
-def fits_of(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    tokens = [row.tokens for row in rows]
-    costs = {"flops": [r.gflop for r in rows], "time": [r.ms for r in rows], "memory": [r.mib for r in rows]}
-    return {name: asdict(fit_exponent(tokens, values)) for name, values in costs.items()}
+def measure(
+    mixers: Sequence[Component], dim: int, grids: Sequence[Grid], device: torch.device, results: Results, budget: float
+) -> dict[str, list[tuple[int, Split]]]:
+    """A row for each mixer and grid. Returns mixer -> (tokens, milliseconds of the parts) for each grid."""
+    dtype = precision_of(device)
+    layers = {name_of(one): built(partial(MIXERS.build, one, dim, 1), device, dtype) for one in mixers}
+    _warm_up(layers, torch.randn(1, *min(grids, key=math.prod), dim, device=device, dtype=dtype))
+    weights = allocated(device)
+    splits: dict[str, list[tuple[int, Split]]] = defaultdict(list)
+    for grid in sorted(grids, key=math.prod):
+        results.say(f"{label(grid)}: {math.prod(grid):,} tokens")
+        tflop = {name_of(one): flops(one, grid, dim) / 1e12 for one in mixers}
+        x = torch.randn(1, *grid, dim, device=device, dtype=dtype)
+        for row, split in _on_grid(layers, tflop, x, weights, budget):
+            results.add(row)
+            splits[row["mixer"]] += [(row["tokens"], split)] if split else []
+    return splits
 
 
-def write(result: dict[str, Any], out: Path) -> list[Path]:
-    """scaling.json, .csv and .md in a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"scaling.{kind}" for kind in ("json", "csv", "md")]
-    files[0].write_text(json.dumps(result, indent=2))
-    with files[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(result["rows"][0]))
-        writer.writeheader()
-        writer.writerows(result["rows"])
-    lines = ["| mixer | FLOPs ~ n^ | time ~ n^ | memory ~ n^ |", "| --- | --- | --- | --- |"]
-    for mixer, fits in result["fits"].items():
-        cells = (
-            f"{fits[k]['exponent']:.2f} ({fits[k]['low']:.2f} to {fits[k]['high']:.2f})"
-            for k in ("flops", "time", "memory")
-        )
-        lines.append(f"| {mixer} | {' | '.join(cells)} |")
-    files[2].write_text("\n".join(lines) + "\n")
-    return files
+def _warm_up(layers: Mapping[str, nn.Module], x: Tensor) -> None:
+    """Compiles kernels and lets the libraries take their workspace, which else counts as memory of the first size."""
+    for layer in layers.values():
+        forward(layer, [x])()
+        forward_backward(layer, [x.detach().requires_grad_()], layer.parameters(), torch.randn_like(x))()
+
+
+def _on_grid(
+    layers: Mapping[str, nn.Module], tflop: Mapping[str, float], x: Tensor, weights: int, budget: float
+) -> list[tuple[Row, Split | None]]:
+    """A row for each mixer, and the forward's time by part where it is short enough to be run again."""
+    device, grid = x.device, grid_of(x)
+    sampling = {name: forward(layer, [x]) for name, layer in layers.items()}
+    long = {name for name in layers if tflop[name] > ONCE_TFLOP}
+    ms, peaks = _times_and_peaks(sampling, long, device, budget)
+    splits = {name: by_part(sampling[name], device, 3) for name in layers if ms[name] and name not in long}
+    x, seed = x.requires_grad_(), torch.randn_like(x)
+    training = {name: forward_backward(layer, [x], layer.parameters(), seed) for name, layer in layers.items()}
+    long = {name for name in layers if 3 * tflop[name] > ONCE_TFLOP}
+    train_ms, train_peaks = _times_and_peaks(training, long, device, budget)
+    if device.type != "cuda":
+        peaks = {name: saved_bytes(layer, [x], layer.parameters()) for name, layer in layers.items()}
+    rows: list[Row] = [
+        {
+            "name": label(grid), "mixer": name, "kernel": kernel_of(layer), "dtype": dtype_name(x.dtype),
+            "tokens": math.prod(grid), "ms": ms[name], "gib": _above(weights, peaks[name]), "tflop": tflop[name],
+            "train_ms": train_ms[name], "train_gib": _above(weights, train_peaks[name]),
+            "parameters": sum(p.numel() for p in layer.parameters()), "grid": list(grid),
+        }
+        for name, layer in layers.items()
+    ]  # fmt: skip
+    return [(row, splits.get(row["mixer"])) for row in rows]
+
+
+def _times_and_peaks(
+    works: Mapping[str, Work], long: set[str], device: torch.device, budget: float
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Median milliseconds, and peak bytes on CUDA; None where the memory is too small. `long` work runs once."""
+    first: dict[str, float] = {}
+
+    def probe(name: str) -> float:
+        def timed() -> None:
+            first[name] = milliseconds(works[name], device)
+
+        if device.type == "cuda":
+            return peak_bytes(timed, device)
+        timed()
+        return 0
+
+    peaks = {name: or_none(partial(probe, name)) for name in works}
+    # A CPU compiles nothing, so that a first run counts where it was long.
+    counts = {name for name in works if name in long or (device.type != "cuda" and first[name] > 1e3 * budget)}
+    again = {name: work for name, work in works.items() if peaks[name] is not None and name not in counts}
+    times = interleaved(again, device, budget, warm=False)
+    ms = {name: statistics.median(times[name]) if name in times else first.get(name) for name in works}
+    return ms, {name: peak or None for name, peak in peaks.items()}
+
+
+def _above(weights: int, peak: float | None) -> float | None:
+    """GiB of a peak above the weights."""
+    return None if peak is None else (peak - weights) / GIB

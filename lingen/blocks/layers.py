@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
+from lingen.kernels.swiglu import swiglu
 from lingen.registry import SettingError
 
 # One number each for t, h and w.
@@ -57,9 +59,13 @@ class SwiGLU(nn.Module):
         self.in_proj = nn.Linear(dim, 2 * hidden, bias=False)
         self.out_proj = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
-        gate, up = self.in_proj(x).chunk(2, -1)
-        return self.out_proj(F.silu(gate) * up)
+    @property
+    def wants_fp8(self) -> bool:
+        return wants_fp8(self.in_proj)
+
+    def forward(self, x: Float[Tensor, "*any d"] | Quantized) -> Float[Tensor, "*any d"]:
+        gate_up = self.in_proj(x)
+        return self.out_proj(swiglu(gate_up, dtype=input_dtype(self.out_proj, gate_up)))
 
 
 def head_count(dim: int, num_heads: int | None) -> int:

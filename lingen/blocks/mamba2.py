@@ -5,13 +5,17 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.blocks.layers import GatedRMSNorm, check_choice, check_sizes, grid_of
-from lingen.blocks.review import pool
-from lingen.blocks.scan import order_of, to_grid, to_sequence
-from lingen.kernels import SSD_KERNELS, ssd, ssd_state
+from lingen.blocks.layers import GatedRMSNorm, Triple, check_choice, check_sizes, grid_of
+from lingen.blocks.scan import order_of, permutation
+from lingen.kernels.choice import choose
+from lingen.kernels.conv import conv_silu
+from lingen.kernels.fp8 import Quantized, wants_fp8
+from lingen.kernels.gated_norm import gated_norm
+from lingen.kernels.pool import pool
+from lingen.kernels.scan import SCAN_KERNELS, rows_of, scan, scan_state
 from lingen.registry import SettingError
 
 
@@ -35,7 +39,8 @@ class Mamba2(nn.Module):
         review_reverse: "front" lets the reverse direction read the review first, too; "plain" flips everything, so
             that it reads the review last, which is of no use to it.
         bidirectional: false is the causal Mamba2 of other implementations.
-        kernel: of `lingen.kernels.ssd`.
+        kernel: of `lingen.kernels.scan`. The scan order costs nothing with "triton": the conv reads the grid in scan
+            order, and the gated norm writes it back.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Mamba2(nn.Module):
         review: tuple[int, int, int] | None = (2, 2, 2),
         review_reverse: Literal["front", "plain"] = "front",
         bidirectional: bool = True,
-        kernel: Literal["auto", "reference", "chunked", "stock"] = "auto",
+        kernel: Literal["auto", "reference", "chunked", "triton", "stock"] = "auto",
     ):
         super().__init__()
         _check_sizes_of(dim, state_dim, head_dim, groups, expand, conv_width)
@@ -65,7 +70,7 @@ class Mamba2(nn.Module):
             check_sizes("review", review)
         check_choice("conv", conv, ("shared", "per_direction"))
         check_choice("review_reverse", review_reverse, ("front", "plain"))
-        check_choice("kernel", kernel, SSD_KERNELS)
+        check_choice("kernel", kernel, SCAN_KERNELS)
         self.order = order_of(scan, layer)
         self.review = review
         self.review_reverse, self.kernel = review_reverse, kernel
@@ -87,66 +92,109 @@ class Mamba2(nn.Module):
         self.norm = GatedRMSNorm(inner, groups)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "b t h w d"]) -> Float[Tensor, "b t h w d"]:
-        z, streams = self.in_proj(x).split([self.sizes[0], sum(self.sizes[1:])], -1)
-        state = None if self.review is None else self._review_state(pool(streams, self.review))
-        xs, dt, b, c = self._operands(to_sequence(streams, self.order), flip=True)
-        y = ssd(xs, dt, self._a(), b, c, self.d.flatten(), self.dt_bias.flatten(), state, kernel=self.kernel)
-        assert isinstance(y, Tensor)
-        sides = y.flatten(2).chunk(self.directions, -1)
-        y = sides[0] if self.directions == 1 else sides[0] + sides[1].flip(1)
-        return self.out_proj(self.norm(to_grid(y, self.order, grid_of(x)), z))
+    @property
+    def wants_fp8(self) -> bool:
+        """Whether `forward` takes a `Quantized`, see `lingen.kernels.fp8`."""
+        return wants_fp8(self.in_proj)
+
+    def forward(self, x: Float[Tensor, "b t h w d"] | Quantized) -> Float[Tensor, "b t h w d"]:
+        projected = self.in_proj(x)
+        grid = grid_of(projected)
+        z, streams = projected.split([self.sizes[0], sum(self.sizes[1:])], -1)
+        kernel = choose("scan", self.kernel, SCAN_KERNELS, streams, plain="chunked")
+        fused = "triton" if kernel == "triton" else "reference"
+        state = None
+        if self.review is not None:
+            state = self._review_state(pool(streams, self.review, kernel=fused), kernel, fused)
+        index = self._index(grid, projected.device)
+        y = self._scan(streams.flatten(1, 3), index, state, kernel, fused)
+        norm, low = self.norm, wants_fp8(self.out_proj)
+        out = gated_norm(
+            y, z.flatten(1, 3), norm.weight, index, groups=norm.groups, eps=norm.eps, quantize=low, kernel=fused
+        )
+        if isinstance(out, tuple):
+            return self.out_proj(Quantized(out[0].unflatten(1, grid), out[1].unflatten(1, (*grid, 1))))
+        return self.out_proj(out.unflatten(1, grid))
 
     def horizon(self) -> Float[Tensor, "r k"]:
         """Tokens after which a head has forgotten all but 1/e, per direction and head, at the bias's time step."""
         with torch.no_grad():
             return 1 / (F.softplus(self.dt_bias.float()) * self.a_log.float().exp())
 
-    def _a(self) -> Float[Tensor, "k"]:
-        return -self.a_log.to(torch.promote_types(self.a_log.dtype, torch.float32)).exp().flatten()
+    def _a(self) -> Float[Tensor, "r k"]:
+        return -self.a_log.to(torch.promote_types(self.a_log.dtype, torch.float32)).exp()
 
-    def _review_state(self, streams: Float[Tensor, "b t h w c"]) -> Float[Tensor, "b k e s"]:
-        """What both directions remember of the review tokens, which both read in the same order."""
-        xs, dt, b, _ = self._operands(to_sequence(streams, self.order), flip=False)
-        state = ssd_state(xs, dt, self._a(), b, self.dt_bias.flatten())
-        if self.review_reverse == "front" or self.directions == 1:
-            return state
-        heads = self.sizes[2]
-        return torch.cat([state[:, :heads], torch.zeros_like(state[:, heads:])], 1)
+    def _index(self, grid: Triple, device: torch.device) -> Int[Tensor, "n"] | None:
+        """Raster row of each position of the sequence; None where the scan is raster order itself."""
+        return None if self.order == "thw" else permutation(self.order, grid, device)[0]
 
-    def _operands(self, streams: Float[Tensor, "b n c"], flip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, dt, B, C of the scan: the directions lie side by side on the axis of heads (of groups for B and C)."""
-        inner, channels, heads = self.sizes
-        convolved, dt = streams.split([channels, heads], -1)
-        sides = self._conv(convolved, flip)
-        parts = sides.split([inner, self.groups * self.state_dim, self.groups * self.state_dim], -1)
-        widths = (self.head_dim, self.state_dim, self.state_dim)
-        xs, b, c = (u.unflatten(-1, (-1, width)).flatten(2, 3) for u, width in zip(parts, widths, strict=True))
-        dt = dt if self.directions == 1 else torch.cat([dt, dt.flip(1) if flip else dt], -1)
-        return xs, dt, b, c
+    def _scan(
+        self,
+        streams: Float[Tensor, "b n c"],
+        index: Int[Tensor, "n"] | None,
+        state: Float[Tensor, "b r k e s"] | None,
+        kernel: str,
+        fused: str,
+    ) -> Float[Tensor, "b rows f"]:
+        """Conv and scan, all directions summed, in scan order."""
+        n = streams.shape[1]
+        xbc, dt = streams.split(self.sizes[1:], -1)
+        if self.centred or self.directions == 1:
+            u = self._conv(xbc, index, 0, rows_of(n, kernel, xbc.dtype), fused)
+            return self._one_scan(u, dt, slice(None), index, state, kernel)
+        if index is None:
+            index = torch.arange(n, device=streams.device)
+        sides = []
+        # Each direction has streams of its own: two scans of one direction, the second of the reversed sequence.
+        for way, order in enumerate((index, index.flip(0))):
+            u = self._conv(xbc, order, way, rows_of(n, kernel, xbc.dtype), fused)
+            sides.append(self._one_scan(u, dt, slice(way, way + 1), order, state, kernel)[:, :n])
+        return sides[0] + sides[1].flip(1)
 
-    def _conv(self, u: Float[Tensor, "b n c"], flip: bool) -> Float[Tensor, "b n r c"]:
-        """Depthwise conv and SiLU; the second direction is flipped afterwards (centred conv) or before (causal)."""
-        width = self.conv1d.kernel_size[0]
-        before = width // 2 if self.centred else width - 1
-        if self.directions == 2 and not self.centred:
-            u = torch.cat([u, u.flip(1) if flip else u], -1)
+    def _one_scan(
+        self,
+        u: Float[Tensor, "b rows c"],
+        dt: Float[Tensor, "b n k"],
+        ways: slice,
+        index: Int[Tensor, "n"] | None,
+        state: Float[Tensor, "b r k e s"] | None,
+        kernel: str,
+    ) -> Float[Tensor, "b rows f"]:
+        start = None if state is None else state[:, ways]
+        return scan(
+            u, dt, self._a()[ways], self.d[ways], self.dt_bias[ways], index, start,
+            groups=self.groups, state_dim=self.state_dim, kernel=kernel,
+        )  # fmt: skip
+
+    def _review_state(self, streams: Float[Tensor, "b t h w c"], kernel: str, fused: str) -> Float[Tensor, "b r k e s"]:
+        """What the directions remember of the review tokens, which all of them read forwards."""
+        index = self._index(grid_of(streams), streams.device)
+        xbc, dt = streams.flatten(1, 3).split(self.sizes[1:], -1)
+        rows = rows_of(xbc.shape[1], kernel, xbc.dtype)
+        ways = self.directions if self.review_reverse == "front" else 1
+        # One conv for all directions, or one for each.
+        shared = [slice(0, ways)] if self.centred else [slice(way, way + 1) for way in range(ways)]
+        states = [
+            scan_state(
+                self._conv(xbc, index, one.start, rows, fused), dt, self._a()[one], self.dt_bias[one], index,
+                groups=self.groups, state_dim=self.state_dim, kernel=kernel,
+            )
+            for one in shared
+        ]  # fmt: skip
+        state = torch.cat(states, 1)
+        missing = self.directions - ways
+        return torch.cat([state, torch.zeros_like(state)], 1) if missing else state
+
+    def _conv(
+        self, xbc: Float[Tensor, "b n c"], index: Int[Tensor, "n"] | None, way: int, rows: int, kernel: str
+    ) -> Float[Tensor, "b rows c"]:
+        """Depthwise conv along the scan and SiLU: centred, or causal with the weights of direction `way`."""
+        width, channels = self.conv1d.kernel_size[0], self.sizes[1]
+        mine = slice(way * channels, (way + 1) * channels)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
-        u = F.silu(_depthwise(u, weight, bias, before))
-        if self.centred:
-            return torch.stack([u, u.flip(1) if flip else u], 2)
-        return u.unflatten(-1, (self.directions, -1))
-
-
-def _depthwise(
-    u: Float[Tensor, "b n c"], weight: Float[Tensor, "c m"], bias: Float[Tensor, "c"], before: int
-) -> Float[Tensor, "b n c"]:
-    """Each channel's conv with `before` of its m taps in the past: m products, twice as fast on a CPU as conv1d and
-    without its transposed copies."""
-    n, taps = u.shape[1], weight.to(u.dtype).unbind(1)
-    padded = F.pad(u, (0, 0, before, len(taps) - 1 - before))
-    return sum((padded[:, i : i + n] * tap for i, tap in enumerate(taps)), bias.to(u.dtype))
+        before = width // 2 if self.centred else width - 1
+        return conv_silu(xbc, weight[mine], bias[mine], index, before=before, rows=rows, kernel=kernel)
 
 
 def _check_sizes_of(dim: int, state_dim: int, head_dim: int, groups: int, expand: int, conv_width: int) -> None:

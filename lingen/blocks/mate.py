@@ -1,5 +1,6 @@
 """MATE, LinGen's token mixer: an MA-branch and a TE-branch side by side (arXiv 2412.09856, Figure 2)."""
 
+import inspect
 import math
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import Triple, check_choice, clamp
+from lingen.kernels.fp8 import wants_fp8
 from lingen.registry import MIXERS, SettingError
 from lingen.schema import check_value, settings_of
 
@@ -56,7 +58,7 @@ class MATE(nn.Module):
         bidirectional: bool = True,
         window: tuple[int, int, int] = (8, 4, 4),
         num_heads: int | None = None,
-        kernel: Literal["auto", "reference", "chunked", "stock", "sdpa", "flash"] = "auto",
+        kernel: Literal["auto", "reference", "chunked", "triton", "stock", "sdpa", "flash"] = "auto",
     ):
         super().__init__()
         check_choice("branch_gate", branch_gate, ("shared", "each"))
@@ -76,16 +78,24 @@ class MATE(nn.Module):
             _equalise(self.ma, self.te, clamp(window, _PROBE_GRID), dim)
             if branch_gate == "each":
                 self.ma_gain, self.te_gain = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self._te_adds = self.te is not None and "onto" in inspect.signature(self.te.forward).parameters
 
     def forward(self, x: Float[Tensor, "b t h w d"]) -> Float[Tensor, "b t h w d"]:
         if self.ma is None or self.te is None:
             only = self.ma or self.te
             assert only is not None
             return only(x)
-        ma, te = self.ma(x), self.te(x)
-        if self.ma_gain is None or self.te_gain is None:
-            return ma + te
-        return ma * self.ma_gain.to(ma.dtype) + te * self.te_gain.to(te.dtype)
+        ma = self.ma(x)
+        if self.ma_gain is not None and self.te_gain is not None:
+            return ma * self.ma_gain.to(ma.dtype) + self.te(x) * self.te_gain.to(ma.dtype)
+        if self._te_adds and not torch.is_grad_enabled():
+            return self.te(x, onto=ma)  # in training each branch's own output is watched
+        return ma + self.te(x)
+
+    @property
+    def wants_fp8(self) -> bool:
+        """Whether all branches take a `Quantized` input, see `lingen.kernels.fp8`."""
+        return all(wants_fp8(branch) for branch in (self.ma, self.te) if branch is not None)
 
 
 def _component(component: str | dict[str, Any] | None, flat: dict[str, Any]) -> dict[str, Any]:

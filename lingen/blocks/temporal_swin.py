@@ -3,15 +3,12 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, check_choice, check_sizes, clamp, grid_of, head_count, rotary_table, rotate
-from lingen.blocks.layers import Triple as Grid
-from lingen.kernels import ATTENTION_KERNELS, attention
-
-Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+from lingen.blocks.layers import RMSNorm, Triple, check_choice, check_sizes, clamp, grid_of, head_count
+from lingen.kernels.fp8 import Quantized, wants_fp8
+from lingen.kernels.window_attention import WINDOW_KERNELS, Padding, window_attention
 
 
 class TemporalSwin(nn.Module):
@@ -29,11 +26,11 @@ class TemporalSwin(nn.Module):
         *,
         window: tuple[int, int, int] = (8, 4, 4),
         num_heads: int | None = None,
-        kernel: Literal["auto", "sdpa", "flash"] = "auto",
+        kernel: Literal["auto", "reference", "triton", "sdpa", "flash"] = "auto",
     ):
         super().__init__()
         check_sizes("window", window)
-        check_choice("kernel", kernel, ATTENTION_KERNELS)
+        check_choice("kernel", kernel, WINDOW_KERNELS)
         self.window = window
         self.shifted = layer % 2 == 1
         self.num_heads = head_count(dim, num_heads)
@@ -43,20 +40,31 @@ class TemporalSwin(nn.Module):
         self.k_norm = RMSNorm(dim // self.num_heads)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "b t h w d"]) -> Float[Tensor, "b t h w d"]:
-        grid = grid_of(x)
+    @property
+    def wants_fp8(self) -> bool:
+        """Whether `forward` takes a `Quantized`, see `lingen.kernels.fp8`."""
+        return wants_fp8(self.in_proj)
+
+    def forward(
+        self, x: Float[Tensor, "b t h w d"] | Quantized, onto: Float[Tensor, "b t h w d"] | None = None
+    ) -> Float[Tensor, "b t h w d"]:
+        """Attends to x; the result is added to `onto`, which is given away: without autograd it may be overwritten."""
+        qkv = self.in_proj(x)
+        grid = grid_of(qkv)
         window = clamp(self.window, grid)
-        padding = window_padding(grid, window, self.shifted)
-        windows = partition(self.in_proj(x), window, padding)
-        q, k, v = windows.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        table = rotary_table(window, q.shape[-1], x.device, dtype)
-        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
-        out = attention(q, k, v, real_keys(x, window, padding), kernel=self.kernel)
-        return self.out_proj(merge(out.flatten(2), grid, window, padding))
+        out = window_attention(
+            qkv, self.q_norm.weight, self.k_norm.weight, window=window,
+            padding=window_padding(grid, window, self.shifted), num_heads=self.num_heads, eps=self.q_norm.eps,
+            kernel=self.kernel,
+        )  # fmt: skip
+        if onto is None:
+            return self.out_proj(out)
+        if onto.dtype != out.dtype or wants_fp8(self.out_proj):
+            return onto + self.out_proj(out)
+        return project_onto(onto, out, self.out_proj.weight)
 
 
-def window_padding(grid: Grid, window: Grid, shifted: bool) -> Padding:
+def window_padding(grid: Triple, window: Triple, shifted: bool) -> Padding:
     """Tokens to add before and after each axis so that windows tile it; at most one window less one on either side.
 
     Without shift they are split on both sides, lest one edge be left with a sliver. The shift moves all borders by
@@ -73,31 +81,14 @@ def window_padding(grid: Grid, window: Grid, shifted: bool) -> Padding:
     return t, h, w
 
 
-def partition(x: Shaped[Tensor, "b t h w c"], window: Grid, padding: Padding) -> Shaped[Tensor, "m n c"]:
-    """Pads the grid and cuts it into windows: m = b * windows, n tokens each, both in raster order."""
-    (t0, t1), (h0, h1), (w0, w1) = padding
-    if any((t0, t1, h0, h1, w0, w1)):
-        x = F.pad(x, (0, 0, w0, w1, h0, h1, t0, t1))
-    x = x.unflatten(3, (-1, window[2])).unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(0, 3)
+def project_onto(
+    onto: Float[Tensor, "*tokens d"], x: Float[Tensor, "*tokens e"], weight: Float[Tensor, "d e"]
+) -> Float[Tensor, "*tokens d"]:
+    """onto + x weight^T, summed inside the matrix product; without autograd into the memory of `onto`.
 
-
-def merge(x: Float[Tensor, "m n c"], grid: Grid, window: Grid, padding: Padding) -> Float[Tensor, "b t h w c"]:
-    """Inverse of `partition`."""
-    count = [(n + sum(pad)) // size for n, size, pad in zip(grid, window, padding, strict=True)]
-    x = x.unflatten(1, window).unflatten(0, (-1, *count)).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
-    for axis, (n, (before, _)) in enumerate(zip(grid, padding, strict=True), start=1):
-        x = x.narrow(axis, before, n)
-    return x
-
-
-def real_keys(x: Float[Tensor, "b t h w d"], window: Grid, padding: Padding) -> Bool[Tensor, "m n"] | None:
-    """Which tokens of each window are no padding; None where nothing is padded.
-
-    Each window holds a real token, because padding is shorter than a window in every axis: no softmax over nothing.
+    `onto` has x's dtype, and the weight is cast to it.
     """
-    if not any(map(sum, padding)):
-        return None
-    ones = torch.ones(1, *x.shape[1:4], 1, dtype=torch.bool, device=x.device)
-    return partition(ones, window, padding).squeeze(-1).repeat(x.shape[0], 1)
+    into, rows, weight = onto.flatten(0, -2), x.flatten(0, -2), weight.to(x.dtype).mT
+    # Else torch copies `onto` first, which costs as much as the sum.
+    in_place = not torch.is_grad_enabled() and onto.is_contiguous()
+    return (into.addmm_(rows, weight) if in_place else torch.addmm(into, rows, weight)).view(onto.shape)

@@ -50,7 +50,7 @@ def ssd(
         later = " The Triton kernel is not written yet." if kernel == "triton" else ""
         raise ValueError(f"There is no SSD kernel called {kernel!r}.{later} Known: {', '.join(SSD_KERNELS)}.")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with _without_autocast(x):
+    with full_precision(x):
         dt, a = dt.to(dtype), a.to(dtype)
         dt = dt if dt_bias is None else F.softplus(dt + dt_bias.to(dtype))
         state = None if initial_state is None else initial_state.to(dtype)
@@ -63,24 +63,8 @@ def ssd(
     return y.to(x.dtype), final
 
 
-def ssd_state(
-    x: Float[Tensor, "b n k e"],
-    dt: Float[Tensor, "b n k"],
-    a: Float[Tensor, "k"],
-    b: Float[Tensor, "b n g s"],
-    dt_bias: Float[Tensor, "k"] | None = None,
-) -> Float[Tensor, "b k e s"]:
-    """Only the state that `ssd` leaves behind: one matrix product, no outputs (arguments and dtypes as there)."""
-    _check(x, b, 1)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with _without_autocast(x):
-        dt, a = dt.to(dtype), a.to(dtype)
-        dt = dt if dt_bias is None else F.softplus(dt + dt_bias.to(dtype))
-        weighted = x.to(dtype) * (dt * _later(dt * a).exp()).unsqueeze(-1)
-        return _outer(weighted[:, None], b.to(dtype)[:, None])[:, 0]
-
-
-def _without_autocast(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> torch.autocast:
+    """A block in which autocast does not lower the precision of what is computed on `x`."""
     kind = x.device.type
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
@@ -193,14 +177,13 @@ def _pass_on(added: Tensor, logs: Tensor, state: Tensor | None) -> tuple[Tensor,
 def _stock(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int, return_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError as error:
-        raise RecipeError(f"kernel='stock' needs mamba_ssm ({error}): pip install 'lingen[cuda]'.") from error
+    from lingen.kernels.stock import chunk_scan
+
+    scan = chunk_scan()
     if not x.is_cuda:
         raise RecipeError(f"kernel='stock' runs on CUDA, but the tokens are on {x.device}.")
     # mamba_ssm's chunks must be powers of two; 256 is what it is tuned for.
-    out = mamba_chunk_scan_combined(
+    y, final = scan(
         x, dt, a, b.to(x.dtype), c.to(x.dtype), chunk_size=256, initial_states=state, return_final_states=True
     )
-    return out
+    return y, final

@@ -1,0 +1,85 @@
+"""What the time of a piece of work is made of: kernels on CUDA, operators on the CPU, grouped by what they are for."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+from lingen.bench.timing import Work
+
+PATTERNS = (
+    ("scan", r"_chunk_(scan|state|cumsum)|_state_passing|_bmm_chunk"),  # mamba_ssm's own names
+    ("attention", r"flash|fmha|sdpa|scaled_dot_product|attention"),
+    ("matrix products", r"gemm|nvjet|xmma|cutlass|splitk|cublas|wgmma|gemv|triton_tem|::(mm|bmm|addmm|_scaled_mm)$"),
+    ("conv", r"conv|depthwise"),
+    ("copies", r"copy|catarray|memcpy|memset|::cat$|index|gather|flip|roll|transpose|::clone|constant_pad|repeat|fill"),
+    ("norms", r"norm|rms"),
+    ("compiled elementwise", r"^triton_"),  # torch.compile's
+)
+"""Part -> how its kernels or operators are called; the first that fits. What fits none is "elementwise"."""
+
+
+def part_of(kernel: str) -> str:
+    """The part that a CUDA kernel or an operator of torch belongs to: lingen's own by their files' names."""
+    own = triton_kernels().get(kernel.split("(")[0])
+    if own:
+        return own
+    found = (part for part, pattern in PATTERNS if re.search(pattern, kernel, re.IGNORECASE))
+    return next(found, "elementwise")
+
+
+@lru_cache
+def triton_kernels() -> dict[str, str]:
+    """Name of each Triton function of `lingen.kernels` -> its operation; read from the sources, not imported.
+
+    A name that several of them have is all of theirs: a profile says no more than the name.
+    """
+    owners: dict[str, list[str]] = {}
+    for file in sorted((Path(__file__).parents[1] / "kernels").glob("*_triton.py")):
+        operation = file.stem.removesuffix("_triton").removesuffix("_backward").replace("_", " ")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
+                owners.setdefault(node.name, []).append(operation)
+    return {name: " / ".join(dict.fromkeys(operations)) for name, operations in owners.items()}
+
+
+def by_kernel(work: Work, device: torch.device, runs: int = 1) -> Counter[str]:
+    """Milliseconds of each CUDA kernel, or of each operator on the CPU without those inside of it: mean of the runs."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks to stderr
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiled:
+        for _ in range(runs):
+            work()
+        if cuda:
+            torch.cuda.synchronize(device)
+    times: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        if cuda and _is_kernel(event):
+            times[event.key] += event.self_device_time_total / 1e3 / runs
+        elif not cuda:
+            times[event.key] += event.self_cpu_time_total / 1e3 / runs
+    return times
+
+
+def by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]:
+    """Milliseconds of each part, most first: mean of the runs."""
+    parts: Counter[str] = Counter()
+    for kernel, ms in by_kernel(work, device, runs).items():
+        parts[part_of(kernel)] += ms
+    return dict(parts.most_common())
+
+
+def _is_kernel(event: Any) -> bool:
+    """Operators carry the time of the kernels that they launch: counting both would count twice."""
+    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)

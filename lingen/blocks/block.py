@@ -1,0 +1,140 @@
+"""The block around a mixer (arXiv 2412.09856, Figure 2): norms, the timestep's modulation, text and feed-forward."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lingen.blocks.layers import RMSNorm, SwiGLU, head_count
+from lingen.config import LinGenConfig
+from lingen.kernels.cross_attention import TextKeys, cross_attention_to, text_keys
+from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
+from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
+from lingen.registry import MIXERS
+
+PART_BYTES = 272 * 2**20
+"""What the hidden activations of the feed-forward may take where no gradient is wanted [ours]. At width 6,912 in 16
+bits it makes parts of 6,656 tokens, whose 2,560 wide products fill an H100 (52 x 10 tiles of 128 x 256 on 132
+multiprocessors) 3.94 times."""
+PART_MULTIPLE = 512
+"""Tokens of a part are a multiple of this: whole tiles of a matrix product."""
+
+
+class Block(nn.Module):
+    """Mixer, cross-attention to the text, SwiGLU, each on a normed input and added to the stream (Figure 2).
+
+    The timestep scales and shifts the first and the last one's input and gates their output: a row for each of the six
+    in `modulation`, added to what all blocks share. The cross-attention sees no timestep and has no gate.
+
+    What follows the mixer treats each token alone: where no gradient is wanted, it runs on parts of the clip, so that
+    neither the queries nor the hidden activations of all tokens are there at once.
+    """
+
+    def __init__(self, config: LinGenConfig, mixer: Any, layer: int):
+        super().__init__()
+        dim = config.dim
+        self.mixer_norm, self.text_norm, self.ffn_norm = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim)
+        self.mixer = MIXERS.build(mixer, dim, layer)
+        self.cross_attention = CrossAttention(dim, config.num_heads, config.gate_init)
+        self.ffn = SwiGLU(dim, config.ffn_dim or max(64, 64 * round(2.7 * dim / 64)))
+        gate = torch.tensor([0, 0, 1, 0, 0, 1]) * config.gate_init
+        self.modulation = nn.Parameter(gate[:, None].repeat(1, dim))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t h w d"],
+        positions: Float[Tensor, "t h w d"],
+        modulation: Float[Tensor, "b f 6 d"],
+        text: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"],
+    ) -> Float[Tensor, "b t h w d"]:
+        shift, scale, *rows = (modulation + self.modulation).unbind(2)
+        norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)
+        # Nobody but the mixer holds its input, which is gone when the update is there.
+        update = self.mixer(
+            norm_modulate(x, norm.weight, shift=shift, scale=scale, positions=positions, eps=norm.eps, dtype=dtype)
+        )
+        keys = self.cross_attention.keys(text, mask)
+        if torch.is_grad_enabled():
+            return self._after_mixer(x, update, rows, keys)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if rows[0].shape[1] > 1 or x[..., 0].numel() <= self._part(x):
+            return self._after_mixer(x, update, rows, keys, out)
+        streams = [stream.flatten(1, 3) for stream in (x, update, out)]
+        for one, tokens in _parts(streams[0], self._part(x)):
+            before, added, after = (stream[one, None, None, tokens] for stream in streams)
+            self._after_mixer(before, added, [row[one] for row in rows], keys.of(one), after)
+        return out
+
+    def _after_mixer(
+        self,
+        x: Float[Tensor, "b t h w d"],
+        update: Float[Tensor, "b t h w d"],
+        modulation: list[Float[Tensor, "b f d"]],
+        text: TextKeys,
+        out: Float[Tensor, "b t h w d"] | None = None,
+    ) -> Float[Tensor, "b t h w d"]:
+        """The stream after the block, from the stream before it and the mixer's update; written to `out`."""
+        gate, shift, scale, ffn_gate = modulation
+        norm, dtype = self.text_norm, input_dtype(self.cross_attention, x)
+        x, normed = add_norm(x, update, norm.weight, gate=gate, eps=norm.eps, dtype=dtype, out=out)
+        update = self.cross_attention.attend(normed, text)
+        norm, dtype = self.ffn_norm, input_dtype(self.ffn, x)
+        x, normed = add_norm(x, update, norm.weight, shift=shift, scale=scale, eps=norm.eps, dtype=dtype, out=out)
+        return gated_add(x, self.ffn(normed), gate=ffn_gate, out=out)
+
+    def _part(self, x: Tensor) -> int:
+        """Tokens whose hidden activations, gate, up and product, take `PART_BYTES`."""
+        token = 3 * self.ffn.out_proj.in_features * input_dtype(None, x).itemsize
+        return max(1, PART_BYTES // token // PART_MULTIPLE) * PART_MULTIPLE
+
+
+class CrossAttention(nn.Module):
+    """Each token of the grid attends to the unmasked text tokens; queries and keys are RMS-normed.
+
+    Each row of `mask` must hold a True. The output starts scaled by `gate_init`: at 0 the text has no say at first.
+    """
+
+    def __init__(self, dim: int, num_heads: int | None, gate_init: float):
+        super().__init__()
+        self.num_heads = head_count(dim, num_heads)
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.kv_proj = nn.Linear(dim, 2 * dim, bias=False)
+        self.q_norm = RMSNorm(dim // self.num_heads)
+        self.k_norm = RMSNorm(dim // self.num_heads)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight.mul_(gate_init)
+
+    @property
+    def wants_fp8(self) -> bool:
+        return wants_fp8(self.q_proj)
+
+    def forward(
+        self, x: Float[Tensor, "b t h w d"], text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b t h w d"]:
+        return self.attend(x, self.keys(text, mask))
+
+    def keys(self, text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> TextKeys:
+        """Keys and values of the text, prepared once for all parts of a clip."""
+        k, v = self.kv_proj(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return text_keys(k, v, mask, self.k_norm.weight, eps=self.k_norm.eps)
+
+    def attend(
+        self,
+        x: Float[Tensor, "b t h w d"] | Quantized,
+        text: TextKeys,
+    ) -> Float[Tensor, "b t h w d"]:
+        """What the tokens of the grid read from the text of `keys`."""
+        q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
+        out = cross_attention_to(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)
+        return self.out_proj(out.flatten(2)).view(*x.shape[:4], -1)
+
+
+def _parts(tokens: Float[Tensor, "b n d"], size: int) -> Iterator[tuple[slice, slice]]:
+    """Each clip's tokens in runs of `size`."""
+    for clip in range(len(tokens)):
+        for first in range(0, tokens.shape[1], size):
+            yield slice(clip, clip + 1), slice(first, first + size)

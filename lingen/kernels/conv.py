@@ -1,0 +1,67 @@
+"""Depthwise conv along a scan and SiLU, from raster order into scan order: what stands before the scan of Mamba2."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lingen.kernels.choice import choose
+
+CONV_KERNELS = ("auto", "reference", "triton")
+MOST_TAPS = 8
+
+
+def conv_silu(
+    u: Float[Tensor, "b n c"],
+    weight: Float[Tensor, "c m"],
+    bias: Float[Tensor, "c"],
+    index: Int[Tensor, "n"] | None = None,
+    *,
+    before: int,
+    rows: int | None = None,
+    kernel: str = "auto",
+) -> Float[Tensor, "b rows c"]:
+    """y_p = silu(bias + sum over taps m of weight_m u_{index[p + m - before]}), the conv of Mamba2 (arXiv 2405.21060).
+
+    Args:
+        u: tokens in raster order; a slice of a wider projection is read where it lies (last axis contiguous).
+        index: raster row of each position of the sequence, a bijection; None for raster order.
+        before: how many of the taps lie in the past: m - 1 is causal. Positions outside of the sequence count as zero.
+        rows: rows of the result, at least n (the default); those behind the sequence are zero.
+        kernel: one of CONV_KERNELS.
+
+    Computed in float32 at least; contiguous, in scan order and in u's dtype. Raises ValueError for sizes that do not
+    fit and for a kernel that cannot run.
+    """
+    rows = u.shape[1] if rows is None else rows
+    _check(u, weight, bias, index, before, rows)
+    if choose("conv", kernel, CONV_KERNELS, u) == "reference":
+        return _reference(u, weight, bias, index, before, rows)
+    if u.stride(-1) != 1 and u.shape[-1] > 1:
+        raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")
+    from lingen.kernels.conv_triton import ConvSilu
+
+    return ConvSilu.apply(u, weight, bias, index, before, rows)
+
+
+def _check(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, rows: int) -> None:
+    n, c = u.shape[1:]
+    taps = weight.shape[1]
+    if n == 0 or weight.shape[0] != c or bias.shape != (c,):
+        shapes = [list(x.shape) for x in (u, weight, bias)]
+        raise ValueError(f"conv_silu needs u [b n c], weight [c m] and bias [c] with n of 1 or more, not {shapes}.")
+    if not 1 <= taps <= MOST_TAPS or not 0 <= before < taps:
+        raise ValueError(f"conv_silu takes 1 to {MOST_TAPS} taps with 0 to m - 1 before, not {taps} with {before}.")
+    if index is not None and index.shape != (n,):
+        raise ValueError(f"conv_silu needs an index of the {n} tokens of u, not of {list(index.shape)}.")
+    if rows < n:
+        raise ValueError(f"conv_silu writes {n} tokens: rows={rows} is too few.")
+
+
+def _reference(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, rows: int) -> Tensor:
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    n, taps = u.shape[1], weight.to(dtype).unbind(1)
+    sequence = u if index is None else u.index_select(1, index)
+    padded = F.pad(sequence.to(dtype), (0, 0, before, len(taps) - 1 - before))
+    pre = sum((padded[:, i : i + n] * tap for i, tap in enumerate(taps)), bias.to(dtype))
+    return F.pad(F.silu(pre), (0, 0, 0, rows - n)).to(u.dtype)

@@ -1,0 +1,94 @@
+"""Attention of the grid's tokens to the text's, with RMS-normed queries and keys."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lingen.kernels.choice import choose
+from lingen.kernels.window_attention import rms_norm, twins_of
+
+CROSS_KERNELS = ("auto", "reference", "triton")
+
+
+class TextKeys(NamedTuple):
+    """A text that several calls attend to, without gradients."""
+
+    k: Float[Tensor, "b m k e"]
+    v: Float[Tensor, "b m k e"]
+    mask: Bool[Tensor, "b m"]
+    packed: tuple[Tensor, ...] | None
+    """What the Triton kernel reads, prepared once."""
+
+    def of(self, rows: slice) -> "TextKeys":
+        """The text of these rows of the batch."""
+        packed = None if self.packed is None else tuple(part[rows] for part in self.packed)
+        return TextKeys(self.k[rows], self.v[rows], self.mask[rows], packed)
+
+
+def text_keys(
+    k: Float[Tensor, "b m k e"],
+    v: Float[Tensor, "b m k e"],
+    mask: Bool[Tensor, "b m"],
+    k_weight: Float[Tensor, "e"],
+    *,
+    eps: float,
+    kernel: str = "auto",
+) -> TextKeys:
+    """The text as `cross_attention_to` takes it; arguments as in `cross_attention`, in the queries' dtype."""
+    if (
+        torch.is_grad_enabled()
+        or choose("cross-attention", kernel, twins_of(k.shape[-1], kernel, CROSS_KERNELS), k) != "triton"
+    ):
+        return TextKeys(k, v, mask, None)
+    from lingen.kernels.cross_attention_triton import pack
+
+    return TextKeys(k, v, mask, tuple(pack(k, v, mask, k_weight, eps, k.dtype)))
+
+
+def cross_attention_to(
+    q: Float[Tensor, "b n k e"],
+    text: TextKeys,
+    q_weight: Float[Tensor, "e"],
+    k_weight: Float[Tensor, "e"],
+    *,
+    eps: float,
+    kernel: str = "auto",
+) -> Float[Tensor, "b n k e"]:
+    """`cross_attention` to a text that `text_keys` has prepared."""
+    if text.packed is None or q.dtype != text.k.dtype:
+        return cross_attention(q, *text[:3], q_weight, k_weight, eps=eps, kernel=kernel)
+    from lingen.kernels.cross_attention_triton import Packed, forward
+
+    return forward(q, Packed(*text.packed), q_weight, eps)[0]
+
+
+def cross_attention(
+    q: Float[Tensor, "b n k e"],
+    k: Float[Tensor, "b m k e"],
+    v: Float[Tensor, "b m k e"],
+    mask: Bool[Tensor, "b m"],
+    q_weight: Float[Tensor, "e"],
+    k_weight: Float[Tensor, "e"],
+    *,
+    eps: float,
+    kernel: str = "auto",
+) -> Float[Tensor, "b n k e"]:
+    """softmax(norm(q) norm(k)^T / sqrt(e)) v over the keys where `mask` is True; each row of it must hold a True.
+
+    Both norms are RMSNorm over e (arXiv 1910.07467) with the gains `q_weight` and `k_weight`, and `eps` inside their
+    roots. q, k and v are raw projections and may be slices of wider ones. Linear in n; masked keys cost nothing in
+    "triton".
+
+    kernel: "reference" is torch's SDPA on normed copies; "triton" norms inside; "auto" is "triton" on CUDA for heads
+    of at most 256, else "reference". Raises RecipeError for a kernel that is unknown or cannot run.
+    """
+    if choose("cross-attention", kernel, twins_of(q.shape[-1], kernel, CROSS_KERNELS), q) == "triton":
+        from lingen.kernels.cross_attention_triton import CrossAttention
+
+        return CrossAttention.apply(q, k, v, mask, q_weight, k_weight, eps)
+    q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :]).transpose(1, 2)

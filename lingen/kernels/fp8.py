@@ -1,0 +1,209 @@
+"""Matrix products in 8 bits, for sampling: what a large linear layer becomes, and the tensors that it multiplies.
+
+float8_e4m3fn has 3 bits of mantissa and reaches 448, so each row carries a float32 scale: one for each token of the
+activations, one for each output channel of the weights (W8A8 per token and per channel, as in SmoothQuant, arXiv
+2211.10438, section 2). A product is then one 8-bit GEMM whose result is scaled by rows and columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lingen.kernels.choice import choose
+from lingen.registry import RecipeError
+
+QUANTIZE_KERNELS = ("auto", "reference", "triton")
+PRODUCT_KERNELS = ("auto", "reference", "scaled_mm")
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""Largest number of float8_e4m3fn."""
+SMALLEST_ROW = 1e-12
+"""Floor of a row's largest value: a row of zeros stays zeros."""
+SMALLEST_LAYER = 1024
+"""Least in_features and out_features of a layer that multiplies in 8 bits [ours]: smaller ones cost little time and the
+quantisation eats what they gain."""
+
+
+class Quantized(NamedTuple):
+    """Rows of 8-bit numbers: what is meant is values * scale."""
+
+    values: Float[Tensor, "*rows d"]
+    """float8_e4m3fn."""
+    scale: Float[Tensor, "*rows 1"]
+    """float32."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*rows d"]:
+        """values * scale, multiplied in float32."""
+        return (self.values.float() * self.scale).to(dtype)
+
+
+def quantize(x: Float[Tensor, "*rows d"], *, kernel: str = "auto") -> Quantized:
+    """Each row divided by its scale, largest absolute value / 448, and rounded to the nearest.
+
+    kernel: "reference" (plain PyTorch) or "triton". Raises RecipeError for one that cannot run.
+    """
+    if choose("quantization", kernel, QUANTIZE_KERNELS, x) == "triton":
+        from lingen.kernels import fp8_triton
+
+        return Quantized(*fp8_triton.quantize(x))
+    high = x.float()
+    scale = high.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW) / LARGEST
+    return Quantized((high / scale).to(FP8), scale)
+
+
+def product(
+    x: Quantized, weight: Quantized, bias: Float[Tensor, "o"] | None = None, *, kernel: str = "auto"
+) -> Float[Tensor, "*rows o"]:
+    """x weight^T + bias in bfloat16, for x [*rows i] and weight [o i].
+
+    kernel: "scaled_mm" is `torch._scaled_mm` with scales by rows, on CUDA; it wants i and o to be multiples of 16.
+    "reference" multiplies what the 8-bit numbers mean, in float32. "auto" is the first on CUDA, else the second.
+    """
+    fast = choose("8-bit product", kernel, PRODUCT_KERNELS, x.values, "scaled_mm" if x.values.is_cuda else "reference")
+    if fast == "reference":
+        wide = None if bias is None else bias.float()
+        return F.linear(x.dequantize(), weight.dequantize(), wide).to(torch.bfloat16)
+    out = torch._scaled_mm(
+        x.values.flatten(0, -2),
+        weight.values.t(),
+        scale_a=x.scale.flatten(0, -2),
+        scale_b=weight.scale.t(),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return out.view(*x.shape[:-1], -1)
+
+
+class Fp8Linear(nn.Module):
+    """What a linear layer becomes: float8_e4m3fn weights with one scale for each output channel; no gradients.
+
+    Takes plain tensors, which it quantises, or `Quantized` ones; gives bfloat16.
+    """
+
+    values: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        values, scale = quantize(linear.weight.detach(), kernel="reference")
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
+
+    def forward(self, x: Float[Tensor, "*rows i"] | Quantized) -> Float[Tensor, "*rows o"]:
+        rows = x if isinstance(x, Quantized) else quantize(x)
+        return product(rows, Quantized(self.values, self.scale), self.bias)
+
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """What the weights mean, in bfloat16, for an owner who multiplies himself."""
+        return Quantized(self.values, self.scale).dequantize(torch.bfloat16)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def wants_fp8(module: nn.Module | None) -> bool:
+    """Whether the module takes a `Quantized` in place of a tensor: `Fp8Linear`, or one whose own `wants_fp8` is true,
+    because its first layers are. A mixer that does not say so gets a plain tensor."""
+    return isinstance(module, Fp8Linear) or getattr(module, "wants_fp8", False) is True
+
+
+def input_dtype(module: nn.Module | None, x: Tensor) -> torch.dtype:
+    """What the module that multiplies next wants: `FP8` for a `Quantized`, autocast's dtype, or that of x."""
+    kind = x.device.type
+    if wants_fp8(module):
+        return FP8
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def takes_part(layer: nn.Module) -> bool:
+    """The one rule of which layers multiply in 8 bits: nn.Linear with both widths of at least 1,024 [ours], and
+    multiples of 16, as the product wants. Not a subclass: its owner may use the weight in other ways."""
+    if type(layer) is not nn.Linear:
+        return False
+    widths = (layer.in_features, layer.out_features)
+    return min(widths) >= SMALLEST_LAYER and not any(width % 16 for width in widths)
+
+
+def to_fp8(model: nn.Module) -> list[str]:
+    """Turns the layers that take part into `Fp8Linear`, in place; their names.
+
+    Raises:
+        RecipeError: on a GPU without 8-bit products.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if takes_part(layer)}
+    for device in {layer.weight.device for layer in layers.values() if isinstance(layer.weight, Tensor)}:
+        check_device(device)
+    for name, layer in layers.items():
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(name, Fp8Linear(layer))
+    return list(layers)
+
+
+def check_no_gradient(dtype: torch.dtype | None, *tensors: Tensor | None) -> None:
+    """ValueError where 8-bit results are asked of tensors that want a gradient: they would cut it off."""
+    if dtype == FP8 and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError("8-bit results carry no gradient; ask for them under torch.no_grad().")
+
+
+def check_device(device: torch.device) -> None:
+    """RecipeError for a GPU that cannot multiply float8."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise RecipeError(
+            f"sample.precision=fp8 needs a GPU of compute capability 8.9 or more; {torch.cuda.get_device_name(device)} "
+            f"has {major}.{minor}. Use sample.precision=bf16-true."
+        )
+
+
+class Quality(NamedTuple):
+    """How far a model in 8 bits is from its plain twin."""
+
+    layers: dict[str, float]
+    """Relative RMS error of each layer's output, on the inputs that the plain model gives it."""
+    error: float
+    """The same of what the models return."""
+    cosine: float
+    """Between what the models return."""
+
+
+@torch.no_grad()
+def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> Quality:
+    """Runs both models on the same inputs; `low` is `plain` after `to_fp8`."""
+    twins = {name: layer for name, layer in low.named_modules() if isinstance(layer, Fp8Linear)}
+    layers: dict[str, float] = {}
+
+    def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def compare(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            layers[name] = _relative(twins[name](*arguments), output)
+
+        return layer.register_forward_hook(compare)
+
+    handles = [watch(name, layer) for name, layer in plain.named_modules() if name in twins]
+    try:
+        want, got = plain(*inputs).double(), low(*inputs).double()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Quality(layers, _relative(got, want), F.cosine_similarity(got.flatten(), want.flatten(), 0).item())
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    error = (got.double() - want.double()).square().mean()
+    return (error / want.double().square().mean().clamp(min=1e-24)).sqrt().item()

@@ -1,0 +1,42 @@
+"""Triton twin of `lingen.kernels.fp8.quantize`, and the row that producers of 8-bit activations end with."""
+
+# Kernels are written in Triton's language, of which mypy understands the functions around them.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WARPS = 8
+"""Of the program of one row."""
+
+
+@triton.jit
+def to_fp8(y):
+    """A row in float32 (zeros beyond its end) -> 8-bit values and its scale; `SMALLEST_ROW` and 448 as in the twin."""
+    scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / 448.0
+    return (y / scale).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def _fp8_quantize(x, x_row, values, scales, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    y = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    value, scale = to_fp8(y)
+    tl.store(values + row * width + columns, value, mask=inside)
+    tl.store(scales + row, scale)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows at any one distance, read once -> float8_e4m3fn values of x's shape and float32 scales [*rows 1]."""
+    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    if len(rows):
+        block = triton.next_power_of_2(rows.shape[1])
+        _fp8_quantize[(len(rows),)](rows, rows.stride(0), values, scale, rows.shape[1], block, num_warps=WARPS)
+    return values, scale

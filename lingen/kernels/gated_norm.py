@@ -1,0 +1,87 @@
+"""Gated RMS norm from scan order back into raster order: what stands behind the scan of Mamba2."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lingen.kernels.choice import choose
+
+GATED_NORM_KERNELS = ("auto", "reference", "triton")
+WIDEST = 8192
+
+
+def gated_norm(
+    y: Float[Tensor, "b rows c"],
+    z: Float[Tensor, "b n c"],
+    weight: Float[Tensor, "c"],
+    index: Int[Tensor, "n"] | None = None,
+    *,
+    groups: int = 1,
+    eps: float = 1e-5,
+    quantize: bool = False,
+    kernel: str = "auto",
+) -> Float[Tensor, "b n c"] | tuple[Float[Tensor, "b n c"], Float[Tensor, "b n"]]:
+    """out_{index[p]} = rms_norm(y_p silu(z_{index[p]})) weight, over each of `groups` equal parts of the last axis, as
+    in Mamba2 (arXiv 2405.21060, section 7).
+
+    Args:
+        y: result of the scan, in scan order; rows behind the n tokens are ignored.
+        z: gates in raster order; a slice of a wider projection is read where it lies (last axis contiguous).
+        index: raster row of each position of the sequence, a bijection; None for raster order.
+        eps: added to the mean square, above 0.
+        quantize: for products in float8, without gradients: (values in float8_e4m3fn, a float32 scale for each row),
+            values * scale being the result.
+        kernel: one of GATED_NORM_KERNELS.
+
+    Computed in float32 at least; contiguous, in raster order and in y's dtype. Raises ValueError for sizes that do not
+    fit, a gradient of a quantized result, and a kernel that cannot run.
+    """
+    _check(y, z, weight, index, groups, eps)
+    if quantize and torch.is_grad_enabled() and any(x.requires_grad for x in (y, z, weight)):
+        raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
+    if choose("gated norm", kernel, GATED_NORM_KERNELS, y) == "reference":
+        out = _reference(y, z, weight, index, groups, eps)
+        return _quantized(out) if quantize else out.to(y.dtype)
+    if y.shape[-1] > WIDEST:
+        raise ValueError(f"kernel='triton' of the gated norm takes up to {WIDEST} channels, not {y.shape[-1]}.")
+    for name, x in (("y", y), ("z", z)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"gated_norm needs the channels of {name} side by side, but its strides are {x.stride()}.")
+    from lingen.kernels.gated_norm_triton import GatedNorm, gated_norm_forward
+
+    if quantize:
+        values, scale = gated_norm_forward(y, z, weight, index, groups=groups, eps=eps, quantize=True)
+        assert scale is not None
+        return values, scale
+    return GatedNorm.apply(y, z, weight, index, groups, eps)
+
+
+def _check(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float) -> None:
+    (b, rows, c), n = y.shape, z.shape[1]
+    if n == 0 or z.shape != (b, n, c) or weight.shape != (c,) or rows < n:
+        shapes = [list(x.shape) for x in (y, z, weight)]
+        raise ValueError(
+            f"gated_norm needs y [b rows c], z [b n c] and weight [c] with rows >= n >= 1, but got {shapes}."
+        )
+    if index is not None and index.shape != (n,):
+        raise ValueError(f"gated_norm needs an index of the {n} tokens of z, not of {list(index.shape)}.")
+    if groups < 1 or c % groups:
+        raise ValueError(f"groups={groups} does not divide the {c} channels of the gated norm.")
+    if eps <= 0:
+        raise ValueError(f"eps={eps} of the gated norm must be above 0.")
+
+
+def _reference(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float) -> Tensor:
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    y = y[:, : z.shape[1]]
+    raster = y if index is None else y.index_select(1, index.argsort())
+    gated = (raster.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
+    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return normed.flatten(-2) * weight.to(dtype)
+
+
+def _quantized(out: Tensor) -> tuple[Tensor, Tensor]:
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = (out.abs().amax(-1) / largest).clamp_min(1e-12)
+    return (out / scale[..., None]).clamp(-largest, largest).to(torch.float8_e4m3fn), scale.float()

@@ -1,0 +1,131 @@
+"""What stands between a block's parts: the residual, its norm, positions, and the timestep's scale, shift and gate.
+
+For each token, with the row of its frame of gate, scale and shift (adaLN, DiT, arXiv 2212.09748, section 3.2):
+
+    x_new = x + gate * update        normed = (x_new / rms(x_new) * weight + positions) * (1 + scale) + shift
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lingen.kernels.choice import choose
+from lingen.kernels.fp8 import FP8, Quantized, check_no_gradient, quantize
+
+MODULATE_KERNELS = ("auto", "reference", "triton")
+
+
+def norm_modulate(
+    x: Float[Tensor, "b t h w d"],
+    weight: Float[Tensor, "d"],
+    *,
+    shift: Float[Tensor, "b f d"] | None = None,
+    scale: Float[Tensor, "b f d"] | None = None,
+    positions: Float[Tensor, "t h w d"] | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    kernel: str = "auto",
+) -> Float[Tensor, "b t h w d"] | Quantized:
+    """(RMSNorm(x) * weight + positions) * (1 + scale) + shift, in float32 at least and rounded once, at the end.
+
+    Args:
+        shift, scale: f is 1, or t for a row for each frame.
+        dtype: of the result, by default that of x; float8_e4m3fn gives a `Quantized`, without gradients.
+        kernel: "reference" (plain PyTorch) or "triton". x may be a slice of something wider; rows at unequal distances
+            are copied first.
+    Raises:
+        RecipeError: for a kernel that cannot run.
+        ValueError: for 8 bits where a gradient is wanted, and for an f that is neither 1 nor t.
+    """
+    _check(x, dtype, x, weight, shift, scale, positions)
+    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
+        from lingen.kernels import modulate_triton
+
+        operands = modulate_triton.Operands(x, None, None, weight, shift, scale, positions)
+        return modulate_triton.fused(operands, eps, dtype or x.dtype)[1]
+    return _normed(x, weight, shift, scale, positions, eps, dtype or x.dtype)
+
+
+def add_norm(
+    x: Float[Tensor, "b t h w d"],
+    update: Float[Tensor, "b t h w d"],
+    weight: Float[Tensor, "d"],
+    *,
+    gate: Float[Tensor, "b f d"] | None = None,
+    shift: Float[Tensor, "b f d"] | None = None,
+    scale: Float[Tensor, "b f d"] | None = None,
+    positions: Float[Tensor, "t h w d"] | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    out: Float[Tensor, "b t h w d"] | None = None,
+    kernel: str = "auto",
+) -> tuple[Float[Tensor, "b t h w d"], Float[Tensor, "b t h w d"] | Quantized]:
+    """x_new = x + gate * update, in x's dtype, and its `norm_modulate`: one pass over memory.
+
+    Args:
+        gate: f is 1 or t; without one, update is added as it is.
+        out: where x_new is written, x itself allowed; only where no gradient is wanted.
+    Otherwise as `norm_modulate`.
+    """
+    _check(x, dtype, x, update, weight, gate, shift, scale, positions, out=out)
+    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
+        from lingen.kernels import modulate_triton
+
+        operands = modulate_triton.Operands(x, update, gate, weight, shift, scale, positions)
+        return modulate_triton.fused(operands, eps, dtype or x.dtype, out)
+    x_new = _added(x, update, gate, out)
+    return x_new, _normed(x_new, weight, shift, scale, positions, eps, dtype or x.dtype)
+
+
+def gated_add(
+    x: Float[Tensor, "b t h w d"],
+    update: Float[Tensor, "b t h w d"],
+    *,
+    gate: Float[Tensor, "b f d"] | None = None,
+    out: Float[Tensor, "b t h w d"] | None = None,
+    kernel: str = "auto",
+) -> Float[Tensor, "b t h w d"]:
+    """x + gate * update, in x's dtype; arguments as in `add_norm`."""
+    _check(x, None, x, update, gate, out=out)
+    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
+        from lingen.kernels import modulate_triton
+
+        return modulate_triton.fused(modulate_triton.Operands(x, update, gate), 0.0, x.dtype, out)[0]
+    return _added(x, update, gate, out)
+
+
+def _normed(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    positions: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor | Quantized:
+    high = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + eps) * weight.to(high.dtype)
+    if positions is not None:
+        y = y + positions
+    if scale is not None:
+        y = y * (1 + scale[:, :, None, None])
+    if shift is not None:
+        y = y + shift[:, :, None, None]
+    return quantize(y, kernel="reference") if dtype == FP8 else y.to(dtype)
+
+
+def _added(x: Tensor, update: Tensor, gate: Tensor | None, out: Tensor | None) -> Tensor:
+    if gate is not None:
+        update = update * gate[:, :, None, None]
+    high = torch.promote_types(x.dtype, torch.float32)
+    x_new = (x.to(high) + update.to(high)).to(x.dtype)
+    return x_new if out is None else out.copy_(x_new)
+
+
+def _check(x: Tensor, dtype: torch.dtype | None, *tensors: Tensor | None, out: Tensor | None = None) -> None:
+    check_no_gradient(dtype, *tensors)
+    if out is not None and torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors):
+        raise ValueError("A tensor that wants a gradient cannot be written over; leave `out` out.")
+    frames = {y.shape[1] for y in tensors if y is not None and y.ndim == 3}
+    if frames - {1, x.shape[1]}:
+        raise ValueError(f"The modulation has {max(frames)} frames and x has {x.shape[1]}; give one, or one for each.")

@@ -1,0 +1,54 @@
+"""Mean pooling of the grid: review tokens, the small overview that the scan reads first (LinGen, arXiv 2412.09856)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lingen.kernels.choice import choose
+
+POOL_KERNELS = ("auto", "reference", "triton")
+# One number each for t, h and w.
+Size = tuple[int, int, int]
+
+
+def pool(x: Float[Tensor, "b t h w c"], size: Size, *, kernel: str = "auto") -> Float[Tensor, "b t2 h2 w2 c"]:
+    """Mean over windows of `size` tokens (t, h, w), without parameters; ceil(tokens / size) windows in each axis.
+
+    The size is clamped to the grid; a partial window at the far edge is averaged over its real tokens only. A slice of
+    a wider projection is read where it lies (last axis contiguous). Computed in float32 at least; contiguous, in x's
+    dtype. kernel: one of POOL_KERNELS. Raises ValueError for a size below 1 and for a kernel that cannot run.
+    """
+    if min(size) < 1 or x.numel() == 0:
+        raise ValueError(f"pool needs windows and a grid of 1 or more, not {list(size)} and {list(x.shape)}.")
+    if choose("pool", kernel, POOL_KERNELS, x) == "reference":
+        return _reference(x, size)
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"pool needs the channels of x side by side, but its strides are {x.stride()}.")
+    from lingen.kernels.pool_triton import Pool
+
+    return Pool.apply(x, size)
+
+
+def windows_of(x: Float[Tensor, "b t h w c"], size: Size) -> tuple[Size, Size]:
+    """The size of a window, clamped to the grid, and the number of windows, along t, h and w."""
+    grid = x.shape[1:4]
+    t, h, w = map(min, size, grid)
+    return (t, h, w), (-(-grid[0] // t), -(-grid[1] // h), -(-grid[2] // w))
+
+
+def _reference(x: Tensor, size: Size) -> Tensor:
+    pooled = x.to(torch.promote_types(x.dtype, torch.float32))
+    for axis, tokens in enumerate(size, start=1):
+        pooled = _mean_along(pooled, axis, min(tokens, x.shape[axis]))
+    return pooled.to(x.dtype).contiguous()
+
+
+def _mean_along(x: Tensor, axis: int, size: int) -> Tensor:
+    missing = -x.shape[axis] % size
+    if missing == 0:
+        return x if size == 1 else x.unflatten(axis, (-1, size)).mean(axis + 1)
+    windows = pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing)).unflatten(axis, (-1, size))
+    count = torch.full((windows.shape[axis],), size, device=x.device)
+    count[-1] -= missing
+    return windows.sum(axis + 1) / count.view(-1, *(1,) * (x.ndim - 1 - axis))

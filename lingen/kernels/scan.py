@@ -1,0 +1,150 @@
+"""The scan of Mamba2 over a sequence, in one direction or in both at once (arXiv 2405.21060).
+
+For each head, with the state h [e s] and the token i, the first direction is
+
+    h_i = exp(dt_i a) h_{i-1} + dt_i x_i b_i^T        y_i = h_i c_i + d x_i
+
+and the second the same from the last token to the first, with a, d and dt bias of its own; their y are summed.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lingen.kernels.choice import choose
+from lingen.kernels.ssd import full_precision, ssd
+
+SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")
+
+
+def chunk_of(n: int, dtype: torch.dtype) -> int:
+    """Tokens in a chunk of the Triton kernel: 256, or 64 where float32 fills the memory of a processor twice as fast
+    and has no tensor cores; less for short sequences."""
+    longest = 64 if dtype == torch.float32 else 256
+    return min(longest, max(32, 1 << (n - 1).bit_length()))
+
+
+def rows_of(n: int, kernel: str, dtype: torch.dtype) -> int:
+    """Rows that `scan` wants in `u` for n tokens: the Triton kernel works on whole chunks."""
+    return -(-n // chunk_of(n, dtype)) * chunk_of(n, dtype) if kernel == "triton" else n
+
+
+def scan(
+    u: Float[Tensor, "b rows c"],
+    dt: Float[Tensor, "b n k"],
+    a: Float[Tensor, "r k"],
+    d: Float[Tensor, "r k"],
+    dt_bias: Float[Tensor, "r k"],
+    index: Int[Tensor, "n"] | None = None,
+    initial_state: Float[Tensor, "b r k e s"] | None = None,
+    *,
+    groups: int = 1,
+    state_dim: int,
+    kernel: str = "auto",
+) -> Float[Tensor, "b rows f"]:
+    """y of all directions summed, f = k e, in u's order and dtype.
+
+    Args:
+        u: x | b | c side by side, k e + 2 g s channels, in scan order; `rows_of` tells how many rows, those behind
+            the n-th are zero.
+        dt: raw time steps in raster order (`softplus(dt + dt_bias)` is used); token i of the scan reads row index[i].
+        a: negative, not its logarithm. One row: first direction only; two: both.
+        initial_state: of each direction, where it enters the sequence.
+        kernel: "triton" reads x, b, c and dt once for both directions; "chunked" is `ssd` on the sequence and on its
+            flipped copy, "reference" the recurrence itself, "stock" mamba_ssm on CUDA. "auto" is "triton" on CUDA and
+            else "chunked".
+    Raises:
+        RecipeError: for an unknown or unavailable kernel. ValueError: for shapes that do not fit.
+    """
+    kernel = choose("scan", kernel, SCAN_KERNELS, u, plain="chunked")
+    n, heads = dt.shape[1:]
+    if u.shape[1] != rows_of(n, kernel, u.dtype):
+        rows = rows_of(n, kernel, u.dtype)
+        raise ValueError(f"u has {u.shape[1]} rows; {n} tokens take {rows} with kernel='{kernel}'.")
+    if kernel == "triton":
+        from lingen.kernels.scan_triton import FusedScan, Sizes
+
+        width = (u.shape[2] - 2 * groups * state_dim) // heads
+        begin = None if initial_state is None else initial_state.float().mT.contiguous()
+        sizes = Sizes(heads, width, groups, state_dim, len(a))
+        return FusedScan.apply(u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk_of(n, u.dtype))
+    return _by_flips(u, dt if index is None else dt[:, index], a, d, dt_bias, initial_state, groups, state_dim, kernel)
+
+
+def _by_flips(
+    u: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+    state: Tensor | None,
+    groups: int,
+    state_dim: int,
+    kernel: str,
+) -> Tensor:
+    """Both directions as heads side by side of one causal scan."""
+    ways = len(a)
+    if ways == 2:
+        u, dt = torch.stack([u, u.flip(1)], 2), torch.cat([dt, dt.flip(1)], -1)
+    else:
+        u = u[:, :, None]
+    x, b, c = u.split([u.shape[-1] - 2 * groups * state_dim, groups * state_dim, groups * state_dim], -1)
+    x = x.unflatten(-1, (a.shape[1], -1)).flatten(2, 3)
+    b, c = (part.unflatten(-1, (groups, -1)).flatten(2, 3) for part in (b, c))
+    begin = None if state is None else state.flatten(1, 2)
+    y = ssd(x, dt, a.flatten(), b, c, d.flatten(), dt_bias.flatten(), begin, kernel=kernel)
+    assert isinstance(y, Tensor)
+    sides = y.flatten(2).chunk(ways, -1)
+    return sides[0] if ways == 1 else sides[0] + sides[1].flip(1)
+
+
+def scan_state(
+    u: Float[Tensor, "b rows c"],
+    dt: Float[Tensor, "b n k"],
+    a: Float[Tensor, "r k"],
+    dt_bias: Float[Tensor, "r k"],
+    index: Int[Tensor, "n"] | None = None,
+    *,
+    groups: int = 1,
+    state_dim: int,
+    kernel: str = "auto",
+) -> Float[Tensor, "b r k e s"]:
+    """Only the states that the directions are left with, where all of them read the sequence forwards.
+
+    Arguments as in `scan`. In float32 at least. kernel: "triton" is the first half of the scan's, everything else one
+    matrix product; the gradient is always that of the product, which 16-bit streams on CUDA enter in 16 bits.
+    """
+    kernel = choose("scan", kernel, SCAN_KERNELS, u, plain="chunked")
+    if kernel == "triton":
+        from lingen.kernels.scan_state_triton import FusedState
+        from lingen.kernels.scan_triton import Sizes
+
+        width = (u.shape[2] - 2 * groups * state_dim) // dt.shape[2]
+        sizes = Sizes(dt.shape[2], width, groups, state_dim, len(a), turns=False)
+        return FusedState.apply(u, dt, a.float(), dt_bias.float(), index, sizes, chunk_of(dt.shape[1], u.dtype))
+    return state_by_product(u, dt, a, dt_bias, index, groups, state_dim)
+
+
+def state_by_product(
+    u: Tensor, dt: Tensor, a: Tensor, dt_bias: Tensor, index: Tensor | None, groups: int, state_dim: int
+) -> Tensor:
+    """`scan_state` in plain PyTorch; rows of u behind the last token are left out."""
+    u = u[:, : dt.shape[1]]
+    b, heads = u.shape[0], dt.shape[2]
+    with full_precision(u):
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        raw = (dt if index is None else dt[:, index]).to(dtype).mT[:, None]  # sums run along the last axis: faster
+        steps = F.softplus(raw + dt_bias.to(dtype)[..., None])  # [b r k n]
+        logs = steps * a.to(dtype)[..., None]
+        # Summed from the end, where the decay is near 1, so that what counts keeps its digits.
+        later = F.pad(logs[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
+        weight = (steps * later.exp()).permute(0, 3, 1, 2)  # [b n r k]
+        product = u.dtype if u.is_cuda else dtype
+        x, keys, _ = u.to(product).split([u.shape[2] - 2 * groups * state_dim, *[groups * state_dim] * 2], -1)
+        x = x.unflatten(-1, (1, heads, -1)) * weight.to(product).unsqueeze(-1)
+        # All heads of a group in one product, read where they lie; few scans have more than one group.
+        x, keys = x.unflatten(3, (groups, -1)), keys.unflatten(-1, (groups, -1))  # [b n r g k/g e], [b n g s]
+        states = [x[:, :, :, g].flatten(2).mT @ keys[:, :, g] for g in range(groups)]
+        state = torch.stack(states, 1).to(dtype).unflatten(2, (len(a), heads // groups, -1))
+        return state.transpose(1, 2).reshape(b, len(a), heads, -1, state_dim)

@@ -1,0 +1,208 @@
+"""The backward pass of the scan in Triton: gradients of b, c and the weights of pairs; x's is by `_scan_mix`."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lingen.kernels.scan_triton import Scan
+
+# (warps, stages) of each kernel; tuned on an H100 at heads of 64 and a state of 128.
+LAUNCH = {"pairs": (8, 2), "inter": (4, 2)}
+
+
+@triton.jit
+def _scan_pairs(
+    x, dy, pairs, steps, logs, dpairs, by_row, by_column, own, rows, heads, per_group, x_row, dy_row, split,
+    E: tl.constexpr, E2: tl.constexpr, HALF: tl.constexpr, SIDE: tl.constexpr, WAYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of c b^T, summed over heads, and of the weights w, per head summed over rows and over columns.
+
+    SIDE 0: the two blocks on the diagonal (`by_row` and `by_column` are added to); 1: the block of later rows and
+    earlier columns; 2: the other one. The diagonal itself is left out of the sums, where it would cancel, but for
+    `own` = dy_i x_i.
+    """
+    Q: tl.constexpr = 2 * HALF
+    groups = heads // per_group
+    chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if SIDE == 0:
+        half = chunk % 2
+        chunk = chunk // 2
+        row_half, column_half = half, half
+    elif SIDE == 1:
+        row_half, column_half = 1, 0
+    else:
+        row_half, column_half = 0, 1
+    group, part = part // split, part % split
+    i = row_half * HALF + tl.arange(0, HALF)
+    j = column_half * HALF + tl.arange(0, HALF)
+    e = tl.arange(0, E2)
+    e_ok = (e < E)[None, :]
+    start = batch.to(tl.int64) * rows + chunk * Q
+    at = i[:, None] * Q + j[None, :]
+    products = tl.load(pairs + (start * groups + group * Q) * Q + at).to(tl.float32)
+    below, above, same = i[:, None] > j[None, :], i[:, None] < j[None, :], i[:, None] == j[None, :]
+    acc = tl.zeros((HALF, HALF), tl.float32)
+    share = tl.cdiv(per_group, split)
+    end = tl.minimum(per_group, (part + 1) * share)
+    for number in range(part * share, end):
+        head = group * per_group + number
+        grads = tl.load(dy + (start + i)[:, None] * dy_row + head * E + e[None, :], mask=e_ok, other=0.0)
+        values = tl.load(x + (start + j)[:, None] * x_row + head * E + e[None, :], mask=e_ok, other=0.0)
+        first = (batch * WAYS * heads + head).to(tl.int64) * rows + chunk * Q
+        second = first + heads * rows
+        met = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+        if SIDE == 0:
+            log = tl.load(logs + first + i)[:, None] - tl.load(logs + first + j)[None, :]
+            step_f = tl.load(steps + first + j)[None, :]
+            if WAYS == 2:
+                log_g = tl.load(logs + second + i)[:, None] - tl.load(logs + second + j)[None, :]
+                step_g = tl.load(steps + second + j)[None, :]
+                met = met * tl.exp2(tl.where(above, log_g, log))
+                acc += met * tl.where(below, step_f, tl.where(above, step_g, step_f + step_g))
+            else:
+                met = met * tl.exp2(tl.where(above, float("-inf"), log))
+                acc += met * step_f
+            place = (batch * heads + head).to(tl.int64) * rows + chunk * Q + i
+            tl.store(own + place, tl.sum(tl.where(same, met, 0.0), 1))
+            met = met * products
+            lower = tl.where(below, met, 0.0)
+            tl.store(by_row + first + i, tl.load(by_row + first + i) + tl.sum(lower * step_f, 1))
+            tl.store(by_column + first + j, tl.load(by_column + first + j) + tl.sum(lower, 0))
+            if WAYS == 2:
+                upper = tl.where(above, met, 0.0)
+                tl.store(by_row + second + i, tl.load(by_row + second + i) + tl.sum(upper * step_g, 1))
+                tl.store(by_column + second + j, tl.load(by_column + second + j) + tl.sum(upper, 0))
+        else:
+            line = first if SIDE == 1 else second
+            edge = tl.load(logs + line + (HALF - 1 if SIDE == 1 else HALF))
+            step = tl.load(steps + line + j)[None, :]
+            met = met * tl.exp2(tl.load(logs + line + i) - edge)[:, None]
+            met = met * tl.exp2(edge - tl.load(logs + line + j))[None, :]
+            acc += met * step
+            met = met * products
+            tl.store(by_row + line + i, tl.sum(met * step, 1))
+            tl.store(by_column + line + j, tl.sum(met, 0))
+    batches = tl.num_programs(2)
+    dpairs += ((part * batches * rows + start) * groups + group * Q) * Q
+    tl.store(dpairs + at, acc)
+
+
+@triton.jit
+def _scan_inter(
+    v, k, other, dpairs, steps, logs, states, out, by_token, rows, heads, per_group, v_row, k_row, out_row,
+    row_stride, column_stride,
+    E: tl.constexpr, S: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+    WAYS: tl.constexpr, TO_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of c (or with TO_END of b): through the states, summed over heads, plus dpairs (transposed) b (c).
+
+    by_token: for each direction and head the product of k with its share, the gradient of the weights there.
+    """
+    tile, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles: tl.constexpr = Q // BLOCK
+    chunk, tile = tile // tiles, tile % tiles
+    chunks, groups = rows // Q, heads // per_group
+    group = part
+    i = tile * BLOCK + tl.arange(0, BLOCK)
+    e, s = tl.arange(0, E2), tl.arange(0, S2)
+    start = batch.to(tl.int64) * rows + chunk * Q
+    s_ok, e_ok = (s < S)[None, :], (e < E)[None, :]
+    at = (start + i)[:, None] * k_row + group * S + s[None, :]
+    keys = tl.load(k + at, mask=s_ok, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK, S2), tl.float32)
+    for number in range(per_group):
+        head = group * per_group + number
+        values = tl.load(v + (start + i)[:, None] * v_row + head * E + e[None, :], mask=e_ok, other=0.0)
+        for way in tl.static_range(WAYS):
+            line = ((batch * WAYS + way) * heads + head).to(tl.int64) * rows + chunk * Q
+            base = (((batch * chunks + chunk) * WAYS + way) * heads + head).to(tl.int64) * (S * E)
+            state = tl.load(states + base + e[:, None] + s[None, :] * E, mask=(e < E)[:, None] & s_ok, other=0.0)
+            log = tl.load(logs + line + i)
+            if TO_END:
+                log = tl.load(logs + line + (0 if way == 1 else Q - 1)) - log
+            met = tl.dot(values, state.to(values.dtype), input_precision=PRECISION) * tl.exp2(log)[:, None]
+            tl.store(by_token + line + i, tl.sum(met * keys, 1))
+            acc += met * tl.load(steps + line + i)[:, None] if TO_END else met
+    dpairs += (start * groups + group * Q) * Q
+    for begin in range(0, Q, BLOCK):
+        j = begin + tl.arange(0, BLOCK)
+        weights = tl.load(dpairs + i[:, None] * row_stride + j[None, :] * column_stride)
+        met = tl.load(other + (start + j)[:, None] * k_row + group * S + s[None, :], mask=s_ok, other=0.0)
+        acc = tl.dot(weights.to(met.dtype), met, acc, input_precision=PRECISION)
+    tl.store(out + (start + i)[:, None] * out_row + group * S + s[None, :], acc.to(out.dtype.element_ty), mask=s_ok)
+
+
+class Gradients(NamedTuple):
+    """Of a scan."""
+
+    u: Tensor
+    steps: Tensor
+    """[b r k rows] of the steps after softplus, through dt x alone."""
+    decays: Tensor
+    """[b r k rows] of dt a of each token."""
+    d: Tensor
+    begin: Tensor
+
+
+def _pairs_backward(scan: Scan, dy: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the products [b chunks g q q] and, by row and by column, of the weights [b r k rows]; dy x."""
+    sizes, half = scan.sizes, scan.chunk // 2
+    split = max(1, min(4, scan.per_group // 8))
+    dpairs = torch.empty(split, *pairs.shape, device=dy.device, dtype=torch.float32)
+    by_row, by_column = torch.zeros_like(scan.steps), torch.zeros_like(scan.steps)
+    own = torch.empty_like(scan.steps[:, 0])
+    if sizes.ways == 1:
+        dpairs[..., :half, half:] = 0
+    warps, stages = LAUNCH["pairs"]
+    for side in (1, 2, 0) if sizes.ways == 2 else (1, 0):
+        _scan_pairs[scan.chunks * (2 if side == 0 else 1), sizes.groups * split, scan.batch](
+            scan.x, dy, pairs, scan.steps, scan.logs, dpairs, by_row, by_column, own, scan.rows, sizes.heads,
+            scan.per_group, scan.x.stride(1), dy.stride(1), split,
+            E=scan.shape["E"], E2=scan.shape["E2"], HALF=half, SIDE=side, **scan.common,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return dpairs.sum(0).to(dy.dtype), by_row, by_column, own
+
+
+def _inter_backward(scan: Scan, v: Tensor, states: Tensor, dpairs: Tensor, out: Tensor, of_b: bool) -> Tensor:
+    """Gradient of c, or of b, into `out`; and of the weights that the states meet, [b r k rows]."""
+    by_token = torch.empty_like(scan.steps)
+    block = min(64, scan.chunk)
+    k, other = (scan.b, scan.c) if of_b else (scan.c, scan.b)
+    warps, stages = LAUNCH["inter"]
+    _scan_inter[scan.rows // block, scan.sizes.groups, scan.batch](
+        v, k, other, dpairs, scan.steps, scan.logs, states, out, by_token, scan.rows, scan.sizes.heads,
+        scan.per_group, v.stride(1), k.stride(1), out.stride(1),
+        *((1, scan.chunk) if of_b else (scan.chunk, 1)),
+        Q=scan.chunk, BLOCK=block, TO_END=of_b, **scan.shape, **scan.common, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return by_token
+
+
+def scan_backward(scan: Scan, dy: Tensor, d: Tensor, begin: Tensor | None) -> Gradients:
+    """All gradients; dy [b rows k*e] in scan order, zeros behind the last token. States are computed again."""
+    du = torch.empty_like(scan.u)
+    dx, db, dc = du.split(scan.sizes.parts, -1)
+    states, _, _ = scan.states(scan.x, scan.b, begin)
+    pairs = scan.products(scan.c, scan.b)
+    dpairs, by_row, by_column, own = _pairs_backward(scan, dy, pairs)
+    row = _inter_backward(scan, dy, states, dpairs, dc, of_b=False)
+    adjoint, dbegin, met = scan.states(dy, scan.c, None, forward=states)
+    column = _inter_backward(scan, scan.x, adjoint, dpairs, db, of_b=True)
+    scan.mix(dy, scan.b, scan.products(scan.b, scan.c), adjoint, d, dx, adjoint=True)
+
+    # On the diagonal the decay is 1 and only the step counts.
+    diagonal = pairs.diagonal(dim1=-2, dim2=-1).transpose(1, 2).flatten(2).repeat_interleave(scan.per_group, 1)
+    column = column + by_column
+    through_steps = column + (own * diagonal)[:, None]
+    change = (by_row + row - scan.steps * column).unflatten(-1, (scan.chunks, -1))
+    sums = change.cumsum(-1)
+    suffix = sums[..., -1:] - sums + change
+    decays = torch.stack([suffix[:, 0], *(sums[:, way] for way in range(1, scan.sizes.ways))], 1) + met[..., None]
+    return Gradients(du, through_steps, decays.flatten(-2), own.sum((0, 2)), dbegin)

@@ -1,0 +1,32 @@
+"""The gate of a SwiGLU: silu(gate) * up from one projection of both (arXiv 2002.05202, eq. 6)."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lingen.kernels.choice import choose
+from lingen.kernels.fp8 import FP8, Quantized, check_no_gradient, quantize
+
+SWIGLU_KERNELS = ("auto", "reference", "triton")
+
+
+def swiglu(
+    gate_up: Float[Tensor, "*rows hidden"], *, dtype: torch.dtype | None = None, kernel: str = "auto"
+) -> Float[Tensor, "*rows half"] | Quantized:
+    """silu(first half) * second half of the last axis, in float32 at least.
+
+    Args:
+        dtype: of the result, by default that of `gate_up`; float8_e4m3fn gives a `Quantized`, without gradients.
+        kernel: "reference" (plain PyTorch) or "triton", which keeps nothing but `gate_up` for the backward pass.
+    Raises:
+        RecipeError: for a kernel that cannot run.
+    """
+    check_no_gradient(dtype, gate_up)
+    if choose("swiglu", kernel, SWIGLU_KERNELS, gate_up) == "triton":
+        from lingen.kernels import swiglu_triton
+
+        return swiglu_triton.swiglu(gate_up, dtype or gate_up.dtype)
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
+    y = F.silu(gate) * up
+    return quantize(y, kernel="reference") if dtype == FP8 else y.to(dtype or gate_up.dtype)

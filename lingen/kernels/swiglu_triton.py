@@ -1,0 +1,108 @@
+"""Triton twin of `lingen.kernels.swiglu`: both halves are read once and the result is written once."""
+
+# Kernels are written in Triton's language, of which mypy understands the functions around them.
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lingen.kernels.fp8 import FP8, Quantized
+from lingen.kernels.fp8_triton import to_fp8
+
+
+class Tuning(NamedTuple):
+    """Largest number of columns of a program, and its warps."""
+
+    block: int
+    warps: int
+
+
+TUNING = {"forward": Tuning(8192, 16), "backward": Tuning(8192, 16), "quantized": Tuning(1 << 20, 16)}
+"""8-bit rows need their largest value, so there one program has the whole row."""
+
+
+@triton.jit
+def _swiglu_forward(gate_up, gate_up_row, y, scales, half, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < half
+    source = gate_up + row * gate_up_row + columns
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    if scales is not None:
+        out, scale = to_fp8(out)
+        tl.store(scales + row, scale)
+    tl.store(y + row * half + columns, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(gate_up, gate_up_row, dy, dy_row, d_gate_up, half, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < half
+    source = gate_up + row * gate_up_row + columns
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(dy + row * dy_row + columns, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    target = d_gate_up + row * (2 * half) + columns
+    d_gate = grad * up * share * (1 + gate * (1 - share))
+    tl.store(target, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
+    tl.store(target + half, (grad * gate * share).to(d_gate_up.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
+    """`lingen.kernels.swiglu.swiglu` for tensors that Triton reads."""
+    wants_gradient = torch.is_grad_enabled() and gate_up.requires_grad
+    return _SwiGLU.apply(gate_up, dtype) if wants_gradient else forward(gate_up, dtype)
+
+
+def forward(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
+    """gate_up [*rows 2h] -> [*rows h]; the rows may lie at any one distance."""
+    rows, half = _rows(gate_up), gate_up.shape[-1] // 2
+    y = torch.empty(*gate_up.shape[:-1], half, dtype=dtype, device=gate_up.device)
+    scale = None
+    if dtype == FP8:
+        scale = torch.empty(*gate_up.shape[:-1], 1, dtype=torch.float32, device=gate_up.device)
+    grid, options = _grid(rows, half, "forward" if scale is None else "quantized")
+    if len(rows):
+        _swiglu_forward[grid](rows, rows.stride(0), y, scale, half, **options)
+    return y if scale is None else Quantized(y, scale)
+
+
+def backward(gate_up: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of gate_up, contiguous, in its dtype."""
+    rows, grads, half = _rows(gate_up), _rows(dy), dy.shape[-1]
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    grid, options = _grid(rows, half, "backward")
+    if len(rows):
+        _swiglu_backward[grid](rows, rows.stride(0), grads, grads.stride(0), out, half, **options)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, dtype: torch.dtype) -> Any:
+        ctx.save_for_backward(gate_up)
+        return forward(gate_up, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return backward(ctx.saved_tensors[0], grads[0]), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[n d] with neighbouring columns; rows at several distances are copied."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _grid(rows: Tensor, half: int, kind: str) -> tuple[tuple[int, int], dict[str, int]]:
+    tuning = TUNING[kind]
+    block = min(tuning.block, triton.next_power_of_2(half))
+    return (len(rows), triton.cdiv(half, block)), {"BLOCK": block, "num_warps": tuning.warps}

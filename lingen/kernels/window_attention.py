@@ -1,0 +1,134 @@
+"""Attention inside the windows of a grid, from the projected tokens to what the heads give, without a copy between."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int32, Shaped
+from torch import Tensor
+
+from lingen.kernels.attention import attention
+from lingen.kernels.choice import choose
+from lingen.registry import RecipeError
+
+WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
+# One number each for t, h and w; tokens before and after each axis.
+Triple = tuple[int, int, int]
+Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+# The Triton twin holds a block of a head's rows in registers.
+_WIDEST_HEAD = 256
+
+
+def window_attention(
+    qkv: Float[Tensor, "b t h w c"],
+    q_weight: Float[Tensor, "e"],
+    k_weight: Float[Tensor, "e"],
+    *,
+    window: Triple,
+    padding: Padding,
+    num_heads: int,
+    eps: float,
+    kernel: str = "auto",
+) -> Float[Tensor, "b t h w c//3"]:
+    """Bidirectional softmax attention among the tokens of each window, each head for itself.
+
+    Queries and keys are RMS-normed (arXiv 1910.07467) in each head, then turned by the 3D rotary embedding of their
+    place in the window; padding is seen by nobody. Linear in tokens.
+
+    Args:
+        qkv: queries, keys and values, each `num_heads` heads of e side by side; may be a slice of wider rows.
+        q_weight, k_weight: gains of the two norms, with `eps` inside their roots.
+        window: tokens of a window along t, h and w.
+        padding: tokens missing before and after each axis, less than a window: with them the windows tile the grid.
+        kernel: "triton" gathers the windows inside one kernel and saves only `qkv` for the backward pass; the others
+            cut the grid into windows first: "reference" spells the softmax out, "sdpa" is torch's, "flash"
+            flash-attn's. "auto" is "triton" on CUDA for heads of at most 256, else "sdpa".
+    Raises:
+        RecipeError: for a kernel that is unknown or cannot run.
+    """
+    from lingen.blocks.layers import rotary_table, rotate  # they stand on kernels themselves
+
+    _, t, h, w, _ = qkv.shape
+    width, grid = q_weight.shape[0], (t, h, w)
+    rows = window_rows(grid, window, padding, qkv.device)
+    chosen = choose("window attention", kernel, twins_of(width, kernel, WINDOW_KERNELS), qkv, plain="sdpa")
+    if chosen == "triton":
+        from lingen.kernels.window_attention_triton import WindowAttention
+
+        # Beside 16-bit tokens a float16 table is exact enough (2.4e-4 at most) and half as many bytes.
+        table = rotary_table(window, width, qkv.device, torch.float32 if qkv.dtype == torch.float32 else torch.float16)
+        return WindowAttention.apply(qkv, q_weight, k_weight, *table, rows, num_heads, eps)
+    table = rotary_table(window, width, qkv.device, torch.promote_types(qkv.dtype, torch.float32))
+    q, k, v = partition(qkv, window, padding).unflatten(-1, (3, num_heads, -1)).unbind(2)
+    q, k = rotate(rms_norm(q, q_weight, eps), table), rotate(rms_norm(k, k_weight, eps), table)
+    real = (rows >= 0).repeat(qkv.shape[0], 1) if any(map(sum, padding)) else None
+    out = _spelled_out(q, k, v, real) if chosen == "reference" else attention(q, k, v, real, kernel=chosen)
+    return merge(out.flatten(2), grid, window, padding)
+
+
+def twins_of(width: int, kernel: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of an attention's twins that take heads of `width`; RecipeError where `kernel` asks for one that does not.
+
+    Triton's hold a block of a head's rows in registers.
+    """
+    if width <= _WIDEST_HEAD:
+        return known
+    if kernel == "triton":
+        raise RecipeError(
+            f"kernel='triton' takes heads of at most {_WIDEST_HEAD}, not {width}: raise num_heads, or kernel='auto'."
+        )
+    return tuple(twin for twin in known if twin != "triton")
+
+
+def rms_norm(x: Float[Tensor, "*any e"], weight: Float[Tensor, "e"], eps: float) -> Float[Tensor, "*any e"]:
+    """x / rms(x) * weight over the last axis, computed in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def window_rows(grid: Triple, window: Triple, padding: Padding, device: torch.device) -> Int32[Tensor, "m n"]:
+    """For each window the places of its tokens in the clip's raster order; -1 at padding.
+
+    Each window holds a real token, because padding is shorter than a window in every axis: no softmax over nothing.
+    """
+    # Values are kept between calls: computed outside of any device context and of inference mode.
+    with torch.device("cpu"), torch.inference_mode(False):
+        numbers = torch.arange(1, grid[0] * grid[1] * grid[2] + 1, dtype=torch.int32).view(1, *grid, 1)
+        return (partition(numbers, window, padding).squeeze(-1) - 1).to(device)
+
+
+def partition(x: Shaped[Tensor, "b t h w c"], window: Triple, padding: Padding) -> Shaped[Tensor, "m n c"]:
+    """Pads the grid with zeros and cuts it into windows: m = b * windows, n tokens each, both in raster order."""
+    (t0, t1), (h0, h1), (w0, w1) = padding
+    if any((t0, t1, h0, h1, w0, w1)):
+        x = F.pad(x, (0, 0, w0, w1, h0, h1, t0, t1))
+    x = x.unflatten(3, (-1, window[2])).unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(0, 3)
+
+
+def merge(x: Float[Tensor, "m n c"], grid: Triple, window: Triple, padding: Padding) -> Float[Tensor, "b t h w c"]:
+    """Inverse of `partition`."""
+    count = [(n + sum(pad)) // size for n, size, pad in zip(grid, window, padding, strict=True)]
+    x = x.unflatten(1, window).unflatten(0, (-1, *count)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    for axis, (n, (before, _)) in enumerate(zip(grid, padding, strict=True), start=1):
+        x = x.narrow(axis, before, n)
+    return x
+
+
+def _spelled_out(
+    q: Float[Tensor, "m n k e"],
+    k: Float[Tensor, "m n k e"],
+    v: Float[Tensor, "m n k e"],
+    real: Bool[Tensor, "m n"] | None,
+) -> Float[Tensor, "m n k e"]:
+    """softmax(q k^T / sqrt(e)) v, in float32 at least, also under autocast."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    kind = q.device.type if torch.amp.is_autocast_available(q.device.type) else "cpu"
+    with torch.autocast(kind, enabled=False):
+        scores = torch.einsum("mike,mjke->mkij", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5
+        if real is not None:
+            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
+        return torch.einsum("mkij,mjke->mike", scores.softmax(-1), v.to(dtype)).to(q.dtype)

@@ -1,0 +1,324 @@
+"""Window attention in Triton: each program takes one head of one window, straight from the grid and back to it.
+
+A window's tokens are found by a list of their rows in the clip, so that padding, shift and windows that stick out of
+the grid are nothing but a mask, and no layer recompiles.
+
+The backward pass recomputes everything from q, k and v. A token lies in one window, so its gradient has one writer;
+the gains' gradients are one partial sum for each program, added up in a fixed order: the same input, the same bits.
+Windows of one block (128 tokens of a head of 128 in bfloat16) are read once in either direction. Larger ones go block
+by block with a running softmax; their backward pass is two kernels, first by queries, then by keys.
+"""
+
+# Kernels are written in Triton's language, of which mypy understands the functions around them.
+# mypy: disable-error-code="no-untyped-def"
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lingen.kernels.heads_triton import halves, turned, turned_back, whole
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+# Numbers that change from grid to grid: no reason to compile again.
+_SIZES = ["tokens", "windows", "heads"]
+
+# Tokens of a block at most, by the bytes of a number, and bytes of its rows in one head at most: the most that an H100
+# holds in registers. Float32 has no tensor cores here and would unroll into too much code.
+BLOCK = {2: 128, 4: 32}
+BLOCK_BYTES = 32 * 1024
+# Numbers in a block from which on it takes eight warps instead of four.
+EIGHT_WARPS = 128 * 128
+# Registers of a thread that let two programs of eight warps share a processor: one loads while the other computes.
+REGISTERS = 128
+
+
+class WindowAttention(torch.autograd.Function):
+    """`window_attention` of its Triton twin: qkv [b t h w 3d], gains [e], cosines and sines [n 1 p], rows [m n]."""
+
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, rows, num_heads, eps):
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, rows)
+        ctx.settings = num_heads, eps
+        return forward(qkv, q_weight, k_weight, cos, sin, rows, num_heads, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gradients = backward(grad, *ctx.saved_tensors, *ctx.settings)
+        return *gradients, None, None, None, None, None
+
+
+def forward(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, num_heads: int, eps: float,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What the heads give, [b t h w d] in qkv's dtype; written into `out` where it is given (last axis contiguous)."""
+    out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3) if out is None else out
+    grid, sizes, launch = _launch(qkv, q_weight, rows, num_heads, _block)
+    if grid[1] == 1 and launch["num_warps"] == 8:
+        launch["maxnreg"] = REGISTERS
+    x, y = _rows(qkv), out.view(-1, out.shape[-1])
+    _window_forward[grid](x, y, rows, cos, sin, q_weight, k_weight, x.stride(0), y.stride(0), *sizes, eps, **launch)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, num_heads: int, eps: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv (written into `out` where it is given) and of the gains, from that of what the heads give."""
+    out = torch.empty_like(qkv, memory_format=torch.contiguous_format) if out is None else out
+    grid, sizes, launch = _launch(qkv, q_weight, rows, num_heads, _backward_block)
+    programs, blocks = grid
+    partial = q_weight.new_empty(programs * blocks, 2, q_weight.shape[0], dtype=torch.float32)
+    x, dx, dy = _rows(qkv), out.view(-1, out.shape[-1]), _rows(grad)
+    strides = x.stride(0), dx.stride(0), dy.stride(0)
+    given = x, dx, dy, rows, cos, sin, q_weight, k_weight, partial
+    if blocks == 1:
+        _window_backward[grid](*given, *strides, *sizes, eps, **launch)
+    else:
+        softmax = torch.empty(programs, 2, rows.shape[1], dtype=torch.float32, device=qkv.device)
+        for kernel in (_window_backward_queries, _window_backward_keys):
+            kernel[grid](*given, softmax, *strides, *sizes, eps, **launch)
+    q_grad, k_grad = partial.sum(0)
+    return out, q_grad.to(q_weight.dtype), k_grad.to(k_weight.dtype)
+
+
+def _launch(
+    qkv: Tensor, q_weight: Tensor, rows: Tensor, num_heads: int, block_of: Callable[[int, int, int], int]
+) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
+    """Programs (heads of windows, blocks of a window), run-time sizes, compile-time sizes."""
+    (windows, n), width = rows.shape, q_weight.shape[0]
+    full = max(16, triton.next_power_of_2(width))
+    half = max(16, triton.next_power_of_2(width - width // 2))
+    block = block_of(n, full, qkv.element_size())
+    warps = 8 if block * max(block, full) >= EIGHT_WARPS else 4
+    grid = qkv.shape[0] * windows * num_heads, triton.cdiv(n, block)
+    launch = {"N": n, "E": width, "B": block, "HALF": half, "FULL": full, "num_warps": warps, "num_stages": 1}
+    return grid, (qkv.shape[1:-1].numel(), windows, num_heads), launch
+
+
+def _block(n: int, full: int, size: int) -> int:
+    """Tokens of a block for windows of n tokens and heads of `full` numbers of `size` bytes."""
+    return max(16, min(BLOCK[size], BLOCK_BYTES // (full * size), triton.next_power_of_2(n)))
+
+
+def _backward_block(n: int, full: int, size: int) -> int:
+    """Half as many where there are several blocks: the sums of one are held while others pass by."""
+    block = _block(n, full, size)
+    return block if n <= block else max(16, block // 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[b t h w c] as rows; a view, unless autograd expanded it or its axes were permuted."""
+    x = x.flatten(0, -2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def _start(tokens, windows, heads, N: tl.constexpr):
+    """Head, the clip's first row and the window's first number of this program."""
+    window = tl.program_id(0) // heads
+    return tl.program_id(0) % heads, (window // windows).to(tl.int64) * tokens, (window % windows) * N
+
+
+@triton.jit
+def _places(rows, i, first_row, N: tl.constexpr):
+    """Rows of the window's tokens i, and which of them are no padding."""
+    row = tl.load(rows + i, mask=i < N, other=-1)
+    return first_row + row.to(tl.int64), row >= 0
+
+
+@triton.jit
+def _product(a, b, c, d):
+    """a c + b d: the product of two rows of halves."""
+    return tl.dot(b, d, tl.dot(a, c, input_precision="ieee"), input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _window_forward(
+    qkv, out, rows, cos, sin, q_weight, k_weight, stride, out_stride, tokens, windows, heads, eps,
+    N: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    head, first_row, number = _start(tokens, windows, heads, N)
+    rows += number
+    q = qkv + head * E
+    k, v = q + heads * E, q + 2 * heads * E
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    row, real = _places(rows, i, first_row, N)
+    qa, qb = halves(q, row, real, stride, E, HALF)
+    qa, qb = turned(qa, qb, i, cos, sin, q_weight, eps, N, E, HALF)
+    scale = _LOG2E * E**-0.5
+    # Finite, as a whole block of keys may be padding.
+    top = tl.full((B,), -1e30, tl.float32)
+    total = tl.zeros((B,), tl.float32)
+    y = tl.zeros((B, FULL), tl.float32)
+    for start in range(0, N, B):
+        j = start + tl.arange(0, B)
+        other, seen = _places(rows, j, first_row, N)
+        ka, kb = halves(k, other, seen, stride, E, HALF)
+        values = whole(v, other, seen, stride, E, FULL)
+        ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
+        scores = _product(qa, qb, tl.trans(ka), tl.trans(kb)) * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision="ieee")
+        top = new_top
+    c = tl.arange(0, FULL)
+    out += head * E + row[:, None] * out_stride + c[None, :]
+    tl.store(out, (y / total[:, None]).to(out.dtype.element_ty), mask=real[:, None] & (c < E)[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _window_backward(
+    qkv, dqkv, dout, rows, cos, sin, q_weight, k_weight, partial, stride, dstride, dout_stride,
+    tokens, windows, heads, eps,
+    N: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Windows of one block."""
+    head, first_row, number = _start(tokens, windows, heads, N)
+    q, dq = qkv + head * E, dqkv + head * E
+    k, dk = q + heads * E, dq + heads * E
+    v, dv = k + heads * E, dk + heads * E
+    partial += tl.program_id(0).to(tl.int64) * 2 * E
+    i = tl.arange(0, B)
+    row, real = _places(rows + number, i, first_row, N)
+    scale = E**-0.5
+    # All loads first: they wait together.
+    qa, qb = halves(q, row, real, stride, E, HALF)
+    ka, kb = halves(k, row, real, stride, E, HALF)
+    values = whole(v, row, real, stride, E, FULL)
+    dy = whole(dout + head * E, row, real, dout_stride, E, FULL)
+    qa, qb = turned(qa, qb, i, cos, sin, q_weight, eps, N, E, HALF)
+    ka, kb = turned(ka, kb, i, cos, sin, k_weight, eps, N, E, HALF)
+    scores = _product(qa, qb, tl.trans(ka), tl.trans(kb)) * (scale * _LOG2E)
+    scores = tl.where(real[None, :], scores, float("-inf"))
+    p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    dvalues = tl.dot(tl.trans(p.to(dy.dtype)), dy, input_precision="ieee")
+    c = tl.arange(0, FULL)
+    dv += row[:, None] * dstride + c[None, :]
+    tl.store(dv, dvalues.to(dv.dtype.element_ty), mask=real[:, None] & (c < E)[None, :])
+    dp = tl.dot(dy, tl.trans(values), input_precision="ieee")
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(qa.dtype)
+    da, db = tl.dot(ds, ka, input_precision="ieee"), tl.dot(ds, kb, input_precision="ieee")
+    turned_back(da, db, q, dq, partial, row, real, stride, dstride, i, cos, sin, q_weight, eps, N, E, HALF)
+    ds = tl.trans(ds)
+    da, db = tl.dot(ds, qa, input_precision="ieee"), tl.dot(ds, qb, input_precision="ieee")
+    turned_back(
+        da, db, k, dk, partial + E, row, real, stride, dstride, i, cos, sin, k_weight, eps, N, E, HALF
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _window_backward_queries(
+    qkv, dqkv, dout, rows, cos, sin, q_weight, k_weight, partial, softmax, stride, dstride, dout_stride,
+    tokens, windows, heads, eps,
+    N: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """A block of queries against all keys, twice: for the softmax and its pull, which are kept, then for dq."""
+    head, first_row, number = _start(tokens, windows, heads, N)
+    rows += number
+    q = qkv + head * E
+    k, v = q + heads * E, q + 2 * heads * E
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    row, real = _places(rows, i, first_row, N)
+    qa, qb = halves(q, row, real, stride, E, HALF)
+    qa, qb = turned(qa, qb, i, cos, sin, q_weight, eps, N, E, HALF)
+    dy = whole(dout + head * E, row, real, dout_stride, E, FULL)
+    scale = E**-0.5
+    top = tl.full((B,), -1e30, tl.float32)
+    total = tl.zeros((B,), tl.float32)
+    pull = tl.zeros((B,), tl.float32)
+    for start in range(0, N, B):
+        j = start + tl.arange(0, B)
+        other, seen = _places(rows, j, first_row, N)
+        ka, kb = halves(k, other, seen, stride, E, HALF)
+        values = whole(v, other, seen, stride, E, FULL)
+        ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
+        scores = _product(qa, qb, tl.trans(ka), tl.trans(kb)) * (scale * _LOG2E)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        dp = tl.dot(dy, tl.trans(values), input_precision="ieee")
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        pull = pull * shrink + tl.sum(p * dp, 1)
+        top = new_top
+    top += tl.log2(total)
+    pull = pull / total
+    softmax += tl.program_id(0).to(tl.int64) * 2 * N + i
+    tl.store(softmax, top, mask=i < N)
+    tl.store(softmax + N, pull, mask=i < N)
+    da = tl.zeros((B, HALF), tl.float32)
+    db = tl.zeros((B, HALF), tl.float32)
+    for start in range(0, N, B):
+        j = start + tl.arange(0, B)
+        other, seen = _places(rows, j, first_row, N)
+        ka, kb = halves(k, other, seen, stride, E, HALF)
+        values = whole(v, other, seen, stride, E, FULL)
+        ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
+        scores = _product(qa, qb, tl.trans(ka), tl.trans(kb)) * (scale * _LOG2E)
+        p = tl.where(seen[None, :], tl.exp2(scores - top[:, None]), 0.0)
+        dp = tl.dot(dy, tl.trans(values), input_precision="ieee")
+        ds = (p * (dp - pull[:, None]) * scale).to(ka.dtype)
+        da = tl.dot(ds, ka, da, input_precision="ieee")
+        db = tl.dot(ds, kb, db, input_precision="ieee")
+    partial += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * 2 * E
+    turned_back(
+        da, db, q, dqkv + head * E, partial, row, real, stride, dstride, i, cos, sin, q_weight, eps, N, E, HALF
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _window_backward_keys(
+    qkv, dqkv, dout, rows, cos, sin, q_weight, k_weight, partial, softmax, stride, dstride, dout_stride,
+    tokens, windows, heads, eps,
+    N: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """A block of keys against all queries; scores are held as [keys, queries]."""
+    head, first_row, number = _start(tokens, windows, heads, N)
+    rows += number
+    q = qkv + head * E
+    k, v = q + heads * E, q + 2 * heads * E
+    dk, dv = dqkv + (heads + head) * E, dqkv + (2 * heads + head) * E
+    softmax += tl.program_id(0).to(tl.int64) * 2 * N
+    j = tl.program_id(1) * B + tl.arange(0, B)
+    row, real = _places(rows, j, first_row, N)
+    ka, kb = halves(k, row, real, stride, E, HALF)
+    values = whole(v, row, real, stride, E, FULL)
+    ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
+    scale = E**-0.5
+    da = tl.zeros((B, HALF), tl.float32)
+    db = tl.zeros((B, HALF), tl.float32)
+    dvalues = tl.zeros((B, FULL), tl.float32)
+    for start in range(0, N, B):
+        i = start + tl.arange(0, B)
+        other, asks = _places(rows, i, first_row, N)
+        qa, qb = halves(q, other, asks, stride, E, HALF)
+        dy = whole(dout + head * E, other, asks, dout_stride, E, FULL)
+        qa, qb = turned(qa, qb, i, cos, sin, q_weight, eps, N, E, HALF)
+        top = tl.load(softmax + i, mask=i < N, other=0.0)
+        pull = tl.load(softmax + N + i, mask=i < N, other=0.0)
+        scores = _product(ka, kb, tl.trans(qa), tl.trans(qb)) * (scale * _LOG2E)
+        p = tl.where(real[:, None], tl.exp2(scores - top[None, :]), 0.0)
+        dvalues = tl.dot(p.to(dy.dtype), dy, dvalues, input_precision="ieee")
+        dp = tl.dot(values, tl.trans(dy), input_precision="ieee")
+        ds = (p * (dp - pull[None, :]) * scale).to(qa.dtype)
+        da = tl.dot(ds, qa, da, input_precision="ieee")
+        db = tl.dot(ds, qb, db, input_precision="ieee")
+    c = tl.arange(0, FULL)
+    dv += row[:, None] * dstride + c[None, :]
+    tl.store(dv, dvalues.to(dv.dtype.element_ty), mask=real[:, None] & (c < E)[None, :])
+    partial += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * 2 * E
+    turned_back(
+        da, db, k, dk, partial + E, row, real, stride, dstride, j, cos, sin, k_weight, eps, N, E, HALF
+    )  # fmt: skip

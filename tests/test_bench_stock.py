@@ -1,0 +1,71 @@
+"""The yardstick computes what lingen computes, else its speed says nothing."""
+
+import pytest
+import torch
+
+from lingen.bench.build import draw
+from lingen.bench.plain import PlainDenoiser
+from lingen.bench.stock import StockMamba2, StockSwin
+from lingen.blocks.mamba2 import Mamba2
+from lingen.blocks.temporal_swin import TemporalSwin
+from lingen.config import LinGenConfig
+from lingen.model import LinGen
+
+
+def relative(got, want):
+    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
+
+
+def gradients(module, ours, x):
+    """Of the input and of our weights, by name; the same seed for the output."""
+    y = module(x)
+    seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    parts = {"input": x} | dict(ours.named_parameters())
+    return y, dict(zip(parts, torch.autograd.grad(y, list(parts.values()), seed), strict=True))
+
+
+def compare(ours, stock, grid):
+    x = torch.randn(2, *grid, 16, requires_grad=True)
+    (want, wanted), (got, gotten) = gradients(ours, ours, x), gradients(stock, ours, x)
+    assert relative(got, want) < 1e-5
+    for name, value in wanted.items():
+        assert relative(gotten[name], value) < 1e-4, name
+
+
+@pytest.mark.parametrize("grid", [(3, 5, 7), (1, 4, 3), (4, 2, 2)])
+@pytest.mark.parametrize("review", [(2, 2, 2), None])
+def test_stock_mamba2_is_ours(grid, review):
+    for layer in range(4):
+        torch.manual_seed(layer)
+        ours = Mamba2(16, layer, state_dim=4, head_dim=8, dt_max=0.5, review=review)
+        compare(ours, StockMamba2(ours), grid)
+
+
+@pytest.mark.parametrize("grid", [(3, 5, 7), (1, 4, 6), (6, 8, 3), (2, 3, 4)])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_stock_swin_is_ours(grid, layer):
+    torch.manual_seed(layer)
+    ours = TemporalSwin(16, layer, window=(2, 3, 4))
+    torch.nn.init.uniform_(ours.q_norm.weight, 0.5, 2)
+    compare(ours, StockSwin(ours), grid)
+
+
+def test_other_settings_are_refused():
+    with pytest.raises(ValueError, match="shared conv"):
+        StockMamba2(Mamba2(16, 0, state_dim=4, head_dim=8, conv="per_direction"))
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mate", "temporal_swin"])
+def test_the_plain_denoiser_is_ours(mixer):
+    component = {"name": mixer} | ({"state_dim": 4, "head_dim": 8} if mixer == "mate" else {})
+    sizes = {"channels": 4, "text_dims": (6,), "max_grid": (3, 4, 4)}
+    config = LinGenConfig(dim=16, depth=2, mixer=component, **sizes)
+    torch.manual_seed(0)
+    model = LinGen(config)
+    draw(model)
+    tokens, mask = torch.randn(2, 5, 6), torch.arange(5) < torch.tensor([[5], [3]])
+    inputs = torch.randn(2, 4, 3, 6, 4), torch.tensor([0.2, 0.8]), ((tokens, mask),)
+    with torch.no_grad():
+        want, got = model(*inputs), PlainDenoiser(model)(*inputs)
+    assert want.square().mean() > 0.01 and relative(got, want) < 1e-5
+    assert len(model.blocks) == 2 and type(model.blocks[0]).__name__ == "Block"
