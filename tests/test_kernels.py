@@ -116,8 +116,8 @@ def test_mistakes_are_sentences():
     with pytest.raises(ValueError, match="3 groups do not divide 2 heads"):
         ssd(**parts | {"b": parts["b"].repeat(1, 1, 3, 1), "c": parts["c"].repeat(1, 1, 3, 1)})
     q = torch.randn(1, 3, 2, 4)
-    with pytest.raises(ValueError, match="no attention kernel called 'cudnn'. Known: auto, sdpa, flash"):
-        attention(q, q, q, kernel="cudnn")
+    with pytest.raises(ValueError, match="no attention kernel called 'cuDNN'. Known: auto, sdpa, cudnn, flash"):
+        attention(q, q, q, kernel="cuDNN")
     with pytest.raises(ValueError, match="needs flash-attn"):
         attention(q, q, q, kernel="flash")
 

@@ -16,7 +16,12 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, layer: int, *, num_heads: int | None = None, kernel: Literal["auto", "sdpa", "flash"] = "auto"
+        self,
+        dim: int,
+        layer: int,
+        *,
+        num_heads: int | None = None,
+        kernel: Literal["auto", "sdpa", "cudnn", "flash"] = "auto",
     ):
         super().__init__()
         check_choice("kernel", kernel, ATTENTION_KERNELS)

@@ -14,7 +14,7 @@ from lingen.kernels.choice import choose
 from lingen.kernels.conv import conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
-from lingen.kernels.pool import pool
+from lingen.kernels.pool import pool, windows_of
 from lingen.kernels.scan import SCAN_KERNELS, rows_of, scan, scan_state
 from lingen.registry import SettingError
 
@@ -102,6 +102,8 @@ class Mamba2(nn.Module):
         grid = grid_of(projected)
         z, streams = projected.split([self.sizes[0], sum(self.sizes[1:])], -1)
         kernel = choose("scan", self.kernel, SCAN_KERNELS, streams, plain="chunked")
+        if kernel == "triton" and (self.centred or self.directions == 1):
+            return self._fused(projected)
         fused = "triton" if kernel == "triton" else "reference"
         state = None
         if self.review is not None:
@@ -115,6 +117,37 @@ class Mamba2(nn.Module):
         if isinstance(out, tuple):
             return self.out_proj(Quantized(out[0].unflatten(1, grid), out[1].unflatten(1, (*grid, 1))))
         return self.out_proj(out.unflatten(1, grid))
+
+    def _fused(self, projected: Float[Tensor, "b t h w c"]) -> Float[Tensor, "b t h w d"]:
+        """All between the projections in Triton."""
+        from lingen.kernels.mamba2_triton import Mamba2Core, Plan, Weights, forward
+        from lingen.kernels.scan_triton import Sizes
+
+        grid, device = grid_of(projected), projected.device
+        sizes = Sizes(self.sizes[2], self.head_dim, self.groups, self.state_dim, self.directions)
+        review_index, ways = None, 0
+        if self.review is not None:
+            _, windows = windows_of(projected, self.review)
+            review_index = self._index(windows, device)
+            ways = self.directions if self.review_reverse == "front" else 1
+        plan = Plan(
+            sizes, self._index(grid, device), self.review, review_index, ways, self._before, self.norm.groups,
+            self.norm.eps,
+        )  # fmt: skip
+        bias = self.conv1d.bias
+        assert bias is not None
+        weights = Weights(self.conv1d.weight.squeeze(1), bias, self._a(), self.d, self.dt_bias, self.norm.weight)
+        if torch.is_grad_enabled():
+            return self.out_proj(Mamba2Core.apply(projected, plan, *weights).unflatten(1, grid))
+        out, scale, _ = forward(projected, weights, plan, quantize=wants_fp8(self.out_proj))
+        out = out.unflatten(1, grid)
+        return self.out_proj(out if scale is None else Quantized(out, scale.unflatten(1, (*grid, 1))))
+
+    @property
+    def _before(self) -> int:
+        """Taps of the conv in the past: it is centred, or causal."""
+        width = self.conv1d.kernel_size[0]
+        return width // 2 if self.centred else width - 1
 
     def horizon(self) -> Float[Tensor, "r k"]:
         """Tokens after which a head has forgotten all but 1/e, per direction and head, at the bias's time step."""
@@ -189,12 +222,11 @@ class Mamba2(nn.Module):
         self, xbc: Float[Tensor, "b n c"], index: Int[Tensor, "n"] | None, way: int, rows: int, kernel: str
     ) -> Float[Tensor, "b rows c"]:
         """Depthwise conv along the scan and SiLU: centred, or causal with the weights of direction `way`."""
-        width, channels = self.conv1d.kernel_size[0], self.sizes[1]
+        channels = self.sizes[1]
         mine = slice(way * channels, (way + 1) * channels)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
-        before = width // 2 if self.centred else width - 1
-        return conv_silu(xbc, weight[mine], bias[mine], index, before=before, rows=rows, kernel=kernel)
+        return conv_silu(xbc, weight[mine], bias[mine], index, before=self._before, rows=rows, kernel=kernel)
 
 
 def _check_sizes_of(dim: int, state_dim: int, head_dim: int, groups: int, expand: int, conv_width: int) -> None:

@@ -69,15 +69,17 @@ def _scan_pairs(
                 met = met * tl.exp2(tl.where(above, float("-inf"), log))
                 acc += met * step_f
             place = (batch * heads + head).to(tl.int64) * rows + chunk * Q + i
-            tl.store(own + place, tl.sum(tl.where(same, met, 0.0), 1))
+            tl.store(own + place[:, None], tl.sum(tl.where(same, met, 0.0), 1, keep_dims=True))
             met = met * products
             lower = tl.where(below, met, 0.0)
-            tl.store(by_row + first + i, tl.load(by_row + first + i) + tl.sum(lower * step_f, 1))
-            tl.store(by_column + first + j, tl.load(by_column + first + j) + tl.sum(lower, 0))
+            at_row, at_column = first + i[:, None], first + j[None, :]
+            tl.store(by_row + at_row, tl.load(by_row + at_row) + tl.sum(lower * step_f, 1, keep_dims=True))
+            tl.store(by_column + at_column, tl.load(by_column + at_column) + tl.sum(lower, 0, keep_dims=True))
             if WAYS == 2:
                 upper = tl.where(above, met, 0.0)
-                tl.store(by_row + second + i, tl.load(by_row + second + i) + tl.sum(upper * step_g, 1))
-                tl.store(by_column + second + j, tl.load(by_column + second + j) + tl.sum(upper, 0))
+                at_row, at_column = second + i[:, None], second + j[None, :]
+                tl.store(by_row + at_row, tl.load(by_row + at_row) + tl.sum(upper * step_g, 1, keep_dims=True))
+                tl.store(by_column + at_column, tl.load(by_column + at_column) + tl.sum(upper, 0, keep_dims=True))
         else:
             line = first if SIDE == 1 else second
             edge = tl.load(logs + line + (HALF - 1 if SIDE == 1 else HALF))
@@ -86,8 +88,9 @@ def _scan_pairs(
             met = met * tl.exp2(edge - tl.load(logs + line + j))[None, :]
             acc += met * step
             met = met * products
-            tl.store(by_row + line + i, tl.sum(met * step, 1))
-            tl.store(by_column + line + j, tl.sum(met, 0))
+            # Rows and columns and no vectors: for those, Triton would carry the whole tile into another layout first.
+            tl.store(by_row + line + i[:, None], tl.sum(met * step, 1, keep_dims=True))
+            tl.store(by_column + line + j[None, :], tl.sum(met, 0, keep_dims=True))
     batches = tl.num_programs(2)
     dpairs += ((part * batches * rows + start) * groups + group * Q) * Q
     tl.store(dpairs + at, acc)
@@ -206,3 +209,15 @@ def scan_backward(scan: Scan, dy: Tensor, d: Tensor, begin: Tensor | None) -> Gr
     suffix = sums[..., -1:] - sums + change
     decays = torch.stack([suffix[:, 0], *(sums[:, way] for way in range(1, scan.sizes.ways))], 1) + met[..., None]
     return Gradients(du, through_steps, decays.flatten(-2), own.sum((0, 2)), dbegin)
+
+
+def step_gradients(scan: Scan, found: Gradients, a: Tensor, index: Tensor | None, ddt: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a and of the bias [r k]; that of the raw steps is written to `ddt` [b n k], in raster order."""
+    # softplus' = sigmoid = 1 - exp(-softplus)
+    raw = (found.steps + a[..., None] * found.decays) * -torch.expm1(-scan.steps)
+    in_order = raw.sum(1)[..., : ddt.shape[1]].mT
+    if index is None:
+        ddt.copy_(in_order)
+    else:
+        ddt[:, index] = in_order.to(ddt.dtype)
+    return (found.decays * scan.steps).sum((0, 3)), raw.sum((0, 3))

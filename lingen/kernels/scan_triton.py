@@ -382,20 +382,12 @@ class FusedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # noqa: D102
-        from lingen.kernels.scan_backward_triton import scan_backward
+        from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
 
         u, dt, a, d, bias, index, begin = ctx.saved_tensors
-        n = dt.shape[1]
         scan = Scan(u, step_sums(dt, a, bias, index, u.shape[1], ctx.chunk), ctx.sizes, ctx.chunk)
         found = scan_backward(scan, dy.contiguous(), d.sum(0), begin)
-        # softplus' = sigmoid = 1 - exp(-softplus)
-        raw = (found.steps + a[..., None] * found.decays) * -torch.expm1(-scan.steps)
-        in_order = raw.sum(1)[..., :n].mT
         ddt = torch.empty(dt.shape, device=dt.device, dtype=dt.dtype)
-        if index is None:
-            ddt.copy_(in_order)
-        else:
-            ddt[:, index] = in_order.to(dt.dtype)
-        da = (found.decays * scan.steps).sum((0, 3))
+        da, dbias = step_gradients(scan, found, a, index, ddt)
         begins = None if begin is None else found.begin
-        return found.u, ddt, da, found.d.expand_as(d), raw.sum((0, 3)), None, begins, None, None
+        return found.u, ddt, da, found.d.expand_as(d), dbias, None, begins, None, None

@@ -1,0 +1,166 @@
+"""Everything of Mamba2 between its two projections as one function in Triton: review, conv, scan, gated norm.
+
+The projection is read where it lies and its gradient is written where it belongs, slice by slice, so that autograd
+neither cuts nor joins the widest tensor of a layer.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lingen.kernels.conv_triton import conv_silu_backward, conv_silu_forward
+from lingen.kernels.gated_norm_triton import gated_norm_backward, gated_norm_forward
+from lingen.kernels.pool_triton import pool_backward, pool_forward
+from lingen.kernels.scan import chunk_of, rows_of, state_by_product
+from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
+from lingen.kernels.scan_triton import Scan, Sizes, scan_forward, step_sums
+
+Triple = tuple[int, int, int]
+
+
+class Weights(NamedTuple):
+    """Parameters, in the order of `Mamba2Core`'s arguments."""
+
+    conv: Tensor
+    """[c m]"""
+    conv_bias: Tensor
+    """[c]"""
+    a: Tensor
+    """[r k], negative."""
+    d: Tensor
+    """[r k]"""
+    dt_bias: Tensor
+    """[r k]"""
+    norm: Tensor
+    """[k e]"""
+
+
+class Plan(NamedTuple):
+    """What does not change from one clip to the next.
+
+    order and review_order: raster row of each position of the scan, over the grid and over the pooled grid; None for
+    raster order. review: pooling size, or None. review_ways: directions that read the review first, 0 without one.
+    before: taps of the conv that lie in the past. norm_groups, eps: of the gated norm.
+    """
+
+    sizes: Sizes
+    order: Tensor | None
+    review: Triple | None
+    review_order: Tensor | None
+    review_ways: int
+    before: int
+    norm_groups: int
+    eps: float
+
+    def slices(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, x | b | c and dt of [b n channels], of its pooled streams, where z is empty, or of a gradient."""
+        streams = [sum(self.sizes.parts), self.sizes.heads]
+        z, xbc, dt = projected.split([projected.shape[-1] - sum(streams), *streams], -1)
+        return z, xbc, dt
+
+
+def forward(projected: Tensor, weights: Weights, plan: Plan, quantize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The normed result [b n k*e] in raster order, with the scales of its rows where it is quantized, and the scan's.
+
+    projected: [b t h w z | x | b | c | dt], dt raw.
+    """
+    z, xbc, dt = plan.slices(projected.flatten(1, 3))
+    begin = _review(projected, weights, plan)
+    y = scan_forward(_scan(xbc, dt, weights, plan), weights.d.sum(0), begin)
+    out, scale = gated_norm_forward(
+        y, z, weights.norm, plan.order, groups=plan.norm_groups, eps=plan.eps, quantize=quantize
+    )
+    return out, scale, y
+
+
+def _scan(xbc: Tensor, dt: Tensor, weights: Weights, plan: Plan, review: bool = False) -> Scan:
+    """The scan over the conv's result; that over the review tokens turns nowhere."""
+    n, sizes, index = dt.shape[1], plan.sizes, plan.order
+    if review:
+        sizes, index = sizes._replace(ways=plan.review_ways, turns=False), plan.review_order
+    rows, chunk = rows_of(n, "triton", xbc.dtype), chunk_of(n, xbc.dtype)
+    u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, index, before=plan.before, rows=rows)
+    a, bias = weights.a[: sizes.ways].contiguous(), weights.dt_bias[: sizes.ways].contiguous()
+    return Scan(u, step_sums(dt, a, bias, index, rows, chunk, sizes.turns), sizes, chunk)
+
+
+def _review(projected: Tensor, weights: Weights, plan: Plan) -> Tensor | None:
+    """States [b r k s e] that the review leaves; a direction that does not read it first starts from zero."""
+    if plan.review is None:
+        return None
+    _, xbc, dt = plan.slices(_pooled(projected, plan))
+    scan = _scan(xbc, dt, weights, plan, review=True)
+    _, end, _ = scan.states(scan.x, scan.b, None)
+    missing = plan.sizes.ways - plan.review_ways
+    return torch.cat([end, torch.zeros_like(end)], 1) if missing else end
+
+
+def _pooled(projected: Tensor, plan: Plan) -> Tensor:
+    """Pooled streams, without z: [b n2 channels]."""
+    assert plan.review is not None
+    inner = plan.sizes.heads * plan.sizes.width
+    return pool_forward(projected[..., inner:], plan.review).flatten(1, 3)
+
+
+class Mamba2Core(torch.autograd.Function):
+    """`forward` with a gradient; keeps the projection and the scan's result, and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx, projected, plan, *weights):
+        out, _, y = forward(projected, Weights(*weights), plan, quantize=False)
+        ctx.save_for_backward(projected, y, *weights)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        projected, y, *saved = ctx.saved_tensors
+        weights, plan = Weights(*saved), ctx.plan
+        z, xbc, dt = plan.slices(projected.flatten(1, 3))
+        dprojected = torch.empty(projected.shape, device=projected.device, dtype=projected.dtype)
+        dz, dxbc, ddt = plan.slices(dprojected.flatten(1, 3))
+        dy, dnorm = gated_norm_backward(
+            grad.contiguous(), y, z, weights.norm, plan.order, groups=plan.norm_groups, eps=plan.eps, dz_out=dz
+        )
+        scan = _scan(xbc, dt, weights, plan)
+        begin = _review(projected, weights, plan)
+        found = scan_backward(scan, dy, weights.d.sum(0), begin)
+        da, ddt_bias = step_gradients(scan, found, weights.a, plan.order, ddt)
+        dconv, dconv_bias = conv_silu_backward(
+            found.u, xbc, weights.conv, weights.conv_bias, plan.order, before=plan.before, out=dxbc
+        )
+        grads = Weights(dconv, dconv_bias, da, found.d.expand_as(weights.d), ddt_bias, dnorm)
+        if plan.review is not None:
+            grads = _review_backward(projected, weights, plan, found.begin, dprojected, grads)
+        return dprojected, None, *grads
+
+
+def _review_backward(
+    projected: Tensor, weights: Weights, plan: Plan, dbegin: Tensor, dprojected: Tensor, grads: Weights
+) -> Weights:
+    """Adds what the review's states pass on to the gradients of the projection and of the weights."""
+    assert plan.review is not None
+    pooled = _pooled(projected, plan)
+    _, xbc, dt = plan.slices(pooled)
+    rows, ways, sizes = dt.shape[1], plan.review_ways, plan.sizes
+    u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, plan.review_order, before=plan.before, rows=rows)
+    parts = [part.detach().requires_grad_() for part in (u, dt, weights.a[:ways], weights.dt_bias[:ways])]
+    with torch.enable_grad():
+        state = state_by_product(parts[0], parts[1], parts[2], parts[3], plan.review_order, sizes.groups, sizes.state)
+    du, ddt, da, ddt_bias = torch.autograd.grad(state, parts, dbegin[:, :ways].mT)
+    dpooled = torch.empty_like(pooled)
+    _, dxbc, ddt_out = plan.slices(dpooled)
+    ddt_out.copy_(ddt)
+    dconv, dconv_bias = conv_silu_backward(
+        du, xbc, weights.conv, weights.conv_bias, plan.review_order, before=plan.before, out=dxbc
+    )
+    inner = sizes.heads * sizes.width
+    streams = dprojected[..., inner:]
+    grid = [-(-n // min(n, size)) for n, size in zip(projected.shape[1:4], plan.review, strict=True)]
+    pool_backward(dpooled.unflatten(1, grid), plan.review, out=streams, add=True)
+    grads.a[:ways] += da
+    grads.dt_bias[:ways] += ddt_bias
+    return grads._replace(conv=grads.conv + dconv, conv_bias=grads.conv_bias + dconv_bias)
