@@ -112,3 +112,29 @@ def test_the_score_in_readme_has_a_source():
         line = next(line for line in README.splitlines() if line.startswith(f"| {attribute} |"))
         shares = [row["sampled"][attribute]["share"] for row in results["rows"]]
         assert line.split("|")[2].strip() == f"{min(shares):.0%} to {max(shares):.0%}"
+
+
+def test_the_numbers_of_speed_have_a_source():
+    """Every number of the table is that of a committed result file."""
+    table = README[README.index("## Speed") : README.index("## On a cluster")]
+    found = {}
+    for name in ("model", "fp8"):
+        for row in json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())["rows"]:
+            if row["name"] == "forward" and row["batch"] == 1:  # the last one is that of the rounds with the twins
+                found[row["kernel"], row["dtype"], row["tokens"]] = row
+    lines = {
+        "bfloat16 |": ("auto", "bfloat16"),
+        "fp8`)": ("auto", "float8_e4m3fn"),
+        "cuDNN": ("cudnn, compiled", "bfloat16"),
+        "FlashAttention-2": ("flash-attention-2, eager", "bfloat16"),
+    }
+    for word, key in lines.items():
+        line = next(line for line in table.splitlines() if word in line and line.startswith("|"))
+        for tokens in (34_816, 139_264):
+            seconds = found[*key, tokens]["ms"] / 10
+            assert f" {seconds:,.0f} s " in line or f" {seconds:,.1f} s " in line, (word, seconds)
+        if key[0] == "auto":
+            assert f" {found[*key, 139_264]['gib']:.1f} GiB " in line, word
+    fits = json.loads((ROOT / "docs" / "results" / "scaling.json").read_text())["fits"]["mate"]
+    for cost in ("time", "memory"):
+        assert f"tokens^{fits[cost]['exponent']:.2f}" in table
