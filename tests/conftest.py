@@ -56,6 +56,15 @@ if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
     _products_of_bfloat16()
 
 
+@pytest.fixture
+def poisoned():
+    """New memory holds NaN: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where kernels are tested: CUDA, or the CPU through Triton's interpreter."""

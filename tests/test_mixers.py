@@ -137,6 +137,7 @@ def test_kernels_agree_inside_the_mixer():
      {"review_reverse": "plain", "scan": "thw"}, {"review": None, "conv_width": 3}],
     ids=str,
 )  # fmt: skip
+@pytest.mark.usefixtures("poisoned")
 def test_triton_inside_the_mixer(settings, device):
     """All kernels together against plain float64: outputs and every gradient by name."""
     settings = {"dt_max": 0.1} | settings  # float32 loses digits where a head forgets within a token

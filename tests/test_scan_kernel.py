@@ -15,6 +15,7 @@ CASES = [
     (105, 4, 16, 2, 16, 2),
     (70, 3, 16, 1, 8, 1),
 ]
+pytestmark = pytest.mark.usefixtures("poisoned")
 WEIGHTS = ("a", "d", "dt_bias")
 GPU_CASES = [(35904, 8, 64, 1, 128, 2), (1000, 6, 80, 3, 20, 2), (3000, 4, 64, 1, 128, 1)]
 
@@ -141,5 +142,10 @@ def test_mistakes_are_sentences(device):
         scan(parts["u"], *rest, index, **sizes, kernel="tritn")
     with pytest.raises(ValueError, match="u has 5 rows; 5 tokens take 32 with kernel='triton'"):
         scan(parts["u"], *rest, index, **sizes, kernel="triton")
+    wide = torch.zeros(1, 256, 200 + 2 * 4, device=device)
+    small = [torch.zeros(1, 5, 1, device=device), *(-torch.ones(1, 1, device=device) for _ in range(3))]
+    with pytest.raises(RecipeError, match="in heads of up to 128; this head has 200 x 4. kernel='auto' takes another"):
+        scan(wide, *small, state_dim=4, kernel="triton")
+    assert scan(wide[:, :5], *small, state_dim=4).shape == (1, 5, 200)
     with pytest.raises(RecipeError, match="computes in float32, bfloat16 or float16, not torch.float64"):
         scan(parts["u"].double(), *rest, index, **sizes, kernel="triton")

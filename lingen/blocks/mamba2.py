@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from lingen.blocks.layers import GatedRMSNorm, Triple, check_choice, check_sizes, grid_of
 from lingen.blocks.scan import order_of, permutation
-from lingen.kernels.choice import choose
 from lingen.kernels.conv import conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
-from lingen.kernels.scan import SCAN_KERNELS, rows_of, scan, scan_state
+from lingen.kernels.scan import SCAN_KERNELS, rows_of, scan, scan_kernel, scan_state
 from lingen.registry import SettingError
 
 
@@ -101,7 +100,7 @@ class Mamba2(nn.Module):
         projected = self.in_proj(x)
         grid = grid_of(projected)
         z, streams = projected.split([self.sizes[0], sum(self.sizes[1:])], -1)
-        kernel = choose("scan", self.kernel, SCAN_KERNELS, streams, plain="chunked")
+        kernel = scan_kernel(self.kernel, streams, self.head_dim, self.state_dim)
         if kernel == "triton" and (self.centred or self.directions == 1):
             return self._fused(projected)
         fused = "triton" if kernel == "triton" else "reference"

@@ -14,8 +14,29 @@ from torch import Tensor
 
 from lingen.kernels.choice import choose
 from lingen.kernels.ssd import full_precision, ssd
+from lingen.registry import RecipeError
 
 SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")
+
+
+_WIDEST, _LARGEST_STATE = 128, 16_384
+
+
+def scan_kernel(kernel: str, u: Tensor, width: int, state_dim: int) -> str:
+    """The twin of `scan` that runs on streams like `u`; "auto" leaves Triton out where a state is too large for it.
+
+    Raises RecipeError for an unknown kernel, and for "triton" where it cannot run.
+    """
+    wide, deep = (max(16, 1 << (size - 1).bit_length()) for size in (width, state_dim))
+    largest = _LARGEST_STATE // 2 if u.dtype == torch.float32 else _LARGEST_STATE
+    if wide <= _WIDEST and wide * deep <= largest:
+        return choose("scan", kernel, SCAN_KERNELS, u, plain="chunked")
+    if kernel == "triton":
+        raise RecipeError(
+            f"kernel='triton' of the scan holds states of up to {largest} numbers a head (powers of two), in heads of "
+            f"up to {_WIDEST}; this head has {width} x {state_dim}. kernel='auto' takes another."
+        )
+    return choose("scan", kernel, tuple(name for name in SCAN_KERNELS if name != "triton"), u, plain="chunked")
 
 
 def chunk_of(n: int, dtype: torch.dtype) -> int:
@@ -57,15 +78,15 @@ def scan(
     Raises:
         RecipeError: for an unknown or unavailable kernel. ValueError: for shapes that do not fit.
     """
-    kernel = choose("scan", kernel, SCAN_KERNELS, u, plain="chunked")
     n, heads = dt.shape[1:]
+    width = (u.shape[2] - 2 * groups * state_dim) // heads
+    kernel = scan_kernel(kernel, u, width, state_dim)
     if u.shape[1] != rows_of(n, kernel, u.dtype):
         rows = rows_of(n, kernel, u.dtype)
         raise ValueError(f"u has {u.shape[1]} rows; {n} tokens take {rows} with kernel='{kernel}'.")
     if kernel == "triton":
         from lingen.kernels.scan_triton import FusedScan, Sizes
 
-        width = (u.shape[2] - 2 * groups * state_dim) // heads
         begin = None if initial_state is None else initial_state.float().mT.contiguous()
         sizes = Sizes(heads, width, groups, state_dim, len(a))
         return FusedScan.apply(u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk_of(n, u.dtype))
@@ -115,12 +136,11 @@ def scan_state(
     Arguments as in `scan`. In float32 at least. kernel: "triton" is the first half of the scan's, everything else one
     matrix product; the gradient is always that of the product, which 16-bit streams on CUDA enter in 16 bits.
     """
-    kernel = choose("scan", kernel, SCAN_KERNELS, u, plain="chunked")
-    if kernel == "triton":
+    width = (u.shape[2] - 2 * groups * state_dim) // dt.shape[2]
+    if scan_kernel(kernel, u, width, state_dim) == "triton":
         from lingen.kernels.scan_state_triton import FusedState
         from lingen.kernels.scan_triton import Sizes
 
-        width = (u.shape[2] - 2 * groups * state_dim) // dt.shape[2]
         sizes = Sizes(dt.shape[2], width, groups, state_dim, len(a), turns=False)
         return FusedState.apply(u, dt, a.float(), dt_bias.float(), index, sizes, chunk_of(dt.shape[1], u.dtype))
     return state_by_product(u, dt, a, dt_bias, index, groups, state_dim)

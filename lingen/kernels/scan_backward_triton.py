@@ -179,6 +179,8 @@ def _inter_backward(scan: Scan, v: Tensor, states: Tensor, dpairs: Tensor, out: 
     block = min(64, scan.chunk)
     k, other = (scan.b, scan.c) if of_b else (scan.c, scan.b)
     warps, stages = LAUNCH["inter"]
+    if scan.large:
+        stages = 1
     _scan_inter[scan.rows // block, scan.sizes.groups, scan.batch](
         v, k, other, dpairs, scan.steps, scan.logs, states, out, by_token, scan.rows, scan.sizes.heads,
         scan.per_group, v.stride(1), k.stride(1), out.stride(1),

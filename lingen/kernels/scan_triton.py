@@ -307,6 +307,8 @@ class Scan:
             "E2": max(16, triton.next_power_of_2(sizes.width)),
             "S2": max(16, triton.next_power_of_2(sizes.state)),
         }
+        # Two stages of larger states do not fit into the memory of a processor.
+        self.large = self.shape["E2"] * self.shape["S2"] > 8192
         self.common = {"WAYS": sizes.ways, "PRECISION": "ieee" if u.dtype == torch.float32 else "tf32"}
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
@@ -353,6 +355,8 @@ class Scan:
     def mix(self, v: Tensor, k: Tensor, pairs: Tensor, states: Tensor, d: Tensor, out: Tensor, adjoint: bool) -> None:
         """`_scan_mix` over the whole sequence; d [k] is what a head adds of v itself."""
         warps, stages = LAUNCH["mix"]
+        if self.large:
+            stages = 1
         split = min(self.per_group, SPLIT)
         _scan_mix[self.sizes.groups * split, 2 * self.chunks, self.batch](
             v, k, pairs, self.steps, self.logs, self.columns, states, d, out, self.rows, self.sizes.heads,
