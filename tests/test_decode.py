@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Iterable
 from fractions import Fraction
 
 import av
@@ -15,7 +16,16 @@ import torch
 from PIL import Image
 
 from lingen.data import decode
-from lingen.data.decode import Clip, ShortClip, caption_of, decode_animation, decode_image, decode_sample, decode_video
+from lingen.data.decode import (
+    Clip,
+    ShortClip,
+    caption_of,
+    captions_of,
+    decode_animation,
+    decode_image,
+    decode_sample,
+    decode_video,
+)
 
 SIZE = (16, 32)
 
@@ -36,8 +46,14 @@ def video(
     b_frames: int = 2,
     size: tuple[int, int] = SIZE,
     times: list[int] | None = None,
+    false_key: int | None = None,
 ) -> bytes:
-    """A file whose frame i is plain `grey(i)`; `times` gives presentation times in milliseconds."""
+    """A file whose frame i is plain `grey(i)`.
+
+    Args:
+        times: presentation times in milliseconds.
+        false_key: a frame that the container calls a key frame though it is none.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as file:
         options = {"bf": str(b_frames), "crf": "4", "sc_threshold": "0"} if codec == "libx264" else {"lossless": "1"}
@@ -46,13 +62,17 @@ def video(
         stream.codec_context.gop_size = gop
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
+        packets = []
         for index in range(count):
             picture = np.full((*size, 3), grey(index), np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
             if times is not None:
                 frame.pts, frame.time_base = times[index], Fraction(1, 1000)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if false_key is not None:
+            packets[false_key].is_keyframe = True
+        file.mux(packets)
     return buffer.getvalue()
 
 
@@ -121,22 +141,36 @@ def test_odd_pixel_formats(pix_fmt: str) -> None:
     assert frames_of(decoded(video(8, pix_fmt=pix_fmt))) == [0, 1, 2, 3]
 
 
-def test_only_what_is_needed_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def fed_packets(
+    monkeypatch: pytest.MonkeyPatch, data: bytes, frames: int = 4, **options: float
+) -> tuple[list[int], int]:
+    """The numbers of the frames of a clip, and how many pictures the decoder was given for them."""
     fed: list[object] = []
-    original = decode._decode
+    original = decode._pick
 
-    class Counting:
-        def __init__(self, codec: object):
-            self.codec = codec
-            self.sample_aspect_ratio = codec.sample_aspect_ratio
+    def counting(codec: object, packets: Iterable[object], *rest: object) -> object:
+        return original(codec, (fed.append(packet) or packet for packet in packets), *rest)
 
-        def decode(self, packet: object) -> list[object]:
-            fed.append(packet)
-            return self.codec.decode(packet)
+    monkeypatch.setattr(decode, "_pick", counting)
+    return frames_of(decoded(data, frames, **options)), len(fed)
 
-    monkeypatch.setattr(decode, "_decode", lambda codec, *rest: original(Counting(codec), *rest))
-    assert frames_of(decoded(video(56, gop=8, b_frames=0), start=33.5 / 53)) == [33, 34, 35, 36]
-    assert len(fed) == 5  # the key frame 32 and the clip
+
+def test_only_what_is_needed_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, fed = fed_packets(monkeypatch, video(56, gop=8, b_frames=0), start=33.5 / 53)
+    assert frames == [33, 34, 35, 36] and fed == 5  # the key frame 32 and the clip
+
+
+def test_pictures_that_no_other_one_needs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = video(56, gop=56, b_frames=3)
+    frames, fed = fed_packets(monkeypatch, data, start=40.5 / 53)
+    assert frames == [40, 41, 42, 43] and fed < 30  # of 45
+    frames, fed = fed_packets(monkeypatch, data, fps=12.0, start=0.9)
+    assert frames == [44, 46, 48, 50] and fed < 30  # of 52
+
+
+def test_a_frame_that_is_called_a_key_frame_and_is_none() -> None:
+    data = video(40, gop=40, b_frames=0, false_key=20)
+    assert frames_of(decoded(data, start=24.5 / 37)) == [24, 25, 26, 27]
 
 
 def test_too_few_frames_names_both_numbers() -> None:
@@ -428,6 +462,8 @@ def test_captions(sample: dict[str, bytes]) -> None:
     ({"txt": b""}, "no caption"),
     ({"json": as_json(["a"])}, "no caption"),
     ({"json": as_json({"caption": 7})}, "no caption"),
+    ({"json": as_json({"captions": ["a", " "]})}, "no caption"),
+    ({"json": as_json({"captions": 7})}, "no caption"),
     ({"json": b"{'caption'"}, "broken JSON"),
     ({"json": '{"caption": "caf\u00e9"}'.encode("latin-1")}, "caption is not UTF-8"),
     ({"txt": b"caf\xe9"}, "caption is not UTF-8"),
@@ -436,3 +472,9 @@ def test_captions(sample: dict[str, bytes]) -> None:
 def test_captions_that_cannot_be_used(sample: dict[str, bytes], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         caption_of(sample)
+
+
+def test_one_of_several_captions_is_drawn() -> None:
+    sample = {"json": as_json({"captions": ["a", "b ", "c"], "caption": "other"})}
+    assert captions_of(sample) == ["a", "b", "c"]
+    assert [caption_of(sample, draw) for draw in (0.0, 0.4, 0.999)] == ["a", "b", "c"]

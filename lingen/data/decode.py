@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,22 +62,34 @@ def decode_sample(
     return decode(sample[suffix], frames=frames, size=size, fps=fps, start=start)
 
 
-def caption_of(sample: dict[str, bytes]) -> str:
-    """`caption` of the JSON, else the text of the .txt. ValueError where there is none, an empty one, or no UTF-8."""
+def captions_of(sample: dict[str, bytes]) -> list[str]:
+    """`captions` (a list) or `caption` of the JSON, else the text of the .txt; at least one.
+
+    Raises:
+        ValueError: ``no caption`` (none, or one of them empty), ``broken JSON``, ``caption is not UTF-8``.
+    """
     try:
         about = json.loads(sample["json"].decode()) if "json" in sample else None
-        caption = about.get("caption") if isinstance(about, dict) else None
-        if caption is None:
-            caption = sample.get("txt", b"").decode()
-        caption = caption.strip() if isinstance(caption, str) else ""
-        caption.encode()  # JSON can hold half a surrogate pair
+        about = about if isinstance(about, dict) else {}
+        found = about.get("captions") or about.get("caption")
+        if found is None:
+            found = sample.get("txt", b"").decode()
+        found = found if isinstance(found, list) else [found]
+        captions = [text.strip() if isinstance(text, str) else "" for text in found]
+        "".join(captions).encode()  # JSON can hold half a surrogate pair
     except UnicodeError as error:
         raise ValueError("caption is not UTF-8") from error
     except ValueError as error:
         raise ValueError(f"broken JSON: {error}") from error
-    if not caption:
+    if not all(captions):
         raise ValueError("no caption")
-    return caption
+    return captions
+
+
+def caption_of(sample: dict[str, bytes], draw: float = 0.0) -> str:
+    """One of the captions, chosen by ``0 <= draw < 1``; errors as for `captions_of`."""
+    captions = captions_of(sample)
+    return captions[int(draw * len(captions))]
 
 
 # video
@@ -155,20 +168,52 @@ def _resample(
 
 
 def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size: tuple[int, int]) -> list[np.ndarray]:
-    """The frames with the presentation times `chosen` (ascending, with repeats), fitted to `size`; in one pass."""
+    """The frames with the presentation times `chosen` (ascending, with repeats), fitted to `size`.
+
+    From the key frame before the first to the last one of them, without pictures that no other one is built from. Where
+    that does not give all, everything is decoded: a container may call a frame a key frame that is none, and pictures
+    of x264 before build 151 need what stands in the very first packet.
+    """
+    needed = set(chosen.tolist())
+    key = max((i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= chosen[0]), default=0)
+    end = max((i for i, p in enumerate(packets) if p.pts in needed), default=len(packets)) + 1
+    lean = (p for p in packets[key:end] if p.pts in needed or not _is_spare(p, codec))
+    found = _pick(codec, lean, needed, size)
+    if len(found) < len(needed):
+        codec.flush_buffers()
+        found |= _pick(codec, packets, needed - found.keys(), size)
+    if len(found) < len(needed):
+        raise ValueError(f"broken video: {len(needed) - len(found)} of {len(needed)} frames cannot be decoded")
+    return [found[pts] for pts in chosen.tolist()]
+
+
+def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int, int]) -> dict[int, np.ndarray]:
+    """Presentation time -> those of the needed frames that the packets give, fitted to `size`."""
     from av.video.reformatter import VideoReformatter
 
     scaler = VideoReformatter()  # one for all frames: it keeps its tables
-    first = max((i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= chosen[0]), default=0)
-    needed = set(chosen.tolist())
     found: dict[int, np.ndarray] = {}
-    for packet in [*packets[first:], None]:  # None drains the decoder
+    for packet in itertools.chain(packets, [None]):  # None drains the decoder
         for frame in codec.decode(packet):
             if frame.pts in needed and frame.pts not in found and not frame.is_corrupt:
                 found[frame.pts] = _fit_frame(frame, scaler, codec.sample_aspect_ratio, size)
         if len(found) == len(needed):
-            return [found[pts] for pts in chosen.tolist()]
-    raise ValueError(f"broken video: {len(needed) - len(found)} of {len(needed)} frames cannot be decoded")
+            break
+    return found
+
+
+def _is_spare(packet: Any, codec: Any) -> bool:
+    """Can the decoder do without this picture, since no other one refers to it? Known for H.264 in MP4 and Matroska
+    (ISO 14496-10, 7.4.1: nal_ref_idc 0; 14496-15: units behind their lengths), and where the container says so."""
+    if packet.is_disposable or codec.name != "h264" or not codec.extradata or codec.extradata[0] != 1:
+        return bool(packet.is_disposable)
+    data, width, position = memoryview(packet), (codec.extradata[4] & 3) + 1, 0
+    while position + width < len(data):
+        unit = data[position + width]
+        if 1 <= unit & 31 <= 5:  # a slice
+            return not unit >> 5 & 3
+        position += width + int.from_bytes(data[position : position + width], "big")
+    return False
 
 
 def _fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
