@@ -15,10 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lingen.data import decode
+from lingen.data import decode, frames
 from lingen.data.decode import (
     Clip,
-    ShortClip,
     caption_of,
     captions_of,
     decode_animation,
@@ -26,6 +25,8 @@ from lingen.data.decode import (
     decode_sample,
     decode_video,
 )
+from lingen.data.frames import ShortClip
+from lingen.data.pictures import webp_size
 
 SIZE = (16, 32)
 
@@ -233,7 +234,7 @@ def test_a_file_with_sound_alone() -> None:
 
 
 def test_a_video_larger_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_PIXELS", 500)
+    monkeypatch.setattr(frames, "MAX_PIXELS", 500)
     with pytest.raises(ValueError, match="too large: 32 x 16 pixels"):
         decoded(video(8))
 
@@ -399,8 +400,8 @@ def test_broken_pictures_are_a_value_error(data: bytes) -> None:
 
 @pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 90}])
 def test_the_size_of_a_webp_is_read_from_its_header(options: dict[str, object]) -> None:
-    assert decode._webp_size(saved(Image.new("RGB", (70, 30)), "WEBP", **options)) == (70, 30)
-    assert decode._webp_size(saved(Image.new("RGBA", (70, 30), (9, 9, 9, 9)), "WEBP", **options)) == (70, 30)
+    assert webp_size(saved(Image.new("RGB", (70, 30)), "WEBP", **options)) == (70, 30)
+    assert webp_size(saved(Image.new("RGBA", (70, 30), (9, 9, 9, 9)), "WEBP", **options)) == (70, 30)
 
 
 def animation(count: int, durations: list[int]) -> bytes:

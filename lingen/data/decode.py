@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import json
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
-MAX_PIXELS = 50_000_000
-"""A larger picture is refused before it is allocated (ours)."""
+from lingen.data.frames import MAX_PIXELS, fit_frame, refuse_bomb, resample
+from lingen.data.pictures import fit_picture, open_picture, reported, webp_times
+
 VIDEO = ("mp4", "webm", "webp")
 IMAGE = ("jpg", "jpeg", "png", "webp")
-
-
-class Refused(ValueError):
-    """A picture is too large to be read."""
-
-
-class ShortClip(ValueError):
-    """A video has fewer frames than wanted, after resampling."""
-
-    def __init__(self, available: int, wanted: int):
-        super().__init__(f"short clip: {available} frames where {wanted} are wanted")
 
 
 class Clip(NamedTuple):
@@ -119,12 +107,12 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
                 raise ValueError("broken video: there is no picture in it")
             stream = file.streams.video[0]
             codec = stream.codec_context
-            _refuse_bomb(codec.width, codec.height)
+            refuse_bomb(codec.width, codec.height)
             codec.options = {"max_pixels": str(MAX_PIXELS)}
             codec.thread_count = 1  # the workers share the cores
             packets = [p for p in file.demux(stream) if p.pts is not None and p.size]
             shown = np.array(sorted(p.pts for p in packets if not p.is_discard), np.int64)
-            chosen, starts = _resample((shown - shown[:1]) * float(stream.time_base), frames, fps, start)
+            chosen, starts = resample((shown - shown[:1]) * float(stream.time_base), frames, fps, start)
             decoded = _decode(codec, packets, shown[chosen], size)
     except av.FFmpegError as error:
         raise ValueError(f"broken video: {error.strerror or error}") from error
@@ -138,33 +126,6 @@ def _container(data: bytes) -> str:
     if data[:4] == b"\x1a\x45\xdf\xa3":
         return "matroska"
     raise ValueError("broken video: neither an MP4 nor a WebM")
-
-
-def _refuse_bomb(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise Refused(f"too large: {width} x {height} pixels, at most {MAX_PIXELS // 1_000_000} million are read")
-
-
-def _resample(
-    times: Float[np.ndarray, " n"], frames: int, fps: float, start: float
-) -> tuple[Int[np.ndarray, " t"], int]:
-    """Which source frames make the clip.
-
-    Args:
-        times: when each source frame is shown, in seconds from the first one, ascending.
-    Returns:
-        indices into `times`, and the number of possible beginnings. ShortClip where there is none.
-    """
-    if len(times) == 0:
-        raise ShortClip(0, frames)
-    interval = times[-1] / (len(times) - 1) if len(times) > 1 else 1 / fps
-    available = int((times[-1] + interval) * fps + 1e-3)
-    starts = available - frames + 1
-    if starts < 1:
-        raise ShortClip(available, frames)
-    wanted = (int(start * starts) + np.arange(frames)) / fps
-    halfway = (times[1:] + times[:-1]) / 2
-    return np.searchsorted(halfway, wanted - 1e-6), starts  # of two frames equally near, the earlier one
 
 
 def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size: tuple[int, int]) -> list[np.ndarray]:
@@ -196,7 +157,7 @@ def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int,
     for packet in itertools.chain(packets, [None]):  # None drains the decoder
         for frame in codec.decode(packet):
             if frame.pts in needed and frame.pts not in found and not frame.is_corrupt:
-                found[frame.pts] = _fit_frame(frame, scaler, codec.sample_aspect_ratio, size)
+                found[frame.pts] = fit_frame(frame, scaler, codec.sample_aspect_ratio, size)
         if len(found) == len(needed):
             break
     return found
@@ -214,23 +175,6 @@ def _is_spare(packet: Any, codec: Any) -> bool:
             return not unit >> 5 & 3
         position += width + int.from_bytes(data[position : position + width], "big")
     return False
-
-
-def _fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Scales to cover `size`, turns upright, cuts out the centre."""
-    from av.video.reformatter import Interpolation
-
-    _refuse_bomb(frame.width, frame.height)
-    turns = round(frame.rotation / 90) % 4
-    height, width = size if turns % 2 == 0 else size[::-1]
-    shown_width = frame.width * float(aspect or 1)
-    scale = max(height / frame.height, width / shown_width)
-    scaled = max(height, round(frame.height * scale)), max(width, round(shown_width * scale))
-    _refuse_bomb(scaled[1], scaled[0])  # a sliver grows without bounds
-    method = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
-    pixels = scaler.reformat(frame, scaled[1], scaled[0], "rgb24", interpolation=method, threads=1).to_ndarray()
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    return np.rot90(pixels[top : top + height, left : left + width], turns)
 
 
 def _stack(pictures: list[np.ndarray]) -> UInt8[Tensor, "3 t h w"]:
@@ -251,84 +195,19 @@ def decode_image(data: bytes, *, size: tuple[int, int]) -> UInt8[Tensor, "3 1 h 
     """
     from PIL import ImageOps
 
-    picture = _open(data, ("PNG", "JPEG", "WEBP"))
-    with _reported():
+    picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
+    with reported():
         picture.draft("RGB", size[::-1])  # a JPEG is decoded no larger than needed
-        return _stack([_fit_picture(ImageOps.exif_transpose(picture), size)])
+        return _stack([fit_picture(ImageOps.exif_transpose(picture), size)])
 
 
 def decode_animation(data: bytes, *, frames: int, size: tuple[int, int], fps: float, start: float) -> Clip:
     """A clip of an animated WebP; arguments and errors as for `decode_video`. Decoding ends with the clip."""
-    picture = _open(data, ("WEBP",))
-    chosen, starts = _resample(_webp_times(data), frames, fps, start)
+    picture = open_picture(data, ("WEBP",))
+    chosen, starts = resample(webp_times(data), frames, fps, start)
     found: dict[int, np.ndarray] = {}
-    with _reported():
+    with reported():
         for number in sorted(set(chosen.tolist())):
             picture.seek(number)
-            found[number] = _fit_picture(picture, size)
+            found[number] = fit_picture(picture, size)
     return Clip(_stack([found[number] for number in chosen.tolist()]), starts)
-
-
-def _open(data: bytes, formats: tuple[str, ...]) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    with _reported(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower, and an error
-        if data[:4] == b"RIFF":
-            _refuse_bomb(*_webp_size(data))  # Pillow allocates a WebP's canvas when it opens it
-        try:
-            picture = Image.open(io.BytesIO(data), formats=formats)
-        except UnidentifiedImageError as error:
-            raise ValueError(f"none of {', '.join(formats)}") from error
-        except Image.DecompressionBombError as error:
-            raise Refused(f"too large: {error}") from error
-        _refuse_bomb(*picture.size)
-    return picture
-
-
-@contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    """Pillow reports broken files by many types of errors; here it is one."""
-    try:
-        yield
-    except (MemoryError, Refused):
-        raise
-    except Exception as error:
-        raise ValueError(f"broken picture: {error}") from error
-
-
-def _fit_picture(picture: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    from PIL import Image, ImageOps
-
-    if picture.mode.startswith("I"):  # 16 bits
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(ImageOps.fit(picture.convert("RGB"), size[::-1], method=Image.Resampling.BICUBIC))
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a WebP, from its first chunk (RFC 9649)."""
-    bits = int.from_bytes
-    match data[12:16]:
-        case b"VP8X":
-            return bits(data[24:27], "little") + 1, bits(data[27:30], "little") + 1
-        case b"VP8L":
-            packed = bits(data[21:25], "little")
-            return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
-        case b"VP8 ":
-            return bits(data[26:28], "little") & 0x3FFF, bits(data[28:30], "little") & 0x3FFF
-    raise ValueError("not a WebP")
-
-
-def _webp_times(data: bytes) -> Float[np.ndarray, " n"]:
-    """When each picture of an animated WebP is shown, in seconds, from the headers of its frames (RFC 9649); 0 ms count
-    as 100, as in browsers. A still picture has one."""
-    durations, position = [], 12
-    while position + 8 <= len(data):
-        length = int.from_bytes(data[position + 4 : position + 8], "little")
-        if data[position : position + 4] == b"ANMF":
-            durations.append(int.from_bytes(data[position + 20 : position + 23], "little") or 100)
-        position += 8 + length + length % 2
-    return np.cumsum([0, *durations[:-1]]) / 1000

@@ -1,0 +1,67 @@
+"""What a frame is fitted to, which frames make a clip, and what is refused before it is allocated. No torch here: the
+processes that cut footage start quickly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+MAX_PIXELS = 50_000_000
+"""A larger picture is refused before it is allocated (ours)."""
+
+
+class Refused(ValueError):
+    """A picture is too large to be read."""
+
+
+class ShortClip(ValueError):
+    """A video has fewer frames than wanted, after resampling."""
+
+    def __init__(self, available: int, wanted: int):
+        super().__init__(f"short clip: {available} frames where {wanted} are wanted")
+
+
+def refuse_bomb(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Refused(f"too large: {width} x {height} pixels, at most {MAX_PIXELS // 1_000_000} million are read")
+
+
+def resample(
+    times: Float[np.ndarray, " n"], frames: int, fps: float, start: float
+) -> tuple[Int[np.ndarray, " t"], int]:
+    """Which source frames make the clip.
+
+    Args:
+        times: when each source frame is shown, in seconds from the first one, ascending.
+    Returns:
+        indices into `times`, and the number of possible beginnings. ShortClip where there is none.
+    """
+    if len(times) == 0:
+        raise ShortClip(0, frames)
+    interval = times[-1] / (len(times) - 1) if len(times) > 1 else 1 / fps
+    available = int((times[-1] + interval) * fps + 1e-3)
+    starts = available - frames + 1
+    if starts < 1:
+        raise ShortClip(available, frames)
+    wanted = (int(start * starts) + np.arange(frames)) / fps
+    halfway = (times[1:] + times[:-1]) / 2
+    return np.searchsorted(halfway, wanted - 1e-6), starts  # of two frames equally near, the earlier one
+
+
+def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Scales to cover `size`, turns upright, cuts out the centre."""
+    from av.video.reformatter import Interpolation
+
+    refuse_bomb(frame.width, frame.height)
+    turns = round(frame.rotation / 90) % 4
+    height, width = size if turns % 2 == 0 else size[::-1]
+    shown_width = frame.width * float(aspect or 1)
+    scale = max(height / frame.height, width / shown_width)
+    scaled = max(height, round(frame.height * scale)), max(width, round(shown_width * scale))
+    refuse_bomb(scaled[1], scaled[0])  # a sliver grows without bounds
+    method = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
+    pixels = scaler.reformat(frame, scaled[1], scaled[0], "rgb24", interpolation=method, threads=1).to_ndarray()
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    return np.rot90(pixels[top : top + height, left : left + width], turns)
