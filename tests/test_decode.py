@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 
 from lingen.data import decode, frames
+from lingen.data.captions import caption_of, captions_of
 from lingen.data.decode import (
     Clip,
-    caption_of,
-    captions_of,
     decode_animation,
     decode_image,
     decode_sample,

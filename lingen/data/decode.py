@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -48,36 +47,6 @@ def decode_sample(
         return Clip(decode_image(sample[suffix], size=size), 1)
     decode = decode_animation if suffix == "webp" else decode_video
     return decode(sample[suffix], frames=frames, size=size, fps=fps, start=start)
-
-
-def captions_of(sample: dict[str, bytes]) -> list[str]:
-    """`captions` (a list) or `caption` of the JSON, else the text of the .txt; at least one.
-
-    Raises:
-        ValueError: ``no caption`` (none, or one of them empty), ``broken JSON``, ``caption is not UTF-8``.
-    """
-    try:
-        about = json.loads(sample["json"].decode()) if "json" in sample else None
-        about = about if isinstance(about, dict) else {}
-        found = about.get("captions") or about.get("caption")
-        if found is None:
-            found = sample.get("txt", b"").decode()
-        found = found if isinstance(found, list) else [found]
-        captions = [text.strip() if isinstance(text, str) else "" for text in found]
-        "".join(captions).encode()  # JSON can hold half a surrogate pair
-    except UnicodeError as error:
-        raise ValueError("caption is not UTF-8") from error
-    except ValueError as error:
-        raise ValueError(f"broken JSON: {error}") from error
-    if not all(captions):
-        raise ValueError("no caption")
-    return captions
-
-
-def caption_of(sample: dict[str, bytes], draw: float = 0.0) -> str:
-    """One of the captions, chosen by ``0 <= draw < 1``; errors as for `captions_of`."""
-    captions = captions_of(sample)
-    return captions[int(draw * len(captions))]
 
 
 # video

@@ -3,6 +3,7 @@ processes that cut footage start quickly."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -65,3 +66,13 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     pixels = scaler.reformat(frame, scaled[1], scaled[0], "rgb24", interpolation=method, threads=1).to_ndarray()
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
     return np.rot90(pixels[top : top + height, left : left + width], turns)
+
+
+def covering(size: tuple[int, int], wanted: tuple[int, int], *, even: bool = True) -> tuple[int, int]:
+    """Height and width at which a picture of `size` covers `wanted`, but no larger than it is; both even for H.264."""
+    scale = min(1.0, max(wanted[0] / size[0], wanted[1] / size[1]))
+    if not even:
+        return (size[0], size[1]) if scale == 1 else (round(size[0] * scale), round(size[1] * scale))
+    if scale == 1:
+        return size[0] // 2 * 2, size[1] // 2 * 2
+    return tuple(2 * math.ceil(round(side * scale, 3) / 2) for side in size)  # type: ignore[return-value]
