@@ -16,6 +16,7 @@ from lingen import flow
 from lingen.average import AveragedWeights
 from lingen.config import Recipe
 from lingen.data.batch import Batch
+from lingen.data.ledger import is_cut
 from lingen.meter import Meter
 from lingen.model import LinGen
 from lingen.plan import peak_flops, plan
@@ -129,6 +130,8 @@ class LinGenModule(lightning.LightningModule):
         losses, times = self.losses(batch, self.recipe.stage or "main")
         loss = losses.mean()
         self._batch = batch
+        for name, count in counts(batch).items():
+            self.meter.count(name, count)
         self._record(losses.detach(), times, batch)
         return loss
 
@@ -293,6 +296,16 @@ class LinGenModule(lightning.LightningModule):
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         # validation is not training time
         self._started = (self._started[0] + clock.perf_counter() - self._paused, self._started[1])
+
+
+def counts(batch: Batch) -> dict[str, int]:
+    """What the ledger counts of a batch, under the names of metrics.csv."""
+    return {
+        "data/used": len(batch.keys),
+        "data/dropped": len(batch.drops),
+        "data/truncated": sum(map(is_cut, batch.drops)),
+        "data/retried": len(batch.retries),
+    }
 
 
 def by_time(losses: Tensor, times: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -58,6 +58,8 @@ class ConsoleReporter(Reporter):
         self._task: Any = None
         self._said = 0.0
         self._name, self._steps = "", 0
+        self._dropped = 0
+        """Samples that were replaced since the stage began or went on."""
 
     def __enter__(self) -> ConsoleReporter:
         if self._bar is not None:
@@ -72,7 +74,7 @@ class ConsoleReporter(Reporter):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
-        self._name, self._steps = str(recipe.stage), recipe.train.steps
+        self._name, self._steps, self._dropped = str(recipe.stage), recipe.train.steps, 0
         going_on = f", going on from step {done}" if done else ""
         self.say(f"stage {number}/{count} {self._name}: {self._steps} steps{going_on}")
         if self._bar is not None:
@@ -85,7 +87,9 @@ class ConsoleReporter(Reporter):
     def row(self, row: dict[str, Any]) -> None:
         if "loss" not in row:
             return
-        note = f"loss {row['loss']:.4f}  {row.get('tokens_per_second', 0):,.0f} tokens/s"
+        self._dropped += int(row.get("data/dropped", 0))
+        dropped = f"  {self._dropped:,} dropped" if self._dropped else ""
+        note = f"loss {row['loss']:.4f}  {row.get('tokens_per_second', 0):,.0f} tokens/s{dropped}"
         last = int(row["step"]) >= self._steps
         if self._bar is not None:
             self._bar.update(self._task, note=note)
