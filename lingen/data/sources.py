@@ -28,7 +28,7 @@ T = TypeVar("T")
 LARGEST = 1 << 31
 """Bytes that are read at once; a sample that claims to be larger is refused before it is allocated (ours)."""
 FIRST_WAIT = 0.25
-"""Seconds before the second attempt; doubled for each further one."""
+"""Seconds before the second attempt; doubled for each further one, up to a minute."""
 OPEN_FILES = 64
 """Local shards that a process keeps open."""
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EINTR}
@@ -92,7 +92,7 @@ class Reader:
                 if error.errno not in PASSING:
                     raise _failed(f"unreadable shard: {location}: {said}", attempt) from error
             if attempt + 1 < self.settings.attempts:
-                time.sleep(FIRST_WAIT * 2**attempt)
+                time.sleep(min(60.0, FIRST_WAIT * 2**attempt))
         times = f"{self.settings.attempts} attempts" if self.settings.attempts > 1 else "one attempt"
         raise _failed(f"unreachable: {location} could not be read in {times} ({said})", self.settings.attempts - 1)
 
