@@ -15,6 +15,7 @@ from typing import Any
 from lingen.data.footage import EXTENSIONS, Source
 from lingen.registry import RecipeError
 
+NO_CAPTION = "no caption"
 MEDIA = frozenset(extension for extensions in EXTENSIONS.values() for extension in extensions)
 
 
@@ -28,17 +29,13 @@ def captions_of(sample: dict[str, bytes]) -> list[str]:
         about = json.loads(sample["json"].decode()) if "json" in sample else None
         about = about if isinstance(about, dict) else {}
         found = about.get("captions") or about.get("caption")
-        return _checked(sample.get("txt", b"").decode() if found is None else found)
+        if found is None and "txt" in sample:
+            found = sample["txt"].decode()
+        return _checked([] if found is None else found)
     except UnicodeError as error:
         raise ValueError("caption is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON: {error}") from error
-
-
-def caption_of(sample: dict[str, bytes], draw: float = 0.0) -> str:
-    """One of the captions, chosen by ``0 <= draw < 1``; errors as for `captions_of`."""
-    captions = captions_of(sample)
-    return captions[int(draw * len(captions))]
 
 
 def _checked(found: Any) -> list[str]:
@@ -47,9 +44,9 @@ def _checked(found: Any) -> list[str]:
     ]
     "".join(captions).encode()  # JSON can hold half a surrogate pair
     if not captions:
-        raise ValueError("no caption")
+        raise ValueError(NO_CAPTION)
     if not all(captions):
-        raise ValueError("no caption: it is empty, or no text")
+        raise ValueError(f"{NO_CAPTION}: it is empty, or no text")
     return list(dict.fromkeys(captions))
 
 

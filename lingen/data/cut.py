@@ -35,13 +35,15 @@ CRF = 18
 """x264's quality: hard to tell from the source."""
 KEY_SECONDS = 1.0
 """Between key frames: a clip that begins in the middle decodes half a second too much on average."""
+OUTCOME = "__outcome__.json"
 
 
 class Wanted(NamedTuple):
     """What the stages of a recipe want."""
 
-    size: tuple[int, int]
-    """Largest height and width in pixels: samples are scaled down to cover it, never up."""
+    sizes: tuple[tuple[tuple[int, int], ...], ...]
+    """Of each stage, the heights and widths in pixels: samples are scaled down to cover that one of each stage whose
+    aspect ratio is nearest, never up."""
     fps: float
     """Frames a second; a film of fewer keeps its own."""
     lengths: tuple[int, ...]
@@ -53,11 +55,12 @@ class Job(NamedTuple):
 
     source: Source
     captions: list[str]
-    """Empty where there are none and that is allowed."""
+    fault: str
+    """``reason: detail`` where the captions alone leave it out."""
     wanted: Wanted
     filters: Filters
     out: Path
-    """A tar file that the samples go to; it appears whole."""
+    """A tar file that the samples go to, and the outcome as its last member; it appears whole."""
 
 
 class Made(NamedTuple):
@@ -65,6 +68,7 @@ class Made(NamedTuple):
 
     key: str
     media: str
+    """Extension of the member that holds it."""
     height: int
     width: int
     frames: int
@@ -81,35 +85,64 @@ class Outcome(NamedTuple):
 
 
 def make_samples(job: Job) -> Outcome:
-    """Makes the samples of a source and writes them to ``job.out``."""
-    drops: list[tuple[str, str]] = []
-    made: list[Made] = []
-    partial = job.out.with_name(job.out.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    """Makes the samples of a source and writes them to ``job.out``, unless an earlier run has done so."""
+    if job.fault:
+        return Outcome([], [(job.source.key, job.fault)])
+    if job.out.is_file():
+        return read_outcome(job.out)
+    outcome = Outcome([], [])
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = job.out.with_name(f"{job.out.name}.{os.getpid()}.partial")
     with tarfile.open(partial, "w") as tar:
-        try:
-            make = _film if job.source.kind == "video" else _picture
-            for sample, media, about in make(job, drops):
-                _add(tar, sample.key, {sample.media: media, "json": json.dumps(about, ensure_ascii=False).encode()})
-                made.append(sample)
-        except (OSError, ValueError) as error:
-            reason = str(error) if isinstance(error, ValueError) else f"unreadable: {error}"
-            drops.append((job.source.key, reason))
+        for made, media, about in _make(job, outcome.drops):
+            _add(tar, f"{made.key}.{made.media}", media)
+            _add(tar, f"{made.key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
+            outcome.samples.append(made)
+        _add(tar, OUTCOME, json.dumps(outcome).encode())
     os.replace(partial, job.out)
-    return Outcome(made, drops)
+    return outcome
 
 
-def _add(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
-    for extension, content in members.items():
-        member = tarfile.TarInfo(f"{key}.{extension}")
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+Sample = tuple[Made, bytes, dict[str, Any]]
+"""A sample, its media, and its JSON."""
+
+
+def _make(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
+    import av
+
+    try:
+        yield from (_film if job.source.kind == "video" else _picture)(job, drops)
+    except (ValueError, av.FFmpegError, OSError, MemoryError) as error:
+        told = isinstance(error, ValueError) and not isinstance(error, av.FFmpegError)
+        drops.append((job.source.key, str(error) if told else f"unreadable: {error}"))
+
+
+def read_outcome(path: Path) -> Outcome:
+    """What `make_samples` returned when it wrote this file."""
+    with tarfile.open(path) as tar:
+        held = json.loads(tar.extractfile(OUTCOME).read())  # type: ignore[union-attr]
+    samples = [Made(*made)._replace(looks=tuple(made[-1])) for made in held[0]]
+    return Outcome(samples, [(name, reason) for name, reason in held[1]])
+
+
+def read_samples(path: Path) -> Iterator[dict[str, bytes]]:
+    """extension -> content of each sample of a file that `make_samples` wrote, in order."""
+    with tarfile.open(path) as tar:
+        while (media := tar.next()) is not None and media.name != OUTCOME:
+            about: Any = tar.next()
+            yield {member.name.rpartition(".")[2]: tar.extractfile(member).read() for member in (media, about)}  # type: ignore[union-attr]
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 # films
 
 
-def _film(job: Job, drops: list[tuple[str, str]]) -> Iterator[tuple[Made, bytes, dict[str, Any]]]:
+def _film(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
     """The pieces of a film that no filter leaves out. It is decoded twice: once to see, once to cut."""
     track = follow(read_frames(job.source.path))
     verdict = judge_film(track, job.filters)
@@ -125,10 +158,10 @@ def _film(job: Job, drops: list[tuple[str, str]]) -> Iterator[tuple[Made, bytes,
             drops.append((key, str(verdict)))
         else:
             kept.append((key, frames))
-    size = covering(track.size, job.wanted.size)
+    size = covering(track.size, job.wanted.sizes)
     reel = _Reel(job.source.path, size)
     for key, frames in kept:
-        media = encode_mp4(reel.show(frames), fps, CRF, key_seconds=KEY_SECONDS)
+        media = encode_mp4(reel.show(frames), fps, CRF, key_seconds=KEY_SECONDS, exact=True)
         first, end = int(frames[0]), int(frames[-1]) + 1
         motion, jerk = motion_of(track, first, end)
         start = float(track.times[first])
@@ -199,7 +232,7 @@ class _Reel:
 # pictures
 
 
-def _picture(job: Job, drops: list[tuple[str, str]]) -> Iterator[tuple[Made, bytes, dict[str, Any]]]:
+def _picture(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
     """The picture, its own bytes where it need not be scaled down."""
     from PIL import ImageOps
 
@@ -208,7 +241,7 @@ def _picture(job: Job, drops: list[tuple[str, str]]) -> Iterator[tuple[Made, byt
     with reported():
         upright = ImageOps.exif_transpose(picture)
         height, width = upright.height, upright.width
-        size = covering((height, width), job.wanted.size, even=False)
+        size = covering((height, width), job.wanted.sizes, even=False)
         grey = np.asarray(upright.convert("L").resize((max(16, round(width * HEIGHT / height)), HEIGHT)))
     black = float((grey > BLACK).mean()) < BLACK_FRAME
     verdict = judge_size((height, width), job.filters)

@@ -4,6 +4,7 @@ processes that cut footage start quickly."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,11 +69,18 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     return np.rot90(pixels[top : top + height, left : left + width], turns)
 
 
-def covering(size: tuple[int, int], wanted: tuple[int, int], *, even: bool = True) -> tuple[int, int]:
-    """Height and width at which a picture of `size` covers `wanted`, but no larger than it is; both even for H.264."""
-    scale = min(1.0, max(wanted[0] / size[0], wanted[1] / size[1]))
-    if not even:
-        return (size[0], size[1]) if scale == 1 else (round(size[0] * scale), round(size[1] * scale))
+def covering(
+    size: tuple[int, int], wanted: Sequence[Sequence[tuple[int, int]]], *, even: bool = True
+) -> tuple[int, int]:
+    """Height and width to which a picture of `size` is scaled down, never up; both even for H.264.
+
+    Args:
+        wanted: groups of sizes; of each group it covers the one whose aspect ratio is nearest to its own.
+    """
+    nearest = [min(group, key=lambda one: abs(math.log(one[0] * size[1] / one[1] / size[0]))) for group in wanted]
+    scale = min(1.0, max(max(h / size[0], w / size[1]) for h, w in nearest))
     if scale == 1:
-        return size[0] // 2 * 2, size[1] // 2 * 2
-    return tuple(2 * math.ceil(round(side * scale, 3) / 2) for side in size)  # type: ignore[return-value]
+        return (size[0] // 2 * 2, size[1] // 2 * 2) if even else size
+    step = 2 if even else 1
+    height, width = (step * math.ceil(round(side * scale, 3) / step) for side in size)
+    return height, width
