@@ -10,7 +10,9 @@ from lingen.cli.command import (
     DONE,
     FAILED,
     JSON,
+    PART,
     RECIPE,
+    SHARD_MB,
     argument,
     command,
     console,
@@ -56,9 +58,7 @@ def data_fetch(args: argparse.Namespace) -> int:
     return DONE
 
 
-PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, for a job array")
 PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
-SHARD_MB = argument("--shard-mb", type=int, default=1000, metavar="N", help="size of a shard; default: 1000")
 FILTERS = {
     "min_side": ("pixels of the shorter side", "those of the largest stage"),
     "min_fps": ("frames a second", "the recipe's"),
@@ -130,10 +130,11 @@ def data_pack(args: argparse.Namespace) -> int:
     )  # fmt: skip
     with count_bar(console(), "packing") as progress:
         report = pack(job, Path(args.out), progress)
-    return _print_report(report, args)
+    return print_report(report, args)
 
 
-def _print_report(report: Any, args: argparse.Namespace) -> int:
+def print_report(report: Any, args: argparse.Namespace) -> int:
+    """The table or the JSON of what was made; FAILED where that is nothing."""
     if args.json:
         print_json(report.as_json())
     else:

@@ -18,12 +18,11 @@ from lingen.data.filters import Duplicates, Filters
 from lingen.data.footage import Source, find_sources
 from lingen.data.journal import Entry, Note, Part, Record, SetFolder, ShardStream, write_whole
 from lingen.data.manifest import About, Row, media_hash
-from lingen.data.report import Report
+from lingen.data.report import LEDGER, Report
 from lingen.data.workers import in_order
 from lingen.registry import RecipeError
 
 KINDS = ("image", "video")
-LEDGER = "ledger.json"
 
 
 class Packing(NamedTuple):

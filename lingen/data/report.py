@@ -8,6 +8,8 @@ from typing import Any
 
 from lingen.data.journal import Note, Record
 
+LEDGER = "ledger.json"
+"""Name of the report in the folder of a set."""
 NAMED = 20
 """Left out ones that are kept by name for each reason; all are counted, and all are in the records."""
 
