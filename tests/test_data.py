@@ -520,9 +520,8 @@ def test_the_cache_keeps_what_was_used_last() -> None:
 
 def batch_with(used: int, *drops: Drop, retries: list[str] | None = None) -> Batch:
     slots, keys = torch.arange(used), ["a:b"] * used
-    return Batch(
-        "video", 0, torch.zeros(used), [""] * used, 8.0, keys, ["web"] * used, slots, list(drops), retries or []
-    )
+    clips, sources = torch.zeros(used), ["web"] * used
+    return Batch("video", 0, clips, [""] * used, 8.0, keys, sources, slots, list(drops), retries or [], {})
 
 
 def test_the_share_of_dropped_samples_that_stops_a_run() -> None:

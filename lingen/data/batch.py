@@ -41,5 +41,6 @@ class Batch(NamedTuple):
     """Samples that should have stood here and were replaced."""
     retries: list[str]
     """``shard:key`` of samples for each further attempt that it took to read them."""
-    text: tuple[tuple[Tensor, Tensor], ...] = ()
-    """Of encoded shards, for each text encoder: tokens [b n w] and their mask [b n]; else empty."""
+    text: dict[int, tuple[Tensor, Tensor]]
+    """Of encoded shards: number of a text encoder -> tokens [b n w] and their mask [b n]. Encoders that are not in it
+    read the captions."""

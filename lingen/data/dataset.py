@@ -18,6 +18,7 @@ from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
+from lingen.data.latents import Text, pad_text, read_latents, read_text
 from lingen.data.ledger import DataError
 from lingen.data.order import Place, Stream
 from lingen.data.shards import parse
@@ -35,6 +36,8 @@ class Sample(NamedTuple):
     starts: int
     """How many clips of this length the video holds: the number of different first frames."""
     captions: list[str]
+    text: Text = {}
+    """Of an encoded sample: number of a text encoder -> tokens [n w] of each caption."""
 
 
 class ClipCache:
@@ -110,17 +113,23 @@ class Clips(Dataset[Batch]):
         found = [self._fill(place, number, drops, retries) for number in place.numbers]
         samples, choices = zip(*found, strict=True)
         index = self.pools[place.kind].index
+        told = [self._caption(*one) for one in found]
+        encoders = samples[0].text.keys()
         return Batch(
             kind=place.kind,
             step=place.step,
             clips=torch.stack([sample.pixels for sample in samples]),
-            captions=[self._caption(*one) for one in found],
+            captions=[sample.captions[number] for sample, number in zip(samples, told, strict=True)],
             fps=self.data.fps if place.kind == "video" else 0.0,
             keys=[index.where(choice.number) for choice in choices],
             sources=[index.source(choice.number) for choice in choices],
             slots=torch.tensor(list(place.slots), dtype=torch.int64),
             drops=drops,
             retries=retries,
+            text={
+                encoder: pad_text([sample.text[encoder][number] for sample, number in zip(samples, told, strict=True)])
+                for encoder in encoders
+            },
         )
 
     def _read_ahead(self, place: Place) -> None:
@@ -168,16 +177,17 @@ class Clips(Dataset[Batch]):
             retries.extend([where] * piece.retries)
             members = parse(piece.data, self.pools[kind].index.key(number))
             captions = captions_of(members)
+            if self.pools[kind].index.encoded:
+                return Sample(read_latents(members), 1, captions, read_text(members, len(captions)))
             clip = decode_sample(members, kind, frames=frames, size=(height, width), fps=self.data.fps, start=start)
             return Sample(clip.pixels, clip.starts, captions)
 
         return self.cache.get(kind, number, start, read)
 
-    def _caption(self, sample: Sample, choice: Choice) -> str:
-        """One of its captions, another one from epoch to epoch."""
+    def _caption(self, sample: Sample, choice: Choice) -> int:
+        """Which of its captions it has in this epoch."""
         where = self.pools[choice.kind].index.where(choice.number)
-        draw = order.uniform("caption", choice.stream, choice.epoch, where)
-        return sample.captions[int(draw * len(sample.captions))]
+        return int(order.uniform("caption", choice.stream, choice.epoch, where) * len(sample.captions))
 
 
 class Places(DistributedSampler):

@@ -70,7 +70,7 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
     import av
 
     try:
-        opened: Any = av.open(io.BytesIO(data), format=_container(data))
+        opened: Any = av.open(io.BytesIO(data), format=container_of(data))
         with opened as file:
             if not file.streams.video:
                 raise ValueError("broken video: there is no picture in it")
@@ -88,7 +88,7 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
     return Clip(_stack(decoded), starts)
 
 
-def _container(data: bytes) -> str:
+def container_of(data: bytes) -> str:
     """The only formats that FFmpeg may take the bytes for: others (playlists, say) can name other files."""
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
         return "mp4"

@@ -1,0 +1,74 @@
+"""Samples that were encoded before: latents and text embeddings from the members of a shard.
+
+``KEY.latents.npy`` holds the latents [c t h w]. ``KEY.text0.npy``, ``KEY.text1.npy``, ... hold, for each text encoder
+of the recipe, its tokens [m w] of every caption, one caption behind the other; ``tokens`` of the JSON says how many
+belong to each: ``{"captions": [...], "tokens": {"0": [7, 12], "1": [30, 41]}}``. An encoder that is trained along has
+none: it reads the captions. Never pickled; half precision is enough (ours).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LATENTS = "latents.npy"
+TEXT = "text{}.npy"
+DTYPES = (np.dtype("<f2"), np.dtype("<f4"))
+
+Text = Mapping[int, Sequence[Tensor]]
+"""Number of a text encoder -> its tokens [n w] of each caption."""
+
+
+def read_latents(members: Mapping[str, bytes]) -> Tensor:
+    """The latents [c t h w] of a sample. ValueError: ``no latents``, ``broken latents``, ``latents not finite``."""
+    if LATENTS not in members:
+        raise ValueError(f"no latents: no {LATENTS} among {', '.join(sorted(members)) or 'nothing'}")
+    return _read_npy(members[LATENTS], LATENTS, axes=4)
+
+
+def read_text(members: Mapping[str, bytes], captions: int) -> Text:
+    """The tokens of each of its `captions`, for those encoders that it holds tokens of. ValueError as above."""
+    counts = json.loads(members.get("json", b"{}")).get("tokens") or {}
+    found: dict[int, Sequence[Tensor]] = {}
+    for number, lengths in counts.items():
+        name = TEXT.format(number)
+        if name not in members:
+            raise ValueError(f"no latents: no {name}, of which the JSON tells")
+        tokens = _read_npy(members[name], name, axes=2)
+        if len(lengths) != captions or sum(lengths) != len(tokens):
+            raise ValueError(f"broken latents: {name} holds {len(tokens)} tokens, not {lengths} of {captions} captions")
+        found[int(number)] = tokens.split(lengths)
+    return found
+
+
+def _read_npy(data: bytes, name: str, axes: int) -> Tensor:
+    """Floating point numbers in NumPy's format. Nothing is allocated by what the header claims, nothing unpickled."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(stream)
+    except ValueError as error:
+        raise ValueError(f"broken latents: {name}: {error}") from error
+    size = len(data) - stream.tell()
+    if dtype not in DTYPES or is_fortran or len(shape) != axes or math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"broken latents: {name} claims {dtype} {list(shape)} and has {size} bytes")
+    tensor = torch.from_numpy(np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape).copy())
+    if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        raise ValueError(f"latents not finite: {name} holds NaN or infinity")
+    return tensor
+
+
+def pad_text(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens [n w] of each sample of a batch -> tokens [b n w], zeros behind shorter ones, and their mask [b n]."""
+    lengths = torch.tensor([len(text) for text in texts])
+    tokens = texts[0].new_zeros(len(texts), max(1, int(lengths.max())), texts[0].shape[1])
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
