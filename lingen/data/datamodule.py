@@ -23,6 +23,7 @@ from lingen.data import order
 from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
+from lingen.data.fingerprint import check_encoded
 from lingen.data.indexing import open_index
 from lingen.data.ledger import DataError
 from lingen.data.locations import expand
@@ -109,6 +110,8 @@ class ClipData(lightning.LightningDataModule):
         if not len(index):
             faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in index.faults[:3]) or "they are empty"
             raise DataError(f"{setting}: there is no whole sample in {len(index.shards)} shards ({faults}).")
+        if index.encoded:
+            check_encoded(index.abouts, self.recipe, setting)
         pool = pool_of(index, self.recipe.data, kind, self._tokens, setting)
         if not len(pool):
             reasons = "; ".join(f"{out.number} x {reason}, as {out.example}" for reason, out in pool.left_out.items())
