@@ -16,7 +16,7 @@ from lingen.data.latents import LATENTS, TEXT
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.text import TextEncoder, with_frame_rate
 
-PRECISIONS: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
 class Encoders:
@@ -79,9 +79,11 @@ class Encoders:
         return {LATENTS: self._npy(latents, "latents"), **text, "json": json.dumps(about, ensure_ascii=False).encode()}
 
     def _npy(self, tensor: Tensor, what: str) -> bytes:
-        array = np.ascontiguousarray(tensor.float().cpu().numpy().astype(self.dtype))
-        if not np.isfinite(array).all():
-            raise ValueError(f"{what} not finite: as {self.dtype} they hold NaN or infinity")
+        tensor = tensor.to(self.dtype).cpu().contiguous()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{what} not finite: as {str(self.dtype).removeprefix('torch.')} they hold NaN or infinity"
+            )
         buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
+        np.save(buffer, tensor.numpy(), allow_pickle=False)
         return buffer.getvalue()
