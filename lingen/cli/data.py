@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import groupby
 from typing import Any
 
 from lingen.cli.command import (
@@ -58,6 +59,8 @@ def data_fetch(args: argparse.Namespace) -> int:
     return DONE
 
 
+SHOWN = 10
+"""Faults of a kind that are named."""
 PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
 FILTERS = {
     "min_side": ("pixels of the shorter side", "those of the largest stage"),
@@ -146,4 +149,103 @@ def print_report(report: Any, args: argparse.Namespace) -> int:
     if not report.made:
         print("No sample was made: everything was left out.", file=sys.stderr)
         return FAILED
+    return DONE
+
+
+@command(
+    "are shards whole, does their manifest tell the truth, and what would each stage of a recipe make of them?",
+    argument("folders", nargs="*", metavar="DIR", help="folders of shards; default: those of the recipe"),
+    RECIPE,
+    argument("--quick", action="store_true", help="only headers and manifest"),
+    argument("--decode", action="store_true", help="every frame of every clip"),
+    argument("--ranks", type=int, metavar="N", help="default: devices times nodes of the recipe"),
+    PROCESSES,
+    JSON,
+    overrides=True,
+)
+def data_check(args: argparse.Namespace) -> int:
+    if args.recipe is None and not args.folders:
+        raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
+    from pathlib import Path
+
+    from lingen.data.check import Depth, check_folders
+    from lingen.data.forecast import forecast, local_folders
+    from lingen.data.workers import processes_here
+    from lingen.progress import count_bar
+    from lingen.recipe import load_stages
+
+    stages = load_stages(args.recipe, args.overrides) if args.recipe else []
+    named: list[Path] = [Path(folder) for folder in args.folders]
+    folders, remote = (named, []) if named else local_folders(stages)
+    processes = processes_here() if args.processes is None else args.processes
+    depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"
+    with count_bar(console(), "checking") as progress:
+        checked = check_folders(folders, depth, processes, progress)
+    foreseen = forecast(stages, args.ranks)
+    if args.json:
+        print_json({"samples": checked.samples, "faults": checked.faults, **foreseen._asdict()})
+    else:
+        _print_check(checked, foreseen, remote, depth)
+    return FAILED if checked.faults or foreseen.problems else DONE
+
+
+def _print_check(checked: Any, foreseen: Any, remote: list[str], depth: str) -> None:
+    if foreseen.buckets:
+        print_table([_bucket_row(bucket, foreseen.epochs) for bucket in foreseen.buckets])
+        print()
+    for reason, count in foreseen.left_out.items():
+        print(f"left out: {count:,} x {reason}")
+    for folder in remote:
+        print(f"not read, only its manifest: {folder}")
+    by_reason = groupby(sorted(checked.faults, key=lambda one: one.reason), lambda one: one.reason.partition(":")[0])
+    for reason, faults in ((reason, list(faults)) for reason, faults in by_reason):
+        for fault in faults[:SHOWN]:
+            print(f"{fault.where}: {fault.reason}", file=sys.stderr)
+        if len(faults) > SHOWN:
+            print(f"... and {len(faults) - SHOWN:,} more of '{reason}' (all of them: --json)", file=sys.stderr)
+    for problem in foreseen.problems:
+        print(problem, file=sys.stderr)
+    read = {"quick": "headers", "full": "bytes", "decode": "frames"}[depth]
+    wrong = len(checked.faults) + len(foreseen.problems)
+    print(f"{checked.samples:,} samples: {read} checked, {wrong or 'nothing'} wrong")
+
+
+def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, str]:
+    return {
+        "stage": bucket.stage,
+        "kind": bucket.kind,
+        "frames x height x width": bucket.shape,
+        "samples": f"{bucket.samples:,}",
+        "a rank": f"{bucket.per_rank:,.4g}",
+        "a step": str(bucket.step),
+        "steps an epoch": f"{bucket.steps:,.4g}",
+        "epochs in the stage": f"{epochs[bucket.stage][bucket.kind]:,.3g}",
+    }
+
+
+@command(
+    "a data set in numbers: a table, histograms and a contact sheet",
+    argument("folders", nargs="+", metavar="DIR", help="folders of shards with a manifest"),
+    argument("--out", metavar="DIR", default=".", help="histograms.png and samples.png go there; default: here"),
+    argument("--clips", type=int, default=8, metavar="N", help="samples of each kind to show; default: 8"),
+    argument("--seed", type=int, default=0, help="other samples"),
+    JSON,
+)
+def data_stats(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lingen.data.stats import contact_sheet, histograms, measure
+
+    folders, out = [Path(folder) for folder in args.folders], Path(args.out)
+    stats = measure(folders)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [histograms(stats.measures, out / "histograms.png")]
+    sheet = contact_sheet(folders, out / "samples.png", args.clips, args.seed)
+    files += [sheet] if sheet is not None else []
+    if args.json:
+        print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})
+        return DONE
+    print_table(stats.rows)
+    print_table([{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]])
+    print(*files, sep="\n")
     return DONE

@@ -55,3 +55,37 @@ def device_of(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return name
+
+
+@command(
+    "captions for samples that have none, by a local image- or video-text model of transformers: a copy of the shards",
+    argument("folder", metavar="DIR", help="shards with a manifest, from `lingen data pack --keep-uncaptioned`"),
+    argument("--model", required=True, metavar="DIR", help="a folder that holds the model and its processor"),
+    argument("--out", required=True, metavar="DIR"),
+    argument("--captions", type=int, default=1, metavar="N", help="of each sample; default: 1"),
+    argument("--prompt", default="", metavar="TEXT", help="what a model that follows instructions is asked"),
+    argument("--frames", type=int, default=8, metavar="N", help="of a clip that the model is shown; default: 8"),
+    argument("--max-tokens", type=int, default=120, metavar="N", help="of a caption; default: 120"),
+    argument("--replace", action="store_true", help="also what has captions already"),
+    DEVICE,
+    SHARD_MB,
+    PART,
+    JSON,
+)
+def data_caption(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lingen.data.caption import Captioning, caption
+    from lingen.data.journal import part_of
+    from lingen.progress import count_bar
+
+    for name in ("captions", "frames", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise RecipeError(f"--{name.replace('_', '-')} is a number from 1 up, got {getattr(args, name)}.")
+    how = Captioning(
+        Path(args.model), args.prompt, args.captions, args.frames, args.max_tokens, args.replace,
+        device_of(args.device), part_of(args.part), args.shard_mb,
+    )  # fmt: skip
+    with count_bar(console(), "captioning") as progress:
+        report = caption(Path(args.folder), Path(args.out), how, progress)
+    return print_report(report, args)

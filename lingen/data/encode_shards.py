@@ -5,7 +5,6 @@ One set holds the samples of all stages; each stage takes those of its own shape
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lingen.config import Recipe
-from lingen.data import manifest
 from lingen.data.ahead import Ahead
 from lingen.data.buckets import Shape
 from lingen.data.captions import captions_of
@@ -26,11 +24,11 @@ from lingen.data.decode import decode_sample
 from lingen.data.encoders import Encoders
 from lingen.data.fingerprint import fingerprint, frozen_settings
 from lingen.data.index import Index
-from lingen.data.journal import Note, Part, SetFolder, ShardStream, differences, write_whole
+from lingen.data.journal import Note, Part, SetFolder, ShardStream, differences
 from lingen.data.latents import LATENTS
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.order import KINDS
-from lingen.data.report import LEDGER, Report
+from lingen.data.report import Report, close_set
 from lingen.data.shards import parse
 from lingen.data.sources import Reader
 from lingen.registry import RecipeError
@@ -86,8 +84,7 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
         fps = recipe.data.fps if kind == "video" else 0.0
         for shape, rows in zip(pool.shapes, pool.rows, strict=True):
             numbers = np.asarray(rows[:])
-            first, end = (len(numbers) * at // part.total for at in (part.number - 1, part.number))
-            for number in numbers[first:end].tolist():
+            for number in numbers[part.slice_of(len(numbers))].tolist():
                 where = (pool.index.where(number), shape, fps)
                 if where not in found:
                     windows = _windows(pool.index, number, shape, fps)
@@ -179,15 +176,7 @@ def encode(
                 progress(done, total)
             stream.commit()
         complete = folder.finish()
-    if not complete:
-        return Report(record for kind in KINDS for record in folder.own_records(kind))
-    records = [record for kind in KINDS for record in folder.all_records(kind)]
-    report = Report(records)
-    with folder.finishing(manifest.NAME, LEDGER):
-        rows = (entry.row for record in records for entry in record.entries)
-        manifest.write(folder.out / manifest.NAME, rows, About(fingerprint(settings), settings))
-        write_whole(folder.out / LEDGER, json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n")
-    return report
+    return close_set(folder, KINDS, About(fingerprint(settings), settings), complete)
 
 
 def _common(stages: Sequence[Recipe]) -> dict[str, Any]:

@@ -32,6 +32,10 @@ class Part(NamedTuple):
         digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
         return int.from_bytes(digest, "big") % self.total == self.number - 1
 
+    def slice_of(self, count: int) -> slice:
+        """Its share of `count` things in a row, which stay together."""
+        return slice(count * (self.number - 1) // self.total, count * self.number // self.total)
+
     def __str__(self) -> str:
         return f"{self.number:03d}-of-{self.total:03d}"
 

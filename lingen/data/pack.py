@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.config import Recipe
-from lingen.data import manifest
 from lingen.data.captions import NO_CAPTION, Captions
 from lingen.data.cut import Job, Made, Outcome, Wanted, make_samples, read_samples
 from lingen.data.filters import Duplicates, Filters
+from lingen.data.fingerprint import fingerprint
 from lingen.data.footage import Source, find_sources
-from lingen.data.journal import Entry, Note, Part, Record, SetFolder, ShardStream, write_whole
+from lingen.data.journal import Entry, Note, Part, Record, SetFolder, ShardStream
 from lingen.data.manifest import About, Row, media_hash
-from lingen.data.report import LEDGER, Report
+from lingen.data.report import Report, write_set
 from lingen.data.workers import in_order
 from lingen.registry import RecipeError
 
@@ -175,9 +175,7 @@ def finish(folder: SetFolder, job: Packing, notes: list[Note]) -> Report:
             rows += [entry.row for entry in kept]
             report.add(Record(kept, record.notes))
     report.add(Record([], notes))
-    fingerprint = hashlib.sha256(json.dumps(job.settings, sort_keys=True).encode()).hexdigest()[:16]
-    ledger = {**report.as_json(), "not_in_manifest": twins}
-    with folder.finishing(manifest.NAME, LEDGER):
-        manifest.write(folder.out / manifest.NAME, rows, About(fingerprint, job.settings))
-        write_whole(folder.out / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")
+    write_set(
+        folder, rows, About(fingerprint(job.settings), job.settings), {**report.as_json(), "not_in_manifest": twins}
+    )
     return report

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lingen.data.journal import Note, Record
+from lingen.data import manifest
+from lingen.data.journal import Note, Record, SetFolder, write_whole
+from lingen.data.manifest import About, Row
 
 LEDGER = "ledger.json"
 """Name of the report in the folder of a set."""
@@ -77,3 +80,20 @@ class Report:
             "left_out": dict(self.left_out),
             "named": self.named,
         }
+
+
+def close_set(folder: SetFolder, kinds: Sequence[str], about: About, complete: bool) -> Report:
+    """The report of this part; once all parts are done, that of the whole set, which gets its manifest and ledger."""
+    if not complete:
+        return Report(record for kind in kinds for record in folder.own_records(kind))
+    records = [record for kind in kinds for record in folder.all_records(kind)]
+    report = Report(records)
+    write_set(folder, [entry.row for record in records for entry in record.entries], about, report.as_json())
+    return report
+
+
+def write_set(folder: SetFolder, rows: Iterable[Row], about: About, ledger: dict[str, Any]) -> None:
+    """Writes the manifest and the ledger of a set."""
+    with folder.finishing(manifest.NAME, LEDGER):
+        manifest.write(folder.out / manifest.NAME, rows, about)
+        write_whole(folder.out / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")
