@@ -236,7 +236,7 @@ def test_stats(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert measure([packed]).sources == {"films": 4, "pictures": 2}
     by_name = {one.name: one.values for one in measure([packed]).measures}
     assert sorted(by_name["seconds of a clip"]) == pytest.approx([1.0, 1.0, 2.0, 2.5])
-    sheet = Image.open(tmp_path / "samples.png")
+    sheet = Image.open(tmp_path / "samples.jpg")
     assert sheet.width > 700 and sheet.height == 4 * (96 + 16)  # three clips and a row of pictures
     pixels = np.asarray(sheet).std(axis=(1, 2))
     assert (pixels > 20).mean() > 0.7
@@ -260,7 +260,7 @@ def test_a_sample_that_cannot_be_shown_is_told_not_left_out(copy: Path, tmp_path
     with (copy / row.shard).open("r+b") as file:
         file.seek(row.offset + 1500)
         file.write(b"\x5a" * (row.length - 2000))
-    sheet = contact_sheet([copy], tmp_path / "s.png")
+    sheet = contact_sheet([copy], tmp_path / "s.jpg")
     assert sheet is not None and Image.open(sheet).height == 5 * (96 + 16)
 
 

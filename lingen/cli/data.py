@@ -226,7 +226,7 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
 @command(
     "a data set in numbers: a table, histograms and a contact sheet",
     argument("folders", nargs="+", metavar="DIR", help="folders of shards with a manifest"),
-    argument("--out", metavar="DIR", default=".", help="histograms.png and samples.png go there; default: here"),
+    argument("--out", metavar="DIR", default=".", help="histograms.png and samples.jpg go there; default: here"),
     argument("--clips", type=int, default=8, metavar="N", help="samples of each kind to show; default: 8"),
     argument("--seed", type=int, default=0, help="other samples"),
     JSON,
@@ -240,7 +240,7 @@ def data_stats(args: argparse.Namespace) -> int:
     stats = measure(folders)
     out.mkdir(parents=True, exist_ok=True)
     files = [histograms(stats.measures, out / "histograms.png")]
-    sheet = contact_sheet(folders, out / "samples.png", args.clips, args.seed)
+    sheet = contact_sheet(folders, out / "samples.jpg", args.clips, args.seed)
     files += [sheet] if sheet is not None else []
     if args.json:
         print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})

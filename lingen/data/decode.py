@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -101,11 +102,13 @@ def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size:
     """The frames with the presentation times `chosen` (ascending, with repeats), fitted to `size`.
 
     From the key frame before the first to the last one of them, without pictures that no other one is built from. Where
-    that does not give all, everything is decoded: a container may call a frame a key frame that is none, and pictures
-    of x264 before build 151 need what stands in the very first packet.
+    that does not give all, everything is decoded: a container may call a frame a key frame that is none.
     """
     needed = set(chosen.tolist())
     key = max((i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= chosen[0]), default=0)
+    if key and _is_old_x264(packets[0]):
+        codec.decode(packets[0])
+        codec.flush_buffers()
     end = max((i for i, p in enumerate(packets) if p.pts in needed), default=len(packets)) + 1
     lean = (p for p in packets[key:end] if p.pts in needed or not _is_spare(p, codec))
     found = _pick(codec, lean, needed, size)
@@ -130,6 +133,13 @@ def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int,
         if len(found) == len(needed):
             break
     return found
+
+
+def _is_old_x264(first: Any) -> bool:
+    """Does the first packet say that x264 before build 151 wrote this? Its 4:4:4 differs from the standard's; FFmpeg
+    knows how, but only once it has seen that packet: from a later key frame on, pictures come out wrong."""
+    found = re.search(rb"x264 - core (\d+)", bytes(memoryview(first)[:2048]))
+    return found is not None and int(found[1]) < 151
 
 
 def _is_spare(packet: Any, codec: Any) -> bool:
