@@ -157,7 +157,7 @@ def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Pat
 
 
 def contact_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int = 0) -> Path | None:
-    """Some samples to look at: a row of frames for each clip, eight pictures in a row; None where there is none to show.
+    """Some samples to look at: a row of frames for each clip, eight pictures in a row. None where there are none.
 
     What cannot be decoded is black, with the reason above it.
     """
