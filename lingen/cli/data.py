@@ -249,3 +249,61 @@ def data_stats(args: argparse.Namespace) -> int:
     print_table([{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]])
     print(*files, sep="\n")
     return DONE
+
+
+@command(
+    "the manifest of shards that have none, so that their samples can be sorted by size and length",
+    argument("folders", nargs="+", metavar="DIR", help="folders of tar files; each gets its own"),
+    PROCESSES,
+)
+def data_index(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lingen.data.describe import index_folder
+    from lingen.data.workers import processes_here
+    from lingen.progress import count_bar
+
+    for folder in args.folders:
+        with count_bar(console(), f"reading {folder}") as progress:
+            found = index_folder(Path(folder), args.processes or processes_here(), progress)
+        for drop in found.drops:
+            print(f"{drop.where}: {drop.reason}", file=sys.stderr)
+        print(f"{folder}: {found.rows:,} samples, {len(found.drops):,} left out")
+    return DONE
+
+
+@command(
+    "how fast the loader is, beside a bare PyAV loop and plain webdataset (CPU)",
+    argument("--shards", default="data/footage/*video-*.tar", metavar="S", help="default: `lingen data fetch footage`"),
+    argument("--out", default="bench", metavar="DIR", help="loader.json goes there"),
+    argument("--pairs", type=int, default=7, metavar="N", help="measurements of each of both sides; default: 7"),
+    argument("--seconds", type=float, default=5.0, metavar="S", help="that a measurement takes about; default: 5"),
+    argument("--rows", type=int, default=1_000_000, metavar="N", help="of a synthetic manifest; 0: none"),
+)
+def bench_loader(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lingen.bench.loader import bench
+    from lingen.progress import count_bar
+
+    with count_bar(console(), "measuring") as progress:
+        result = bench(
+            args.shards, Path(args.out), pairs=args.pairs, seconds=args.seconds, rows=args.rows, progress=progress
+        )
+    print_table([_comparison_row(one) for one in result["comparisons"]])
+    if args.rows:
+        print(f"\nthe index of {args.rows:,} rows: ", end="")
+        print(
+            ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["index"].items() if name != "rows")
+        )
+    print(Path(args.out) / "loader.json")
+    return DONE
+
+
+def _comparison_row(one: dict[str, Any]) -> dict[str, str]:
+    ours, theirs = one["clips_per_second"]
+    cpu = [f"{milliseconds:.3g}" for milliseconds in one["cpu_ms_per_clip"]]
+    return {
+        "shards": one["what"], "beside": one["beside"], "workers": str(one["workers"]), "ratio": f"{one['ratio']:.2f}",
+        "clips/s": f"{ours:.4g}", "theirs": f"{theirs:.4g}", "CPU ms/clip": cpu[0], "theirs, ms": cpu[1],
+    }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from lingen.config import DataConfig
 from lingen.data import order
@@ -118,7 +118,7 @@ class Clips(Dataset[Batch]):
         return Batch(
             kind=place.kind,
             step=place.step,
-            clips=torch.stack([sample.pixels for sample in samples]),
+            clips=default_collate([sample.pixels for sample in samples]),  # in a worker straight into shared memory
             captions=[sample.captions[number] for sample, number in zip(samples, told, strict=True)],
             fps=self.data.fps if place.kind == "video" else 0.0,
             keys=[index.where(choice.number) for choice in choices],

@@ -49,7 +49,7 @@ class Mapped:
         self._lookups = 0
 
     def __len__(self) -> int:
-        return os.path.getsize(self.path) // self.dtype.itemsize
+        return len(self.array)
 
     def __getitem__(self, where: Any) -> Any:
         self._lookups += 1
@@ -63,7 +63,8 @@ class Mapped:
     @cached_property
     def _map(self) -> mmap.mmap | None:
         with self.path.open("rb") as file:  # an empty file cannot be mapped
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else None
+            empty = os.fstat(file.fileno()).st_size == 0
+            return None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @cached_property
     def array(self) -> np.ndarray:

@@ -14,13 +14,13 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 META = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset does not take for samples."""
 
 
-def parse(data: bytes, key: str) -> dict[str, bytes]:
+def parse(data: bytes | bytearray, key: str) -> dict[str, bytes]:
     """The members of the one sample in a piece of a tar file: extension in lower case -> content.
 
     Args:
@@ -32,16 +32,20 @@ def parse(data: bytes, key: str) -> dict[str, bytes]:
     from webdataset.tariterators import base_plus_ext
 
     members: dict[str, bytes] = {}
-    padded = data + bytes(-len(data) % tarfile.BLOCKSIZE)  # a shard may be cut right after the last member's content
     try:
-        with tarfile.open(fileobj=io.BytesIO(padded), mode="r:") as tar:
-            while (member := tar.next()) is not None:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            member = tar.next()
+            while member is not None:
                 found, suffix = base_plus_ext(member.name)
-                if fault := _fault_of(member, len(padded)):
+                if fault := _fault_of(member, len(data)):
                     raise ValueError(fault)
                 if found != key or suffix.lower() in members:
                     raise ValueError(f"damaged sample: '{member.name}' stands in the place of '{key}'")
-                members[suffix.lower()] = data[member.offset_data : member.offset_data + member.size]
+                content = memoryview(data)[member.offset_data : member.offset_data + member.size]
+                # Arrays are large, and whoever reads them takes any buffer.
+                members[suffix.lower()] = cast(bytes, content) if suffix.endswith(".npy") else bytes(content)
+                # Behind the last content not even its padding is there, which tarfile would miss.
+                member = tar.next() if tar.offset < len(data) else None
             if tar.offset < len(data):
                 raise ValueError(f"damaged sample: no tar header at byte {tar.offset} of {len(data)}")
     except tarfile.TarError as error:

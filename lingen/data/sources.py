@@ -7,6 +7,7 @@ on the local disk within a bound.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -38,7 +39,7 @@ PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRE
 class Piece(NamedTuple):
     """Bytes, and how many attempts after the first one they took."""
 
-    data: bytes
+    data: bytes | bytearray
     retries: int
 
 
@@ -70,8 +71,15 @@ class Reader:
         if (kept := self._kept.get(name)) is not None:
             return Piece(kept, 0)
         piece = Piece(*self._retry(location, lambda: read_remote(location, offset, length, self.settings.timeout)))
-        self._kept.put(name, piece.data)
+        self._kept.put(name, bytes(piece.data))
         return piece
+
+    def announce(self, location: str, offset: int, length: int) -> None:
+        """Has the system read a piece of a local file into its cache, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # reading it will tell
+                file = _open_files(os.getpid()).get(location)
+                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def stat(self, location: str) -> Stat:
         """Size and version of a remote file. SourceError where there is none or it cannot be reached."""
@@ -128,9 +136,9 @@ def _open_files(process: int) -> _OpenFiles:
     return _OpenFiles()
 
 
-def _read_file(path: str, offset: int, length: int) -> bytes:
+def _read_file(path: str, offset: int, length: int) -> bytearray:
     file = _open_files(os.getpid()).get(path)
-    data = os.pread(file.fileno(), length, offset)
-    while len(data) < length and (more := os.pread(file.fileno(), length - len(data), offset + len(data))):
-        data += more
-    return data
+    data, done = bytearray(length), 0
+    while done < length and (more := os.preadv(file.fileno(), [memoryview(data)[done:]], offset + done)):
+        done += more
+    return data[:done] if done < length else data
