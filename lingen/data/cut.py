@@ -225,7 +225,7 @@ class _Reel:
                 if frame is None:
                     raise ValueError(f"unreadable: it has no frame {wanted}, though it had when it was looked at")
                 self._number = wanted
-                self._shown = fit_frame(frame.picture, self._scaler, frame.aspect, self.size)
+                self._shown = fit_frame(frame.picture, self._scaler, frame.aspect, self.size).transpose(1, 2, 0)
             yield self._shown
 
 

@@ -52,7 +52,7 @@ def resample(
     return np.searchsorted(halfway, wanted - 1e-6), starts  # of two frames equally near, the earlier one
 
 
-def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
     """Scales to cover `size`, turns upright, cuts out the centre."""
     from av.video.reformatter import Interpolation
 
@@ -64,9 +64,14 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     scaled = max(height, round(frame.height * scale)), max(width, round(shown_width * scale))
     refuse_bomb(scaled[1], scaled[0])  # a sliver grows without bounds
     method = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
-    pixels = scaler.reformat(frame, scaled[1], scaled[0], "rgb24", interpolation=method, threads=1).to_ndarray()
+    # In planes: FFmpeg scales into them about twice as fast, and a clip is wanted in planes.
+    planes = scaler.reformat(frame, scaled[1], scaled[0], "gbrp", interpolation=method, threads=1).planes
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    return np.rot90(pixels[top : top + height, left : left + width], turns)
+    pixels = np.empty((3, height, width), np.uint8)
+    for channel, plane in enumerate((planes[2], planes[0], planes[1])):
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        pixels[channel] = rows[top : top + height, left : left + width]
+    return np.rot90(pixels, turns, (1, 2))
 
 
 def covering(
