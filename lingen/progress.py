@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lingen.config import Recipe
 from lingen.run import Reporter
 
+LINE_SECONDS = 30.0
+"""Between lines that say how far a command is, in the log of a job."""
+
 
 def bar(console: Console) -> Progress:
     """The house's progress bar."""
@@ -30,13 +33,25 @@ def bar(console: Console) -> Progress:
 
 @contextmanager
 def count_bar(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar to be called with (done, total); nothing where there is no terminal."""
+    """A bar to be called with (done, total); where there is no terminal, a line every `LINE_SECONDS`."""
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield _lines(console, description)
         return
     with bar(console) as shown:
         task = shown.add_task(description, total=None, note="")
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def _lines(console: Console, description: str) -> Callable[[int, int], None]:
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            console.print(f"{description} {done:,}/{total:,}", markup=False, highlight=False)
+
+    return tell
 
 
 def step_bar(console: Console) -> AbstractContextManager[Callable[[int, int], None]]:

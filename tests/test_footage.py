@@ -227,6 +227,13 @@ def test_each_filter_has_a_reason_and_a_switch(tmp_path: Path, fault: str) -> No
     assert len(kept.samples) == 1 and not kept.drops, kept
 
 
+def test_a_fast_pan_that_shows_frames_twice_is_not_jerky(tmp_path: Path) -> None:
+    still = np.concatenate(list(frames("mandelbrot", 0.25)), 1)
+    pan = [still[:, 8 * (i // 2) : 8 * (i // 2) + 128] for i in range(48)]
+    kept = cut(write_film(tmp_path / "a.mp4", pan), Filters(frozen=None))
+    assert len(kept.samples) >= 1 and "jerky" not in reasons(kept)
+
+
 def test_a_short_shot_is_named_with_its_place(tmp_path: Path) -> None:
     outcome = cut(film(tmp_path / "a.mp4", ("testsrc2", 2), ("mandelbrot", 0.75)))
     assert len(outcome.samples) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -19,7 +20,9 @@ from footage_here import explode, film, frames, write_film
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
+from lingen import progress
 from lingen.cli import main
 from lingen.config import DataConfig, PerKind, Recipe
 from lingen.data import manifest
@@ -339,3 +342,13 @@ def test_a_picture_is_no_film_and_nothing_at_all_is_a_failure(
     assert main([*words, "--out", str(tmp_path / "out"), "--processes", "0", "--min-side", "off"]) == 1
     told = capsys.readouterr()
     assert "short shot: 1 frames" in told.out and "No sample was made" in told.err
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 10.0, 31.0, 31.0, 40.0, 70.0, 70.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with progress.count_bar(console, "packing") as tell:
+        for done in (1, 2, 3, 1234):
+            tell(done, 5000)
+    assert console.file.getvalue().splitlines() == ["packing 2/5,000", "packing 1,234/5,000"]  # type: ignore[attr-defined]

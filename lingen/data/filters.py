@@ -22,6 +22,8 @@ BLACK_FRAME = 0.02
 """A frame with fewer pixels than this share that are not black is a black one."""
 FROZEN = 0.05
 """Frames that differ by less than this many grey levels (of 255) are the same one."""
+REPEATED = 0.2
+"""A frame that differs by less than this share of the mean difference is the one before, compressed once more."""
 FROZEN_SECONDS = 0.5
 """How long a frame has to stand still to count as frozen: animation shows each drawing two or three times."""
 
@@ -81,11 +83,23 @@ def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Verdict 
 
 
 def motion_of(track: Track, first: int, end: int) -> tuple[float, float]:
-    """Mean motion, and the root mean square of how the camera's speed changes from frame to frame."""
-    motion = track.motion[first + 1 : end]
-    turns = np.diff(track.sway[first + 1 : end], axis=0)
-    jerk = float(np.sqrt(np.square(turns).sum(1).mean())) if len(turns) else 0.0
-    return float(motion.mean()) if len(motion) else 0.0, jerk
+    """Mean motion, and how the camera jerks, both in picture heights a second.
+
+    The jerk is the root mean square of how its speed changes from one frame to the next that is not the same (many
+    films show frames twice); less where that is little against the speed itself, as in a fast pan.
+    """
+    motion, change = track.motion[first + 1 : end], track.change[first + 1 : end]
+    again = max(FROZEN, REPEATED * float(change.mean())) if len(change) else FROZEN
+    fresh = np.flatnonzero(change >= again) + first + 1
+    way = track.sway[fresh] * (track.times[fresh] - track.times[fresh - 1])[:, None]
+    sway = way / np.diff(track.times[fresh], prepend=track.times[first])[:, None]
+    turn, speed = _size_of(np.diff(sway, axis=0)), _size_of(sway)
+    return float(motion.mean()) if len(motion) else 0.0, turn * min(1.0, turn / max(speed, 1e-9))
+
+
+def _size_of(vectors: np.ndarray) -> float:
+    """Root mean square of their lengths."""
+    return float(np.sqrt(np.square(vectors).sum(1).mean())) if len(vectors) else 0.0
 
 
 def frozen_share(change: np.ndarray, times: np.ndarray) -> float:
