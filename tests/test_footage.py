@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,15 @@ def test_files_are_found_by_their_path_without_extension(tmp_path: Path) -> None
     (tmp_path / "b.avi").touch()
     with pytest.raises(RecipeError, match="have the same key, 'b'. Rename one of them"):
         find_sources([tmp_path], "video")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not UTF-8")
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    os.link(film(tmp_path / "a.mp4", ("testsrc2", 2)), os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4"))
+    one, other = find_sources([tmp_path], "video")
+    assert one.key == "a" and other.key == "caf\\xe9"
+    made = make_samples(Job(other, ["a"], "", WANTED, OPEN, tmp_path / "out.tar")).samples
+    assert [sample.key for sample in made] == ["caf\\xe9-0000"]
 
 
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:

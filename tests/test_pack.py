@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from rich.console import Console
 
 from lingen import progress
 from lingen.cli import main
+from lingen.cli.data import FILTERS
 from lingen.config import DataConfig, PerKind, Recipe
 from lingen.data import manifest
 from lingen.data.captions import Captions
@@ -287,6 +288,14 @@ def test_what_a_recipe_wants() -> None:
     assert wanted == Wanted((((256, 256),), ((512, 512),), ((64, 64),)), 16, (544, 272, 34))
     assert filters_for(wanted, {}).min_side == 512 and filters_for(wanted, {}).min_fps == 15.84
     assert filters_for(wanted, {"min_side": None, "still": 0.1}) == Filters(min_fps=15.84, still=0.1)
+    for given, message in (
+        ({"black": 1.5}, "share from 0 to 1"),
+        ({"jerky": -1}, "0 or more"),
+        ({"duplicates": 12}, "at most 11"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            filters_for(wanted, given)
+    assert set(FILTERS) == {field.name for field in fields(Filters)}
     with pytest.raises(RecipeError, match="No stage of the recipe trains on videos"):
         find_footage(["."], [], wanted_by(stages[:1]))
     with pytest.raises(RecipeError, match="Say where the footage is"):

@@ -44,7 +44,7 @@ def find_sources(folders: Iterable[str | Path], kind: str) -> list[Source]:
             raise RecipeError(f"There is no folder '{folder}'. Correct the path, or the folder lingen is started in.")
         before = len(found)
         for path in _files(folder, EXTENSIONS[kind]):
-            key = path.relative_to(folder).with_suffix("").as_posix()
+            key = _text(path.relative_to(folder).with_suffix("").as_posix())
             if key in found:
                 raise RecipeError(
                     f"'{found[key].path}' and '{path}' have the same key, '{key}'. Rename one of them, or name the "
@@ -63,6 +63,11 @@ def _files(folder: Path, extensions: tuple[str, ...]) -> Iterator[Path]:
         for name in names:
             if name.lower().endswith(extensions) and not name.startswith("."):
                 yield Path(parent, name)
+
+
+def _text(name: str) -> str:
+    """A file's name as text that can be written anywhere, though its bytes may not be UTF-8."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def sample_key(key: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lingen.config import Recipe
 from lingen.data.captions import NO_CAPTION, Captions
 from lingen.data.cut import Job, Made, Outcome, Wanted, make_samples, read_samples
-from lingen.data.filters import Duplicates, Filters
+from lingen.data.filters import BANDS, Duplicates, Filters
 from lingen.data.fingerprint import fingerprint
 from lingen.data.footage import Source, find_sources
 from lingen.data.journal import Entry, Note, Part, Record, SetFolder, ShardStream
@@ -23,6 +23,7 @@ from lingen.data.workers import in_order
 from lingen.registry import RecipeError
 
 KINDS = ("image", "video")
+SHARES = ("black", "frozen")
 
 
 class Packing(NamedTuple):
@@ -61,7 +62,16 @@ def wanted_by(stages: Sequence[Recipe]) -> Wanted:
 
 
 def filters_for(wanted: Wanted, given: dict[str, Any]) -> Filters:
-    """Where no limit is given, the one that follows from what is wanted: nothing is enlarged, no frame shown twice."""
+    """Where no limit is given, the one that follows from what is wanted: nothing is enlarged, no frame shown twice.
+
+    Raises:
+        RecipeError: a limit that makes no sense.
+    """
+    for name, value in given.items():
+        if value is not None and (value < 0 or (name in SHARES and value > 1)):
+            raise RecipeError(f"{name} is {'a share from 0 to 1' if name in SHARES else '0 or more'}, got {value:g}.")
+    if (given.get("duplicates") or 0) >= BANDS:
+        raise RecipeError(f"duplicates is at most {BANDS - 1} bits: beyond that some would be overlooked.")
     side = max(min(min(size) for size in group) for group in wanted.sizes)
     return Filters(**{"min_side": side, "min_fps": round(0.99 * wanted.fps, 3), **given})
 
