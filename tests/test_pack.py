@@ -288,13 +288,10 @@ def test_what_a_recipe_wants() -> None:
     assert wanted == Wanted((((256, 256),), ((512, 512),), ((64, 64),)), 16, (544, 272, 34))
     assert filters_for(wanted, {}).min_side == 512 and filters_for(wanted, {}).min_fps == 15.84
     assert filters_for(wanted, {"min_side": None, "still": 0.1}) == Filters(min_fps=15.84, still=0.1)
-    for given, message in (
-        ({"black": 1.5}, "share from 0 to 1"),
-        ({"jerky": -1}, "0 or more"),
-        ({"duplicates": 12}, "at most 11"),
-    ):
+    senseless = {"black": (1.5, "share from 0 to 1"), "jerky": (-1, "0 or more"), "duplicates": (12, "at most 11")}
+    for name, (value, message) in senseless.items():
         with pytest.raises(RecipeError, match=message):
-            filters_for(wanted, given)
+            filters_for(wanted, {name: value})
     assert set(FILTERS) == {field.name for field in fields(Filters)}
     with pytest.raises(RecipeError, match="No stage of the recipe trains on videos"):
         find_footage(["."], [], wanted_by(stages[:1]))
