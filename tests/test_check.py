@@ -215,6 +215,7 @@ def test_the_check_command(recipe: Path, copy: Path, capsys: pytest.CaptureFixtu
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "16x32x32" in shown and "6 samples: bytes checked, nothing wrong" in shown and "left out: 2 x long" in shown
+    assert main([*words, "data.batch.video=5"]) == 1 and "set data.batch.video=4" in capsys.readouterr().err
     assert main([*words, "--ranks", "8"]) == 1
     assert "would starve" in capsys.readouterr().err
     flip(copy)

@@ -302,6 +302,34 @@ def test_a_sliver_is_refused_before_it_grows() -> None:
         decode_video(encoded([striped((2000, 2))] * 2), frames=2, size=(256, 256), fps=8.0, start=0.0)
 
 
+@pytest.mark.parametrize("format", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p"])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1.5])
+def test_every_column_is_written_at_every_width(format: str, scale: float) -> None:
+    """FFmpeg has fast paths for some widths and formats; memory is filled with other values before."""
+    from av.video.reformatter import VideoReformatter
+
+    rng = np.random.default_rng(0)
+    for width in (*range(16, 80, 2), 456):
+        frame = av.VideoFrame(width, 32, format)
+        for number, plane in enumerate(frame.planes):
+            plane.update(
+                bytes(rng.integers(60, 180, plane.buffer_size, np.uint8))
+                if number == 0
+                else b"\x80" * plane.buffer_size
+            )
+        size = round(32 * scale), round(width * scale)
+        poison = [np.full(3 * size[0] * (size[1] + 32), 255, np.uint8) for _ in range(8)]
+        del poison
+        pixels = frames.fit_frame(frame, VideoReformatter(), None, size)
+        deep = VideoReformatter().reformat(
+            frame, size[1], size[0], "gbrp16le", interpolation="AREA" if scale < 1 else "BICUBIC"
+        )
+        green = np.frombuffer(deep.planes[0], np.uint16).reshape(-1, deep.planes[0].line_size // 2)[
+            : size[0], : size[1]
+        ]
+        assert pixels.shape == (3, *size) and abs(pixels - green[None] / 257).max() < 6, (width, format)
+
+
 @pytest.mark.parametrize(("matrix", "points"), [
     ((0, 1, -1, 0), "rgb"),  # shown turned by 90 degrees clockwise: left -> top, right -> bottom, top -> right
     ((-1, 0, 0, -1), "grb"),

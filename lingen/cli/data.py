@@ -74,6 +74,15 @@ FILTERS = {
 }
 
 
+def split_overrides(words: list[str], args: argparse.Namespace) -> list[str]:
+    """The folders among the words behind an argument that takes several; ``key=value`` words join the overrides."""
+    from pathlib import Path
+
+    folders = [word for word in words if "=" not in word or Path(word).exists()]
+    args.overrides = [*args.overrides, *(word for word in words if word not in folders)]
+    return folders
+
+
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
     """The limits that were given; ``off`` is None."""
     given: dict[str, Any] = {}
@@ -125,10 +134,11 @@ def data_pack(args: argparse.Namespace) -> int:
     from lingen.recipe import load_stages
 
     part = part_of(args.part)
+    videos, images = split_overrides(args.videos, args), split_overrides(args.images, args)
     wanted = wanted_by(load_stages(args.recipe, args.overrides))
     filters = filters_for(wanted, _filters(args))
     job = Packing(
-        find_footage(args.videos, args.images, wanted), Captions(args.captions), wanted, filters, part,
+        find_footage(videos, images, wanted), Captions(args.captions), wanted, filters, part,
         processes_here() if args.processes is None else args.processes, args.shard_mb, args.keep_uncaptioned,
     )  # fmt: skip
     with count_bar(console(), "packing") as progress:
@@ -164,7 +174,8 @@ def print_report(report: Any, args: argparse.Namespace) -> int:
     overrides=True,
 )
 def data_check(args: argparse.Namespace) -> int:
-    if args.recipe is None and not args.folders:
+    folders = split_overrides(args.folders, args)
+    if args.recipe is None and not folders:
         raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
     from pathlib import Path
 
@@ -175,12 +186,11 @@ def data_check(args: argparse.Namespace) -> int:
     from lingen.recipe import load_stages
 
     stages = load_stages(args.recipe, args.overrides) if args.recipe else []
-    named: list[Path] = [Path(folder) for folder in args.folders]
-    folders, remote = (named, []) if named else local_folders(stages)
+    local, remote = ([Path(folder) for folder in folders], list[str]()) if folders else local_folders(stages)
     processes = processes_here() if args.processes is None else args.processes
     depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"
     with count_bar(console(), "checking") as progress:
-        checked = check_folders(folders, depth, processes, progress)
+        checked = check_folders(local, depth, processes, progress)
     foreseen = forecast(stages, args.ranks)
     if args.json:
         print_json({"samples": checked.samples, "faults": checked.faults, **foreseen._asdict()})

@@ -64,11 +64,16 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     scaled = max(height, round(frame.height * scale)), max(width, round(shown_width * scale))
     refuse_bomb(scaled[1], scaled[0])  # a sliver grows without bounds
     method = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
-    # In planes: FFmpeg scales into them about twice as fast, and a clip is wanted in planes.
-    planes = scaler.reformat(frame, scaled[1], scaled[0], "gbrp", interpolation=method, threads=1).planes
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    # In planes: FFmpeg scales into them about twice as fast, and a clip is wanted in planes. But where nothing is to be
+    # scaled, it leaves the last columns of planes unwritten at some widths.
+    layout = "rgb24" if scaled == (frame.height, frame.width) else "gbrp"
+    fitted = scaler.reformat(frame, scaled[1], scaled[0], layout, interpolation=method, threads=1)
+    if layout == "rgb24":
+        cut = fitted.to_ndarray()[top : top + height, left : left + width]
+        return np.rot90(np.ascontiguousarray(cut.transpose(2, 0, 1)), turns, (1, 2))
     pixels = np.empty((3, height, width), np.uint8)
-    for channel, plane in enumerate((planes[2], planes[0], planes[1])):
+    for channel, plane in enumerate(fitted.planes[index] for index in (2, 0, 1)):
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
         pixels[channel] = rows[top : top + height, left : left + width]
     return np.rot90(pixels, turns, (1, 2))
