@@ -54,6 +54,8 @@ class StepEdge(Callback):
         if trainer.is_global_zero:
             for line in data.describe():
                 self.say(line)
+            for drop in data.held_out_faults:
+                log.warning("a fault in held-out shards: %s: %s", drop.where, drop.reason)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._handlers[number] = signal.signal(number, self._note)
@@ -102,7 +104,7 @@ class StepEdge(Callback):
         for drop in batch.drops:
             if drop not in self._said:
                 self._said.add(drop)
-                log.warning("a held-out sample was dropped and replaced: %s: %s", *drop)
+                log.warning("a held-out sample was dropped and replaced: %s: %s", drop.where, drop.reason)
 
     def save(self, trainer: lightning.Trainer, step: int) -> None:
         """A checkpoint that is there whole or not at all; the last few are kept."""

@@ -146,6 +146,20 @@ def test_with_a_budget_of_0_the_first_stops_the_run(tiny_recipe: Path, faulty: l
     assert ledger["used"] == 2 and len(ledger["faults"]) == 3  # one step: what is wrong is said at once
 
 
+def test_broken_held_out_samples_are_named(
+    tiny_recipe: Path, faulty: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out = faulty[0].replace("data.shards", "data.validation")
+    few = [held_out, "stages.clips.train.steps=1", "train.validation_samples=8", "sample.prompts=[]"]
+    with caplog.at_level("WARNING", logger="lingen"):
+        fit(tiny_recipe, few, run=tmp_path / "run", stage="clips")
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("a fault in held-out shards: video-zero.tar: empty shard") for line in said)
+    assert any(
+        "held-out sample was dropped and replaced: video-0.tar:latin: caption is not UTF-8" in line for line in said
+    )
+
+
 def test_latents_of_another_recipe_are_refused(tiny_recipe: Path, faulty: list[str], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="data.shards.image: these samples were encoded by something else"):
         fit(tiny_recipe, [*faulty, "data.fps_prefix=false"], run=tmp_path / "run", stage="clips")

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,7 @@ def bench(
             tell = lambda pair, before=number * pairs: progress(before + pair, len(comparisons) * pairs)  # noqa: E731
             results.append(measure(comparison, pairs, tell))
         result = {
+            "command": " ".join(["lingen", *sys.argv[1:]]),
             "cores": os.cpu_count(),
             "processor": platform.processor() or platform.machine(),
             "versions": versions(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
         name = hashlib.sha256(repr((shapes, data.fps, kind)).encode()).hexdigest()[:8]
         folder = cache_folder() / "indexes" / f"{index.mark}-{name}"
         build_folder(folder, lambda work: _write(work, _sorted(index, shapes, kind, data.fps), len(shapes)))
+        os.utime(folder)  # it is in use
         parts: list[Numbers] = [Mapped(folder / str(part), np.uint32) for part in range(len(shapes) + len(REASONS))]
     else:
         chunks = list(_sorted(index, shapes, kind, data.fps))

@@ -139,6 +139,13 @@ class ClipData(lightning.LightningDataModule):
         return [drop for pool in self.train.pools.values() for drop in pool.index.faults]
 
     @property
+    def held_out_faults(self) -> list[Drop]:
+        """The same of the validation shards."""
+        self.setup()
+        assert self.validation is not None
+        return [drop for pool in self.validation.pools.values() for drop in pool.index.faults]
+
+    @property
     def left_out(self) -> dict[str, int]:
         """``kind: reason`` -> training samples that are in no bucket."""
         self.setup()

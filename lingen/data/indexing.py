@@ -77,7 +77,7 @@ def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader
         json.dumps([FORMAT, kind, [(one.folder, one.version, one.shards) for one in sets]]).encode()
     ).hexdigest()[:16]
     folder = build_folder(cache_folder() / "indexes" / mark, lambda work: _build(work, sets, kind, setting))
-    os.utime(folder)
+    os.utime(folder)  # it is in use
     return _open(folder)
 
 
