@@ -24,7 +24,7 @@ from rich.console import Console
 
 from lingen import progress
 from lingen.cli import main
-from lingen.cli.data import FILTERS
+from lingen.cli.pack import FILTERS
 from lingen.config import DataConfig, PerKind, Recipe
 from lingen.data import manifest
 from lingen.data.captions import Captions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, console
-from lingen.cli.data import print_report
+from lingen.cli.pack import print_report
 from lingen.registry import RecipeError
 
 DEVICE = argument("--device", metavar="D", help="cuda, cuda:1, cpu; default: cuda where there is one")
