@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lingen.bench import index_scale, loader
 from lingen.bench.pairs import Comparison, Measured, measure
 from lingen.bench.rivals import Job, Wanted, bare_clip
 from lingen.cli import main
+from lingen.config import DataConfig, Recipe
 from lingen.data.decode import decode_video
 from lingen.data.encode import encode_mp4
 from lingen.data.shards import write_shards
@@ -60,8 +62,9 @@ def test_a_small_run_writes_its_file(
 ) -> None:
     monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
     for name, value in (
-        ("WANTED", Wanted(4, (16, 16), 8.0)), ("LATENTS", (2, 2, 4, 4)), ("TEXTS", ((3, 8),)), ("COPIES", 4),
-        ("ENCODED", 8), ("DELAY", 0.001),
+        ("RAW", Recipe(data=DataConfig(frames=4, size=(16, 16), fps=8.0))), ("TOKENS", 3), ("SAMPLES", 8),
+        ("ENCODED", replace(loader.ENCODED, data=DataConfig(frames=8, size=(16, 16), fps=8.0))), ("COPIES", 4),
+        ("DELAY", 0.001),
     ):  # fmt: skip
         monkeypatch.setattr(loader, name, value)
     monkeypatch.setattr(index_scale, "BATCHES", 3)

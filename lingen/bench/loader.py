@@ -16,12 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from lingen.bench import rivals
@@ -30,7 +32,7 @@ from lingen.bench.loopback import serve
 from lingen.bench.pairs import Comparison, Measured, Watch, measure
 from lingen.bench.rivals import BareLoop, Job, Wanted
 from lingen.config import DataConfig, PerKind, Recipe, Shards
-from lingen.data import manifest, order
+from lingen.data import latents, manifest, order
 from lingen.data.datamodule import ClipData
 from lingen.data.dataset import Clips
 from lingen.data.describe import index_folder
@@ -39,19 +41,23 @@ from lingen.data.locations import expand
 from lingen.data.manifest import About, Row
 from lingen.data.shards import read_shard, scan, write_shards
 from lingen.folder import git_commit, versions
-from lingen.registry import RecipeError
+from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 
-WANTED = Wanted(16, (256, 256), 16.0)
+RAW = Recipe(data=DataConfig(frames=16, size=(256, 256), fps=16.0))
 """The clips of the raw comparison."""
+ENCODED = Recipe(
+    autoencoder={"name": "tae"},
+    text=[{"name": "ul2"}, {"name": "byt5"}],
+    data=DataConfig(frames=272, size=(256, 256), fps=16.0),
+)
+"""Those of the encoded one: 17 s through LinGen's autoencoder, and two text encoders."""
+TOKENS = 128
+"""Of each text encoder for a caption."""
 BATCH = 4
 COPIES = 8
 """Times that each clip of the footage stands in the shards."""
-LATENTS = (16, 34, 32, 32)
-"""[c t h w] of an encoded clip: 17 s at 256x256 through LinGen's autoencoder."""
-TEXTS = ((128, 4096), (128, 1472))
-"""Tokens and widths of two text encoders, as UL2 and ByT5 have them."""
-ENCODED = 64
-"""Encoded samples."""
+SAMPLES = 64
+"""Encoded ones."""
 DELAY = 0.02
 """Seconds that each answer of the remote server is late."""
 
@@ -83,8 +89,8 @@ def bench(
             "versions": versions(),
             "date": time.strftime("%Y-%m-%d"),
             "commit": git_commit(),
-            "clip": {"frames": WANTED.frames, "size": WANTED.size, "fps": WANTED.fps, "batch": BATCH},
-            "encoded": {"latents": LATENTS, "text": TEXTS, "megabytes": made.encoded_megabytes},
+            "raw": _told(RAW),
+            "encoded": {**_told(ENCODED), "megabytes": made.encoded_megabytes},
             "comparisons": results,
         }
     if rows:
@@ -92,6 +98,10 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     (out / "loader.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _told(recipe: Recipe) -> dict[str, Any]:
+    return {"frames": recipe.data.frames, "size": recipe.data.size, "fps": recipe.data.fps, "batch": BATCH}
 
 
 # what is read
@@ -126,7 +136,12 @@ def make_shards(shards: str, folder: Path) -> Made:
 
 
 def _write_encoded(folder: Path) -> int:
-    random = np.random.default_rng(0)
+    """Shards of random numbers as `lingen encode` stores them; the bytes of a sample."""
+    random, data = np.random.default_rng(0), ENCODED.data
+    with torch.device("meta"):
+        autoencoder = AUTOENCODERS.build(ENCODED.autoencoder)
+        encoders = [TEXT_ENCODERS.build(component) for component in ENCODED.text]
+    size = latents.Wanted(autoencoder.channels, autoencoder.strides, frozenset()).latents((data.frames, *data.size))
 
     def npy(shape: Sequence[int]) -> bytes:
         stream = io.BytesIO()
@@ -134,18 +149,17 @@ def _write_encoded(folder: Path) -> int:
         return stream.getvalue()
 
     def sample(number: int) -> dict[str, Any]:
-        text = {f"text{i}.npy": npy(shape) for i, shape in enumerate(TEXTS)}
-        about = {"captions": ["a clip"], "tokens": {str(i): [shape[0]] for i, shape in enumerate(TEXTS)}}
-        return {"__key__": f"{number:04d}", "latents.npy": npy(LATENTS), **text, "json": about}
+        text = {latents.TEXT.format(i): npy((TOKENS, encoder.dim)) for i, encoder in enumerate(encoders)}
+        about = {"captions": ["a clip"], "tokens": {str(i): [TOKENS] for i in range(len(encoders))}}
+        return {"__key__": f"{number:04d}", latents.LATENTS: npy(size), **text, "json": about}
 
-    paths = write_shards(map(sample, range(ENCODED)), str(folder / "video-%03d.tar"), per_shard=ENCODED // 4)
-    frames, (height, width), fps = WANTED
+    paths = write_shards(map(sample, range(SAMPLES)), str(folder / "video-%03d.tar"), per_shard=SAMPLES // 4)
     rows = [
-        Row(one.key, path.name, one.start, one.end - one.start, "latents", height, width, frames, fps)
+        Row(one.key, path.name, one.start, one.end - one.start, "latents", *data.size, data.frames, data.fps)
         for path in paths
         for one in scan(path)
     ]
-    settings = frozen_settings(Recipe())
+    settings = frozen_settings(ENCODED)
     manifest.write(folder / manifest.NAME, rows, About(fingerprint(settings), settings))
     return rows[0].length
 
@@ -155,61 +169,58 @@ def _write_encoded(folder: Path) -> int:
 
 def compare(made: Made, seconds: float, stack: contextlib.ExitStack) -> Iterator[Comparison]:
     """The comparisons, each with as many clips in a measurement as take about so long."""
-    frames = WANTED.frames
     for workers in (1, 2):
-        bare = BareLoop(WANTED, workers)
-        stack.callback(bare.close)
-        raw = partial(Loader, str(made.raw / manifest.NAME), workers)
-        clips = raw(1).clips_in(seconds)
-        ours = raw(clips)
-        theirs = partial(_run_bare, bare, ours, made.files)
-        yield Comparison("raw", "bare PyAV loop", workers, ours.run, theirs, frames)
-        plain = partial(rivals.plain_webdataset, sorted(made.raw.glob("*.tar")), batch=BATCH, workers=workers)
-        decoded = plain(read=rivals.ReadRaw(WANTED), collate=rivals.stack_clips)
-        yield Comparison(
-            "raw",
-            "plain webdataset with the same decode",
-            workers,
-            ours.run,
-            partial(_run_plain, decoded, clips, workers),
-            frames,
-        )
+        yield from _compare_raw(made, workers, seconds, stack)
     for workers in (1, 2):
-        encoded = partial(Loader, str(made.encoded / manifest.NAME), workers)
-        clips = encoded(1).clips_in(seconds)
-        ours = encoded(clips)
-        plain = partial(rivals.plain_webdataset, sorted(made.encoded.glob("*.tar")), batch=BATCH, workers=workers)
-        arrays = plain(read=rivals.read_arrays, collate=rivals.stack_arrays)
-        theirs = partial(_run_plain, arrays, clips, workers)
-        yield Comparison("encoded", "plain webdataset, np.load and stack", workers, ours.run, theirs, 0)
-        counted = plain(read=rivals.count_bytes, collate=None)
-        theirs = partial(_run_plain, counted, clips, workers)
-        yield Comparison("encoded", "plain webdataset that reads and hands nothing over", workers, ours.run, theirs, 0)
-    for name, folder in (("raw", made.raw), ("encoded", made.encoded)):
-        near = Loader(str(folder / manifest.NAME), 2, 1)
-        clips = near.clips_in(seconds)
-        far = Loader(f"{stack.enter_context(_far_away(folder))}/{manifest.NAME}", 2, clips)
-        near = Loader(str(folder / manifest.NAME), 2, clips)
-        rival = f"the same from the local disk; each answer is {1000 * DELAY:g} ms late"
-        yield Comparison(f"{name} over http", rival, 2, far.run, near.run, frames if name == "raw" else 0)
+        yield from _compare_encoded(made, workers, seconds)
+    for what, recipe, folder in (("raw", RAW, made.raw), ("encoded", ENCODED, made.encoded)):
+        near = _loader(recipe, str(folder / manifest.NAME), 2, seconds)
+        far = Loader(recipe, f"{stack.enter_context(_far_away(folder))}/{manifest.NAME}", 2, near.clips)
+        beside = f"the same from the local disk; each answer is {1000 * DELAY:g} ms late"
+        yield Comparison(f"{what} over http", beside, 2, far.run, near.run, recipe.data.frames if recipe is RAW else 0)
+
+
+def _compare_raw(made: Made, workers: int, seconds: float, stack: contextlib.ExitStack) -> Iterator[Comparison]:
+    ours = _loader(RAW, str(made.raw / manifest.NAME), workers, seconds)
+    wanted = Wanted(RAW.data.frames, RAW.data.size, RAW.data.fps)
+    bare = BareLoop(wanted, workers)
+    stack.callback(bare.close)
+    theirs = partial(_run_bare, bare, ours, made.files)
+    yield Comparison("raw", "bare PyAV loop", workers, ours.run, theirs, wanted.frames)
+    shards = sorted(made.raw.glob("*.tar"))
+    plain = rivals.plain_webdataset(shards, rivals.ReadRaw(wanted), rivals.stack_clips, BATCH, workers)
+    run = partial(_run_plain, plain, ours.clips, workers)
+    yield Comparison("raw", "plain webdataset with the same decode", workers, ours.run, run, wanted.frames)
+
+
+def _compare_encoded(made: Made, workers: int, seconds: float) -> Iterator[Comparison]:
+    ours = _loader(ENCODED, str(made.encoded / manifest.NAME), workers, seconds)
+    shards = sorted(made.encoded.glob("*.tar"))
+    for beside, read, collate in (
+        ("plain webdataset, np.load and stack", rivals.read_arrays, rivals.stack_arrays),
+        ("plain webdataset that reads and hands nothing over", rivals.count_bytes, None),
+    ):
+        plain = rivals.plain_webdataset(shards, read, collate, BATCH, workers)
+        run = partial(_run_plain, plain, ours.clips, workers)
+        yield Comparison("encoded", beside, workers, ours.run, run, 0)
 
 
 class Loader:
     """The loader on some shards.
 
     Args:
+        recipe: which clips.
         shards: a manifest.
         workers: processes.
         clips: in a measurement.
     """
 
-    def __init__(self, shards: str, workers: int, clips: int):
-        data = DataConfig(
-            shards=Shards(video=shards), mix=PerKind(image=0, video=1), batch=PerKind(video=BATCH), workers=workers,
-            frames=WANTED.frames, size=WANTED.size, fps=WANTED.fps,
-        )  # fmt: skip
-        self.data = ClipData(Recipe(data=data))
+    def __init__(self, recipe: Recipe, shards: str, workers: int, clips: int):
+        mix, batch = PerKind(image=0, video=1), PerKind(video=BATCH)
+        data = replace(recipe.data, shards=Shards(video=shards), mix=mix, batch=batch, workers=workers)
+        self.data = ClipData(replace(recipe, data=data))
         self.workers = workers
+        self.clips = clips
         self.batches = -(-clips // BATCH)
 
     def run(self, pair: int) -> Measured:
@@ -220,12 +231,6 @@ class Loader:
     def first(self, pair: int) -> int:
         """Step at which the batches of a pair begin."""
         return pair * (self.batches + _warm(self.workers))
-
-    def clips_in(self, seconds: float) -> int:
-        """About how many clips it makes in this time, in whole epochs of the shards so that all sides do the same."""
-        tried = self.run(0)
-        pool = _clips_of(self.data).pools["video"]
-        return len(pool) * max(1, round(tried.clips / tried.seconds * seconds / len(pool)))
 
     def jobs(self, pair: int, files: Path) -> list[Job]:
         """The clips of a pair's batches as pieces of files."""
@@ -239,6 +244,14 @@ class Loader:
                 begin = order.uniform("start", choice.stream, choice.epoch, index.where(choice.number))
                 jobs.append(Job(files / f"{index.key(choice.number)}.mp4", begin))
         return jobs
+
+
+def _loader(recipe: Recipe, shards: str, workers: int, seconds: float) -> Loader:
+    """One whose measurements take about so long, in whole epochs of the shards, so that all sides do the same."""
+    tried = Loader(recipe, shards, workers, BATCH)
+    measured, epoch = tried.run(0), len(_clips_of(tried.data).pools["video"])
+    epochs = max(1, round(measured.clips / measured.seconds * seconds / epoch))
+    return Loader(recipe, shards, workers, epochs * epoch)
 
 
 def _clips_of(data: ClipData) -> Clips:

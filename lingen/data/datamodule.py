@@ -25,11 +25,12 @@ from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
 from lingen.data.fingerprint import check_encoded
 from lingen.data.indexing import open_index
+from lingen.data.latents import Wanted
 from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import KINDS, Anchor, Order, Place
 from lingen.data.sources import Reader
-from lingen.registry import AUTOENCODERS, RecipeError
+from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 
 
 class ClipData(lightning.LightningDataModule):
@@ -84,8 +85,8 @@ class ClipData(lightning.LightningDataModule):
                 )
         reader = Reader(data.remote)
         train, validation = self._open(shards, "data.shards", reader), self._open(held_out, "data.validation", reader)
-        self.train = Clips(data, train, stream, reader)
-        self.validation = Clips(data, validation, ("validation",), reader, shuffle=False)
+        self.train = Clips(data, train, stream, reader, self._wanted)
+        self.validation = Clips(data, validation, ("validation",), reader, self._wanted, shuffle=False)
 
     def _shards(self) -> tuple[Shards, Shards]:
         data = self.recipe.data
@@ -120,14 +121,16 @@ class ClipData(lightning.LightningDataModule):
 
     def _tokens(self, shape: Shape) -> int:
         """Tokens of a sample of this shape."""
-        strides, patch = self._strides, self.recipe.model.patch
-        latents = (math.ceil(size / stride) for size, stride in zip(shape, strides, strict=True))
-        return math.prod(math.ceil(size / side) for size, side in zip(latents, patch, strict=True))
+        latents = self._wanted.latents(shape)[1:]
+        return math.prod(math.ceil(n / side) for n, side in zip(latents, self.recipe.model.patch, strict=True))
 
     @cached_property
-    def _strides(self) -> tuple[int, int, int]:
-        with torch.device("meta"):
-            return tuple(AUTOENCODERS.build(self.recipe.autoencoder).strides)
+    def _wanted(self) -> Wanted:
+        with torch.device("meta"):  # for their sizes only
+            autoencoder = AUTOENCODERS.build(self.recipe.autoencoder)
+            encoders = [TEXT_ENCODERS.build(component) for component in self.recipe.text]
+        frozen = [number for number, encoder in enumerate(encoders) if not getattr(encoder, "trainable", False)]
+        return Wanted(autoencoder.channels, tuple(autoencoder.strides), frozenset(frozen))
 
     # what is told
 

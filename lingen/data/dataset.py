@@ -18,7 +18,7 @@ from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
-from lingen.data.latents import Text, pad_text, read_latents, read_text
+from lingen.data.latents import Text, Wanted, pad_text, read_encoded
 from lingen.data.ledger import DataError
 from lingen.data.order import Place, Stream
 from lingen.data.shards import parse
@@ -92,15 +92,24 @@ class Clips(Dataset[Batch]):
         pools: kind -> its samples.
         stream: what the order depends on: the seed and the stage.
         reader: how shards are read.
+        encoded: what encoded samples hold.
         shuffle: an order of its own for each epoch; without it the samples come as they lie in the shards.
     """
 
     def __init__(
-        self, data: DataConfig, pools: Mapping[str, Pool], stream: Stream, reader: Reader, *, shuffle: bool = True
+        self,
+        data: DataConfig,
+        pools: Mapping[str, Pool],
+        stream: Stream,
+        reader: Reader,
+        encoded: Wanted,
+        *,
+        shuffle: bool = True,
     ):
         self.data = data
         self.pools = pools
         self.stream = stream
+        self.encoded = encoded
         self.shuffle = shuffle
         self.cache = ClipCache(data.cache_mb << 20)
         self.ahead = {kind: Ahead(pool.index, reader) for kind, pool in pools.items()}
@@ -176,9 +185,10 @@ class Clips(Dataset[Batch]):
             piece = self.ahead[kind].get(number)
             retries.extend([where] * piece.retries)
             members = parse(piece.data, self.pools[kind].index.key(number))
-            captions = captions_of(members)
             if self.pools[kind].index.encoded:
-                return Sample(read_latents(members), 1, captions, read_text(members, len(captions)))
+                latents, captions, text = read_encoded(members, choice.shape, self.encoded)
+                return Sample(latents, 1, captions, text)
+            captions = captions_of(members)
             clip = decode_sample(members, kind, frames=frames, size=(height, width), fps=self.data.fps, start=start)
             return Sample(clip.pixels, clip.starts, captions)
 

@@ -12,12 +12,15 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import default_collate
+
+from lingen.data.captions import captions_of
 
 LATENTS = "latents.npy"
 TEXT = "text{}.npy"
@@ -26,6 +29,46 @@ EXPONENTS = {np.dtype("<f2"): ("<u2", 0x7C00), np.dtype("<f4"): ("<u4", 0x7F8000
 
 Text = Mapping[int, Sequence[Tensor]]
 """Number of a text encoder -> its tokens [n w] of each caption."""
+
+
+class Wanted(NamedTuple):
+    """What encoded samples of a recipe hold."""
+
+    channels: int
+    strides: tuple[int, int, int]
+    """Frames and pixels per latent in t, h, w."""
+    text: frozenset[int]
+    """Numbers of the text encoders that are not trained along."""
+
+    def latents(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """Size (c, t, h, w) of the latents of a clip of this many frames, this height and width."""
+        t, h, w = (math.ceil(n / stride) for n, stride in zip(shape, self.strides, strict=True))
+        return self.channels, t, h, w
+
+
+class Encoded(NamedTuple):
+    """An encoded sample."""
+
+    latents: Tensor
+    """[c t h w]"""
+    captions: list[str]
+    text: Text
+
+
+def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted: Wanted) -> Encoded:
+    """A sample of a clip of this many frames, this height and width.
+
+    Raises:
+        ValueError: ``no latents``, ``broken latents``, ``latents not finite``, and as `captions_of`.
+    """
+    latents, captions = read_latents(members), captions_of(members)
+    text = read_text(members, len(captions))
+    if tuple(latents.shape) != wanted.latents(shape):
+        size = list(wanted.latents(shape))
+        raise ValueError(f"broken latents: {list(latents.shape)} where the recipe's autoencoder gives {size}")
+    if missing := wanted.text - text.keys():
+        raise ValueError(f"no latents: the text of encoder {min(missing)} is missing")
+    return Encoded(latents, captions, {number: text[number] for number in wanted.text})
 
 
 def read_latents(members: Mapping[str, bytes]) -> Tensor:
