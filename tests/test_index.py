@@ -351,6 +351,14 @@ def test_several_shapes_need_a_manifest(mixed: Path, tmp_path: Path) -> None:
         data_of(Shards(video=str(mixed)), frames=40).setup()
 
 
+def test_a_sample_that_is_larger_than_a_batch_may_be(mixed: Path) -> None:
+    with pytest.raises(
+        RecipeError,
+        match="one sample of 8x16x32 comes to 1,024 tokens, more than the 768 of a batch .*raise data.batch.video to 4",
+    ):
+        data_of(Shards(video=str(mixed)), batch=PerKind(video=3), **WIDE).setup()
+
+
 def test_held_out_samples_of_several_shapes(mixed: Path) -> None:
     data = data_of(Shards(video=str(mixed)), validation=Shards(video=str(mixed)), **WIDE)
     data.recipe = replace(data.recipe, train=replace(data.recipe.train, validation_samples=7))
@@ -431,7 +439,7 @@ def test_a_million_rows_open_at_once_and_take_little_memory(tmp_path: Path) -> N
     synthetic_manifest(tmp_path / manifest.NAME, 1_000_000)
     shards = Shards(video=str(tmp_path), image=str(tmp_path))
     wanted = {"mix": PerKind(image=1, video=100), "frames": 16, "lengths": [32, 64], "size": (256, 256),
-              "sizes": [(224, 288), (192, 336)], "fps": 16.0}  # fmt: skip
+              "sizes": [(224, 288), (192, 336)], "fps": 16.0, "batch": PerKind(image=4, video=8)}  # fmt: skip
     data_of(shards, **wanted).setup()  # makes the index
     before, begin = resident(), time.perf_counter()
     data = data_of(shards, **wanted)
@@ -454,6 +462,9 @@ def test_a_million_rows_open_at_once_and_take_little_memory(tmp_path: Path) -> N
 def test_mapped_numbers_open_anew_in_another_process(mixed: Path) -> None:
     import pickle
 
+    data = data_of(Shards(video=str(mixed)), **WIDE)
+    place = next(data.places())
+    assert pickle.loads(pickle.dumps(data.train))[place].keys == data.train[place].keys
     found = opened(str(mixed))
     again = pickle.loads(pickle.dumps(found))
     assert len(pickle.dumps(found)) < 5000 and [again.where(i) for i in range(30)] == [

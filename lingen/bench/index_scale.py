@@ -88,7 +88,7 @@ def _make(folder: Path) -> float:
 
 def _data(folder: Path) -> ClipData:
     data = DataConfig(
-        shards=Shards(video=str(folder / manifest.NAME)), mix=PerKind(image=0, video=1), batch=PerKind(video=4),
+        shards=Shards(video=str(folder / manifest.NAME)), mix=PerKind(image=0, video=1), batch=PerKind(video=8),
         frames=16, lengths=[32, 64], size=(32, 32), sizes=[(32, 48), (32, 64)], fps=16.0, workers=WORKERS,
     )  # fmt: skip
     return ClipData(Recipe(data=data))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
         tokens: of one sample of a shape.
         setting: where the shards stand in the recipe, for messages.
     Raises:
-        RecipeError: several shapes are asked for, and there is no manifest to sort by.
+        RecipeError: several shapes are asked for, and there is no manifest to sort by; or one sample of a shape comes
+            to more tokens than a batch may have.
     """
     shapes = shapes_of(data, kind)
     if len(shapes) > 1 and not index.mark:
@@ -114,12 +116,20 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
     rows, out = parts[: len(shapes)], parts[len(shapes) :]
     budget = getattr(data.batch, kind) * tokens(shapes[0])
     used = [number for number, part in enumerate(rows) if len(part)]
+    for number in used:
+        if tokens(shapes[number]) > budget:
+            raise RecipeError(
+                f"{setting}: one sample of {shapes[number]} comes to {tokens(shapes[number]):,} tokens, more than the "
+                f"{budget:,} of a batch (data.batch.{kind} samples of {shapes[0]}); make the largest size and length "
+                f"data.size and data.frames, or raise data.batch.{kind} to "
+                f"{math.ceil(tokens(shapes[number]) / tokens(shapes[0]))}."
+            )
     return Pool(
         kind,
         index,
         shapes[0],
         [shapes[number] for number in used],
-        [max(1, budget // tokens(shapes[number])) for number in used],
+        [budget // tokens(shapes[number]) for number in used],
         [rows[number] for number in used],
         {
             reason.format(frames=min(shape.frames for shape in shapes), fps=data.fps): LeftOut(
