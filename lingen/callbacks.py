@@ -20,7 +20,7 @@ from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
 from lingen.folder import RunFolder, as_json, write_text
 from lingen.module import LinGenModule
-from lingen.ranks import gather_objects, is_first_rank
+from lingen.ranks import gather_objects
 
 KEPT_CHECKPOINTS = 2
 
@@ -30,21 +30,32 @@ log = logging.getLogger("lingen")
 class StepEdge(Callback):
     """Keeps the ledger and, between two optimiser steps, saves and stops where that is due.
 
+    Each rank counts for itself what came since the last checkpoint; there, all that is added to what all ranks know.
+
     A signal only sets a flag: SIGINT, SIGTERM and SIGUSR1 lead to a checkpoint at the next step's edge and a clean end
     (design: saving inside a handler can hang). All ranks agree in one reduction a step, so that none waits for another.
     """
 
-    def __init__(self, folder: RunFolder, stage: str, ledger: Ledger):
+    def __init__(self, folder: RunFolder, stage: str, say: Callable[[str], None]):
         self.folder = folder
         self.stage = stage
-        self.ledger = ledger
+        self.say = say
+        self.ledger = Ledger()
+        """Of all ranks, up to the last checkpoint."""
         self.signal: int | None = None
         self.data_error: DataError | None = None
         self._handlers: dict[int, Any] = {}
-        self._merged = ledger
+        self._own = Ledger()
         self._said: set[Drop] = set()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        data = cast(Any, trainer).datamodule
+        self._own.open(data.faults, data.left_out)
+        if trainer.is_global_zero:
+            for line in data.describe():
+                self.say(line)
+            for drop in data.held_out_faults:
+                log.warning("a fault in held-out shards: %s: %s", drop.where, drop.reason)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._handlers[number] = signal.signal(number, self._note)
@@ -62,12 +73,12 @@ class StepEdge(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self.ledger.record(batch)
+        self._own.record(batch)
         recipe = pl_module.recipe
         if (batch_idx + 1) % recipe.train.accumulate:
             return
         try:
-            self.ledger.check(recipe.data.max_dropped)
+            self._own.check(recipe.data.max_dropped, self.ledger)
         except DataError as error:
             self.data_error = error
         step = trainer.global_step
@@ -93,28 +104,29 @@ class StepEdge(Callback):
         for drop in batch.drops:
             if drop not in self._said:
                 self._said.add(drop)
-                log.warning("a held-out sample was dropped and replaced: %s: %s", *drop)
+                log.warning("a held-out sample was dropped and replaced: %s: %s", drop.where, drop.reason)
 
     def save(self, trainer: lightning.Trainer, step: int) -> None:
         """A checkpoint that is there whole or not at all; the last few are kept."""
         path = self.folder.checkpoint(self.stage, step)
         partial = path.with_name("partial.ckpt")
-        ledgers = gather_objects(self.ledger.state_dict()) if trainer.world_size > 1 else [self.ledger.state_dict()]
-        self._merged = Ledger.merged(ledgers)
+        own = self._own.state_dict()
+        for state in gather_objects(own) if trainer.world_size > 1 else [own]:
+            self.ledger.add(state)
+        self._own = Ledger()
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
-            write_text(self.folder.ledger, as_json(self._merged.as_json()))
+            write_text(self.folder.ledger, as_json(self.ledger.as_json()))
             partial.replace(path)
             for old in self.folder.checkpoints(self.stage)[:-KEPT_CHECKPOINTS]:
                 old.unlink()
         trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ledger": self._merged.state_dict()}
+        return {"ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if is_first_rank():  # the ledger of all ranks goes on in the first one
-            self.ledger.load_state_dict(state_dict["ledger"])
+        self.ledger.load_state_dict(state_dict["ledger"])
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._give_back_signals()

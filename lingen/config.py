@@ -60,10 +60,11 @@ class LinGenConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """WebDataset tar files of each kind: a path, a glob, a brace pattern, or a list of them."""
+    """WebDataset tar files of each kind, or the manifest of a set of them: a path, an https:// or s3:// address, a
+    glob, a brace pattern, or a list of them."""
 
-    image: Annotated[str | list[str] | None, "shards of jpg/png/webp + json or txt"] = None
-    video: Annotated[str | list[str] | None, "shards of mp4/webm/webp + json or txt"] = None
+    image: Annotated[str | list[str] | None, "shards of jpg/png/webp + json or txt, or of encoded images"] = None
+    video: Annotated[str | list[str] | None, "shards of mp4/webm/webp + json or txt, or of encoded clips"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,15 @@ class PerKind:
 
     image: int = 1
     video: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """How shards at https:// and s3:// are read."""
+
+    timeout: Annotated[float, "seconds without a byte until a read counts as failed"] = 30.0
+    attempts: Annotated[int, "reads of a sample until it counts as unreadable, each after a longer wait"] = 5
+    cache_gb: Annotated[float, "disk space on each machine for what was read, GB; 0: nothing is kept"] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +96,25 @@ class DataConfig:
     mix: Annotated[
         PerKind, "optimiser steps of each kind in one round, e.g. one image step for every 100 video steps (paper)"
     ] = PerKind(image=1, video=100)
-    batch: Annotated[PerKind, "samples per rank in one batch of each kind"] = PerKind()
+    batch: Annotated[PerKind, "samples per rank in one batch of each kind; in a batch of another of `sizes` and "
+                     "`lengths`, as many as come to the same number of tokens"] = PerKind()  # fmt: skip
     frames: Annotated[int, "frames of a video clip"] = 16
+    lengths: Annotated[list[int], "further numbers of frames: a video takes the largest that it fills"] = field(
+        default_factory=list
+    )
     size: Annotated[tuple[int, int], "height and width in pixels"] = (256, 256)
+    sizes: Annotated[
+        list[tuple[int, int]], "further heights and widths: a sample takes those whose ratio is nearest to its own"
+    ] = field(default_factory=list)
     fps: Annotated[float, "frames per second of a clip, after resampling"] = 16.0
     fps_prefix: Annotated[bool, "put the frame rate before the caption, as Movie Gen does ('FPS-16. ...')"] = True
     max_dropped: Annotated[
         float, "share of broken samples that stops the run, once 100 were seen; 0: the first one stops, 1: none does"
     ] = 0.05
+    block: Annotated[
+        int, "neighbours in a shard that stay together in an epoch's order, for disks that are slow to seek; 1: none"
+    ] = 1
+    remote: Remote = Remote()
     workers: Annotated[int, "processes that decode, per rank; 0: decode in the training process"] = 2
     cache_mb: Annotated[int, "decoded clips that each decoding process may keep in memory, MiB"] = 0
 

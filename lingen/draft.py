@@ -46,16 +46,16 @@ class Limit(NamedTuple):
 ONE, ZERO, SHARE, POSITIVE = Limit(1), Limit(0), Limit(0, 1), Limit(0, above=True)
 LIMITS: dict[str, Limit] = (
     dict.fromkeys("model.dim model.depth model.num_heads model.ffn_dim model.patch model.max_grid".split(), ONE)
-    | dict.fromkeys("data.batch.image data.batch.video data.frames data.size".split(), ONE)
+    | dict.fromkeys("data.batch.image data.batch.video data.frames data.size data.lengths data.block".split(), ONE)
     | dict.fromkeys("train.steps train.accumulate train.log_every train.checkpoint_every".split(), ONE)
     | dict.fromkeys("train.max_nonfinite train.validation_samples sample.steps sample.emulated_steps".split(), ONE)
     | dict.fromkeys("data.mix.image data.mix.video data.workers data.cache_mb seed sample.seed".split(), ZERO)
     | dict.fromkeys("train.lr train.warmup train.weight_decay sample.guidance".split(), ZERO)
-    | dict.fromkeys("train.validate_every train.sample_every".split(), ZERO)
+    | dict.fromkeys("train.validate_every train.sample_every data.remote.cache_gb".split(), ZERO)
     | dict.fromkeys("data.max_dropped train.ema train.text_drop train.betas".split(), SHARE)
     | dict.fromkeys("sample.guidance_interval sample.guidance_rescale".split(), SHARE)
     | dict.fromkeys("data.fps time.std time.shift train.clip_grad model.position_std".split(), POSITIVE)
-    | {"score.clips": Limit(0, 40)}
+    | {"score.clips": Limit(0, 40), "data.remote.attempts": ONE, "data.remote.timeout": POSITIVE}
 )
 """Numbers outside these make no sense; for a list, each entry."""
 

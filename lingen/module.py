@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time as clock
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, cast
 
 import lightning
@@ -16,12 +17,13 @@ from lingen import flow
 from lingen.average import AveragedWeights
 from lingen.config import Recipe
 from lingen.data.batch import Batch
+from lingen.data.ledger import is_cut
 from lingen.meter import Meter
 from lingen.model import LinGen
 from lingen.plan import peak_flops, plan
 from lingen.ranks import gather_objects
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
-from lingen.text import TextEncoder, with_frame_rate
+from lingen.text import TextEncoder, replace_rows, with_frame_rate
 
 TIME_BINS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Edges of the bins of the logged loss: narrow at low times, where clips are decided and training is sparse (ours)."""
@@ -88,18 +90,33 @@ class LinGenModule(lightning.LightningModule):
     # one step
 
     def encode_clips(self, clips: Tensor) -> Tensor:
-        """uint8 [b 3 t h w] -> latents [b c t h w]."""
+        """uint8 [b 3 t h w] -> latents [b c t h w]; what is latents already stays as it is."""
+        if clips.is_floating_point():
+            return clips
         with torch.no_grad():
             return self.autoencoder.encode(clips.float() / 127.5 - 1)
 
-    def encode_text(self, captions: list[str], fps: float) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Captions -> one (tokens [b n w], mask [b n]) per encoder; fps 0 is an image. An empty caption is no text."""
+    def encode_text(
+        self, captions: list[str], fps: float, stored: Mapping[int, tuple[Tensor, Tensor]] = MappingProxyType({})
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Captions -> one (tokens [b n w], mask [b n]) per encoder; fps 0 is an image. An empty caption is no text.
+
+        Args:
+            stored: number of an encoder -> what it made of these captions before; not read where a caption is empty.
+        """
         prefix = fps if self.recipe.data.fps_prefix else 0.0
         texts = [with_frame_rate(caption, prefix) for caption in captions]
+        empty = [number for number, caption in enumerate(captions) if not caption]
         encoded = []
-        for encoder in self.text:
+        for number, encoder in enumerate(self.text):
+            encode = cast(TextEncoder, encoder).encode
             with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(encoder, "trainable", False)):
-                encoded.append(cast(TextEncoder, encoder).encode(texts))
+                if number not in stored:
+                    encoded.append(encode(texts))
+                else:
+                    tokens, mask = stored[number]
+                    kept = tokens.to(self.model.patchify.weight.dtype), mask
+                    encoded.append(replace_rows(kept, empty, encode([texts[empty[0]]]) if empty else None))
         return tuple(encoded)
 
     def losses(self, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
@@ -121,7 +138,8 @@ class LinGenModule(lightning.LightningModule):
         captions = [
             "" if left_out else caption for caption, left_out in zip(batch.captions, drop.tolist(), strict=True)
         ]
-        velocity = self.model(flow.interpolate(noise, latents, times), times, self.encode_text(captions, batch.fps))
+        text = self.encode_text(captions, batch.fps, batch.text)
+        velocity = self.model(flow.interpolate(noise, latents, times), times, text)
         error = velocity.to(dtype) - flow.target(noise, latents)
         return error.square().flatten(1).mean(1), times
 
@@ -129,6 +147,8 @@ class LinGenModule(lightning.LightningModule):
         losses, times = self.losses(batch, self.recipe.stage or "main")
         loss = losses.mean()
         self._batch = batch
+        for name, count in counts(batch).items():
+            self.meter.count(name, count)
         self._record(losses.detach(), times, batch)
         return loss
 
@@ -141,7 +161,9 @@ class LinGenModule(lightning.LightningModule):
         for name, picked in by_time(losses, times):
             self.meter.add(name, picked)
         self.meter.count("flop", self.flop_of_training(batch.kind) * len(losses))
-        self.meter.count("tokens", len(losses) * math.prod(self.model.grid_of(self.latent_size(batch.clips.shape[2:]))))
+        size = batch.clips.shape[2:]
+        latents = size if batch.clips.is_floating_point() else self.latent_size(size)
+        self.meter.count("tokens", len(losses) * math.prod(self.model.grid_of(latents)))
 
     def flop_of_training(self, kind: str) -> float:
         """FLOPs of forward and backward of one sample, recomputed blocks included (`Plan.training_flops`)."""
@@ -293,6 +315,16 @@ class LinGenModule(lightning.LightningModule):
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         # validation is not training time
         self._started = (self._started[0] + clock.perf_counter() - self._paused, self._started[1])
+
+
+def counts(batch: Batch) -> dict[str, int]:
+    """What the ledger counts of a batch, under the names of metrics.csv."""
+    return {
+        "data/used": len(batch.keys),
+        "data/dropped": len(batch.drops),
+        "data/truncated": sum(map(is_cut, batch.drops)),
+        "data/retried": len(batch.retries),
+    }
 
 
 def by_time(losses: Tensor, times: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lingen.config import Recipe
 from lingen.run import Reporter
 
+LINE_SECONDS = 30.0
+"""Between lines that say how far a command is, in the log of a job."""
+
 
 def bar(console: Console) -> Progress:
     """The house's progress bar."""
@@ -30,13 +33,25 @@ def bar(console: Console) -> Progress:
 
 @contextmanager
 def count_bar(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar to be called with (done, total); nothing where there is no terminal."""
+    """A bar to be called with (done, total); where there is no terminal, a line every `LINE_SECONDS`."""
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield _lines(console, description)
         return
     with bar(console) as shown:
         task = shown.add_task(description, total=None, note="")
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def _lines(console: Console, description: str) -> Callable[[int, int], None]:
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            console.print(f"{description} {done:,}/{total:,}", markup=False, highlight=False)
+
+    return tell
 
 
 def step_bar(console: Console) -> AbstractContextManager[Callable[[int, int], None]]:
@@ -58,6 +73,8 @@ class ConsoleReporter(Reporter):
         self._task: Any = None
         self._said = 0.0
         self._name, self._steps = "", 0
+        self._dropped = 0
+        """Samples that were replaced since the stage began or went on."""
 
     def __enter__(self) -> ConsoleReporter:
         if self._bar is not None:
@@ -72,7 +89,7 @@ class ConsoleReporter(Reporter):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
-        self._name, self._steps = str(recipe.stage), recipe.train.steps
+        self._name, self._steps, self._dropped = str(recipe.stage), recipe.train.steps, 0
         going_on = f", going on from step {done}" if done else ""
         self.say(f"stage {number}/{count} {self._name}: {self._steps} steps{going_on}")
         if self._bar is not None:
@@ -85,7 +102,9 @@ class ConsoleReporter(Reporter):
     def row(self, row: dict[str, Any]) -> None:
         if "loss" not in row:
             return
-        note = f"loss {row['loss']:.4f}  {row.get('tokens_per_second', 0):,.0f} tokens/s"
+        self._dropped += int(row.get("data/dropped", 0))
+        dropped = f"  {self._dropped:,} dropped" if self._dropped else ""
+        note = f"loss {row['loss']:.4f}  {row.get('tokens_per_second', 0):,.0f} tokens/s{dropped}"
         last = int(row["step"]) >= self._steps
         if self._bar is not None:
             self._bar.update(self._task, note=note)

@@ -117,6 +117,20 @@ def grids_of(data: DataConfig, strides: Grid, patch: Grid) -> dict[str, Grid]:
     return grids
 
 
+def all_grids(data: DataConfig, strides: Grid, patch: Grid) -> list[Grid]:
+    """Tokens (t, h, w) of samples of every kind in the mix and every shape that a batch may have; errors as above."""
+    grids: list[Grid] = []
+    for size in (data.size, *data.sizes):
+        for frames in (data.frames, *data.lengths):
+            try:
+                grids += grids_of(replace(data, frames=frames, size=size), strides, patch).values()
+            except SettingError as error:
+                first = {"size": data.size == size, "frames": data.frames == frames}[error.setting]
+                name = error.setting if first else {"size": "sizes", "frames": "lengths"}[error.setting]
+                raise SettingError(name, str(error)) from error
+    return grids
+
+
 def _neighbours_of(number: int, step: int) -> str:
     low = number // step * step
     return f"{low} or {low + step}" if low else str(step)
@@ -200,7 +214,7 @@ class _Workshop:
         """Notes the largest grid of a stage."""
         autoencoder = self._part(AUTOENCODERS, recipe.autoencoder)
         try:
-            self.seen += grids_of(recipe.data, tuple(autoencoder.strides), recipe.model.patch).values()
+            self.seen += all_grids(recipe.data, tuple(autoencoder.strides), recipe.model.patch)
         except SettingError as error:
             yield draft.problem(("data", error.setting), str(error))
 

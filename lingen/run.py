@@ -22,6 +22,7 @@ from lingen.ranks import is_first_rank
 from lingen.recipe import load_recipe, load_stages, to_yaml
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.samples import sample_prompts, score
+from lingen.tables import as_table
 from lingen.trainer import build_trainer, quiet_lightning
 from lingen.weights import find_weights, load_into, read_weights, save_weights
 
@@ -137,7 +138,7 @@ def train_stage(
     recipe = stages[index]
     name = str(recipe.stage)
     done = last_step(folder, name)
-    edge = StepEdge(folder, name, Ledger())
+    edge = StepEdge(folder, name, reporter.say)
 
     def sample(module: LinGenModule, step: int) -> None:
         sample_prompts(module, folder, step, recipe.sample.prompts)
@@ -159,10 +160,14 @@ def train_stage(
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint_path(folder, name), weights_only=True)
     if trainer.global_step >= recipe.train.steps > folder.finished_steps(name) and trainer.is_global_zero:
         finish(module, trainer.global_step)  # killed between the last checkpoint and the weights
-    dropped = edge.ledger.summary()
-    if dropped:
-        reporter.say(dropped)
+    reporter.say(report(edge.ledger))
     return edge.signal if trainer.global_step < recipe.train.steps else None
+
+
+def report(ledger: Ledger) -> str:
+    """What became of the samples of a stage: a sentence, and a table where anything went wrong."""
+    rows = ledger.rows()
+    return ledger.summary() + (f"\n{as_table(rows, terminal=False)}" if len(rows) > 1 else "")
 
 
 def checkpoint_path(folder: RunFolder, stage: str) -> str | None:

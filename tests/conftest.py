@@ -121,11 +121,11 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def broken_shard(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> str:
     """A glob of shards of which one sample is no video and another has no caption."""
-    from lingen.data.shards import index, write_shards
+    from lingen.data.shards import read_shard, write_shards
 
     folder = tmp_path_factory.mktemp("broken")
-    whole = index([tiny_shards / "video-00000.tar"])
-    samples = [{"__key__": f"good{number}", **whole.read(number)} for number in range(6)]
+    whole = read_shard(tiny_shards / "video-00000.tar")
+    samples = [{**sample, "__key__": f"good{number}"} for number, sample in zip(range(6), whole, strict=False)]
     samples[2] = {"__key__": "broken", "mp4": b"not a video", "json": samples[2]["json"]}
     samples[4] = {"__key__": "silent", "mp4": samples[4]["mp4"], "json": b"{}"}
     write_shards(samples, f"{folder}/video-%05d.tar")

@@ -18,14 +18,18 @@ import pytest
 import torch
 import webdataset
 
-from lingen.config import DataConfig, PerKind, Recipe, Shards, TrainConfig
+from lingen.config import DataConfig, PerKind, Recipe, Remote, Shards, TrainConfig
+from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
 from lingen.data.datamodule import ClipData
-from lingen.data.dataset import ClipCache
-from lingen.data.decode import Clip
+from lingen.data.dataset import ClipCache, Sample
 from lingen.data.encode import encode_mp4, encode_png
+from lingen.data.index import Index
+from lingen.data.indexing import scan_shards
 from lingen.data.ledger import DataError, Ledger
-from lingen.data.shards import expand, index, write_shards
+from lingen.data.locations import Location, expand
+from lingen.data.shards import parse, write_shards
+from lingen.data.sources import Reader
 from lingen.registry import RecipeError
 
 SIZE = (16, 16)
@@ -77,23 +81,32 @@ def keys_of(batches: list[Batch]) -> list[tuple[str, list[str]]]:
     return [(batch.kind, batch.keys) for batch in batches]
 
 
+def index(paths: list[Any]) -> Index:
+    return scan_shards(Location.of(str(path)) for path in paths)
+
+
+def read(found: Index, number: int) -> dict[str, bytes]:
+    return parse(Ahead(found, Reader(Remote())).get(number).data, found.key(number))
+
+
 # finding shards
 
 
 def test_patterns(shards: Path) -> None:
-    videos = [shards / f"video-{i:03d}.tar" for i in range(3)]
+    videos = [str(shards / f"video-{i:03d}.tar") for i in range(3)]
     assert expand(str(shards / "video-*.tar"), "x") == videos
     assert expand(str(shards / "video-{000..002}.tar"), "x") == videos
-    assert expand([str(videos[1]), str(shards / "video-00[01].tar")], "x") == videos[:2]
+    assert expand([videos[1], str(shards / "video-00[01].tar")], "x") == videos[:2]
     assert expand(None, "x") == []
 
 
 @pytest.mark.parametrize(("pattern", "message"), [
     ("{}/film-*.tar", "data.shards.video: no file matches '{}/film-*.tar'; correct the pattern"),
     ("{}/video-{{000..003}}.tar", "data.shards.video: there is no file '{}/video-003.tar'; correct the path"),
-    ("{}", "data.shards.video: '{}' is a folder; name the tar files in it: '{}/*.tar'"),
-    ("s3://bucket/video.tar", "'s3://bucket/video.tar' is not a local file; copy the shards"),
-    ("pipe:cat {}", "is not a local file"),
+    ("{}", "data.shards.video: '{}' is a folder without a manifest.parquet; name the tar files in it: '{}/*.tar'"),
+    ("gs://bucket/video.tar", "'gs://bucket/video.tar' is neither a path nor an address at https:// or s3://; copy"),
+    ("https://host/folder/", "'https://host/folder/' is a folder; name its manifest: 'https://host/folder/manifest"),
+    ("pipe:cat {}", "is neither a path nor an address"),
 ])  # fmt: skip
 def test_patterns_that_match_nothing(shards: Path, pattern: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -131,7 +144,7 @@ def test_any_sample_is_one_read_away(shards: Path) -> None:
     assert len(found) == 7 and not found.faults
     assert [found.where(i) for i in (0, 3, 6)] == ["video-000.tar:v000", "video-001.tar:v003", "video-002.tar:v006"]
     for number in (6, 0, 4):
-        sample = found.read(number)
+        sample = read(found, number)
         assert sample.keys() == {"mp4", "json"} and sample["mp4"] == mp4(8 * number)
 
 
@@ -148,7 +161,7 @@ def test_long_names_folders_and_upper_case(tmp_path: Path) -> None:
             tar.addfile(member, io.BytesIO(b"abc"))
     found = index([tmp_path / "a.tar"])
     assert [found.where(i) for i in range(len(found))] == [f"a.tar:{long}"]
-    assert found.read(0) == {"png": b"abc", "txt": b"abc"}
+    assert read(found, 0) == {"png": b"abc", "txt": b"abc"}
 
 
 def test_shards_of_the_same_name_in_two_folders(tmp_path: Path) -> None:
@@ -167,13 +180,13 @@ def cut(path: Path, source: Path, size: int) -> Path:
 def test_a_tar_cut_anywhere_is_noticed_and_gives_its_whole_samples(shards: Path, tmp_path: Path) -> None:
     source = shards / "video-000.tar"
     whole = index([source])
-    ends = [int(o + n) for o, n in zip(whole.offset, whole.length, strict=True)]
+    ends = (whole.records["offset"] + whole.records["length"]).tolist()
     for size in [*range(512, ends[-1], 700), *ends, *(end - 1 for end in ends), *(end + 100 for end in ends)]:
         found = index([cut(tmp_path / "cut.tar", source, size)])
         reasons = [drop.reason.partition(":")[0] for drop in found.faults]
         assert "truncated shard" in reasons
         complete = sum(end <= size for end in ends)
-        usable = [found.read(i) for i in range(len(found))]
+        usable = [read(found, i) for i in range(len(found))]
         assert [sample["mp4"] for sample in usable if len(sample) == 2] == [mp4(8 * i) for i in range(complete)]
 
 
@@ -201,7 +214,7 @@ def test_files_that_are_no_tar(shards: Path, tmp_path: Path, content: bytes, rea
 
 def test_a_header_overwritten_in_the_middle(shards: Path, tmp_path: Path) -> None:
     data = bytearray((shards / "video-000.tar").read_bytes())
-    second = int(index([shards / "video-000.tar"]).offset[1])
+    second = int(index([shards / "video-000.tar"]).records["offset"][1])
     data[second : second + 512] = b"\x7f" * 512
     (tmp_path / "bad.tar").write_bytes(data)
     found = index([tmp_path / "bad.tar"])
@@ -229,11 +242,14 @@ def test_unsafe_members_are_refused(tmp_path: Path, make: str) -> None:
 def test_a_sample_that_changes_under_our_feet_is_an_error(shards: Path, tmp_path: Path) -> None:
     path = cut(tmp_path / "a.tar", shards / "video-000.tar", 10**9)
     found = index([path])
-    cut(path, shards / "video-000.tar", int(found.offset[1]) + 700)
-    with pytest.raises(ValueError, match="damaged sample"):
-        found.read(1)
-    with pytest.raises(ValueError, match="damaged sample"):
-        found.read(2)
+    cut(path, shards / "video-000.tar", int(found.records["offset"][1]) + 700)
+    with pytest.raises(ValueError, match="cut off: the shard ends before the sample does"):
+        read(found, 1)
+    with pytest.raises(ValueError, match="cut off"):
+        read(found, 2)
+    path.write_bytes((shards / "video-001.tar").read_bytes())
+    with pytest.raises(ValueError, match="damaged sample: 'v003.json' stands in the place of 'v000'"):
+        read(found, 0)
 
 
 # the datamodule
@@ -339,7 +355,7 @@ def faulty(tmp_path: Path) -> Path:
     bad = [{"__key__": f"{name}", **members} for name, (members, _) in FAULTY.items()]
     write_shards([*video_samples(5), *bad], str(tmp_path / "video-%d.tar"))
     (last,) = write_shards(video_samples(3), str(tmp_path / "video-cut-%d.tar"))
-    last.write_bytes(last.read_bytes()[: int(index([last]).offset[2]) + 1700])
+    last.write_bytes(last.read_bytes()[: int(index([last]).records["offset"][2]) + 1700])
     (tmp_path / "video-empty.tar").write_bytes(b"")
     return tmp_path
 
@@ -348,6 +364,7 @@ def faulty(tmp_path: Path) -> Path:
 def test_all_faults_at_once_are_replaced_counted_and_named(faulty: Path, workers: int) -> None:
     data = ClipData(recipe(faulty, mix=PerKind(image=0, video=1), workers=workers))
     ledger = Ledger()
+    ledger.open(data.faults, data.left_out)
     for batch in islice(data.train_dataloader(), 21):  # 3 epochs of 14 samples
         assert len(batch.keys) == len(batch.captions) == len(batch.clips) == 2
         assert not any(name in key for key in batch.keys for name in FAULTY)
@@ -356,7 +373,9 @@ def test_all_faults_at_once_are_replaced_counted_and_named(faulty: Path, workers
     named = [line for lines in ledger.named.values() for line in lines]
     for name, (_, reason) in FAULTY.items():
         assert any(line.startswith(f"video-0.tar:{name}: {reason}") for line in named), name
-    assert ledger.shards.keys() == {"video-0.tar"}
+    assert [shard for shard, counts in ledger.shards.items() if counts["dropped"]] == ["video-0.tar"]
+    assert sum((counts for counts in ledger.shards.values()), Counter())["used"] == ledger.used
+    assert ledger.sources == {str(faulty): Counter(used=42, dropped=ledger.dropped.total())}
     assert {where: reason.partition(":")[0] for where, reason in ledger.faults.items()} == {
         "video-cut-0.tar": "truncated shard",
         "video-cut-0.tar:v002": "cut off",
@@ -484,9 +503,9 @@ def test_the_cache_keeps_what_was_used_last() -> None:
     cache, reads = ClipCache(250), []
 
     def get(number: int, start: float, starts: int = 1) -> None:
-        def read() -> tuple[Clip, str]:
+        def read() -> Sample:
             reads.append((number, int(start * starts)))
-            return Clip(torch.zeros(100, dtype=torch.uint8), starts), "caption"
+            return Sample(torch.zeros(100, dtype=torch.uint8), starts, ["caption"])
 
         cache.get("video", number, start, read)
 
@@ -499,8 +518,10 @@ def test_the_cache_keeps_what_was_used_last() -> None:
     assert reads[4:] == [(5, 0), (5, 1)]
 
 
-def batch_with(used: int, *drops: Drop) -> Batch:
-    return Batch("video", 0, torch.zeros(used), [""] * used, 8.0, ["a:b"] * used, torch.arange(used), list(drops))
+def batch_with(used: int, *drops: Drop, retries: list[str] | None = None) -> Batch:
+    slots, keys = torch.arange(used), ["a:b"] * used
+    clips, sources = torch.zeros(used), ["web"] * used
+    return Batch("video", 0, clips, [""] * used, 8.0, keys, sources, slots, list(drops), retries or [], {})
 
 
 def test_the_share_of_dropped_samples_that_stops_a_run() -> None:
@@ -521,32 +542,47 @@ def test_the_share_of_dropped_samples_that_stops_a_run() -> None:
 
 def test_the_ledger_survives_a_checkpoint_and_adds_up_over_ranks() -> None:
     first, second = Ledger(), Ledger()
-    first.record(batch_with(2, Drop("a.tar:k", "no caption"), Drop("b.tar", "truncated shard: no end")))
-    second.record(batch_with(3, Drop("a.tar:m", "no caption"), Drop("b.tar", "truncated shard: no end")))
+    for rank in (first, second):
+        rank.open([Drop("b.tar", "truncated shard: no end")], {"video: short clip": 9})
+    first.record(batch_with(2, Drop("a.tar:k", "no caption", "web"), retries=["a:b", "a.tar:k"]))
+    second.record(batch_with(3, Drop("c.tar:m", "cut off: 3 bytes", "disk")))
     both = Ledger.merged([first.state_dict(), second.state_dict()])
     assert both.as_json() == {
         "seen": 7,
         "used": 5,
-        "dropped": {"no caption": 2},
-        "shards": {"a.tar": 2},
-        "named": {"no caption": ["a.tar:k: no caption", "a.tar:m: no caption"]},
+        "truncated": 2,
+        "retried": 2,
+        "dropped": {"no caption": 1, "cut off": 1},
+        "named": {"no caption": ["a.tar:k: no caption"], "cut off": ["c.tar:m: cut off: 3 bytes"]},
         "faults": {"b.tar": "truncated shard: no end"},
-    }
+        "left_out": {"video: short clip": 9},
+        "shards": {"a": {"used": 5, "retried": 1}, "a.tar": {"dropped": 1, "retried": 1},
+                   "c.tar": {"dropped": 1, "truncated": 1}},
+        "sources": {"web": {"used": 5, "dropped": 1, "retried": 2}, "disk": {"dropped": 1, "truncated": 1}},
+    }  # fmt: skip
     loaded = Ledger()
     loaded.load_state_dict(json.loads(json.dumps(both.state_dict())))
-    loaded.record(batch_with(1, Drop("b.tar", "truncated shard: no end")))  # opened again after a resume
-    assert loaded.faults == both.faults and loaded.used == 6
+    loaded.open([Drop("b.tar", "truncated shard: no end")], {"video: short clip": 9})  # opened again after a resume
+    loaded.record(batch_with(1))
+    assert loaded.faults == both.faults and loaded.used == 6 and loaded.left_out == both.left_out
     assert both.state_dict()["used"] == 5
-    assert loaded.rows() == [
-        ("used", 6, ""),
-        ("no caption", 2, "a.tar:k: no caption"),
-        ("truncated shard", 1, "b.tar: truncated shard: no end"),
+    assert [tuple(row.values()) for row in loaded.rows()] == [
+        ("used", "6", ""),
+        ("dropped: no caption", "1", "a.tar:k: no caption"),
+        ("dropped: cut off", "1", "c.tar:m: cut off: 3 bytes"),
+        ("found: truncated shard", "1", "b.tar: truncated shard: no end"),
+        ("retried", "2", ""),
+        ("left out: video: short clip", "9", ""),
     ]
     assert loaded.summary() == (
-        "Of 8 samples 2 were dropped and replaced (2 x no caption, 1 x truncated shard); "
-        "first: b.tar: truncated shard: no end."
+        "6 samples were used, 2 dropped and replaced; 2 reads tried again; 1 faults found in shards; "
+        "9 samples fit no bucket."
     )
-    assert Ledger().summary() == ""
+    later = Ledger()
+    later.record(batch_with(1))
+    later.check(0.5, loaded)
+    with pytest.raises(DataError, match=r"3 samples cannot be used \(7 could\).*The first: b.tar: truncated shard"):
+        later.check(0, loaded)
 
 
 def test_lightning_keeps_its_hands_off_the_order(shards: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Iterable
 from fractions import Fraction
 
 import av
@@ -14,8 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from lingen.data import decode
-from lingen.data.decode import Clip, ShortClip, caption_of, decode_animation, decode_image, decode_sample, decode_video
+from lingen.data import decode, frames
+from lingen.data.captions import captions_of
+from lingen.data.decode import (
+    Clip,
+    decode_animation,
+    decode_image,
+    decode_sample,
+    decode_video,
+)
+from lingen.data.frames import ShortClip
+from lingen.data.pictures import webp_size
 
 SIZE = (16, 32)
 
@@ -36,8 +46,14 @@ def video(
     b_frames: int = 2,
     size: tuple[int, int] = SIZE,
     times: list[int] | None = None,
+    false_key: int | None = None,
 ) -> bytes:
-    """A file whose frame i is plain `grey(i)`; `times` gives presentation times in milliseconds."""
+    """A file whose frame i is plain `grey(i)`.
+
+    Args:
+        times: presentation times in milliseconds.
+        false_key: a frame that the container calls a key frame though it is none.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as file:
         options = {"bf": str(b_frames), "crf": "4", "sc_threshold": "0"} if codec == "libx264" else {"lossless": "1"}
@@ -46,13 +62,17 @@ def video(
         stream.codec_context.gop_size = gop
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
+        packets = []
         for index in range(count):
             picture = np.full((*size, 3), grey(index), np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
             if times is not None:
                 frame.pts, frame.time_base = times[index], Fraction(1, 1000)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if false_key is not None:
+            packets[false_key].is_keyframe = True
+        file.mux(packets)
     return buffer.getvalue()
 
 
@@ -121,22 +141,36 @@ def test_odd_pixel_formats(pix_fmt: str) -> None:
     assert frames_of(decoded(video(8, pix_fmt=pix_fmt))) == [0, 1, 2, 3]
 
 
-def test_only_what_is_needed_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def fed_packets(
+    monkeypatch: pytest.MonkeyPatch, data: bytes, frames: int = 4, **options: float
+) -> tuple[list[int], int]:
+    """The numbers of the frames of a clip, and how many pictures the decoder was given for them."""
     fed: list[object] = []
-    original = decode._decode
+    original = decode._pick
 
-    class Counting:
-        def __init__(self, codec: object):
-            self.codec = codec
-            self.sample_aspect_ratio = codec.sample_aspect_ratio
+    def counting(codec: object, packets: Iterable[object], *rest: object) -> object:
+        return original(codec, (fed.append(packet) or packet for packet in packets), *rest)
 
-        def decode(self, packet: object) -> list[object]:
-            fed.append(packet)
-            return self.codec.decode(packet)
+    monkeypatch.setattr(decode, "_pick", counting)
+    return frames_of(decoded(data, frames, **options)), len(fed)
 
-    monkeypatch.setattr(decode, "_decode", lambda codec, *rest: original(Counting(codec), *rest))
-    assert frames_of(decoded(video(56, gop=8, b_frames=0), start=33.5 / 53)) == [33, 34, 35, 36]
-    assert len(fed) == 5  # the key frame 32 and the clip
+
+def test_only_what_is_needed_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, fed = fed_packets(monkeypatch, video(56, gop=8, b_frames=0), start=33.5 / 53)
+    assert frames == [33, 34, 35, 36] and fed == 5  # the key frame 32 and the clip
+
+
+def test_pictures_that_no_other_one_needs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = video(56, gop=56, b_frames=3)
+    frames, fed = fed_packets(monkeypatch, data, start=40.5 / 53)
+    assert frames == [40, 41, 42, 43] and fed < 30  # of 45
+    frames, fed = fed_packets(monkeypatch, data, fps=12.0, start=0.9)
+    assert frames == [44, 46, 48, 50] and fed < 30  # of 52
+
+
+def test_a_frame_that_is_called_a_key_frame_and_is_none() -> None:
+    data = video(40, gop=40, b_frames=0, false_key=20)
+    assert frames_of(decoded(data, start=24.5 / 37)) == [24, 25, 26, 27]
 
 
 def test_too_few_frames_names_both_numbers() -> None:
@@ -199,7 +233,7 @@ def test_a_file_with_sound_alone() -> None:
 
 
 def test_a_video_larger_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_PIXELS", 500)
+    monkeypatch.setattr(frames, "MAX_PIXELS", 500)
     with pytest.raises(ValueError, match="too large: 32 x 16 pixels"):
         decoded(video(8))
 
@@ -266,6 +300,34 @@ def test_pixels_that_are_not_square() -> None:
 def test_a_sliver_is_refused_before_it_grows() -> None:
     with pytest.raises(ValueError, match="too large: 256 x 256000 pixels"):
         decode_video(encoded([striped((2000, 2))] * 2), frames=2, size=(256, 256), fps=8.0, start=0.0)
+
+
+@pytest.mark.parametrize("format", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p"])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1.5])
+def test_every_column_is_written_at_every_width(format: str, scale: float) -> None:
+    """FFmpeg has fast paths for some widths and formats; memory is filled with other values before."""
+    from av.video.reformatter import VideoReformatter
+
+    rng = np.random.default_rng(0)
+    for width in (*range(16, 80, 2), 456):
+        frame = av.VideoFrame(width, 32, format)
+        for number, plane in enumerate(frame.planes):
+            plane.update(
+                bytes(rng.integers(60, 180, plane.buffer_size, np.uint8))
+                if number == 0
+                else b"\x80" * plane.buffer_size
+            )
+        size = round(32 * scale), round(width * scale)
+        poison = [np.full(3 * size[0] * (size[1] + 32), 255, np.uint8) for _ in range(8)]
+        del poison
+        pixels = frames.fit_frame(frame, VideoReformatter(), None, size)
+        deep = VideoReformatter().reformat(
+            frame, size[1], size[0], "gbrp16le", interpolation="AREA" if scale < 1 else "BICUBIC"
+        )
+        green = np.frombuffer(deep.planes[0], np.uint16).reshape(-1, deep.planes[0].line_size // 2)[
+            : size[0], : size[1]
+        ]
+        assert pixels.shape == (3, *size) and abs(pixels - green[None] / 257).max() < 6, (width, format)
 
 
 @pytest.mark.parametrize(("matrix", "points"), [
@@ -365,8 +427,8 @@ def test_broken_pictures_are_a_value_error(data: bytes) -> None:
 
 @pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 90}])
 def test_the_size_of_a_webp_is_read_from_its_header(options: dict[str, object]) -> None:
-    assert decode._webp_size(saved(Image.new("RGB", (70, 30)), "WEBP", **options)) == (70, 30)
-    assert decode._webp_size(saved(Image.new("RGBA", (70, 30), (9, 9, 9, 9)), "WEBP", **options)) == (70, 30)
+    assert webp_size(saved(Image.new("RGB", (70, 30)), "WEBP", **options)) == (70, 30)
+    assert webp_size(saved(Image.new("RGBA", (70, 30), (9, 9, 9, 9)), "WEBP", **options)) == (70, 30)
 
 
 def animation(count: int, durations: list[int]) -> bytes:
@@ -419,7 +481,7 @@ def as_json(value: object) -> bytes:
     {"json": as_json({"width": 3}), "txt": b"a red circle"},
 ])  # fmt: skip
 def test_captions(sample: dict[str, bytes]) -> None:
-    assert caption_of(sample) == "a red circle"
+    assert captions_of(sample) == ["a red circle"]
 
 
 @pytest.mark.parametrize(("sample", "reason"), [
@@ -428,6 +490,8 @@ def test_captions(sample: dict[str, bytes]) -> None:
     ({"txt": b""}, "no caption"),
     ({"json": as_json(["a"])}, "no caption"),
     ({"json": as_json({"caption": 7})}, "no caption"),
+    ({"json": as_json({"captions": ["a", " "]})}, "no caption"),
+    ({"json": as_json({"captions": 7})}, "no caption"),
     ({"json": b"{'caption'"}, "broken JSON"),
     ({"json": '{"caption": "caf\u00e9"}'.encode("latin-1")}, "caption is not UTF-8"),
     ({"txt": b"caf\xe9"}, "caption is not UTF-8"),
@@ -435,4 +499,8 @@ def test_captions(sample: dict[str, bytes]) -> None:
 ])  # fmt: skip
 def test_captions_that_cannot_be_used(sample: dict[str, bytes], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        caption_of(sample)
+        captions_of(sample)
+
+
+def test_several_captions_each_once() -> None:
+    assert captions_of({"json": as_json({"captions": ["a", "b ", "c", "b"], "caption": "other"})}) == ["a", "b", "c"]

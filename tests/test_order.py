@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from itertools import islice
+from itertools import groupby, islice
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lingen.config import DataConfig, PerKind
+from lingen.config import PerKind
 from lingen.data import order
+from lingen.data.order import Anchor, Lane, Order, Place
 
 mixes = st.builds(PerKind, image=st.integers(0, 7), video=st.integers(0, 120)).filter(lambda m: m.image + m.video > 0)
-batches = st.builds(PerKind, image=st.integers(1, 5), video=st.integers(1, 3))
+lanes = st.lists(st.builds(Lane, samples=st.integers(1, 60), batch=st.integers(1, 4)), min_size=1, max_size=4)
+kinds = st.fixed_dictionaries({"image": lanes, "video": lanes})
 STREAM = (0, "main", "video")
 
 settings.register_profile("patient", deadline=None)  # the cores may be busy with other things
@@ -97,50 +100,164 @@ def test_a_spare_is_some_sample_and_always_the_same(number: int, attempt: int, s
     assert 0 <= spare < size and spare == order.spare_for(number, attempt, size, STREAM)
 
 
+# blocks
+
+
+@given(st.integers(1, 700), st.integers(2, 40), st.integers(0, 3))
+def test_an_epoch_in_blocks_visits_every_sample_once(size: int, block: int, epoch: int) -> None:
+    drawn = [order.sample_at(n, size, STREAM, block) for n in range(epoch * size, (epoch + 1) * size)]
+    assert {e for e, _ in drawn} == {epoch}
+    assert sorted(index for _, index in drawn) == list(range(size))
+
+
+def test_blocks_keep_neighbours_near_and_differ_from_epoch_to_epoch() -> None:
+    size, block = 100_000, 32
+    near = block * order.WINDOW
+    epochs = [[order.sample_at(e * size + n, size, STREAM, block)[1] for n in range(near)] for e in range(2)]
+    for drawn in epochs:
+        assert len({index // block for index in drawn}) <= 2 * order.WINDOW + 1  # blocks begin anywhere
+        assert max(drawn) - min(drawn) > size / 2
+        assert drawn != sorted(drawn)
+    assert len(set(epochs[0]) & set(epochs[1])) < near / 2
+
+
+# all of it
+
+
+def taken_by_all(ordered: Order, steps: range) -> list[Place]:
+    """What all ranks take in some steps: micro batch by micro batch, rank by rank."""
+    return [
+        ordered.place(step, micro, rank)
+        for step in steps
+        for micro in range(ordered.accumulate)
+        for rank in range(ordered.world)
+    ]
+
+
 @settings(max_examples=50)
-@given(mixes, batches, st.integers(1, 3), st.integers(0, 1000), st.sampled_from([(1, 2), (2, 2), (3, 4)]))
+@given(mixes, kinds, st.integers(1, 3), st.integers(1, 4), st.integers(0, 1000))
+def test_all_ranks_agree_on_kind_and_bucket(
+    mix: PerKind, kinds: dict[str, list[Lane]], accumulate: int, world: int, start: int
+) -> None:
+    ordered = Order(kinds, mix, (0, "main"), accumulate=accumulate, world=world)
+    for step in range(start, start + 10):
+        places = taken_by_all(ordered, range(step, step + 1))
+        assert len({(place.kind, place.bucket, len(place.numbers), len(place.slots)) for place in places}) == 1
+        assert places[0].kind == order.kind_of(step, mix)
+        assert len(places[0].numbers) == kinds[places[0].kind][places[0].bucket].batch
+
+
+@settings(max_examples=50)
+@given(mixes, kinds, st.integers(1, 3), st.integers(1, 3), st.integers(0, 40))
+def test_every_number_and_slot_is_taken_once_and_in_order(
+    mix: PerKind, kinds: dict[str, list[Lane]], accumulate: int, world: int, steps: int
+) -> None:
+    ordered = Order(kinds, mix, (0, "main"), accumulate=accumulate, world=world)
+    places = taken_by_all(ordered, range(steps))
+    slots = [slot for place in places for slot in place.slots]
+    assert slots == list(range(len(slots)))
+    for kind, of_kind in kinds.items():
+        for bucket in range(len(of_kind)):
+            numbers = [n for place in places if (place.kind, place.bucket) == (kind, bucket) for n in place.numbers]
+            assert numbers == list(range(len(numbers))) and ordered.taken(steps)[kind][bucket] == len(numbers)
+
+
+@settings(max_examples=40)
+@given(lanes, st.integers(1, 3), st.integers(1, 4))
+def test_an_epoch_of_all_buckets_visits_every_sample_once_up_to_less_than_a_step(
+    of_kind: list[Lane], world: int, epochs: int
+) -> None:
+    ordered = Order({"video": of_kind}, PerKind(image=0, video=1), (0, "main"), world=world)
+    steps = sum(epochs * lane.samples // (lane.batch * world) for lane in of_kind)
+    assert steps == sum(int(epochs * lane.samples / (lane.batch * world)) for lane in of_kind)
+    for lane, taken in zip(of_kind, ordered.taken(steps)["video"], strict=True):
+        assert 0 <= epochs * lane.samples - taken < lane.batch * world  # carried over into the next epoch
+
+
+def test_buckets_take_turns_in_proportion_and_shuffled() -> None:
+    of_kind = [Lane(60_000, 4), Lane(30_000, 8), Lane(10_000, 2)]
+    ordered = Order({"video": of_kind}, PerKind(image=0, video=1), (0, "main"), world=2)
+    turns = [ordered.place(step).bucket for step in range(2000)]
+    share = Counter(turns)
+    steps = [lane.samples / lane.batch for lane in of_kind]
+    for bucket, count in enumerate(steps):
+        assert share[bucket] == pytest.approx(2000 * count / sum(steps), abs=20)
+    assert max(len(list(run)) for _, run in groupby(turns)) < 25 and turns[:500] != turns[500:1000]
+    other = Order({"video": of_kind}, PerKind(image=0, video=1), (1, "main"), world=2)
+    assert [other.place(step).bucket for step in range(50)] != turns[:50]
+
+
+@settings(max_examples=50)
+@given(mixes, kinds, st.integers(1, 3), st.integers(0, 1000), st.sampled_from([(1, 2), (2, 2), (3, 4)]))
 def test_ranks_share_what_one_rank_would_take(
-    mix: PerKind, batch: PerKind, accumulate: int, step: int, case: tuple[int, int]
+    mix: PerKind, kinds: dict[str, list[Lane]], accumulate: int, step: int, case: tuple[int, int]
 ) -> None:
     scale, world = case
-    small = DataConfig(mix=mix, batch=PerKind(image=scale * batch.image, video=scale * batch.video))
-    large = DataConfig(mix=mix, batch=PerKind(image=world * small.batch.image, video=world * small.batch.video))
+    small = {k: [Lane(lane.samples, scale * lane.batch) for lane in of] for k, of in kinds.items()}
+    large = {k: [Lane(lane.samples, world * lane.batch) for lane in of] for k, of in small.items()}
+    alone = Order(large, mix, (0, "main"), accumulate=accumulate)
+    shared = Order(small, mix, (0, "main"), accumulate=accumulate, world=world)
     for micro in range(accumulate):
-        alone = order.place_of(step, micro, large, accumulate=accumulate)
-        parts = [order.place_of(step, micro, small, accumulate=accumulate, rank=r, world=world) for r in range(world)]
-        assert {part.kind for part in parts} == {alone.kind}
-        assert [n for part in parts for n in part.numbers] == list(alone.numbers)
-        assert [n for part in parts for n in part.slots] == list(alone.slots)
+        one, parts = alone.place(step, micro), [shared.place(step, micro, rank) for rank in range(world)]
+        assert {(part.kind, part.bucket) for part in parts} == {(one.kind, one.bucket)}
+        assert [n for part in parts for n in part.numbers] == list(one.numbers)
+        assert [n for part in parts for n in part.slots] == list(one.slots)
+
+
+@settings(max_examples=60)
+@given(
+    mixes, kinds, st.lists(st.tuples(st.integers(0, 25), st.integers(1, 3), st.integers(1, 3)), min_size=2, max_size=4)
+)
+def test_resuming_with_other_ranks_and_batches_loses_and_repeats_nothing(
+    mix: PerKind, kinds: dict[str, list[Lane]], parts: list[tuple[int, int, int]]
+) -> None:
+    """Parts of a run: steps, ranks, and batches that are so many times as large."""
+    places: list[Place] = []
+    step, anchor = 0, None
+    for steps, world, scale in parts:
+        scaled = {kind: [Lane(lane.samples, scale * lane.batch) for lane in of] for kind, of in kinds.items()}
+        ordered = Order(scaled, mix, (0, "main"), world=world, anchor=anchor)
+        places += taken_by_all(ordered, range(step, step + steps))
+        step += steps
+        anchor = Anchor(step, ordered.taken(step))
+    assert [slot for place in places for slot in place.slots] == list(range(sum(len(p.slots) for p in places)))
+    for kind, of_kind in kinds.items():
+        for bucket, lane in enumerate(of_kind):
+            numbers = [n for p in places if (p.kind, p.bucket) == (kind, bucket) for n in p.numbers]
+            assert numbers == list(range(len(numbers)))
+            samples = [order.sample_at(n, lane.samples, STREAM) for n in numbers]
+            assert len(set(samples)) == len(samples)  # no sample twice in an epoch
 
 
 @settings(max_examples=50)
-@given(mixes, batches, st.integers(1, 3), st.integers(1, 3), st.integers(0, 40))
-def test_every_number_and_slot_is_taken_once(
-    mix: PerKind, batch: PerKind, accumulate: int, world: int, steps: int
-) -> None:
-    data = DataConfig(mix=mix, batch=batch)
-    taken = [
-        order.place_of(step, micro, data, accumulate=accumulate, rank=rank, world=world)
-        for step in range(steps)
-        for micro in range(accumulate)
-        for rank in range(world)
-    ]
-    slots = [slot for place in taken for slot in place.slots]
-    assert slots == list(range(len(slots)))
-    for kind in order.KINDS:
-        numbers = [n for place in taken if place.kind == kind for n in place.numbers]
-        assert numbers == list(range(len(numbers)))
-
-
-@given(mixes, batches, st.integers(1, 3), st.integers(0, 30))
+@given(mixes, kinds, st.integers(1, 3), st.integers(0, 30))
 def test_resuming_at_any_step_goes_on_where_it_stood(
-    mix: PerKind, batch: PerKind, accumulate: int, resumed: int
+    mix: PerKind, kinds: dict[str, list[Lane]], accumulate: int, resumed: int
 ) -> None:
-    data = DataConfig(mix=mix, batch=batch)
-    whole = list(islice(order.places(0, data, accumulate=accumulate), 40 * accumulate))
-    rest = list(islice(order.places(resumed, data, accumulate=accumulate), (40 - resumed) * accumulate))
-    assert [p._replace(first=False) for p in rest] == [p._replace(first=False) for p in whole[resumed * accumulate :]]
-    assert rest[0].first and not any(place.first for place in rest[1:])
+    ordered = Order(kinds, mix, (0, "main"), accumulate=accumulate)
+    whole = list(islice(ordered.places(0), 40 * accumulate))
+    rest = list(
+        islice(Order(kinds, mix, (0, "main"), accumulate=accumulate).places(resumed), (40 - resumed) * accumulate)
+    )
+    assert rest == whole[resumed * accumulate :]
+
+
+@given(kinds, st.integers(0, 10**5))
+def test_the_mixed_stream_holds_one_image_step_in_any_101(kinds: dict[str, list[Lane]], start: int) -> None:
+    ordered = Order(kinds, PerKind(image=1, video=100), (0, "main"))
+    assert Counter(ordered.place(s).kind for s in range(start, start + 101)) == {"image": 1, "video": 100}
+
+
+def test_a_far_step_of_a_large_run_is_found_at_once() -> None:
+    kinds = {"image": [Lane(10**8, 64)] * 5, "video": [Lane(10**7, 4)] * 12}
+    ordered = Order(kinds, PerKind(image=1, video=100), (0, "main"), world=1024)
+    begin = time.perf_counter()
+    place = ordered.place(10**9, rank=1023)
+    assert time.perf_counter() - begin < 0.5
+    assert place.numbers[0] % 4 == 0 and len(place.numbers) == 4
+
+
+# held-out samples
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5))

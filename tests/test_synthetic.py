@@ -19,7 +19,7 @@ import webdataset
 from lingen.config import DataConfig, Recipe
 from lingen.data.cache import build_folder, cache_folder
 from lingen.data.encode import encode_mp4
-from lingen.data.shards import expand
+from lingen.data.locations import expand
 from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, captions, draw, ensure, held_out_clips, parse
 from lingen.registry import RecipeError
 
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(pattern: object) -> list[dict]:
-    paths = [str(path) for path in expand(pattern, "video")]
+    paths = expand(pattern, "video")
     return list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
 
 

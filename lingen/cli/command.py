@@ -39,6 +39,9 @@ def argument(*flags: str, **options: Any) -> Argument:
 RECIPE = argument("--recipe", metavar="R", help="a YAML file, or the name of a recipe that comes with lingen")
 STAGE = argument("--stage", metavar="S", help="one stage of the recipe")
 JSON = argument("--json", action="store_true", help="for machines")
+PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
+PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
+SHARD_MB = argument("--shard-mb", type=int, default=1000, metavar="N", help="size of a shard; default: 1000")
 
 
 def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[Run], Run]:

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import groupby
+from typing import Any
 
-from lingen.cli.command import DONE, FAILED, argument, command, console
+from lingen.cli.command import (
+    DONE,
+    FAILED,
+    JSON,
+    PROCESSES,
+    RECIPE,
+    argument,
+    command,
+    console,
+    print_json,
+    print_table,
+)
+from lingen.cli.pack import split_overrides
+from lingen.registry import RecipeError
 
 
 @command(
@@ -42,3 +57,164 @@ def data_fetch(args: argparse.Namespace) -> int:
         print(line)
     print(f"{fetched.folder}: " + ", ".join(f"{count} {kind}" for kind, count in fetched.counts.items()))
     return DONE
+
+
+SHOWN = 10
+"""Faults of a kind that are named."""
+
+
+@command(
+    "are shards whole, does their manifest tell the truth, and what would each stage of a recipe make of them?",
+    argument("folders", nargs="*", metavar="DIR", help="folders of shards; default: those of the recipe"),
+    RECIPE,
+    argument("--quick", action="store_true", help="only headers and manifest"),
+    argument("--decode", action="store_true", help="every frame of every clip"),
+    argument("--ranks", type=int, metavar="N", help="default: devices times nodes of the recipe"),
+    PROCESSES,
+    JSON,
+    overrides=True,
+)
+def data_check(args: argparse.Namespace) -> int:
+    folders = split_overrides(args.folders, args)
+    if args.recipe is None and not folders:
+        raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
+    from pathlib import Path
+
+    from lingen.data.check import Depth, check_folders
+    from lingen.data.forecast import forecast, local_folders
+    from lingen.data.workers import processes_here
+    from lingen.progress import count_bar
+    from lingen.recipe import load_stages
+
+    stages = load_stages(args.recipe, args.overrides) if args.recipe else []
+    local, remote = ([Path(folder) for folder in folders], list[str]()) if folders else local_folders(stages)
+    processes = processes_here() if args.processes is None else args.processes
+    depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"
+    with count_bar(console(), "checking") as progress:
+        checked = check_folders(local, depth, processes, progress)
+    foreseen = forecast(stages, args.ranks)
+    if args.json:
+        print_json({"samples": checked.samples, "faults": checked.faults, **foreseen._asdict()})
+    else:
+        _print_check(checked, foreseen, remote, depth)
+    return FAILED if checked.faults or foreseen.problems else DONE
+
+
+def _print_check(checked: Any, foreseen: Any, remote: list[str], depth: str) -> None:
+    if foreseen.buckets:
+        print_table([_bucket_row(bucket, foreseen.epochs) for bucket in foreseen.buckets])
+        print()
+    for reason, count in foreseen.left_out.items():
+        print(f"left out: {count:,} x {reason}")
+    for folder in remote:
+        print(f"not read, only its manifest: {folder}")
+    by_reason = groupby(sorted(checked.faults, key=lambda one: one.reason), lambda one: one.reason.partition(":")[0])
+    for reason, faults in ((reason, list(faults)) for reason, faults in by_reason):
+        for fault in faults[:SHOWN]:
+            print(f"{fault.where}: {fault.reason}", file=sys.stderr)
+        if len(faults) > SHOWN:
+            print(f"... and {len(faults) - SHOWN:,} more of '{reason}' (all of them: --json)", file=sys.stderr)
+    for problem in foreseen.problems:
+        print(problem, file=sys.stderr)
+    read = {"quick": "headers", "full": "bytes", "decode": "frames"}[depth]
+    wrong = len(checked.faults) + len(foreseen.problems)
+    print(f"{checked.samples:,} samples: {read} checked, {wrong or 'nothing'} wrong")
+
+
+def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, str]:
+    return {
+        "stage": bucket.stage,
+        "kind": bucket.kind,
+        "frames x height x width": bucket.shape,
+        "samples": f"{bucket.samples:,}",
+        "a rank": f"{bucket.per_rank:,.4g}",
+        "a step": str(bucket.step),
+        "steps an epoch": f"{bucket.steps:,.4g}",
+        "epochs in the stage": f"{epochs[bucket.stage][bucket.kind]:,.3g}",
+    }
+
+
+@command(
+    "a data set in numbers: a table, histograms and a contact sheet",
+    argument("folders", nargs="+", metavar="DIR", help="folders of shards with a manifest"),
+    argument("--out", metavar="DIR", default=".", help="histograms.png and samples.jpg go there; default: here"),
+    argument("--clips", type=int, default=8, metavar="N", help="samples of each kind to show; default: 8"),
+    argument("--seed", type=int, default=0, help="other samples"),
+    JSON,
+)
+def data_stats(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lingen.data.stats import contact_sheet, histograms, measure
+
+    folders, out = [Path(folder) for folder in args.folders], Path(args.out)
+    stats = measure(folders)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [histograms(stats.measures, out / "histograms.png")]
+    sheet = contact_sheet(folders, out / "samples.jpg", args.clips, args.seed)
+    files += [sheet] if sheet is not None else []
+    if args.json:
+        print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})
+        return DONE
+    print_table(stats.rows)
+    print_table([{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]])
+    print(*files, sep="\n")
+    return DONE
+
+
+@command(
+    "the manifest of shards that have none, so that their samples can be sorted by size and length",
+    argument("folders", nargs="+", metavar="DIR", help="folders of tar files; each gets its own"),
+    PROCESSES,
+)
+def data_index(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lingen.data.describe import index_folder
+    from lingen.data.workers import processes_here
+    from lingen.progress import count_bar
+
+    for folder in args.folders:
+        with count_bar(console(), f"reading {folder}") as progress:
+            found = index_folder(Path(folder), args.processes or processes_here(), progress)
+        for drop in found.drops:
+            print(f"{drop.where}: {drop.reason}", file=sys.stderr)
+        print(f"{folder}: {found.rows:,} samples, {len(found.drops):,} left out")
+    return DONE
+
+
+@command(
+    "how fast the loader is, beside a bare PyAV loop and plain webdataset (CPU)",
+    argument("--shards", default="data/footage/*video-*.tar", metavar="S", help="default: `lingen data fetch footage`"),
+    argument("--out", default="bench", metavar="DIR", help="loader.json goes there"),
+    argument("--pairs", type=int, default=7, metavar="N", help="measurements of each of both sides; default: 7"),
+    argument("--seconds", type=float, default=5.0, metavar="S", help="that a measurement takes about; default: 5"),
+    argument("--rows", type=int, default=1_000_000, metavar="N", help="of a synthetic manifest; 0: none"),
+)
+def bench_loader(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lingen.bench.loader import bench
+    from lingen.progress import count_bar
+
+    with count_bar(console(), "measuring") as progress:
+        result = bench(
+            args.shards, Path(args.out), pairs=args.pairs, seconds=args.seconds, rows=args.rows, progress=progress
+        )
+    print_table([_comparison_row(one) for one in result["comparisons"]])
+    if args.rows:
+        print(f"\nthe index of {args.rows:,} rows: ", end="")
+        print(
+            ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["index"].items() if name != "rows")
+        )
+    print(Path(args.out) / "loader.json")
+    return DONE
+
+
+def _comparison_row(one: dict[str, Any]) -> dict[str, str]:
+    ours, theirs = one["clips_per_second"]
+    cpu = [f"{milliseconds:.3g}" for milliseconds in one["cpu_ms_per_clip"]]
+    return {
+        "shards": one["what"], "beside": one["beside"], "workers": str(one["workers"]), "ratio": f"{one['ratio']:.2f}",
+        "clips/s": f"{ours:.4g}", "theirs": f"{theirs:.4g}", "CPU ms/clip": cpu[0], "theirs, ms": cpu[1],
+    }  # fmt: skip

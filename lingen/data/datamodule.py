@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from lingen.config import Recipe, Shards
 from lingen.data import order
-from lingen.data.batch import Batch
+from lingen.data.batch import Batch, Drop
+from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
+from lingen.data.fingerprint import check_encoded
+from lingen.data.indexing import open_index
+from lingen.data.latents import Wanted
 from lingen.data.ledger import DataError
-from lingen.data.order import KINDS, Place
-from lingen.data.shards import ShardIndex, expand, index
-from lingen.registry import RecipeError
+from lingen.data.locations import expand
+from lingen.data.order import KINDS, Anchor, Order, Place
+from lingen.data.sources import Reader
+from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 
 
 class ClipData(lightning.LightningDataModule):
-    """Batches of a stage, one kind at a time, from WebDataset shards.
+    """Batches of a stage, one kind and one shape at a time, from WebDataset shards.
 
     Which samples a batch holds follows from the seed, the stage, the optimiser step and the rank alone: not from the
-    number of workers, and not from what was handed out before. A resumed run goes on after the last step trained.
+    number of workers, and not from what was handed out before. A resumed run goes on after the last step trained; with
+    another number of ranks, or batches of another size, it goes on in the same epochs, and loses and repeats nothing.
 
     Args:
         recipe: a loaded stage.
@@ -42,6 +51,7 @@ class ClipData(lightning.LightningDataModule):
         """Optimiser step of the first training batch; the trainer's, where that is further on."""
         self.train: Clips | None = None
         self.validation: Clips | None = None
+        self._resumed: dict[str, Any] | None = None
 
     @property
     def kinds(self) -> list[str]:
@@ -49,17 +59,18 @@ class ClipData(lightning.LightningDataModule):
         return [kind for kind in KINDS if getattr(self.recipe.data.mix, kind) > 0]
 
     def check(self) -> None:
-        """RecipeError where a pattern of the recipe's shards matches no file; nothing is read."""
+        """RecipeError where a pattern of the recipe's shards matches no file; no shard is read."""
         for setting in ("shards", "validation"):
             for kind in self.kinds:
-                expand(getattr(getattr(self.recipe.data, setting), kind), f"data.{setting}.{kind}")
+                self._expand(getattr(self.recipe.data, setting), kind, f"data.{setting}")
 
     def prepare_data(self) -> None:
-        """Draws the synthetic clips where the recipe names no shards; done once per machine."""
-        self._shards()
+        """Once per machine: draws the synthetic clips where the recipe names no shards, makes the indexes."""
+        with contextlib.suppress(ValueError):  # what is wrong is said by every rank in `setup`: none waits for another
+            self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the headers of all shards. RecipeError where a kind has none, DataError where they hold no sample."""
+        """Opens the indexes of all shards. RecipeError where a kind has none, DataError where no sample fits."""
         if self.train is not None:
             return
         data, stream = self.recipe.data, (self.recipe.seed, self.recipe.stage or "main")
@@ -72,8 +83,10 @@ class ClipData(lightning.LightningDataModule):
                     f"data.mix.{kind} is {getattr(data.mix, kind)}, but data.shards.{kind} names no shards; "
                     f"name some, or set data.mix.{kind} to 0."
                 )
-        self.train = Clips(data, self._open(shards, "data.shards"), stream)
-        self.validation = Clips(data, self._open(held_out, "data.validation"), ("validation",), shuffle=False)
+        reader = Reader(data.remote)
+        train, validation = self._open(shards, "data.shards", reader), self._open(held_out, "data.validation", reader)
+        self.train = Clips(data, train, stream, reader, self._wanted)
+        self.validation = Clips(data, validation, ("validation",), reader, self._wanted, shuffle=False)
 
     def _shards(self) -> tuple[Shards, Shards]:
         data = self.recipe.data
@@ -83,17 +96,82 @@ class ClipData(lightning.LightningDataModule):
 
         return ensure(self.recipe)
 
-    def _open(self, shards: Shards, setting: str) -> dict[str, ShardIndex]:
-        opened = {
-            kind: index(expand(getattr(shards, kind), f"{setting}.{kind}"))
+    def _expand(self, shards: Shards, kind: str, setting: str) -> list[str]:
+        return expand(getattr(shards, kind), f"{setting}.{kind}", self.recipe.data.remote.timeout)
+
+    def _open(self, shards: Shards, setting: str, reader: Reader) -> dict[str, Pool]:
+        return {
+            kind: self._pool(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
             for kind in self.kinds
             if getattr(shards, kind)
         }
-        for kind, found in opened.items():
-            if not len(found):
-                faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in found.faults[:3]) or "they are empty"
-                raise DataError(f"{setting}.{kind}: there is no whole sample in {len(found.paths)} shards ({faults}).")
-        return opened
+
+    def _pool(self, locations: list[str], kind: str, setting: str, reader: Reader) -> Pool:
+        index = open_index(locations, kind, setting, reader)
+        if not len(index):
+            faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in index.faults[:3]) or "they are empty"
+            raise DataError(f"{setting}: there is no whole sample in {len(index.shards)} shards ({faults}).")
+        if index.encoded:
+            check_encoded(index.abouts, self.recipe, setting)
+        pool = pool_of(index, self.recipe.data, kind, self._tokens, setting)
+        if not len(pool):
+            reasons = "; ".join(f"{out.number} x {reason}, as {out.example}" for reason, out in pool.left_out.items())
+            raise DataError(f"{setting}: none of {len(index)} samples fits this stage ({reasons}).")
+        return pool
+
+    def _tokens(self, shape: Shape) -> int:
+        """Tokens of a sample of this shape."""
+        latents = self._wanted.latents(shape)[1:]
+        return math.prod(math.ceil(n / side) for n, side in zip(latents, self.recipe.model.patch, strict=True))
+
+    @cached_property
+    def _wanted(self) -> Wanted:
+        with torch.device("meta"):  # for their sizes only
+            autoencoder = AUTOENCODERS.build(self.recipe.autoencoder)
+            encoders = [TEXT_ENCODERS.build(component) for component in self.recipe.text]
+        frozen = [number for number, encoder in enumerate(encoders) if not getattr(encoder, "trainable", False)]
+        return Wanted(autoencoder.channels, tuple(autoencoder.strides), frozenset(frozen))
+
+    # what is told
+
+    @property
+    def faults(self) -> list[Drop]:
+        """Training shards and samples that were found to be broken when they were opened."""
+        self.setup()
+        assert self.train is not None
+        return [drop for pool in self.train.pools.values() for drop in pool.index.faults]
+
+    @property
+    def held_out_faults(self) -> list[Drop]:
+        """The same of the validation shards."""
+        self.setup()
+        assert self.validation is not None
+        return [drop for pool in self.validation.pools.values() for drop in pool.index.faults]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """``kind: reason`` -> training samples that are in no bucket."""
+        self.setup()
+        assert self.train is not None
+        return {
+            f"{kind}: {reason}": out.number
+            for kind, pool in self.train.pools.items()
+            for reason, out in pool.left_out.items()
+        }
+
+    def describe(self) -> list[str]:
+        """A sentence for each kind: how many samples, in which buckets, and what was left out."""
+        self.setup()
+        assert self.train is not None
+        lines = []
+        for kind, pool in self.train.pools.items():
+            buckets = ", ".join(
+                f"{lane.samples:,} of {shape} in batches of {lane.batch}"
+                for shape, lane in zip(pool.shapes, pool.lanes, strict=True)
+            )
+            out = "".join(f"; left out: {one.number:,} x {reason}" for reason, one in pool.left_out.items())
+            lines.append(f"{kind}: {buckets}{out}")
+        return lines
 
     # loaders
 
@@ -102,31 +180,48 @@ class ClipData(lightning.LightningDataModule):
         self.setup()
         assert self.train is not None
         workers = self.recipe.data.workers
-        return _loader(self.train, Places(self._places_from_here), workers)
+        return _loader(self.train, Places(self._places_from_here, workers=workers), workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """The first `train.validation_samples` held-out samples of each kind, in fixed order; equally many a rank."""
         self.setup()
         assert self.validation is not None
-        data, rank, world = self.recipe.data, *self._ranks()
+        rank, world = self._ranks()
         places: list[Place] = []
-        for kind, found in self.validation.indexes.items():
-            samples = min(self.recipe.train.validation_samples, len(found))
-            places += order.held_out_places(kind, samples, getattr(data.batch, kind), rank=rank, world=world)
+        for kind, pool in self.validation.pools.items():
+            samples = min(self.recipe.train.validation_samples, len(pool))
+            last = np.sort(np.concatenate([rows[:samples] for rows in pool.rows]))[samples - 1]
+            for bucket, (rows, batch) in enumerate(zip(pool.rows, pool.batches, strict=True)):
+                count = int((rows[:samples] <= last).sum())
+                places += order.held_out_places(kind, count, batch, bucket=bucket, rank=rank, world=world)
         if not places:
             return []
-        return _loader(self.validation, Places(lambda: iter(places), len(places)), min(data.workers, len(places)))
+        workers = min(self.recipe.data.workers, len(places))
+        return _loader(self.validation, Places(lambda: iter(places), len(places), workers), workers)
 
     def batches(self, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The training batches of one rank from an optimiser step on, without end and without a trainer or workers."""
         self.setup()
         assert self.train is not None
-        for place in self.places(start, rank=rank, world=world):
+        for place in Places(lambda: self.places(start, rank=rank, world=world)):
             yield self.train[place]
 
     def places(self, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[Place]:
         """The places of those batches."""
-        return order.places(start, self.recipe.data, accumulate=self.recipe.train.accumulate, rank=rank, world=world)
+        return self.order(world).places(start, rank)
+
+    def order(self, world: int = 1) -> Order:
+        """The order of the stage's batches for this number of ranks, from where a loaded checkpoint leaves it."""
+        self.setup()
+        assert self.train is not None
+        lanes = {kind: pool.lanes for kind, pool in self.train.pools.items()}
+        ordered = partial(
+            Order, lanes, self.recipe.data.mix, self.train.stream, accumulate=self.recipe.train.accumulate, world=world
+        )
+        if self._resumed is None:
+            return ordered()
+        same = self._resumed["sizes"] == ordered().sizes
+        return ordered(anchor=Anchor(*self._resumed["anchor" if same else "here"]))
 
     def _places_from_here(self) -> Iterator[Place]:
         rank, world = self._ranks()
@@ -137,6 +232,42 @@ class ClipData(lightning.LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    # resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """A few integers, worked out from the steps trained: never from the batches handed out, which are ahead."""
+        current, step = self.order(self._ranks()[1]), self._step()
+        return {
+            "samples": self._samples(),
+            "sizes": current.sizes,
+            "anchor": [current.anchor.step, dict(current.anchor.taken)],
+            "here": [step, current.taken(step)],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where a `state_dict` was made. DataError where the shards hold other samples now."""
+        if state_dict["samples"] != self._samples():
+            raise DataError(
+                f"The data of this run have changed since step {state_dict['here'][0]}: there were "
+                f"{_count(state_dict['samples'])}, now there are {_count(self._samples())}. Bring the old shards back, "
+                "or start a new run with init=RUN, which goes on from its weights with new epochs."
+            )
+        self._resumed = state_dict
+
+    def _samples(self) -> dict[str, dict[str, int]]:
+        """Kind -> bucket -> samples."""
+        self.setup()
+        assert self.train is not None
+        return {
+            kind: {str(shape): len(rows) for shape, rows in zip(pool.shapes, pool.rows, strict=True)}
+            for kind, pool in self.train.pools.items()
+        }
+
+
+def _count(samples: dict[str, dict[str, int]]) -> str:
+    parts = {kind: " + ".join(f"{n} of {shape}" for shape, n in of.items()) for kind, of in samples.items()}
+    return ", ".join(f"{kind}: {part}" for kind, part in parts.items())
 
 
 def _loader(clips: Clips, places: Places, workers: int) -> DataLoader[Batch]:

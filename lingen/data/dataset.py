@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from lingen.config import DataConfig
 from lingen.data import order
+from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
-from lingen.data.decode import Clip, caption_of, decode_sample
+from lingen.data.buckets import Pool, Shape
+from lingen.data.captions import captions_of
+from lingen.data.decode import decode_sample
+from lingen.data.latents import Text, Wanted, pad_text, read_encoded
 from lingen.data.ledger import DataError
-from lingen.data.order import Place
-from lingen.data.shards import ShardIndex
+from lingen.data.order import Place, Stream
+from lingen.data.shards import parse
+from lingen.data.sources import Reader
 
 ATTEMPTS = 20
 """Spares that are tried for one slot."""
 
 
+class Sample(NamedTuple):
+    """A sample, decoded."""
+
+    pixels: Tensor
+    """uint8 [3 t h w]; of an encoded sample latents [c t h w]."""
+    starts: int
+    """How many clips of this length the video holds: the number of different first frames."""
+    captions: list[str]
+    text: Text = {}
+    """Of an encoded sample: number of a text encoder -> tokens [n w] of each caption."""
+
+
 class ClipCache:
-    """Decoded clips, the least recently used ones forgotten first.
+    """Decoded samples, the least recently used ones forgotten first.
 
     A clip is found by its sample and by where it begins. How many beginnings a video has is known once it was decoded;
     a video that is exactly as long as a clip has one, so it is decoded once.
@@ -33,25 +53,35 @@ class ClipCache:
     def __init__(self, limit: int):
         self.limit = limit
         self.size = 0
-        self._clips: OrderedDict[tuple[str, int, int], tuple[Clip, str]] = OrderedDict()
+        self._samples: OrderedDict[tuple[str, int, int], Sample] = OrderedDict()
         self._starts: dict[tuple[str, int], int] = {}
 
-    def get(self, kind: str, number: int, start: float, read: Callable[[], tuple[Clip, str]]) -> tuple[Clip, str]:
-        """The clip and the caption, from memory or from `read`."""
+    def get(self, kind: str, number: int, start: float, read: Callable[[], Sample]) -> Sample:
+        """The sample, from memory or from `read`."""
         if not self.limit:
             return read()
         starts = self._starts.get((kind, number))
-        if starts is not None and (key := (kind, number, int(start * starts))) in self._clips:
-            self._clips.move_to_end(key)
-            return self._clips[key]
+        if starts is not None and (key := (kind, number, int(start * starts))) in self._samples:
+            self._samples.move_to_end(key)
+            return self._samples[key]
         found = read()
-        starts = self._starts[kind, number] = found[0].starts
-        self._clips[kind, number, int(start * starts)] = found
-        self.size += found[0].pixels.nbytes
+        starts = self._starts[kind, number] = found.starts
+        self._samples[kind, number, int(start * starts)] = found
+        self.size += found.pixels.nbytes
         while self.size > self.limit:
-            _, (clip, _) = self._clips.popitem(last=False)
-            self.size -= clip.pixels.nbytes
+            self.size -= self._samples.popitem(last=False)[1].pixels.nbytes
         return found
+
+
+class Choice(NamedTuple):
+    """A sample of a pool in an epoch."""
+
+    kind: str
+    number: int
+    """In the index."""
+    shape: Shape
+    stream: Stream
+    epoch: int
 
 
 class Clips(Dataset[Batch]):
@@ -59,53 +89,115 @@ class Clips(Dataset[Batch]):
 
     Args:
         data: what a batch is made of.
-        indexes: kind -> its shards.
+        pools: kind -> its samples.
         stream: what the order depends on: the seed and the stage.
+        reader: how shards are read.
+        encoded: what encoded samples hold.
         shuffle: an order of its own for each epoch; without it the samples come as they lie in the shards.
     """
 
     def __init__(
-        self, data: DataConfig, indexes: dict[str, ShardIndex], stream: tuple[object, ...], *, shuffle: bool = True
+        self,
+        data: DataConfig,
+        pools: Mapping[str, Pool],
+        stream: Stream,
+        reader: Reader,
+        encoded: Wanted,
+        *,
+        shuffle: bool = True,
     ):
         self.data = data
-        self.indexes = indexes
+        self.pools = pools
         self.stream = stream
+        self.encoded = encoded
         self.shuffle = shuffle
         self.cache = ClipCache(data.cache_mb << 20)
+        self.ahead = {kind: Ahead(pool.index, reader) for kind, pool in pools.items()}
 
     def __getitem__(self, place: Place) -> Batch:
         """The samples of a place. DataError where no spare can fill a slot."""
-        drops = [drop for index in self.indexes.values() for drop in index.faults] if place.first else []
-        samples = [self._fill(place.kind, number, drops) for number in place.numbers]
-        clips, captions, keys = zip(*samples, strict=True)
-        fps = self.data.fps if place.kind == "video" else 0.0
-        slots = torch.tensor(list(place.slots), dtype=torch.int64)
-        return Batch(place.kind, place.step, torch.stack(clips), list(captions), fps, list(keys), slots, drops)
+        drops: list[Drop] = []
+        retries: list[str] = []
+        self._read_ahead(place)
+        found = [self._fill(place, number, drops, retries) for number in place.numbers]
+        samples, choices = zip(*found, strict=True)
+        index = self.pools[place.kind].index
+        told = [self._caption(*one) for one in found]
+        encoders = samples[0].text.keys()
+        return Batch(
+            kind=place.kind,
+            step=place.step,
+            clips=default_collate([sample.pixels for sample in samples]),  # in a worker straight into shared memory
+            captions=[sample.captions[number] for sample, number in zip(samples, told, strict=True)],
+            fps=self.data.fps if place.kind == "video" else 0.0,
+            keys=[index.where(choice.number) for choice in choices],
+            sources=[index.source(choice.number) for choice in choices],
+            slots=torch.tensor(list(place.slots), dtype=torch.int64),
+            drops=drops,
+            retries=retries,
+            text={
+                encoder: pad_text([sample.text[encoder][number] for sample, number in zip(samples, told, strict=True)])
+                for encoder in encoders
+            },
+        )
 
-    def _fill(self, kind: str, number: int, drops: list[Drop]) -> tuple[torch.Tensor, str, str]:
-        """Pixels, caption and ``shard:key`` of the sample of this number, or of its first spare that can be used."""
-        index, stream = self.indexes[kind], (*self.stream, kind)
-        epoch, chosen = order.sample_at(number, len(index), stream) if self.shuffle else divmod(number, len(index))
-        for attempt in range(1, ATTEMPTS + 1):
-            where = index.where(chosen)
+    def _read_ahead(self, place: Place) -> None:
+        """Has threads read this batch, and the next one while this is decoded; not where decoded clips are kept."""
+        if self.cache.limit:
+            return
+        coming: dict[str, list[int]] = {kind: [] for kind in self.pools}
+        for one in (place, place.ahead):
+            if one is not None:
+                coming[one.kind] += [self._choose(one, number).number for number in one.numbers]
+        for kind, numbers in coming.items():
+            self.ahead[kind].ask(numbers)
+
+    def _choose(self, place: Place, number: int, attempt: int = 0) -> Choice:
+        """The sample of a number in its bucket, or its `attempt`-th spare of the same bucket."""
+        pool = self.pools[place.kind]
+        shape, rows = pool.shapes[place.bucket], pool.rows[place.bucket]
+        stream = (*self.stream, *pool.name_of(place.bucket))
+        at = order.sample_at(number, len(rows), stream, self.data.block) if self.shuffle else divmod(number, len(rows))
+        epoch, position = at
+        if attempt:
+            position = order.spare_for(number, attempt, len(rows), stream)
+        return Choice(place.kind, int(rows[position]), shape, stream, epoch)
+
+    def _fill(self, place: Place, number: int, drops: list[Drop], retries: list[str]) -> tuple[Sample, Choice]:
+        """The sample of this number, or its first spare that can be used."""
+        index = self.pools[place.kind].index
+        for attempt in range(ATTEMPTS):
+            choice = self._choose(place, number, attempt)
+            where = index.where(choice.number)
             try:
-                clip, caption = self._load(kind, chosen, order.uniform("start", stream, epoch, where))
-                return clip.pixels, caption, where
+                return self._load(choice, where, retries), choice
             except (OSError, ValueError) as error:
-                drops.append(Drop(where, str(error)))
-            chosen = order.spare_for(number, attempt, len(index), stream)
+                retries += [where] * getattr(error, "retries", 0)
+                drops.append(Drop(where, str(error), index.source(choice.number)))
         shown = "; ".join(f"{drop.where}: {drop.reason}" for drop in drops[-3:])
-        raise DataError(f"{ATTEMPTS} {kind} samples in a row cannot be used, the last of them: {shown}")
+        raise DataError(f"{ATTEMPTS} {place.kind} samples in a row cannot be used, the last of them: {shown}")
 
-    def _load(self, kind: str, number: int, start: float) -> tuple[Clip, str]:
-        def read() -> tuple[Clip, str]:
-            sample = self.indexes[kind].read(number)
-            caption = caption_of(sample)
-            frames = self.data.frames if kind == "video" else 1
-            clip = decode_sample(sample, kind, frames=frames, size=self.data.size, fps=self.data.fps, start=start)
-            return clip, caption
+    def _load(self, choice: Choice, where: str, retries: list[str]) -> Sample:
+        kind, number, (frames, height, width), stream, epoch = choice
+        start = order.uniform("start", stream, epoch, where)
+
+        def read() -> Sample:
+            piece = self.ahead[kind].get(number)
+            retries.extend([where] * piece.retries)
+            members = parse(piece.data, self.pools[kind].index.key(number))
+            if self.pools[kind].index.encoded:
+                latents, captions, text = read_encoded(members, choice.shape, self.encoded)
+                return Sample(latents, 1, captions, text)
+            captions = captions_of(members)
+            clip = decode_sample(members, kind, frames=frames, size=(height, width), fps=self.data.fps, start=start)
+            return Sample(clip.pixels, clip.starts, captions)
 
         return self.cache.get(kind, number, start, read)
+
+    def _caption(self, sample: Sample, choice: Choice) -> int:
+        """Which of its captions it has in this epoch."""
+        where = self.pools[choice.kind].index.where(choice.number)
+        return int(order.uniform("caption", choice.stream, choice.epoch, where) * len(sample.captions))
 
 
 class Places(DistributedSampler):
@@ -115,14 +207,21 @@ class Places(DistributedSampler):
     Args:
         places: called at the beginning of each iteration.
         length: how many there are; None: no end.
+        workers: processes that take turns; each is told what it gets next.
     """
 
-    def __init__(self, places: Callable[[], Iterator[Place]], length: int | None = None):
+    def __init__(self, places: Callable[[], Iterator[Place]], length: int | None = None, workers: int = 0):
         self.places = places
         self.length = length
+        self.workers = workers
 
     def __iter__(self) -> Iterator[Place]:
-        return self.places()
+        places = self.places()
+        coming = deque(islice(places, max(1, self.workers)))
+        for place in places:
+            coming.append(place)
+            yield coming.popleft()._replace(ahead=place)
+        yield from coming
 
     def __len__(self) -> int:
         if self.length is None:

@@ -1,18 +1,19 @@
-"""What became of the samples: counted, named, and too many of them stop the run."""
+"""What became of the samples: counted, named, and too many broken ones stop the run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lingen.data.batch import Batch, Drop
-from lingen.data.shards import FAULTS
 
 ENOUGH = 100
 """Samples seen before a share of dropped ones means something."""
 NAMED = 20
 """Dropped samples that are kept by name for each reason; all are counted."""
+CUT = ("truncated shard", "empty shard", "cut off")
+"""Reasons that say that the end of something is missing."""
 
 
 class DataError(ValueError):
@@ -23,115 +24,159 @@ class DataError(ValueError):
         super().__init__(message.rpartition("DataError: ")[2])
 
 
+def reason_of(drop: Drop) -> str:
+    """What drops are grouped by: the part of the reason before its first colon."""
+    return drop.reason.partition(":")[0]
+
+
+def is_cut(drop: Drop) -> bool:
+    """Is the end of a shard or of a sample missing?"""
+    return reason_of(drop) in CUT
+
+
 class Ledger:
-    """Counts of used and dropped samples. A reason's part before the first colon is what drops are grouped by.
+    """Counts of used, dropped, truncated and retried samples, in all, for each shard and for each source.
 
     Faults that are found when shards are opened (a cut tar, a refused member) count once by name, also after a resume.
     """
 
     def __init__(self) -> None:
         self.used = 0
+        self.retried = 0
+        """Attempts to read a sample after the first one."""
         self.dropped: Counter[str] = Counter()
         """Dropped samples by reason."""
-        self.shards: Counter[str] = Counter()
-        """Dropped samples by shard."""
         self.named: dict[str, list[str]] = {}
         """Reason -> the first dropped samples as ``shard:key: reason``."""
         self.faults: dict[str, str] = {}
         """Shard or ``shard:key`` -> what was wrong when the shards were opened."""
+        self.left_out: dict[str, int] = {}
+        """``kind: reason`` -> samples that are in no bucket of this stage."""
+        self.shards: dict[str, Counter[str]] = {}
+        """Shard -> ``used``, ``dropped``, ``truncated``, ``retried``."""
+        self.sources: dict[str, Counter[str]] = {}
+        """The same for where samples came from."""
 
     @property
     def seen(self) -> int:
         """Samples that were asked for: used and dropped ones."""
         return self.used + self.dropped.total()
 
-    def record(self, batch: Batch) -> None:
-        """Counts a batch that was trained on, and what was dropped on the way to it."""
-        self.used += len(batch.keys)
-        for drop in batch.drops:
-            self._drop(drop)
+    @property
+    def truncated(self) -> int:
+        """Shards and samples whose end is missing."""
+        found = sum(reason.partition(":")[0] in CUT for reason in self.faults.values())
+        return found + sum(self.dropped[reason] for reason in CUT)
 
-    def _drop(self, drop: Drop) -> None:
-        group = drop.reason.partition(":")[0]
-        if group in FAULTS:
-            self.faults[drop.where] = drop.reason
-            return
-        self.dropped[group] += 1
-        self.shards[drop.where.partition(":")[0]] += 1
-        self._name(group, [f"{drop.where}: {drop.reason}"])
+    def open(self, faults: Iterable[Drop], left_out: Mapping[str, int]) -> None:
+        """Takes in what was found when the shards were opened."""
+        self.faults |= {drop.where: drop.reason for drop in faults}
+        self.left_out |= left_out
+
+    def record(self, batch: Batch) -> None:
+        """Counts a batch that was trained on, and what was dropped and read again on the way to it."""
+        self.used += len(batch.keys)
+        for where, source in zip(batch.keys, batch.sources, strict=True):
+            self._count("used", where, source)
+        for drop in batch.drops:
+            self.dropped[reason_of(drop)] += 1
+            self._count("dropped", drop.where, drop.source)
+            if is_cut(drop):
+                self._count("truncated", drop.where, drop.source)
+            self._name(reason_of(drop), [f"{drop.where}: {drop.reason}"])
+        self.retried += len(batch.retries)
+        sources = dict(zip(batch.keys, batch.sources, strict=True)) | {d.where: d.source for d in batch.drops}
+        for where in batch.retries:
+            self._count("retried", where, sources[where])
+
+    def _count(self, what: str, where: str, source: str) -> None:
+        self.shards.setdefault(where.partition(":")[0], Counter())[what] += 1
+        self.sources.setdefault(source, Counter())[what] += 1
 
     def _name(self, group: str, lines: Iterable[str]) -> None:
         """Keeps the first few different names."""
         self.named[group] = list(dict.fromkeys([*self.named.get(group, []), *lines]))[:NAMED]
 
-    def check(self, max_dropped: float) -> None:
+    def check(self, max_dropped: float, earlier: Ledger | None = None) -> None:
         """DataError where more is broken than `data.max_dropped` allows: 0 stops at the first, 1 never, else a share of
-        the samples seen, once 100 were seen."""
-        broken = self.dropped.total() + (len(self.faults) if max_dropped == 0 else 0)
+        the samples seen, once 100 were seen.
+
+        Args:
+            earlier: what was counted before; it counts too.
+        """
+        ledgers = [earlier, self] if earlier is not None else [self]
+        used, seen = sum(one.used for one in ledgers), sum(one.seen for one in ledgers)
+        faults = {where: reason for one in ledgers for where, reason in one.faults.items()}
+        broken = seen - used + (len(faults) if max_dropped == 0 else 0)
         if max_dropped >= 1 or not broken:
             return
-        if max_dropped == 0 or (self.seen >= ENOUGH and broken > max_dropped * self.seen):
+        if max_dropped == 0 or (seen >= ENOUGH and broken > max_dropped * seen):
+            found = [f"{where}: {reason}" for where, reason in faults.items()]
+            found += [line for one in ledgers for lines in one.named.values() for line in lines]
             raise DataError(
-                f"{broken} samples cannot be used ({self.used} could), more than data.max_dropped: {max_dropped:g} "
-                f"allows. The first: {'; '.join(self._first(3))}. Mend or remove them, or raise data.max_dropped."
+                f"{broken} samples cannot be used ({used} could), more than data.max_dropped: {max_dropped:g} allows. "
+                f"The first: {'; '.join(found[:3])}. Mend or remove them, or raise data.max_dropped."
             )
 
-    def _first(self, count: int) -> list[str]:
-        found = [f"{where}: {reason}" for where, reason in self.faults.items()]
-        return [*found, *(line for lines in self.named.values() for line in lines)][:count]
-
     def summary(self) -> str:
-        """One sentence for people, or nothing where all is well."""
-        counts = [f"{count} x {group}" for group, count, _ in self.rows()[1:]]
-        if not counts:
-            return ""
-        total = self.dropped.total()
-        first = self._first(1)[0]
-        return f"Of {self.seen} samples {total} were dropped and replaced ({', '.join(counts)}); first: {first}."
+        """One sentence for people."""
+        said = f"{self.used:,} samples were used, {self.dropped.total():,} dropped and replaced"
+        found = [f"{self.retried:,} reads tried again"] * bool(self.retried)
+        found += [f"{len(self.faults):,} faults found in shards"] * bool(self.faults)
+        found += [f"{sum(self.left_out.values()):,} samples fit no bucket"] * bool(self.left_out)
+        return "; ".join([said, *found]) + "."
 
-    def _fault_groups(self) -> Counter[str]:
-        return Counter(reason.partition(":")[0] for reason in self.faults.values())
-
-    def rows(self) -> list[tuple[str, int, str]]:
-        """(reason, how many, an example) for a table; the first row is what was used."""
+    def rows(self) -> list[dict[str, str]]:
+        """What, how many, an example: for a table; the first row is what was used."""
         rows = [("used", self.used, "")]
-        rows += [(group, count, self.named[group][0]) for group, count in self.dropped.most_common()]
-        for group, count in self._fault_groups().items():
+        rows += [(f"dropped: {group}", count, self.named[group][0]) for group, count in self.dropped.most_common()]
+        groups = Counter(reason.partition(":")[0] for reason in self.faults.values())
+        for group, count in groups.items():
             example = next(f"{where}: {reason}" for where, reason in self.faults.items() if reason.startswith(group))
-            rows.append((group, count, example))
-        return rows
+            rows.append((f"found: {group}", count, example))
+        rows += [("retried", self.retried, "")] * bool(self.retried)
+        rows += [(f"left out: {reason}", count, "") for reason, count in self.left_out.items()]
+        return [{"samples": what, "count": f"{count:,}", "for example": example} for what, count, example in rows]
 
     def as_json(self) -> dict[str, Any]:
         """Plain types, with the totals spelled out."""
-        return {"seen": self.seen, **self.state_dict()}
+        return {"seen": self.seen, "truncated": self.truncated, **self.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types, for a checkpoint."""
         return {
             "used": self.used,
+            "retried": self.retried,
             "dropped": dict(self.dropped),
-            "shards": dict(self.shards),
             "named": {group: list(lines) for group, lines in self.named.items()},
             "faults": dict(self.faults),
+            "left_out": dict(self.left_out),
+            "shards": {shard: dict(counts) for shard, counts in self.shards.items()},
+            "sources": {source: dict(counts) for source, counts in self.sources.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`; what was counted before the call is forgotten."""
         self.__init__()  # type: ignore[misc]
-        self._add(state)
+        self.add(state)
 
-    def _add(self, state: dict[str, Any]) -> None:
+    def add(self, state: dict[str, Any]) -> None:
+        """Takes in the `state_dict` of another ledger."""
         self.used += state["used"]
+        self.retried += state["retried"]
         self.dropped.update(state["dropped"])
-        self.shards.update(state["shards"])
         for group, lines in state["named"].items():
             self._name(group, lines)
         self.faults |= state["faults"]
+        self.left_out |= state["left_out"]
+        for own, others in ((self.shards, state["shards"]), (self.sources, state["sources"])):
+            for name, counts in others.items():
+                own.setdefault(name, Counter()).update(counts)
 
     @classmethod
     def merged(cls, states: Iterable[dict[str, Any]]) -> Ledger:
-        """One ledger from the `state_dict` of every rank."""
+        """One ledger from several `state_dict`s."""
         ledger = cls()
         for state in states:
-            ledger._add(state)
+            ledger.add(state)
         return ledger

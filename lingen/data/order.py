@@ -1,40 +1,43 @@
-"""The order of training as pure functions: which kind a step is, which samples it holds, which of them a rank takes.
+"""The order of training as pure functions: which kind and bucket a step is, which samples it holds, who takes which.
 
-Nothing here keeps state: everything follows from the seed and the number of the optimiser step. As long as
-``ranks * batch * accumulate`` stays the same, a run may resume with any number of ranks and loses or repeats nothing.
+Nothing here keeps state: everything follows from the seed, the sizes and the number of the optimiser step, plus, after
+a run went on with another number of ranks, a few integers (`Anchor`).
+
+- Kinds: exactly ``mix.image`` image steps in any ``mix.image + mix.video`` in a row.
+- Buckets: all ranks take samples of one bucket in a step, so that their tensors have one shape. Buckets take turns in
+  shuffled rounds, in proportion to their samples.
+- Samples: each bucket is an endless stream of epochs, each of which holds each of its samples exactly once, in another
+  order. The last samples of an epoch that do not fill a step stand at the beginning of the next one: none is left out.
+
+Reading is by random access: a sample is one ranged read, made ahead of time. Clips are megabytes, so that a read costs
+little beside its bytes on network disks and in object stores; for small samples on disks that are slow to seek, `block`
+keeps neighbours of a shard near each other.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from lingen.config import DataConfig, PerKind
+from lingen.config import PerKind
 
 KINDS = ("image", "video")
-ROUNDS = 6
+ROUND = 512
+"""Steps, about, in a round of buckets."""
+WINDOW = 64
+"""Blocks that are open at a time, where the order goes by blocks."""
+TURNS = 6
 WORD = (1 << 64) - 1
 
-
-def kind_of(step: int, mix: PerKind) -> str:
-    """``image`` or ``video``: exactly ``mix.image`` image steps in any ``mix.image + mix.video`` in a row, spread out.
-
-    Where both kinds are mixed, step 0 is an image step, so that both are seen early. ValueError for an impossible mix.
-    """
-    return "image" if count_before("image", step + 1, mix) > count_before("image", step, mix) else "video"
+Stream = tuple[object, ...]
+"""What an order depends on, e.g. the seed, the stage and the kind."""
 
 
-def count_before(kind: str, step: int, mix: PerKind) -> int:
-    """How many of the steps 0 .. step - 1 are of this kind; constant time."""
-    period = mix.image + mix.video
-    if min(mix.image, mix.video) < 0 or period == 0:
-        raise ValueError(
-            f"data.mix needs two numbers from 0 up, not both 0; got image: {mix.image}, video: {mix.video}."
-        )
-    images = (step * mix.image + period - 1) // period
-    return images if kind == "image" else step - images
+# random numbers that are the same everywhere
 
 
 def digest(*parts: object) -> int:
@@ -57,7 +60,7 @@ def permute(position: int, size: int, key: int) -> int:
     mask = (1 << half) - 1
     while True:
         left, right = position >> half, position & mask
-        for turn in range(ROUNDS):
+        for turn in range(TURNS):
             left, right = right, left ^ (_scramble(right, key, turn) & mask)
         position = left << half | right
         if position < size:
@@ -72,24 +75,127 @@ def _scramble(value: int, key: int, turn: int) -> int:
     return value ^ value >> 31
 
 
-def sample_at(number: int, size: int, stream: tuple[object, ...]) -> tuple[int, int]:
+# the samples of one bucket
+
+
+def sample_at(number: int, size: int, stream: Stream, block: int = 1) -> tuple[int, int]:
     """The `number`-th sample of an endless stream over `size` samples: (epoch, index).
 
-    An epoch holds each sample exactly once, each epoch in another order. `stream` is what the order depends on: the
-    seed, the stage and the kind.
+    An epoch holds each sample exactly once, each epoch in another order. With a `block` above 1, the order is one of
+    blocks of as many neighbours, shuffled within windows of `WINDOW` blocks: reads of the same time fall into few
+    places. Where blocks begin differs from epoch to epoch.
     """
     epoch, position = divmod(number, size)
-    return epoch, permute(position, size, _epoch_key(stream, epoch))
+    key = _epoch_key(stream, epoch)
+    return epoch, permute(position, size, key) if block == 1 else _in_blocks(position, size, key, block)
+
+
+def _in_blocks(position: int, size: int, key: int, block: int) -> int:
+    """A bijection of ``range(size)``: shuffled whole blocks, the rest last, then positions shuffled within a window."""
+    window, within = divmod(position, block * WINDOW)
+    first = window * block * WINDOW
+    position = first + permute(within, min(block * WINDOW, size - first), digest(key, window))
+    number, within = divmod(position, block)
+    if number < size // block:
+        number = permute(number, size // block, key)
+    return (number * block + within + key) % size
 
 
 @lru_cache(maxsize=64)
-def _epoch_key(stream: tuple[object, ...], epoch: int) -> int:
+def _epoch_key(stream: Stream, epoch: int) -> int:
     return digest("epoch", stream, epoch)
 
 
-def spare_for(number: int, attempt: int, size: int, stream: tuple[object, ...]) -> int:
+def spare_for(number: int, attempt: int, size: int, stream: Stream) -> int:
     """Index of the sample that stands in for the `number`-th one, at the `attempt`-th try (1, 2, ...)."""
     return digest("spare", stream, number, attempt) % size
+
+
+# the kinds of steps
+
+
+def kind_of(step: int, mix: PerKind) -> str:
+    """``image`` or ``video``: exactly ``mix.image`` image steps in any ``mix.image + mix.video`` in a row, spread out.
+
+    Where both kinds are mixed, step 0 is an image step, so that both are seen early. ValueError for an impossible mix.
+    """
+    return "image" if count_before("image", step + 1, mix) > count_before("image", step, mix) else "video"
+
+
+def count_before(kind: str, step: int, mix: PerKind) -> int:
+    """How many of the steps 0 .. step - 1 are of this kind; constant time."""
+    period = mix.image + mix.video
+    if min(mix.image, mix.video) < 0 or period == 0:
+        raise ValueError(
+            f"data.mix needs two numbers from 0 up, not both 0; got image: {mix.image}, video: {mix.video}."
+        )
+    images = (step * mix.image + period - 1) // period
+    return images if kind == "image" else step - images
+
+
+# the buckets of the steps of one kind
+
+
+class Lane(NamedTuple):
+    """A bucket as the order sees it."""
+
+    samples: int
+    batch: int
+    """Samples in one rank's batch."""
+
+
+class Turns:
+    """Which bucket each step of a kind takes, and how often each was taken before; a pure function of the step.
+
+    A round holds about `ROUND` steps, and an epoch a whole number of rounds. Before round r, bucket b was taken
+    ``floor(r n_b / (g_b rounds))`` times, where n_b samples in steps of g_b fill it: after an epoch it is less than one
+    step behind, and the difference is carried over. Within a round the turns are shuffled.
+
+    Args:
+        lanes: the buckets.
+        per_batch: batches of all ranks in a step: ranks times batches accumulated.
+        stream: what the order depends on.
+    """
+
+    def __init__(self, lanes: Sequence[Lane], per_batch: int, stream: Stream):
+        self.lanes = lanes
+        self.sizes = [lane.batch * per_batch for lane in lanes]
+        """Samples in a step of each bucket."""
+        self.stream = stream
+        self.steps = sum((Fraction(lane.samples, size) for lane, size in zip(lanes, self.sizes, strict=True)))
+        """Steps in an epoch, a fraction."""
+        self.rounds = max(1, round(self.steps / ROUND))
+        """Rounds in an epoch."""
+        self._round = lru_cache(maxsize=2)(self._draw_round)
+
+    def at(self, step: int) -> tuple[int, list[int]]:
+        """The bucket that the `step`-th step of this kind takes, and how often each was taken before."""
+        low = int(step * self.rounds / self.steps)
+        high = int((step + len(self.lanes) + 1) * self.rounds / self.steps) + 1
+        number = low + bisect_right(range(low, high), step, key=lambda number: sum(self._before(number + 1)))
+        before = self._before(number)
+        turns = self._round(number)
+        position = step - sum(before)
+        return turns[position], [count + turns[:position].count(lane) for lane, count in enumerate(before)]
+
+    def taken(self, step: int) -> list[int]:
+        """Samples of each bucket in the steps before this one."""
+        return [count * size for count, size in zip(self.at(step)[1], self.sizes, strict=True)]
+
+    def _before(self, number: int) -> list[int]:
+        """How often each bucket was taken before a round."""
+        return [
+            number * lane.samples // (size * self.rounds) for lane, size in zip(self.lanes, self.sizes, strict=True)
+        ]
+
+    def _draw_round(self, number: int) -> list[int]:
+        before, after = self._before(number), self._before(number + 1)
+        turns = [lane for lane, (a, b) in enumerate(zip(before, after, strict=True)) for _ in range(b - a)]
+        key = digest("round", self.stream, number)
+        return [turns[permute(position, len(turns), key)] for position in range(len(turns))]
+
+
+# all of it
 
 
 class Place(NamedTuple):
@@ -97,46 +203,98 @@ class Place(NamedTuple):
 
     kind: str
     step: int
+    bucket: int
+    """Number of the bucket among those of its kind."""
     numbers: Sequence[int]
-    """Numbers of its samples in the stream of this kind."""
+    """Numbers of its samples in the stream of this bucket."""
     slots: Sequence[int]
-    """Numbers of the same samples in the stream of both kinds."""
-    first: bool = False
-    """The first batch of a loader: it also reports what was found when the shards were opened."""
+    """Numbers of the same samples in the stream of everything."""
+    ahead: Place | None = None
+    """The batch that the same process is asked for next."""
 
 
-def place_of(step: int, micro: int, data: DataConfig, *, accumulate: int = 1, rank: int = 0, world: int = 1) -> Place:
-    """The samples that `rank` of `world` takes for batch `micro` of `accumulate` of an optimiser step.
+class Anchor(NamedTuple):
+    """Where an order begins: a step, and how many samples of each bucket were taken before it."""
 
-    A step of a kind holds ``world * batch * accumulate`` samples in a row of that kind's stream; the ranks of one micro
-    batch stand next to each other. Hence 2 ranks with batch B see at each step what 1 rank with batch 2B sees, under
-    the same numbers.
+    step: int
+    taken: Mapping[str, Sequence[int]]
+
+
+class Order:
+    """The places of a stage's batches.
+
+    Ranks of one micro batch stand next to each other: 2 ranks with batch B see at each step what 1 rank with batch 2B
+    sees, under the same numbers.
+
+    Args:
+        lanes: kind -> its buckets; each holds samples.
+        mix: steps of each kind in a round of kinds.
+        stream: what the order depends on: the seed and the stage.
+        accumulate: batches in an optimiser step.
+        world: ranks.
+        anchor: where it begins; None: at the first step, with nothing taken.
     """
-    kind = kind_of(step, data.mix)
-    per_step = {k: world * accumulate * getattr(data.batch, k) for k in KINDS}
-    before = {k: count_before(k, step, data.mix) * per_step[k] for k in KINDS}
-    batch = getattr(data.batch, kind)
-    offset = (micro * world + rank) * batch
-    number, slot = before[kind] + offset, sum(before.values()) + offset
-    return Place(kind, step, range(number, number + batch), range(slot, slot + batch))
+
+    def __init__(
+        self,
+        lanes: Mapping[str, Sequence[Lane]],
+        mix: PerKind,
+        stream: Stream,
+        *,
+        accumulate: int = 1,
+        world: int = 1,
+        anchor: Anchor | None = None,
+    ):
+        self.mix = mix
+        self.accumulate = accumulate
+        self.world = world
+        self.anchor = anchor or Anchor(0, {kind: [0] * len(of_kind) for kind, of_kind in lanes.items()})
+        self.turns = {kind: Turns(of_kind, accumulate * world, (*stream, kind)) for kind, of_kind in lanes.items()}
+
+    def place(self, step: int, micro: int = 0, rank: int = 0) -> Place:
+        """The samples that `rank` takes for batch `micro` of an optimiser step."""
+        kind = kind_of(step, self.mix)
+        bucket, _ = self.turns[kind].at(self._steps_before(kind, step))
+        taken = self.taken(step)
+        batch = self.turns[kind].lanes[bucket].batch
+        offset = (micro * self.world + rank) * batch
+        number, slot = taken[kind][bucket] + offset, sum(map(sum, taken.values())) + offset
+        return Place(kind, step, bucket, range(number, number + batch), range(slot, slot + batch))
+
+    def places(self, start: int, rank: int = 0) -> Iterator[Place]:
+        """One rank's batches from optimiser step `start` on, without end."""
+        step = start
+        while True:
+            yield from (self.place(step, micro, rank) for micro in range(self.accumulate))
+            step += 1
+
+    def taken(self, step: int) -> dict[str, list[int]]:
+        """Samples of each bucket that were taken before a step, by all ranks."""
+        since = {kind: turns.taken(self._steps_before(kind, step)) for kind, turns in self.turns.items()}
+        return {
+            kind: [before + count for before, count in zip(self.anchor.taken[kind], counts, strict=True)]
+            for kind, counts in since.items()
+        }
+
+    def _steps_before(self, kind: str, step: int) -> int:
+        """Steps of a kind between the anchor and `step`."""
+        return count_before(kind, step, self.mix) - count_before(kind, self.anchor.step, self.mix)
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Samples in a step of each bucket, of all ranks."""
+        return {kind: turns.sizes for kind, turns in self.turns.items()}
 
 
-def places(start: int, data: DataConfig, *, accumulate: int = 1, rank: int = 0, world: int = 1) -> Iterator[Place]:
-    """One rank's batches from optimiser step `start` on, without end."""
-    step = start
-    while True:
-        for micro in range(accumulate):
-            place = place_of(step, micro, data, accumulate=accumulate, rank=rank, world=world)
-            yield place._replace(first=step == start and micro == 0)
-        step += 1
-
-
-def held_out_places(kind: str, count: int, batch: int, *, rank: int = 0, world: int = 1) -> list[Place]:
-    """One rank's share of the first `count` held-out samples in their fixed order, in batches of up to `batch`.
+def held_out_places(
+    kind: str, count: int, batch: int, *, bucket: int = 0, rank: int = 0, world: int = 1
+) -> list[Place]:
+    """One rank's share of the first `count` held-out samples of a bucket in their fixed order, in batches of up to
+    `batch`.
 
     Every rank gets as many batches of the same sizes; where `count` is no multiple of `world`, the first samples come
     again.
     """
     share = -(-count // world)
     own = [(position * world + rank) % count for position in range(share)]
-    return [Place(kind, 0, own[i : i + batch], own[i : i + batch], first=i == 0) for i in range(0, share, batch)]
+    return [Place(kind, 0, bucket, own[i : i + batch], own[i : i + batch]) for i in range(0, share, batch)]

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -27,3 +28,17 @@ def with_frame_rate(caption: str, fps: float) -> str:
     An empty caption leaves the frame rate alone, so that guidance does not amplify it.
     """
     return f"FPS-{fps:g}. {caption}".rstrip() if fps else caption
+
+
+def replace_rows(
+    text: tuple[Tensor, Tensor], rows: list[int], other: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens [b n w] and mask [b n] with some rows replaced by the one row of `other` (None where there are none)."""
+    if other is None:
+        return text
+    tokens, mask = text
+    more = max(0, other[0].shape[1] - tokens.shape[1])
+    tokens, mask = torch.nn.functional.pad(tokens, (0, 0, 0, more)), torch.nn.functional.pad(mask, (0, more))
+    tokens[rows], mask[rows] = 0, False
+    tokens[rows, : other[0].shape[1]], mask[rows, : other[1].shape[1]] = other[0].to(tokens), other[1]
+    return tokens, mask

@@ -1,0 +1,91 @@
+"""Models run over whole data sets: ``lingen encode`` and ``lingen data caption``."""
+
+from __future__ import annotations
+
+import argparse
+
+from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, console
+from lingen.cli.pack import print_report
+from lingen.registry import RecipeError
+
+DEVICE = argument("--device", metavar="D", help="cuda, cuda:1, cpu; default: cuda where there is one")
+
+
+@command(
+    "what a recipe trains on -> latents and text embeddings of its frozen parts, as shards for `lingen fit`",
+    RECIPE,
+    STAGE,
+    argument("--out", required=True, metavar="DIR"),
+    argument("--validation", action="store_true", help="the held-out shards instead of the training shards"),
+    argument("--precision", choices=["float16", "float32"], default="float16", help="default: float16"),
+    DEVICE,
+    SHARD_MB,
+    PART,
+    JSON,
+    overrides=True,
+)
+def encode(args: argparse.Namespace) -> int:
+    if args.recipe is None:
+        raise RecipeError("Say with which recipe: --recipe R; it names the shards, the autoencoder and the encoders.")
+    from pathlib import Path
+
+    from lingen.data.encode_shards import Encoding
+    from lingen.data.encode_shards import encode as encode_shards
+    from lingen.data.journal import part_of
+    from lingen.progress import count_bar
+    from lingen.recipe import load_recipe, load_stages
+
+    part = part_of(args.part)
+    every = load_stages(args.recipe, args.overrides)
+    stages = [load_recipe(args.recipe, args.overrides, stage=args.stage)] if args.stage else every
+    workers = max(stage.data.workers for stage in stages)
+    how = Encoding(device_of(args.device), args.precision, part, workers, args.shard_mb, args.validation)
+    with count_bar(console(), "encoding") as progress:
+        report = encode_shards(stages, Path(args.out), how, progress)
+    return print_report(report, args)
+
+
+def device_of(name: str | None) -> str:
+    """The device that was asked for; RecipeError where there is none of that name."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
+
+
+@command(
+    "captions for samples that have none, by a local image- or video-text model of transformers: a copy of the shards",
+    argument("folder", metavar="DIR", help="shards with a manifest, from `lingen data pack --keep-uncaptioned`"),
+    argument("--model", required=True, metavar="DIR", help="a folder that holds the model and its processor"),
+    argument("--out", required=True, metavar="DIR"),
+    argument("--captions", type=int, default=1, metavar="N", help="of each sample; default: 1"),
+    argument("--prompt", default="", metavar="TEXT", help="what a model that follows instructions is asked"),
+    argument("--frames", type=int, default=8, metavar="N", help="of a clip that the model is shown; default: 8"),
+    argument("--max-tokens", type=int, default=120, metavar="N", help="of a caption; default: 120"),
+    argument("--replace", action="store_true", help="also what has captions already"),
+    DEVICE,
+    SHARD_MB,
+    PART,
+    JSON,
+)
+def data_caption(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lingen.data.caption import Captioning, caption
+    from lingen.data.journal import part_of
+    from lingen.progress import count_bar
+
+    for name in ("captions", "frames", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise RecipeError(f"--{name.replace('_', '-')} is a number from 1 up, got {getattr(args, name)}.")
+    how = Captioning(
+        Path(args.model), args.prompt, args.captions, args.frames, args.max_tokens, args.replace,
+        device_of(args.device), part_of(args.part), args.shard_mb,
+    )  # fmt: skip
+    with count_bar(console(), "captioning") as progress:
+        report = caption(Path(args.folder), Path(args.out), how, progress)
+    return print_report(report, args)

@@ -1,0 +1,122 @@
+"""From folders of footage to shards: ``lingen data pack``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from lingen.cli.command import (
+    DONE,
+    FAILED,
+    JSON,
+    PART,
+    PROCESSES,
+    RECIPE,
+    SHARD_MB,
+    argument,
+    command,
+    console,
+    print_json,
+    print_table,
+)
+from lingen.registry import RecipeError
+
+FILTERS = {
+    "min_side": ("pixels of the shorter side", "those of the largest stage"),
+    "min_fps": ("frames a second", "the recipe's"),
+    "min_seconds": ("keep shorter shots than any stage wants, down to this", "off"),
+    "black": ("largest share of black frames", "0.3"),
+    "frozen": ("largest share of time that stands still", "0.5"),
+    "still": ("least motion, in picture heights a second", "0.01"),
+    "jerky": ("largest jerk of the camera, in picture heights a second", "1"),
+    "duplicates": ("of 192 bits of its looks, how few may differ from another clip's", "10"),
+}
+
+
+def split_overrides(words: list[str], args: argparse.Namespace) -> list[str]:
+    """The folders among the words behind an argument that takes several; ``key=value`` words join the overrides."""
+    from pathlib import Path
+
+    folders = [word for word in words if "=" not in word or Path(word).exists()]
+    args.overrides = [*args.overrides, *(word for word in words if word not in folders)]
+    return folders
+
+
+def _filters(args: argparse.Namespace) -> dict[str, Any]:
+    """The limits that were given; ``off`` is None."""
+    given: dict[str, Any] = {}
+    for name in FILTERS:
+        text = getattr(args, name)
+        if text is None:
+            continue
+        try:
+            number = None if text == "off" else float(text)
+        except ValueError as error:
+            raise RecipeError(f"--{name.replace('_', '-')} is a number or off, got '{text}'.") from error
+        given[name] = int(number) if number is not None and number.is_integer() else number
+    return given
+
+
+@command(
+    "folders of footage -> shards with a manifest: shots, clips of a recipe's lengths, filters, captions by key",
+    RECIPE,
+    argument("--videos", nargs="+", default=[], metavar="DIR", help="films and clips"),
+    argument("--images", nargs="+", default=[], metavar="DIR", help="pictures"),
+    argument(
+        "--captions",
+        metavar="TABLE",
+        help="CSV, JSONL or Parquet with the columns key (a file's path in its folder) and caption; else NAME.txt or "
+        "NAME.json beside each file",
+    ),
+    argument("--keep-uncaptioned", action="store_true", help="for `lingen data caption`"),
+    argument("--out", required=True, metavar="DIR"),
+    *(
+        argument(f"--{name.replace('_', '-')}", metavar="N|off", help=f"{doc}; default: {default}")
+        for name, (doc, default) in FILTERS.items()
+    ),
+    SHARD_MB,
+    PART,
+    PROCESSES,
+    JSON,
+    overrides=True,
+)
+def data_pack(args: argparse.Namespace) -> int:
+    if args.recipe is None:
+        raise RecipeError("Say for which recipe: --recipe R; its stages say which sizes and lengths are wanted.")
+    from pathlib import Path
+
+    from lingen.data.captions import Captions
+    from lingen.data.journal import part_of
+    from lingen.data.pack import Packing, filters_for, find_footage, pack, wanted_by
+    from lingen.data.workers import processes_here
+    from lingen.progress import count_bar
+    from lingen.recipe import load_stages
+
+    part = part_of(args.part)
+    videos, images = split_overrides(args.videos, args), split_overrides(args.images, args)
+    wanted = wanted_by(load_stages(args.recipe, args.overrides))
+    filters = filters_for(wanted, _filters(args))
+    job = Packing(
+        find_footage(videos, images, wanted), Captions(args.captions), wanted, filters, part,
+        processes_here() if args.processes is None else args.processes, args.shard_mb, args.keep_uncaptioned,
+    )  # fmt: skip
+    with count_bar(console(), "packing") as progress:
+        report = pack(job, Path(args.out), progress)
+    return print_report(report, args)
+
+
+def print_report(report: Any, args: argparse.Namespace) -> int:
+    """The table or the JSON of what was made; FAILED where that is nothing."""
+    if args.json:
+        print_json(report.as_json())
+    else:
+        print_table(report.rows())
+        print(
+            f"\n{args.out}: {sum(report.made.values()):,} samples of {report.looked_at:,} looked at, "
+            f"{report.seconds / 3600:.3g} hours of clips, {report.size / 1e9:.3g} GB"
+        )
+    if not report.made:
+        print("No sample was made: everything was left out.", file=sys.stderr)
+        return FAILED
+    return DONE

@@ -1,0 +1,91 @@
+"""Samples read ahead of time, so that decoding does not wait for a disk or a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+from lingen.data.index import Index
+from lingen.data.remote import is_remote
+from lingen.data.sources import Piece, Reader
+
+READERS = 8
+"""Remote samples that one process reads at a time."""
+
+
+@cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Those of this process; a parent's do not cross a fork."""
+    return ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
+
+
+class Place(NamedTuple):
+    """Where a sample lies, see `Reader.read`."""
+
+    shard: str
+    offset: int
+    length: int
+    version: str
+
+
+class Ahead:
+    """Reads the samples of an index, those that were asked for before they are needed.
+
+    Remote samples are read by threads. Of local ones the system is told that they will be needed: it reads them into
+    its cache meanwhile, from network disks too, and no memory of this process is touched.
+
+    Args:
+        index: where they lie.
+        reader: how they are read.
+    """
+
+    def __init__(self, index: Index, reader: Reader):
+        self.index = index
+        self.reader = reader
+        self._coming: dict[int, Future[Piece] | None] = {}
+        self._process = os.getpid()
+
+    def __reduce__(self) -> Any:
+        return Ahead, (self.index, self.reader)
+
+    def ask(self, numbers: Iterable[int]) -> None:
+        """Begins to read samples; what was asked for before, is not there yet and is not among them is let go."""
+        wanted = dict.fromkeys(numbers)
+        self._leave_parent()
+        for number in self._coming.keys() - wanted.keys():
+            if (coming := self._coming.pop(number)) is not None:
+                coming.cancel()
+        for number in wanted.keys() - self._coming.keys():
+            place = self._place(number)
+            if is_remote(place.shard):
+                self._coming[number] = _threads(os.getpid()).submit(self._read, place)
+            else:
+                self.reader.announce(*place[:3])
+                self._coming[number] = None
+
+    def get(self, number: int) -> Piece:
+        """A sample's bytes; errors as for `Reader.read`, and ValueError where the shard ends before it does."""
+        self._leave_parent()
+        coming = self._coming.pop(number, None)
+        return coming.result() if coming is not None else self._read(self._place(number))
+
+    def _leave_parent(self) -> None:
+        """After a fork: what the parent's threads read does not arrive here."""
+        if self._process != os.getpid():
+            self._coming, self._process = {}, os.getpid()
+
+    def _place(self, number: int) -> Place:
+        record = self.index.records[number]
+        version = f"{record['hash']:016x}" if record["hash"] else self.index.mark
+        shard = str(self.index.shards[record["shard"]])
+        return Place(shard, int(record["offset"]), int(record["length"]), version)
+
+    def _read(self, place: Place) -> Piece:
+        piece = self.reader.read(*place)
+        if len(piece.data) < place.length:
+            missing = f"{place.length - len(piece.data)} of {place.length} bytes at {place.offset} are missing"
+            raise ValueError(f"cut off: the shard ends before the sample does, {missing}")
+        return piece

@@ -1,0 +1,89 @@
+"""The frozen parts of a recipe at work, and what they make of a clip as the members of a sample."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lingen.config import Recipe
+from lingen.data.latents import LATENTS, TEXT
+from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.text import TextEncoder, with_frame_rate
+
+PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
+
+
+class Encoders:
+    """The frozen parts of a recipe on a device.
+
+    Args:
+        recipe: any of the stages.
+        device: where they run.
+        precision: of what is kept, one of `PRECISIONS`; half is enough for latents of a spread near 1 (ours).
+    Raises:
+        RecipeError: a part cannot run.
+    """
+
+    def __init__(self, recipe: Recipe, device: str, precision: str):
+        self.dtype = PRECISIONS[precision]
+        self.prefix = recipe.data.fps_prefix
+        self.device = torch.device(device)
+        self.autoencoder = self._ready(AUTOENCODERS.build(recipe.autoencoder))
+        self.text: dict[int, nn.Module] = {}
+        for number, component in enumerate(recipe.text):
+            encoder = TEXT_ENCODERS.build(component)
+            if not getattr(encoder, "trainable", False):
+                self.text[number] = self._ready(encoder)
+
+    def _ready(self, part: Any) -> Any:
+        if hasattr(part, "check_ready"):
+            part.check_ready()
+        return part.to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def latents(self, clips: Sequence[Tensor]) -> Tensor:
+        """uint8 [3 t h w] each -> latents [b c t h w]."""
+        return self.autoencoder.encode(torch.stack(list(clips)).to(self.device).float() / 127.5 - 1)
+
+    @torch.no_grad()
+    def tokens(self, captions: Sequence[str], fps: float) -> dict[int, list[Tensor]]:
+        """Number of a text encoder -> tokens [n w] of each caption."""
+        texts = [with_frame_rate(caption, fps if self.prefix else 0.0) for caption in captions]
+        found = {}
+        for number, encoder in self.text.items():
+            tokens, mask = cast(TextEncoder, encoder).encode(texts)
+            found[number] = [one[real] for one, real in zip(tokens, mask, strict=True)]
+        return found
+
+    def members(self, latents: Tensor, captions: Sequence[str], fps: float, source: str) -> dict[str, bytes]:
+        """The members of a sample, as `lingen.data.latents` reads them.
+
+        Args:
+            latents: [c t h w]
+            captions: at least one.
+            fps: of the clip, 0 for an image.
+            source: where it came from, for the JSON.
+        Raises:
+            ValueError: something is not finite at this precision.
+        """
+        tokens = self.tokens(captions, fps)
+        about: dict[str, Any] = {"captions": list(captions), "source": source}
+        about["tokens"] = {str(number): [len(one) for one in each] for number, each in tokens.items()}
+        text = {TEXT.format(number): self._npy(torch.cat(each), "text") for number, each in tokens.items()}
+        return {LATENTS: self._npy(latents, "latents"), **text, "json": json.dumps(about, ensure_ascii=False).encode()}
+
+    def _npy(self, tensor: Tensor, what: str) -> bytes:
+        tensor = tensor.to(self.dtype).cpu().contiguous()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{what} not finite: as {str(self.dtype).removeprefix('torch.')} they hold NaN or infinity"
+            )
+        buffer = io.BytesIO()
+        np.save(buffer, tensor.numpy(), allow_pickle=False)
+        return buffer.getvalue()

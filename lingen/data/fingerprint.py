@@ -1,0 +1,97 @@
+"""What encoded samples depend on: the frozen parts of a recipe, their weights and settings, as plain values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lingen.config import Component, Recipe
+from lingen.data.journal import differences
+from lingen.data.manifest import About
+from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError, Registry
+
+MADE_BY = "lingen encode"
+SAMPLED = 64
+"""Pieces of a file of weights that are read: enough to tell any two trainings apart, and 30 GB are done in a second."""
+PIECE = 1 << 16
+
+
+def frozen_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's latents and text embeddings depend on.
+
+    A text encoder that is trained along is named by null: samples hold nothing of it.
+    """
+    return {
+        "made_by": MADE_BY,
+        "autoencoder": _frozen(AUTOENCODERS, recipe.autoencoder),
+        "text": [_frozen(TEXT_ENCODERS, component) for component in recipe.text],
+        "fps_prefix": recipe.data.fps_prefix,
+    }
+
+
+def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
+    import torch
+
+    with torch.device("meta"):
+        part = registry.build(component)
+    if getattr(part, "trainable", False):
+        return None
+    # Where the weights lie may change, what they are may not.
+    paths = {key: value for key, value in component.items() if isinstance(value, str) and Path(value).exists()}
+    weights = {key: hash_weights(Path(value)) for key, value in paths.items() if key != "name"}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in {**component, **weights}.items()}
+
+
+def hash_weights(path: Path) -> str:
+    """12 hex digits of a file of weights, or of a folder of them: their sizes, and `SAMPLED` pieces of each."""
+    digest = hashlib.blake2b(digest_size=6)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix() if path.is_dir() else ''} {size}".encode())
+        with file.open("rb") as opened:
+            for number in range(SAMPLED):
+                opened.seek(max(0, size - PIECE) * number // (SAMPLED - 1))
+                digest.update(opened.read(PIECE))
+                if size <= PIECE:
+                    break
+    return digest.hexdigest()
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """16 hex digits of plain values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None:
+    """Were these sets encoded by what the recipe has?
+
+    Args:
+        abouts: what the manifests of encoded shards say.
+        setting: where the shards stand in the recipe, for messages.
+    Raises:
+        RecipeError: names what differs, there and here.
+    """
+    wanted = json.loads(json.dumps(frozen_settings(recipe)))
+    for about in abouts:
+        held = {key: about.settings.get(key) for key in wanted}
+        if held["made_by"] != MADE_BY:
+            raise RecipeError(
+                f"{setting}: its manifest does not say what encoded these samples. Encode them with `lingen encode`."
+            )
+        if held != wanted:
+            told = "; ".join(differences(_named(held), _named(wanted)))
+            raise RecipeError(
+                f"{setting}: these samples were encoded by something else ({about.fingerprint}) than the recipe has "
+                f"({fingerprint(wanted)}): {told}. Encode them anew with `lingen encode --recipe`, or train with the "
+                "recipe that they were encoded with."
+            )
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    """The list of text encoders as a mapping, so that single settings can be told."""
+    encoders: Sequence[Any] = settings["text"] or ()
+    return {**settings, "text": {str(number): encoder or "trained along" for number, encoder in enumerate(encoders)}}

@@ -1,0 +1,96 @@
+"""What a frame is fitted to, which frames make a clip, and what is refused before it is allocated. No torch here: the
+processes that cut footage start quickly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+MAX_PIXELS = 50_000_000
+"""A larger picture is refused before it is allocated (ours)."""
+
+
+class Refused(ValueError):
+    """A picture is too large to be read."""
+
+
+class ShortClip(ValueError):
+    """A video has fewer frames than wanted, after resampling."""
+
+    def __init__(self, available: int, wanted: int):
+        super().__init__(f"short clip: {available} frames where {wanted} are wanted")
+
+
+def refuse_bomb(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Refused(f"too large: {width} x {height} pixels, at most {MAX_PIXELS // 1_000_000} million are read")
+
+
+def resample(
+    times: Float[np.ndarray, " n"], frames: int, fps: float, start: float
+) -> tuple[Int[np.ndarray, " t"], int]:
+    """Which source frames make the clip.
+
+    Args:
+        times: when each source frame is shown, in seconds from the first one, ascending.
+    Returns:
+        indices into `times`, and the number of possible beginnings. ShortClip where there is none.
+    """
+    if len(times) == 0:
+        raise ShortClip(0, frames)
+    interval = times[-1] / (len(times) - 1) if len(times) > 1 else 1 / fps
+    available = int((times[-1] + interval) * fps + 1e-3)
+    starts = available - frames + 1
+    if starts < 1:
+        raise ShortClip(available, frames)
+    wanted = (int(start * starts) + np.arange(frames)) / fps
+    halfway = (times[1:] + times[:-1]) / 2
+    return np.searchsorted(halfway, wanted - 1e-6), starts  # of two frames equally near, the earlier one
+
+
+def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
+    """Scales to cover `size`, turns upright, cuts out the centre."""
+    from av.video.reformatter import Interpolation
+
+    refuse_bomb(frame.width, frame.height)
+    turns = round(frame.rotation / 90) % 4
+    height, width = size if turns % 2 == 0 else size[::-1]
+    shown_width = frame.width * float(aspect or 1)
+    scale = max(height / frame.height, width / shown_width)
+    scaled = max(height, round(frame.height * scale)), max(width, round(shown_width * scale))
+    refuse_bomb(scaled[1], scaled[0])  # a sliver grows without bounds
+    method = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    # In planes: FFmpeg scales into them about twice as fast, and a clip is wanted in planes. But where nothing is to be
+    # scaled, it leaves the last columns of planes unwritten at some widths.
+    layout = "rgb24" if scaled == (frame.height, frame.width) else "gbrp"
+    fitted = scaler.reformat(frame, scaled[1], scaled[0], layout, interpolation=method, threads=1)
+    if layout == "rgb24":
+        cut = fitted.to_ndarray()[top : top + height, left : left + width]
+        return np.rot90(np.ascontiguousarray(cut.transpose(2, 0, 1)), turns, (1, 2))
+    pixels = np.empty((3, height, width), np.uint8)
+    for channel, plane in enumerate(fitted.planes[index] for index in (2, 0, 1)):
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        pixels[channel] = rows[top : top + height, left : left + width]
+    return np.rot90(pixels, turns, (1, 2))
+
+
+def covering(
+    size: tuple[int, int], wanted: Sequence[Sequence[tuple[int, int]]], *, even: bool = True
+) -> tuple[int, int]:
+    """Height and width to which a picture of `size` is scaled down, never up; both even for H.264.
+
+    Args:
+        wanted: groups of sizes; of each group it covers the one whose aspect ratio is nearest to its own.
+    """
+    nearest = [min(group, key=lambda one: abs(math.log(one[0] * size[1] / one[1] / size[0]))) for group in wanted]
+    scale = min(1.0, max(max(h / size[0], w / size[1]) for h, w in nearest))
+    if scale == 1:
+        return (size[0] // 2 * 2, size[1] // 2 * 2) if even else size
+    step = 2 if even else 1
+    height, width = (step * math.ceil(round(side * scale, 3) / step) for side in size)
+    return height, width

@@ -1,0 +1,121 @@
+"""Samples that were encoded before: latents and text embeddings from the members of a shard.
+
+``KEY.latents.npy`` holds the latents [c t h w]. ``KEY.text0.npy``, ``KEY.text1.npy``, ... hold, for each text encoder
+of the recipe, its tokens [m w] of every caption, one caption behind the other; ``tokens`` of the JSON says how many
+belong to each: ``{"captions": [...], "tokens": {"0": [7, 12], "1": [30, 41]}}``. An encoder that is trained along has
+none: it reads the captions. Never pickled; half precision is enough (ours).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import default_collate
+
+from lingen.data.captions import captions_of
+
+LATENTS = "latents.npy"
+TEXT = "text{}.npy"
+EXPONENTS = {np.dtype("<f2"): ("<u2", 0x7C00), np.dtype("<f4"): ("<u4", 0x7F800000)}
+"""The types that are read: as whole numbers, and the bits that are all set where a number is not finite (IEEE 754)."""
+
+Text = Mapping[int, Sequence[Tensor]]
+"""Number of a text encoder -> its tokens [n w] of each caption."""
+
+
+class Wanted(NamedTuple):
+    """What encoded samples of a recipe hold."""
+
+    channels: int
+    strides: tuple[int, int, int]
+    """Frames and pixels per latent in t, h, w."""
+    text: frozenset[int]
+    """Numbers of the text encoders that are not trained along."""
+
+    def latents(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """Size (c, t, h, w) of the latents of a clip of this many frames, this height and width."""
+        t, h, w = (math.ceil(n / stride) for n, stride in zip(shape, self.strides, strict=True))
+        return self.channels, t, h, w
+
+
+class Encoded(NamedTuple):
+    """An encoded sample."""
+
+    latents: Tensor
+    """[c t h w]"""
+    captions: list[str]
+    text: Text
+
+
+def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted: Wanted) -> Encoded:
+    """A sample of a clip of this many frames, this height and width.
+
+    Raises:
+        ValueError: ``no latents``, ``broken latents``, ``latents not finite``, and as `captions_of`.
+    """
+    latents, captions = read_latents(members), captions_of(members)
+    text = read_text(members, len(captions))
+    if tuple(latents.shape) != wanted.latents(shape):
+        size = list(wanted.latents(shape))
+        raise ValueError(f"broken latents: {list(latents.shape)} where the recipe's autoencoder gives {size}")
+    if missing := wanted.text - text.keys():
+        raise ValueError(f"no latents: the text of encoder {min(missing)} is missing")
+    return Encoded(latents, captions, {number: text[number] for number in wanted.text})
+
+
+def read_latents(members: Mapping[str, bytes]) -> Tensor:
+    """The latents [c t h w] of a sample. ValueError: ``no latents``, ``broken latents``, ``latents not finite``."""
+    if LATENTS not in members:
+        raise ValueError(f"no latents: no {LATENTS} among {', '.join(sorted(members)) or 'nothing'}")
+    return _read_npy(members[LATENTS], LATENTS, axes=4)
+
+
+def read_text(members: Mapping[str, bytes], captions: int) -> Text:
+    """The tokens of each of its `captions`, for those encoders that it holds tokens of. ValueError as above."""
+    counts = json.loads(members.get("json", b"{}")).get("tokens") or {}
+    found: dict[int, Sequence[Tensor]] = {}
+    for number, lengths in counts.items():
+        name = TEXT.format(number)
+        if name not in members:
+            raise ValueError(f"no latents: no {name}, of which the JSON tells")
+        tokens = _read_npy(members[name], name, axes=2)
+        if len(lengths) != captions or sum(lengths) != len(tokens):
+            raise ValueError(f"broken latents: {name} holds {len(tokens)} tokens, not {lengths} of {captions} captions")
+        found[int(number)] = tokens.split(lengths)
+    return found
+
+
+def _read_npy(data: bytes, name: str, axes: int) -> Tensor:
+    """Floating point numbers in NumPy's format. Nothing is allocated by what the header claims, nothing unpickled."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(stream)
+    except ValueError as error:
+        raise ValueError(f"broken latents: {name}: {error}") from error
+    size = len(data) - stream.tell()
+    if dtype not in EXPONENTS or is_fortran or len(shape) != axes or math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"broken latents: {name} claims {dtype} {list(shape)} and has {size} bytes")
+    bits, exponent = EXPONENTS[dtype]
+    numbers = np.frombuffer(data, bits, offset=stream.tell())
+    if len(numbers) and (numbers & exponent).max() == exponent:  # ten times as fast as to ask for each number
+        raise ValueError(f"latents not finite: {name} holds NaN or infinity")
+    array = numbers.view(dtype).reshape(shape)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def pad_text(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens [n w] of each sample of a batch -> tokens [b n w], zeros behind shorter ones, and their mask [b n]."""
+    lengths = torch.tensor([len(text) for text in texts])
+    longest = max(1, int(lengths.max()))
+    tokens = default_collate([pad(text, (0, 0, 0, longest - len(text))) for text in texts])
+    return tokens, torch.arange(longest) < lengths[:, None]

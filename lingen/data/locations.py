@@ -1,0 +1,108 @@
+"""What a recipe's shards stand for: tar files and manifests, local or remote."""
+
+from __future__ import annotations
+
+import os
+from glob import glob, has_magic
+from pathlib import Path
+from typing import NamedTuple
+
+from lingen.data.manifest import NAME
+from lingen.data.remote import is_remote, list_s3
+from lingen.registry import RecipeError
+
+
+class Location(NamedTuple):
+    """A file by its path or address."""
+
+    folder: str
+    """Path or address of the folder, without a slash at its end; ``.`` is the current one."""
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.folder == "." else f"{self.folder.rstrip('/')}/{self.name}"
+
+    @classmethod
+    def of(cls, path: str) -> Location:
+        """Of a path or an address; ``/a`` lies in the folder ``/``, and what follows a ``?`` belongs to the name."""
+        plain = path.partition("?")[0] if is_remote(path) else path
+        folder, slash, name = plain.rpartition("/")
+        return cls(folder or slash or ".", name + path[len(plain) :])
+
+    @property
+    def is_manifest(self) -> bool:
+        """A manifest, not a tar file."""
+        return self.name.partition("?")[0].endswith(".parquet")
+
+
+def expand(patterns: str | list[str] | None, setting: str, timeout: float = 30.0) -> list[str]:
+    """Paths and addresses of the tar files, and of the manifests, that a recipe names; sorted, each once.
+
+    A manifest stands for all the samples of its kind in the shards beside it, and so does a folder that holds one.
+
+    Args:
+        patterns: a path, an address, a glob (``s3://`` and local only), a brace pattern (``clips-{000..127}.tar``), or
+            a list of them.
+        setting: where it stands in the recipe, for messages, e.g. ``data.shards.video``.
+        timeout: seconds until a server that is asked for a list counts as silent.
+    Raises:
+        RecipeError: a pattern that matches nothing, a missing file, a folder without a manifest, or something that
+            cannot be read piece by piece.
+    """
+    listed = [patterns] if isinstance(patterns, str) else patterns or []
+    return sorted({file for pattern in listed for file in _expand_one(pattern, setting, timeout)})
+
+
+def _expand_one(pattern: str, setting: str, timeout: float) -> list[str]:
+    import braceexpand
+
+    if ("://" in pattern and not is_remote(pattern)) or pattern.startswith("pipe:"):
+        raise RecipeError(
+            f"{setting}: '{pattern}' is neither a path nor an address at https:// or s3://; copy the shards to where "
+            "pieces of them can be read, and name them there."
+        )
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise RecipeError(
+            f"{setting}: '{pattern}' has unbalanced braces; write e.g. 'clips-{{000..127}}.tar'."
+        ) from error
+    one = _remote if is_remote(pattern) else _local
+    found = [match for name in names for match in one(name, setting, timeout)]
+    if not found:
+        raise RecipeError(
+            f"{setting}: no file matches '{pattern}'; correct the pattern, or the folder that lingen is started in. "
+            "(`lingen data fetch emoji` and `lingen data fetch footage` make data/emoji and data/footage.)"
+        )
+    return found
+
+
+def _remote(name: str, setting: str, timeout: float) -> list[str]:
+    if name.endswith("/"):
+        raise RecipeError(f"{setting}: '{name}' is a folder; name its manifest: '{name}{NAME}'.")
+    if not name.startswith("s3://"):
+        return [name]  # a * or ? may be part of an address, as of a signed one
+    try:
+        return list_s3(name, timeout) if has_magic(name) else [name]
+    except OSError as error:
+        raise RecipeError(f"{setting}: {error}") from error
+
+
+def _local(name: str, setting: str, timeout: float) -> list[str]:
+    name = os.path.expanduser(name)
+    return [_checked(match, setting) for match in (glob(name, recursive=True) if has_magic(name) else [name])]
+
+
+def _checked(name: str, setting: str) -> str:
+    manifest = os.path.join(name, NAME)
+    if os.path.isfile(manifest):
+        return manifest
+    if os.path.isdir(name):
+        raise RecipeError(
+            f"{setting}: '{name}' is a folder without a {NAME}; name the tar files in it: '{Path(name) / '*.tar'}'."
+        )
+    if not os.path.isfile(name):
+        raise RecipeError(
+            f"{setting}: there is no file '{name}'; correct the path, or the folder that lingen is started in."
+        )
+    return name

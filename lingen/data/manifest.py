@@ -1,0 +1,174 @@
+"""The manifest of a set of shards: one Parquet file beside them, a row for every sample, in the order of the shards.
+
+Whoever writes shards writes it (`lingen data pack`, `lingen encode`, `lingen data index`); the loader decides buckets
+and finds samples by it and never opens a tar to learn what is in it. The format is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+NAME = "manifest.parquet"
+"""Its name in the folder of the shards."""
+VERSION = 1
+"""Raised when a reader of today could not use what is written."""
+GROUP = 65536
+"""Rows that are held in memory while a manifest is written, and in a row group."""
+
+
+class Row(NamedTuple):
+    """One sample. A 0 or an empty string says that something is not known; key, shard, offset and length always are."""
+
+    key: str
+    """Name of the sample in its shard: unique there, best in the whole set."""
+    shard: str
+    """File name of the shard, which lies in the manifest's folder."""
+    offset: int
+    """First byte of the sample in the shard, a tar header."""
+    length: int
+    """Bytes from there to the end of its last member's content: one read gives the whole sample, headers included."""
+    kind: str
+    """``image``, ``video`` or ``latents`` (made by `lingen encode`)."""
+    height: int = 0
+    """Pixels, as it is shown (upright, square pixels); of latents: of the clip that was encoded."""
+    width: int = 0
+    frames: int = 0
+    """Frames of the video; 1 for an image; of latents: of the clip that was encoded."""
+    fps: float = 0.0
+    """Frames per second; 0 for an image."""
+    captions: int = 0
+    """How many captions it has."""
+    caption_length: int = 0
+    """Characters of the first one."""
+    media: str = ""
+    """Extension of the member that holds the pixels or latents, without a dot: ``mp4``, ``png``, ``latents.npy``."""
+    hash: str = ""
+    """`media_hash` of that member."""
+    source: str = ""
+    """Where it came from, for the ledger: few different values, such as the name of a folder or a data set."""
+
+
+TYPES = {str: pa.string(), int: pa.int32(), float: pa.float32()}
+WIDE = {"offset": pa.int64(), "length": pa.int64()}
+SCHEMA = pa.schema(
+    [pa.field(name, WIDE.get(name, TYPES[kind]), nullable=False) for name, kind in get_type_hints(Row).items()]
+)
+
+
+class About(NamedTuple):
+    """What holds for the whole set."""
+
+    fingerprint: str = ""
+    """Of whatever made the samples what they are: of encoded shards the encoders, their weights and settings."""
+    settings: dict[str, Any] = {}
+    """The same in words: plain values."""
+    version: int = VERSION
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; the message names it and the cure."""
+
+
+def media_hash(content: bytes) -> str:
+    """16 hex digits of BLAKE2b of a member's content."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def write(path: Path, rows: Iterable[Row], about: About) -> int:
+    """Writes a manifest that is there whole or not at all; returns the number of its rows.
+
+    Args:
+        path: usually ``FOLDER/manifest.parquet``.
+        rows: in the order of the shards and of the samples in them; taken as they come, so there may be many millions.
+        about: what holds for all of them.
+    """
+    remaining = iter(rows)
+    groups = iter(lambda: list(islice(remaining, GROUP)), [])
+    return write_batches(path, map(_columns, groups), about)
+
+
+def _columns(rows: list[Row]) -> pa.RecordBatch:
+    columns = zip(zip(*rows, strict=True), SCHEMA.types, strict=True)
+    return pa.RecordBatch.from_arrays([pa.array(values, kind) for values, kind in columns], schema=SCHEMA)
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch], about: About) -> int:
+    """`write` for rows that are columns already."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    metadata = {"lingen": json.dumps(about._asdict(), ensure_ascii=False, sort_keys=True)}
+    count = 0
+    try:
+        with pq.ParquetWriter(partial, SCHEMA.with_metadata(metadata), compression="zstd") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                count += len(batch)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def merge(parts: Iterable[Path], path: Path) -> int:
+    """One manifest out of those of several parts, in their order; the parts stay. Returns the number of rows.
+
+    Raises:
+        ManifestError: the parts were made in different ways (their fingerprints differ), or there is none.
+    """
+    parts = list(parts)
+    if not parts:
+        raise ManifestError(f"There are no manifests to merge into {path}.")
+    abouts = {part: about(part) for part in parts}
+    first = abouts[parts[0]]
+    for part, one in abouts.items():
+        if one.fingerprint != first.fingerprint:
+            raise ManifestError(
+                f"{part} was made in another way ({one.fingerprint or 'no fingerprint'}) than {parts[0]} "
+                f"({first.fingerprint or 'no fingerprint'}); they are no parts of one set."
+            )
+    return write_batches(path, (batch for part in parts for batch in batches(part)), first)
+
+
+def about(path: Path) -> About:
+    """What a manifest says of the whole set. ManifestError where it is none of ours or of a later version."""
+    stored = json.loads((_open(path).schema_arrow.metadata or {}).get(b"lingen", b"{}"))
+    return About(stored.get("fingerprint", ""), stored.get("settings", {}), stored.get("version", VERSION))
+
+
+def count(path: Path) -> int:
+    """Its number of rows."""
+    return _open(path).metadata.num_rows
+
+
+def batches(path: Path, size: int = GROUP) -> Iterator[pa.RecordBatch]:
+    """Its rows as columns of `SCHEMA`, at most `size` at a time, in order."""
+    for batch in _open(path).iter_batches(size, columns=SCHEMA.names):
+        yield batch.cast(SCHEMA)
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """Its rows, one by one: for thousands of them, not for millions."""
+    for batch in batches(path):
+        yield from (Row(*values) for values in zip(*(column.to_pylist() for column in batch.columns), strict=True))
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
+        raise ManifestError(f"{path} is no manifest: {error}. Write it anew with `lingen data index`.") from error
+    version = json.loads((file.schema_arrow.metadata or {}).get(b"lingen", b"{}")).get("version", 0)
+    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+    if not version or missing:
+        raise ManifestError(f"{path} is no manifest of lingen's ({', '.join(missing) or 'no version'}).")
+    if version > VERSION:
+        raise ManifestError(f"{path} is of version {version}, this lingen reads up to {VERSION}; install a newer one.")
+    return file

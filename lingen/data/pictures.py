@@ -1,0 +1,79 @@
+"""Still and animated pictures through Pillow: opened with care, turned upright, laid on white, fitted to a size."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from lingen.data.frames import Refused, refuse_bomb
+
+
+def open_picture(data: bytes, formats: tuple[str, ...]) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    with reported(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower, and an error
+        if data[:4] == b"RIFF":
+            refuse_bomb(*webp_size(data))  # Pillow allocates a WebP's canvas when it opens it
+        try:
+            picture = Image.open(io.BytesIO(data), formats=formats)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"none of {', '.join(formats)}") from error
+        except Image.DecompressionBombError as error:
+            raise Refused(f"too large: {error}") from error
+        refuse_bomb(*picture.size)
+    return picture
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Pillow reports broken files by many types of errors; here it is one."""
+    try:
+        yield
+    except (MemoryError, Refused):
+        raise
+    except Exception as error:
+        raise ValueError(f"broken picture: {error}") from error
+
+
+def fit_picture(picture: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    from PIL import Image, ImageOps
+
+    if picture.mode.startswith("I"):  # 16 bits
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(ImageOps.fit(picture.convert("RGB"), size[::-1], method=Image.Resampling.BICUBIC))
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a WebP, from its first chunk (RFC 9649)."""
+    bits = int.from_bytes
+    match data[12:16]:
+        case b"VP8X":
+            return bits(data[24:27], "little") + 1, bits(data[27:30], "little") + 1
+        case b"VP8L":
+            packed = bits(data[21:25], "little")
+            return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+        case b"VP8 ":
+            return bits(data[26:28], "little") & 0x3FFF, bits(data[28:30], "little") & 0x3FFF
+    raise ValueError("not a WebP")
+
+
+def webp_times(data: bytes) -> Float[np.ndarray, " n"]:
+    """When each picture of an animated WebP is shown, in seconds, from the headers of its frames (RFC 9649); 0 ms count
+    as 100, as in browsers. A still picture has one."""
+    durations, position = [], 12
+    while position + 8 <= len(data):
+        length = int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] == b"ANMF":
+            durations.append(int.from_bytes(data[position + 20 : position + 23], "little") or 100)
+        position += 8 + length + length % 2
+    return np.cumsum([0, *durations[:-1]]) / 1000

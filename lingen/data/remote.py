@@ -1,0 +1,192 @@
+"""Pieces of files at ``https://``, ``http://`` and ``s3://``: one request each; who calls tries again."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from lingen.registry import RecipeError
+
+
+class SourceError(OSError):
+    """A piece that could not be read; the message begins with a reason and names the place."""
+
+    retries = 0
+    """Attempts after the first one."""
+
+    def __init__(self, message: str, *, missing: bool = False):
+        super().__init__(message)
+        self.missing = missing
+        """There is no such file."""
+
+
+class Stat(NamedTuple):
+    """A remote file."""
+
+    size: int
+    version: str
+    """Changes when the file does."""
+
+
+class Passing(Exception):
+    """A failure that is worth another attempt."""
+
+
+def is_remote(location: str) -> bool:
+    """An address of a server, not a path."""
+    return location.partition("://")[0] in ("http", "https", "s3")
+
+
+def read_remote(location: str, offset: int, length: int, timeout: float) -> bytes:
+    """`length` bytes from `offset` on; fewer where the file ends before.
+
+    Raises:
+        SourceError: it cannot be read: no such file, no permission, a server that serves no pieces.
+        Passing: it could not be read this time.
+    """
+    return (_read_s3 if location.startswith("s3://") else _read_http)(location, offset, length, timeout)
+
+
+def stat_remote(location: str, timeout: float) -> Stat:
+    """What is known of a file without reading it; errors as for `read_remote`."""
+    return (_stat_s3 if location.startswith("s3://") else _stat_http)(location, timeout)
+
+
+def _whole(data: bytes, told: str, offset: int, length: int) -> bytes:
+    """Checks a piece against ``bytes 0-9/100``: fewer bytes are right only where the file ends."""
+    end = told.rpartition("/")[2]
+    wanted = min(length, int(end) - offset) if end.isdigit() else length
+    if len(data) < wanted:
+        raise Passing(f"{len(data)} of {wanted} bytes came")
+    return data
+
+
+# https
+
+
+@cache
+def _pool(process: int, proxy: str | None) -> Any:
+    """Connections of this process; those of a parent cannot be shared."""
+    import urllib3
+
+    return urllib3.ProxyManager(proxy, maxsize=32) if proxy else urllib3.PoolManager(maxsize=32)
+
+
+def _get(url: str, offset: int, length: int, timeout: float) -> tuple[bytes, Mapping[str, str]]:
+    """A piece, and the headers that came with it. Of a reply that is no piece nothing is read."""
+    import urllib3
+
+    parts = urlsplit(url)
+    proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+    once = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
+    try:
+        reply = _pool(os.getpid(), proxy).request(
+            "GET", url, headers=headers, timeout=timeout, retries=once, preload_content=False
+        )
+        if reply.status == 206:
+            return reply.read(), reply.headers
+        reply.close()
+    except urllib3.exceptions.LocationValueError as error:
+        raise SourceError(f"unreadable shard: '{url}' is no address: {error}") from error
+    except urllib3.exceptions.HTTPError as error:
+        raise Passing(str(error)) from error
+    if reply.status == 416:  # the file ends before
+        return b"", reply.headers
+    raise _refusal(url, reply.status)
+
+
+def _refusal(url: str, status: int) -> Exception:
+    if status in (408, 425, 429) or status >= 500:
+        return Passing(f"the server answers {status}")
+    if status in (401, 403):
+        return SourceError(f"unreadable shard: {url}: no permission ({status}); sign the address, or open it up")
+    if status < 400:
+        return SourceError(f"unreadable shard: {url}: the server ignores byte ranges; use one that serves them")
+    message = f"unreadable shard: {url}: the server answers {status}; is the address right?"
+    return SourceError(message, missing=status == 404)
+
+
+def _read_http(url: str, offset: int, length: int, timeout: float) -> bytes:
+    data, headers = _get(url, offset, length, timeout)
+    return _whole(data, headers.get("Content-Range", ""), offset, length)
+
+
+def _stat_http(url: str, timeout: float) -> Stat:
+    headers = _get(url, 0, 1, timeout)[1]
+    end = headers.get("Content-Range", "").rpartition("/")[2]
+    if not end.isdigit():
+        raise SourceError(f"unreadable shard: {url}: the server does not tell its size")
+    return Stat(int(end), headers.get("ETag", "") + headers.get("Last-Modified", ""))
+
+
+# s3
+
+
+@cache
+def _client(process: int, timeout: float) -> Any:
+    """boto3's client of this process: region, credentials and AWS_ENDPOINT_URL as boto3 finds them."""
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise RecipeError("s3:// needs boto3; install it with: pip install 'lingen[s3]'") from error
+    once = {"total_max_attempts": 1}
+    settings = Config(connect_timeout=timeout, read_timeout=timeout, retries=once, max_pool_connections=32)
+    return boto3.session.Session().client("s3", config=settings)
+
+
+def _ask(location: str, timeout: float, call: str, **arguments: Any) -> Any:
+    """One request about an object; SourceError or a reason to try again where it fails."""
+    from botocore import exceptions
+
+    parts = urlsplit(location)
+    try:
+        reply = getattr(_client(os.getpid(), timeout), call)(Bucket=parts.netloc, **arguments)
+        return {**reply, "Body": reply["Body"].read()} if "Body" in reply else reply
+    except exceptions.ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = str(error.response.get("Error", {}).get("Code", status))
+        if code == "InvalidRange":
+            return {"Body": b"", "ContentRange": ""}
+        if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "RequestTimeTooSkewed"):
+            raise Passing(f"S3 answers {code}") from error
+        cure = "check the bucket and the key" if status == 404 else "check the credentials and their rights"
+        raise SourceError(f"unreadable shard: {location}: S3 answers {code}; {cure}", missing=status == 404) from error
+    except (exceptions.NoCredentialsError, exceptions.NoRegionError, exceptions.PartialCredentialsError) as error:
+        raise SourceError(f"unreadable shard: {location}: {error}; set AWS_PROFILE or AWS_ACCESS_KEY_ID") from error
+    except exceptions.ParamValidationError as error:
+        raise SourceError(f"unreadable shard: {location}: {' '.join(str(error).split())}") from error
+    except (exceptions.BotoCoreError, exceptions.HTTPClientError) as error:
+        raise Passing(str(error)) from error
+
+
+def _read_s3(location: str, offset: int, length: int, timeout: float) -> bytes:
+    span = f"bytes={offset}-{offset + length - 1}"
+    reply = _ask(location, timeout, "get_object", Key=urlsplit(location).path[1:], Range=span)
+    return _whole(reply["Body"], reply["ContentRange"], offset, length) if reply["ContentRange"] else b""
+
+
+def _stat_s3(location: str, timeout: float) -> Stat:
+    reply = _ask(location, timeout, "head_object", Key=urlsplit(location).path[1:])
+    return Stat(int(reply["ContentLength"]), reply["ETag"])
+
+
+def list_s3(pattern: str, timeout: float) -> list[str]:
+    """The objects that a pattern with ``*``, ``?`` or ``[...]`` in its key stands for."""
+    parts = urlsplit(pattern.replace("?", "%3F"))
+    key = parts.path[1:].replace("%3F", "?")
+    prefix = key[: min(key.find(sign) for sign in "*?[" if sign in key)]
+    found: list[str] = []
+    more: dict[str, str] = {}
+    while True:
+        reply = _ask(pattern, timeout, "list_objects_v2", Prefix=prefix, **more)
+        found += [one["Key"] for one in reply.get("Contents", []) if fnmatch.fnmatchcase(one["Key"], key)]
+        if not reply.get("IsTruncated"):
+            return [f"s3://{parts.netloc}/{name}" for name in found]
+        more = {"ContinuationToken": reply["NextContinuationToken"]}

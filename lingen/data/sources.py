@@ -1,0 +1,144 @@
+"""Reading pieces of shards wherever they lie: local files, ``https://`` and ``http://``, ``s3://``.
+
+A read that fails for a passing reason (a timeout, a broken connection, a server that is busy) is tried again, each time
+after a longer wait; one that cannot succeed (no such file, no permission) is not. What was read from afar may be kept
+on the local disk within a bound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
+
+from lingen.config import Remote
+from lingen.data.cache import cache_folder
+from lingen.data.pieces import PieceCache
+from lingen.data.remote import Passing, SourceError, Stat, is_remote, read_remote, stat_remote
+
+T = TypeVar("T")
+
+LARGEST = 1 << 31
+"""Bytes that are read at once; a sample that claims to be larger is refused before it is allocated (ours)."""
+FIRST_WAIT = 0.25
+"""Seconds before the second attempt; doubled for each further one, up to a minute."""
+OPEN_FILES = 64
+"""Local shards that a process keeps open."""
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EINTR}
+"""What a network disk may say in passing."""
+
+
+class Piece(NamedTuple):
+    """Bytes, and how many attempts after the first one they took."""
+
+    data: bytes | bytearray
+    retries: int
+
+
+class Reader:
+    """Reads pieces; holds nothing that may not cross into another process or thread.
+
+    Args:
+        settings: time-outs, attempts, and room for the cache.
+        cache: folder of the cache; default: in lingen's cache folder.
+    """
+
+    def __init__(self, settings: Remote, cache: Path | None = None):
+        self.settings = settings
+        self._kept = PieceCache(cache or cache_folder() / "pieces", int(settings.cache_gb * 1e9))
+
+    def read(self, location: str, offset: int, length: int, version: str = "") -> Piece:
+        """`length` bytes from `offset` on; fewer where the file ends before.
+
+        Args:
+            version: changes when the file does; the cache takes a piece of another version for another one.
+        Raises:
+            SourceError: it cannot be read.
+        """
+        if length > LARGEST:
+            raise SourceError(f"too large: {length} bytes of {location}, at most {LARGEST} are read at once")
+        if not is_remote(location):
+            return Piece(*self._retry(location, lambda: _read_file(location, offset, length)))
+        name = hashlib.sha256(repr((location, offset, length, version)).encode()).hexdigest()
+        if (kept := self._kept.get(name)) is not None:
+            return Piece(kept, 0)
+        piece = Piece(*self._retry(location, lambda: read_remote(location, offset, length, self.settings.timeout)))
+        self._kept.put(name, bytes(piece.data))
+        return piece
+
+    def announce(self, location: str, offset: int, length: int) -> None:
+        """Has the system read a piece of a local file into its cache, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # reading it will tell
+                file = _open_files(os.getpid()).get(location)
+                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def stat(self, location: str) -> Stat:
+        """Size and version of a remote file. SourceError where there is none or it cannot be reached."""
+        return self._retry(location, lambda: stat_remote(location, self.settings.timeout))[0]
+
+    def _retry(self, location: str, read: Callable[[], T]) -> tuple[T, int]:
+        """What `read` gives, and the attempts after the first one that it took."""
+        for attempt in range(self.settings.attempts):
+            try:
+                return read(), attempt
+            except Passing as error:
+                said = str(error)
+            except SourceError as error:
+                error.retries = attempt
+                raise
+            except OSError as error:
+                said = error.strerror or str(error)
+                if error.errno not in PASSING:
+                    raise _failed(f"unreadable shard: {location}: {said}", attempt) from error
+            if attempt + 1 < self.settings.attempts:
+                time.sleep(min(60.0, FIRST_WAIT * 2**attempt))
+        times = f"{self.settings.attempts} attempts" if self.settings.attempts > 1 else "one attempt"
+        raise _failed(f"unreachable: {location} could not be read in {times} ({said})", self.settings.attempts - 1)
+
+
+def _failed(message: str, retries: int) -> SourceError:
+    error = SourceError(message)
+    error.retries = retries
+    return error
+
+
+# local files
+
+
+class _OpenFiles:
+    """The local shards that were read last, kept open; one that is dropped closes when its last reader is done."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: str) -> BinaryIO:
+        with self._lock:
+            file = self._files.pop(path, None) or open(path, "rb", buffering=0)  # noqa: SIM115
+            self._files[path] = file
+            while len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+            return file
+
+
+@cache
+def _open_files(process: int) -> _OpenFiles:
+    """Those of this process: a thread of the parent may hold the lock of its own for ever."""
+    return _OpenFiles()
+
+
+def _read_file(path: str, offset: int, length: int) -> bytearray:
+    file = _open_files(os.getpid()).get(path)
+    data, done = bytearray(length), 0
+    while done < length and (more := os.preadv(file.fileno(), [memoryview(data)[done:]], offset + done)):
+        done += more
+    return data[:done] if done < length else data

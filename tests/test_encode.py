@@ -1,0 +1,249 @@
+"""`lingen encode`: what comes out is what the frozen parts would have made at each step, and says what made it."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from footage_here import film
+
+from lingen.cli import main
+from lingen.config import Recipe
+from lingen.data import manifest
+from lingen.data.batch import Batch
+from lingen.data.captions import Captions
+from lingen.data.cut import Wanted
+from lingen.data.datamodule import ClipData
+from lingen.data.encode_shards import Encoding, _Clips, encode, tasks_of
+from lingen.data.filters import Filters
+from lingen.data.fingerprint import frozen_settings, hash_weights
+from lingen.data.journal import Part
+from lingen.data.pack import Packing, find_footage, pack
+from lingen.module import LinGenModule
+from lingen.recipe import load_stages
+from lingen.registry import RecipeError
+
+RECIPE = """
+model: {{dim: 16, depth: 1, mixer: attention, patch: [1, 2, 2], gate_init: 1.0}}
+autoencoder: {{name: "frozen_here:Pooling"}}
+text: [{{name: "frozen_here:Letters", path: "{folder}/letters.f32"}}, {{name: words, dim: 8, buckets: 64}}]
+data:
+  shards: {{image: "{folder}/raw/image-*.tar", video: "{folder}/raw/video-*.tar"}}
+  mix: {{image: 1, video: 2}}
+  batch: {{image: 2, video: 2}}
+  size: [16, 16]
+  fps: 8
+  workers: 0
+train: {{steps: 3, text_drop: 0.5}}
+trainer: {{accelerator: cpu, devices: 1, logger: false}}
+stages:
+  short: {{data: {{frames: 4}}}}
+  long: {{data: {{frames: 8}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw shards: a clip of 24 frames, two of 8 and one of 4, two pictures; a recipe and a table of weights."""
+    folder = tmp_path_factory.mktemp("encode")
+    scenes = {"a": ("testsrc2", 3), "b": ("testsrc", 1), "c": ("mandelbrot", 1), "d": ("rgbtestsrc", 0.5)}
+    for name, scene in scenes.items():
+        film(folder / "films" / f"{name}.mp4", scene, fps=8, size=(32, 48))
+    rows = [{"key": key, "captions": [f"{key} moves", f"this is {key}"][: 1 + (key == "a")]} for key in scenes]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = Wanted((((16, 16),),), 8.0, (24, 8, 4))
+    filters = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)
+    sources = find_footage([folder / "films"], [], wanted)
+    pack(Packing(sources, Captions(folder / "captions.jsonl"), wanted, filters), folder / "raw")
+    np.random.default_rng(0).standard_normal((256, 6)).astype(np.float32).tofile(folder / "letters.f32")
+    (folder / "r.yaml").write_text(RECIPE.format(folder=folder))
+    return folder
+
+
+VIDEO = "data.mix.image=0"
+
+
+@pytest.fixture(scope="module")
+def stages(folder: Path) -> list[Recipe]:
+    return load_stages(folder / "r.yaml", [VIDEO])
+
+
+@pytest.fixture(scope="module")
+def encoded(folder: Path, stages: list[Recipe]) -> Path:
+    encode(stages, folder / "encoded", Encoding(precision="float32"))
+    return folder / "encoded"
+
+
+def encoded_stages(folder: Path, *overrides: str) -> list[Recipe]:
+    return load_stages(folder / "r.yaml", [VIDEO, f"data.shards.video={folder}/encoded/video-*.tar", *overrides])
+
+
+def test_every_clip_that_fits_is_encoded_once(encoded: Path, stages: list[Recipe]) -> None:
+    rows = list(manifest.rows(encoded / manifest.NAME))
+    assert {row.kind for row in rows} == {"latents"} and {(row.height, row.width) for row in rows} == {(16, 16)}
+    keys = sorted(row.key for row in rows)
+    short = [f"a-0000-4x16x16-{i:02d}" for i in range(6)] + [f"{x}-0000-4x16x16-{i:02d}" for x in "bc" for i in (0, 1)]
+    long = [f"a-0000-8x16x16-{i:02d}" for i in range(3)] + ["b-0000-8x16x16-00", "c-0000-8x16x16-00"]
+    assert keys == sorted([*short, "d-0000-4x16x16-00", *long])
+    assert [row.captions for row in rows if row.key.startswith("a-0000-8")] == [2, 2, 2]
+
+
+def by_source(batches: list[Batch]) -> dict[str, tuple[torch.Tensor, str, Any]]:
+    return {
+        key.split(":")[1]: (batch.clips[i], batch.captions[i], {n: (t[i], m[i]) for n, (t, m) in batch.text.items()})
+        for batch in batches
+        for i, key in enumerate(batch.keys)
+    }
+
+
+def test_it_is_what_the_frozen_parts_make(folder: Path, encoded: Path, stages: list[Recipe]) -> None:
+    recipe = encoded_stages(folder)[1]
+    module = LinGenModule(recipe)
+    found = by_source(list(islice(ClipData(recipe).batches(), 6)))
+    assert len(found) == 5
+    raw = ClipData(stages[1])
+    raw.setup()
+    for task in tasks_of(stages[1:], "video", Part()):
+        latents, caption, text = found[task.key]
+        clip = _Clips([task], stages[1])[0]
+        expected = module.encode_clips(clip.pixels[None])[0]
+        assert torch.equal(latents, expected) and latents.shape == (3, 4, 4, 4)
+        assert caption in clip.captions
+        tokens, mask = module.encode_text([caption], 8.0)[0]
+        assert text.keys() == {0}  # words is trained along
+        assert torch.equal(text[0][0][text[0][1]], tokens[0][mask[0]])
+
+
+def test_windows_follow_one_another(folder: Path, encoded: Path) -> None:
+    recipe = encoded_stages(folder)[1]
+    found = by_source(list(islice(ClipData(recipe).batches(), 6)))
+    first, second, third = (found[f"a-0000-8x16x16-{i:02d}"][0] for i in range(3))
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    halves = by_source(list(islice(ClipData(encoded_stages(folder)[0]).batches(), 12)))
+    assert torch.equal(torch.cat([halves[f"a-0000-4x16x16-{i:02d}"][0] for i in (2, 3)], 1), second)
+
+
+def test_losses_do_not_change(folder: Path, encoded: Path, stages: list[Recipe]) -> None:
+    """Encoded or raw, with the text of half of the samples left out."""
+    recipe = encoded_stages(folder)[1]
+    module = LinGenModule(recipe)
+    pixels = {task.key: _Clips([task], stages[1])[0].pixels for task in tasks_of(stages[1:], "video", Part())}
+    for batch in islice(ClipData(recipe).batches(), 5):
+        raw = batch._replace(clips=torch.stack([pixels[key.split(":")[1]] for key in batch.keys]), text={})
+        losses = module.losses(batch, "long")[0]
+        assert torch.isfinite(losses).all() and torch.allclose(module.losses(raw, "long")[0], losses, rtol=1e-6)
+
+
+def test_half_precision(folder: Path, stages: list[Recipe], encoded: Path, tmp_path: Path) -> None:
+    encode(stages, tmp_path, Encoding())
+    assert sum(f.stat().st_size for f in tmp_path.glob("*.tar")) < sum(f.stat().st_size for f in encoded.glob("*.tar"))
+    half = load_stages(folder / "r.yaml", [VIDEO, f"data.shards.video={tmp_path}/video-*.tar"])
+    one, other = (by_source(list(islice(ClipData(s[1]).batches(), 6))) for s in (half, encoded_stages(folder)))
+    assert one.keys() == other.keys()
+    for key, (latents, _, _) in one.items():
+        assert latents.dtype == torch.float16 and torch.allclose(latents.float(), other[key][0], atol=1e-3)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}
+
+
+def test_a_killed_run_goes_on(stages: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = Encoding(precision="float32", shard_mb=0)
+    encode(stages, tmp_path / "whole", how)
+    replace = os.replace
+
+    def killed(source: str | Path, target: str | Path) -> None:
+        if Path(target).name == "video-00005.tar":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        encode(stages, tmp_path / "killed", how)
+    done = []
+    encode(stages, tmp_path / "killed", how, lambda at, total: done.append((at, total)))
+    assert done[-1] == (16, 16) and done[0][0] > 5
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_parts_and_workers_make_the_same_set(stages: list[Recipe], encoded: Path, tmp_path: Path) -> None:
+    for number in (2, 1, 3):
+        encode(stages, tmp_path, Encoding(precision="float32", part=Part(number, 3), workers=2 * (number == 2)))
+    whole, parts = ({row.key: row.hash for row in manifest.rows(out / manifest.NAME)} for out in (encoded, tmp_path))
+    assert parts == whole
+
+
+@pytest.mark.parametrize(("override", "told"), [
+    ("autoencoder.gain=2.0", "autoencoder.gain is 1.0 there and 2.0 here"),
+    ("data.fps_prefix=false", "fps_prefix is true there and false here"),
+    ("text.0.path={folder}/other.f32", 'text.0.path is "'),
+    ("text.0.dim=12", "text.0.dim is 6 there and 12 here"),
+])  # fmt: skip
+def test_another_encoder_is_an_error_that_names_both(folder: Path, encoded: Path, override: str, told: str) -> None:
+    (folder / "other.f32").write_bytes((folder / "letters.f32").read_bytes()[::-1])
+    recipe = encoded_stages(folder, override.format(folder=folder))[0]
+    with pytest.raises(RecipeError) as caught:
+        ClipData(recipe).setup()
+    message = str(caught.value)
+    assert told in message and message.startswith("data.shards.video: these samples were encoded by something else (")
+    assert "Encode them anew with `lingen encode --recipe`" in message
+
+
+def test_the_same_weights_elsewhere_are_the_same(folder: Path, encoded: Path, tmp_path: Path) -> None:
+    (tmp_path / "moved.f32").write_bytes((folder / "letters.f32").read_bytes())
+    recipe = encoded_stages(folder, f"text.0.path={tmp_path}/moved.f32")[0]
+    ClipData(recipe).setup()
+    assert frozen_settings(recipe)["text"][1] is None
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "a").write_bytes(bytes(1 << 20))
+    before = hash_weights(weights)
+    (weights / "a").write_bytes(bytes((1 << 20) - 1) + b"\1")
+    assert hash_weights(weights) != before
+
+
+def test_shards_that_say_nothing_of_their_encoder(folder: Path, encoded: Path, tmp_path: Path) -> None:
+    rows = list(manifest.rows(encoded / manifest.NAME))
+    for path in encoded.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    manifest.write(tmp_path / manifest.NAME, rows, manifest.About())
+    recipe = load_stages(folder / "r.yaml", [VIDEO, f"data.shards.video={tmp_path}/video-*.tar"])[0]
+    with pytest.raises(RecipeError, match="does not say what encoded these samples"):
+        ClipData(recipe).setup()
+
+
+def test_what_cannot_be_encoded_is_counted_by_key(folder: Path, tmp_path: Path) -> None:
+    bright = load_stages(folder / "r.yaml", [VIDEO, "autoencoder.nan_above=0.0"])
+    report = encode(bright, tmp_path / "nan", Encoding())
+    assert 0 < report.left_out["latents not finite"] < 16 == report.looked_at
+    assert sum(report.made.values()) + report.left_out["latents not finite"] == 16
+    assert ": latents not finite: as float16 they hold NaN" in report.named["latents not finite"][0]
+    large = load_stages(folder / "r.yaml", [VIDEO, "autoencoder.gain=1e6"])
+    assert not encode(large, tmp_path / "large", Encoding()).made
+
+
+def test_stages_must_agree(folder: Path, tmp_path: Path) -> None:
+    other = load_stages(folder / "r.yaml", [VIDEO, "stages.long.data.fps_prefix=false"])
+    with pytest.raises(RecipeError, match="Stages 'short' and 'long' encode in different ways: fps_prefix"):
+        encode(other, tmp_path, Encoding())
+
+
+@pytest.mark.slow
+def test_the_command_and_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = str(folder / "r.yaml"), str(tmp_path / "encoded")
+    assert main(["encode", "--recipe", recipe, VIDEO, "--out", out, "--device", "cpu"]) == 0
+    assert "16 samples of 16 looked at" in capsys.readouterr().out
+    words = ["fit", "--recipe", recipe, VIDEO, f"data.shards.video={out}/video-*.tar", "--run", str(tmp_path / "run")]
+    assert main([*words, "sample.prompts=[]"]) == 0
+    assert (tmp_path / "run" / "stages" / "long" / "weights.safetensors").is_file()
+    capsys.readouterr()
+    assert main([*words[:-1], str(tmp_path / "other"), "autoencoder.gain=2.0"]) == 2
+    assert "autoencoder.gain is 1.0 there and 2.0 here" in capsys.readouterr().err
+    assert main(["encode", "--recipe", recipe, VIDEO, "--out", out, "--device", "cuda:99"]) == 2
