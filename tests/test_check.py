@@ -191,7 +191,8 @@ def test_stages_are_worked_out(recipe: Path) -> None:
      "batch, 1 ranks, 1 batches accumulated); set data.batch.video=4, or pack more videos."),
     ([], 8, "stage long would starve: 2 videos of 16x32x32 are fewer than the 8 of one step (1 a batch, 8 ranks, 1 "
      "batches accumulated); train on at most 2 ranks, or pack more videos."),
-    (["data.sizes=[[32,48]]", "data.batch={image: 2, video: 3}"], 2, "take 8x32x32 out of data.sizes and data.lengths, or pack more videos of that shape"),
+    (["data.sizes=[[32,48]]", "data.batch={image: 2, video: 3}"], 2, "take 8x32x32 out of data.sizes and data.lengths, "
+     "or pack more videos of that shape"),
     (["data.frames=99", "stages.long.data.frames=99"], 1, "stage long: data.shards.video: none of 4 samples fits"),
     (["data.shards.video=nowhere/*.tar"], 1, "no file matches"),
 ])  # fmt: skip
