@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lingen.cli import main
 from lingen.config import DataConfig, PerKind, Recipe, Remote, Shards
 from lingen.data import buckets, indexing, manifest
 from lingen.data.buckets import Shape
@@ -247,6 +248,16 @@ def test_index_folder_tells_every_sort_of_sample(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(RecipeError, match="holds no tar file"):
         index_folder(tmp_path / "absent", 0)
+
+
+def test_the_command_tells_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(
+        [{"__key__": "a", "mp4": mp4(5, 16, 24), "txt": "x"}, {"__key__": "b", "mp4": b""}], f"{tmp_path}/%d.tar"
+    )
+    assert main(["data", "index", str(tmp_path), "--processes", "0"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path}: 1 samples, 1 left out\n" and "0.tar:b: no caption" in captured.err
+    assert main(["data", "index", str(tmp_path / "absent")]) == 2
 
 
 # buckets

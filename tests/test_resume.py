@@ -77,6 +77,7 @@ def checkpoint_of(run: Path) -> int:
     return max((int(path.stem.removeprefix("step-")) for path in run.glob("stages/clips/step-*.ckpt")), default=0)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_other_ranks_and_workers(
     tiny_recipe: Path, clips: Path, tmp_path: Path
 ) -> None:

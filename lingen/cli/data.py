@@ -176,7 +176,8 @@ def data_index(args: argparse.Namespace) -> int:
 
     for folder in args.folders:
         with count_bar(console(), f"reading {folder}") as progress:
-            found = index_folder(Path(folder), args.processes or processes_here(), progress)
+            processes = processes_here() if args.processes is None else args.processes
+            found = index_folder(Path(folder), processes, progress)
         for drop in found.drops:
             print(f"{drop.where}: {drop.reason}", file=sys.stderr)
         print(f"{folder}: {found.rows:,} samples, {len(found.drops):,} left out")
