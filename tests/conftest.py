@@ -112,7 +112,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         samples = []
         for number, caption in enumerate(captions("train", kind)[:16]):
             clip = draw(caption, (16, 16), 6 if kind == "video" else 1, rng)
-            media = {"mp4": encode_mp4(clip, 8)} if kind == "video" else {"png": encode_png(clip[0])}
+            media = {"mp4": encode_mp4(clip, 8, exact=True)} if kind == "video" else {"png": encode_png(clip[0])}
             samples.append({"__key__": f"{number:04d}", **media, "json": {"caption": caption}})
         write_shards(samples, f"{folder}/{kind}-%05d.tar", per_shard=8 if kind == "video" else 16)
     return folder
