@@ -179,3 +179,24 @@ def test_a_triton_twin_is_measured_where_it_runs(tmp_path: Path, monkeypatch: py
     rows = run(tmp_path, monkeypatch, "kernels", *words)
     assert {row["kernel"] for row in rows[1:]} == {"triton", "reference"}
     assert all(row["error"] < 1e-5 for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["kernels", "--only", "nope"], "There is no operation called 'nope'. Known: "),
+        (["model", "--recipe", "quickstart_cpu", "--twins", "nope"], "There is no twin called 'nope'. Known: all, dit"),
+        (["scaling", "--quick", "--device", "cuda"], "--quick measures on the CPU"),
+        (["mixers", "--device", "tpu"], "There is no device 'tpu'"),
+        (["training", "--recipe", "quickstart_cpu", "--layers", "9"], "say layers of 0 to 3"),
+        (["training", "--recipe", "quickstart_cpu", "--layers", "x"], "say layers of 0 to 3"),
+        (["mixers", "--grid", "0x4x4"], "'0x4x4' is no grid"),
+        (["scaling", "--dim", "0"], "'0' is no whole number above 0"),
+        (["mixers", "--budget", "-1"], "'-1' is no number above 0"),
+        (["mixers", "--mixers", "mamba2", "--dim", "7"], "head_dim=64 does not divide"),
+    ],
+)
+def test_a_wrong_use_is_one_sentence(words, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *words]) == 2
+    assert says in capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lingen.config import LinGenConfig
 from lingen.model import LinGen, Text
+from lingen.registry import RecipeError, SettingError
 
 Made = TypeVar("Made", bound=nn.Module)
 
@@ -19,7 +20,12 @@ TEXT_TOKENS = 512
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """The device of that name; by default the GPU where there is one."""
+    """The device of that name; by default the GPU where there is one. RecipeError for one that is not here."""
+    kind = (name or "").partition(":")[0]
+    if name and kind not in ("cpu", "cuda"):
+        raise RecipeError(f"There is no device '{name}' to measure on; say cpu or cuda.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: torch sees no GPU here; leave it out to measure on the CPU.")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -35,6 +41,13 @@ def built(make: Callable[[], Made], device: torch.device, dtype: torch.dtype) ->
     one that holds buffers is constructed where it belongs. Parameters that it keeps in float32 by itself stay so.
     """
     torch.manual_seed(0)
+    try:
+        return _built(make, device, dtype)
+    except SettingError as error:
+        raise RecipeError(f"{error} (at {error.setting})") from error
+
+
+def _built(make: Callable[[], Made], device: torch.device, dtype: torch.dtype) -> Made:
     if device.type == "cuda":
         empty = _constructed(make, torch.device("meta"), dtype)
         if not list(empty.buffers()):

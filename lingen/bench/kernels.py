@@ -17,6 +17,7 @@ from lingen.bench.results import Results, Row, Say
 from lingen.bench.stock import chunk_scan
 from lingen.bench.timing import Work, forward, medians
 from lingen.kernels.choice import interpreted
+from lingen.registry import RecipeError
 
 ODD_GRID: Grid = (7, 5, 3)
 """No size of it is a power of two; here errors are measured."""
@@ -44,6 +45,10 @@ def bench_kernels(
         only: names of cases; by default all.
         square: width of the matrix product that tells the ceiling.
     """
+    unknown = sorted(set(only) - {case.name for case in CASES})
+    if unknown:
+        known = ", ".join(case.name for case in CASES)
+        raise RecipeError(f"There is no operation called '{unknown[0]}'. Known: {known}.")
     top = results.add(ceilings(place, square))
     for case in CASES:
         if only and case.name not in only:

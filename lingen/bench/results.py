@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from lingen.folder import git_commit, versions, write_text
+from lingen.registry import RecipeError
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -47,7 +49,12 @@ class Results:
             **about,
             "rows": [],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK):
+                raise PermissionError("the folder is not writable")
+        except OSError as error:
+            raise RecipeError(f"Results cannot be written to {path}: {error}. Choose another --out.") from error
         _listen().results = self
 
     def add(self, row: Row) -> Row:

@@ -8,7 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lingen.cli.command import DONE, FAILED, JSON, STAGE, argument, command, print_json, print_table
+from lingen.cli.command import (
+    DONE,
+    FAILED,
+    JSON,
+    STAGE,
+    argument,
+    command,
+    positive,
+    print_json,
+    print_table,
+    whole,
+)  # fmt: skip
 from lingen.registry import RecipeError
 
 MIXERS = ["attention", "temporal_swin", "mamba2", "mate", "linear_attention"]
@@ -16,8 +27,8 @@ MIXERS = ["attention", "temporal_swin", "mamba2", "mate", "linear_attention"]
 
 def _grid(text: str) -> tuple[int, int, int]:
     try:
-        t, h, w = map(int, text.split("x"))
-    except ValueError:
+        t, h, w = map(whole, text.split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"'{text}' is no grid; say tokens in t, h and w, e.g. 34x32x32") from None
     return t, h, w
 
@@ -26,9 +37,9 @@ GRIDS = argument(
     "--grid", dest="grids", type=_grid, action="append", metavar="TxHxW",
     help="tokens in t, h, w, e.g. 34x32x32, which is 512x512 for 17 s; may be given again",
 )  # fmt: skip
-DIM = argument("--dim", type=int, help="width of a token; default: 2560, on a CPU 64")
+DIM = argument("--dim", type=whole, help="width of a token; default: 2560, on a CPU 64")
 DEVICE = argument("--device", help="cuda or cpu; default: the GPU where there is one")
-BUDGET = argument("--budget", type=float, metavar="S", help="seconds for each number; what takes longer runs once")
+BUDGET = argument("--budget", type=positive, metavar="S", help="seconds for each number; what takes longer runs once")
 COMMIT = argument("--commit", metavar="HASH", help="for the result file, where there is no checkout")
 
 
@@ -71,6 +82,8 @@ def _scaling(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from lingen.bench.build import best_device
     from lingen.bench.scaling import GRIDS, QUICK_GRIDS, scaling
 
+    if args.quick and args.device not in (None, "cpu"):
+        raise RecipeError(f"--quick measures on the CPU; leave out --quick, or --device {args.device}.")
     device = best_device("cpu" if args.quick else args.device)
     cpu = device.type == "cpu"
     grids = args.sizes or (QUICK_GRIDS if cpu else GRIDS)
@@ -170,7 +183,9 @@ def bench_training(args: argparse.Namespace) -> int:
     from lingen.recipe import load_recipe
 
     model = load_recipe(args.recipe, args.overrides).model
-    layers = [int(word) for word in args.layers.split(",")]
+    layers = [int(word) for word in args.layers.split(",") if word.isdecimal()]
+    if len(layers) < len(args.layers.split(",")) or max(layers) >= model.depth:
+        raise RecipeError(f"--layers {args.layers}: say layers of 0 to {model.depth - 1}, e.g. --layers 0,1.")
     device, _, grids, budget = _where(args)
     results = _results(args, device, {"dim": model.dim, "batch": 1})
     for grid in grids:
@@ -191,7 +206,7 @@ def bench_training(args: argparse.Namespace) -> int:
         metavar="WHICH",
         help="in the same rounds: dit (cudnn,flash,best), stock (stock LinGen), or all",
     ),
-    argument("--dit-depth", type=int, help="layers of the DiT (default: 38/28 of the recipe's)"),
+    argument("--dit-depth", type=whole, help="layers of the DiT (default: 38/28 of the recipe's)"),
     argument("--variants", action="store_true", help="the paper's latency table: without TESA, review tokens, ..."),
     argument("--quality", action="store_true", help="how far 8-bit products are from 16 bits"),
     _out("bench/model.json"),
@@ -244,7 +259,11 @@ def bench_show(args: argparse.Namespace) -> int:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    """``all`` is every one: no words."""
+    """``all`` is every one: no words. RecipeError for a word that names no twin."""
+    known = ("all", "dit", "cudnn", "flash", "sdpa", "best", "stock")
+    unknown = [word for word in text.split(",") if word not in known]
+    if unknown:
+        raise RecipeError(f"There is no twin called '{unknown[0]}'. Known: {', '.join(known)}.")
     text = text.replace("dit", "cudnn,flash,sdpa,best")
     return () if text == "all" else tuple(text.split(","))
 

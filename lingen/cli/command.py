@@ -36,12 +36,30 @@ def argument(*flags: str, **options: Any) -> Argument:
     return flags, options
 
 
+def whole(text: str) -> int:
+    """A whole number above 0, as an argument's `type`."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, as an argument's `type`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+    return value
+
+
 RECIPE = argument("--recipe", metavar="R", help="a YAML file, or the name of a recipe that comes with lingen")
 STAGE = argument("--stage", metavar="S", help="one stage of the recipe")
 JSON = argument("--json", action="store_true", help="for machines")
 PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
 PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
-SHARD_MB = argument("--shard-mb", type=int, default=1000, metavar="N", help="size of a shard; default: 1000")
+SHARD_MB = argument("--shard-mb", type=whole, default=1000, metavar="N", help="size of a shard; default: 1000")
 
 
 def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[Run], Run]:
