@@ -73,13 +73,8 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
     try:
         opened: Any = av.open(io.BytesIO(data), format=container_of(data))
         with opened as file:
-            if not file.streams.video:
-                raise ValueError("broken video: there is no picture in it")
-            stream = file.streams.video[0]
+            stream = picture_stream(file)
             codec = stream.codec_context
-            refuse_bomb(codec.width, codec.height)
-            codec.options = {"max_pixels": str(MAX_PIXELS)}
-            codec.thread_count = 1  # the workers share the cores
             packets = [p for p in file.demux(stream) if p.pts is not None and p.size]
             shown = np.array(sorted(p.pts for p in packets if not p.is_discard), np.int64)
             chosen, starts = resample((shown - shown[:1]) * float(stream.time_base), frames, fps, start)
@@ -87,6 +82,20 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
     except av.FFmpegError as error:
         raise ValueError(f"broken video: {error.strerror or error}") from error
     return Clip(torch.from_numpy(np.stack(decoded, 1)), starts)
+
+
+def picture_stream(file: Any) -> Any:
+    """The pictures of an opened video, to be decoded by one thread, as the workers share the cores.
+
+    Raises ValueError where there are none, or where they are too large to be decoded.
+    """
+    if not file.streams.video:
+        raise ValueError("broken video: there is no picture in it")
+    stream = file.streams.video[0]
+    refuse_bomb(stream.codec_context.width, stream.codec_context.height)
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    stream.codec_context.thread_count = 1
+    return stream
 
 
 def container_of(data: bytes) -> str:

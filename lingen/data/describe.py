@@ -12,7 +12,6 @@ import numpy as np
 from lingen.data import manifest
 from lingen.data.batch import Drop
 from lingen.data.captions import captions_of
-from lingen.data.frames import MAX_PIXELS, refuse_bomb
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.pictures import open_picture, reported, webp_size, webp_times
 from lingen.data.shards import parse, scan
@@ -112,17 +111,13 @@ def _video(data: bytes) -> dict[str, Any]:
     """By the time stamps of its frames, whatever the header says; the first frame tells how it is turned."""
     import av
 
-    from lingen.data.decode import container_of
+    from lingen.data.decode import container_of, picture_stream
 
     try:
         opened: Any = av.open(io.BytesIO(data), format=container_of(data))
         with opened as file:
-            if not file.streams.video:
-                raise ValueError("broken video: there is no picture in it")
-            stream = file.streams.video[0]
+            stream = picture_stream(file)
             codec = stream.codec_context
-            refuse_bomb(codec.width, codec.height)
-            codec.options = {"max_pixels": str(MAX_PIXELS)}
             packets = [packet for packet in file.demux(stream) if packet.pts is not None and packet.size]
             shown = np.array(sorted(packet.pts for packet in packets if not packet.is_discard)) * float(
                 stream.time_base
