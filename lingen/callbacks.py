@@ -6,7 +6,7 @@ import csv
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from lingen.data.ledger import DataError, Ledger
 from lingen.folder import RunFolder, as_json, write_text
 from lingen.module import LinGenModule
 from lingen.ranks import gather_objects
+from lingen.training import Trained
 
 KEPT_CHECKPOINTS = 2
 
@@ -141,9 +142,9 @@ class StepEdge(Callback):
 
 
 class ClipsDuringTraining(Callback):
-    """Samples the recipe's prompts with the averaged weights every `train.sample_every` steps."""
+    """Clips with the averaged weights every `train.sample_every` steps: of the recipe's prompts, or reconstructions."""
 
-    def __init__(self, sample: Callable[[LinGenModule, int], None]):
+    def __init__(self, sample: Callable[[Trained, int], None]):
         self.sample = sample
 
     def on_train_batch_end(
@@ -180,7 +181,7 @@ class Steps(Callback):
 class StageEnd(Callback):
     """Calls `finish(module, step)` on the first rank once the stage has all its steps, on its device still."""
 
-    def __init__(self, finish: Callable[[LinGenModule, int], None]):
+    def __init__(self, finish: Callable[[Trained, int], None]):
         self.finish = finish
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -288,7 +289,7 @@ class Rows(Callback):
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.recipe.train.accumulate or not self._is_due(pl_module, trainer.global_step + 1):
             return
-        for index, block in enumerate(pl_module.model.blocks):
+        for index, block in enumerate(blocks_of(pl_module)):
             for branch in ("ma", "te"):
                 part = getattr(block.mixer, branch, None)
                 if isinstance(part, nn.Module):
@@ -313,10 +314,15 @@ class Rows(Callback):
         pl_module.log_row(pl_module.collect_metrics())
 
 
-def horizons(module: LinGenModule) -> dict[str, Tensor]:
+def blocks_of(module: Trained) -> Iterable[Any]:
+    """The denoiser's blocks; an autoencoder has none."""
+    return cast(Iterable[Any], module.model.blocks) if isinstance(module, LinGenModule) else ()
+
+
+def horizons(module: Trained) -> dict[str, Tensor]:
     """Memory horizon of each scan, in tokens, see `Mamba2.horizon`."""
     values: dict[str, Tensor] = {}
-    for index, block in enumerate(module.model.blocks):
+    for index, block in enumerate(blocks_of(module)):
         for part in cast(nn.Module, block.mixer).modules():
             if hasattr(part, "horizon"):
                 horizon = cast(Any, part).horizon().flatten()

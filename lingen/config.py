@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from lingen.registry import SettingError
+
 Component = dict[str, Any]
 """A registered part and its settings: ``{"name": "mate", "window": [8, 4, 4]}``. In a recipe, a bare word is short for
 ``{name: word}``."""
@@ -177,8 +179,101 @@ class SampleConfig:
         "run with and without text as one batch, else one after the other in half the memory; auto: up to 16,384 "
         "tokens",
     ] = "auto"
+    decode: Annotated[
+        Literal["auto", "exact", "tiled", "whole"],
+        "latents to pixels piece by piece, by the autoencoder's own streams; in cross-faded tiles of 32 frames (Movie "
+        "Gen); or in one call; auto: exact where it has streams, else whole",
+    ] = "auto"
+    tile: Annotated[
+        tuple[int, int] | None, "height and width in pixels of the tiles, where a frame is too large for the memory"
+    ] = None
     seed: int = 0
     prompts: Annotated[list[str], "sampled during training"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.tile is not None and self.decode in ("exact", "whole"):
+            raise SettingError("tile", f"tile={list(self.tile)} goes with decode=tiled, not with {self.decode}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """What an autoencoder is trained for; a weight of 0 leaves its term out, and what it needs is not built.
+
+    Sources: LDM is Rombach et al., arXiv 2112.10752 (its public code where the paper gives no number); VQGAN is Esser
+    et al., arXiv 2012.09841; TAE is Movie Gen, arXiv 2410.13720, section 3.1.1, which gives the terms but, but for the
+    outlier penalty, not their weights. Raises SettingError for numbers that make no sense.
+    """
+
+    l1: Annotated[float, "weight of the mean absolute error (LDM)"] = 1.0
+    perceptual: Annotated[float, "weight of the perceptual distance (LDM)"] = 1.0
+    features: Annotated[
+        Component, "what the perceptual distance is: vgg16 (`lingen data fetch vgg16`), lpips, none"
+    ] = field(default_factory=lambda: {"name": "vgg16"})
+    perceptual_frames: Annotated[
+        int, "frames of a clip that the perceptual distance looks at, drawn anew at each step; 0: all (ours)"
+    ] = 8
+    kl: Annotated[float, "weight of the KL divergence from N(0, 1), a mean over the numbers of a latent (ours)"] = 1e-6
+    outlier: Annotated[
+        float, "weight of the penalty on latents far from the others of their frame (TAE: 1e5; ours is lower)"
+    ] = 1.0
+    outlier_radius: Annotated[float, "standard deviations that a latent may be away for nothing (TAE)"] = 3.0
+    adversarial: Annotated[float, "weight of the discriminator's opinion, after the adaptive weight (LDM)"] = 0.5
+    adaptive_max: Annotated[
+        float, "the adaptive weight (VQGAN, eq. 7) is at most this; 0: no adaptive weight, the factor is 1"
+    ] = 1e4
+    discriminator_start: Annotated[int, "step of the stage at which the discriminator begins to learn (ours)"] = 1000
+    adversarial_start: Annotated[
+        int, "step of the stage from which the autoencoder is trained against it; at least discriminator_start (ours)"
+    ] = 2000
+    discriminator_width: Annotated[int, "channels of the discriminator's first layer (VQGAN)"] = 64
+    discriminator_layers: Annotated[int, "its layers that halve height and width (VQGAN)"] = 3
+    discriminator_lr: Annotated[float | None, "its peak learning rate; null: that of the autoencoder"] = None
+
+    def __post_init__(self) -> None:
+        counts = ("perceptual_frames", "discriminator_start")
+        for name in ("l1", "perceptual", "kl", "outlier", "adversarial", "adaptive_max", *counts):
+            if not getattr(self, name) >= 0:
+                raise SettingError(name, f"{name}={getattr(self, name)} must be 0 or more.")
+        for name in ("outlier_radius", "discriminator_width", "discriminator_layers"):
+            if not getattr(self, name) > 0:
+                raise SettingError(name, f"{name}={getattr(self, name)} must be above 0.")
+        if self.discriminator_lr is not None and not self.discriminator_lr > 0:
+            raise SettingError(
+                "discriminator_lr", f"discriminator_lr={self.discriminator_lr} must be above 0, or null."
+            )
+        if self.adversarial > 0 and self.adversarial_start < self.discriminator_start:
+            raise SettingError(
+                "adversarial_start",
+                f"adversarial_start={self.adversarial_start} comes before discriminator_start="
+                f"{self.discriminator_start}: the autoencoder would learn from a discriminator that has learned "
+                "nothing.",
+            )
+        if self.l1 == 0 and (self.perceptual == 0 or self.features.get("name") == "none"):
+            raise SettingError(
+                "l1", "l1=0 and no perceptual distance leave nothing that compares a clip with its reconstruction."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteConfig:
+    """A local chat model that makes a long prompt of the user's short one (paper: a Llama-3.1; settings ours).
+
+    Raises SettingError for a number that makes no sense.
+    """
+
+    name: Annotated[str, "what messages call it"] = "llama"
+    path: Annotated[str | None, "a folder with a chat model of transformers and its tokenizer"] = None
+    max_tokens: Annotated[int, "of a rewritten prompt; a longer one is an error"] = 256
+    temperature: Annotated[float, "0: the likeliest words, always the same; above: words drawn from `seed`"] = 0.0
+    seed: Annotated[int, "of what is drawn; without effect at temperature 0"] = 0
+    batch: Annotated[int, "prompts at a time, where nothing is drawn"] = 8
+
+    def __post_init__(self) -> None:
+        for setting in ("max_tokens", "batch"):
+            if getattr(self, setting) < 1:
+                raise SettingError(setting, f"{setting}={getattr(self, setting)} must be 1 or more.")
+        if not 0 <= self.temperature < float("inf"):
+            raise SettingError("temperature", f"temperature={self.temperature} must be 0 or more, and finite.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +294,11 @@ class Recipe:
     stage: Annotated[str | None, "name of the only stage, where there are no `stages`"] = None
     seed: int = 0
     init: Annotated[str | None, "weights (a .safetensors file or a run folder) that training starts from"] = None
+    trains: Annotated[
+        Literal["denoiser", "autoencoder"],
+        "what the stages train; for an autoencoder, only `autoencoder`, `reconstruction`, `data`, `train` and "
+        "`trainer` count",
+    ] = "denoiser"
     model: LinGenConfig = LinGenConfig()
     autoencoder: Annotated[Component, "video autoencoder"] = field(default_factory=lambda: {"name": "pixels"})
     text: Annotated[list[Component], "text encoders, used side by side"] = field(
@@ -207,7 +307,9 @@ class Recipe:
     data: DataConfig = DataConfig()
     time: TimeConfig = TimeConfig()
     train: TrainConfig = TrainConfig()
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     sample: SampleConfig = SampleConfig()
+    rewrite: RewriteConfig = RewriteConfig()
     score: ScoreConfig = ScoreConfig()
     trainer: Annotated[dict[str, Any], "lightning.Trainer's own arguments; `logger` may be names or components"] = (
         field(default_factory=dict)

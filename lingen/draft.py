@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lingen.config import DataConfig, Recipe, SampleConfig
 from lingen.layered import Layered, Origin, Problem, read_override, read_yaml, resolve
-from lingen.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, Registry, did_you_mean
+from lingen.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError, Registry, did_you_mean
 from lingen.schema import Path, as_plain, check_settings
 
 SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {"shapes": "lingen.data.synthetic:Shapes"})
@@ -21,6 +21,7 @@ COMPONENTS: dict[Path, Registry] = {
     ("autoencoder",): AUTOENCODERS,
     ("text",): TEXT_ENCODERS,
     ("data", "synthetic"): SYNTHETIC,
+    ("reconstruction", "features"): PERCEPTUAL,
 }
 """Where a recipe names registered parts: one of them, or a list."""
 
@@ -199,7 +200,12 @@ def _read(found: tuple[File, str], children: list[str]) -> Layered:
 def _defaults(shown: str) -> Layered:
     """The components that a recipe has without naming them, so that settings can be given to them."""
     recipe = Recipe()
-    tree = {"autoencoder": recipe.autoencoder, "text": recipe.text, "model": {"mixer": recipe.model.mixer}}
+    tree = {
+        "autoencoder": recipe.autoencoder,
+        "text": recipe.text,
+        "model": {"mixer": recipe.model.mixer},
+        "reconstruction": {"features": recipe.reconstruction.features},
+    }
     return Layered(tree, {(): Origin(shown, "")}).copy()
 
 
@@ -267,7 +273,7 @@ def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
     for path, registry in COMPONENTS.items():
         if (
             draft.get(path) is None
-            and registry in (MIXERS, AUTOENCODERS)
+            and registry in (MIXERS, AUTOENCODERS, PERCEPTUAL)
             or draft.get(path) == []
             and registry is MIXERS
         ):

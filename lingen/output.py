@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lingen.frozen import check_ready
 from lingen.registry import AUTOENCODERS, RecipeError
-from lingen.sampling import Progress, best_device, clip_size, decode, sample_latents, settings_with
-from lingen.video import contact_sheet, save_video
-from lingen.weights import find_weights, load_module, read_metadata
+from lingen.sampling import (
+    Progress,
+    best_device,
+    clip_size,
+    decode_frames,
+    encode_prompts,
+    sample_latents,
+    settings_with,
+)
+from lingen.video import contact_sheet, save_video, sheet_frames
+from lingen.weights import find_weights, load_module, read_metadata, write_tensors
 
 
 def sample_to_files(
@@ -28,27 +38,37 @@ def sample_to_files(
     seconds: float | None = None,
     size: tuple[int, int] | None = None,
     progress: Progress | None = None,
+    rewritten: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Samples each prompt into ``out`` (``out-00.mp4``, ``out-01.mp4``, ... for several); yields the MP4s one by one.
 
     Beside each stand ``.latents.safetensors`` and ``.png`` (contact sheet). The MP4's title is the prompt, its comment
-    JSON with prompt, seed, steps, guidance, weights and recipe hash.
+    JSON with prompt, seed, steps, guidance, weights and recipe hash. The text encoders come first, one after the other,
+    and only then the denoiser is put on the GPU.
 
+    Args:
+        rewritten: what is shown to the text encoders instead of each prompt; it is noted as `rewritten`.
     Raises:
-        RecipeError: no weights at `source`, or no prompt.
+        RecipeError: no weights at `source` or of a frozen part, or no prompt.
         ValueError: a size or length that the model cannot make.
     """
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt, or --prompts with a file of one prompt a line.")
     weights = find_weights(source)
     recipe_hash = hashlib.sha256(read_metadata(weights)["recipe"].encode()).hexdigest()[:12]
-    module = load_module(weights, device=best_device())
+    module = load_module(weights)
+    check_ready([module.autoencoder, *module.text])
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
+    module.text.to(best_device())
+    words = encode_prompts(module, list(rewritten) or prompts, clip)
+    module.to(best_device())
     for index, prompt in enumerate(prompts):
-        latents = sample_latents(module, [prompt], clip, settings, first=index, progress=progress)
+        row = words.rows(slice(index, index + 1))
+        latents = sample_latents(module, row, clip, settings, first=index, progress=progress)
         about = {
             "prompt": prompt,
+            **({"rewritten": rewritten[index]} if rewritten else {}),
             "seed": settings.seed,
             "number": index,
             "steps": settings.steps,
@@ -65,6 +85,7 @@ def sample_to_files(
             clip.frames,
             clip.fps,
             about,
+            {"way": settings.decode, "tile": settings.tile},
         )
         yield decode_file(kept, path)
 
@@ -75,26 +96,37 @@ def numbered(path: Path, index: int, count: int) -> Path:
 
 
 def save_latents(
-    path: Path, latents: Tensor, autoencoder: dict[str, Any], frames: int, fps: float, about: dict[str, Any]
+    path: Path,
+    latents: Tensor,
+    autoencoder: dict[str, Any],
+    frames: int,
+    fps: float,
+    about: dict[str, Any],
+    decoding: dict[str, Any],
 ) -> Path:
-    """Writes latents [c t h w] with everything that decoding needs to know."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "lingen-latents", "autoencoder": autoencoder, "frames": frames, "fps": fps, "about": about}
-    save_file(
-        {"latents": latents.contiguous().cpu()},
-        str(path),
-        {name: json.dumps(value) for name, value in metadata.items()},
-    )
+    """Writes latents [c t h w] with everything that decoding needs to know; `decoding`: the arguments of
+    `decode_frames` behind the frames."""
+    metadata = {
+        "format": "lingen-latents",
+        "autoencoder": autoencoder,
+        "frames": frames,
+        "fps": fps,
+        "about": about,
+        "decoding": decoding,
+    }
+    write_tensors(path, {"latents": latents}, {name: json.dumps(value) for name, value in metadata.items()})
     return path
 
 
-def decode_file(latents: str | Path, out: str | Path) -> Path:
-    """Decodes a latents file into an MP4 and a contact sheet beside it.
+def decode_file(
+    latents: str | Path, out: str | Path, way: str | None = None, tile: tuple[int, int] | None = None
+) -> Path:
+    """Decodes a latents file, frame by frame into an MP4, with a contact sheet beside it.
 
+    Args:
+        way, tile: in place of the `sample.decode` and `sample.tile` that it was sampled with.
     Raises:
-        RecipeError: the file holds no latents of lingen.
+        RecipeError: the file holds no latents of lingen, or the autoencoder's weights are missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -106,8 +138,21 @@ def decode_file(latents: str | Path, out: str | Path) -> Path:
         raise RecipeError(f"{latents} cannot be read as latents of `lingen sample`: {error}") from error
     if metadata.get("format") != "lingen-latents":
         raise RecipeError(f"{latents} holds no latents of `lingen sample`.")
-    autoencoder = AUTOENCODERS.build(metadata["autoencoder"]).eval().to(best_device())
-    clip = next(decode(autoencoder, tensor[None].to(best_device(), torch.float32), metadata["frames"]))
+    autoencoder = AUTOENCODERS.build(metadata["autoencoder"]).eval().requires_grad_(False).to(best_device())
+    check_ready([autoencoder])
+    decoding = metadata.get("decoding", {}) if way is None and tile is None else {"way": way or "auto", "tile": tile}
+    frames = decode_frames(autoencoder, tensor.to(best_device(), torch.float32), metadata["frames"], **decoding)
     about = metadata["about"]
-    contact_sheet([clip], Path(out).with_suffix(".png"), [about["prompt"]])
-    return save_video(clip, out, metadata["fps"], title=about["prompt"], about=about)
+    shown: list[np.ndarray] = []
+    keep = sheet_frames(metadata["frames"])
+    path = save_video(_noting(frames, keep, shown), out, metadata["fps"], title=about["prompt"], about=about)
+    contact_sheet([np.stack(shown)], Path(out).with_suffix(".png"), [about["prompt"]])
+    return path
+
+
+def _noting(frames: Iterable[np.ndarray], keep: set[int], shown: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames as they come; those with a number in `keep` are put aside."""
+    for number, frame in enumerate(frames):
+        if number in keep:
+            shown.append(frame)
+        yield frame

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lingen.config import Component, LinGenConfig, Recipe
-from lingen.recipe import grids_of
+from lingen.recipe import grids_of, patch_of
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 
 Grid = tuple[int, int, int]
@@ -72,6 +72,10 @@ def peak_flops(device_name: str) -> float | None:
 
 def plan(recipe: Recipe) -> Plan:
     """Forecast of a loaded stage (`load_recipe` with a stage, or of a recipe without stages)."""
+    if recipe.trains == "autoencoder":
+        from lingen.autoencoder.forecast import plan_autoencoder
+
+        return plan_autoencoder(recipe)
     import torch
     from torch import nn
 
@@ -88,7 +92,7 @@ def plan(recipe: Recipe) -> Plan:
             parameters["text encoders"] += _count(encoder)
         elif isinstance(encoder, nn.Module):
             frozen += _count(encoder)
-    grids = grids_of(recipe.data, tuple(autoencoder.strides), recipe.model.patch)
+    grids = grids_of(recipe.data, tuple(autoencoder.strides), patch_of(recipe))
     per_token = parameters["blocks.mixer"] + parameters["blocks.ffn"]
     flops = {kind: _flops(recipe, per_token, grid) for kind, grid in grids.items()}
     return Plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["grids_of", "load_recipe", "load_stages", "shipped_recipes", "stages_of", "to_yaml"]
 
 Grid = tuple[int, int, int]
+
+CUDA_KERNELS = ("triton", "stock", "flash", "cudnn")
+"""Twins that no CPU runs."""
 
 OURS = {
     "max_steps": "train.steps",
@@ -88,8 +92,39 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
+def patch_of(recipe: Recipe) -> Grid:
+    """Latents per token: of an autoencoder's recipe, which has no tokens, one."""
+    return recipe.model.patch if recipe.trains == "denoiser" else (1, 1, 1)
+
+
+def check_frames(frames: int, autoencoder: Any, patch: int = 1) -> None:
+    """SettingError where an autoencoder does not take so many frames, or patches do not fill its latent frames.
+
+    One whose first latent frame holds one frame alone takes 1 + a multiple of `frame_unit` (else: of its stride).
+
+    Args:
+        patch: latent frames per token.
+    """
+    stride, alone = autoencoder.strides[0], getattr(autoencoder, "first_frame_alone", False)
+    unit = getattr(autoencoder, "frame_unit", stride)
+    latents = math.ceil(frames / stride)
+    if alone and (frames - 1) % unit:
+        fault = f"This autoencoder keeps the first frame alone, the others come by {unit}: {frames} frames do not fit"
+    elif latents % patch:
+        what = f"A clip of {frames} frames is {latents} latent frames (stride {stride})"
+        fault = f"{what}, which patches of {patch} do not fill"
+    else:
+        return
+    # What fits comes again and again, at the latest after a patch of such steps.
+    lengths = range(1 if alone else unit, frames + unit * patch + 1, unit)
+    fits = [length for length in lengths if math.ceil(length / stride) % patch == 0]
+    near = [*[length for length in fits if length < frames][-1:], *[length for length in fits if length > frames][:1]]
+    cure = f"take {' or '.join(map(str, near))} frames" if near else "no length does; take patches of 1 along t"
+    raise SettingError("frames", f"{fault}; {cure}.")
+
+
 def grids_of(data: DataConfig, strides: Grid, patch: Grid) -> dict[str, Grid]:
-    """Tokens (t, h, w) of a sample of each kind in the mix; SettingError if patches do not fill a frame or a clip."""
+    """Tokens (t, h, w) of a sample of each kind in the mix; SettingError if patches do not fill a frame."""
     grids, height, width = {}, *data.size
     for axis, pixels, stride, size in (
         ("height", height, strides[1], patch[1]),
@@ -102,14 +137,6 @@ def grids_of(data: DataConfig, strides: Grid, patch: Grid) -> dict[str, Grid]:
                 f"The {axis} of {pixels} pixels is no multiple of {stride * size}, the autoencoder's stride {stride} "
                 f"times the patch {size}; take {fits}.",
             )
-    latents = math.ceil(data.frames / strides[0])
-    if data.mix.video and latents % patch[0]:
-        fits = _neighbours_of(data.frames, strides[0] * patch[0])
-        raise SettingError(
-            "frames",
-            f"A clip of {data.frames} frames is {latents} latent frames (stride {strides[0]}), which patches of "
-            f"{patch[0]} do not fill; take {fits} frames.",
-        )
     for kind, frames in (("image", 1), ("video", data.frames)):
         if getattr(data.mix, kind):
             t = math.ceil(math.ceil(frames / strides[0]) / patch[0])
@@ -117,13 +144,17 @@ def grids_of(data: DataConfig, strides: Grid, patch: Grid) -> dict[str, Grid]:
     return grids
 
 
-def all_grids(data: DataConfig, strides: Grid, patch: Grid) -> list[Grid]:
+def all_grids(recipe: Recipe, autoencoder: Any) -> list[Grid]:
     """Tokens (t, h, w) of samples of every kind in the mix and every shape that a batch may have; errors as above."""
+    data = recipe.data
     grids: list[Grid] = []
     for size in (data.size, *data.sizes):
         for frames in (data.frames, *data.lengths):
             try:
-                grids += grids_of(replace(data, frames=frames, size=size), strides, patch).values()
+                if data.mix.video:
+                    check_frames(frames, autoencoder, patch_of(recipe)[0])
+                one = replace(data, frames=frames, size=size)
+                grids += grids_of(one, tuple(autoencoder.strides), patch_of(recipe)).values()
             except SettingError as error:
                 first = {"size": data.size == size, "frames": data.frames == frames}[error.setting]
                 name = error.setting if first else {"size": "sizes", "frames": "lengths"}[error.setting]
@@ -147,7 +178,11 @@ def _is_number(text: str) -> bool:
 def _complete(draft: Draft) -> tuple[Recipe, dict[str, Recipe]]:
     """Second half of loading: settings against signatures, what follows from the neighbours, models on `meta`."""
     everything = [draft.base, *draft.stages.values()]
-    raise_all(problem for one in everything for problem in (*_fill_components(one), *_check_trainer(one)))
+    raise_all(
+        problem
+        for one in everything
+        for problem in (*_fill_components(one), *_check_trainer(one), *_check_kernels(one))
+    )
     loaded = [Recipe(**check_settings(Recipe, one.tree)[0]) for one in everything]
     workshop = _Workshop()
     raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in workshop.neighbours(*pair))
@@ -190,6 +225,19 @@ def _check_trainer(draft: Layered) -> Iterator[Problem]:
         yield draft.problem(("trainer", *as_path(key)), text)
 
 
+def _check_kernels(draft: Layered) -> Iterator[Problem]:
+    """A kernel that only CUDA has is no choice where the trainer is told to take the CPU: said before data is read."""
+    if draft.get(("trainer", "accelerator")) != "cpu":
+        return
+    for path, component, _ in components_of(draft.tree):
+        branches = [((*path, key), value) for key, value in component.items() if isinstance(value, dict)]
+        for place, part in [(path, component), *branches]:
+            kernel = part.get("kernel")
+            if kernel in CUDA_KERNELS and not (kernel == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+                text = f"kernel='{kernel}' runs on CUDA, but trainer.accelerator is cpu; take kernel='auto'."
+                yield draft.problem((*place, "kernel"), text)
+
+
 class _Workshop:
     """Builds parts on the meta device, each distinct one once, and turns what they refuse into problems."""
 
@@ -214,7 +262,7 @@ class _Workshop:
         """Notes the largest grid of a stage."""
         autoencoder = self._part(AUTOENCODERS, recipe.autoencoder)
         try:
-            self.seen += all_grids(recipe.data, tuple(autoencoder.strides), recipe.model.patch)
+            self.seen += all_grids(recipe, autoencoder)
         except SettingError as error:
             yield draft.problem(("data", error.setting), str(error))
 
@@ -226,25 +274,39 @@ class _Workshop:
 
     def trials(self, stages: list[tuple[str, Layered, Recipe]]) -> Iterator[Problem]:
         """Builds each distinct model, and compares the weights of each stage with those of the first."""
+        first: dict[str, Any] | None = None
+        for name, draft, recipe in stages:
+            if recipe.trains != stages[0][2].trains:
+                text = (
+                    f"Stage '{name}' trains another model than stage '{stages[0][0]}'; give each a recipe of its own."
+                )
+                yield draft.problem(("trains",), text)
+                continue
+            try:
+                model = self._trained(recipe)
+            except Exception as error:
+                path = ("model",) if recipe.trains == "denoiser" else ()
+                yield _refused(draft, path, error, "The model cannot be built")
+                continue
+            shapes = {weight: tuple(value.shape) for weight, value in model.state_dict().items()}
+            first = shapes if first is None else first
+            if shapes != first:
+                text = f"The weights of stage '{name}' have other shapes than those of stage '{stages[0][0]}'."
+                yield draft.problem(_changed(stages[0][2], recipe), text)
+
+    def _trained(self, recipe: Recipe) -> nn.Module:
+        """What a stage trains, on the meta device."""
         import torch
 
         from lingen.model import LinGen
 
-        first: dict[str, Any] | None = None
-        for name, draft, recipe in stages:
-            key = repr(recipe.model)
-            try:
-                if key not in self.models:
-                    with torch.device("meta"):
-                        self.models[key] = LinGen(recipe.model)
-            except Exception as error:
-                yield _refused(draft, ("model",), error, "The model cannot be built")
-                continue
-            shapes = {weight: tuple(value.shape) for weight, value in self.models[key].state_dict().items()}
-            first = shapes if first is None else first
-            if shapes != first:
-                text = f"The weights of stage '{name}' have other shapes than those of stage '{stages[0][0]}'."
-                yield draft.problem(_changed(stages[0][2].model, recipe.model), text)
+        if recipe.trains == "autoencoder":
+            return trainable(self._part(AUTOENCODERS, recipe.autoencoder), recipe.autoencoder["name"])
+        key = repr(recipe.model)
+        if key not in self.models:
+            with torch.device("meta"):
+                self.models[key] = LinGen(recipe.model)
+        return self.models[key]
 
     def _part(self, registry: Registry, component: dict[str, Any]) -> Any:
         return self.parts[repr((registry.kind, component, ()))]
@@ -267,9 +329,18 @@ def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what
     return draft.problem(path, f"{what}: {type(error).__name__}: {text}")
 
 
-def _changed(one: LinGenConfig, other: LinGenConfig) -> tuple[str, ...]:
+def trainable(autoencoder: Any, name: str) -> Any:
+    """The autoencoder, if it is one that can be trained; SettingError else."""
+    if not (hasattr(autoencoder, "posterior") and hasattr(autoencoder, "reconstruct")):
+        raise SettingError("autoencoder", f"The autoencoder '{name}' cannot be trained; take 'tae'.")
+    return autoencoder
+
+
+def _changed(one: Recipe, other: Recipe) -> tuple[str, ...]:
     """The setting of the model in which two stages differ."""
-    names = [name for name in settings_of(LinGenConfig) if getattr(one, name) != getattr(other, name)]
+    if one.trains == "autoencoder":
+        return ("autoencoder",)
+    names = [name for name in settings_of(LinGenConfig) if getattr(one.model, name) != getattr(other.model, name)]
     return ("model", *names[:1])
 
 

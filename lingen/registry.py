@@ -190,7 +190,12 @@ raster index of each position in the sequence, or a tuple of those, of which lay
 AUTOENCODERS = Registry(
     "autoencoder",
     "lingen.autoencoders",
-    {"pixels": "lingen.autoencoder.pixels:Pixels", "tae": "lingen.autoencoder.tae:TAE"},
+    {
+        "pixels": "lingen.autoencoder.pixels:Pixels",
+        "tae": "lingen.autoencoder.tae:TAE",
+        "tae_small": "lingen.autoencoder.tae:TAESmall",
+        "diffusers": "lingen.autoencoder.diffusers_vae:DiffusersVAE",
+    },
 )
 """Video autoencoders: ``encode(video [b 3 t h w] in -1..1) -> latents [b c t h w]``, ``decode``; ``.strides``,
 ``.channels``."""
@@ -203,7 +208,22 @@ TEXT_ENCODERS = Registry(
         "bytes": "lingen.text.small:Bytes",
         "ul2": "lingen.text.pretrained:UL2",
         "byt5": "lingen.text.pretrained:ByT5",
-        "metaclip": "lingen.text.pretrained:MetaCLIP",
+        "t5": "lingen.text.pretrained:T5",
+        "metaclip": "lingen.text.metaclip:MetaCLIP",
+        "llama": "lingen.text.pretrained:Llama",
+        "bert": "lingen.text.pretrained:BERT",
     },
 )
 """Text encoders: ``encode(list[str]) -> (tokens [b n w], mask [b n])`` and ``.dim`` = w."""
+
+PERCEPTUAL = Registry(
+    "perceptual distance",
+    "lingen.perceptual",
+    {
+        "vgg16": "lingen.autoencoder.perceptual:VGG16Distance",
+        "lpips": "lingen.autoencoder.perceptual:LPIPS",
+        "none": "lingen.autoencoder.perceptual:NoDistance",
+    },
+)
+"""Perceptual distances: frozen `nn.Module`s, ``forward(a [n 3 h w] in -1..1, b) -> [n]`` with gradients into a and b,
+``missing() -> list[Missing]``."""

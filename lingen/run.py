@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -17,13 +17,15 @@ from lingen.config import Recipe
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
 from lingen.folder import RunFolder, default_path
-from lingen.module import LinGenModule, NonFiniteError
+from lingen.frozen import check_ready
+from lingen.module import LinGenModule
 from lingen.ranks import is_first_rank
 from lingen.recipe import load_recipe, load_stages, to_yaml
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
-from lingen.samples import sample_prompts, score
+from lingen.samples import sample_prompts, sample_reconstructions, score
 from lingen.tables import as_table
 from lingen.trainer import build_trainer, quiet_lightning
+from lingen.training import NonFiniteError, Trained
 from lingen.weights import find_weights, load_into, read_weights, save_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit"]
@@ -84,7 +86,7 @@ def fit(
     names = [str(s.stage) for s in stages]
     if stage is not None:
         load_recipe(recipe, overrides, stage=stage)  # says which stages there are
-    check_ready([s for s in stages if stage in (None, s.stage)])
+    check_inputs([s for s in stages if stage in (None, s.stage)])
     folder = RunFolder(Path(run) if run else default_path(stages))
     if is_first_rank():
         folder.open(stages, to_yaml(base))
@@ -107,17 +109,32 @@ def fit(
     return Outcome(folder)
 
 
-def check_ready(stages: Sequence[Recipe]) -> None:
-    """RecipeError where a part cannot run yet or shards are not there, before anything is built."""
+def check_inputs(stages: Sequence[Recipe]) -> None:
+    """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
     for recipe in stages:
-        with torch.device("meta"):
-            parts = [AUTOENCODERS.build(recipe.autoencoder), *(TEXT_ENCODERS.build(one) for one in recipe.text)]
-        for part in parts:
-            if hasattr(part, "check_ready"):
-                part.check_ready()
+        check_ready(frozen_parts(recipe))
         ClipData(recipe).check()
         if recipe.init is not None:
             find_weights(recipe.init)
+
+
+def frozen_parts(recipe: Recipe) -> list[Any]:
+    """What a stage uses as it is, as far as it needs it: built on the meta device, nothing is read."""
+    if recipe.trains == "autoencoder":
+        from lingen.autoencoder.training import frozen_parts_of
+
+        return frozen_parts_of(recipe)
+    with torch.device("meta"):
+        return [AUTOENCODERS.build(recipe.autoencoder), *(TEXT_ENCODERS.build(one) for one in recipe.text)]
+
+
+def build_module(recipe: Recipe) -> Trained:
+    """The LightningModule of what a stage trains."""
+    if recipe.trains == "autoencoder":
+        from lingen.autoencoder.training import AutoencoderModule
+
+        return AutoencoderModule(recipe)
+    return LinGenModule(recipe)
 
 
 def scored_steps(folder: RunFolder) -> int:
@@ -140,21 +157,26 @@ def train_stage(
     done = last_step(folder, name)
     edge = StepEdge(folder, name, reporter.say)
 
-    def sample(module: LinGenModule, step: int) -> None:
-        sample_prompts(module, folder, step, recipe.sample.prompts)
+    data = ClipData(recipe)
+    data.start_step = done
 
-    def finish(module: LinGenModule, step: int) -> None:
+    def sample(module: Trained, step: int) -> None:
+        if isinstance(module, LinGenModule):
+            sample_prompts(module, folder, step, recipe.sample.prompts)
+        else:
+            sample_reconstructions(cast(Any, module), data, folder, step)
+
+    def finish(module: Trained, step: int) -> None:
+        module.before_saving(data)
         save_weights(folder.weights(name), module, to_yaml(base), step)
         sample(module, step)
 
     callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step)]
     trainer = build_trainer(recipe, folder, callbacks, MetricsFile(folder.metrics, name, done, reporter.row))
     lightning.seed_everything(recipe.seed, verbose=False)
-    module = LinGenModule(recipe)
+    module = build_module(recipe)
     if done == 0:
         hand_over(module, folder, stages, index, reporter)
-    data = ClipData(recipe)
-    data.start_step = done
     with warnings.catch_warnings():
         quiet_lightning()
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint_path(folder, name), weights_only=True)
@@ -175,9 +197,7 @@ def checkpoint_path(folder: RunFolder, stage: str) -> str | None:
     return str(checkpoints[-1]) if checkpoints else None
 
 
-def hand_over(
-    module: LinGenModule, folder: RunFolder, stages: Sequence[Recipe], index: int, reporter: Reporter
-) -> None:
+def hand_over(module: Trained, folder: RunFolder, stages: Sequence[Recipe], index: int, reporter: Reporter) -> None:
     """Gives a fresh stage its weights: its own `init`, else the last finished stage's, else the recipe's `init`."""
     recipe = stages[index]
     before = folder.finished([str(s.stage) for s in stages[:index]])
@@ -189,7 +209,7 @@ def hand_over(
     else:
         reporter.say(f"stage {recipe.stage} starts from random weights")
         return
-    load_into(module, read_weights(source, "raw"), source)
+    load_into(module, read_weights(source, "raw") or read_weights(source, "averaged"), source)  # `lingen export`
     reporter.say(f"stage {recipe.stage} starts from {source}")
     if recipe.train.keep_optimizer and own_init is None:
         module.optimizer_state = read_optimizer(folder, before[-1])

@@ -6,16 +6,23 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from lingen.config import Recipe
+from lingen.data.datamodule import ClipData
 from lingen.folder import RunFolder, as_json, write_text
+from lingen.metrics.reconstruction import as_frames, beside, error_frames
 from lingen.module import LinGenModule
-from lingen.sampling import best_device, clip_size, decode, sample_latents
+from lingen.sampling import best_device, clip_size, decode_frames, encode_prompts, sample_latents
+from lingen.training import Trained
 from lingen.video import contact_sheet, save_video
 from lingen.weights import load_module
+
+if TYPE_CHECKING:
+    from lingen.autoencoder.training import AutoencoderModule
 
 
 def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
@@ -32,19 +39,43 @@ def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: 
 
 def sample_clips(module: LinGenModule, prompts: Sequence[str], batch: int = 8) -> list[Any]:
     """uint8 [t h w 3] for each prompt, in eval mode, with the averaged weights where the module holds both copies."""
-    clip = clip_size(module)
+    clip, how = clip_size(module), module.recipe.sample
     was_training = module.training
     module.eval()
     clips: list[Any] = []
     with module.averaged_weights():
+        words = encode_prompts(module, prompts, clip)
         for first in range(0, len(prompts), batch):
-            latents = sample_latents(module, prompts[first : first + batch], clip, module.recipe.sample, first=first)
-            clips += decode(module.autoencoder, latents, clip.frames)
+            rows = words.rows(slice(first, first + batch))
+            latents = sample_latents(module, rows, clip, how, first=first)
+            decoded = (decode_frames(module.autoencoder, one, clip.frames, how.decode, how.tile) for one in latents)
+            clips += [np.stack(list(frames)) for frames in decoded]
     module.train(was_training)
     return clips
 
 
-def log_sheet(module: LinGenModule, sheet: Path, step: int) -> None:
+RECONSTRUCTIONS = 4
+"""Clips that an autoencoder in training shows."""
+
+
+def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
+    """Clips, held-out ones where there are any, beside what the autoencoder in training makes of them: MP4s and a
+    contact sheet with rows of clips, reconstructions and four times their difference."""
+    target, strips = folder.samples(str(module.recipe.stage), step), []
+    shown = data.val_dataloader() or data.batches()
+    clips = itertools.islice((clip for batch in shown for clip in batch.clips), RECONSTRUCTIONS)
+    with module.averaged_weights(), torch.no_grad():
+        for number, clip in enumerate(clips):
+            video = clip[None].to(module.device).float() / 127.5 - 1
+            rebuilt = module.reconstruct(module.posterior(video)[0], video.shape[2])
+            one, other = as_frames(video), as_frames(rebuilt)
+            strips += [one, other, error_frames(one, other)]
+            save_video(beside(one, other), target / f"{number:02d}.mp4", module.recipe.data.fps, title="clip | latents")
+    sheet = contact_sheet(strips, target / "sheet.png", ["clip", "reconstruction", "error x 4"] * (len(strips) // 3))
+    log_sheet(module, sheet, step)
+
+
+def log_sheet(module: Trained, sheet: Path, step: int) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from PIL import Image
 

@@ -7,16 +7,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lingen import flow
+from lingen.autoencoder import ways
+from lingen.autoencoder.ways import tiles_of, way_for
 from lingen.config import SampleConfig
+from lingen.flow import Encoded
+from lingen.frozen import check_ready
 from lingen.module import LinGenModule
 from lingen.precision import set_precision
+from lingen.recipe import check_frames
 from lingen.weights import load_module
 
 log = logging.getLogger("lingen")
@@ -71,10 +76,13 @@ def generate(
     )
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
+    check_ready([module.autoencoder, *module.text])
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for index, prompt in enumerate(prompts):
-        latents = sample_latents(module, [prompt], clip, settings, first=index, progress=progress)
-        yield from decode(module.autoencoder, latents, clip.frames)
+    words = encode_prompts(module, prompts, clip)
+    for index in range(len(prompts)):
+        row = words.rows(slice(index, index + 1))
+        latents = sample_latents(module, row, clip, settings, first=index, progress=progress)
+        yield np.stack(list(decode_frames(module.autoencoder, latents[0], clip.frames, settings.decode, settings.tile)))
 
 
 def settings_with(
@@ -102,6 +110,7 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
     frames = data.frames if seconds is None else round(seconds * data.fps)
     if frames < 1:
         raise ValueError(f"{seconds} seconds at {data.fps:g} frames a second is less than one frame.")
+    check_frames(frames, module.autoencoder)
     height, width = size or data.size
     _, stride_h, stride_w = module.autoencoder.strides
     _, patch_h, patch_w = module.recipe.model.patch
@@ -119,10 +128,40 @@ def nearest(length: int, unit: int) -> int:
     return max(1, round(length / unit)) * unit
 
 
+@dataclass(frozen=True)
+class Words:
+    """Prompts, encoded: of each text encoder tokens [b n w] and their mask [b n]."""
+
+    count: int
+    """b"""
+    null: list[Encoded]
+    """What it makes of no text."""
+    text: list[Encoded]
+
+    def rows(self, rows: slice) -> Words:
+        """Those of some of the prompts."""
+        null, text = ([(tokens[rows], mask[rows]) for tokens, mask in each] for each in (self.null, self.text))
+        return Words(len(range(self.count)[rows]), null, text)
+
+
+@torch.no_grad()
+def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize) -> Words:
+    """One text encoder after the other: a frozen one is released before the next is read, so that the largest of them,
+    and not their sum, has to fit."""
+    fps = clip.fps if clip.frames > 1 else 0.0
+    null, text = [], []
+    for number, encoder in enumerate(module.text):
+        null.append(module.encode_with(number, [""] * len(prompts), fps))
+        text.append(module.encode_with(number, list(prompts), fps))
+        if hasattr(encoder, "release"):
+            cast(Any, encoder).release()
+    return Words(len(prompts), null, text)
+
+
 @torch.no_grad()
 def sample_latents(
     module: LinGenModule,
-    prompts: Sequence[str],
+    words: Words,
     clip: ClipSize,
     settings: SampleConfig,
     *,
@@ -132,6 +171,7 @@ def sample_latents(
     """Solves the flow from noise for a batch of prompts, in `settings.precision` (see `lingen.precision`).
 
     Args:
+        words: of `encode_prompts`.
         first: number of the first prompt; its noise is drawn from (seed, number), so that batches do not matter.
     Returns:
         latents [b c t h w], float32.
@@ -140,12 +180,11 @@ def sample_latents(
     shift = flow.resolve_shift(module.recipe.time.shift, math.prod(module.model.grid_of(shape[1:])))
     times = flow.schedule(settings.steps, settings.schedule, settings.emulated_steps, shift)
     warn_untrained(module, times, shift)
-    slots = torch.arange(first, first + len(prompts))
+    slots = torch.arange(first, first + words.count)
     noise = flow.draw(shape, slots, (settings.seed, "sample"), module.recipe.time, shift).noise.to(module.device)
-    fps = clip.fps if clip.frames > 1 else 0.0
-    null, text = module.encode_text([""] * len(prompts), fps), module.encode_text(list(prompts), fps)
+    null, text = tuple(words.null), tuple(words.text)
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
-    tokens = len(prompts) * math.prod(module.model.grid_of(shape[1:]))
+    tokens = words.count * math.prod(module.model.grid_of(shape[1:]))
     one_batch = tokens <= GUIDANCE_TOKENS if settings.guidance_batch == "auto" else settings.guidance_batch
     low, high = settings.guidance_interval
 
@@ -156,7 +195,7 @@ def sample_latents(
         if one_batch:
             velocities = module.model(latents.repeat(2, 1, 1, 1, 1), time.repeat(2), both).float().chunk(2)
         else:
-            velocities = tuple(module.model(latents, time, words).float() for words in (null, text))
+            velocities = tuple(module.model(latents, time, tokens).float() for tokens in (null, text))
         unconditional, conditional = velocities
         return flow.guided(conditional, unconditional, settings.guidance, settings.guidance_rescale)
 
@@ -176,8 +215,24 @@ def warn_untrained(module: LinGenModule, times: Tensor, shift: float) -> None:
 
 
 @torch.no_grad()
-def decode(autoencoder: Any, latents: Tensor, frames: int) -> Iterator[np.ndarray]:
-    """Latents [b c t h w] -> uint8 clips [frames h w 3], one by one; frames beyond `frames` are dropped."""
-    for latent in latents:
-        video = autoencoder.decode(latent[None])[0, :, :frames].float()
-        yield ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+def decode_frames(
+    autoencoder: Any, latents: Tensor, frames: int, way: str = "auto", tile: tuple[int, int] | None = None
+) -> Iterator[np.ndarray]:
+    """Latents [c t h w] -> uint8 frames [h w 3], one by one, so that memory does not grow with the length unless they
+    are decoded in one call. On CUDA products are in bfloat16.
+
+    Args:
+        frames: what is beyond is dropped.
+        way, tile: `sample.decode` and `sample.tile`.
+    Raises:
+        RecipeError: a way that the autoencoder does not have.
+        SettingError: a tile that its strides do not divide.
+    """
+    way = "tiled" if tile is not None else way_for(autoencoder, way, type(autoencoder).__name__)
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
+        pieces = ways.decode(autoencoder, latents[None], way, tiles_of(tile))
+        while frames > 0 and (piece := next(pieces, None)) is not None:
+            shown = ((piece[0, :, :frames].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            frames -= shown.shape[1]
+            del piece  # or it would still be held while the next one is made
+            yield from shown.permute(1, 2, 3, 0).cpu().numpy()

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from lingen.registry import did_you_mean
+from lingen.registry import SettingError, did_you_mean
 
 REQUIRED = inspect.Parameter.empty
 """The default of a setting that has none."""
@@ -207,7 +207,12 @@ def _check_section(value: Any, section: type) -> tuple[Any, Found]:
     if not isinstance(value, Mapping):
         return value, [((), f"Expected a mapping with the settings of '{section.__name__}', got {_show(value)}.")]
     filled, found = _check_keys(section, value)
-    return (value if found else section(**filled)), found
+    if found:
+        return value, found
+    try:
+        return section(**filled), []
+    except SettingError as error:  # of its `__post_init__`
+        return value, [((error.setting,), str(error))]
 
 
 def _check_tuple(value: Any, hint: Any, arguments: tuple[Any, ...]) -> tuple[Any, Found]:

@@ -94,10 +94,15 @@ def contact_sheet(
     return path
 
 
+def sheet_frames(count: int, columns: int = 8) -> set[int]:
+    """Numbers of those of `count` frames that a contact sheet shows."""
+    return set(np.linspace(0, count - 1, min(columns, count)).round().astype(int).tolist())
+
+
 def _row(clip: np.ndarray, columns: int) -> Any:
     from PIL import Image
 
-    picks = np.unique(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int))
+    picks = sorted(sheet_frames(len(clip), columns))
     factor = max(1, round(96 / clip.shape[1]))
     shown = clip[picks].repeat(factor, axis=1).repeat(factor, axis=2)
     shown = np.pad(shown, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)

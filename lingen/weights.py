@@ -10,32 +10,59 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lingen.config import Recipe
 from lingen.registry import RecipeError
 
 if TYPE_CHECKING:
     from lingen.module import LinGenModule
+    from lingen.training import Trained
 
 Copy = Literal["averaged", "raw"]
 """Sample with the averaged copy; go on training from the raw one."""
 
 
-def save_weights(path: Path, module: LinGenModule, recipe_yaml: str, step: int) -> None:
+def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
     """Writes the raw and the averaged copy of everything trained, with the whole filled recipe, in one step.
 
     Keys are ``raw.NAME`` and ``averaged.NAME``; the metadata holds `recipe` (YAML), `stage` and `step`.
     """
-    from safetensors.torch import save_file
-
     raw = module.trained_state()
     averaged = raw | (module.average.weights() if module.average is not None else {})
     tensors = {f"raw.{name}": value for name, value in raw.items()} | {
         f"averaged.{name}": v for name, v in averaged.items()
     }
     metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
+    # Both copies may be one tensor, which the library refuses to write twice.
+    write_tensors(path, {name: value.detach().cpu().clone() for name, value in tensors.items()}, metadata)
+
+
+def export_weights(source: str | Path, out: Path, precision: str = "bf16") -> Path:
+    """Writes what a finished stage is used with, without what only training needs: the averaged copy alone, no critic.
+
+    Args:
+        source: a run folder or a weights file.
+        precision: ``bf16`` or ``fp32`` of everything of two or more axes; the rest stays as it is.
+    """
+    path = find_weights(source)
+    metadata = read_metadata(path)
+    kept = {name: v for name, v in read_weights(path, "averaged").items() if not name.startswith("discriminator.")}
+    if precision == "bf16":
+        kept = {name: v.bfloat16() if v.ndim > 1 and v.is_floating_point() else v for name, v in kept.items()}
+    write_tensors(out, {f"averaged.{name}": value for name, value in kept.items()}, metadata)
+    return out
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file, in one step, readable for whom the umask says: the library's own are for the user alone."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}, str(partial), metadata
-    )
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(partial), metadata)
+    partial.chmod(mode)
     partial.replace(path)
 
 
@@ -64,7 +91,7 @@ def read_weights(path: Path, copy: Copy) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
-def load_into(module: LinGenModule, weights: dict[str, Tensor], source: Any) -> None:
+def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
     """Puts weights into a module; positional tables of another size are resized (model.resize_tables).
 
     Raises:
@@ -73,11 +100,13 @@ def load_into(module: LinGenModule, weights: dict[str, Tensor], source: Any) -> 
     from lingen.model import resize_tables
 
     own = module.trained_state()
-    fitted = {
-        f"model.{name}": value for name, value in resize_tables(part_of(weights, "model."), module.recipe.model).items()
-    }
-    weights = weights | fitted
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if module.recipe.trains == "denoiser":
+        resized = resize_tables(part_of(weights, "model."), module.recipe.model)
+        weights = weights | {f"model.{name}": value for name, value in resized.items()}
+    missing, extra = (
+        sorted(name for name in names if not name.startswith(module.optional))
+        for names in (own.keys() - weights.keys(), weights.keys() - own.keys())
+    )
     shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if missing or extra or shapes:
         parts = [
@@ -93,7 +122,7 @@ def load_into(module: LinGenModule, weights: dict[str, Tensor], source: Any) -> 
             f"The weights in {source} do not fit this recipe's model: {', '.join(parts)}. Use the recipe that they "
             "were trained with."
         )
-    module.load_state_dict(weights, strict=False)
+    module.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
 
 
 def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -121,15 +150,31 @@ def find_weights(source: str | Path) -> Path:
 
 
 def load_module(source: str | Path, copy: Copy = "averaged", device: str | torch.device = "cpu") -> LinGenModule:
-    """The module of a run folder or weights file, from the recipe inside, with one copy of its weights, in eval."""
+    """The module of a run folder or weights file, from the recipe inside, with one copy of its weights, in eval.
+
+    Raises:
+        RecipeError: no weights there, weights that do not fit, or those of an autoencoder.
+    """
     from lingen.module import LinGenModule
-    from lingen.recipe import load_recipe
 
     path = find_weights(source)
+    recipe = recipe_of(path)
+    if recipe.trains != "denoiser":
+        raise RecipeError(
+            f"{path} holds the weights of an autoencoder, which makes no clips of its own. Train a denoiser with "
+            f"autoencoder.path={source}."
+        )
+    module = LinGenModule(recipe)
+    load_into(module, read_weights(path, copy), path)
+    return module.to(device).eval()
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The loaded stage whose weights a file holds, from the recipe inside."""
+    from lingen.recipe import load_recipe
+
     metadata = read_metadata(path)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / f"{path.stem}.yaml"
         recipe.write_text(metadata["recipe"], encoding="utf-8")
-        module = LinGenModule(load_recipe(recipe, stage=metadata["stage"]))
-    load_into(module, read_weights(path, copy), path)
-    return module.to(device).eval()
+        return load_recipe(recipe, stage=metadata["stage"])

@@ -154,7 +154,7 @@ def test_bench_stock_and_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = run(tmp_path, monkeypatch, "training", "--recipe", "quickstart_cpu", "--grid", "2x4x4")
     ours = next(row for row in rows if (row["name"], row["kernel"]) == ("training", "auto"))
     assert ours["tokens_per_second"] == pytest.approx(1e3 * 32 / ours["ms"] / ours["depth"], rel=1e-3)
-    assert ours["mfu"] == pytest.approx(ours["tflop"] * 1e15 / ours["ms"] / 989e12, rel=1e-3)
+    assert "mfu" not in ours  # no peak of a CPU is known
 
 
 @pytest.mark.slow

@@ -87,6 +87,17 @@ def test_show_one_stage_as_json(capsys):
     assert shown["stages"][0]["trained"] == sum(shown["stages"][0]["parameters"].values())
 
 
+def test_show_an_autoencoders_recipe(capsys):
+    assert main(["show", "--recipe", "tae_8x8x8", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [one["stage"] for one in shown["stages"]] == ["short", "detail"]
+    assert [one["tokens"]["video"] for one in shown["stages"]] == [2 * 16**2, 2 * 32**2]
+    assert shown["recipe"]["reconstruction"]["features"]["name"] == "vgg16"
+    assert main(["show", "--recipe", "tae_8x8x8", "--stage", "detail", "reconstruction.features=lpips"]) == 0
+    Path("filled.yaml").write_text(capsys.readouterr().out)
+    assert load_recipe("filled.yaml", stage="detail").reconstruction.features == {"name": "lpips", "path": None}
+
+
 def test_show_schema(capsys):
     assert main(["show", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out)["properties"]["model"]["properties"]["dim"]["default"] == 384

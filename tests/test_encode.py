@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import frozen_here
 import numpy as np
 import pytest
 import torch
@@ -21,13 +23,18 @@ from lingen.data.captions import Captions
 from lingen.data.cut import Wanted
 from lingen.data.datamodule import ClipData
 from lingen.data.encode_shards import Encoding, _Clips, encode, tasks_of
+from lingen.data.encoders import Encoders
 from lingen.data.filters import Filters
 from lingen.data.fingerprint import frozen_settings, hash_weights
 from lingen.data.journal import Part
+from lingen.data.latents import Wanted as EncodedSample
+from lingen.data.latents import read_encoded
 from lingen.data.pack import Packing, find_footage, pack
+from lingen.frozen import Missing
 from lingen.module import LinGenModule
 from lingen.recipe import load_stages
 from lingen.registry import RecipeError
+from lingen.text import with_frame_rate
 
 RECIPE = """
 model: {{dim: 16, depth: 1, mixer: attention, patch: [1, 2, 2], gate_init: 1.0}}
@@ -140,9 +147,57 @@ def test_losses_do_not_change(folder: Path, encoded: Path, stages: list[Recipe])
         assert torch.isfinite(losses).all() and torch.allclose(module.losses(raw, "long")[0], losses, rtol=1e-6)
 
 
+def test_no_text_is_stored_with_every_sample(folder: Path, encoded: Path) -> None:
+    """It is what the encoder makes of a caption that is left out; encoders that are trained along have none."""
+    recipe = encoded_stages(folder)[1]
+    tokens, mask = LinGenModule(recipe).encode_text([""], 8.0)[0]
+    assert mask.sum() == len("FPS-8.")
+    for batch in islice(ClipData(recipe).batches(), 3):
+        assert batch.null.keys() == batch.text.keys() == {0}
+        assert all(torch.equal(one[real], tokens[0][mask[0]]) for one, real in zip(*batch.null[0], strict=True))
+
+
+def test_no_text_of_images_has_no_tokens(stages: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders, asked = Encoders(stages[0], "cpu", "float32"), []
+    encode_texts: Any = encoders.text[0].encode
+    monkeypatch.setattr(encoders.text[0], "encode", lambda texts: asked.append(texts) or encode_texts(texts))
+    wanted = EncodedSample(3, (2, 4, 4), frozenset({0}))
+    for fps, expected in ((0.0, ""), (8.0, "FPS-8."), (0.0, ""), (8.0, "FPS-8.")):
+        members = encoders.members(torch.zeros(3, 1, 4, 4), ["one", "three"], fps, "here")
+        found = read_encoded(members, (1, 16, 16), wanted).text
+        texts = [with_frame_rate(caption, fps) for caption in ("one", "three")]
+        assert [len(one) for one in (*found.captions[0], found.null[0])] == [*map(len, texts), len(expected)]
+    assert [texts for texts in asked if len(texts) == 1] == [[""], ["FPS-8."]]  # asked once for each frame rate
+
+
+def test_sets_of_before_load(
+    folder: Path, encoded: Path, stages: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold no tokens of no text: the encoder is asked, as it was then, and the losses are the same."""
+    members_now = Encoders.members
+
+    def members_then(*args: Any) -> dict[str, bytes]:
+        members = members_now(*args)
+        about = json.loads(members["json"])
+        assert about.pop("null") == {"0": len("FPS-8.")}
+        stream = io.BytesIO()
+        np.save(stream, np.load(io.BytesIO(members["text0.npy"]))[: sum(about["tokens"]["0"])])
+        return {**members, "text0.npy": stream.getvalue(), "json": json.dumps(about).encode()}
+
+    monkeypatch.setattr(Encoders, "members", members_then)
+    encode(stages, tmp_path, Encoding(precision="float32"))
+    recipes = [encoded_stages(folder)[1], encoded_stages(folder, f"data.shards.video={tmp_path}/video-*.tar")[1]]
+    module = LinGenModule(recipes[0])
+    now, then = (list(islice(ClipData(recipe).batches(), 3)) for recipe in recipes)
+    for one, other in zip(now, then, strict=True):
+        assert one.null and other.null == {} and one.captions == other.captions
+        assert torch.equal(module.losses(one, "long")[0], module.losses(other, "long")[0])
+
+
 def test_half_precision(folder: Path, stages: list[Recipe], encoded: Path, tmp_path: Path) -> None:
     encode(stages, tmp_path, Encoding())
-    assert sum(f.stat().st_size for f in tmp_path.glob("*.tar")) < sum(f.stat().st_size for f in encoded.glob("*.tar"))
+    sizes = [sum(row.length for row in manifest.rows(out / manifest.NAME)) for out in (tmp_path, encoded)]
+    assert sizes[0] < sizes[1]
     half = load_stages(folder / "r.yaml", [VIDEO, f"data.shards.video={tmp_path}/video-*.tar"])
     one, other = (by_source(list(islice(ClipData(s[1]).batches(), 6))) for s in (half, encoded_stages(folder)))
     assert one.keys() == other.keys()
@@ -209,6 +264,19 @@ def test_the_same_weights_elsewhere_are_the_same(folder: Path, encoded: Path, tm
     assert hash_weights(weights) != before
 
 
+def test_training_needs_no_weights_of_text_encoders(
+    folder: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the weights are not, they are not compared and not read; all else is compared as ever."""
+    recipe = encoded_stages(folder, "text.0.path=nowhere/letters.f32")[1]
+    module = LinGenModule(recipe)
+    monkeypatch.setattr(frozen_here.Letters, "encode", lambda self, texts: pytest.fail("the encoder was asked"))
+    for batch in islice(ClipData(recipe).batches(), 3):
+        assert torch.isfinite(module.losses(batch, "long")[0]).all()
+    with pytest.raises(RecipeError, match=r"something else .*: text.0.dim is 6 there and 12 here\. Encode"):
+        ClipData(encoded_stages(folder, "text.0.path=nowhere/letters.f32", "text.0.dim=12")[0]).setup()
+
+
 def test_shards_that_say_nothing_of_their_encoder(folder: Path, encoded: Path, tmp_path: Path) -> None:
     rows = list(manifest.rows(encoded / manifest.NAME))
     for path in encoded.glob("*.tar"):
@@ -227,6 +295,17 @@ def test_what_cannot_be_encoded_is_counted_by_key(folder: Path, tmp_path: Path) 
     assert ": latents not finite: as float16 they hold NaN" in report.named["latents not finite"][0]
     large = load_stages(folder / "r.yaml", [VIDEO, "autoencoder.gain=1e6"])
     assert not encode(large, tmp_path / "large", Encoding()).made
+
+
+def test_all_that_is_missing_is_named_before_it_begins(
+    stages: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (frozen_here.Pooling, frozen_here.Letters):
+        lacks = [Missing(part.__name__, "-", "Get it.")]
+        monkeypatch.setattr(part, "missing", lambda self, lacks=lacks: lacks, raising=False)
+    with pytest.raises(RecipeError, match=r"missing: Pooling -: Get it.\n.*missing: Letters -: Get it."):
+        encode(stages, tmp_path / "out", Encoding())
+    assert not (tmp_path / "out").exists()
 
 
 def test_stages_must_agree(folder: Path, tmp_path: Path) -> None:

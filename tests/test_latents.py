@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lingen.data.latents import LATENTS, pad_text, read_latents, read_text
+from lingen.data.latents import LATENTS, Tokens, pad_text, pad_tokens, read_latents, read_text
 from lingen.text import replace_rows
 
 
@@ -71,12 +71,50 @@ def test_the_tokens_of_each_caption() -> None:
     tokens = np.arange(10, dtype=np.float16).reshape(5, 2)
     members = {"text1.npy": npy(tokens), "json": json.dumps({"tokens": {"1": [2, 3]}}).encode()}
     found = read_text(members, 2)
-    assert [one.tolist() for one in found[1]] == [tokens[:2].tolist(), tokens[2:].tolist()] and found.keys() == {1}
-    assert read_text({}, 2) == {}
+    assert [one.tolist() for one in found.captions[1]] == [tokens[:2].tolist(), tokens[2:].tolist()]
+    assert found.captions.keys() == {1} and not found.null
+    assert read_text({}, 2) == ({}, {})
     with pytest.raises(ValueError, match=r"text1.npy holds 5 tokens, not \[2, 3\] of 3 captions"):
         read_text(members, 3)
     with pytest.raises(ValueError, match="no latents: no text1.npy, of which the JSON tells"):
         read_text({"json": members["json"]}, 2)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_tokens_of_no_text_lie_behind_those_of_the_captions(count: int) -> None:
+    tokens = np.arange(2 * (5 + count), dtype=np.float16).reshape(-1, 2)
+    about = {"tokens": {"1": [2, 3]}, "null": {"1": count}}
+    found = read_text({"text1.npy": npy(tokens), "json": json.dumps(about).encode()}, 2)
+    assert [one.tolist() for one in found.captions[1]] == [tokens[:2].tolist(), tokens[2:5].tolist()]
+    assert found.null[1].tolist() == tokens[5:].tolist() and found.null[1].shape == (count, 2)
+
+
+@pytest.mark.parametrize(("lengths", "null", "told"), [
+    ([2, 3], 2, "not [2, 3] of 2 captions and 2 of no text"),
+    ([2, 3], None, "not [2, 3] of 2 captions"),
+    ([6, 2], -2, "not [6, 2] of 2 captions and -2 of no text"),
+])  # fmt: skip
+def test_tokens_of_no_text_that_do_not_add_up(lengths: list[int], null: int | None, told: str) -> None:
+    about = {"tokens": {"0": lengths}, "null": {"0": null}}
+    members = {"text0.npy": npy(np.ones((6, 2), np.float16)), "json": json.dumps(about).encode()}
+    with pytest.raises(ValueError) as caught:
+        read_text(members, 2)
+    assert str(caught.value) == f"broken latents: text0.npy holds 6 tokens, {told}"
+
+
+def tokens_of(length: int, null: int | None) -> Tokens:
+    """One caption of this length and, where it is not None, no text of that one."""
+    return Tokens({0: [torch.ones(length, 3)]}, {} if null is None else {0: torch.full((null, 3), 7.0)})
+
+
+def test_a_batch_has_no_text_where_all_samples_have() -> None:
+    text, null = pad_tokens([tokens_of(4, 2), tokens_of(1, 2)], [0, 0])
+    assert text[0][0].shape == (2, 4, 3) and text[0][1].sum(1).tolist() == [4, 1]
+    assert null[0][0].tolist() == [[[7.0] * 3] * 2] * 2 and null[0][1].all()
+    tokens, mask = pad_tokens([tokens_of(4, 0)], [0])[1][0]  # an image's: none at all
+    assert tokens.shape == (1, 1, 3) and not mask.any()
+    text, null = pad_tokens([tokens_of(4, 2), tokens_of(1, None)], [0, 0])
+    assert text.keys() == {0} and null == {}
 
 
 def test_texts_of_a_batch_are_padded() -> None:
@@ -92,4 +130,7 @@ def test_text_that_is_left_out_is_replaced() -> None:
     found, real = replace_rows((tokens, mask), [1], empty)
     assert found[1, :, 0].tolist() == [7, 7, 7] and real[1].tolist() == [True, True, False]
     assert found[0, :, 0].tolist() == [1, 1, 0] and real[2].tolist() == [True, True, False]
+    several = torch.full((2, 1, 4), 5.0), torch.tensor([[True], [False]])
+    found, real = replace_rows((tokens, mask), [0, 2], several)
+    assert found[2, :, 0].tolist() == [5, 0] and real.tolist() == [[True, False], [True, True], [False, False]]
     assert tokens.shape == (3, 2, 4) and replace_rows((tokens, mask), [], None) == (tokens, mask)

@@ -33,6 +33,7 @@ from lingen.data.filters import Filters
 from lingen.data.journal import Note, Part, SetFolder, ShardStream, part_of
 from lingen.data.manifest import Row, media_hash
 from lingen.data.pack import Packing, filters_for, find_footage, pack, wanted_by
+from lingen.data.report import LEDGER
 from lingen.data.workers import in_order
 from lingen.registry import RecipeError
 
@@ -348,6 +349,12 @@ def test_a_picture_is_no_film_and_nothing_at_all_is_a_failure(
     assert main([*words, "--out", str(tmp_path / "out"), "--processes", "0", "--min-side", "off"]) == 1
     told = capsys.readouterr()
     assert "short shot: 1 frames" in told.out and "No sample was made" in told.err
+    assert not (tmp_path / "out" / manifest.NAME).exists()  # a set of nothing is none
+    assert json.loads((tmp_path / "out" / LEDGER).read_text())["left_out"] == {"short shot": 1}
+    write_film(tmp_path / "films" / "a.mp4", frames("testsrc2", 2))
+    (tmp_path / "films" / "a.txt").write_text("a test picture")
+    assert main([*words, "--out", str(tmp_path / "out"), "--processes", "0", "--min-side", "off"]) == 0
+    assert [row.key for row in manifest.rows(tmp_path / "out" / manifest.NAME)] == ["a-0000"]
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from lingen.kernels.fp8 import Fp8Linear, Quantized
 from lingen.module import LinGenModule
 from lingen.precision import lower, precision_of, set_precision
 from lingen.registry import RecipeError
-from lingen.sampling import clip_size, sample_latents
+from lingen.sampling import clip_size, encode_prompts, sample_latents
 
 PROMPTS = ["a red square", "a blue circle"]
 
@@ -31,7 +31,9 @@ def module(tiny_recipe: Path) -> LinGenModule:
 
 
 def sample(module: LinGenModule, **settings: object) -> torch.Tensor:
-    return sample_latents(module, PROMPTS, clip_size(module), replace(module.recipe.sample, **settings))
+    clip = clip_size(module)
+    words = encode_prompts(module, PROMPTS, clip)
+    return sample_latents(module, words, clip, replace(module.recipe.sample, **settings))
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

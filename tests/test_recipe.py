@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from lingen.json_schema import json_schema
 from lingen.plan import plan
-from lingen.recipe import load_recipe, load_stages, shipped_recipes, stages_of, to_yaml
-from lingen.registry import MIXERS, RecipeError
+from lingen.recipe import check_frames, load_recipe, load_stages, shipped_recipes, stages_of, to_yaml
+from lingen.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, SettingError
 from lingen.schema import check_value, settings_of
 
 TINY = """\
@@ -205,21 +205,34 @@ MISTAKES = {
     ),
     "unknown autoencoder": (
         TINY + "autoencoder: taf\n",
-        "r.yaml:7: There is no autoencoder called 'taf'. Did you mean 'tae'? Known: pixels, tae. To use your "
-        "own, write "
-        "'module:Class'. (at autoencoder)",
+        "r.yaml:7: There is no autoencoder called 'taf'. Did you mean 'tae'? Known: "
+        f"{', '.join(AUTOENCODERS.names())}. To use your own, write 'module:Class'. (at autoencoder)",
     ),
     "a part without a name": (
         TINY + "text: [{dim: 3}]\n",
-        "r.yaml:7: This text encoder has no name. Known: byt5, bytes, metaclip, ul2, words. (at text.0.name)",
+        f"r.yaml:7: This text encoder has no name. Known: {', '.join(TEXT_ENCODERS.names())}. (at text.0.name)",
     ),
     "no autoencoder": (
         TINY + "autoencoder: null\n",
-        "r.yaml:7: There is no autoencoder named here. Known: pixels, tae. (at autoencoder)",
+        f"r.yaml:7: There is no autoencoder named here. Known: {', '.join(AUTOENCODERS.names())}. (at autoencoder)",
     ),
     "a name that is no word": (
         TINY + "autoencoder: {name: 3}\n",
-        "r.yaml:7: This autoencoder has no name. Known: pixels, tae. (at autoencoder.name)",
+        f"r.yaml:7: This autoencoder has no name. Known: {', '.join(AUTOENCODERS.names())}. (at autoencoder.name)",
+    ),
+    "unknown perceptual distance": (
+        TINY + "reconstruction:\n  features: vgg\n",
+        "r.yaml:8: There is no perceptual distance called 'vgg'. Did you mean 'vgg16'? Known: lpips, none, vgg16. To "
+        "use your own, write 'module:Class'. (at reconstruction.features)",
+    ),
+    "a setting of the perceptual distance": (
+        TINY + "reconstruction:\n  features:\n    name: vgg16\n    paht: here\n",
+        "r.yaml:10: Key 'paht' not in 'VGG16Distance'. Did you mean 'path'? (at reconstruction.features.paht)",
+    ),
+    "nothing to compare with": (
+        TINY + "reconstruction: {features: none, l1: 0}\n",
+        "r.yaml:7: l1=0 and no perceptual distance leave nothing that compares a clip with its reconstruction. (at "
+        "reconstruction.l1)",
     ),
     "a branch that does not exist": (
         TINY.replace("attention, num_heads: 2", "mate, ma: mamba3, head_dim: 16"),
@@ -506,3 +519,73 @@ def test_documentation_of_settings_comes_from_the_signature():
 
     assert settings_of(DataConfig)["size"].doc == "height and width in pixels"
     assert settings_of(MIXERS["mate"])["window"].default == (8, 4, 4)
+
+
+def test_a_kernel_that_needs_cuda_is_refused_for_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu = STAGED + "trainer: {accelerator: cpu}\n"
+    for kernel, branch in (("triton", "kernel: triton"), ("flash", "te: {name: attention, kernel: flash}")):
+        setting = f"model.mixer={{name: mate, state_dim: 4, head_dim: 8, {branch}}}"
+        key = "te.kernel" if "te:" in branch else "kernel"
+        text = f"kernel='{kernel}' runs on CUDA, but trainer.accelerator is cpu; take kernel='auto'."
+        assert problems(cpu, setting) == [f"command line: {text} (at model.mixer.{key})"]
+        load_recipe(write(STAGED), [setting])  # the machine that trains may have CUDA
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    load_recipe(write(cpu), ["model.mixer={name: mate, state_dim: 4, head_dim: 8, kernel: triton}"])
+
+
+class FirstAlone:
+    first_frame_alone = True
+
+    def __init__(self, stride, unit):
+        self.strides, self.frame_unit = (stride, 8, 8), unit
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "patch", "fitting", "frames", "told"),
+    [
+        (FirstAlone(4, 4), 1, (1, 5, 17), 19, "the others come by 4: 19 frames do not fit; take 17 or 21 frames"),
+        (FirstAlone(4, 8), 1, (1, 9, 17), 5, "the others come by 8: 5 frames do not fit; take 1 or 9 frames"),
+        (FirstAlone(4, 4), 2, (5, 13, 21), 17, "17 frames is 5 latent frames .*; take 13 or 21 frames"),
+        (FirstAlone(4, 4), 2, (5, 13, 21), 14, "14 frames do not fit; take 13 or 21 frames"),
+        (FirstAlone(4, 4), 2, (5,), 1, "1 frames is 1 latent frames .*; take 5 frames"),
+        (FirstAlone(4, 8), 2, (), 17, "no length does; take patches of 1 along t"),
+        (AUTOENCODERS.build("pixels"), 3, (3, 6), 4, "patches of 3 do not fill; take 3 or 6 frames"),
+    ],
+)  # fmt: skip
+def test_lengths_that_an_autoencoder_and_patches_take(autoencoder, patch, fitting, frames, told):
+    for length in fitting:
+        check_frames(length, autoencoder, patch)
+    with pytest.raises(SettingError, match=told):
+        check_frames(frames, autoencoder, patch)
+
+
+def test_wan_and_patches_along_time_say_which_clips_they_take():
+    text = (
+        "A clip of 17 frames is 5 latent frames (stride 4), which patches of 2 do not fill; take 13 or 21 frames. (at "
+        "stages.videos.data.frames)"
+    )
+    wan = STAGED + "autoencoder: {name: diffusers, class_name: AutoencoderKLWan}\n"
+    clips = ("data.size=[64,64]", "model.patch=[2,4,4]", "stages.videos.data.frames=17", "data.frames=13")
+    assert problems(wan, *clips) == [f"command line: {text}"]
+    load_recipe(write(wan), [*clips, "stages.videos.data.frames=21"])
+
+
+def test_the_perceptual_distance_is_a_component_of_its_own():
+    recipe = load_recipe(write(TINY), ["reconstruction.features.path=here.safetensors"])
+    assert recipe.reconstruction.features == {"name": "vgg16", "path": "here.safetensors"}  # nothing is read
+    assert load_recipe(write(TINY), ["reconstruction.features=lpips"]).reconstruction.features == {
+        "name": "lpips", "path": None
+    }  # fmt: skip
+    assert load_recipe(write(to_yaml(recipe), "filled.yaml")).reconstruction == recipe.reconstruction
+
+
+def test_forecast_of_an_autoencoders_training():
+    short, detail = (plan(stage) for stage in load_stages("tae_8x8x8"))
+    assert short.tokens == {"image": 16 * 16, "video": 2 * 16 * 16}
+    assert detail.tokens == {"image": 24 * 24, "video": 4 * 24 * 24}
+    assert short.parameters == detail.parameters and set(short.parameters) == {"encoder", "decoder"}
+    assert short.frozen == 0 and short.memory["gradients and optimiser"] == 12 * short.trained
+    for kind in ("image", "video"):  # twice the frames of 2.25 times the pixels, but for what is padded to a stride
+        assert detail.flops[kind] / short.flops[kind] == pytest.approx(2.25 * (2 if kind == "video" else 1), rel=0.25)
+        assert short.training_flops[kind] == 3 * short.flops[kind]

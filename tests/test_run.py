@@ -18,8 +18,9 @@ import lingen
 from lingen.average import AveragedWeights
 from lingen.data.ledger import DataError
 from lingen.folder import RunFolder
-from lingen.module import LinGenModule, NonFiniteError
+from lingen.module import LinGenModule
 from lingen.run import fit
+from lingen.training import NonFiniteError
 from lingen.weights import find_weights, load_module, read_metadata, read_weights
 
 
@@ -302,7 +303,7 @@ def test_average_warms_up_and_restores():
 
 def test_decay_pulls_only_at_matrices(tiny_recipe: Path):
     module = LinGenModule(lingen.load_recipe(tiny_recipe, stage="clips"))
-    decayed, free = module._parameter_groups()
+    decayed, free = module.parameter_groups()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     assert decayed["weight_decay"] > 0 and free["weight_decay"] == 0
     free_names = {names[id(p)] for p in free["params"]}

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import weakref
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import lingen
 from lingen import output
 from lingen.cli import main
 from lingen.run import fit
-from lingen.sampling import sample_latents
+from lingen.sampling import clip_size, decode_frames, encode_prompts, sample_latents
 from lingen.video import contact_sheet, read_about, save_video
 from lingen.weights import find_weights, load_module
 
@@ -41,12 +46,10 @@ def test_the_seed_decides_and_weights_file_and_folder_agree(run: Path):
 
 
 def test_a_batch_changes_nothing(run: Path):
-    from lingen.sampling import clip_size
-
     module = load_module(run)
     size, settings = clip_size(module), module.recipe.sample
-    both = sample_latents(module, ["a red square", "a blue circle"], size, settings)
-    second = sample_latents(module, ["a blue circle"], size, settings, first=1)
+    both = sample_latents(module, encode_prompts(module, ["a red square", "a blue circle"], size), size, settings)
+    second = sample_latents(module, encode_prompts(module, ["a blue circle"], size), size, settings, first=1)
     assert np.allclose(both[1], second[0], atol=1e-5)
 
 
@@ -118,6 +121,91 @@ def test_latents_are_there_when_decoding_fails(run: Path, tmp_path: Path, monkey
         list(output.sample_to_files(run, ["a red square"], tmp_path / "x.mp4"))
     monkeypatch.undo()
     assert output.decode_file(tmp_path / "x.latents.safetensors", tmp_path / "x.mp4").stat().st_size > 500
+
+
+def test_a_rewritten_prompt_is_what_the_text_encoders_see(run: Path, tmp_path: Path):
+    tensors = {}
+    for name, prompt, rewritten in (("a", "a red square", ["a blue circle"]), ("b", "a blue circle", [])):
+        (file,) = output.sample_to_files(run, [prompt], tmp_path / f"{name}.mp4", seed=3, rewritten=rewritten)
+        title, about = read_about(file)
+        assert title == about["prompt"] == prompt and about.get("rewritten") == (rewritten or [None])[0]
+        tensors[name] = load_file(file.with_suffix(".latents.safetensors"))["latents"]
+    assert torch.equal(tensors["a"], tensors["b"])
+
+
+def test_the_files_of_a_clip_are_for_whom_the_umask_says(run: Path, tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        (file,) = output.sample_to_files(run, ["a red square"], tmp_path / "x.mp4")
+    finally:
+        os.umask(before)
+    modes = {one.name: stat.S_IMODE(one.stat().st_mode) for one in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("x.mp4", "x.png", "x.latents.safetensors"), 0o640)
+
+
+def test_one_text_encoder_is_let_go_before_the_next_is_read(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import encoders_here
+
+    from lingen.module import LinGenModule
+    from lingen.text.local import LocalEncoder
+
+    t5, bert = encoders_here.t5(tmp_path / "t5"), encoders_here.bert(tmp_path / "bert")
+    text = f"text=[{{name: t5, path: {t5}, dim: 16}}, words, {{name: bert, path: {bert}, dim: 16, max_tokens: 32}}]"
+    module = LinGenModule(lingen.load_recipe(tiny_recipe, [text], stage="clips")).eval()
+    encoders, events, ready = [module.text[0], module.text[2]], [], LocalEncoder._ready
+
+    def note(self, *place):
+        events.append((self.name, [one.name for one in encoders if one._reader is not None and one is not self]))
+        return ready(self, *place)
+
+    monkeypatch.setattr(LocalEncoder, "_ready", note)
+    words = encode_prompts(module, ["a red ball", "a blue square"], clip_size(module))
+    assert {name for name, _ in events} == {"t5", "bert"} and [others for _, others in events if others] == []
+    assert all(one._reader is None for one in encoders)
+    assert [tuple(mask.shape[:1]) for _, mask in words.text] == [(2,)] * 3 and words.text[0][1].any()
+
+
+class Pieces:
+    """An autoencoder that streams: frame n of a clip is n. It counts which of its pieces are still held."""
+
+    strides, channels = (2, 1, 1), 1
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref] = []
+        self.held = 0
+
+    def encode_stream(self, pieces):
+        raise NotImplementedError
+
+    def decode_stream(self, latents):
+        for number in range(latents.shape[2]):
+            self.held = max(self.held, sum(one() is not None for one in self.made))
+            yield self._piece(2 * number)
+
+    def _piece(self, first: int) -> torch.Tensor:
+        piece = torch.tensor([first, first + 1]).view(1, 1, 2, 1, 1).expand(1, 3, 2, 4, 4) / 127.5 - 1
+        self.made.append(weakref.ref(piece))
+        return piece
+
+
+def test_frames_come_one_by_one_and_a_piece_is_let_go_before_the_next():
+    autoencoder = Pieces()
+    frames = decode_frames(autoencoder, torch.zeros(1, 50, 4, 4), 7)
+    assert next(frames).max() == 0 and len(autoencoder.made) == 1  # and nothing of the rest is decoded yet
+    assert [frame[0, 0, 0] for frame in frames] == [1, 2, 3, 4, 5, 6]
+    assert len(autoencoder.made) == 4 and autoencoder.held == 0
+
+
+def test_an_autoencoder_says_whether_its_settings_let_it_stream():
+    from lingen.autoencoder.ways import ways_of
+
+    autoencoder = Pieces()
+    assert ways_of(autoencoder) == ["exact", "tiled", "whole"]
+    autoencoder.streams, autoencoder.decode = False, lambda latents: torch.ones(1, 3, 100, 4, 4)
+    assert ways_of(autoencoder) == ["tiled", "whole"]
+    assert next(decode_frames(autoencoder, torch.zeros(1, 50, 4, 4), 7)).min() == 255 and not autoencoder.made
 
 
 def test_a_file_of_prompts_is_numbered(run: Path, tmp_path: Path):

@@ -86,8 +86,9 @@ def test_triton_is_the_recurrence(case, device):
     compare(case, torch.float32, device, {"y": 1e-5} | dict.fromkeys(WEIGHTS, 1e-4))
 
 
-@pytest.mark.parametrize("case", [CASES[2]], ids=str)
+@pytest.mark.parametrize("case", [CASES[2], (300, 2, 16, 1, 16, 1)], ids=str)
 def test_triton_in_bfloat16(case, device):
+    """More than one chunk in the second: a decay's gradient must not be a difference to states in 16 bits."""
     # The interpreter cuts digits off where a GPU rounds: twice the error.
     factor = 1 if device == "cuda" else 2
     weights = dict.fromkeys(WEIGHTS, 1e-2 * factor)

@@ -10,7 +10,8 @@ from lingen.text import with_frame_rate
 from lingen.text.small import Bytes, Words
 
 SMALL = ["words", "bytes"]
-FROZEN = {"ul2": 4096, "byt5": 1472, "metaclip": 1280}
+FROZEN = [name for name in TEXT_ENCODERS.names() if name not in SMALL]
+WIDTHS = {"ul2": 4096, "byt5": 1472, "metaclip": 1024}
 
 
 def build(name, **settings):
@@ -97,12 +98,16 @@ def test_bytes_tell_accents_apart_and_take_any_text():
     assert mask.sum(1).tolist() == [4, 6, 7, 2] and torch.isfinite(tokens).all()
 
 
-@pytest.mark.parametrize(("name", "dim"), FROZEN.items())
-def test_frozen_encoders_are_planned_with_but_not_run(name, dim):
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_encoders_are_planned_with_where_their_weights_are_not(name):
     with torch.device("meta"):
-        encoder = TEXT_ENCODERS.build({"name": name, "path": "nowhere", "max_tokens": 8})
-    assert (encoder.dim, encoder.trainable, encoder.max_tokens) == (dim, False, 8)
-    with pytest.raises(RecipeError, match=f"'{name}' can be planned with but not run.*'words' or 'bytes'"):
+        planned = TEXT_ENCODERS.build({"name": name, "path": "nowhere", "max_tokens": 8})
+    assert (planned.dim, planned.trainable) == (WIDTHS.get(name, planned.dim), False)
+    assert not planned.state_dict() and not list(planned.parameters())
+    encoder = TEXT_ENCODERS.build({"name": name, "path": "nowhere"})
+    (missing,) = encoder.missing()
+    assert missing[:2] == (name, "nowhere") and "download " in missing.cure
+    with pytest.raises(RecipeError, match=f"missing: {name} nowhere: .*download"):
         encoder.encode(["a red circle"])
 
 

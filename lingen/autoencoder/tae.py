@@ -1,47 +1,214 @@
-"""Movie Gen's temporal autoencoder: known by its sizes, so that recipes with it can be checked and planned."""
+"""Movie Gen's temporal autoencoder (TAE), which streams clips of any length in constant memory, exactly."""
 
-from typing import Annotated, NoReturn
+from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import check_sizes
-from lingen.registry import RecipeError, SettingError
+from lingen.autoencoder.network import Network, Sizes, decoder, encoder
+from lingen.autoencoder.stored import read_part, unfit
+from lingen.autoencoder.temporal import Stream
+from lingen.frozen import Missing, check_ready
+from lingen.registry import SettingError
 
 
 class TAE(nn.Module):
-    """Temporal autoencoder (Movie Gen, arXiv 2410.13720, section 3.1.1); network and weights come in a later release.
+    """Temporal autoencoder (Movie Gen, arXiv 2410.13720, section 3.1.1): a VAE whose latents are smaller in t, h and w.
 
-    Constructing it is enough for `lingen show` and `lingen plan`; `encode` and `decode` raise RecipeError.
-    Raises SettingError for strides or channels below 1.
+    Unlike Movie Gen's it needs no tiles along time: every layer sees a finite number of frames to each side and has a
+    streaming form, so that pieces give what the whole clip would give (ours; see `temporal`).
+
+    A latent here is the posterior's mean, less `mean`, by `std`: what a training measured of them, for each channel.
+
+    Raises SettingError for settings that make no sense together.
     """
+
+    name = "tae"
+    without_effect = ("chunk", "checkpointing")
+    """Settings that do not change what it makes of a clip."""
 
     def __init__(
         self,
         *,
-        path: Annotated[str | None, "its weights"] = None,
-        strides: Annotated[tuple[int, int, int], "pixels per latent in t, h, w"] = (8, 8, 8),
+        path: Annotated[str | None, "its weights: a file or a run folder that `lingen fit` wrote"] = None,
+        strides: Annotated[tuple[int, int, int], "pixels per latent in t, h, w: powers of two"] = (8, 8, 8),
         channels: Annotated[int, "channels of a latent"] = 16,
+        width: Annotated[int, "channels of the first level"] = 128,
+        multipliers: Annotated[
+            tuple[int, ...] | None, "width of each level in units of the first; null: 1, 2, 4, 4, ... as strides need"
+        ] = None,
+        blocks: Annotated[int, "residual blocks in each level; the decoder has one more"] = 2,
+        attention: Annotated[bool, "attention within a frame and along time where frames are smallest"] = True,
+        reach: Annotated[int, "latent frames that attention along time looks to each side"] = 2,
+        chunk: Annotated[int, "latent frames that are encoded or decoded at once; memory grows with it"] = 2,
+        checkpointing: Annotated[bool, "in training compute residual blocks again instead of keeping them"] = False,
     ):
         super().__init__()
-        check_sizes("strides", strides)
-        if channels < 1:
-            raise SettingError("channels", f"channels={channels} must be 1 or more.")
-        self.path = path
-        self.strides = tuple(strides)
-        self.channels = channels
+        self.sizes = Sizes(strides, channels, width, multipliers, blocks, attention, reach)
+        if chunk < 1:
+            raise SettingError("chunk", f"chunk={chunk} must be 1 or more.")
+        self.path, self.chunk = path, chunk
+        self.strides, self.channels = self.sizes.strides, channels
+        self.encoder = encoder(self.sizes, checkpointing)
+        self.decoder = decoder(self.sizes, checkpointing)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+        self.loaded = False
+        for parameter in self.parameters():  # channels last, as the grid tensors are
+            if parameter.ndim > 3:
+                layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+
+    mean: Tensor
+    std: Tensor
+
+    # latents as the denoiser sees them
 
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
-        """Raises RecipeError."""
-        self.check_ready()
+        """Pixels in -1..1 -> latents. With gradients on the clip is taken whole, else piece by piece."""
+        if torch.is_grad_enabled():
+            self._load_once()
+            return self._scaled(self.posterior(video)[0])
+        return torch.cat(list(self.encode_stream([video])), 2)
 
     def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
-        """Raises RecipeError."""
-        self.check_ready()
+        """Latents -> pixels, about -1..1, not clamped; strides[0] frames for each latent frame."""
+        if torch.is_grad_enabled():
+            self._load_once()
+            return self.reconstruct(self._raw(latents))
+        return torch.cat(list(self.decode_stream(latents)), 2)
 
-    def check_ready(self) -> NoReturn:
-        """What a run asks before it starts. Raises RecipeError."""
-        raise RecipeError(
-            "The autoencoder 'tae' can be planned with but not run: its network and weights come in a later release. "
-            "Meanwhile train in pixel space with 'autoencoder: pixels'."
-        )
+    def encode_stream(self, pieces: Iterable[Float[Tensor, "b 3 _t h w"]]) -> Iterator[Float[Tensor, "b c _t _h _w"]]:
+        """Consecutive pieces of a clip, of any lengths -> its latents, in pieces. Runs without gradients.
+
+        Raises ValueError for a clip without frames, or of a size that the strides do not divide.
+        """
+        self._load_once()
+        stream = Stream()
+        for piece, stream.last in regroup(pieces, self.chunk * self.strides[0]):
+            moments = push(self.encoder, self._check_size(piece), stream)
+            if moments is not None:
+                yield self._scaled(moments.chunk(2, 1)[0])
+
+    def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
+        """Latents of a whole clip -> its pixels, in pieces. Runs without gradients. Raises ValueError for no frames."""
+        self._load_once()
+        stream = Stream()
+        for piece, stream.last in regroup([latents], self.chunk):
+            video = push(self.decoder, self._raw(piece), stream)
+            if video is not None:
+                yield video
+
+    def _scaled(self, raw: Tensor) -> Tensor:
+        return ((raw - self.mean.view(-1, 1, 1, 1)) / self.std.view(-1, 1, 1, 1)).contiguous()
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        return latents * self.std.view(-1, 1, 1, 1) + self.mean.view(-1, 1, 1, 1)
+
+    # what a training of the autoencoder itself uses; never touches the disk
+
+    def posterior(
+        self, video: Float[Tensor, "b 3 t h w"]
+    ) -> tuple[Float[Tensor, "b c _t _h _w"], Float[Tensor, "b c _t _h _w"]]:
+        """Mean and log variance (-30..20) of the raw latents, before `mean` and `std`; float32 at least."""
+        moments = self.encoder(self._check_size(video))
+        mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, raw: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
+        """Raw latents -> pixels."""
+        return self.decoder(raw)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight that writes pixels: where a training compares the pull of its losses."""
+        return self.decoder.leave.weight
+
+    def _check_size(self, video: Tensor) -> Tensor:
+        """The video. Raises ValueError for a height or width that does not fit."""
+        (h, w), across = video.shape[3:], self.strides[1:]
+        if h % across[0] or w % across[1]:
+            raise ValueError(
+                f"The autoencoder '{self.name}' cannot take frames of {h}x{w} pixels: height and width must be "
+                f"multiples of {across[0]} and {across[1]}."
+            )
+        return video
+
+    # weights
+
+    def missing(self) -> list[Missing]:
+        """What keeps it from running, found without reading weights."""
+        if self.path is None:
+            return [
+                Missing(
+                    self.name,
+                    "-",
+                    "train one with `lingen fit --recipe tae_8x8x8` and set autoencoder.path to its run folder, or use "
+                    "'autoencoder: tae_small'.",
+                )
+            ]
+        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        cure = unfit(Path(self.path), shapes)
+        return [Missing(self.name, self.path, cure)] if cure else []
+
+    def load(self) -> None:
+        """Reads the weights at `path`. Raises RecipeError where they are missing or do not fit."""
+        check_ready([self])
+        self.load_state_dict(read_part(Path(str(self.path))))
+
+    def _load_once(self) -> None:
+        if self.path is not None and not self.loaded and not self.mean.is_meta:
+            self.load()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Whoever gives it weights, such as those of a checkpoint, means these and not the ones at `path`.
+        self.loaded |= f"{prefix}mean" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class TAESmall(TAE):
+    """A temporal autoencoder whose weights come with lingen: 8x8x8 pixels a latent, 16 channels, a quarter as wide."""
+
+    name = "tae_small"
+
+    def __init__(
+        self,
+        *,
+        chunk: Annotated[int, "latent frames that are encoded or decoded at once; memory grows with it"] = 4,
+    ):
+        packaged = files("lingen.autoencoder") / "weights" / "tae_small.safetensors"
+        super().__init__(path=str(packaged), width=32, blocks=2, chunk=chunk)
+
+    def missing(self) -> list[Missing]:
+        """What keeps it from running: an installation without its weights."""
+        if not Path(str(self.path)).is_file():
+            return [Missing(self.name, "-", "this installation of lingen has no weights for it: install lingen anew.")]
+        return super().missing()
+
+
+@torch.no_grad()
+def push(network: Network, piece: Tensor, stream: Stream) -> Tensor | None:
+    """A piece through a network, without gradients also inside a generator, which must not switch them off outside."""
+    return network(piece, stream)
+
+
+def regroup(pieces: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, bool]]:
+    """Pieces [b c _t h w] of any lengths -> pieces of `size` frames (the last one of 1..size), and whether it is last.
+
+    Raises ValueError where there are no frames at all.
+    """
+    held: Tensor | None = None
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece], 2)
+        while held.shape[2] > size:
+            yield held[:, :, :size], False
+            held = held[:, :, size:]
+    if held is None or not held.shape[2]:
+        raise ValueError("A clip must have one frame or more.")
+    yield held, True

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from lingen.bench.build import TEXT_TOKENS, built, dtype_name
 from lingen.bench.flops import Grid, model_flops
 from lingen.bench.plain import PlainBlock
-from lingen.bench.results import GIB, Results, Row
+from lingen.bench.results import GIB, Results, Row, device_name
 from lingen.bench.stock import StockMamba2, StockSwin
 from lingen.bench.targets import MA, TESA
 from lingen.bench.timing import Work, forward, forward_backward, interleaved, or_none, peak_bytes, saved_bytes
 from lingen.blocks.block import Block
 from lingen.config import LinGenConfig
-from lingen.plan import PEAK_FLOPS
+from lingen.plan import peak_flops
 from lingen.registry import MIXERS
 
-PEAK = PEAK_FLOPS["H100"]
-"""What MFU is a share of: an H100's dense bfloat16 by the data sheet, 989 TFLOP/s."""
+Made = TypeVar("Made")
 
 
 class Place(NamedTuple):
@@ -79,14 +78,23 @@ def bench_branches(
             make = partial(MIXERS.build, {**mate, other: None}, dim, layer)
             ours = getattr(built(make, place.device, place.dtype), branch)
             x = torch.randn(1, *grid, ours.in_proj.out_features, device=place.device, dtype=place.dtype)
-            works: Runs = {"stock": _compiled(stock(ours).core, place.device), "auto": Core(ours)}
+            works: Runs = {"stock": _yardstick(stock(ours).core, place.device), "auto": Core(ours)}
             for kernel, row in _compared(works, [x], list(ours.parameters()), place).items():
                 results.add({"name": name, "mixer": branch, "kernel": kernel, "dim": dim, "layer": layer} | row)
 
 
-def _compiled(run: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(run, dynamic=False) if device.type == "cuda" else run
-    return compiled
+def compiled(run: Callable[..., Made]) -> Callable[..., Made]:
+    """`run` under torch.compile, for sizes that stay, forward and backward.
+
+    Without the fusion of sums over rows with sums over columns: torch 2.11 forgets the outer axes of a gradient
+    [1 1 d] there, which autograd refuses (pytorch issue 178080), and writes others nowhere (issue 193061).
+    """
+    made: Callable[..., Made] = torch.compile(run, dynamic=False, options={"triton.mix_order_reduction": False})
+    return made
+
+
+def _yardstick(run: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    return compiled(run) if device.type == "cuda" else run
 
 
 def _compared(runs: Runs, inputs: Sequence[Tensor], weights: Iterable[Tensor], place: Place) -> dict[str, Row]:
@@ -125,7 +133,7 @@ def bench_training(
     config: LinGenConfig, grid: Grid, place: Place, results: Results, layers: Sequence[int] = (0, 1)
 ) -> None:
     """Forward and backward of single layers of the denoiser, ours and of stock parts, compiled; then their means, with
-    the tokens a second of the full depth and MFU.
+    the tokens a second of the full depth, and MFU on a GPU whose peak is known.
 
     Args:
         layers: which ones; even ones do not shift their windows, and each of four has its own scan order.
@@ -136,7 +144,7 @@ def bench_training(
     for layer in layers:
         block = built(partial(Block, replace(config, gate_init=1.0), mixer, layer), place.device, place.dtype)
         inputs = block_inputs(config.dim, grid, place)
-        runs: Runs = {"stock": _compiled(PlainBlock(block), place.device), "auto": block}
+        runs: Runs = {"stock": _yardstick(PlainBlock(block), place.device), "auto": block}
         results.say(f"layer {layer}, forward and backward")
         for kernel, row in _compared(runs, inputs, block.parameters(), place).items():
             more = {"name": "layer", "mixer": mixer["name"], "kernel": kernel, "dim": config.dim, "layer": layer}
@@ -148,11 +156,17 @@ def bench_training(
             {key: first[key] for key in ("mixer", "kernel", "dtype", "tokens", "dim", "grid")}
             | {
                 "name": "training", "ms": ms, "tflop": 3 * tflop, "layers": list(layers), "depth": config.depth,
-                "tokens_per_second": 1e3 * first["tokens"] / ms / config.depth, "mfu": 3e15 * tflop / ms / PEAK,
-                "mfu_of": "989 TFLOP/s (H100, dense bfloat16)",
+                "tokens_per_second": 1e3 * first["tokens"] / ms / config.depth,
+                **_share_of_peak(3e15 * tflop / ms, place.device),
                 "kept_bytes_per_number": _per_number(first, config.dim),
             }
         )  # fmt: skip
+
+
+def _share_of_peak(rate: float, device: torch.device) -> Row:
+    """MFU and of what, for so many FLOP/s; nothing where no peak of the device is known."""
+    peak = peak_flops(device_name(device))
+    return {} if peak is None else {"mfu": rate / peak, "mfu_of": f"{peak / 1e12:g} TFLOP/s (dense bfloat16)"}
 
 
 def _per_number(row: Row, dim: int) -> float | None:

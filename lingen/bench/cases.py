@@ -73,7 +73,8 @@ class Case:
 
     name: str
     make: Make
-    """(sizes, a maker of random numbers) -> inputs by name; those in float dtypes get gradients."""
+    """(sizes, a maker of random numbers) -> inputs by name; those in float dtypes get gradients. What is looked up,
+    such as the scan order, is an input too: a compiler does not see how it is made."""
     call: Call
     """(inputs, sizes, kernel) -> outputs."""
     flops: Callable[[Sizes], float] = lambda sizes: 0.0
@@ -91,8 +92,8 @@ def _row(sizes: Sizes, normal: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     return row.split([sizes.inner, sizes.channels, sizes.heads], -1)
 
 
-def _index(sizes: Sizes, like: Tensor) -> Tensor:
-    return permutation(ORDER, sizes.grid, like.device)[0]
+def _order(sizes: Sizes, like: Tensor) -> Inputs:
+    return {"index": permutation(ORDER, sizes.grid, like.device)[0]}
 
 
 def _make_scan(sizes: Sizes, normal: Callable[..., Tensor]) -> Inputs:
@@ -102,7 +103,7 @@ def _make_scan(sizes: Sizes, normal: Callable[..., Tensor]) -> Inputs:
         "u": u.contiguous(), "dt": dt, "a": -(1 + 15 * torch.sigmoid(heads)), "d": torch.ones_like(heads),
         "dt_bias": -4 + heads,
         "state": 0.1 * normal(1, 2, sizes.heads, sizes.head_dim, sizes.state_dim).float(),
-    }  # fmt: skip
+    } | _order(sizes, u)  # fmt: skip
 
 
 def _scan(inputs: Inputs, sizes: Sizes, kernel: str) -> Tensor:
@@ -111,7 +112,7 @@ def _scan(inputs: Inputs, sizes: Sizes, kernel: str) -> Tensor:
     u, (dt, a, d, dt_bias) = inputs["u"], (inputs[name] for name in ("dt", "a", "d", "dt_bias"))
     missing = rows_of(sizes.n, kernel, u.dtype) - sizes.n
     u = F.pad(u, (0, 0, 0, missing)) if missing else u  # in the layer, the conv writes these zeros
-    y = scan(u, dt, a, d, dt_bias, _index(sizes, u), inputs["state"], state_dim=sizes.state_dim, kernel=kernel)
+    y = scan(u, dt, a, d, dt_bias, inputs["index"], inputs["state"], state_dim=sizes.state_dim, kernel=kernel)
     return y[:, : sizes.n]
 
 
@@ -122,24 +123,25 @@ def _scan_flops(sizes: Sizes) -> float:
 
 
 def _make_conv(sizes: Sizes, normal: Callable[..., Tensor]) -> Inputs:
-    return {"u": _row(sizes, normal)[1], "weight": normal(sizes.channels, 4), "bias": normal(sizes.channels)}
+    u = _row(sizes, normal)[1]
+    return {"u": u, "weight": normal(sizes.channels, 4), "bias": normal(sizes.channels)} | _order(sizes, u)
 
 
 def _conv(inputs: Inputs, sizes: Sizes, kernel: str) -> Tensor:
     from lingen.kernels.conv import conv_silu
 
-    u, weight, bias = inputs["u"], inputs["weight"], inputs["bias"]
-    return conv_silu(u, weight, bias, _index(sizes, u), before=2, kernel=kernel)
+    return conv_silu(**inputs, before=2, kernel=kernel)  # type: ignore[arg-type]
 
 
 def _make_gated_norm(sizes: Sizes, normal: Callable[..., Tensor]) -> Inputs:
-    return {"y": normal(1, sizes.n, sizes.inner), "z": _row(sizes, normal)[0], "weight": 1 + normal(sizes.inner)}
+    y = normal(1, sizes.n, sizes.inner)
+    return {"y": y, "z": _row(sizes, normal)[0], "weight": 1 + normal(sizes.inner)} | _order(sizes, y)
 
 
 def _gated_norm(inputs: Inputs, sizes: Sizes, kernel: str) -> Tensor:
     from lingen.kernels.gated_norm import gated_norm
 
-    out = gated_norm(inputs["y"], inputs["z"], inputs["weight"], _index(sizes, inputs["y"]), kernel=kernel)
+    out = gated_norm(**inputs, kernel=kernel)  # type: ignore[arg-type]
     assert isinstance(out, Tensor)
     return out
 

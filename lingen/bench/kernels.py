@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lingen.bench.branches import Place
+from lingen.bench.branches import Place, compiled
 from lingen.bench.build import dtype_name
 from lingen.bench.cases import CASES, Case, Inputs, Sizes
 from lingen.bench.flops import Grid
@@ -19,8 +23,10 @@ from lingen.bench.timing import Work, forward, medians
 from lingen.kernels.choice import interpreted
 from lingen.registry import RecipeError
 
-ODD_GRID: Grid = (7, 5, 3)
-"""No size of it is a power of two; here errors are measured."""
+ODD_GRID: Grid = (9, 7, 5)
+"""Here errors are measured: no size of it is a power of two, and it fills neither its windows nor its last chunk."""
+READY_LIMIT = 90.0
+"""Seconds that a twin may take until it has run once, forward and backward, compilers included."""
 
 
 def ceilings(place: Place, size: int = 8192) -> Row:
@@ -53,9 +59,10 @@ def bench_kernels(
     for case in CASES:
         if only and case.name not in only:
             continue
+        results.say(f"{case.name}: errors of {', '.join(case.twins)}")
         twins = {twin: errors(case, twin, dim, place, results) for twin in case.twins}
         for grid in grids:
-            torch.compiler.reset()
+            torch.compiler.reset()  # few recompilations of a function are let be
             sizes = _sizes(grid, dim)
             inputs = _made(case, sizes, place)
             running = [twin for twin in twins if twins[twin] is not None]
@@ -72,7 +79,12 @@ def _made(case: Case, sizes: Sizes, place: Place) -> Inputs:
     torch.manual_seed(0)
     normal = partial(torch.randn, device=place.device, dtype=place.dtype)
     # A slice of a wider tensor stays one: detached, it is a leaf with the strides of the slice.
-    return {name: u.detach().requires_grad_() for name, u in case.make(sizes, normal).items()}
+    return {name: u.detach().requires_grad_(u.is_floating_point()) for name, u in case.make(sizes, normal).items()}
+
+
+def _wanting(inputs: Inputs) -> Inputs:
+    """Those that get gradients."""
+    return {name: u for name, u in inputs.items() if u.requires_grad}
 
 
 def _times(
@@ -85,15 +97,14 @@ def _times(
         outputs = case.call(inputs, sizes, twins[0])
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     seeds = [torch.randn_like(one) for one in outputs]
-    backwards = {name: _backward(run, inputs, seeds) for name, run in runs.items()}
-    able = {name: run for name, run in runs.items() if _able(f"{case.name}: {name}", backwards[name], say)}
-    ms = medians({name: forward(run, [inputs]) for name, run in able.items()}, place.device, place.budget)
-    both = medians({name: backwards[name] for name in able}, place.device, place.budget)
-    read, written = sum(_bytes(u) for u in inputs.values()), sum(_bytes(one) for one in outputs)
+    works = {name: (forward(run, [inputs]), _backward(run, inputs, seeds)) for name, run in runs.items()}
+    able = [name for name in works if _able(f"{case.name}, {sizes.n} tokens: {name}", works[name], say)]
+    ms, both = (medians({name: works[name][i] for name in able}, place.device, place.budget) for i in (0, 1))
+    read, changed, written = (sum(map(_bytes, us)) for us in (inputs.values(), _wanting(inputs).values(), outputs))
     tflop = case.flops(sizes) / 1e12
     floors = [
         max(count / top["gb_per_s"] / 1e6, 1e3 * work / top["tflops"])
-        for count, work in ((read + written, tflop), (2 * read + written, case.backward * tflop))
+        for count, work in ((read + written, tflop), (read + changed + written, case.backward * tflop))
     ]
     return [
         {
@@ -106,31 +117,56 @@ def _times(
     ]  # fmt: skip
 
 
-def _able(name: str, work: Work, say: Say) -> bool:
-    """Runs it once. One that cannot run is left out, and said so: the others are worth their time."""
+def _able(name: str, works: Sequence[Work], say: Say, limit: float = READY_LIMIT) -> bool:
+    """Runs each once. A twin that cannot run, or takes too long to get ready, is left out, and said so: the others are
+    worth their time."""
+    start = time.perf_counter()
     try:
-        work()
+        with _at_most(limit):
+            for work in works:
+                work()
     except Exception as why_not:  # compilers fail in many ways, and a plain twin may want more memory than there is
         say(f"{name} is left out: {type(why_not).__name__}: {str(why_not)[:200]}")
         return False
+    say(f"{name} is ready after {time.perf_counter() - start:.1f} s")
     return True
 
 
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside of what takes longer, where the system has an alarm that can."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"it was not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _compiled(twin: str, place: Place) -> str:
-    return ", compiled" if twin not in ("triton", "stock") and place.device.type == "cuda" else ""
+    """Plain twins are compiled on CUDA, but for the scan's, whose graph takes a compiler five times as long."""
+    return ", compiled" if twin in ("reference", "sdpa") and place.device.type == "cuda" else ""
 
 
 def _run(case: Case, twin: str, sizes: Sizes, place: Place) -> Any:
-    """inputs -> outputs with one twin; a plain one compiled, on CUDA."""
+    """inputs -> outputs with one twin."""
 
     def run(inputs: Inputs) -> Any:
         return case.call(inputs, sizes, twin)
 
-    return torch.compile(run, dynamic=False) if _compiled(twin, place) else run
+    return compiled(run) if _compiled(twin, place) else run
 
 
 def _backward(run: Any, inputs: Inputs, seeds: Sequence[Tensor]) -> Work:
-    wanted = list(inputs.values())
+    wanted = list(_wanting(inputs).values())
 
     def work() -> None:
         out = run(inputs)
@@ -151,7 +187,7 @@ def errors(case: Case, twin: str, dim: int, place: Place, results: Results) -> R
         results.say(f"{case.name}: triton runs on CUDA, not on {place.device}")
         return None
     inputs = _made(case, sizes, place)
-    exact = {name: u.detach().double().requires_grad_() for name, u in inputs.items()}
+    exact = inputs | {name: u.detach().double().requires_grad_() for name, u in _wanting(inputs).items()}
     try:
         if twin == "stock":
             chunk_scan()
@@ -171,8 +207,9 @@ def _gradients(case: Case, twin: str, inputs: Inputs, sizes: Sizes) -> dict[str,
     outputs = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
     seeds = [torch.randn(one.shape, generator=generator).bfloat16().to(one.device, one.dtype) for one in outputs]
-    gradients = torch.autograd.grad(outputs, list(inputs.values()), seeds)
-    return {f"output {i}": one for i, one in enumerate(outputs)} | dict(zip(inputs, gradients, strict=True))
+    wanting = _wanting(inputs)
+    gradients = torch.autograd.grad(outputs, list(wanting.values()), seeds)
+    return {f"output {i}": one for i, one in enumerate(outputs)} | dict(zip(wanting, gradients, strict=True))
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

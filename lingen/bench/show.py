@@ -121,7 +121,7 @@ def branches(files: Files) -> Lines:
 
 def kernels(files: Files) -> Lines:
     """Each kernel and its twins."""
-    head = ["operation", "kernel", "tokens", "ms", "floor", "of roofline", "backward, ms", "floor", "error"]
+    head = ["operation", "kernel", "tokens", "ms", "floor", "of roofline", "backward, ms", "its floor", "error"]
     lines = [[*head, "worst gradient", "file"]]
     for name, file in files.items():
         for row in file["rows"]:
@@ -139,15 +139,51 @@ def kernels(files: Files) -> Lines:
 
 def training(files: Files) -> Lines:
     """Forward and backward of single layers, times the depth."""
-    lines = [["kernels", "tokens", "ms a layer", "tokens/s, full depth", "MFU of 989 TFLOP/s", "file"]]
+    lines = [["kernels", "tokens", "ms a layer", "tokens/s, full depth", "MFU", "file"]]
     for name, file in files.items():
         for row in _rows(file, "training"):
             lines.append(
                 [
                     row["kernel"], f"{row['tokens']:,}", number(row["ms"]), number(row["tokens_per_second"]),
-                    f"{row['mfu']:.1%}", name,
+                    f"{row['mfu']:.1%} of {row['mfu_of']}" if "mfu" in row else "", name,
                 ]
             )  # fmt: skip
+    return lines
+
+
+def autoencoder(files: Files) -> Lines:
+    """Long clips through an autoencoder and back."""
+    head = ["autoencoder", "weights", "way", "size", "frames", "dtype", "encode, s", "encoded/s", "encode, GiB"]
+    lines = [[*head, "decode, s", "decoded/s", "decode, GiB", "in all, GiB", "file"]]
+    for name, file in files.items():
+        for row in _rows(file, "clip"):
+            halves = []
+            for half in ("encode", "decode"):
+                seconds = row.get(f"{half}_s")
+                rate = row["frames"] / seconds if seconds else None
+                halves += [number(seconds) or row.get("note", ""), number(rate), number(row.get(f"{half}_gib"))]
+            lines.append(
+                [
+                    row["autoencoder"], row["weights"], row["way"], _size(row), f"{row['frames']:,}", row["dtype"],
+                    *halves, number(row.get("gib")), name,
+                ]
+            )  # fmt: skip
+    return lines
+
+
+def agreement(files: Files) -> Lines:
+    """How far the ways of an autoencoder are from one call."""
+    head = ["autoencoder", "weights", "dtype", "size", "frames", "exact: latents", "exact: pixels", "exact: PSNR"]
+    lines = [[*head, "tiled: latents", "tiled: pixels", "tiled: PSNR", "file"]]
+    for name, file in files.items():
+        for row in _rows(file, "agreement"):
+            cells = [
+                f"{row[field]:{form}}" if (field := f"{way}_{what}") in row else ""
+                for way in ("exact", "tiled")
+                for what, form in (("latents", ".1e"), ("pixels", ".1e"), ("psnr", ".1f"))
+            ]
+            about = [row["autoencoder"], row["weights"], row["dtype"], _size(row), f"{row['frames']:,}"]
+            lines.append([*about, *cells, name])
     return lines
 
 
@@ -159,13 +195,16 @@ def scaling(files: Files) -> Lines:
 
 def sources(files: Files) -> Lines:
     """Where the measurements of each file come from."""
-    measured = {name: file for name, file in files.items() if any("tokens" in row for row in file["rows"])}
+    measured = {
+        name: file for name, file in files.items() if any({"tokens", "frames"} & row.keys() for row in file["rows"])
+    }
     return [["file", "device, date, commit, command"]] + [[name, source(file)] for name, file in measured.items()]
 
 
 TABLES = {
     "targets": targets, "forwards": forwards, "ablation": ablation, "sampling": sampling, "parts": parts,
-    "branches": branches, "kernels": kernels, "training": training, "scaling": scaling, "sources": sources,
+    "branches": branches, "kernels": kernels, "training": training, "autoencoder": autoencoder, "agreement": agreement,
+    "scaling": scaling, "sources": sources,
 }  # fmt: skip
 """Name of a table on the page -> what makes it."""
 
@@ -186,6 +225,10 @@ def fill(page: str, files: Files) -> str:
 
 def _rows(file: Row, name: str) -> Sequence[Row]:
     return [row for row in file.get("rows", []) if row.get("name") == name]
+
+
+def _size(row: Row) -> str:
+    return "{}x{}".format(*row["size"])
 
 
 def _change(share: float) -> str:

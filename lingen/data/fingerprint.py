@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ PIECE = 1 << 16
 def frozen_settings(recipe: Recipe) -> dict[str, Any]:
     """What a recipe's latents and text embeddings depend on.
 
-    A text encoder that is trained along is named by null: samples hold nothing of it.
+    A text encoder that is trained along is named by null: samples hold nothing of it. So is a path that is not on this
+    machine.
     """
     return {
         "made_by": MADE_BY,
@@ -39,10 +41,15 @@ def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
         part = registry.build(component)
     if getattr(part, "trainable", False):
         return None
+    idle = getattr(part, "without_effect", ())
+    component = {key: value for key, value in component.items() if key not in idle}
     # Where the weights lie may change, what they are may not.
     paths = {key: value for key, value in component.items() if isinstance(value, str) and Path(value).exists()}
     weights = {key: hash_weights(Path(value)) for key, value in paths.items() if key != "name"}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in {**component, **weights}.items()}
+    told = {**component, **weights}
+    if "path" in told and "path" not in paths:
+        told["path"] = None
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
 
 
 def hash_weights(path: Path) -> str:
@@ -67,7 +74,7 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None:
-    """Were these sets encoded by what the recipe has?
+    """Were these sets encoded by what the recipe has? Weights that are not on this machine are not compared.
 
     Args:
         abouts: what the manifests of encoded shards say.
@@ -75,13 +82,14 @@ def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None
     Raises:
         RecipeError: names what differs, there and here.
     """
-    wanted = json.loads(json.dumps(frozen_settings(recipe)))
+    here = json.loads(json.dumps(frozen_settings(recipe)))
     for about in abouts:
-        held = {key: about.settings.get(key) for key in wanted}
+        held = {key: about.settings.get(key) for key in here}
         if held["made_by"] != MADE_BY:
             raise RecipeError(
                 f"{setting}: its manifest does not say what encoded these samples. Encode them with `lingen encode`."
             )
+        wanted = _completed(here, held)
         if held != wanted:
             told = "; ".join(differences(_named(held), _named(wanted)))
             raise RecipeError(
@@ -89,6 +97,18 @@ def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None
                 f"({fingerprint(wanted)}): {told}. Encode them anew with `lingen encode --recipe`, or train with the "
                 "recipe that they were encoded with."
             )
+
+
+def _completed(here: Any, held: Any) -> Any:
+    """`here`, with a path that is not on this machine as `held` has it: training on samples needs no encoder."""
+    if isinstance(here, dict) and isinstance(held, dict):
+        return {
+            key: held.get(key) if key == "path" and value is None else _completed(value, held.get(key))
+            for key, value in here.items()
+        }
+    if isinstance(here, list) and isinstance(held, list):
+        return [_completed(*pair) for pair in itertools.zip_longest(here, held)][: len(here)]
+    return here
 
 
 def _named(settings: dict[str, Any]) -> dict[str, Any]:

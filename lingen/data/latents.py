@@ -1,9 +1,10 @@
 """Samples that were encoded before: latents and text embeddings from the members of a shard.
 
 ``KEY.latents.npy`` holds the latents [c t h w]. ``KEY.text0.npy``, ``KEY.text1.npy``, ... hold, for each text encoder
-of the recipe, its tokens [m w] of every caption, one caption behind the other; ``tokens`` of the JSON says how many
-belong to each: ``{"captions": [...], "tokens": {"0": [7, 12], "1": [30, 41]}}``. An encoder that is trained along has
-none: it reads the captions. Never pickled; half precision is enough (ours).
+of the recipe, its tokens [m w] of every caption, one caption behind the other, and behind them those of no text, which
+stands for a caption that is left out. ``tokens`` and ``null`` of the JSON say how many belong to each:
+``{"captions": [...], "tokens": {"0": [7, 12], "1": [30, 41]}, "null": {"0": 0, "1": 4}}``. An encoder that is trained
+along has none: it reads the captions. Sets of before have no ``null``. Never pickled; half precision is enough (ours).
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ Text = Mapping[int, Sequence[Tensor]]
 """Number of a text encoder -> its tokens [n w] of each caption."""
 
 
+class Tokens(NamedTuple):
+    """What frozen text encoders made of a sample."""
+
+    captions: Text
+    null: Mapping[int, Tensor]
+    """Number of a text encoder -> its tokens [n w] of no text; without those that none are stored of."""
+
+
 class Wanted(NamedTuple):
     """What encoded samples of a recipe hold."""
 
@@ -52,7 +61,7 @@ class Encoded(NamedTuple):
     latents: Tensor
     """[c t h w]"""
     captions: list[str]
-    text: Text
+    text: Tokens
 
 
 def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted: Wanted) -> Encoded:
@@ -66,9 +75,10 @@ def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted:
     if tuple(latents.shape) != wanted.latents(shape):
         size = list(wanted.latents(shape))
         raise ValueError(f"broken latents: {list(latents.shape)} where the recipe's autoencoder gives {size}")
-    if missing := wanted.text - text.keys():
+    if missing := wanted.text - text.captions.keys():
         raise ValueError(f"no latents: the text of encoder {min(missing)} is missing")
-    return Encoded(latents, captions, {number: text[number] for number in wanted.text})
+    null = {number: tokens for number, tokens in text.null.items() if number in wanted.text}
+    return Encoded(latents, captions, Tokens({number: text.captions[number] for number in wanted.text}, null))
 
 
 def read_latents(members: Mapping[str, bytes]) -> Tensor:
@@ -78,19 +88,29 @@ def read_latents(members: Mapping[str, bytes]) -> Tensor:
     return _read_npy(members[LATENTS], LATENTS, axes=4)
 
 
-def read_text(members: Mapping[str, bytes], captions: int) -> Text:
+def read_text(members: Mapping[str, bytes], captions: int) -> Tokens:
     """The tokens of each of its `captions`, for those encoders that it holds tokens of. ValueError as above."""
-    counts = json.loads(members.get("json", b"{}")).get("tokens") or {}
-    found: dict[int, Sequence[Tensor]] = {}
-    for number, lengths in counts.items():
+    about = json.loads(members.get("json", b"{}"))
+    nulls = about.get("null") or {}
+    each: dict[int, Sequence[Tensor]] = {}
+    nothing: dict[int, Tensor] = {}
+    for number, lengths in (about.get("tokens") or {}).items():
         name = TEXT.format(number)
         if name not in members:
             raise ValueError(f"no latents: no {name}, of which the JSON tells")
         tokens = _read_npy(members[name], name, axes=2)
-        if len(lengths) != captions or sum(lengths) != len(tokens):
-            raise ValueError(f"broken latents: {name} holds {len(tokens)} tokens, not {lengths} of {captions} captions")
-        found[int(number)] = tokens.split(lengths)
-    return found
+        null = nulls.get(number)
+        counts = lengths if null is None else [*lengths, null]
+        if len(lengths) != captions or sum(counts) != len(tokens) or min(counts) < 0:
+            behind = "" if null is None else f" and {null} of no text"
+            raise ValueError(
+                f"broken latents: {name} holds {len(tokens)} tokens, not {lengths} of {captions} captions{behind}"
+            )
+        parts = tokens.split(counts)
+        each[int(number)] = parts[:captions]
+        if null is not None:
+            nothing[int(number)] = parts[captions]
+    return Tokens(each, nothing)
 
 
 def _read_npy(data: bytes, name: str, axes: int) -> Tensor:
@@ -119,3 +139,20 @@ def pad_text(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     longest = max(1, int(lengths.max()))
     tokens = default_collate([pad(text, (0, 0, 0, longest - len(text))) for text in texts])
     return tokens, torch.arange(longest) < lengths[:, None]
+
+
+Padded = dict[int, tuple[Tensor, Tensor]]
+"""Number of a text encoder -> tokens [b n w] and mask [b n]."""
+
+
+def pad_tokens(samples: Sequence[Tokens], told: Sequence[int]) -> tuple[Padded, Padded]:
+    """What stands for a batch: the tokens of that caption of each sample that is told, and those of no text.
+
+    Encoders of which a sample holds none of no text are not in the second.
+    """
+    captions = {
+        number: pad_text([one.captions[number][which] for one, which in zip(samples, told, strict=True)])
+        for number in samples[0].captions
+    }
+    stored = [number for number in captions if all(number in one.null for one in samples)]
+    return captions, {number: pad_text([one.null[number] for one in samples]) for number in stored}

@@ -92,8 +92,9 @@ def close_set(folder: SetFolder, kinds: Sequence[str], about: About, complete: b
     return report
 
 
-def write_set(folder: SetFolder, rows: Iterable[Row], about: About, ledger: dict[str, Any]) -> None:
-    """Writes the manifest and the ledger of a set."""
+def write_set(folder: SetFolder, rows: Sequence[Row], about: About, ledger: dict[str, Any]) -> None:
+    """Writes the manifest and the ledger of a set; of one without samples only the ledger, which says why."""
     with folder.finishing(manifest.NAME, LEDGER):
-        manifest.write(folder.out / manifest.NAME, rows, about)
+        if rows:
+            manifest.write(folder.out / manifest.NAME, rows, about)
         write_whole(folder.out / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")

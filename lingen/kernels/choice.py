@@ -13,6 +13,7 @@ from lingen.registry import RecipeError
 log = logging.getLogger("lingen")
 
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HAS_TRITON = find_spec("triton") is not None  # looked up once, and here: inside of a call, torch.compile would warn
 
 
 def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain: str = "reference") -> str:
@@ -27,12 +28,11 @@ def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain
     """
     if kernel not in known:
         raise RecipeError(f"There is no {operation} kernel called {kernel!r}. Known: {', '.join(known)}.")
-    why_not = _why_no_triton(x)
-    if kernel == "triton" and why_not:
+    if kernel == "triton" and (why_not := _why_no_triton(x)):
         raise RecipeError(f"kernel='triton' of the {operation} cannot run: {why_not} kernel='auto' takes another.")
     if kernel != "auto":
         return kernel
-    chosen = "triton" if "triton" in known and x.is_cuda and not why_not else plain
+    chosen = "triton" if "triton" in known and x.is_cuda and not _why_no_triton(x) else plain
     if not torch.compiler.is_compiling():
         _say(operation, chosen, x.device.type)
     return chosen
@@ -53,10 +53,9 @@ def _why_no_triton(x: Tensor) -> str | None:
     return None
 
 
-@lru_cache
 def has_triton() -> bool:
     """Whether Triton is installed (it is not on Windows and macOS)."""
-    return find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 @lru_cache

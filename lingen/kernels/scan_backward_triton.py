@@ -204,13 +204,27 @@ def scan_backward(scan: Scan, dy: Tensor, d: Tensor, begin: Tensor | None) -> Gr
 
     # On the diagonal the decay is 1 and only the step counts.
     diagonal = pairs.diagonal(dim1=-2, dim2=-1).transpose(1, 2).flatten(2).repeat_interleave(scan.per_group, 1)
-    column = column + by_column
-    through_steps = column + (own * diagonal)[:, None]
-    change = (by_row + row - scan.steps * column).unflatten(-1, (scan.chunks, -1))
+    through_steps = column + by_column + (own * diagonal)[:, None]
+    decays = _of_decays(scan, by_row + row, scan.steps * by_column, scan.steps * column, met)
+    return Gradients(du, through_steps, decays, own.sum((0, 2)), dbegin)
+
+
+def _of_decays(scan: Scan, rows: Tensor, inside: Tensor, later: Tensor, met: Tensor) -> Tensor:
+    """Gradients of dt a of each token [b r k rows]: sums over the pairs of a row from it on with a column before it.
+
+    Args:
+        rows: sums over what each row reads.
+        inside, later: sums over what of each column its own chunk reads, and later chunks.
+        met: of each chunk, over what passes all of it.
+    """
+    rows, inside, later = (part.unflatten(-1, (scan.chunks, -1)) for part in (rows, inside, later))
+    # Pairs that lie on one side of the token are in both terms of a difference, with the same rounding in both. That
+    # is why `later` has its own total: one from states in 16 bits would leave their rounding where little is left.
+    change = rows - inside - later
     sums = change.cumsum(-1)
     suffix = sums[..., -1:] - sums + change
-    decays = torch.stack([suffix[:, 0], *(sums[:, way] for way in range(1, scan.sizes.ways))], 1) + met[..., None]
-    return Gradients(du, through_steps, decays.flatten(-2), own.sum((0, 2)), dbegin)
+    decays = torch.stack([suffix[:, 0], *(sums[:, way] for way in range(1, scan.sizes.ways))], 1)
+    return (decays + (later.sum(-1) + met)[..., None]).flatten(-2)
 
 
 def step_gradients(scan: Scan, found: Gradients, a: Tensor, index: Tensor | None, ddt: Tensor) -> tuple[Tensor, Tensor]:

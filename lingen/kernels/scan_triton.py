@@ -111,8 +111,8 @@ def _scan_carry(
 ):  # fmt: skip
     """Passes the states from chunk to chunk, in place: what a chunk adds becomes what it starts from.
 
-    The adjoint walks the other way, and multiplies what it meets by the states of the forward pass (`other`), which is
-    the gradient of each chunk's whole decay.
+    The adjoint walks the other way. What it leaves of a chunk, decayed, times the state of the forward pass that enters
+    it (`other`) is the gradient of the chunk's whole decay through what passes all of it.
     """
     block, head, way = tl.program_id(0), tl.program_id(1), tl.program_id(2) % WAYS
     batch = tl.program_id(2) // WAYS
@@ -128,15 +128,16 @@ def _scan_carry(
     step = tl.where(descending, -stride, stride)
     total = logs + line * chunks * Q + tl.where(TURNS and way == 1, 0, Q - 1)
     added = tl.load(states + at, mask=ok, other=0.0).to(tl.float32)
-    for i in range(chunks):
+    for _ in range(chunks):
         # The next chunk's states are on their way before this one's are written.
         fetched = tl.load(states + at + step, mask=ok & (chunk != last), other=0.0).to(tl.float32)
         tl.store(states + at, state.to(states.dtype.element_ty), mask=ok)
+        passed = state * tl.exp2(tl.load(total + chunk * Q))
         if ADJOINT:
-            left = tl.load(other + at - step, mask=ok & (i > 0), other=0.0).to(tl.float32)
+            entered = tl.load(other + at, mask=ok, other=0.0).to(tl.float32)
             place = ((line * chunks) + chunk) * tl.num_programs(0) + block
-            tl.store(products + place, tl.sum(left * state))
-        state = state * tl.exp2(tl.load(total + chunk * Q)) + added
+            tl.store(products + place, tl.sum(entered * passed))
+        state = passed + added
         added = fetched
         at += step
         chunk += tl.where(descending, -1, 1)

@@ -1,75 +1,174 @@
-"""LinGen's three frozen text encoders: known by their widths, so that recipes with them can be checked and planned."""
+"""Text encoders that transformers reads from a local folder: the T5 family, decoders such as Llama, the BERT family."""
 
-from typing import Annotated, NoReturn
+from __future__ import annotations
 
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from pathlib import Path
+from typing import Annotated, Any
 
-from lingen.registry import RecipeError, SettingError
+import torch
 
+from lingen.text.folder import Lacking, check_model
+from lingen.text.local import BatchSetting, Device, Dim, LocalEncoder, PathSetting, Precision, Read, check_settings
+from lingen.text.transformers_reader import TransformersReader, load, load_tokenizer
 
-class _Frozen(nn.Module):
-    """What the three share. `encode` raises RecipeError until the frozen parts arrive."""
-
-    dim: int
-    trainable = False
-
-    def __init__(self, path: str | None, max_tokens: int):
-        super().__init__()
-        if max_tokens < 1:
-            raise SettingError("max_tokens", f"max_tokens={max_tokens} must be 1 or more.")
-        self.path = path
-        self.max_tokens = max_tokens
-
-    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        """Raises RecipeError."""
-        self.check_ready()
-
-    def check_ready(self) -> NoReturn:
-        """What a run asks before it starts. Raises RecipeError."""
-        raise RecipeError(
-            f"The text encoder '{type(self).__name__.lower()}' can be planned with but not run: it arrives with "
-            "the frozen parts in a later release. Meanwhile use 'words' or 'bytes', which are trained along."
-        )
+T5_FAMILY = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
+BERTS = ("bert", "distilbert", "electra", "deberta-v2", "modernbert", "roberta", "xlm-roberta", "camembert", "mpnet")
+COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+"""Their first position stands behind the padding's id."""
 
 
-class UL2(_Frozen):
-    """UL2's encoder (arXiv 2205.05131), width 4096: what the prompt means. It comes in a later release."""
+class _T5Family(LocalEncoder):
+    """The encoder's half of any T5: `config.json` tells which, and whether the tokenizer is ByT5's, without files."""
 
-    dim = 4096
+    def inspect(self, path: Path) -> None:
+        config = check_model(path, T5_FAMILY, tokenizer=False)
+        if not _reads_bytes(config):
+            check_model(path, T5_FAMILY)
+        check_settings(config.get("d_model", 512), self.dim, None, self.max_tokens)
 
-    def __init__(
-        self,
-        *,
-        path: Annotated[str | None, "its weights"] = None,
-        max_tokens: Annotated[int, "tokens that are read (ours)"] = 512,
-    ):
-        super().__init__(path, max_tokens)
+    def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> TransformersReader:
+        import transformers
+
+        config = check_model(path, T5_FAMILY, tokenizer=False)
+        tokenizer = transformers.ByT5Tokenizer() if _reads_bytes(config) else load_tokenizer(path)
+        network = load(getattr(transformers, T5_FAMILY[config["model_type"]]), path, dtype, device)
+        return TransformersReader(network, tokenizer)
 
 
-class ByT5(_Frozen):
-    """ByT5-small's encoder (arXiv 2105.13626), width 1472: bytes, for written text. It comes in a later release."""
+class T5(_T5Family):
+    """The encoder of a T5, mT5 or UMT5 (arXiv 1910.10683, 2304.09151)."""
 
-    dim = 1472
+    name, public, home = "t5", "google/t5-v1_1-xxl", "weights/t5-v1_1-xxl"
 
     def __init__(
         self,
         *,
-        path: Annotated[str | None, "its weights"] = None,
-        max_tokens: Annotated[int, "bytes that are read (ours)"] = 256,
+        path: PathSetting = None,
+        dim: Dim = 4096,
+        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 512,
+        precision: Precision = "auto",
+        read: Read = "prompt",
+        device: Device = "auto",
+        batch: BatchSetting = 1,
     ):
-        super().__init__(path, max_tokens)
+        super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
 
-class MetaCLIP(_Frozen):
-    """MetaCLIP-H14's text tower (arXiv 2309.16671), width 1280: how the clip looks. It comes in a later release."""
+class UL2(_T5Family):
+    """UL2's encoder (arXiv 2205.05131): what the prompt means."""
 
-    dim = 1280
+    name, public, home = "ul2", "google/ul2", "weights/ul2"
 
     def __init__(
         self,
         *,
-        path: Annotated[str | None, "its weights"] = None,
-        max_tokens: Annotated[int, "tokens that are read; the long-prompt variant takes 256"] = 77,
+        path: PathSetting = None,
+        dim: Dim = 4096,
+        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 512,
+        precision: Precision = "auto",
+        read: Read = "prompt",
+        device: Device = "auto",
+        batch: BatchSetting = 1,
     ):
-        super().__init__(path, max_tokens)
+        super().__init__(path, dim, max_tokens, precision, read, device, batch)
+
+
+class ByT5(_T5Family):
+    """ByT5-small's encoder (arXiv 2105.13626): bytes, for written text. Movie Gen lets it read only what is quoted."""
+
+    name, public, home, unit = "byt5", "google/byt5-small", "weights/byt5-small", "bytes"
+
+    def __init__(
+        self,
+        *,
+        path: PathSetting = None,
+        dim: Dim = 1472,
+        max_tokens: Annotated[int, "bytes that are read; the rest is cut, with a warning (ours)"] = 256,
+        precision: Precision = "auto",
+        read: Read = "prompt",
+        device: Device = "auto",
+        batch: BatchSetting = 1,
+    ):
+        super().__init__(path, dim, max_tokens, precision, read, device, batch)
+
+    def inspect(self, path: Path) -> None:
+        if not _reads_bytes(check_model(path, T5_FAMILY, tokenizer=False)):
+            raise Lacking("its config.json is of a T5 that reads word pieces, not bytes", elsewhere=True)
+        super().inspect(path)
+
+
+class Llama(LocalEncoder):
+    """A decoder's hidden states: Llama (arXiv 2407.21783), Mistral, Qwen, Gemma, Phi; base and chat models alike.
+
+    The text is read as it is, without a chat's template. The start of the sequence is read but gives no token.
+    """
+
+    name, public, home = "llama", "meta-llama/Llama-3.1-8B-Instruct", "weights/llama-3.1-8b"
+
+    def __init__(
+        self,
+        *,
+        path: PathSetting = None,
+        dim: Dim = 4096,
+        layer: Annotated[int, "whose states are read: -1 the last, after the final norm; 0 the embeddings"] = -1,
+        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 256,
+        precision: Precision = "auto",
+        read: Read = "prompt",
+        device: Device = "auto",
+        batch: BatchSetting = 1,
+    ):
+        super().__init__(path, dim, max_tokens, precision, read, device, batch)
+        self.layer = layer
+
+    def inspect(self, path: Path) -> None:
+        config = check_model(path, DECODERS)
+        _check_fits(config, self)
+        depth = config.get("num_hidden_layers", self.layer)
+        if not -depth - 1 <= self.layer <= depth:
+            raise Lacking(f"it has {depth} layers, so layer={self.layer} is none", f"set layer to at most {depth}")
+
+    def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> TransformersReader:
+        from transformers import AutoModel
+
+        tokenizer = load_tokenizer(path)
+        network = load(AutoModel, path, dtype, device)
+        return TransformersReader(network, tokenizer, layer=self.layer, skip=tokenizer.bos_token_id)
+
+
+class BERT(LocalEncoder):
+    """Any encoder of the BERT family, sentence-transformers' folders included: one token for each word piece."""
+
+    name, public, home = "bert", "sentence-transformers/all-MiniLM-L6-v2", "weights/minilm"
+
+    def __init__(
+        self,
+        *,
+        path: PathSetting = None,
+        dim: Dim = 384,
+        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 256,
+        precision: Precision = "auto",
+        read: Read = "prompt",
+        device: Device = "auto",
+        batch: BatchSetting = 1,
+    ):
+        super().__init__(path, dim, max_tokens, precision, read, device, batch)
+
+    def inspect(self, path: Path) -> None:
+        _check_fits(check_model(path, BERTS), self)
+
+    def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> TransformersReader:
+        from transformers import AutoModel
+
+        return TransformersReader(load(AutoModel, path, dtype, device), load_tokenizer(path))
+
+
+def _reads_bytes(config: dict[str, Any]) -> bool:
+    return config.get("tokenizer_class") == "ByT5Tokenizer" or config.get("vocab_size") == 384
+
+
+def _check_fits(config: dict[str, Any], encoder: LocalEncoder) -> None:
+    longest = config.get("max_position_embeddings")
+    if longest is not None and config["model_type"] in COUNTS_FROM_PADDING:
+        longest -= config.get("pad_token_id", 1) + 1
+    check_settings(config.get("hidden_size", config.get("dim", encoder.dim)), encoder.dim, longest, encoder.max_tokens)

@@ -1,6 +1,5 @@
 """Small text encoders that need no download and are trained with the denoiser [ours]."""
 
-import logging
 import re
 import zlib
 from typing import Annotated
@@ -10,9 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import head_count
-from lingen.registry import SettingError
-
-log = logging.getLogger("lingen")
+from lingen.text.rows import Cut, at_least_one, padded
 
 _START = 256  # the id after the last byte
 
@@ -34,15 +31,15 @@ class Words(nn.Module):
         max_tokens: Annotated[int, "words that are read; the rest is cut, with a warning"] = 32,
     ):
         super().__init__()
-        _check(dim=dim, buckets=buckets, max_tokens=max_tokens)
+        at_least_one(dim=dim, buckets=buckets, max_tokens=max_tokens)
         self.dim = dim
-        self.cut = _Cut("words", max_tokens)
+        self.cut = Cut("words", max_tokens)
         self.embedding = nn.Embedding(buckets, dim)
         self.position = nn.Parameter(torch.randn(max_tokens, dim) * 0.1)
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """Tokens of the longest text's length, at least 1; an empty text is masked all over."""
-        ids, mask = _padded(self.cut([self._ids(text) for text in texts]), self.position.device)
+        ids, mask = padded(self.cut([self._ids(text) for text in texts]), self.position.device)
         return self.embedding(ids) + self.position[: ids.shape[1]], mask
 
     def _ids(self, text: str) -> list[int]:
@@ -66,9 +63,9 @@ class Bytes(nn.Module):
         max_tokens: Annotated[int, "bytes that are read; the rest is cut, with a warning"] = 256,
     ):
         super().__init__()
-        _check(dim=dim, depth=depth, max_tokens=max_tokens)
+        at_least_one(dim=dim, depth=depth, max_tokens=max_tokens)
         self.dim = dim
-        self.cut = _Cut("bytes", max_tokens)
+        self.cut = Cut("bytes", max_tokens)
         self.embedding = nn.Embedding(_START + 1, dim)
         self.position = nn.Parameter(torch.randn(max_tokens + 1, dim) * 0.1)
         layer = nn.TransformerEncoderLayer(
@@ -80,38 +77,7 @@ class Bytes(nn.Module):
         """A token for the start and one for each byte; an empty text is masked all over."""
         cut = self.cut([list(text.encode("utf-8", "replace")) for text in texts])
         # The start lets an empty text, too, attend to something: a softmax over nothing is NaN.
-        ids, real = _padded([[_START, *text] for text in cut], self.position.device)
+        ids, real = padded([[_START, *text] for text in cut], self.position.device)
         hidden = self.layers(self.embedding(ids) + self.position[: ids.shape[1]], src_key_padding_mask=~real)
         empty = torch.tensor([not text for text in cut], device=real.device)
         return hidden, real & ~empty[:, None]
-
-
-class _Cut:
-    """Cuts sequences at `limit`, counts those that were longer, and says so the first time."""
-
-    def __init__(self, unit: str, limit: int):
-        self.unit, self.limit, self.count = unit, limit, 0
-
-    def __call__(self, rows: list[list[int]]) -> list[list[int]]:
-        long = [len(row) for row in rows if len(row) > self.limit]
-        if long and not self.count:
-            log.warning(
-                "A text of %d %s was cut to %d (text.max_tokens); others may be, too, and are not named.",
-                long[0], self.unit, self.limit,
-            )  # fmt: skip
-        self.count += len(long)
-        return [row[: self.limit] for row in rows]
-
-
-def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids [b n], mask [b n]"""
-    n = max([1, *map(len, rows)])
-    ids = torch.tensor([row + [0] * (n - len(row)) for row in rows], dtype=torch.long).view(len(rows), n)
-    mask = torch.tensor([[i < len(row) for i in range(n)] for row in rows], dtype=torch.bool).view(len(rows), n)
-    return ids.to(device), mask.to(device)
-
-
-def _check(**settings: int) -> None:
-    for setting, value in settings.items():
-        if value < 1:
-            raise SettingError(setting, f"{setting}={value} must be 1 or more.")

@@ -1,0 +1,119 @@
+"""A model of diffusers: read from a folder and asked the same way, whatever its class returns."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lingen.autoencoder.diffusers_known import KNOWN
+from lingen.registry import RecipeError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """A model, and the spread of its own latents."""
+
+    vae: Any
+    mean: Tensor
+    """[1 c t 1 1]; t is 1 where every frame has the same."""
+    std: Tensor
+
+    def to(self, device: torch.device) -> Loaded:
+        """The same on a device."""
+        return Loaded(self.vae.to(device), self.mean.to(device), self.std.to(device))
+
+
+def spread_of(vae: Any, channels: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the model's own latents, each [1 c t 1 1], by its config or its buffers."""
+    config, buffers = vae.config, dict(vae.named_buffers())
+    means, stds = (buffers.get(key, config.get(key)) for key in ("latents_mean", "latents_std"))
+    factor = config.get("scaling_factor")
+    if factor is None and stds is None and scale == 1:
+        log.warning(
+            "%s does not say how far its latents spread; the noise has a standard deviation of 1. Set 'scale' of the "
+            "autoencoder to 1 / that of its latents.",
+            type(vae).__name__,
+        )
+    shift = config.get("shift_factor") or 0.0
+    mean = _column([shift] * channels if means is None else means, channels)
+    std = _column([1.0] * channels if stds is None else stds, channels)
+    return mean, std / (scale * (1.0 if factor is None else factor))
+
+
+def _column(values: Any, channels: int) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).reshape(1, channels, -1, 1, 1)
+
+
+def from_pretrained(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
+    """The frozen model. RecipeError where its weights cannot be read, or are not all there and would be drawn."""
+    import diffusers
+
+    model: Any = getattr(diffusers, class_name, None)
+    if not hasattr(model, "from_pretrained"):
+        names = [name for name in dir(diffusers) if name.startswith("Autoencoder")]
+        raise RecipeError(
+            f"diffusers {diffusers.__version__} has no model called '{class_name}'.{did_you_mean(class_name, names)}"
+        )
+    try:
+        vae, about = model.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,  # never a pickle
+            low_cpu_mem_usage=False,  # the other way wants the package accelerate
+            output_loading_info=True,
+        )
+    except Exception as error:  # diffusers, safetensors and torch each have their own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise RecipeError(f"{class_name} of diffusers cannot read {folder}: {reason}") from error
+    strange = {key: about[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if about.get(key)}
+    if strange:
+        what = "; ".join(
+            f"{key.replace('_keys', '')}: {', '.join(map(str, keys[:3]))}" for key, keys in strange.items()
+        )
+        raise RecipeError(f"The weights in {folder} are not those of its config.json ({what}). Download them again.")
+    return vae.eval().requires_grad_(False)
+
+
+def switch_on_tiles(vae: Any) -> None:
+    """Tiles that are blended, in space and, where the class has them, in time. RecipeError where it has none."""
+    name = type(vae).__name__
+    model = KNOWN.get(name)
+    try:
+        if model is not None and not model.tiles:
+            raise NotImplementedError
+        vae.enable_tiling()
+    except (AttributeError, NotImplementedError) as error:
+        raise RecipeError(f"'{name}' of diffusers does not work in tiles; set tiling: false.") from error
+    if model is not None and model.tiles_time:
+        vae.use_framewise_encoding = vae.use_framewise_decoding = True
+
+
+def mode_of(encoded: Any) -> Tensor:
+    """Of the distribution that an encoder gives, or the latents themselves where it gives those."""
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    return encoded.latent if hasattr(encoded, "latent") else encoded
+
+
+def sample_of(decoded: Any) -> Tensor:
+    """The pixels that a decoder gives."""
+    return decoded.sample if hasattr(decoded, "sample") else decoded
+
+
+def frames_of(statistic: Tensor, latents: Tensor) -> Tensor:
+    """A statistic for the frames of these latents; some models have one for each frame, and not for more."""
+    known_frames, frames = statistic.shape[2], latents.shape[2]
+    if known_frames == 1:
+        return statistic
+    if frames > known_frames:
+        raise ValueError(
+            f"This autoencoder knows the spread of its latents for {known_frames} latent frames, not for {frames}: "
+            "use shorter clips."
+        )
+    return statistic[:, :, :frames]

@@ -1,0 +1,258 @@
+"""Video autoencoders of diffusers (Wan, HunyuanVideo, CogVideoX, LTX, Cosmos, ...) as lingen's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lingen.autoencoder import diffusers_known as known
+from lingen.autoencoder.diffusers_model import (
+    Loaded,
+    frames_of,
+    from_pretrained,
+    mode_of,
+    sample_of,
+    spread_of,
+    switch_on_tiles,
+)
+from lingen.autoencoder.diffusers_stream import FRAMES, WanDecoder, WanEncoder, cut_for_wan
+from lingen.blocks.layers import check_sizes
+from lingen.frozen import Missing
+from lingen.registry import RecipeError, SettingError, did_you_mean
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DiffusersVAE(nn.Module):
+    """A video autoencoder of diffusers, from a local folder, frozen: `encode` gives the posterior's mode.
+
+    The folder is one that ``save_pretrained`` wrote, or a pipeline's that has it as ``vae``. It is read at the first
+    `encode` or `decode`, and the weights lie where the video or the latents lie. Latents are brought to the spread that
+    the config states: ``(z - shift_factor) * scaling_factor``, or by ``latents_mean`` and ``latents_std``.
+
+    In these models the first frame has a latent frame of its own: t = 1 + strides[0] * n frames are n + 1 latent
+    frames, and decode gives exactly the t frames again. An image is t = 1.
+
+    Raises SettingError for settings that are not enough, out of range, or not for this class.
+    """
+
+    without_effect = ("strides", "channels", "first_frame_alone")
+    """Settings that do not change what it makes of a clip: they say what the model is, or are refused."""
+
+    def __init__(
+        self,
+        *,
+        path: Annotated[str | None, "folder of the model, or of a pipeline that has it as 'vae'"] = None,
+        class_name: Annotated[str | None, "class of diffusers; null: what config.json says"] = None,
+        subfolder: Annotated[str | None, "of the model below path; null: found"] = None,
+        strides: Annotated[tuple[int, int, int] | None, "pixels per latent in t, h, w; null: the class's"] = None,
+        channels: Annotated[int | None, "channels of a latent; null: the class's"] = None,
+        first_frame_alone: Annotated[bool, "frames come as 1 + a multiple of the stride; in all known classes"] = True,
+        scale: Annotated[float, "factor on latents beside the config's own, to bring their spread near 1"] = 1.0,
+        tiling: Annotated[
+            bool, "one clip at a time, in tiles that are blended: less memory, not quite the same"
+        ] = False,
+        precision: Annotated[Literal["fp32", "bf16", "fp16"], "of the weights"] = "fp32",
+    ):
+        super().__init__()
+        refusal = known.unfit(class_name or "")
+        if refusal:
+            raise SettingError("class_name", refusal)
+        model = known.KNOWN.get(class_name or "")
+        if tiling and model is not None and not model.tiles:
+            raise SettingError("tiling", f"'{class_name}' of diffusers does not work in tiles.")
+        if not scale > 0:
+            raise SettingError("scale", f"scale={scale} must be above 0.")
+        self.strides: tuple[int, int, int] = tuple(_given("strides", strides, class_name))
+        self.channels: int = _given("channels", channels, class_name)
+        check_sizes("strides", self.strides)
+        if self.channels < 1:
+            raise SettingError("channels", f"channels={channels} must be 1 or more.")
+        self.path, self.class_name, self.subfolder = path, class_name, subfolder
+        self.first_frame_alone, self.scale, self.tiling = first_frame_alone, scale, tiling
+        self.dtype = DTYPES[precision]
+        # In a list, so that no checkpoint holds it and no cast of the module around it reaches it.
+        self._loaded: list[Loaded] = []
+
+    # before a run
+
+    def missing(self) -> list[Missing]:
+        """What a run with these settings would stumble over; reads config.json and the header of the weights."""
+        return [Missing("diffusers", self.path or "-", problem) for problem in self._problems()]
+
+    def _problems(self) -> Iterator[str]:
+        if find_spec("diffusers") is None:
+            yield "the package diffusers is not installed. pip install 'lingen[diffusers]'."
+        if self.path is None:
+            yield f"the recipe does not say where the weights are. {known.advice(self.class_name)}."
+            return
+        folder = known.find_folder(self.path, self.subfolder)
+        try:
+            config = known.read_config(folder, self.class_name)
+        except RecipeError as error:
+            yield from error.problems
+            return
+        different = list(known.differences(config, self.class_name, self.strides, self.channels))
+        yield from different
+        fault = None if different else known.fault_of_weights(folder, config["_class_name"])
+        if fault:
+            yield fault
+
+    @property
+    def frame_unit(self) -> int:
+        """Frames come as a multiple of this, plus 1 where the first stands alone: the stride, CogVideoX's twice."""
+        model = self._model()
+        return (model and model.unit) or self.strides[0]
+
+    def check_frames(self, frames: int) -> None:
+        """ValueError, with the nearest that fit, where a clip of so many frames cannot be encoded."""
+        unit = self.frame_unit
+        if self.first_frame_alone and (frames - 1) % unit:
+            below = frames - (frames - 1) % unit
+            raise ValueError(
+                f"A clip of {frames} frames does not fit this autoencoder: the first frame stands alone, the others "
+                f"come by {unit}. Closest: {below} or {below + unit} frames."
+            )
+
+    # at work
+
+    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
+        """Pixels in -1..1 -> float32 latents: the posterior's mode, in the spread of the config.
+
+        Raises ValueError for sizes that do not fit, RecipeError where the weights cannot be used.
+        """
+        vae, mean, std = self._ready(video.device)
+        self._check_size(video, video.shape[2])
+        latents = self._run(lambda clips: mode_of(vae.encode(clips)), video)
+        self._check_shape("encode", latents, self._latent_shape(video))
+        return (latents - frames_of(mean, latents)) / frames_of(std, latents)
+
+    def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
+        """Latents -> float32 pixels, about -1..1: 1 + strides[0] * (t - 1) frames where the first stands alone.
+
+        Raises ValueError for a number of frames that does not fit, RecipeError where the weights cannot be used.
+        """
+        vae, mean, std = self._ready(latents.device)
+        frames = self._frames(latents.shape[2])
+        self.check_frames(frames)
+        latents = latents.float() * frames_of(std, latents) + frames_of(mean, latents)
+        video = self._run(lambda clips: sample_of(self._decode(vae, clips)), latents)
+        _, stride_h, stride_w = self.strides
+        height, width = latents.shape[3] * stride_h, latents.shape[4] * stride_w
+        self._check_shape("decode", video, (len(latents), 3, frames, height, width))
+        return video
+
+    @property
+    def streams(self) -> bool:
+        """Whether `encode_stream` and `decode_stream` hold a few frames at a time: Wan's classes do, without tiles."""
+        return self._class() == "AutoencoderKLWan" and self.strides[0] == FRAMES and not self.tiling
+
+    def encode_stream(self, pieces: Iterable[Float[Tensor, "b 3 _t h w"]]) -> Iterator[Float[Tensor, "b c _t _h _w"]]:
+        """`encode` of a clip that comes in pieces; they are put together first where it does not stream (`streams`)."""
+        if not self.streams:
+            yield self.encode(torch.cat(list(pieces), 2))
+            return
+        frames, encoder = 0, None
+        for video in cut_for_wan(pieces):
+            frames += video.shape[2]
+            vae, mean, std = self._ready(video.device)
+            self._check_size(video, frames)
+            encoder = encoder or WanEncoder(vae)
+            yield (self._run(encoder, video) - mean) / std
+
+    def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
+        """`decode`, piece by piece; in one piece where it does not stream (`streams`)."""
+        if not self.streams:
+            yield self.decode(latents)
+            return
+        vae, mean, std = self._ready(latents.device)
+        decoder = WanDecoder(vae)
+        for latent in latents.split(1, 2):
+            yield self._run(decoder, latent.float() * std + mean)
+
+    def _decode(self, vae: Any, latents: Tensor) -> Any:
+        if vae.config.get("timestep_conditioning"):  # LTX's decoder also denoises: nothing is noised here, so time is 0
+            return vae.decode(latents, latents.new_zeros(len(latents)))
+        return vae.decode(latents)
+
+    def _run(self, run: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
+        """In this part's own precision; in tiles clip by clip, as not every class slices a batch rightly."""
+        model = self._model()
+        alone = self.tiling or (model is not None and not model.batches)
+        with torch.autocast(clips.device.type, enabled=False):
+            clips = clips.to(self.dtype)
+            return torch.cat([run(clip) for clip in (clips.split(1) if alone else [clips])]).float()
+
+    # sizes
+
+    def _class(self) -> str:
+        """The model's class as far as it is known: from the weights, else from the recipe."""
+        return type(self._loaded[0].vae).__name__ if self._loaded else self.class_name or ""
+
+    def _model(self) -> known.Known | None:
+        return known.KNOWN.get(self._class())
+
+    def _frames(self, latent_frames: int) -> int:
+        alone = self.first_frame_alone
+        return 1 + self.strides[0] * (latent_frames - 1) if alone else self.strides[0] * latent_frames
+
+    def _latent_shape(self, video: Tensor) -> tuple[int, ...]:
+        return (len(video), self.channels, *(-(-n // s) for n, s in zip(video.shape[2:], self.strides, strict=True)))
+
+    def _check_size(self, video: Tensor, frames: int) -> None:
+        self.check_frames(frames)
+        _, stride_h, stride_w = self.strides
+        height, width = video.shape[3:]
+        if height % stride_h or width % stride_w:
+            raise ValueError(
+                f"Size {height}x{width} (height x width) does not fit this autoencoder: the height must be a multiple "
+                f"of {stride_h} and the width one of {stride_w}."
+            )
+
+    def _check_shape(self, what: str, found: Tensor, wanted: tuple[int, ...]) -> None:
+        if tuple(found.shape) != wanted:
+            raise RecipeError(
+                f"{what} of {self._class()} gave [b c t h w] = {list(found.shape)}, not "
+                f"{list(wanted)}: strides {list(self.strides)}, channels {self.channels} and first_frame_alone "
+                f"{str(self.first_frame_alone).lower()} are not those of this model."
+            )
+
+    # the model
+
+    def _ready(self, device: torch.device) -> Loaded:
+        """The model on a device, loaded once."""
+        if not self._loaded:
+            self._loaded = [self._load()]
+        now = self._loaded[0]
+        if now.mean.device != device:
+            self._loaded[0] = now = now.to(device)
+        return now
+
+    def _load(self) -> Loaded:
+        problems = list(self._problems())
+        if problems or self.path is None:
+            raise RecipeError(*(f"autoencoder 'diffusers': {problem}" for problem in problems))
+        folder = known.find_folder(self.path, self.subfolder)
+        name = known.read_config(folder, self.class_name)["_class_name"]
+        vae = from_pretrained(folder, name, self.dtype)
+        if self.tiling:
+            switch_on_tiles(vae)
+        return Loaded(vae, *spread_of(vae, self.channels, self.scale))
+
+
+def _given(setting: str, value: Any, class_name: str | None) -> Any:
+    """A setting, or what is known of the class."""
+    if value is not None:
+        return value
+    if class_name in known.KNOWN:
+        return getattr(known.KNOWN[class_name], setting)
+    hint = did_you_mean(class_name, known.KNOWN) if class_name else ""
+    raise SettingError(
+        setting,
+        f"'diffusers' needs {setting}, but for a class_name of these: {', '.join(known.KNOWN)}.{hint}",
+    )

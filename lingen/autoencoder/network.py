@@ -1,0 +1,237 @@
+"""Encoder and decoder of the temporal autoencoder: an image autoencoder with temporal layers beside its spatial ones.
+
+Movie Gen (arXiv 2410.13720, section 3.1.1) on the plan of latent diffusion's image autoencoder (arXiv 2112.10752).
+Normalisation over channels alone is Wan's (arXiv 2503.20314). Between layers there is only the grid tensor [b t h w d],
+which is a batch of channels-last images, b * t of them, in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lingen.autoencoder.temporal import Activation, Grid, Stream, TimeAttention, TimeBlock, TimeConv, add
+from lingen.blocks.layers import RMSNorm, Triple, check_sizes, head_count
+from lingen.registry import SettingError
+
+MULTIPLIERS = (1, 2, 4)
+"""Widths of the first levels, in units of the first; deeper ones stay at the last (latent diffusion's 1, 2, 4, 4)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a temporal autoencoder's weights depend on. Raises SettingError for a setting that makes no sense."""
+
+    strides: Triple
+    channels: int
+    width: int
+    multipliers: tuple[int, ...] | None
+    blocks: int
+    attention: bool
+    reach: int
+
+    def __post_init__(self) -> None:
+        check_sizes("strides", self.strides)
+        if any(stride & (stride - 1) for stride in self.strides):
+            raise SettingError("strides", f"strides={list(self.strides)} must be powers of two, such as [8, 8, 8].")
+        for setting in ("channels", "width", "blocks", "reach"):
+            least = 0 if setting == "reach" else 1
+            if (value := getattr(self, setting)) < least:
+                raise SettingError(setting, f"{setting}={value} must be {least} or more.")
+        given = self.multipliers
+        if given is not None and (len(given) != len(self.scales) + 1 or min(given) < 1):
+            raise SettingError(
+                "multipliers",
+                f"multipliers={list(given)} must be {len(self.scales) + 1} numbers of 1 or more: strides="
+                f"{list(self.strides)} take {len(self.scales)} halvings, and there is a level before each and one "
+                "behind the last. Leave it out for 1, 2, 4, 4, ...",
+            )
+
+    @cached_property
+    def scales(self) -> list[Triple]:
+        """What each halving does to t, h and w, 1 or 2, from pixels to latents.
+
+        Where the strides differ, space is halved first, which is where it saves most, and time last, as in Wan.
+        """
+        t, h, w = (stride.bit_length() - 1 for stride in self.strides)
+        count = max(t, h, w)
+        return [(1 + (i >= count - t), 1 + (i < h), 1 + (i < w)) for i in range(count)]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Channels of each level, from pixels to latents."""
+        count = len(self.scales) + 1
+        multipliers = self.multipliers or [MULTIPLIERS[min(i, len(MULTIPLIERS) - 1)] for i in range(count)]
+        return [self.width * multiplier for multiplier in multipliers]
+
+
+class SpaceConv(nn.Conv2d):
+    """3 x 3 convolution of each frame, its edges padded by zeros; `scale` (1 or 2) divides h and w."""
+
+    def __init__(self, in_dim: int, out_dim: int, scale: tuple[int, int] = (1, 1), *, bias: bool = False):
+        super().__init__(in_dim, out_dim, 3, scale, padding=1, bias=bias)
+
+    def forward(self, x: Grid, stream: Stream | None = None) -> Grid:  # type: ignore[override]
+        frames = x.shape[:2]
+        return super().forward(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, frames)
+
+
+class SpaceBlock(nn.Module):
+    """Residual block of each frame."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.activation1, self.activation2 = Activation(in_dim), Activation(out_dim)
+        self.conv1, self.conv2 = SpaceConv(in_dim, out_dim), SpaceConv(out_dim, out_dim)
+        self.skip = nn.Linear(in_dim, out_dim, bias=False) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x: Grid) -> Grid:
+        return add(self.skip(x), self.conv2(self.activation2(self.conv1(self.activation1(x)))))
+
+
+class Block(nn.Module):
+    """A residual block of each frame, then one along time."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.space = SpaceBlock(in_dim, out_dim)
+        self.time = TimeBlock(out_dim)
+
+    def forward(self, x: Grid, stream: Stream) -> Grid:
+        return self.time(self.space(x), stream)
+
+
+class SpaceAttention(nn.Module):
+    """Attention of each frame over all its positions."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.heads = head_count(dim, None)
+        self.norm = RMSNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Grid) -> Grid:
+        b, t, h, w, _ = x.shape
+        qkv = self.qkv(self.norm(x)).view(b * t, h * w, 3, self.heads, -1)
+        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        return x + self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+class Attention(nn.Module):
+    """Attention within each frame, then along time."""
+
+    def __init__(self, dim: int, reach: int):
+        super().__init__()
+        self.space, self.time = SpaceAttention(dim), TimeAttention(dim, reach)
+
+    def forward(self, x: Grid, stream: Stream) -> Grid:
+        return self.time(self.space(x), stream)
+
+
+class Down(nn.Module):
+    """Halves space, then time, by convolutions with stride 2. The temporal one starts as the mean of two frames."""
+
+    def __init__(self, dim: int, scale: Triple):
+        super().__init__()
+        self.space = SpaceConv(dim, dim, scale[1:]) if max(scale[1:]) > 1 else None
+        self.time = TimeConv(dim, 2).start_as([0.0, 0.5, 0.5, 0.0]) if scale[0] > 1 else None
+
+    def forward(self, x: Grid, stream: Stream) -> Grid:
+        if self.space is not None:
+            x = self.space(x)
+        return x if self.time is None else self.time(x, stream)
+
+
+class Up(nn.Module):
+    """Doubles space, repeating positions and convolving, then time. The temporal convolution starts as repeating."""
+
+    def __init__(self, dim: int, scale: Triple):
+        super().__init__()
+        self.scale = scale[1:]
+        self.space = SpaceConv(dim, dim) if max(self.scale) > 1 else None
+        self.time = TimeConv(dim, phases=2).start_as([0.0, 1.0, 0.0]) if scale[0] > 1 else None
+
+    def forward(self, x: Grid, stream: Stream) -> Grid:
+        if self.space is not None:
+            x = self.space(repeat(x, self.scale))
+        return x if self.time is None else self.time(x, stream)
+
+
+def repeat(x: Grid, times: tuple[int, int]) -> Grid:
+    """Every position `times` times along h and w, in one copy."""
+    j, k = times
+    return x[:, :, :, None, :, None].expand(-1, -1, -1, j, -1, k, -1).flatten(4, 5).flatten(2, 3)
+
+
+def middle(dim: int, sizes: Sizes) -> dict[str, nn.Module]:
+    """The layers at the bottom."""
+    attention = {"middle_attention": Attention(dim, sizes.reach)} if sizes.attention else {}
+    return {"middle_block0": Block(dim, dim), **attention, "middle_block1": Block(dim, dim)}
+
+
+class Network(nn.Module):
+    """Layers one after another, each called with (grid tensor, stream), then a last convolution.
+
+    Args:
+        layers: by name.
+        last_dim: channels behind the last of them.
+        out_dim: channels of the result.
+        checkpointing: recompute residual blocks in the backward pass.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], last_dim: int, out_dim: int, checkpointing: bool):
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.activation = Activation(last_dim)
+        self.leave = SpaceConv(last_dim, out_dim, bias=True)
+        self.checkpointing = checkpointing
+
+    def forward(
+        self, x: Float[Tensor, "b i t h w"], stream: Stream | None = None
+    ) -> Float[Tensor, "b o _t _h _w"] | None:
+        """A whole clip; with a stream its next piece, which gives the frames that are ready by now, None for none."""
+        stream = stream or Stream(last=True)
+        x = x.to(self.leave.weight.dtype).movedim(1, -1).contiguous()
+        for layer in self.layers.values():
+            if self.checkpointing and torch.is_grad_enabled() and isinstance(layer, Block):
+                x = checkpoint(layer, x, stream, use_reentrant=False)
+            else:
+                x = layer(x, stream)
+            if not x.shape[1]:
+                return None
+        return self.leave(self.activation(x)).movedim(-1, 1)
+
+
+def encoder(sizes: Sizes, checkpointing: bool = False) -> Network:
+    """Video [b 3 t h w] -> mean and log variance of the latents [b 2*channels _t _h _w]; _t is ceil(t / stride)."""
+    widths = sizes.widths
+    layers: dict[str, nn.Module] = {"enter": SpaceConv(3, widths[0])}
+    before = widths[0]
+    for i, width in enumerate(widths):
+        for j in range(sizes.blocks):
+            layers[f"level{i}_block{j}"] = Block(before, width)
+            before = width
+        if i < len(sizes.scales):
+            layers[f"level{i}_down"] = Down(width, sizes.scales[i])
+    layers |= middle(before, sizes)
+    return Network(layers, before, 2 * sizes.channels, checkpointing)
+
+
+def decoder(sizes: Sizes, checkpointing: bool = False) -> Network:
+    """Latents [b channels t h w] -> video [b 3 _t _h _w]. A block more in each level than the encoder has, as usual."""
+    widths = sizes.widths
+    before = widths[-1]
+    layers: dict[str, nn.Module] = {"enter": SpaceConv(sizes.channels, before), **middle(before, sizes)}
+    for i, width in reversed(list(enumerate(widths))):
+        for j in range(sizes.blocks + 1):
+            layers[f"level{i}_block{j}"] = Block(before, width)
+            before = width
+        if i > 0:
+            layers[f"level{i}_up"] = Up(width, sizes.scales[i - 1])
+    return Network(layers, before, 3, checkpointing)

@@ -1,0 +1,98 @@
+"""The weights of a temporal autoencoder on disk: do they fit, and if not, which setting would make them?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lingen.registry import RecipeError
+from lingen.weights import find_weights, read_metadata
+
+PREFIXES = ("averaged.autoencoder.", "raw.autoencoder.")
+"""Where `lingen.weights` puts an autoencoder's weights; the first that a file has is taken."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def unfit(path: Path, own: Shapes) -> str | None:
+    """A sentence with the cure where the weights at `path` are not there or are others; reads headers only.
+
+    Args:
+        path: a weights file or a run folder.
+        own: the shapes of the weights that are wanted, by name.
+    """
+    try:
+        file = find_weights(path)
+        read_metadata(file)
+    except RecipeError as error:
+        return f"{error} Set autoencoder.path to what `lingen fit --recipe tae_8x8x8` wrote."
+    stored = read_shapes(file)
+    if stored == own:
+        return None
+    if not stored:
+        return "it holds no autoencoder. Set autoencoder.path to what `lingen fit --recipe tae_8x8x8` wrote."
+    told, wanted = settings_of(stored), settings_of(own)
+    wrong = {key: value for key, value in told.items() if value != wanted.get(key, value)}
+    if "strides" in wrong:
+        wrong.pop("multipliers", None)  # they follow from the strides, unless a recipe gives them
+    if not wrong:
+        return "its layers are not those of this version of lingen. Train it anew."
+    cure = " and ".join(
+        f"autoencoder.{key}={_plain(value)} (not {_plain(wanted[key])})" for key, value in wrong.items()
+    )
+    return f"its weights are of other sizes. Set {cure}, or autoencoder.path to weights that fit."
+
+
+def settings_of(shapes: Shapes) -> dict[str, Any]:
+    """The settings that give weights of these shapes; empty where these are not a TAE's."""
+
+    def found(pattern: str) -> list[tuple[int, ...]]:
+        return [shape for name, shape in sorted(shapes.items()) if re.fullmatch(f"encoder.layers.{pattern}", name)]
+
+    widths = [shape[0] for shape in found(r"level\d+_block0\.space\.conv2\.weight")]
+    if not widths or "mean" not in shapes or "encoder.layers.enter.weight" not in shapes:
+        return {}
+    width = shapes["encoder.layers.enter.weight"][0]
+    time, space = (2 ** len(found(rf"level\d+_down\.{axis}\.weight")) for axis in ("time", "space"))
+    bias = found(r"middle_attention\.time\.bias")
+    return {
+        "strides": (time, space, space),
+        "channels": shapes["mean"][0],
+        "width": width,
+        "multipliers": tuple(one // width for one in widths),
+        "blocks": len(found(r"level0_block\d+\.space\.conv2\.weight")),
+        "attention": bool(bias),
+        **({"reach": bias[0][1] // 2} if bias else {}),
+    }
+
+
+def _plain(value: Any) -> str:
+    """As a command line wants it."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def read_shapes(file: Path) -> Shapes:
+    """Shapes of the autoencoder's weights in a file, by name; empty where it has none."""
+    from safetensors import safe_open
+
+    with safe_open(str(file), "pt") as opened:
+        return {name: tuple(opened.get_slice(key).get_shape()) for key, name in _keys(opened).items()}
+
+
+def read_part(path: Path) -> dict[str, Tensor]:
+    """name -> weight (CPU) of the autoencoder in a weights file or run folder: the averaged copy where there is one."""
+    from safetensors import safe_open
+
+    with safe_open(str(find_weights(path)), "pt") as opened:
+        return {name: opened.get_tensor(key) for key, name in _keys(opened).items()}
+
+
+def _keys(opened: Any) -> dict[str, str]:
+    """Key in the file -> name in the autoencoder."""
+    keys = list(opened.keys())
+    prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in keys)), None)
+    return {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)} if prefix else {}

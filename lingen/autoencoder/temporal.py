@@ -1,0 +1,189 @@
+"""Layers that look along time, a clip at once or piece by piece with the same result.
+
+A layer that looks r frames ahead gives its results r frames late, and keeps what it will look back at: a long clip runs
+through the network once, without seams and without computing anything twice. Wan's video autoencoder (arXiv 2503.20314,
+section 4.1) keeps frames between pieces in this way for causal layers; looking ahead as well, with delays that residual
+sums wait for, is ours. Everything works on the grid tensor [b t h w d].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lingen.blocks.layers import RMSNorm, head_count
+from lingen.kernels.norm_silu import norm_silu
+
+LARGEST = 2**31 - 1
+"""Elements of one image that cuDNN can count; PyTorch has slow convolutions of its own for larger ones."""
+
+Grid = Float[Tensor, "b t h w d"]
+
+
+class Stream:
+    """What the temporal layers hold between the pieces of one clip; its size does not grow with the clip.
+
+    The last piece must hold a frame at least. A whole clip is a stream of one piece: `Stream(last=True)`.
+    """
+
+    def __init__(self, *, last: bool = False):
+        self.last = last
+        """The piece that is pushed now ends the clip: layers give all that they hold."""
+        self.held: dict[nn.Module, Tensor] = {}
+
+    def take(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What a layer held, with x behind it."""
+        held = self.held.pop(layer, None)
+        return x if held is None else torch.cat([held, x], 1)
+
+    def keep(self, layer: nn.Module, x: Tensor) -> None:
+        """Holds x for the next piece; a copy, since a view would hold the whole piece."""
+        if not self.last:
+            self.held[layer] = x.clone()
+
+    def add(self, layer: nn.Module, x: Tensor, late: Tensor) -> Tensor:
+        """x + late, where `late` gives its frames later than x: x waits for it."""
+        x = self.take(layer, x)
+        self.keep(layer, x[:, late.shape[1] :])
+        return add(x if x.shape[1] == late.shape[1] else x[:, : late.shape[1]], late)
+
+
+def add(x: Tensor, update: Tensor) -> Tensor:
+    """The sum; without gradients in the place of `update`. With them, writing into what is a view would cost a copy."""
+    return x + update if torch.is_grad_enabled() else update.add_(x)
+
+
+class _Ends(torch.autograd.Function):
+    """A clip [b t h w d] with its first frame `before` times more in front of it and its last one `after` times behind.
+
+    As one step: the backward pass of two slices would fill two clips with zeros for a frame each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, before: int, after: int) -> Tensor:
+        ctx.before, ctx.frames = before, x.shape[1]
+        return torch.cat([x[:, :1]] * before + [x] + [x[:, -1:]] * after, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        before, inside, after = grads[0].split([ctx.before, ctx.frames, grads[0].shape[1] - ctx.before - ctx.frames], 1)
+        grad = inside.clone()
+        grad[:, :1] += before.sum(1, keepdim=True)
+        grad[:, -1:] += after.sum(1, keepdim=True)
+        return grad, None, None
+
+
+class Activation(nn.Module):
+    """silu(rms_norm(x) + bias) over channels, as in Wan's autoencoder: a frame depends on no other, a position neither.
+
+    The only biases between two convolutions are here, where they cost no pass over the clip.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Grid) -> Grid:
+        return norm_silu(x, self.weight, self.bias)
+
+
+class TimeConv(nn.Conv3d):
+    """Convolution along time, the ends padded by repeated frames (Movie Gen, arXiv 2410.13720, section 3.1.1).
+
+    With stride 1 three taps, t frames -> t. With stride 2 four, t frames -> ceil(t / 2) (ours: symmetric about the two
+    that become one, where three are not). With 2 phases three taps, t frames -> 2 t, even and odd ones by weights of
+    their own, as in Wan: what repeating and three taps can do, at the same cost, and motion within a frame of latents.
+    """
+
+    def __init__(self, dim: int, stride: int = 1, phases: int = 1):
+        super().__init__(dim, dim * phases, (stride + 2, 1, 1), (stride, 1, 1), bias=False)
+        self.phases = phases
+
+    def forward(self, x: Grid, stream: Stream) -> Grid:  # type: ignore[override]
+        if not x.shape[1]:
+            return x
+        padded, frames = self._padded(x, stream)
+        if not frames:
+            return x[:, :0]
+        y = self._convolved(padded.movedim(-1, 1)).movedim(1, -1)
+        return y if self.phases == 1 else y.unflatten(-1, (self.phases, -1)).movedim(-2, 2).flatten(1, 2)
+
+    def _padded(self, x: Grid, stream: Stream) -> tuple[Grid, int]:
+        """x behind the frames before it and, at the end, before those that follow; how often the taps fit into it."""
+        stride = self.stride[0]
+        held = stream.held.pop(self, None)
+        count = x.shape[1] + (1 if held is None else held.shape[1])
+        after = 1 + (count - 1) % stride if stream.last else 0
+        padded = _Ends.apply(x, 1, after) if held is None else torch.cat([held, x, *[x[:, -1:]] * after], 1)
+        frames = max(0, (padded.shape[1] - self.kernel_size[0]) // stride + 1)
+        stream.keep(self, padded[:, frames * stride :])
+        return padded, frames
+
+    def _convolved(self, x: Float[Tensor, "b d t h w"]) -> Float[Tensor, "b e _t h w"]:
+        strips = x.tensor_split(math.ceil(x[0].numel() * self.phases / LARGEST), 3)
+        done = [nn.Conv3d.forward(self, strip) for strip in strips]
+        return done[0] if len(done) == 1 else torch.cat(done, 3)
+
+    @torch.no_grad()
+    def start_as(self, taps: list[float]) -> TimeConv:
+        """Sets the weights: each channel is its own frames, weighted."""
+        same = torch.eye(self.in_channels).repeat(self.phases, 1)
+        self.weight.copy_(same[:, :, None, None, None] * torch.tensor(taps)[:, None, None])
+        return self
+
+
+class TimeBlock(nn.Module):
+    """Residual block along time; at the start x passes unchanged."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.activation1, self.activation2 = Activation(dim), Activation(dim)
+        self.conv1 = TimeConv(dim)
+        self.conv2 = TimeConv(dim).start_as([0.0, 0.0, 0.0])
+
+    def forward(self, x: Grid, stream: Stream) -> Grid:
+        late = self.conv1(self.activation1(x), stream)
+        late = self.conv2(self.activation2(late), stream)
+        return stream.add(self, x, late)
+
+
+class TimeAttention(nn.Module):
+    """Attention of each position over the frames of its own, `reach` to each side; at the start x passes unchanged.
+
+    Movie Gen attends over a whole tile; a finite reach is what makes streaming exact (ours). A learned bias for each
+    head and distance stands for the order of frames.
+    """
+
+    def __init__(self, dim: int, reach: int):
+        super().__init__()
+        self.reach, self.heads = reach, head_count(dim, None)
+        self.norm = RMSNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.bias = nn.Parameter(torch.zeros(self.heads, 2 * reach + 1))
+        self.out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Grid, stream: Stream) -> Grid:
+        new = self.qkv(self.norm(x))
+        line = stream.take(self.qkv, new)
+        # Frames that have their results already are held for those behind them, as many as these look back at.
+        done = max(0, line.shape[1] - new.shape[1] - self.reach)
+        ready = max(done, line.shape[1] - (0 if stream.last else self.reach))
+        stream.keep(self.qkv, line[:, max(0, ready - self.reach) :])
+        return stream.add(self, x, self.out(self._attend(line, done, ready)))
+
+    def _attend(self, line: Float[Tensor, "b t h w qkv"], start: int, end: int) -> Grid:
+        """Results of the frames start..end of a line of frames. Every layout is [b h w k t e] inside."""
+        q, k, v = line.unflatten(-1, (3, self.heads, -1)).permute(4, 0, 2, 3, 5, 1, 6)
+        steps = torch.arange(line.shape[1], device=line.device)
+        distance = steps - steps[start:end, None]
+        bias = self.bias[:, distance.clamp(-self.reach, self.reach) + self.reach]
+        bias = bias.masked_fill(distance.abs() > self.reach, -torch.inf)
+        q = q[..., start:end, :] * q.shape[-1] ** -0.5
+        weights = (q @ k.mT + bias).softmax(-1)
+        return (weights.to(v.dtype) @ v).permute(0, 4, 1, 2, 3, 5).flatten(-2)

@@ -1,0 +1,66 @@
+"""What a recipe or this machine lacks: ``lingen doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, command, print_json
+from lingen.registry import RecipeError
+
+if TYPE_CHECKING:
+    from lingen.doctor import Checkup
+
+
+@command(
+    "which weights and shards does a recipe lack, and where do they come from? Without one: about this machine",
+    RECIPE,
+    STAGE,
+    JSON,
+    overrides=True,
+)
+def doctor(args: argparse.Namespace) -> int:
+    if args.recipe is None:
+        if args.overrides or args.stage:
+            raise RecipeError("--stage and key=value change a recipe: say which, --recipe R.")
+        return _machine(args.json)
+    from lingen.recipe import load_recipe, load_stages
+
+    stages = [load_recipe(args.recipe, args.overrides, stage=args.stage)] if args.stage else None
+    stages = stages or load_stages(args.recipe, args.overrides)
+    from lingen.doctor import examine
+
+    found = examine(stages)
+    if args.json:
+        weights, shards = ([one._asdict() for one in some] for some in (found.missing, found.absent))
+        print_json({"missing": weights, "absent": shards, "ok": found.ok})
+    else:
+        _print(found)
+    return FAILED if found.missing or found.absent else DONE
+
+
+def _print(found: Checkup) -> None:
+    """A line for each thing on stdout, what helps on stderr."""
+    for there in found.ok:
+        print(f"ok: {there}")
+    for word, lacks in (("missing", found.missing), ("absent", found.absent)):
+        cures: dict[str, list[str]] = {}
+        for one in lacks:
+            cures.setdefault(f"{word}: {one.name} {one.path}", []).append(" ".join(one.cure.split()))
+        for line, each in cures.items():
+            print(line, flush=True)
+            for cure in each:
+                print(f"  {cure}", file=sys.stderr, flush=True)
+
+
+def _machine(json: bool) -> int:
+    from lingen.doctor import machine
+
+    lines = machine()
+    if json:
+        print_json([line._asdict() for line in lines])
+        return DONE
+    for line in lines:
+        print(f"{'ok' if line.ok else 'note'}: {line.what}: {line.told}")
+    return DONE

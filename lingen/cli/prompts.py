@@ -1,0 +1,117 @@
+"""Prompts rewritten by a local chat model: ``lingen prompts rewrite``, and for ``lingen sample --rewrite``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, console
+from lingen.cli.encode import DEVICE, device_of
+from lingen.registry import RecipeError
+
+if TYPE_CHECKING:
+    from lingen.config import RewriteConfig
+    from lingen.text.rewrite import Rewritten
+
+REWRITER = argument("--rewriter", metavar="DIR", help="rewrite with the chat model in this folder, not the recipe's")
+
+
+@command(
+    "short prompts -> long ones by a local chat model, a line for a line; what was rewritten before is kept",
+    argument("file", metavar="FILE", help="a prompt on each line"),
+    REWRITER,
+    RECIPE,
+    STAGE,
+    argument("--out", metavar="FILE", help="default: standard output"),
+    DEVICE,
+    JSON,
+    overrides=True,
+)
+def prompts_rewrite(args: argparse.Namespace) -> int:
+    prompts = lines_of(args.file)
+    if not prompts:
+        raise RecipeError(f"There is no prompt in {args.file}; write one on each line.")
+    found = rewrite(prompts, _settings(args), device_of(args.device))
+    wrong = report_faults(found)
+    if wrong and not args.json:  # a line for a line: with one missing, the others would stand for the wrong prompts
+        print("Nothing was written. Change what is named above; the others are kept.", file=sys.stderr)
+        return FAILED
+    text = json.dumps([_row(one) for one in found], indent=2, ensure_ascii=False) if args.json else _lines(found)
+    if args.out is None:
+        print(text)
+    else:
+        _write(args.out, text)
+    return FAILED if wrong else DONE
+
+
+def _settings(args: argparse.Namespace) -> RewriteConfig:
+    """The recipe's settings, with the model of --rewriter where that is given."""
+    from dataclasses import replace
+
+    if args.recipe is None and (args.overrides or args.stage):
+        raise RecipeError("--stage and key=value change a recipe: say which, --recipe R.")
+    if args.recipe is None and args.rewriter is None:
+        raise RecipeError("Say which model rewrites: --rewriter DIR, or --recipe R with rewrite.path.")
+    if args.recipe is None:
+        from lingen.config import RewriteConfig
+
+        return RewriteConfig(path=args.rewriter)
+    from lingen.recipe import load_recipe
+
+    how = load_recipe(args.recipe, args.overrides, stage=args.stage).rewrite
+    how = replace(how, path=args.rewriter or how.path)
+    if how.path is None:
+        raise RecipeError("The recipe names no model that rewrites. Set rewrite.path, or give --rewriter DIR.")
+    return how
+
+
+def rewrite(prompts: Sequence[str], how: RewriteConfig, device: str) -> list[Rewritten]:
+    """What becomes of each prompt; the model's memory is free again."""
+    from lingen.progress import count_bar
+    from lingen.text.rewrite import Rewriter
+
+    rewriter = Rewriter(how, device)
+    with count_bar(console(), "rewriting prompts") as progress:
+        found = rewriter.rewrite(prompts, progress)
+    rewriter.release()
+    return found
+
+
+def report_faults(found: Sequence[Rewritten]) -> int:
+    """Says on stderr which prompts have no rewritten form, each once. Returns how many."""
+    wrong = {one.prompt: one.fault for one in found if one.fault}
+    for prompt, fault in wrong.items():
+        print(f"Not rewritten in two attempts: {prompt} -- the last answer: {fault}", file=sys.stderr)
+    return len(wrong)
+
+
+def _row(one: Rewritten) -> dict[str, str | bool | None]:
+    row: dict[str, str | bool | None] = {"prompt": one.prompt, "rewritten": one.text, "cached": one.cached}
+    return row | {"fault": one.fault} if one.fault else row
+
+
+def _lines(found: Sequence[Rewritten]) -> str:
+    return "\n".join(str(one.text) for one in found)
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise RecipeError(
+            f"--out {path} cannot be written: {error.strerror}. The rewritten prompts are kept."
+        ) from error
+    print(path)
+
+
+def lines_of(path: str) -> list[str]:
+    """The lines of a file that hold something. RecipeError where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The prompts in {path} cannot be read: {error}") from error

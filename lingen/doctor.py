@@ -1,0 +1,182 @@
+"""What a recipe or this machine lacks: `lingen doctor`. Parts are built on the meta device, no weights are read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lingen.config import Recipe
+from lingen.data.cache import cache_folder
+from lingen.data.locations import expand
+from lingen.data.order import KINDS
+from lingen.frozen import Missing, missing_of
+from lingen.kernels.choice import choose, has_triton
+from lingen.kernels.conv import CONV_KERNELS
+from lingen.kernels.cross_attention import CROSS_KERNELS
+from lingen.kernels.gated_norm import GATED_NORM_KERNELS
+from lingen.kernels.modulate import MODULATE_KERNELS
+from lingen.kernels.pool import POOL_KERNELS
+from lingen.kernels.scan import SCAN_KERNELS
+from lingen.kernels.swiglu import SWIGLU_KERNELS
+from lingen.kernels.window_attention import WINDOW_KERNELS
+from lingen.registry import RecipeError
+
+LITTLE_DISK = 20.0
+"""GB below which the free disk space is worth a note: a checkpoint of the largest recipe has more (ours)."""
+OPTIONAL = {
+    "transformers": "frozen text encoders, rewriting and captioning",
+    "diffusers": "its video autoencoders",
+    "boto3": "shards at s3://",
+    "mamba-ssm": "kernel: stock of the scan, for comparison",
+    "flash-attn": "kernel: flash of attention, for comparison",
+}
+"""Packages that lingen runs without, and what they are for."""
+
+
+class Checkup(NamedTuple):
+    """What the stages of a recipe need: each thing once."""
+
+    missing: list[Missing]
+    """Weights."""
+    absent: list[Missing]
+    """Shards; `name` is the setting."""
+    ok: list[str]
+    """Name and path of what is there, or needs nothing."""
+
+
+def examine(stages: Sequence[Recipe]) -> Checkup:
+    """Looks for everything on disk that these stages name: frozen parts, `rewrite`, `init`, shards."""
+    missing: dict[Missing, None] = {}
+    absent: dict[Missing, None] = {}
+    ok: dict[str, None] = {}
+    for recipe in stages:
+        for part in _parts(recipe):
+            lacks = missing_of([part])
+            missing |= dict.fromkeys(lacks)
+            ok |= {} if lacks else {_called(part): None}
+        missing |= dict.fromkeys(_init(recipe))
+        absent |= dict.fromkeys(_shards(recipe))
+    return Checkup(list(missing), list(absent), list(ok))
+
+
+def _parts(recipe: Recipe) -> list[Any]:
+    from lingen.run import frozen_parts
+    from lingen.text.rewrite import Rewriter
+
+    return frozen_parts(recipe) + ([] if recipe.rewrite.path is None else [Rewriter(recipe.rewrite)])
+
+
+def _called(part: Any) -> str:
+    name = getattr(part, "name", None) or type(part).__name__.lower()
+    return f"{name} {getattr(part, 'path', None) or ''}".rstrip()
+
+
+def _init(recipe: Recipe) -> Iterator[Missing]:
+    from lingen.weights import find_weights, read_metadata
+
+    if recipe.init is not None:
+        try:
+            read_metadata(find_weights(recipe.init))
+        except RecipeError as error:
+            yield Missing("init", recipe.init, str(error))
+
+
+def _shards(recipe: Recipe) -> Iterator[Missing]:
+    for section in ("shards", "validation"):
+        for kind in (kind for kind in KINDS if getattr(recipe.data.mix, kind)):
+            named, setting = getattr(getattr(recipe.data, section), kind), f"data.{section}.{kind}"
+            try:
+                expand(named, setting, recipe.data.remote.timeout)
+            except RecipeError as error:
+                yield Missing(setting, named if isinstance(named, str) else " ".join(named), str(error))
+
+
+class Line(NamedTuple):
+    """Something about this machine."""
+
+    ok: bool
+    """False: worth a note, though lingen runs."""
+    what: str
+    told: str
+
+
+def machine() -> Iterator[Line]:
+    """What this machine has, one thing after the other."""
+    yield Line(True, "python", platform.python_version())
+    yield Line(True, "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
+    yield from _gpus()
+    yield Line(*_triton())
+    yield Line(True, "kernels", _kernels())
+    yield _encoder()
+    for name, folder in (("here", Path.cwd()), ("cache", cache_folder())):
+        yield _disk(name, folder)
+    for name, use in OPTIONAL.items():
+        version = _version(name)
+        yield Line(version is not None, name, f"{version or 'not installed'}: {use}")
+
+
+def _gpus() -> Iterator[Line]:
+    if not torch.cuda.is_available():
+        why = "this torch is built without it" if torch.version.cuda is None else "no device, or no driver for it"
+        yield Line(False, "cuda", f"{why}; everything runs on the CPU")
+        return
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(number))
+        told = f"{about.name}, {free:.1f} of {total:.1f} GiB free, compute capability {about.major}.{about.minor}"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        yield Line(fast, f"cuda:{number}", told + ("" if fast else ", no bfloat16: set precision 16-mixed or 32-true"))
+
+
+def _triton() -> tuple[bool, str, str]:
+    if has_triton():
+        return True, "triton", str(_version("triton"))
+    return not torch.cuda.is_available(), "triton", "not installed; kernels run on plain PyTorch"
+
+
+def _kernels() -> str:
+    """The twins that `kernel: auto` takes here, and their operations."""
+    known = {
+        "scan": (SCAN_KERNELS, "chunked"),
+        "window attention": (WINDOW_KERNELS, "sdpa"),
+        "cross-attention": (CROSS_KERNELS, "reference"),
+        "conv": (CONV_KERNELS, "reference"),
+        "gated norm": (GATED_NORM_KERNELS, "reference"),
+        "modulation": (MODULATE_KERNELS, "reference"),
+        "pool": (POOL_KERNELS, "reference"),
+        "swiglu": (SWIGLU_KERNELS, "reference"),
+    }
+    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+    taken: dict[str, list[str]] = {}
+    for operation, (twins, plain) in known.items():
+        taken.setdefault(choose(operation, "auto", twins, x, plain), []).append(operation)
+    return "auto takes " + "; ".join(f"{twin} for {', '.join(operations)}" for twin, operations in taken.items())
+
+
+def _encoder() -> Line:
+    import av
+
+    try:
+        av.codec.Codec("libx264", "w")
+    except av.codec.codec.UnknownCodecError:
+        return Line(False, "libx264", f"not in PyAV {_version('av')}: no MP4 can be written; pip install -U av")
+    return Line(True, "libx264", f"in PyAV {_version('av')}")
+
+
+def _disk(name: str, folder: Path) -> Line:
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    return Line(free >= LITTLE_DISK, f"disk ({name})", f"{free:,.0f} GB free at {folder}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

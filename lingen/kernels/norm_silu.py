@@ -1,0 +1,35 @@
+"""silu(rms_norm(x) + bias) over channels: what stands before every convolution of the autoencoder."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lingen.kernels.choice import choose
+
+NORM_SILU_KERNELS = ("auto", "reference", "triton")
+
+
+def norm_silu(
+    x: Float[Tensor, "*rows d"],
+    weight: Float[Tensor, "d"],
+    bias: Float[Tensor, "d"],
+    eps: float = 1e-6,
+    *,
+    kernel: str = "auto",
+) -> Float[Tensor, "*rows d"]:
+    """silu(x / sqrt(mean(x^2) + eps) * weight + bias), computed in float32 at least, in x's dtype.
+
+    Args:
+        kernel: "reference" (plain PyTorch) or "triton", which keeps nothing but `x` for the backward pass and gives a
+            program many of these short rows (PyTorch's norm gives it one).
+    Raises:
+        RecipeError: for a kernel that cannot run.
+    """
+    if choose("norm and SiLU", kernel, NORM_SILU_KERNELS, x) == "triton":
+        from lingen.kernels import norm_silu_triton
+
+        return norm_silu_triton.norm_silu(x, weight, bias, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps) + bias.to(wide.dtype)
+    return F.silu(normed, inplace=True).to(x.dtype)

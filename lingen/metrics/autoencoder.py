@@ -1,0 +1,322 @@
+"""An autoencoder judged on a recipe's clips: encode, decode, compare, next to bicubic scaling of the same size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lingen.autoencoder.perceptual import build_perceptual
+from lingen.autoencoder.tiling import Tiles
+from lingen.autoencoder.ways import WAYS, decode, encode, way_for, ways_of
+from lingen.config import PerKind, Recipe
+from lingen.data.batch import Batch
+from lingen.data.buckets import Pool
+from lingen.data.datamodule import ClipData
+from lingen.folder import as_json, git_commit, versions, write_text
+from lingen.frozen import check_ready, missing_of
+from lingen.metrics.reconstruction import (
+    LEAST_SIDE,
+    Comparison,
+    Quality,
+    as_frames,
+    average,
+    beside,
+    bicubic,
+    bicubic_shape,
+    error_frames,
+    psnr,
+)
+from lingen.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.video import contact_sheet, save_video
+
+PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
+"""Movie Gen's TAE (arXiv 2410.13720, section 3.1.1) on its authors' clips of 512 pixels: for scale only."""
+PIECE = 32
+"""Frames that an autoencoder's stream is handed at a time."""
+SHOWN, COLUMNS = 3, 8
+"""Clips of a kind in the picture, and frames of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for."""
+
+    clips: int = 8
+    """Of each kind."""
+    way: str | None = None
+    """One of `WAYS`; None: exact where the autoencoder has streams, else whole."""
+    tiles: Tiles = field(default_factory=Tiles)
+    compare: bool = False
+    device: str = "cpu"
+
+
+def evaluate(
+    recipe: Recipe, asked: Request, out: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Judges the recipe's autoencoder; writes ``metrics.json``, ``side_by_side.png`` and ``side_by_side.mp4``.
+
+    Args:
+        recipe: a loaded stage.
+        out: a folder.
+        progress: called with the clips done and all clips.
+    Returns:
+        what metrics.json holds: `rows`, each the means over the clips of a kind; `clips`, the numbers of each clip;
+        `compare`; `notes`, sentences that a reader should see.
+    Raises:
+        RecipeError: missing weights or shards, shards of latents, sizes or ways that the autoencoder does not have.
+        DataError: no sample fits.
+    """
+    recipe = _of_one_shape(recipe, asked.clips)
+    autoencoder, way = _build(recipe, asked)
+    sources = {
+        kind: _Source(recipe, kind, asked.clips) for kind in ("video", "image") if getattr(recipe.data.mix, kind)
+    }
+    judge = _Judge(recipe, autoencoder, way, asked, out)
+    (out / "side_by_side.mp4").unlink(missing_ok=True)  # images alone make none
+    total, done = sum(source.clips for source in sources.values()), 0
+    for kind, source in sources.items():
+        for batch in source.batches():
+            judge.clip(kind, batch)
+            done += 1
+            progress(done, total)
+        judge.notes += source.notes()
+    result = {
+        "recipe": recipe.name,
+        "stage": recipe.stage,
+        "autoencoder": recipe.autoencoder,
+        "way": way,
+        "data": {kind: source.about(recipe) for kind, source in sources.items()},
+        **judge.result(),
+        "paper": PAPER,
+        "commit": git_commit(),
+        "versions": versions(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    judge.picture()
+    write_text(out / "metrics.json", as_json(result))
+    return result
+
+
+def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
+    """Single clips of ``data.frames`` and ``data.size``, and so many held-out ones."""
+    data = replace(recipe.data, lengths=[], sizes=[], batch=PerKind(), workers=0)
+    return replace(recipe, data=data, train=replace(recipe.train, validation_samples=clips))
+
+
+def _build(recipe: Recipe, asked: Request) -> tuple[Any, str]:
+    """The autoencoder on its device, and the way it is used; everything that can be refused is refused here."""
+    name = recipe.autoencoder["name"]
+    autoencoder = AUTOENCODERS.build(recipe.autoencoder)
+    if min(recipe.data.size) < LEAST_SIDE:
+        height, width = recipe.data.size
+        raise RecipeError(
+            f"Frames of {height}x{width} are too small to be compared: {LEAST_SIDE} pixels a side are the least (at "
+            "data.size)."
+        )
+    way = way_for(autoencoder, asked.way, name)
+    if "tiled" in ways_of(autoencoder) and (way == "tiled" or asked.compare):
+        try:
+            for overlap in ("overlap", "encoder_overlap"):
+                asked.tiles.cells(autoencoder.strides, overlap)
+        except SettingError as error:
+            raise RecipeError(f"{error} (tiles of autoencoder '{name}')") from error
+    check_ready([autoencoder])
+    return autoencoder.to(asked.device).eval().requires_grad_(False), way
+
+
+class _Source:
+    """Clips of one kind: held-out ones, else those that are trained on."""
+
+    def __init__(self, recipe: Recipe, kind: str, clips: int):
+        mix = PerKind(image=int(kind == "image"), video=int(kind == "video"))
+        self.kind = kind
+        self.data = ClipData(replace(recipe, data=replace(recipe.data, mix=mix)))
+        self.data.setup()
+        assert self.data.train is not None and self.data.validation is not None
+        held_out = self.data.validation.pools.get(kind)
+        self.setting = f"data.{'shards' if held_out is None else 'validation'}.{kind}"
+        self.pool: Pool = self.data.train.pools[kind] if held_out is None else held_out
+        if self.pool.index.encoded:
+            raise RecipeError(
+                f"{self.setting} names shards of latents, and a reconstruction is compared with pixels: name shards of "
+                f"clips, {self.setting}=..."
+            )
+        self.held_out = held_out is not None
+        self.clips = min(clips, len(self.pool))
+        self.drops: list[str] = []
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches of one clip."""
+        loaded = self.data.val_dataloader() if self.held_out else self.data.batches()
+        for batch in islice(loaded, self.clips):
+            self.drops += [f"{drop.where}: {drop.reason}" for drop in batch.drops]
+            yield batch
+
+    def notes(self) -> list[str]:
+        """What a reader should know of these clips."""
+        which = "held-out clips" if self.held_out else "clips that are trained on: no held-out ones are named"
+        told = [f"{self.kind}: {self.clips} {which} ({self.setting})"]
+        told += [f"{self.kind}: left out {out.number} x {why}" for why, out in self.pool.left_out.items()]
+        if self.drops:
+            told.append(f"{self.kind}: {len(self.drops)} were replaced, such as {self.drops[0]}")
+        return told
+
+    def about(self, recipe: Recipe) -> dict[str, Any]:
+        frames = recipe.data.frames if self.kind == "video" else 1
+        fps = recipe.data.fps if self.kind == "video" else 0.0
+        return {"setting": self.setting, "clips": self.clips, "frames": frames, "size": recipe.data.size, "fps": fps}
+
+
+class _Judge:
+    """Keeps what was measured, clip by clip."""
+
+    def __init__(self, recipe: Recipe, autoencoder: Any, way: str, asked: Request, out: Path):
+        self.name = recipe.autoencoder["name"]
+        self.fps = recipe.data.fps
+        self.autoencoder, self.way, self.asked, self.out = autoencoder, way, asked, out
+        self.notes: list[str] = []
+        self.perceptual = self._perceptual(recipe)
+        self.scores: dict[tuple[str, str], list[Quality]] = {}
+        self.numbers: dict[tuple[str, str], float] = {}
+        """Share of the clip's numbers that is kept."""
+        self.clips: list[dict[str, Any]] = []
+        self.between: dict[str, dict[str, list[float]]] = {}
+        self.shown: dict[str, list[np.ndarray]] = {"video": [], "image": []}
+        self.spread: dict[str, list[tuple[float, float]]] = {}
+
+    def _perceptual(self, recipe: Recipe) -> nn.Module | None:
+        component = recipe.reconstruction.features
+        network = build_perceptual(component)
+        missing = missing_of([network])
+        if component["name"] == "none" or missing:
+            why = (
+                "; ".join(f"{one.name} {one.path}: {one.cure}" for one in missing)
+                or "reconstruction.features.name is none"
+            )
+            self.notes.append(f"no perceptual distance: {why}")
+            return None
+        return network.to(self.asked.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def clip(self, kind: str, batch: Batch) -> None:
+        """Encodes, decodes and compares the one clip of a batch."""
+        clip = batch.clips
+        latents = encode(self.autoencoder, self._pieces(clip), self.way, self.asked.tiles)
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"The latents of {batch.keys[0]} hold NaN or infinity.")
+        found = {self.name: self._compare(kind, clip, latents)}
+        kept, full = latents.numel(), clip.numel()
+        self.numbers[kind, self.name] = kept / full
+        self.spread.setdefault(kind, []).append((float(latents.float().mean()), float(latents.float().std())))
+        for what, in_time in (("bicubic, space", False), ("bicubic, space and time", True)):
+            shape = bicubic_shape(clip.shape[2:], kept, in_time=in_time)
+            if kept < full and (clip.shape[2] > 1 or not in_time):
+                found[what] = self._score(clip, bicubic(self._pieces(clip), shape))
+                self.numbers[kind, what] = 3 * math.prod(shape) / full
+        for what, quality in found.items():
+            self.scores.setdefault((kind, what), []).append(quality)
+        self.clips.append({"kind": kind, "key": batch.keys[0], **{what: asdict(one) for what, one in found.items()}})
+        if self.asked.compare:
+            self._compare_ways(kind, clip)
+
+    def _pieces(self, clip: Tensor) -> Iterator[Tensor]:
+        """uint8 [1 3 t h w] -> pieces in -1..1 on the device."""
+        return (piece.to(self.asked.device).float() / 127.5 - 1 for piece in clip.split(PIECE, 2))
+
+    def _score(self, clip: Tensor, rebuilt: Iterator[Tensor]) -> Quality:
+        comparison = Comparison(self.perceptual)
+        for pair in pairs(self._pieces(clip), rebuilt):
+            comparison.add(*pair)
+        return comparison.result()
+
+    def _compare(self, kind: str, clip: Tensor, latents: Tensor) -> Quality:
+        """The score; the first clips also go into the picture and the film."""
+        comparison = Comparison(self.perceptual)
+        shown = len(self.shown[kind]) < 3 * SHOWN
+        film = kind == "video" and not self.shown[kind]
+        picks = np.unique(np.linspace(0, clip.shape[2] - 1, min(COLUMNS, clip.shape[2])).round().astype(int))
+        stills: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def frames() -> Iterator[np.ndarray]:
+            start = 0
+            rebuilt = decode(self.autoencoder, latents, self.way, self.asked.tiles)
+            for pair in pairs(self._pieces(clip), rebuilt):
+                comparison.add(*pair)
+                if shown:
+                    one, other = map(as_frames, pair)
+                    stills.extend(
+                        (one[at - start], other[at - start]) for at in picks if start <= at < start + len(one)
+                    )
+                    start += len(one)
+                    yield from beside(one, other)
+
+        if film:
+            save_video(frames(), self.out / "side_by_side.mp4", self.fps, title=f"clip | {self.name}")
+        else:
+            for _ in frames():
+                pass
+        if shown:
+            one, other = (np.stack(side) for side in zip(*stills, strict=True))
+            self.shown[kind] += [one, other, error_frames(one, other)]
+        return comparison.result()
+
+    def _compare_ways(self, kind: str, clip: Tensor) -> None:
+        """How far the ways are apart: PSNR of decodes of the same latents, relative RMS of latents of the same clip."""
+        ways = [way for way in reversed(WAYS) if way in ways_of(self.autoencoder)]
+        encoded = {way: encode(self.autoencoder, self._pieces(clip), way, self.asked.tiles).float() for way in ways}
+        decoded = {
+            way: torch.cat([*decode(self.autoencoder, encoded["whole"], way, self.asked.tiles)], 2) for way in ways
+        }
+        decoded = {way: video[:, :, : clip.shape[2]].float().clamp(-1, 1) / 2 for way, video in decoded.items()}
+        for number, way in enumerate(ways):
+            for other in ways[:number]:
+                held = self.between.setdefault(f"{kind}: {way} against {other}", {"psnr": [], "latents": []})
+                held["psnr"].append(psnr(float((decoded[way] - decoded[other]).square().mean())))
+                difference = (encoded[way] - encoded[other]).square().mean() / encoded[other].square().mean()
+                held["latents"].append(math.sqrt(float(difference)))
+
+    def result(self) -> dict[str, Any]:
+        rows = [
+            {"kind": kind, "what": what, "numbers": self.numbers[kind, what], **average(scores)}
+            for (kind, what), scores in self.scores.items()
+        ]
+        spread = {
+            kind: {"mean": sum(a for a, _ in each) / len(each), "std": sum(b for _, b in each) / len(each)}
+            for kind, each in self.spread.items()
+        }
+        between = {
+            name: {what: sum(values) / len(values) for what, values in each.items()}
+            for name, each in self.between.items()
+        }
+        return {"rows": rows, "latents": spread, "compare": between, "notes": self.notes, "clips": self.clips}
+
+    def picture(self) -> None:
+        """Rows: clip, reconstruction, four times their difference."""
+        strips = [strip for kind in self.shown.values() for strip in kind]
+        names = ["clip", self.name, "error x 4"] * (len(strips) // 3)
+        contact_sheet(strips, self.out / "side_by_side.png", names, COLUMNS)
+
+
+def pairs(clip: Iterator[Tensor], rebuilt: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two streams of one clip in steps of the same frames; surplus frames of the second are dropped.
+
+    Raises:
+        ValueError: the second has fewer frames.
+    """
+    held: Tensor | None = None
+    for piece in clip:
+        while held is None or held.shape[2] < piece.shape[2]:
+            more = next(rebuilt, None)
+            if more is None:
+                raise ValueError("The autoencoder gave fewer frames than the clip has.")
+            held = more if held is None else torch.cat([held, more], 2)
+        yield piece, held[:, :, : piece.shape[2]]
+        held = held[:, :, piece.shape[2] :]

@@ -1,0 +1,96 @@
+"""What a local folder of a published model holds, told from names, JSON and headers: no weights are read."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""In the order in which transformers looks for them."""
+
+
+class Lacking(ValueError):
+    """Why a folder is not what an encoder needs.
+
+    Args:
+        what: half a sentence.
+        cure: what helps; None: the right files.
+        elsewhere: the right files belong in another folder, since this one holds something else.
+    """
+
+    def __init__(self, what: str, cure: str | None = None, *, elsewhere: bool = False):
+        super().__init__(what)
+        self.cure, self.elsewhere = cure, elsewhere
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping. Lacking where there is none."""
+    if not path.is_file():
+        raise Lacking(f"it holds no {path.name}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Lacking(f"its {path.name} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise Lacking(f"its {path.name} is no mapping")
+    return found
+
+
+def check_model(path: Path, families: Collection[str], *, tokenizer: bool = True) -> dict[str, Any]:
+    """The config.json of a folder as `save_pretrained` writes it.
+
+    Args:
+        families: `model_type`s that will do.
+        tokenizer: its files must be there, too.
+    Raises:
+        Lacking: the folder, one of its files, a part of its weights, or the right kind of model.
+    """
+    if not path.is_dir():
+        raise Lacking("there is no such folder")
+    config = read_json(path / "config.json")
+    if config.get("model_type") not in families:
+        told = f"its config.json says model_type={config.get('model_type')}, wanted is {' or '.join(families)}"
+        raise Lacking(told, elsewhere=True)
+    for file in weight_files(path):
+        check_file(file)
+    if tokenizer and not any((path / name).is_file() for name in TOKENIZERS):
+        raise Lacking(f"it holds no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)")
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The one file of weights, or all that the index names. Lacking where there is neither."""
+    first = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if first is None:
+        raise Lacking(f"it holds no weights ({', '.join(WEIGHTS)})")
+    if first.suffix != ".json":
+        return [first]
+    return [path / name for name in sorted(set(read_json(first).get("weight_map", {}).values()))]
+
+
+def check_file(file: Path) -> None:
+    """Is a file of weights there and whole? Lacking where it is not."""
+    if not file.is_file():
+        raise Lacking(f"its {file.name} is missing")
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        header = opened.read(int.from_bytes(start, "little") & 0xFFFFFFF) if file.suffix == ".safetensors" else b""
+    if start == b"version ":
+        raise Lacking(f"its {file.name} is Git LFS's note of a file, not the file", "fetch it with `git lfs pull`")
+    # torch.save writes a ZIP, whose end tells of the rest, or long ago a bare pickle, of which nothing is told.
+    short = _safetensors_size(start, header) != file.stat().st_size if file.suffix == ".safetensors" else False
+    if short or (start[:2] == b"PK" and not zipfile.is_zipfile(file)):
+        raise Lacking(f"its {file.name} is cut off or damaged")
+
+
+def _safetensors_size(start: bytes, header: bytes) -> int:
+    """Bytes that the header promises, -1 where there is no header."""
+    try:
+        ends = [one["data_offsets"][1] for name, one in json.loads(header).items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return -1
+    return len(start) + len(header) + max(ends, default=0)

@@ -1,0 +1,89 @@
+"""What a chat model is asked for, and what is made of its answer. The paper does not give its instruction: all is ours.
+
+Pure functions of text.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lingen.text.quoted import quoted
+
+INSTRUCTION_VERSION = 1
+"""Goes up with every change of `INSTRUCTION` or `clean`: what was kept of an older version is not used again."""
+
+INSTRUCTION = """\
+You write prompts for a text-to-video model. At the end stands what a user wants to see. Describe that video so fully
+that a film crew could shoot it without a further question.
+
+- Write one paragraph of about 100 words in plain English, in the present tense.
+- Begin with the subject: who or what is seen, and how it looks.
+- Go on with its motion from the first frame to the last.
+- Then describe the setting, the light and the colours, and last the camera: how near it is, its angle, how it moves.
+- Keep everything that the user says: things, numbers, colours, names, places, style. Where nothing is said, choose what
+  is simple and likely.
+- What the user puts in quotation marks is writing in the picture: repeat it letter by letter, in quotation marks. Add
+  no other writing.
+- The video is one continuous shot: no cuts, no change of scene.
+- Tell only what can be seen: no sounds, no thoughts, no opinions.
+- Answer with the paragraph alone: no title, no list, no introduction, no quotation marks around it.
+"""
+
+PAIRS = {'"': '"', "“": "”", "«": "»", "'": "'", "‘": "’"}
+BEFORE = re.compile(
+    r"\A(?:(?:sure|certainly|of course|okay)(?: thing)?\s*[!.,:]\s*)?"  # "Sure!"
+    r"(?:here(?: is|'s|’s)\b[^\n:.]{0,100}:"  # "Here is the prompt:"
+    r"|(?:(?:the|your) )?(?:\w+ ){0,2}(?:prompt|description|paragraph):)?\s*",  # "Rewritten prompt:"
+    re.IGNORECASE,
+)
+AFTER = re.compile(
+    r"\n\s*\W?(?:note\b|let me know|i hope|please let|feel free|word count).*\Z", re.IGNORECASE | re.DOTALL
+)
+
+
+def question(prompt: str) -> str:
+    """What a chat model is asked."""
+    return f"{INSTRUCTION}\nThe user wants to see: {prompt}"
+
+
+def clean(answer: str) -> str:
+    """The description alone, as one paragraph: without thoughts, introduction, closing remark, markup, and quotation
+    marks around it. Empty where nothing else is there."""
+    text = re.sub(r"\A.*</think>", "", answer, flags=re.DOTALL)
+    text = re.sub(r"(?m)^#{1,6}\s.*$", "", text)
+    text = re.sub(r"(?m)^\s*(?:[-*•]|\d+[.)])\s+", "", text)
+    text = re.sub(r"(\*\*|__)(.+?)\1", r"\2", text, flags=re.DOTALL)
+    text = BEFORE.sub("", AFTER.sub("", text.strip()))
+    return _unwrapped(" ".join(text.split()))
+
+
+def _unwrapped(text: str) -> str:
+    """Without the quotation marks around the whole; those of quoted words at both ends stay."""
+    if len(text) < 2 or PAIRS.get(text[0]) != text[-1]:
+        return text
+    inner = text[1:-1]
+    marks = re.finditer(rf"(?<!\w)[{text[0]}{text[-1]}]|[{text[0]}{text[-1]}](?!\w)", inner)  # but no apostrophes
+    first = next(marks, None)
+    if first and first.start() and not re.match(r"[\s(]", inner[first.start() - 1]):
+        return text  # it closes a quotation that the first letter opened
+    return inner.strip()
+
+
+def fault_of(prompt: str, text: str, ended: bool, max_tokens: int) -> str | None:
+    """A sentence for why a rewritten prompt cannot be used; None where it can.
+
+    Args:
+        prompt: the user's.
+        text: what `clean` gave.
+        ended: did the model come to an end before `max_tokens`?
+    """
+    if not ended:
+        return f"It has not come to an end after {max_tokens} tokens."
+    if not text:
+        return "It is empty."
+    kept = quoted(text).splitlines()
+    lost = [one for one in quoted(" ".join(prompt.split())).splitlines() if one not in kept]
+    if lost:
+        told = ", ".join(f'"{one}"' for one in dict.fromkeys(lost))
+        return f"It does not repeat in quotation marks, letter by letter: {told}."
+    return None

@@ -1,0 +1,216 @@
+"""A frozen text encoder whose weights lie in a local folder: read when first needed, remembered, let go."""
+
+from __future__ import annotations
+
+import abc
+import gc
+from collections import OrderedDict
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lingen.frozen import Missing, check_ready
+from lingen.registry import RecipeError
+from lingen.text.folder import Lacking
+from lingen.text.quoted import quoted
+from lingen.text.rows import Cut, at_least_one
+
+PathSetting = Annotated[str | None, "the local folder that holds it; nothing is ever downloaded"]
+Dim = Annotated[int, "width of a token, as the weights have it"]
+Precision = Annotated[
+    Literal["auto", "bf16", "fp16", "fp32"],
+    "of the network; auto: bf16 on a GPU, fp32 elsewhere (a large T5 overflows fp16)",
+]
+Read = Annotated[Literal["prompt", "quoted"], "the whole prompt, or only what stands in quotes, to be seen as writing"]
+Device = Annotated[Literal["auto", "cpu", "cuda"], "where it runs; auto: where the denoiser is"]
+BatchSetting = Annotated[int, "texts that run at once; with 1, a text has the same bits in any company"]
+
+REMEMBERED = 256 * 2**20
+"""Bytes of tokens that an encoder keeps (ours): some 300 prompts of UL2, thousands of a small one."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Reader(Protocol):
+    """A network in memory with its tokenizer; no nn.Module, so that it is never part of what is trained and saved."""
+
+    width: int
+
+    def rows(self, texts: list[str], cut: Cut) -> list[list[int]]:
+        """ids of each text, cut; none where nothing but special tokens is left."""
+        ...
+
+    def read(self, rows: list[list[int]]) -> list[Float[Tensor, "_n w"]]:
+        """Tokens of each row, padding taken out."""
+        ...
+
+
+class LocalEncoder(nn.Module, abc.ABC):
+    """What the frozen encoders share. Subclasses declare the settings, inspect the folder and open it.
+
+    The constructor reads nothing. The network is built at the first `encode` of a text that is not remembered. It is
+    no submodule: it is not in the state dict, and neither `.to()` nor a strategy touches it; with ``device=auto`` it
+    follows the module at the next `encode`. An empty text, or with ``read=quoted`` one without quotes, has no tokens.
+    """
+
+    trainable = False
+    without_effect = ("device", "batch")
+    """Settings that change where and how fast, not what comes out."""
+    name: str
+    """In the registry."""
+    public: str
+    """The published model that fits, and the folder that recipes keep it in."""
+    home: str
+    unit = "tokens"
+    place: Tensor
+
+    def __init__(self, path: str | None, dim: int, max_tokens: int, precision: str, read: str, device: str, batch: int):
+        super().__init__()
+        at_least_one(dim=dim, max_tokens=max_tokens, batch=batch)
+        self.path, self.dim, self.max_tokens = path, dim, max_tokens
+        self.precision, self.reads, self.device, self.batch = precision, read, device, batch
+        self.cut = Cut(self.unit, max_tokens)
+        self.register_buffer("place", torch.zeros(1), persistent=False)  # follows the module, so it tells the device
+        self._reader: Reader | None = None
+        self._opened: tuple[torch.device, torch.dtype] | None = None
+        self._memory = Memory(REMEMBERED)
+
+    @abc.abstractmethod
+    def inspect(self, path: Path) -> None:
+        """Lacking where `path` does not hold what the settings need; reads no weights."""
+
+    @abc.abstractmethod
+    def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> Reader:
+        """The network of this dtype on this device."""
+
+    def missing(self) -> list[Missing]:
+        """What is not on disk, or is not what the settings say, with its cure; empty where all is well."""
+        try:
+            if self.path is None:
+                raise Lacking("the recipe names no path")
+            self.inspect(Path(self.path))
+        except Lacking as lacking:
+            return [Missing(self.name, self.path or "-", f"{lacking}; {lacking.cure or self._cure(lacking.elsewhere)}")]
+        return []
+
+    def _cure(self, elsewhere: bool = False) -> str:
+        folder = self.home if elsewhere or self.path is None else self.path
+        also = "" if folder == self.path else f" and set path={folder} in this text encoder"
+        return f"download {self.public} with `hf download {self.public} --local-dir {folder}`{also}"
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
+        """Tokens in float32, zeros where the mask is False, on the module's device; n is at least 1.
+
+        Raises:
+            RecipeError: the weights are not there or cannot be used.
+        """
+        device, dtype = self._target()
+        said = [self._said(text) for text in texts]
+        fresh = self._encode([text for text in dict.fromkeys(said) if text], device, dtype)
+        rows = [fresh[text] if text else self.place.new_zeros(0, self.dim) for text in said]
+        n = max([1, *map(len, rows)])
+        tokens = torch.zeros(len(rows), n, self.dim, device=self.place.device)
+        mask = torch.zeros(len(rows), n, dtype=torch.bool, device=self.place.device)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)], mask[number, : len(row)] = row.to(tokens), True
+        return tokens, mask
+
+    def release(self) -> None:
+        """Frees the network's memory. What is remembered stays; the next new text loads the network again."""
+        self._reader, opened, self._opened = None, self._opened, None
+        gc.collect()
+        if opened is not None and opened[0].type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _target(self) -> tuple[torch.device, torch.dtype]:
+        device = self.place.device if self.device == "auto" else torch.device(self.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RecipeError(f"The text encoder '{self.name}' cannot run on device=cuda here: set device=auto.")
+        half = DTYPES["bf16"] if device.type == "cuda" else DTYPES["fp32"]
+        return device, DTYPES.get(self.precision, half)
+
+    def _said(self, text: str) -> str:
+        # Tokenizers refuse what is no Unicode, such as half a surrogate pair.
+        text = text.encode("utf-8", "replace").decode("utf-8").strip()
+        return quoted(text) if self.reads == "quoted" else text
+
+    def _encode(self, texts: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """text -> tokens [n w] of the network's dtype"""
+        remembered = {text: self._memory.get((dtype, text)) for text in texts}
+        found = {text: tokens for text, tokens in remembered.items() if tokens is not None}
+        new = [text for text in texts if text not in found]
+        if new:
+            reader = self._ready(device, dtype)
+            rows = dict(zip(new, reader.rows(new, self.cut), strict=True))
+            # A strategy's autocast would make training see other tokens than `lingen encode` writes.
+            with torch.autocast(device.type, enabled=False):
+                new.sort(key=lambda text: len(rows[text]))  # alike lengths run together: the least padding
+                for first in range(0, len(new), self.batch):
+                    some = new[first : first + self.batch]
+                    found.update(zip(some, reader.read([rows[text] for text in some]), strict=True))
+            for text in new:
+                self._remember(dtype, text, found[text])
+        return found
+
+    def _remember(self, dtype: torch.dtype, text: str, tokens: Tensor) -> None:
+        kept = tokens.cpu().clone()
+        if not torch.isfinite(kept).all():
+            told = str(dtype).removeprefix("torch.")
+            raise RecipeError(f"The text encoder '{self.name}' gives NaN or infinity in {told}: set precision=fp32.")
+        self._memory.add((dtype, text), kept)
+
+    def _ready(self, device: torch.device, dtype: torch.dtype) -> Reader:
+        if self._reader is not None and self._opened == (device, dtype):
+            return self._reader
+        check_ready([self])
+        if self._reader is not None:
+            self.release()
+        path = Path(str(self.path))
+        try:
+            with torch.random.fork_rng(devices=[]):  # a library may draw weights that the file does not have
+                reader = self.open(path, dtype, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what a damaged file makes a library raise cannot be listed
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise RecipeError(f"The text encoder '{self.name}' cannot read {path}: {said}; {self._cure()}.") from error
+        if reader.width != self.dim:
+            lacking = width_differs(reader.width, self.dim)
+            raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.")
+        self._reader, self._opened = reader, (device, dtype)
+        return reader
+
+
+class Memory:
+    """Tokens of the texts that were last asked for, in CPU memory, up to a number of bytes."""
+
+    def __init__(self, limit: int):
+        self.limit, self.used = limit, 0
+        self._kept: OrderedDict[tuple[torch.dtype, str], Tensor] = OrderedDict()
+
+    def get(self, key: tuple[torch.dtype, str]) -> Tensor | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def add(self, key: tuple[torch.dtype, str], tokens: Tensor) -> None:
+        self._kept[key] = tokens
+        self.used += tokens.nbytes
+        while self.used > self.limit:
+            self.used -= self._kept.popitem(last=False)[1].nbytes
+
+
+def width_differs(found: int, dim: int) -> Lacking:
+    return Lacking(f"its tokens are {found} wide, not dim={dim}", f"set dim={found} in this text encoder")
+
+
+def check_settings(found: int, dim: int, longest: int | None, max_tokens: int) -> None:
+    """Lacking where the weights have another width (`found`), or read at most `longest` tokens."""
+    if found != dim:
+        raise width_differs(found, dim)
+    if longest is not None and max_tokens > longest:
+        told = f"it reads at most {longest} tokens, not max_tokens={max_tokens}"
+        raise Lacking(told, f"set max_tokens={longest} in this text encoder")

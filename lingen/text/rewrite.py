@@ -1,0 +1,183 @@
+"""Long prompts out of the user's short ones, by a local chat model (paper: a Llama-3.1 does it before the encoders)."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lingen.config import RewriteConfig
+from lingen.data.cache import cache_folder
+from lingen.data.fingerprint import fingerprint, hash_weights
+from lingen.frozen import Missing, check_ready
+from lingen.text.chat import Chat, Talk, inspect
+from lingen.text.folder import Lacking
+from lingen.text.instruction import INSTRUCTION_VERSION, clean, fault_of, question
+
+log = logging.getLogger("lingen")
+
+PUBLIC = "meta-llama/Llama-3.1-8B-Instruct"
+HOME = "weights/llama-3.1-8b-instruct"
+
+
+class Rewritten(NamedTuple):
+    """What became of a prompt."""
+
+    prompt: str
+    text: str | None
+    """The long one; None where there is none that can be used."""
+    fault: str | None = None
+    """A sentence: why there is none."""
+    cached: bool = False
+    """Was it kept from before?"""
+
+
+class Rewriter:
+    """A chat model that writes long prompts. Nothing is read before the first prompt that is not in the cache.
+
+    At temperature 0 a prompt always gives the same text, but for rounding: in bfloat16 the neighbours in a batch can
+    change a word. What was written once is kept on disk, under the instruction's version, the weights, the settings and
+    the prompt.
+
+    Args:
+        how: the section `rewrite` of a recipe.
+        device: where it runs; in bfloat16 on CUDA, else in float32.
+    """
+
+    def __init__(self, how: RewriteConfig, device: str | torch.device = "cpu"):
+        self.how = how
+        self.name, self.path = how.name, how.path
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self._chat: Chat | None = None
+
+    def missing(self) -> list[Missing]:
+        """What is not on disk, or is no chat model, with its cure; empty where all is well."""
+        try:
+            if self.path is None:
+                raise Lacking("no path is named")
+            inspect(Path(self.path))
+        except Lacking as lacking:
+            elsewhere = self.path is None or lacking.elsewhere
+            get = f"download {PUBLIC} with `hf download {PUBLIC} --local-dir {HOME if elsewhere else self.path}`"
+            cure = lacking.cure or get + (f" and set rewrite.path={HOME}" if elsewhere else "")
+            return [Missing(self.name, self.path or "-", f"{lacking}; {cure}")]
+        return []
+
+    def rewrite(
+        self, prompts: Sequence[str], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[Rewritten]:
+        """What becomes of each prompt, in order. An answer that cannot be used (empty, too long, without the words that
+        the prompt has in quotation marks) is sent back once; where the second is no better, the prompt has a `fault`.
+
+        Args:
+            progress: called with the prompts done and all of them.
+        Raises:
+            RecipeError: there is no such model, or it is no chat model.
+            ValueError: a prompt is empty.
+        """
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("A prompt is empty: there is nothing to rewrite.")
+        check_ready([self])
+        kept = _Kept(self.settings)
+        known = {one: kept.get(one) for one in dict.fromkeys(prompts)}
+        done = {prompt: Rewritten(prompt, text, cached=True) for prompt, text in known.items() if text is not None}
+        new = [prompt for prompt in known if prompt not in done]
+        size = 1 if self.how.temperature else self.how.batch
+        for start in range(0, len(new), size):
+            progress(len(done), len(known))
+            for one in self._write(new[start : start + size]):
+                done[one.prompt] = one
+                if one.text is not None:
+                    kept.put(one.prompt, one.text)
+        progress(len(known), len(known))
+        return [done[prompt] for prompt in prompts]
+
+    def release(self) -> None:
+        """Gives the model's memory back; the next new prompt loads it again."""
+        self._chat = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a text depends on beside its prompt. Reads pieces of the weights."""
+        drawn = {"temperature": self.how.temperature, "seed": self.how.seed} if self.how.temperature else {}
+        return {
+            "made_by": "lingen prompts rewrite",
+            "instruction": INSTRUCTION_VERSION,
+            "weights": hash_weights(Path(str(self.path))),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "max_tokens": self.how.max_tokens,
+            **drawn,
+        }
+
+    def _write(self, prompts: list[str]) -> Iterator[Rewritten]:
+        if self._chat is None:
+            self._chat = Chat(self.how, self.device, self.dtype)
+        seed = int.from_bytes(hashlib.sha256(repr((self.how.seed, prompts)).encode()).digest()[:7], "big")
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            first = self._judged(prompts, [_ask(prompt) for prompt in prompts])
+            again = [number for number, one in enumerate(first) if one.fault]
+            talks = [_ask(prompts[number]) + _send_back(first[number]) for number in again]
+            second = self._judged([prompts[number] for number in again], talks) if again else []
+        better = dict(zip(again, second, strict=True))
+        for number, one in enumerate(first):
+            one = better.get(number, one)
+            yield Rewritten(one.prompt, None if one.fault else one.text, one.fault)
+
+    def _judged(self, prompts: list[str], talks: list[Talk]) -> list[Rewritten]:
+        """The cleaned answers with their faults."""
+        assert self._chat is not None
+        texts = [(clean(text), ended) for text, ended in self._chat.answers(talks)]
+        return [
+            Rewritten(prompt, text, fault_of(prompt, text, ended, self.how.max_tokens))
+            for prompt, (text, ended) in zip(prompts, texts, strict=True)
+        ]
+
+
+def _ask(prompt: str) -> Talk:
+    return [{"role": "user", "content": question(prompt)}]
+
+
+def _send_back(answer: Rewritten) -> Talk:
+    complaint = f"This cannot be used. {answer.fault} Write the paragraph again."
+    return [{"role": "assistant", "content": str(answer.text)}, {"role": "user", "content": complaint}]
+
+
+class _Kept:
+    """Texts on disk, a file for each prompt; a file appears in one step."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = settings
+        self.folder = cache_folder() / "rewritten" / fingerprint(settings)
+
+    def get(self, prompt: str) -> str | None:
+        try:
+            held = json.loads(self._file(prompt).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return held["rewritten"] if held["prompt"] == prompt else None
+
+    def put(self, prompt: str, text: str) -> None:
+        file = self._file(prompt)
+        about = {"prompt": prompt, "rewritten": text, "settings": self.settings}
+        partial = file.with_suffix(f".{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+            partial.replace(file)
+        except OSError as error:
+            log.warning("A rewritten prompt cannot be kept for the next time: %s", error)
+
+    def _file(self, prompt: str) -> Path:
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.json"

@@ -1,0 +1,103 @@
+"""The doctor: every missing weight in a line of its own, and the machine."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import chat_here
+import pytest
+import torch
+
+from lingen import doctor
+from lingen.cli import main
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_missing_weight_of_the_main_recipe_has_one_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "--recipe", "t2v_68s"]) == 1
+    captured = capsys.readouterr()
+    lines = Counter(captured.out.splitlines())
+    assert [line for line in lines if line.startswith("missing: ")] == [
+        "missing: tae weights/tae.safetensors",
+        "missing: ul2 weights/ul2",
+        "missing: byt5 weights/byt5-small",
+        "missing: metaclip weights/metaclip-h14",
+        "missing: llama weights/llama-3.1-8b-instruct",
+    ]
+    absent = [line for line in lines if line.startswith("absent: ")]
+    assert absent == [
+        "absent: data.shards.image shards/image/*.tar",
+        "absent: data.shards.video shards/video/*.tar",
+        "absent: data.shards.video shards/quality/*.tar",
+    ]
+    assert set(lines.values()) == {1} and len(lines) == 8
+    cures = captured.err.splitlines()
+    assert len(cures) == 8 and all(line.startswith("  ") for line in cures)
+    for cure, line in zip(cures, lines, strict=True):
+        assert line.split()[-1] in cure
+
+
+def test_a_recipe_that_needs_nothing_is_ok(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "--recipe", "quickstart_cpu"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == ["ok: pixels", "ok: words"] and captured.err == ""
+
+
+def test_what_is_there_what_is_damaged_and_what_is_gone(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
+    chat = chat_here.untaught(Path("chat"))
+    words = ["doctor", "--recipe", str(tiny_recipe), "rewrite.path=chat"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == ["ok: pixels", "ok: words", "ok: llama chat"]
+    weights = chat / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main([*words, "init=nowhere", "stages.clips.data.shards.video=gone.tar"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[2:] == [
+        "missing: llama chat",
+        "missing: init nowhere",
+        "absent: data.shards.video gone.tar",
+    ]
+    assert "model.safetensors is cut off" in captured.err and "no run folder or weights file" in captured.err
+    assert main([*words, "init=nowhere", "stages.clips.data.shards.video=gone.tar", "--stage", "images", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in found["missing"]] == ["llama", "init"] and found["absent"] == []
+    assert found["ok"] == ["pixels", "words"]
+
+
+def test_init_that_holds_something_else_is_missing(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
+    Path("other.safetensors").write_bytes(b"version https://")
+    assert main(["doctor", "--recipe", str(tiny_recipe), "init=other.safetensors"]) == 1
+    assert "missing: init other.safetensors" in capsys.readouterr().out.splitlines()
+
+
+def test_settings_without_a_recipe_are_wrong_use(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "model.depth=2"]) == 2
+    assert capsys.readouterr().err == "--stage and key=value change a recipe: say which, --recipe R.\n"
+
+
+def test_the_machine(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor"]) == 0
+    lines = [line.split(": ", 2) for line in capsys.readouterr().out.splitlines()]
+    told = {what: (word, text) for word, what, text in lines}
+    assert {word for word, _ in told.values()} <= {"ok", "note"}
+    assert told["torch"][1].startswith(torch.__version__)
+    fast = torch.cuda.is_available()
+    assert (told["cuda:0"] if fast else told["cuda"])[0] == ("ok" if fast else "note")
+    assert ("triton for scan" if fast else "chunked for scan") in told["kernels"][1]
+    assert told["libx264"][0] == "ok" and set(doctor.OPTIONAL) <= set(told)
+    assert main(["doctor", "--json"]) == 0
+    assert [one["what"] for one in json.loads(capsys.readouterr().out)] == list(told)
+
+
+def test_little_disk_and_a_missing_package_are_notes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "LITTLE_DISK", float("inf"))
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": "nothing"})
+    notes = {line.what: line.told for line in doctor.machine() if not line.ok}
+    assert {"disk (here)", "disk (cache)", "no-such-package"} <= set(notes)
+    assert notes["no-such-package"] == "not installed: nothing"

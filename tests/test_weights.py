@@ -1,0 +1,205 @@
+"""Weights: what a run writes, what is exported, and what accepts them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lingen.autoencoder.tae import TAE
+from lingen.autoencoder.training import AutoencoderModule
+from lingen.cli import main
+from lingen.data.fingerprint import frozen_settings
+from lingen.folder import RunFolder
+from lingen.module import LinGenModule
+from lingen.recipe import load_recipe
+from lingen.registry import AUTOENCODERS, RecipeError
+from lingen.run import Reporter, fit, hand_over
+from lingen.sampling import generate
+from lingen.weights import (
+    export_weights,
+    find_weights,
+    load_into,
+    load_module,
+    read_metadata,
+    read_weights,
+    write_tensors,
+)
+
+SIZES = "strides: [2, 4, 4], channels: 4, width: 8, blocks: 1"
+TAE_RECIPE = """
+trains: autoencoder
+autoencoder: {{name: tae, {sizes}}}
+data:
+  shards: {{image: "{folder}/image-*.tar", video: "{folder}/video-*.tar"}}
+  mix: {{image: 1, video: 1}}
+  frames: 4
+  size: [16, 16]
+  fps: 8
+  workers: 0
+train: {{steps: 2, lr: 1e-3, ema: 0.5, log_every: 1}}
+reconstruction: {{features: none, discriminator_width: 4, discriminator_layers: 1}}
+trainer: {{accelerator: cpu, devices: 1, logger: false}}
+stages:
+  plain: {{reconstruction: {{adversarial: 0.0}}}}
+  critic: {{reconstruction: {{adversarial: 0.5, discriminator_start: 0, adversarial_start: 0}}}}
+"""
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def names(path: Path) -> list[str]:
+    with safe_open(str(path), "pt") as file:
+        return list(file.keys())
+
+
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture(scope="module")
+def tae_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    path = tmp_path_factory.mktemp("tae") / "tae.yaml"
+    path.write_text(TAE_RECIPE.format(folder=tiny_shards, sizes=SIZES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tae_run(tae_recipe: Path) -> Path:
+    """Without a critic, then with one."""
+    return fit(tae_recipe, run=tae_recipe.parent / "run").folder.path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("denoiser")
+    (folder / "tiny.yaml").write_text(TINY.format(folder=tiny_shards))
+    return fit(folder / "tiny.yaml", run=folder / "run", stage="images").folder.path
+
+
+# a run's
+
+
+def test_a_stage_with_a_critic_starts_from_one_without_and_the_other_way_round(tae_recipe: Path, tae_run: Path):
+    plain, critic = (RunFolder(tae_run).weights(stage) for stage in ("plain", "critic"))
+    assert not [name for name in names(plain) if "discriminator" in name]
+    assert [name for name in names(critic) if name.startswith("raw.discriminator.")]
+    for source, stage in ((plain, "critic"), (critic, "plain")):
+        module = AutoencoderModule(load_recipe(tae_recipe, stage=stage))
+        weights = read_weights(source, "raw")
+        load_into(module, weights, source)
+        for name, value in module.autoencoder.state_dict().items():
+            assert torch.equal(value, weights[f"autoencoder.{name}"]), name
+    weights.pop("autoencoder.mean")
+    with pytest.raises(RecipeError, match=r"1 missing \(such as autoencoder.mean\)"):
+        load_into(module, weights, critic)
+
+
+def test_moments_of_other_parameters_are_not_carried_over(tae_recipe: Path, tmp_path: Path):
+    keep = ["train.steps=1", "stages.critic.train.keep_optimizer=true"]
+    with pytest.raises(RecipeError, match="train.keep_optimizer: the stage before 'critic' trained other parameters"):
+        fit(tae_recipe, keep, run=tmp_path / "run")
+
+
+def test_an_autoencoders_weights_make_no_clips(tae_run: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(RecipeError, match="holds the weights of an autoencoder"):
+        load_module(tae_run)
+    assert main(["sample", "--run", str(tae_run), "--prompt", "x"]) == 2
+    assert f"Train a denoiser with autoencoder.path={tae_run}" in capsys.readouterr().err
+
+
+def test_what_to_do_with_a_finished_autoencoder_is_said(
+    tae_recipe: Path, tae_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["fit", "--recipe", str(tae_recipe), "--run", str(tae_run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"lingen eval tae --run {tae_run}"
+
+
+# files
+
+
+def test_weights_are_for_whom_the_umask_says(tae_run: Path, tmp_path: Path):
+    for stage in ("plain", "critic"):
+        assert mode(RunFolder(tae_run).weights(stage)) == mode(tae_run / "run.json")
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "new" / "x.safetensors", {"x": torch.zeros(2, 3).t()}, {"format": "lingen"})
+        exported = export_weights(tae_run, tmp_path / "new" / "y.safetensors")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "new" / "x.safetensors") == mode(exported) == 0o640
+    assert sorted(one.name for one in (tmp_path / "new").iterdir()) == ["x.safetensors", "y.safetensors"]
+
+
+# export
+
+
+def test_only_what_is_used_is_exported_and_bf16_halves_it(tae_run: Path, tmp_path: Path):
+    whole = export_weights(tae_run, tmp_path / "fp32.safetensors", "fp32")
+    half = export_weights(tae_run, tmp_path / "bf16.safetensors")
+    averaged = read_weights(find_weights(tae_run), "averaged")
+    kept = {name: value for name, value in averaged.items() if not name.startswith("discriminator.")}
+    assert len(kept) < len(averaged) and sorted(names(whole)) == sorted(f"averaged.{name}" for name in kept)
+    assert names(half) == names(whole) and read_metadata(half) == read_metadata(find_weights(tae_run))
+    for name, value in read_weights(whole, "averaged").items():
+        assert torch.equal(value, averaged[name]), name
+    for name, value in read_weights(half, "averaged").items():
+        assert value.dtype == (torch.bfloat16 if value.ndim > 1 else torch.float32), name
+        assert torch.allclose(value.float(), averaged[name], rtol=2**-8), name
+    sizes = [sum(v.nbytes for v in read_weights(path, "averaged").values()) for path in (half, whole)]
+    assert sizes[0] / sizes[1] == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_exported_autoencoder_is_a_path(tae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "tae.safetensors"
+    assert main(["export", "--run", str(tae_run), "--out", str(out), "--precision", "fp32"]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    settings = {"strides": (2, 4, 4), "channels": 4, "width": 8, "blocks": 1}
+    given, exported = (TAE(path=str(path), **settings) for path in (tae_run, out))
+    halved = TAE(path=str(export_weights(tae_run, tmp_path / "half.safetensors")), **settings)
+    clip = torch.rand(1, 3, 4, 16, 16)
+    with torch.no_grad():
+        latents = given.encode(clip)
+        assert exported.missing() == halved.missing() == []
+        assert torch.equal(exported.encode(clip), latents)
+        assert torch.allclose(halved.encode(clip), latents, atol=0.05) and halved.mean.dtype == torch.float32
+
+
+def test_an_exported_denoiser_samples_and_starts_a_training(run: Path, tmp_path: Path):
+    out = export_weights(run, tmp_path / "out.safetensors")
+    assert next(generate(out, "a red square")).shape == (4, 8, 8, 3)
+    stage = load_recipe(run / "recipe.yaml", [f"init={out}"], stage="images")
+    module, heard = LinGenModule(stage), Heard()
+    hand_over(module, RunFolder(tmp_path / "fresh"), [stage], 0, heard)
+    assert heard.said == [f"stage images starts from {out}"]
+    averaged = read_weights(find_weights(run), "averaged")
+    for name, value in module.trained_state().items():
+        wanted = averaged[name].bfloat16() if averaged[name].ndim > 1 else averaged[name]
+        assert torch.equal(value, wanted.float()), name
+
+
+# what samples depend on
+
+
+def test_settings_that_change_no_latents_are_not_in_the_fingerprint(tae_run: Path, tiny_recipe: Path):
+    def settings(**changes: object) -> object:
+        component = {"name": "tae", "path": str(tae_run), "strides": [2, 4, 4], "channels": 4, "width": 8, **changes}
+        recipe = load_recipe(tiny_recipe, [f"autoencoder={component}", "data.size=[64, 64]"], stage="clips")
+        return frozen_settings(recipe)["autoencoder"]
+
+    assert settings(chunk=5, checkpointing=True) == settings()
+    assert settings(blocks=1) != settings()
+    for name in ("tae", "diffusers"):
+        assert set(AUTOENCODERS[name].without_effect) < set(AUTOENCODERS[name].__init__.__kwdefaults__)
