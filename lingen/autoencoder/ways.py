@@ -40,7 +40,7 @@ def way_for(autoencoder: Any, asked: str | None, name: str) -> str:
 
 
 def tiles_of(size: tuple[int, int] | None) -> Tiles:
-    """Movie Gen's tiles in time; in space those that are asked for (h, w), of which neighbours share a quarter, in steps
+    """Movie Gen's tiles in time; in space those that are asked for (h, w): neighbours share a quarter of one, in steps
     of 32 pixels, which every stride divides (ours)."""
     return Tiles() if size is None else Tiles(size=size, size_overlap=min(size) // 128 * 32)
 
