@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lingen.autoencoder.network import Sizes, decoder, encoder
-from lingen.autoencoder.tae import TAE, TAESmall, push, regroup
+from lingen.autoencoder.tae import TAE, TAESmall, regroup
 from lingen.autoencoder.temporal import Stream, TimeAttention, TimeBlock, TimeConv, _Ends
 from lingen.registry import AUTOENCODERS, RecipeError, SettingError
 
@@ -194,10 +196,48 @@ def test_what_a_stream_holds_does_not_grow():
     for network, shape in ((tae.encoder, (1, 3, 4, 8, 8)), (tae.decoder, (1, 4, 2, 4, 4))):
         stream, held = Stream(), []
         for _ in range(20):
-            push(network, torch.randn(shape, dtype=torch.float64), stream)
+            list(network.stream(torch.randn(shape, dtype=torch.float64), stream, shape[2]))
             held.append(sum(one.nbytes for one in stream.held.values()))
             assert all(one.untyped_storage().nbytes() == one.nbytes for one in stream.held.values())
         assert held[0] < held[-1] and len(set(held[8:])) == 1
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and the most that ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        found = out if isinstance(out, tuple | list) else (out,)
+        for storage in [one.untyped_storage() for one in found if isinstance(one, torch.Tensor)]:
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata)
+        self.most = max(self.most, self.now)
+        return out
+
+    def freed(self, storage):
+        self.now -= self.sizes.pop(storage)
+
+
+def test_memory_follows_the_piece_and_not_the_clip():
+    """Also at the end, where every layer gives all that it held for want of frames to come."""
+
+    def peak(frames, chunk):
+        tae = tiny(strides=(4, 2, 2), multipliers=None, chunk=chunk)
+        latents = torch.randn(1, 4, frames, 8, 8, dtype=torch.float64)
+        with Live() as live:
+            for piece in tae.decode_stream(latents):
+                assert piece.shape[2] <= 4 * chunk + 2  # what the last layer held
+                del piece
+        return live.most
+
+    assert peak(80, 1) < 1.05 * peak(40, 1)
+    assert peak(40, 1) < 0.5 * peak(40, 8)
 
 
 def test_clips_of_a_batch_do_not_see_each_other():

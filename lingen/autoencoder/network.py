@@ -7,6 +7,7 @@ which is a batch of channels-last images, b * t of them, in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,6 +142,8 @@ class Down(nn.Module):
         super().__init__()
         self.space = SpaceConv(dim, dim, scale[1:]) if max(scale[1:]) > 1 else None
         self.time = TimeConv(dim, 2).start_as([0.0, 0.5, 0.5, 0.0]) if scale[0] > 1 else None
+        self.rate = 1 / scale[0]
+        """Frames that come out for one that goes in."""
 
     def forward(self, x: Grid, stream: Stream) -> Grid:
         if self.space is not None:
@@ -156,6 +159,7 @@ class Up(nn.Module):
         self.scale = scale[1:]
         self.space = SpaceConv(dim, dim) if max(self.scale) > 1 else None
         self.time = TimeConv(dim, phases=2).start_as([0.0, 1.0, 0.0]) if scale[0] > 1 else None
+        self.rate = scale[0]
 
     def forward(self, x: Grid, stream: Stream) -> Grid:
         if self.space is not None:
@@ -192,20 +196,48 @@ class Network(nn.Module):
         self.leave = SpaceConv(last_dim, out_dim, bias=True)
         self.checkpointing = checkpointing
 
-    def forward(
-        self, x: Float[Tensor, "b i t h w"], stream: Stream | None = None
-    ) -> Float[Tensor, "b o _t _h _w"] | None:
-        """A whole clip; with a stream its next piece, which gives the frames that are ready by now, None for none."""
-        stream = stream or Stream(last=True)
-        x = x.to(self.leave.weight.dtype).movedim(1, -1).contiguous()
+    def forward(self, x: Float[Tensor, "b i t h w"]) -> Float[Tensor, "b o _t _h _w"]:
+        """A whole clip."""
+        grid, stream = self._grid(x), Stream(last=True)
         for layer in self.layers.values():
             if self.checkpointing and torch.is_grad_enabled() and isinstance(layer, Block):
-                x = checkpoint(layer, x, stream, use_reentrant=False)
+                grid = checkpoint(layer, grid, stream, use_reentrant=False)
             else:
-                x = layer(x, stream)
-            if not x.shape[1]:
-                return None
-        return self.leave(self.activation(x)).movedim(-1, 1)
+                grid = layer(grid, stream)
+        return self._leave(grid)
+
+    @torch.no_grad()
+    def stream(
+        self, piece: Float[Tensor, "b i t h w"], stream: Stream, most: int
+    ) -> Iterator[Float[Tensor, "b o _t _h _w"]]:
+        """The next piece of a clip -> the frames that are ready by now; at the clip's end, all that are left.
+
+        Args:
+            most: frames that the first layer is given at once; further on as many as come of them. What a layer gives
+                beyond that goes through those behind it bit by bit: at the end of a clip, each gives all that it held.
+        """
+        yield from self._stream(self._grid(piece), stream, most, list(self.layers.values()))
+
+    def _stream(self, grid: Grid, stream: Stream, most: int, layers: list[nn.Module]) -> Iterator[Tensor]:
+        for i, layer in enumerate(layers):
+            if grid.shape[1] > most:
+                pieces, last = grid.split(most, 1), stream.last
+                for number, piece in enumerate(pieces, 1):
+                    stream.last = last and number == len(pieces)
+                    yield from self._stream(piece, stream, most, layers[i:])
+                stream.last = last
+                return
+            grid = layer(grid, stream)
+            if not grid.shape[1]:
+                return
+            most = max(1, round(most * getattr(layer, "rate", 1)))
+        yield self._leave(grid)
+
+    def _grid(self, x: Tensor) -> Grid:
+        return x.to(self.leave.weight.dtype).movedim(1, -1).contiguous()
+
+    def _leave(self, grid: Grid) -> Tensor:
+        return self.leave(self.activation(grid)).movedim(-1, 1)
 
 
 def encoder(sizes: Sizes, checkpointing: bool = False) -> Network:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.autoencoder.network import Network, Sizes, decoder, encoder
+from lingen.autoencoder.network import Sizes, decoder, encoder
 from lingen.autoencoder.stored import read_part, unfit
 from lingen.autoencoder.temporal import Stream
 from lingen.frozen import Missing, check_ready
@@ -91,9 +91,9 @@ class TAE(nn.Module):
         """
         self._load_once()
         stream = Stream()
-        for piece, stream.last in regroup(pieces, self.chunk * self.strides[0]):
-            moments = push(self.encoder, self._check_size(piece), stream)
-            if moments is not None:
+        most = self.chunk * self.strides[0]
+        for piece, stream.last in regroup(pieces, most):
+            for moments in self.encoder.stream(self._check_size(piece), stream, most):
                 yield self._scaled(moments.chunk(2, 1)[0])
 
     def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
@@ -101,9 +101,7 @@ class TAE(nn.Module):
         self._load_once()
         stream = Stream()
         for piece, stream.last in regroup([latents], self.chunk):
-            video = push(self.decoder, self._raw(piece), stream)
-            if video is not None:
-                yield video
+            yield from self.decoder.stream(self._raw(piece), stream, self.chunk)
 
     def _scaled(self, raw: Tensor) -> Tensor:
         return ((raw - self.mean.view(-1, 1, 1, 1)) / self.std.view(-1, 1, 1, 1)).contiguous()
@@ -190,12 +188,6 @@ class TAESmall(TAE):
         if not Path(str(self.path)).is_file():
             return [Missing(self.name, "-", "this installation of lingen has no weights for it: install lingen anew.")]
         return super().missing()
-
-
-@torch.no_grad()
-def push(network: Network, piece: Tensor, stream: Stream) -> Tensor | None:
-    """A piece through a network, without gradients also inside a generator, which must not switch them off outside."""
-    return network(piece, stream)
 
 
 def regroup(pieces: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, bool]]:
