@@ -6,10 +6,16 @@ import inspect
 from typing import Any
 
 from lingen.draft import shipped_recipes
-from lingen.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError, Registry
+from lingen.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, RecipeError, Registry
 from lingen.schema import REQUIRED, settings_of
 
-REGISTRIES = {"mixers": MIXERS, "scans": SCANS, "autoencoders": AUTOENCODERS, "text": TEXT_ENCODERS}
+REGISTRIES = {
+    "mixers": MIXERS,
+    "scans": SCANS,
+    "autoencoders": AUTOENCODERS,
+    "text": TEXT_ENCODERS,
+    "perceptual": PERCEPTUAL,
+}
 GRID = (8, 16, 16)
 """Tokens (t, h, w) on which scan orders are compared."""
 

@@ -14,7 +14,6 @@ from lingen import flow
 from lingen.config import Recipe
 from lingen.data.batch import Batch
 from lingen.model import LinGen
-from lingen.plan import plan
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.text import TextEncoder, replace_rows, with_frame_rate
 from lingen.training import Trained
@@ -41,7 +40,6 @@ class LinGenModule(Trained):
         self.model = LinGen(recipe.model)
         self.text = nn.ModuleList(TEXT_ENCODERS.build(component) for component in recipe.text)
         self.autoencoder = AUTOENCODERS.build(recipe.autoencoder)
-        self._flops: dict[str, float] | None = None
         self.freeze_parts()
 
     def frozen_parts(self) -> dict[str, nn.Module]:
@@ -140,12 +138,6 @@ class LinGenModule(Trained):
         size = batch.clips.shape[2:]
         latents = size if batch.clips.is_floating_point() else self.latent_size(size)
         self.meter.count("tokens", len(losses) * math.prod(self.model.grid_of(latents)))
-
-    def flop_of_training(self, kind: str) -> float:
-        """FLOPs of forward and backward of one sample, recomputed blocks included (`Plan.training_flops`)."""
-        if self._flops is None:
-            self._flops = plan(self.recipe).training_flops
-        return self._flops[kind]
 
     def latent_size(self, clip: Any) -> tuple[int, int, int]:
         """(frames, height, width) of a clip -> (t, h, w) of its latents; a last partial group of frames is one more."""

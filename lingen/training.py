@@ -17,7 +17,7 @@ from lingen.config import Recipe
 from lingen.data.batch import Batch
 from lingen.data.ledger import is_cut
 from lingen.meter import Meter
-from lingen.plan import peak_flops
+from lingen.plan import peak_flops, plan
 from lingen.ranks import gather_objects
 from lingen.registry import RecipeError
 
@@ -50,6 +50,7 @@ class Trained(lightning.LightningModule):
         """AdamW's moments of the stage before, where the recipe keeps them."""
         self._pending_average: dict[str, Any] | None = None
         self._started = (clock.perf_counter(), 0)
+        self._flops: dict[str, float] | None = None
 
     # what is trained and what is not
 
@@ -196,6 +197,12 @@ class Trained(lightning.LightningModule):
         for name, count in counts(batch).items():
             self.meter.count(name, count)
 
+    def flop_of_training(self, kind: str) -> float:
+        """FLOPs of forward and backward of one sample, what is recomputed included (`Plan.training_flops`)."""
+        if self._flops is None:
+            self._flops = plan(self.recipe).training_flops
+        return self._flops[kind]
+
     def log_row(self, values: dict[str, float]) -> None:
         """Hands values to every logger under the number of optimiser steps done.
 
@@ -213,10 +220,10 @@ class Trained(lightning.LightningModule):
         seconds = clock.perf_counter() - self._started[0]
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
-        rate = values.pop("flop", 0.0) / seconds
+        flop = values.pop("flop", 0.0)
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        if peak is not None:
-            values["mfu"] = rate / (peak * self.trainer.world_size)
+        if peak is not None and flop:
+            values["mfu"] = flop / seconds / (peak * self.trainer.world_size)
         values["steps_per_second"] = (self.global_step - self._started[1]) / seconds
         self._started = (clock.perf_counter(), self.global_step)
         return values

@@ -177,6 +177,7 @@ class AutoencoderModule(Trained):
             for label in (name, f"{name}/{batch.kind}"):
                 self.meter.add(label, value.detach().expand(len(batch.keys)))
         self.meter.count("tokens", len(batch.keys) * positions)
+        self.meter.count("flop", self.flop_of_training(batch.kind) * len(batch.keys))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Reconstruction from the posterior's mean: L1, PSNR (dB) and perceptual distance of all frames."""

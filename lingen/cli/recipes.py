@@ -11,8 +11,9 @@ from lingen.registry import RecipeError
 
 
 @command(
-    "what a recipe can name: mixers, scan orders, autoencoders, text encoders; and the recipes that come with lingen",
-    argument("what", choices=["mixers", "scans", "autoencoders", "text", "recipes"]),
+    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances; and the recipes "
+    "that come with lingen",
+    argument("what", choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"]),
     JSON,
 )
 def list_(args: argparse.Namespace) -> int:
