@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lingen.autoencoder.perceptual import NoDistance
 from lingen.config import Recipe
 from lingen.data.cache import cache_folder
 from lingen.data.locations import expand
@@ -25,7 +26,7 @@ from lingen.kernels.pool import POOL_KERNELS
 from lingen.kernels.scan import SCAN_KERNELS
 from lingen.kernels.swiglu import SWIGLU_KERNELS
 from lingen.kernels.window_attention import WINDOW_KERNELS
-from lingen.registry import RecipeError
+from lingen.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
 
 LITTLE_DISK = 20.0
 """GB below which the free disk space is worth a note: a checkpoint of the largest recipe has more (ours)."""
@@ -47,7 +48,7 @@ class Checkup(NamedTuple):
     absent: list[Missing]
     """Shards; `name` is the setting."""
     ok: list[str]
-    """Name and path of what is there, or needs nothing."""
+    """Name and path of each part that needs weights and has them."""
 
 
 def examine(stages: Sequence[Recipe]) -> Checkup:
@@ -56,25 +57,49 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
     absent: dict[Missing, None] = {}
     ok: dict[str, None] = {}
     for recipe in stages:
-        for part in _parts(recipe):
-            lacks = missing_of([part])
-            missing |= dict.fromkeys(lacks)
-            ok |= {} if lacks else {_called(part): None}
+        missing |= dict.fromkeys(_lacks(recipe))
+        ok |= dict.fromkeys(_there(recipe))
         missing |= dict.fromkeys(_init(recipe))
         absent |= dict.fromkeys(_shards(recipe))
     return Checkup(list(missing), list(absent), list(ok))
 
 
-def _parts(recipe: Recipe) -> list[Any]:
+def _lacks(recipe: Recipe) -> list[Missing]:
+    """Weights that are not there and needed."""
+    from lingen.run import frozen_parts, missing_parts
+
+    try:
+        lacks = missing_parts(recipe)
+    except ValueError:  # shards that cannot be opened, of which `_shards` tells: are they encoded?
+        lacks = missing_of(frozen_parts(recipe))
+    return lacks + missing_of(_rewriters(recipe))
+
+
+def _there(recipe: Recipe) -> Iterator[str]:
+    """Parts that need something and have it."""
     from lingen.run import frozen_parts
+
+    names = _names(recipe)
+    for part in frozen_parts(recipe) + _rewriters(recipe):
+        if hasattr(part, "missing") and not isinstance(part, NoDistance) and not part.missing():
+            name = names.get(type(part)) or getattr(part, "name", type(part).__name__)  # a rewriter has its name itself
+            yield f"{name} {getattr(part, 'path', None) or ''}".rstrip()
+
+
+def _rewriters(recipe: Recipe) -> list[Any]:
     from lingen.text.rewrite import Rewriter
 
-    return frozen_parts(recipe) + ([] if recipe.rewrite.path is None else [Rewriter(recipe.rewrite)])
+    return [] if recipe.rewrite.path is None else [Rewriter(recipe.rewrite)]
 
 
-def _called(part: Any) -> str:
-    name = getattr(part, "name", None) or type(part).__name__.lower()
-    return f"{name} {getattr(part, 'path', None) or ''}".rstrip()
+def _names(recipe: Recipe) -> dict[Any, str]:
+    """What the parts that a recipe names are made by -> their names in the registries."""
+    named = [
+        (AUTOENCODERS, recipe.autoencoder),
+        *((TEXT_ENCODERS, component) for component in recipe.text),
+        (PERCEPTUAL, recipe.reconstruction.features),
+    ]
+    return {registry[component["name"]]: component["name"] for registry, component in named}
 
 
 def _init(recipe: Recipe) -> Iterator[Missing]:

@@ -26,12 +26,19 @@ FREE_DATA = {"workers", "cache_mb", "max_dropped"}
 
 def fingerprint(stages: Sequence[Recipe]) -> str:
     """8 hex digits of the identity of all stages."""
-    parts = []
-    for stage in stages:
-        sections = {name: value for name, value in asdict(stage).items() if name in IDENTITY}
-        sections["data"] = {name: value for name, value in sections["data"].items() if name not in FREE_DATA}
-        parts.append([stage.stage, sections])
+    parts = [[stage.stage, _identity(stage)] for stage in stages]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _identity(stage: Recipe) -> dict[str, Any]:
+    sections = {name: value for name, value in asdict(stage).items() if name in IDENTITY}
+    sections["data"] = {name: value for name, value in sections["data"].items() if name not in FREE_DATA}
+    if stage.trains == "autoencoder":
+        critic = stage.reconstruction
+        sections["reconstruction"] = [
+            bool(critic.adversarial), critic.discriminator_width, critic.discriminator_layers
+        ]  # fmt: skip
+    return sections
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,8 @@ class RunFolder:
             if held["fingerprint"] != mark:
                 raise RecipeError(
                     f"{self.path} holds a run of another recipe ('{held['recipe']}', {held['fingerprint']}; this one "
-                    f"is '{stages[0].name}', {mark}): its {', '.join(IDENTITY)} differ. Name another folder with "
-                    "--run, or none."
+                    f"is '{stages[0].name}', {mark}): {self._differences(stages)}. Name another folder with --run, or "
+                    "none."
                 )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RecipeError(f"{self.path} exists and is no run folder. Name a new or empty folder with --run.")
@@ -110,6 +117,23 @@ class RunFolder:
             "versions": versions(),
         }
         write_text(self.about, json.dumps(about, indent=2))
+
+    def _differences(self, stages: Sequence[Recipe]) -> str:
+        """What makes the run in this folder another one, in words."""
+        from lingen.recipe import load_stages
+
+        try:
+            held = {stage.stage: _identity(stage) for stage in load_stages(self.recipe)}
+        except RecipeError:
+            return "its recipe cannot be loaded any more"
+        own = {stage.stage: _identity(stage) for stage in stages}
+        if held.keys() != own.keys():
+            return f"its stages are {', '.join(map(str, held))}"
+        names = {
+            name for stage in own for name in own[stage].keys() | held[stage].keys()
+            if own[stage].get(name) != held[stage].get(name)
+        }  # fmt: skip
+        return f"another {', '.join(sorted(names))}"
 
     def finished(self, stages: Sequence[str]) -> list[str]:
         """Those of the stages that have weights, in order."""

@@ -23,6 +23,7 @@ from lingen.sampling import (
     sample_latents,
     settings_with,
 )
+from lingen.target import check_target
 from lingen.video import contact_sheet, save_video, sheet_frames
 from lingen.weights import find_weights, load_module, read_metadata, write_tensors
 
@@ -49,11 +50,12 @@ def sample_to_files(
     Args:
         rewritten: what is shown to the text encoders instead of each prompt; it is noted as `rewritten`.
     Raises:
-        RecipeError: no weights at `source` or of a frozen part, or no prompt.
+        RecipeError: no weights at `source` or of a frozen part, no prompt, or `out` is no .mp4 that can be written.
         ValueError: a size or length that the model cannot make.
     """
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt, or --prompts with a file of one prompt a line.")
+    paths = clip_paths(out, len(prompts))
     weights = find_weights(source)
     recipe_hash = hashlib.sha256(read_metadata(weights)["recipe"].encode()).hexdigest()[:12]
     module = load_module(weights)
@@ -63,7 +65,7 @@ def sample_to_files(
     module.text.to(best_device())
     words = encode_prompts(module, list(rewritten) or prompts, clip)
     module.to(best_device())
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         row = words.rows(slice(index, index + 1))
         latents = sample_latents(module, row, clip, settings, first=index, progress=progress)
         about = {
@@ -77,9 +79,8 @@ def sample_to_files(
             "recipe_sha256": recipe_hash,
             "stage": module.recipe.stage,
         }
-        path = numbered(Path(out), index, len(prompts))
         kept = save_latents(
-            path.with_suffix(".latents.safetensors"),
+            path.with_suffix(LATENTS),
             latents[0],
             module.recipe.autoencoder,
             clip.frames,
@@ -90,9 +91,25 @@ def sample_to_files(
         yield decode_file(kept, path)
 
 
-def numbered(path: Path, index: int, count: int) -> Path:
-    """``x.mp4`` for a single clip, else ``x-03.mp4``."""
-    return path if count == 1 else path.with_name(f"{path.stem}-{index:02d}{path.suffix}")
+LATENTS = ".latents.safetensors"
+FORMAT = "lingen-latents"
+
+
+def clip_paths(out: str | Path, count: int, beside: Sequence[str] = (".png", LATENTS)) -> list[Path]:
+    """The MP4 of each of `count` clips: ``x.mp4`` for a single one, else ``x-00.mp4``, ``x-01.mp4``, ...
+
+    Args:
+        beside: how the names end of what is written beside each.
+    Raises:
+        RecipeError: one of the files cannot be written.
+    """
+    path = check_target(out, ".mp4")
+    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{n:02d}{path.suffix}") for n in range(count)]
+    for one in paths:
+        for end in (path.suffix, *beside):
+            target = one.with_suffix(end)
+            check_target(target, target.suffix)
+    return paths
 
 
 def save_latents(
@@ -107,7 +124,7 @@ def save_latents(
     """Writes latents [c t h w] with everything that decoding needs to know; `decoding`: the arguments of
     `decode_frames` behind the frames."""
     metadata = {
-        "format": "lingen-latents",
+        "format": FORMAT,
         "autoencoder": autoencoder,
         "frames": frames,
         "fps": fps,
@@ -126,18 +143,11 @@ def decode_file(
     Args:
         way, tile: in place of the `sample.decode` and `sample.tile` that it was sampled with.
     Raises:
-        RecipeError: the file holds no latents of lingen, or the autoencoder's weights are missing.
+        RecipeError: the file holds no latents of lingen, the autoencoder's weights are missing, or `out` is no .mp4
+            that can be written.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(latents), "pt") as file:
-            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            tensor = file.get_tensor("latents")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise RecipeError(f"{latents} cannot be read as latents of `lingen sample`: {error}") from error
-    if metadata.get("format") != "lingen-latents":
-        raise RecipeError(f"{latents} holds no latents of `lingen sample`.")
+    clip_paths(out, 1, [".png"])
+    tensor, metadata = read_latents(latents)
     autoencoder = AUTOENCODERS.build(metadata["autoencoder"]).eval().requires_grad_(False).to(best_device())
     check_ready([autoencoder])
     decoding = metadata.get("decoding", {}) if way is None and tile is None else {"way": way or "auto", "tile": tile}
@@ -148,6 +158,21 @@ def decode_file(
     path = save_video(_noting(frames, keep, shown), out, metadata["fps"], title=about["prompt"], about=about)
     contact_sheet([np.stack(shown)], Path(out).with_suffix(".png"), [about["prompt"]])
     return path
+
+
+def read_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
+    """Latents [c t h w] (CPU) and metadata that `save_latents` wrote. RecipeError for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != json.dumps(FORMAT):
+                what = "weights, not" if metadata.get("format") == "lingen" else "no"
+                raise RecipeError(f"{path} holds {what} latents of `lingen sample`; those end with {LATENTS}.")
+            return file.get_tensor("latents"), {name: json.loads(value) for name, value in metadata.items()}
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"{path} cannot be read as latents of `lingen sample`: {error}.") from error
 
 
 def _noting(frames: Iterable[np.ndarray], keep: set[int], shown: list[np.ndarray]) -> Iterator[np.ndarray]:

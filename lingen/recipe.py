@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,6 +266,10 @@ class _Workshop:
             self.seen += all_grids(recipe, autoencoder)
         except SettingError as error:
             yield draft.problem(("data", error.setting), str(error))
+            return
+        yield from _decoding(draft, recipe, autoencoder)
+        if recipe.trains == "autoencoder" and recipe.reconstruction.adversarial:
+            yield from _critic(draft, recipe)
 
     def derive(self, recipe: Recipe, largest: Grid) -> LinGenConfig:
         """The model's settings with what follows from its neighbours."""
@@ -275,6 +280,11 @@ class _Workshop:
     def trials(self, stages: list[tuple[str, Layered, Recipe]]) -> Iterator[Problem]:
         """Builds each distinct model, and compares the weights of each stage with those of the first."""
         first: dict[str, Any] | None = None
+        for (_, _, before), (_, draft, recipe) in pairwise(stages):
+            critics = [bool(one.trains == "autoencoder" and one.reconstruction.adversarial) for one in (before, recipe)]
+            if recipe.train.keep_optimizer and critics[0] != critics[1]:
+                text = "The stage before trains other parameters (the critic): its moments do not fit; take false."
+                yield draft.problem(("train", "keep_optimizer"), text)
         for name, draft, recipe in stages:
             if recipe.trains != stages[0][2].trains:
                 text = (
@@ -327,6 +337,38 @@ def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what
     if isinstance(error, ValueError):
         return draft.problem(path, text)
     return draft.problem(path, f"{what}: {type(error).__name__}: {text}")
+
+
+def _decoding(draft: Layered, recipe: Recipe, autoencoder: Any) -> Iterator[Problem]:
+    """Can the autoencoder decode as `sample` says? Said before anything is trained, not when the first clip is made."""
+    from lingen.autoencoder.ways import tiles_of, way_for
+
+    settings = recipe.sample
+    try:
+        way = "tiled" if settings.tile is not None else settings.decode
+        if way_for(autoencoder, way, recipe.autoencoder["name"]) == "tiled":
+            tiles_of(settings.tile, autoencoder.strides).cells(autoencoder.strides, "overlap")
+    except SettingError as error:
+        yield draft.problem(("sample", "tile"), str(error))
+    except RecipeError as error:
+        yield draft.problem(("sample", "decode"), str(error))
+
+
+def _critic(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
+    """Are the frames large enough for the discriminator?"""
+    import torch
+
+    from lingen.autoencoder.discriminator import Discriminator
+
+    settings = recipe.reconstruction
+    with torch.device("meta"):
+        critic = Discriminator(settings.discriminator_width, settings.discriminator_layers)
+        for height, width in (recipe.data.size, *recipe.data.sizes):
+            try:
+                critic(torch.empty(1, 3, 1, height, width))
+            except RuntimeError:
+                text = f"Frames of {height}x{width} pixels are too small for {settings.discriminator_layers} layers."
+                yield draft.problem(("reconstruction", "discriminator_layers"), text)
 
 
 def trainable(autoencoder: Any, name: str) -> Any:

@@ -17,11 +17,11 @@ from lingen.config import Recipe
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
 from lingen.folder import RunFolder, default_path
-from lingen.frozen import check_ready
+from lingen.frozen import Missing, missing_of
 from lingen.module import LinGenModule
 from lingen.ranks import is_first_rank
 from lingen.recipe import load_recipe, load_stages, to_yaml
-from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 from lingen.samples import sample_prompts, sample_reconstructions, score
 from lingen.tables import as_table
 from lingen.trainer import build_trainer, quiet_lightning
@@ -86,8 +86,8 @@ def fit(
     names = [str(s.stage) for s in stages]
     if stage is not None:
         load_recipe(recipe, overrides, stage=stage)  # says which stages there are
-    check_inputs([s for s in stages if stage in (None, s.stage)])
     folder = RunFolder(Path(run) if run else default_path(stages))
+    check_inputs([s for s in stages if stage in (None, s.stage)], folder)
     if is_first_rank():
         folder.open(stages, to_yaml(base))
     for index, settings in enumerate(stages):
@@ -109,21 +109,44 @@ def fit(
     return Outcome(folder)
 
 
-def check_inputs(stages: Sequence[Recipe]) -> None:
+def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
     """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
     for recipe in stages:
-        check_ready(frozen_parts(recipe))
         ClipData(recipe).check()
+        lacks = missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage))))
+        if lacks:
+            raise RecipeError(*(f"missing: {one.name} {one.path}: {one.cure}" for one in lacks))
         if recipe.init is not None:
             find_weights(recipe.init)
 
 
-def frozen_parts(recipe: Recipe) -> list[Any]:
-    """What a stage uses as it is, as far as it needs it: built on the meta device, nothing is read."""
+def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:
+    """What of the frozen parts a stage needs, and is not there. Shards are opened only where something is missing: of
+    encoded ones, text encoders and autoencoder are needed for samples alone.
+
+    Args:
+        begun: there is a checkpoint of the stage, so it needs no weights to start from.
+    """
+    lacks = missing_of(frozen_parts(recipe, begun=begun))
+    if not lacks or recipe.trains == "autoencoder" or not _is_encoded(recipe):
+        return lacks
+    if not (recipe.sample.prompts or recipe.score.clips):
+        return []
+    reason = "needed for clips alone, since the shards are encoded: sample.prompts=[] score.clips=0 trains without"
+    return [one._replace(cure=f"{one.cure.rstrip('.')} ({reason}).") for one in lacks]
+
+
+def _is_encoded(recipe: Recipe) -> bool:
+    shards = recipe.data.shards
+    return bool(shards.image or shards.video) and ClipData(recipe).needs_no_encoders
+
+
+def frozen_parts(recipe: Recipe, *, begun: bool = False) -> list[Any]:
+    """What a stage uses as it is: built on the meta device, nothing is read."""
     if recipe.trains == "autoencoder":
         from lingen.autoencoder.training import frozen_parts_of
 
-        return frozen_parts_of(recipe)
+        return frozen_parts_of(recipe, begun=begun)
     with torch.device("meta"):
         return [AUTOENCODERS.build(recipe.autoencoder), *(TEXT_ENCODERS.build(one) for one in recipe.text)]
 
@@ -207,7 +230,7 @@ def hand_over(module: Trained, folder: RunFolder, stages: Sequence[Recipe], inde
     elif before:
         source = folder.weights(before[-1])
     else:
-        reporter.say(f"stage {recipe.stage} starts from random weights")
+        reporter.say(f"stage {recipe.stage} starts from {module.begin()}")
         return
     load_into(module, read_weights(source, "raw") or read_weights(source, "averaged"), source)  # `lingen export`
     reporter.say(f"stage {recipe.stage} starts from {source}")

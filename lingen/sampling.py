@@ -67,8 +67,13 @@ def generate(
         uint8 [t h w 3] for each prompt, in order.
     Raises:
         RecipeError: for a folder or file that holds no weights.
-        ValueError: for a size that the model's strides and patch do not divide.
+        ValueError: for a size that the model's strides and patch do not divide, or what is no length, size or guidance.
+        TypeError: for a prompt that is no text.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"A prompt is a text, got {prompt!r}.")
     module = (
         run_or_checkpoint
         if isinstance(run_or_checkpoint, LinGenModule)
@@ -77,7 +82,6 @@ def generate(
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
     check_ready([module.autoencoder, *module.text])
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     words = encode_prompts(module, prompts, clip)
     for index in range(len(prompts)):
         row = words.rows(slice(index, index + 1))
@@ -91,6 +95,8 @@ def settings_with(
     """The recipe's sampling settings with what was given in their place."""
     if steps is not None and steps < 1:
         raise ValueError(f"Sampling takes at least 1 step, got {steps}.")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance is a finite number, got {guidance}.")
     return replace(
         settings,
         seed=settings.seed if seed is None else seed,
@@ -107,6 +113,10 @@ def best_device() -> torch.device:
 def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[int, int] | None = None) -> ClipSize:
     """Checks what is asked for against the recipe and the model. ValueError names the cure."""
     data = module.recipe.data
+    if seconds is not None and not math.isfinite(seconds):
+        raise ValueError(f"A clip lasts a finite number of seconds, got {seconds}.")
+    if size is not None and not (isinstance(size, Sequence) and [isinstance(n, int) for n in size] == [True, True]):
+        raise ValueError(f"A size is two whole numbers, (height, width) in pixels, got {size!r}.")
     frames = data.frames if seconds is None else round(seconds * data.fps)
     if frames < 1:
         raise ValueError(f"{seconds} seconds at {data.fps:g} frames a second is less than one frame.")
@@ -228,9 +238,9 @@ def decode_frames(
         RecipeError: a way that the autoencoder does not have.
         SettingError: a tile that its strides do not divide.
     """
-    way = "tiled" if tile is not None else way_for(autoencoder, way, type(autoencoder).__name__)
+    way = way_for(autoencoder, "tiled" if tile is not None else way, type(autoencoder).__name__)
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
-        pieces = ways.decode(autoencoder, latents[None], way, tiles_of(tile))
+        pieces = ways.decode(autoencoder, latents[None], way, tiles_of(tile, autoencoder.strides))
         while frames > 0 and (piece := next(pieces, None)) is not None:
             shown = ((piece[0, :, :frames].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             frames -= shown.shape[1]

@@ -19,7 +19,6 @@ from lingen.data.ledger import is_cut
 from lingen.meter import Meter
 from lingen.plan import peak_flops, plan
 from lingen.ranks import gather_objects
-from lingen.registry import RecipeError
 
 
 class NonFiniteError(RuntimeError):
@@ -57,6 +56,10 @@ class Trained(lightning.LightningModule):
     def frozen_parts(self) -> dict[str, nn.Module]:
         """Prefix of their names -> the parts that are used as they are."""
         raise NotImplementedError
+
+    def begin(self) -> str:
+        """For a run without `init`, at its very start; says which weights it starts from."""
+        return "random weights"
 
     def before_saving(self, data: Any) -> None:
         """What is to be measured on the data module's samples before the weights of a finished stage are written."""
@@ -166,12 +169,6 @@ class Trained(lightning.LightningModule):
         groups = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
-        counts = [[len(group["params"]) for group in one] for one in (optimizer.param_groups, state["param_groups"])]
-        if counts[0] != counts[1]:
-            raise RecipeError(
-                f"train.keep_optimizer: the stage before '{self.recipe.stage}' trained other parameters, so its "
-                "moments do not fit. Set train.keep_optimizer=false in this stage."
-            )
         optimizer.load_state_dict(state)
         for group, own in zip(optimizer.param_groups, groups, strict=True):
             group.update(own)

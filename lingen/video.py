@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lingen.target import in_one_step
+
 
 def save_video(
     clip: Any, path: str | Path, fps: float, *, title: str = "", about: dict[str, Any] | None = None
@@ -19,7 +21,7 @@ def save_video(
     Args:
         clip: uint8 frames [t h w 3]: an array, a tensor, or an iterable of frames [h w 3] that is consumed one by one,
             so that memory does not grow with the length. An odd height or width is padded by its last row or column.
-        path: file to write, replaced in one step when it is complete.
+        path: file to write, replaced in one step when it is complete; after an error it is what it was.
         fps: frames per second.
         title: stored as the MP4's title (the prompt, say).
         about: stored as JSON in the MP4's comment.
@@ -29,10 +31,8 @@ def save_video(
     import av
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    rate = Fraction(fps).limit_denominator(1001)
-    with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as file:
+    rate, fast = Fraction(fps).limit_denominator(1001), {"movflags": "+faststart"}
+    with in_one_step(path) as partial, av.open(str(partial), "w", format="mp4", options=fast) as file:
         file.metadata["title"] = title
         file.metadata["comment"] = json.dumps(about or {}, ensure_ascii=False)
         stream = None
@@ -45,7 +45,6 @@ def save_video(
         if stream is None:
             raise ValueError(f"There are no frames to write to {path}.")
         file.mux(stream.encode())
-    partial.replace(path)
     return path
 
 

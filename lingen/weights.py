@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lingen.config import Recipe
 from lingen.registry import RecipeError
+from lingen.target import check_target, in_one_step
 
 if TYPE_CHECKING:
     from lingen.module import LinGenModule
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 
 Copy = Literal["averaged", "raw"]
 """Sample with the averaged copy; go on training from the raw one."""
+
+
+class WeightsError(RecipeError):
+    """There are no weights of lingen at a path; `what` is the sentence without the path, with the cure."""
+
+    def __init__(self, path: str | Path, what: str):
+        super().__init__(f"{path}: {what}")
+        self.what = what
 
 
 def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
@@ -36,13 +45,17 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     write_tensors(path, {name: value.detach().cpu().clone() for name, value in tensors.items()}, metadata)
 
 
-def export_weights(source: str | Path, out: Path, precision: str = "bf16") -> Path:
+def export_weights(source: str | Path, out: str | Path, precision: str = "bf16") -> Path:
     """Writes what a finished stage is used with, without what only training needs: the averaged copy alone, no critic.
 
     Args:
         source: a run folder or a weights file.
+        out: a .safetensors file.
         precision: ``bf16`` or ``fp32`` of everything of two or more axes; the rest stays as it is.
+    Raises:
+        RecipeError: no weights at `source`, or `out` cannot be written.
     """
+    out = check_target(out, ".safetensors")
     path = find_weights(source)
     metadata = read_metadata(path)
     kept = {name: v for name, v in read_weights(path, "averaged").items() if not name.startswith("discriminator.")}
@@ -56,28 +69,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """One safetensors file, in one step, readable for whom the umask says: the library's own are for the user alone."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(partial), metadata)
-    partial.chmod(mode)
-    partial.replace(path)
+    with in_one_step(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(partial), metadata)
+        partial.chmod(mode)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a weights file. RecipeError for a file that lingen did not write."""
+    """The metadata of a weights file. WeightsError for a file that lingen did not write."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise RecipeError(f"{path} cannot be read as safetensors: {error}") from error
+    except SafetensorError as error:
+        raise WeightsError(path, f"it is cut off or no safetensors file ({error}).") from error
+    except OSError as error:
+        raise WeightsError(path, f"it cannot be read ({error.strerror or error}).") from error
     if metadata.get("format") != "lingen":
-        raise RecipeError(
-            f"{path} holds no lingen weights (its metadata names no recipe). Use a file that `lingen fit` wrote."
+        raise WeightsError(
+            path, "it holds no lingen weights (its metadata names no recipe). Use a file that `lingen fit` wrote."
         )
     return metadata
 
@@ -131,21 +143,21 @@ def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def find_weights(source: str | Path) -> Path:
-    """A weights file, or the last finished stage of a run folder."""
+    """A weights file, or that of the last finished stage of a run folder. WeightsError where there is none."""
     path = Path(source)
     if path.is_file():
         return path
     if not path.is_dir():
-        raise RecipeError(f"There is no run folder or weights file at {path}.")
+        raise WeightsError(path, "there is no run folder or weights file.")
     about = path / "run.json"
     if not about.is_file():
-        raise RecipeError(
-            f"{path} is no run folder: it has no run.json. Name one that `lingen fit` made, or a .safetensors file."
+        raise WeightsError(
+            path, "it is no run folder: it has no run.json. Name one that `lingen fit` made, or a .safetensors file."
         )
     stages = json.loads(about.read_text())["stages"]
     finished = [file for stage in stages if (file := path / "stages" / stage / "weights.safetensors").is_file()]
     if not finished:
-        raise RecipeError(f"No stage of {path} is finished yet. Go on with `lingen fit`, then sample.")
+        raise WeightsError(path, "no stage of it is finished yet. Go on with `lingen fit`.")
     return finished[-1]
 
 

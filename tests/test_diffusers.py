@@ -419,6 +419,8 @@ def test_wan_streams_the_same_numbers(size, tmp_path):
     ours = double("AutoencoderKLWan", vae, tmp_path, strides=[4, 8 * (size or 1), 8 * (size or 1)])
     video = torch.randn(2, 3, 13, 32, 16)
     latents = ours.encode(video)
+    unread = adapter("AutoencoderKLWan", tmp_path, class_name=None, strides=ours.strides, channels=4)
+    assert unread.streams and not unread._loaded  # config.json names the class
     assert ours.streams and latents.shape == (2, 4, 4, 4 // (size or 1), 2 // (size or 1))
     for lengths in ([13], [1] * 13, [2, 7, 4]):
         pieces = list(ours.encode_stream(iter(video.split(lengths, 2))))

@@ -40,25 +40,25 @@ def test_every_missing_weight_of_the_main_recipe_has_one_line(capsys: pytest.Cap
     cures = captured.err.splitlines()
     assert len(cures) == 8 and all(line.startswith("  ") for line in cures)
     for cure, line in zip(cures, lines, strict=True):
-        assert line.split()[-1] in cure
+        assert line.split()[-1] in cure or line.startswith("missing: tae") and "Set autoencoder.path" in cure
 
 
 def test_a_recipe_that_needs_nothing_is_ok(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "--recipe", "quickstart_cpu"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines() == ["ok: pixels", "ok: words"] and captured.err == ""
+    assert captured.out.splitlines() == ["ok: it needs no weights"] and captured.err == ""
 
 
 def test_what_is_there_what_is_damaged_and_what_is_gone(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
     chat = chat_here.untaught(Path("chat"))
     words = ["doctor", "--recipe", str(tiny_recipe), "rewrite.path=chat"]
     assert main(words) == 0
-    assert capsys.readouterr().out.splitlines() == ["ok: pixels", "ok: words", "ok: llama chat"]
+    assert capsys.readouterr().out.splitlines() == ["ok: llama chat"]
     weights = chat / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main([*words, "init=nowhere", "stages.clips.data.shards.video=gone.tar"]) == 1
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[2:] == [
+    assert captured.out.splitlines() == [
         "missing: llama chat",
         "missing: init nowhere",
         "absent: data.shards.video gone.tar",
@@ -67,7 +67,17 @@ def test_what_is_there_what_is_damaged_and_what_is_gone(tiny_recipe: Path, capsy
     assert main([*words, "init=nowhere", "stages.clips.data.shards.video=gone.tar", "--stage", "images", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in found["missing"]] == ["llama", "init"] and found["absent"] == []
-    assert found["ok"] == ["pixels", "words"]
+    assert found["ok"] == []
+
+
+def test_parts_are_called_as_in_their_registry(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["doctor", "--recipe", str(tiny_recipe), "autoencoder=tae_small", "data.size=[32,32]"]
+    assert main([*words, "model.patch=[1,1,1]", "--json"]) == 0
+    (called,) = json.loads(capsys.readouterr().out)["ok"]
+    assert called.startswith("tae_small ") and called.endswith("tae_small.safetensors")
+    alone = [*words, "trains=autoencoder", "reconstruction.perceptual=0", "reconstruction.adversarial=0"]
+    assert main([*alone, "train.ema=0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] == [called]  # and nothing of the distance that is none
 
 
 def test_init_that_holds_something_else_is_missing(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from lingen.data.journal import Part
 from lingen.data.latents import Wanted as EncodedSample
 from lingen.data.latents import read_encoded
 from lingen.data.pack import Packing, find_footage, pack
+from lingen.doctor import examine
 from lingen.frozen import Missing
 from lingen.module import LinGenModule
 from lingen.recipe import load_stages
 from lingen.registry import RecipeError
+from lingen.run import missing_parts
 from lingen.text import with_frame_rate
 
 RECIPE = """
@@ -275,6 +278,25 @@ def test_training_needs_no_weights_of_text_encoders(
         assert torch.isfinite(module.losses(batch, "long")[0]).all()
     with pytest.raises(RecipeError, match=r"something else .*: text.0.dim is 6 there and 12 here\. Encode"):
         ClipData(encoded_stages(folder, "text.0.path=nowhere/letters.f32", "text.0.dim=12")[0]).setup()
+
+
+def test_fit_needs_the_frozen_parts_for_clips_alone(
+    folder: Path, encoded: Path, stages: list[Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = [Missing("letters", "nowhere", "Bring them.")]
+    monkeypatch.setattr(frozen_here.Letters, "missing", lambda self: lacking, raising=False)
+    assert missing_parts(stages[0]) == lacking
+    assert missing_parts(encoded_stages(folder, "sample.prompts=[]")[0]) == []
+    (one,) = missing_parts(encoded_stages(folder, "sample.prompts=[x]")[0])
+    assert one.cure.startswith("Bring them (needed for clips alone")
+    assert examine(encoded_stages(folder, "sample.prompts=[]")).missing == []
+    assert len(examine(encoded_stages(folder, "sample.prompts=[x]")).missing) == 1
+
+
+def test_an_autoencoder_is_not_trained_on_latents(folder: Path, encoded: Path) -> None:
+    recipe = replace(encoded_stages(folder)[0], trains="autoencoder")
+    with pytest.raises(RecipeError, match="data.shards.video: an autoencoder is trained on pixels"):
+        ClipData(recipe).setup()
 
 
 def test_shards_that_say_nothing_of_their_encoder(folder: Path, encoded: Path, tmp_path: Path) -> None:

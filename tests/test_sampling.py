@@ -76,11 +76,21 @@ def test_length_size_steps_and_guidance(run: Path, monkeypatch: pytest.MonkeyPat
         ({"size": (10, 8)}, "multiple of 4.*Closest: 8x8"),
         ({"seconds": 0.01}, "less than one frame"),
         ({"steps": 0}, "at least 1 step"),
+        ({"seconds": float("inf")}, "a finite number of seconds, got inf"),
+        ({"seconds": float("nan")}, "a finite number of seconds, got nan"),
+        ({"size": 64}, r"two whole numbers, \(height, width\) in pixels, got 64"),
+        ({"size": (8.0, 8.0)}, "two whole numbers"),
+        ({"size": (8,)}, "two whole numbers"),
     ],
 )
 def test_what_a_model_cannot_make(run: Path, asked: dict, words: str):
     with pytest.raises(ValueError, match=words):
         next(lingen.generate(run, "a red square", **asked))
+
+
+def test_a_prompt_is_a_text(run: Path):
+    with pytest.raises(TypeError, match="A prompt is a text, got 3"):
+        next(lingen.generate(run, ["a red square", 3]))
 
 
 def test_sample_writes_what_a_browser_plays(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -221,12 +231,15 @@ def test_a_file_of_prompts_is_numbered(run: Path, tmp_path: Path):
         (["--prompt", "x"], "either --run DIR or --checkpoint F"),
         (["--run", "RUN", "--checkpoint", "RUN", "--prompt", "x"], "either --run DIR or --checkpoint F"),
         (["--run", "RUN"], "There is no prompt"),
-        (["--run", "nowhere", "--prompt", "x"], "no run folder or weights file at nowhere"),
+        (["--run", "nowhere", "--prompt", "x"], "nowhere: there is no run folder or weights file."),
         (["--run", "EMPTY", "--prompt", "x"], "has no run.json"),
-        (["--checkpoint", "OTHER", "--prompt", "x"], "cannot be read as safetensors"),
+        (["--checkpoint", "OTHER", "--prompt", "x"], "it is cut off or no safetensors file"),
         (["--run", "RUN", "--prompt", "x", "--size", "big"], "height x width"),
         (["--run", "RUN", "--prompt", "x", "--size", "9x8"], "multiple of 4"),
         (["--run", "RUN", "--prompts", "nowhere.txt"], "cannot be read"),
+        (["--run", "RUN", "--prompt", "x", "--seconds", "inf"], "--seconds: 'inf' is no number above 0."),
+        (["--run", "RUN", "--prompt", "x", "--seconds", "nan"], "--seconds: 'nan' is no number above 0."),
+        (["--run", "RUN", "--prompt", "x", "--guidance", "nan"], "guidance is a finite number, got nan."),
     ],
 )
 def test_mistakes(run: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
@@ -238,11 +251,46 @@ def test_mistakes(run: Path, tmp_path: Path, words: list[str], said: str, capsys
     assert said in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("folder", "folder is a folder; name a file to write, such as "),
+        ("x.gif", "x.gif does not end with .mp4, which is what is written; name "),
+        ("x", "x does not end with .mp4"),
+        ("file/x.mp4", "file is a file, not a folder. Name another one."),
+        ("sheet.mp4", "sheet.png is a folder"),
+        ("x.mp4", "x-01.latents.safetensors is a folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["sample", "decode"])
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, command: str, out: str, said: str, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("folder", "sheet.png", "x-01.latents.safetensors"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    one = [["decode", "latents-that-are-not-read"], ["sample", "--run", "run-that-is-not-read", "--prompt", "x"]]
+    words = one[command == "sample"] + (["--prompt", "y"] if out == "x.mp4" and command == "sample" else [])
+    if command == "decode" and out == "x.mp4":
+        said = "latents-that-are-not-read cannot be read"  # it writes no latents, and one clip
+    assert main([*words, "--out", str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_holds_no_latents_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    weights = str(find_weights(run))
+    assert main(["decode", weights, "--out", str(tmp_path / "x.mp4")]) == 2
+    said = f"{weights} holds weights, not latents of `lingen sample`; those end with .latents.safetensors.\n"
+    assert capsys.readouterr().err == said and not list(tmp_path.iterdir())
+
+
 def test_an_unfinished_run_is_said_to_be_one(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = fit(tiny_recipe, run=tmp_path / "run", stage="images").folder
     run.weights("images").unlink()
     assert main(["sample", "--run", str(run.path), "--prompt", "x"]) == 2
-    assert "No stage" in capsys.readouterr().err
+    assert "no stage of it is finished" in capsys.readouterr().err
 
 
 def test_save_video_pads_streams_and_refuses(tmp_path: Path):
@@ -255,7 +303,7 @@ def test_save_video_pads_streams_and_refuses(tmp_path: Path):
         save_video(np.zeros((0, 8, 8, 3), np.uint8), tmp_path / "none.mp4", 8)
     with pytest.raises(ValueError, match="uint8"):
         save_video(np.zeros((1, 8, 8, 3)), tmp_path / "float.mp4", 8)
-    assert not (tmp_path / "none.mp4").exists() and not (tmp_path / "float.mp4").exists()
+    assert [one.name for one in tmp_path.iterdir()] == ["odd.mp4"]  # nor is a part of them left
     title = "ein rötes Quadrat « 赤 »"
     save_video(np.zeros((1, 8, 8, 3), np.uint8), path, 8, title=title, about={"prompt": title})
     assert read_about(path) == (title, {"prompt": title})

@@ -379,9 +379,10 @@ def test_the_raw_copy_serves_where_no_averaged_one_is(tmp_path):
 
 
 def test_a_run_folder_is_a_path_too(tmp_path):
+    assert "`lingen fit --recipe tae_8x8x8 --run there`" in TAE(path="there", **TINY).missing()[0].cure
     (tmp_path / "run.json").write_text(json.dumps({"stages": ["images", "clips"]}))
     tae = TAE(path=str(tmp_path), **TINY)
-    assert "No stage" in tae.missing()[0].cure
+    assert "no stage" in tae.missing()[0].cure
     trained = tiny(torch.float32)
     save(trained, tmp_path / "stages" / "images" / "weights.safetensors")
     assert tae.missing() == []
@@ -405,7 +406,10 @@ def test_weights_that_were_given_are_not_read_over(tmp_path):
 def test_training_never_touches_the_disk():
     tae = TAE(path="nowhere.safetensors", **TINY)
     tae.reconstruct(tae.posterior(torch.rand(1, 3, 2, 8, 8))[0])
-    with pytest.raises(RecipeError, match="missing: tae nowhere.safetensors: There is no run folder or weights file"):
+    with pytest.raises(
+        RecipeError,
+        match=r"missing: tae nowhere.safetensors: there is no .* file\. Train .* --out nowhere.safetensors`",
+    ):
         tae.encode(torch.rand(1, 3, 2, 8, 8))
 
 
@@ -440,9 +444,13 @@ def test_what_is_no_autoencoder_is_said(tmp_path):
     other = save(TAE(**TINY), tmp_path / "other.safetensors", copies=[])
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
-    for path, told in ((foreign, "holds no lingen weights"), (other, "no autoencoder"), (broken, "cannot be read")):
+    for path, told in (
+        (foreign, "holds no lingen weights"),
+        (other, "no autoencoder"),
+        (broken, "it is cut off or no safetensors file ("),
+    ):
         (found,) = TAE(**TINY, path=str(path)).missing()
-        assert told in found.cure and "autoencoder.path" in found.cure
+        assert told in found.cure and ". Set autoencoder.path to" in found.cure and str(path) not in found.cure
     pool = tmp_path / "pool.safetensors"
     save_file({"raw.autoencoder.weight": torch.zeros(2)}, str(pool), {"format": "lingen"})
     assert "not those of this version" in TAE(**TINY, path=str(pool)).missing()[0].cure

@@ -177,6 +177,19 @@ def test_a_long_text_is_cut_counted_and_said_once(folders, case, caplog):
     assert f"{'bytes' if case == 'byt5' else 'tokens'} was cut to 6 (text.max_tokens)" in record.getMessage()
 
 
+def test_a_cut_that_leaves_no_room_for_a_text_is_refused(folders, case):
+    special = {"bert": 2, "metaclip": 2, "clip": 2}.get(case, 1)
+    told = f"it puts {special} of its own tokens around a text, so max_tokens={special} has no room for one; set max_to"
+    made = encoder(folders, case, max_tokens=special)
+    assert made.missing() == [] if case == "llama" else told in made.missing()[0].cure  # its tokenizer tells
+    with pytest.raises(RecipeError, match=f"{told}kens to {special + 1} or more"):
+        made.encode([SHORT])
+    smallest = encoder(folders, case, max_tokens=special + 1)
+    _, mask = smallest.encode([LONG])
+    assert mask.sum() == (1 if case == "llama" else special + 1) and smallest.missing() == []
+    assert smallest._reader.special == special
+
+
 def test_a_cut_clip_text_keeps_its_end(folders):
     made = encoder(folders, "metaclip", max_tokens=4)
     made.encode([SHORT])
@@ -274,10 +287,12 @@ def damaged(folder, to, damage):
         ("t5", lambda to: (to / "config.json").write_text("{"), "config.json is no JSON"),
         ("t5", lambda to: (to / "spiece.model").unlink(), "it holds no tokenizer"),
         ("t5", lambda to: (to / "model.safetensors").unlink(), "it holds no weights"),
-        ("t5", lambda to: cut_off(to / "model.safetensors"), "its model.safetensors is cut off or damaged"),
-        ("bert", lambda to: cut_off(to / "model.safetensors", 4), "its model.safetensors is cut off or damaged"),
+        ("t5", lambda to: cut_off(to / "model.safetensors"), "its model.safetensors is cut off or no safetensors file"),
+        ("bert", lambda to: cut_off(to / "model.safetensors", 4), "is cut off or no safetensors file"),
+        ("bert", lambda to: torch.save({}, to / "model.safetensors"), "is cut off or no safetensors file"),
+        ("t5", lambda to: (to / "model.safetensors").rename(to / "pytorch_model.bin"), "pytorch_model.bin holds no"),
         ("llama", lambda to: (to / "model.safetensors").write_bytes(b"version https://git-lfs"), "`git lfs pull`"),
-        ("metaclip", lambda to: cut_off(to / "open_clip_model.safetensors"), "is cut off or damaged"),
+        ("metaclip", lambda to: cut_off(to / "open_clip_model.safetensors"), "is cut off or no safetensors"),
         ("metaclip", lambda to: (to / "open_clip_model.safetensors").unlink(), "it holds no weights"),
         ("metaclip", lambda to: (to / "open_clip_config.json").unlink(), "it holds no open_clip_config.json"),
         ("metaclip", lambda to: text_tower(to, hf_model_name="roberta"), "hf_model_name=roberta, so it is not CLIP's"),
@@ -289,6 +304,19 @@ def test_a_damaged_folder_is_told_before_anything_is_read(folders, tmp_path, cas
     assert told in made.missing()[0].cure
     with pytest.raises(RecipeError, match=f"missing: {made.name} "):
         made.encode([SHORT])
+
+
+@pytest.mark.parametrize("name", ["tae.yaml", "clip.pt", "model.safetensors", "nowhere.pt"])
+def test_a_file_that_holds_no_weights_is_told(tmp_path, name):
+    if name != "nowhere.pt":
+        (tmp_path / name).write_text("trains: autoencoder\n")
+    (one,) = MetaCLIP(path=str(tmp_path / name)).missing()
+    told = {"model.safetensors": "is cut off or no safetensors file", "nowhere.pt": "there is no such folder or file"}
+    assert told.get(name, f"its {name} holds no weights") in one.cure
+    assert f"--local-dir {MetaCLIP.home}` and set path={MetaCLIP.home} in this" in one.cure
+    assert (
+        f"{'it is a file, not a folder' if name != 'nowhere.pt' else 'no such'}" in T5(path=one.path).missing()[0].cure
+    )
 
 
 def cut_off(file, size=1000):

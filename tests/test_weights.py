@@ -107,12 +107,6 @@ def test_a_stage_with_a_critic_starts_from_one_without_and_the_other_way_round(t
         load_into(module, weights, critic)
 
 
-def test_moments_of_other_parameters_are_not_carried_over(tae_recipe: Path, tmp_path: Path):
-    keep = ["train.steps=1", "stages.critic.train.keep_optimizer=true"]
-    with pytest.raises(RecipeError, match="train.keep_optimizer: the stage before 'critic' trained other parameters"):
-        fit(tae_recipe, keep, run=tmp_path / "run")
-
-
 def test_an_autoencoders_weights_make_no_clips(tae_run: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(RecipeError, match="holds the weights of an autoencoder"):
         load_module(tae_run)
@@ -190,6 +184,24 @@ def test_an_exported_denoiser_samples_and_starts_a_training(run: Path, tmp_path:
         assert torch.equal(value, wanted.float()), name
 
 
+@pytest.mark.parametrize(
+    ("out", "said"), [("foo.txt", "foo.txt does not end with .safetensors"), ("", "is a folder; name a file to write")]
+)
+def test_a_place_where_nothing_is_exported(
+    tae_run: Path, tmp_path: Path, out: str, said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["export", "--run", str(tae_run), "--out", str(tmp_path / out)]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path):
+    (tmp_path / "x.safetensors").mkdir()
+    for name, metadata in (("y.safetensors", {"a": 1}), ("x.safetensors", {"a": "1"})):
+        with pytest.raises((TypeError, OSError)):
+            write_tensors(tmp_path / name, {"x": torch.zeros(2)}, metadata)  # type: ignore[arg-type]
+    assert [one.name for one in tmp_path.iterdir()] == ["x.safetensors"]
+
+
 # what samples depend on
 
 
@@ -203,3 +215,36 @@ def test_settings_that_change_no_latents_are_not_in_the_fingerprint(tae_run: Pat
     assert settings(blocks=1) != settings()
     for name in ("tae", "diffusers"):
         assert set(AUTOENCODERS[name].without_effect) < set(AUTOENCODERS[name].__init__.__kwdefaults__)
+
+
+def test_a_run_says_what_it_starts_from_and_goes_on_without_it(tae_recipe: Path, tae_run: Path, tmp_path: Path):
+    source = tmp_path / "start.safetensors"
+    export_weights(tae_run, source, "fp32")
+    overrides, heard = [f"autoencoder.path={source}", "stages.plain.train.steps=1"], Heard()
+    fit(tae_recipe, overrides, run=tmp_path / "run", stage="plain", reporter=heard)
+    assert f"stage plain starts from {source}" in heard.said
+    source.unlink()
+    fit(tae_recipe, [overrides[0]], run=tmp_path / "run", stage="plain")  # from its checkpoint
+    assert RunFolder(tmp_path / "run").finished_steps("plain") == 2
+    with pytest.raises(RecipeError, match="missing: tae"):
+        fit(tae_recipe, overrides, run=tmp_path / "other", stage="plain")
+
+
+def test_a_run_of_another_critic_is_another_run(tae_recipe: Path, tae_run: Path):
+    with pytest.raises(RecipeError, match="another reconstruction. Name another folder"):
+        fit(tae_recipe, ["reconstruction.discriminator_width=8"], run=tae_run)
+    with pytest.raises(RecipeError, match="another autoencoder. Name another folder"):
+        fit(tae_recipe, ["autoencoder.width=16"], run=tae_run)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sample.tile=[30,30]", r"\(at sample.tile\)"),
+        ("reconstruction.discriminator_layers=5", r"Frames of 16x16 .* \(at reconstruction.discriminator_layers\)"),
+        ("stages.critic.train.keep_optimizer=true", r"the critic.*\(at stages.critic.train.keep_optimizer\)"),
+    ],
+)
+def test_what_would_fail_late_fails_when_the_recipe_is_loaded(tae_recipe: Path, override: str, said: str):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(tae_recipe, [override])

@@ -149,7 +149,8 @@ class DiffusersVAE(nn.Module):
 
     @property
     def streams(self) -> bool:
-        """Whether `encode_stream` and `decode_stream` hold a few frames at a time: Wan's classes do, without tiles."""
+        """Whether `encode_stream` and `decode_stream` hold a few frames at a time: Wan's classes do, without tiles.
+        Reads config.json where the recipe names no class."""
         return self._class() == "AutoencoderKLWan" and self.strides[0] == FRAMES and not self.tiling
 
     def encode_stream(self, pieces: Iterable[Float[Tensor, "b 3 _t h w"]]) -> Iterator[Float[Tensor, "b c _t _h _w"]]:
@@ -191,8 +192,15 @@ class DiffusersVAE(nn.Module):
     # sizes
 
     def _class(self) -> str:
-        """The model's class as far as it is known: from the weights, else from the recipe."""
-        return type(self._loaded[0].vae).__name__ if self._loaded else self.class_name or ""
+        """The model's class as far as it is known: from the weights, else the recipe, else config.json."""
+        if self._loaded:
+            return type(self._loaded[0].vae).__name__
+        if self.class_name is not None or self.path is None:
+            return self.class_name or ""
+        try:
+            return str(known.read_config(known.find_folder(self.path, self.subfolder), None)["_class_name"])
+        except RecipeError:  # `missing` tells, and so does the first use
+            return ""
 
     def _model(self) -> known.Known | None:
         return known.KNOWN.get(self._class())

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lingen.registry import RecipeError
-from lingen.weights import find_weights, read_metadata
+from lingen.weights import WeightsError, find_weights, read_metadata
 
 PREFIXES = ("averaged.autoencoder.", "raw.autoencoder.")
 """Where `lingen.weights` puts an autoencoder's weights; the first that a file has is taken."""
@@ -28,13 +27,13 @@ def unfit(path: Path, own: Shapes) -> str | None:
     try:
         file = find_weights(path)
         read_metadata(file)
-    except RecipeError as error:
-        return f"{error} Set autoencoder.path to what `lingen fit --recipe tae_8x8x8` wrote."
+    except WeightsError as error:
+        return f"{error.what} {_cure(path)}"
     stored = read_shapes(file)
     if stored == own:
         return None
     if not stored:
-        return "it holds no autoencoder. Set autoencoder.path to what `lingen fit --recipe tae_8x8x8` wrote."
+        return f"it holds no autoencoder. {_cure(path)}"
     told, wanted = settings_of(stored), settings_of(own)
     wrong = {key: value for key, value in told.items() if value != wanted.get(key, value)}
     if "strides" in wrong:
@@ -45,6 +44,18 @@ def unfit(path: Path, own: Shapes) -> str | None:
         f"autoencoder.{key}={_plain(value)} (not {_plain(wanted[key])})" for key, value in wrong.items()
     )
     return f"its weights are of other sizes. Set {cure}, or autoencoder.path to weights that fit."
+
+
+def _cure(path: Path) -> str:
+    """How to get weights: at `path` where nothing is yet."""
+    fit = "`lingen fit --recipe tae_8x8x8"
+    if path.exists():
+        return f"Set autoencoder.path to what {fit}` wrote."
+    if path.suffix == ".safetensors":
+        return (
+            f"Train one with {fit}`, then `lingen export --run DIR --out {path}`; or set autoencoder.path to another."
+        )
+    return f"Train one with {fit} --run {path}`, or set autoencoder.path to another."
 
 
 def settings_of(shapes: Shapes) -> dict[str, Any]:

@@ -28,12 +28,13 @@ MEASURED = 32
 """Batches that the latents' mean and spread are measured on at the end of a stage."""
 
 
-def frozen_parts_of(recipe: Recipe) -> list[Any]:
-    """What a stage reads from disk before it trains: built on the meta device, so that each says what it lacks."""
+def frozen_parts_of(recipe: Recipe, *, begun: bool = False) -> list[Any]:
+    """What a stage reads from disk before it trains: built on the meta device, so that each says what it lacks. One
+    that has `begun` goes on from its checkpoint and does not read the weights that it started from."""
     with torch.device("meta"):
         parts = [build_perceptual(features_of(recipe))]
         autoencoder = AUTOENCODERS.build(recipe.autoencoder)
-    return parts if autoencoder.path is None else [*parts, autoencoder]
+    return parts if begun or autoencoder.path is None else [*parts, autoencoder]
 
 
 def features_of(recipe: Recipe) -> dict[str, Any]:
@@ -60,13 +61,18 @@ class AutoencoderModule(Trained):
         super().__init__(recipe)
         self.settings = recipe.reconstruction
         self.autoencoder = trainable(AUTOENCODERS.build(recipe.autoencoder), recipe.autoencoder["name"])
-        if self.autoencoder.path is not None:
-            self.autoencoder.load()
         self.perceptual = build_perceptual(features_of(recipe))
         self.discriminator: Discriminator | None = None
         if self.settings.adversarial:
             self.discriminator = Discriminator(self.settings.discriminator_width, self.settings.discriminator_layers)
         self.freeze_parts()
+
+    def begin(self) -> str:
+        """Reads the weights at the autoencoder's `path`, where it has one."""
+        if self.autoencoder.path is None:
+            return super().begin()
+        self.autoencoder.load()
+        return str(self.autoencoder.path)
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """The perceptual distance."""

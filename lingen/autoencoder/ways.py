@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lingen.autoencoder import streams
 from lingen.autoencoder.tiling import Tiles, decode_tiled, encode_tiled
-from lingen.registry import RecipeError
+from lingen.registry import RecipeError, SettingError
 
 WAYS = ("exact", "tiled", "whole")
 """By its own streams; in tiles that are cross-faded; in one call, the only one whose memory grows with the pixels of
@@ -39,10 +40,34 @@ def way_for(autoencoder: Any, asked: str | None, name: str) -> str:
     return str(asked)
 
 
-def tiles_of(size: tuple[int, int] | None) -> Tiles:
-    """Movie Gen's tiles in time; in space those that are asked for (h, w): neighbours share a quarter of one, in steps
-    of 32 pixels, which every stride divides (ours)."""
-    return Tiles() if size is None else Tiles(size=size, size_overlap=min(size) // 128 * 32)
+def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Tiles:
+    """Movie Gen's tiles in time; in space those that are asked for, of which neighbours share a quarter (ours).
+
+    Args:
+        tile: height and width in pixels; None: space is not cut.
+        strides: the autoencoder's.
+    Raises:
+        SettingError: sides that the strides do not divide, or of which a quarter is less than a latent: tiles that
+            share nothing show as a mosaic.
+    """
+    if tile is None:
+        return Tiles()
+    (height, width), (_, stride_h, stride_w) = tile, strides
+    if height % stride_h or width % stride_w:
+        raise SettingError(
+            "tile",
+            f"tile={height}x{width}: height and width must be multiples of {stride_h} and {stride_w}, the "
+            "autoencoder's strides.",
+        )
+    latent = math.lcm(stride_h, stride_w)
+    shared = min(tile) // 4 // latent * latent
+    if not shared:
+        raise SettingError(
+            "tile",
+            f"tile={height}x{width} is too small: neighbours share a quarter of a tile, which must be a latent or "
+            f"more; take {4 * latent} pixels a side or more.",
+        )
+    return Tiles(size=tile, size_overlap=shared)
 
 
 def encode(

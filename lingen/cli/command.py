@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lingen import __version__
+from lingen.registry import RecipeError
 
 DONE, FAILED, WRONG_USE, INTERRUPTED, REQUEUE = 0, 1, 2, 130, 75
 """Exit codes; 75 asks to be requeued."""
@@ -75,9 +76,27 @@ WAYS = (
         help="by the autoencoder's own streams, in tiles of 32 frames that are cross-faded, or in one call; default: "
         "exact where it has streams, else whole",
     ),
-    argument("--tile", type=size_of, metavar="HxW", help="tiles of this height and width; default: of the whole frame"),
+    argument(
+        "--tile",
+        type=size_of,
+        metavar="HxW",
+        help="--stream tiled in tiles of this height and width; default: of the whole frame",
+    ),
 )
 SHARD_MB = argument("--shard-mb", type=whole, default=1000, metavar="N", help="size of a shard; default: 1000")
+
+
+def ways_of_args(args: argparse.Namespace) -> tuple[str | None, tuple[int, int] | None]:
+    """The way through the autoencoder that `WAYS` ask for (None: its own), and the tile; a tile means tiled.
+
+    Raises:
+        RecipeError: a tile with another way.
+    """
+    if args.tile is None or args.stream == "tiled":
+        return args.stream, args.tile
+    if args.stream is not None:
+        raise RecipeError(f"--tile goes with --stream tiled, not with --stream {args.stream}.")
+    return "tiled", args.tile
 
 
 def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[Run], Run]:

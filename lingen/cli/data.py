@@ -35,24 +35,28 @@ from lingen.registry import RecipeError
     argument(
         "--parts",
         type=int,
-        default=1,
         choices=[1, 2, 3, 4],
-        help="emoji: how many of the four packages of animations (170 MB each)",
+        help="emoji: how many of the four packages of animations (170 MB each); default: 1",
     ),
-    argument("--limit", type=int, help="only so many clips and images"),
+    argument("--limit", type=int, help="emoji, footage: only so many clips and images"),
 )
 def data_fetch(args: argparse.Namespace) -> int:
+    _check_fetch(args)
+    from pathlib import Path
+
+    from lingen.target import check_place
+
+    out = args.out or ("weights" if args.set == "vgg16" else f"data/{args.set}")
+    check_place(Path(out))
     if args.set == "vgg16":
-        return _fetch_vgg16(args.out or "weights")
+        return _fetch_vgg16(out)
     from lingen.data.fetch import fetch
     from lingen.data.packages import FetchError
     from lingen.progress import count_bar
 
     with count_bar(console(), f"fetching {args.set}") as progress:
         try:
-            fetched = fetch(
-                args.set, args.out or f"data/{args.set}", parts=args.parts, limit=args.limit, progress=progress
-            )
+            fetched = fetch(args.set, out, parts=args.parts or 1, limit=args.limit, progress=progress)
         except FetchError as error:
             print(error, file=sys.stderr)
             return FAILED
@@ -60,6 +64,14 @@ def data_fetch(args: argparse.Namespace) -> int:
         print(line)
     print(f"{fetched.folder}: " + ", ".join(f"{count} {kind}" for kind, count in fetched.counts.items()))
     return DONE
+
+
+def _check_fetch(args: argparse.Namespace) -> None:
+    """RecipeError for a flag that would have no effect."""
+    if args.parts is not None and args.set != "emoji":
+        raise RecipeError(f"--parts goes with emoji: {args.set} does not come in parts. Leave it out.")
+    if args.limit is not None and args.set == "vgg16":
+        raise RecipeError("--limit goes with emoji and footage: weights are fetched whole. Leave it out.")
 
 
 def _fetch_vgg16(out: str) -> int:

@@ -42,6 +42,8 @@ def doctor(args: argparse.Namespace) -> int:
 
 def _print(found: Checkup) -> None:
     """A line for each thing on stdout, what helps on stderr."""
+    if not any(found):
+        print("ok: it needs no weights")
     for there in found.ok:
         print(f"ok: {there}")
     for word, lacks in (("missing", found.missing), ("absent", found.absent)):

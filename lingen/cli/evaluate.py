@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from lingen.cli.command import (
     print_json,
     print_table,
     size_of,
+    ways_of_args,
     whole,
 )
 from lingen.cli.encode import DEVICE, device_of
@@ -30,8 +32,8 @@ from lingen.registry import RecipeError
     "how well a recipe's autoencoder reconstructs its held-out clips, next to bicubic scaling of the same size",
     RECIPE,
     STAGE,
-    argument("--run", metavar="DIR", help="weights: the last finished stage of an autoencoder's run; also its recipe"),
-    argument("--checkpoint", metavar="F", help="weights: a file of such a run"),
+    argument("--run", metavar="DIR", help="the autoencoder of a run's last finished stage; it also is the recipe"),
+    argument("--checkpoint", metavar="F", help="the autoencoder of a weights file of such a run"),
     argument("--autoencoder", metavar="NAME", help="another one than the recipe's, e.g. pixels"),
     argument("--clips", type=whole, default=8, metavar="N", help="of each kind; default: 8"),
     argument("--frames", type=whole, metavar="T", help="of a clip; default: the recipe's"),
@@ -44,16 +46,15 @@ from lingen.registry import RecipeError
     overrides=True,
 )  # fmt: skip
 def eval_tae(args: argparse.Namespace) -> int:
+    way, tile = ways_of_args(args)
     recipe = _recipe(args)
     from pathlib import Path
 
-    from lingen.autoencoder.ways import tiles_of
     from lingen.metrics.autoencoder import Request, evaluate
     from lingen.progress import count_bar
 
     asked = Request(
-        clips=args.clips, way=args.stream, tiles=tiles_of(args.tile), compare=args.compare,
-        device=device_of(args.device),
+        clips=args.clips, way=way, tile=tile, compare=args.compare, device=device_of(args.device),
     )  # fmt: skip
     with count_bar(console(), "reconstructing") as progress:
         try:
@@ -70,27 +71,60 @@ def eval_tae(args: argparse.Namespace) -> int:
     return DONE
 
 
+UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sample.tile=null")
+"""What a recipe says of training and sampling plays no part: any autoencoder will do, patches need not fill a clip."""
+
+
 def _recipe(args: argparse.Namespace) -> Any:
-    """The stage that is asked for, with the weights that are asked for; the last stage where none is named."""
+    """The stage that is asked for, with the autoencoder that is asked for; the last stage where none is named."""
     from lingen.folder import RunFolder
     from lingen.recipe import load_recipe, load_stages
-    from lingen.weights import find_weights
+
+    if args.recipe is None and args.run is None:
+        raise RecipeError("Say on which recipe's clips: --recipe R, or --run DIR for the recipe of a run.")
+    first, last = _autoencoder(args)
+    asked = {"data.frames": args.frames, "data.size": args.size and list(args.size)}
+    changes = [f"{key}={value}" for key, value in asked.items() if value is not None]
+    overrides = [*first, *args.overrides, *changes, *last, *UNUSED]
+    recipe = args.recipe or RunFolder(_folder(args.run)).recipe
+    return load_recipe(recipe, overrides, stage=args.stage) if args.stage else load_stages(recipe, overrides)[-1]
+
+
+def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Overrides that name the autoencoder and that what is typed may change, and those that it may not."""
+    from pathlib import Path
 
     if args.run and args.checkpoint:
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
-    source = args.run or args.checkpoint
-    if args.recipe is None and args.run is None:
-        raise RecipeError("Say on which recipe's clips: --recipe R, or --run DIR for the recipe of a run.")
-    named = [f"autoencoder={args.autoencoder}"] if args.autoencoder else []
-    asked = {
-        "data.frames": args.frames,
-        "data.size": args.size and list(args.size),
-        "autoencoder.path": find_weights(source) if source else None,
-        "model.patch": [1, 1, 1],  # the denoiser plays no part: its patches need not fill the clip
-    }
-    overrides = [*named, *args.overrides, *(f"{key}={value}" for key, value in asked.items() if value is not None)]
-    recipe = args.recipe or RunFolder(_folder(args.run)).recipe
-    return load_recipe(recipe, overrides, stage=args.stage) if args.stage else load_stages(recipe, overrides)[-1]
+    source = _folder(args.run) if args.run else args.checkpoint and Path(args.checkpoint)
+    if not source:
+        return [f"autoencoder={args.autoencoder}"] if args.autoencoder else [], []
+    if args.autoencoder:
+        raise RecipeError(
+            f"--autoencoder {args.autoencoder} and the weights at {source} are two autoencoders. To judge "
+            f"'{args.autoencoder}' on a run's clips say --recipe DIR/recipe.yaml --autoencoder {args.autoencoder}."
+        )
+    component = _trained(source)
+    return [f"autoencoder={json.dumps(component)}"], [f"autoencoder.path={json.dumps(component['path'])}"]
+
+
+def _trained(source: Any) -> dict[str, Any]:
+    """The autoencoder of a run folder or weights file, as a recipe that names these weights says it."""
+    from lingen.autoencoder.stored import read_shapes, settings_of
+    from lingen.weights import find_weights, recipe_of
+
+    file = find_weights(source)
+    recipe = recipe_of(file)
+    if recipe.trains != "autoencoder":
+        name, place = recipe.autoencoder["name"], "R" if file == source else f"{source}/recipe.yaml"
+        raise RecipeError(
+            f"{source} holds a denoiser and no autoencoder of its own. To judge '{name}', with which it was trained, "
+            f"name the recipe instead: --recipe {place}."
+        )
+    component = recipe.autoencoder
+    if "path" not in component:  # one that comes with its weights, and that went on from there
+        component = {"name": "tae", **settings_of(read_shapes(file))}
+    return {**component, "path": str(file)}
 
 
 def _folder(run: str) -> Any:

@@ -14,9 +14,7 @@ from lingen.cli.command import DONE, argument, command
     argument("--precision", choices=["bf16", "fp32"], default="bf16", help="default: bf16"),
 )
 def export(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from lingen.weights import export_weights
 
-    print(export_weights(args.run, Path(args.out), args.precision))
+    print(export_weights(args.run, args.out, args.precision))
     return DONE

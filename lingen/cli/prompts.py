@@ -77,6 +77,8 @@ def rewrite(prompts: Sequence[str], how: RewriteConfig, device: str) -> list[Rew
     with count_bar(console(), "rewriting prompts") as progress:
         found = rewriter.rewrite(prompts, progress)
     rewriter.release()
+    if not all(prompt.strip() for prompt in prompts):
+        print("An empty prompt is used as it is: there is nothing in it to rewrite.", file=sys.stderr)
     return found
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lingen.cli.command import (
     DONE,
@@ -17,14 +18,18 @@ from lingen.cli.command import (
     argument,
     command,
     console,
+    positive,
     print_table,
     size_of,
+    ways_of_args,
 )
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
 from lingen.registry import RecipeError, SettingError
 
 if TYPE_CHECKING:
     from lingen.text.rewrite import Rewritten
+
+T = TypeVar("T")
 
 
 @command(
@@ -91,7 +96,7 @@ SAMPLING = (
     argument("--seed", type=int, help="another seed gives another clip"),
     argument("--steps", type=int, help="solver steps"),
     argument("--guidance", type=float, help="weight of the prompt; 1: none"),
-    argument("--seconds", type=float, help="length of the clip"),
+    argument("--seconds", metavar="S", help="length of the clip"),
     argument("--size", metavar="HxW", help="height x width in pixels, e.g. 384x704"),
 )
 
@@ -113,21 +118,20 @@ def sample(args: argparse.Namespace) -> int:
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
-    try:
-        size = None if args.size is None else size_of(args.size)
-    except argparse.ArgumentTypeError as error:
-        raise RecipeError(f"--size: {error}.") from error
+    seconds, size = _parsed("--seconds", args.seconds, positive), _parsed("--size", args.size, size_of)
+    from lingen.output import clip_paths, sample_to_files
+
+    clip_paths(args.out, len(prompts))
     rewritten = _rewritten(args, prompts)
     if report_faults(rewritten):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return FAILED
-    from lingen.output import sample_to_files
     from lingen.progress import step_bar
 
     with step_bar(console()) as progress:
         files = sample_to_files(
             args.run or args.checkpoint, prompts, args.out, seed=args.seed, steps=args.steps,
-            guidance=args.guidance, seconds=args.seconds, size=size, progress=progress,
+            guidance=args.guidance, seconds=seconds, size=size, progress=progress,
             rewritten=[str(one.text) for one in rewritten],
         )  # fmt: skip
         try:
@@ -136,6 +140,14 @@ def sample(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
     return DONE
+
+
+def _parsed(flag: str, text: str | None, kind: Callable[[str], T]) -> T | None:
+    """What a flag says; a mistake is one line, without argparse's usage."""
+    try:
+        return None if text is None else kind(text)
+    except argparse.ArgumentTypeError as error:
+        raise RecipeError(f"{flag}: {error}.") from error
 
 
 def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
@@ -169,10 +181,8 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
 def decode(args: argparse.Namespace) -> int:
     from lingen.output import decode_file
 
-    if args.tile is not None and args.stream in ("exact", "whole"):
-        raise RecipeError("--tile goes with --stream tiled.")
     try:
-        print(decode_file(args.latents, args.out, args.stream, args.tile))
+        print(decode_file(args.latents, args.out, *ways_of_args(args)))
     except SettingError as error:
         raise RecipeError(str(error)) from error
     return DONE

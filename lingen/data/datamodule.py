@@ -112,6 +112,8 @@ class ClipData(lightning.LightningDataModule):
         if not len(index):
             faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in index.faults[:3]) or "they are empty"
             raise DataError(f"{setting}: there is no whole sample in {len(index.shards)} shards ({faults}).")
+        if index.encoded and self.recipe.trains == "autoencoder":
+            raise RecipeError(f"{setting}: an autoencoder is trained on pixels, and these shards hold latents.")
         if index.encoded:
             check_encoded(index.abouts, self.recipe, setting)
         pool = pool_of(index, self.recipe.data, kind, self._tokens, setting)
@@ -132,6 +134,16 @@ class ClipData(lightning.LightningDataModule):
             encoders = [TEXT_ENCODERS.build(component) for component in self.recipe.text]
         frozen = [number for number, encoder in enumerate(encoders) if not getattr(encoder, "trainable", False)]
         return Wanted(autoencoder.channels, tuple(autoencoder.strides), frozenset(frozen))
+
+    @property
+    def needs_no_encoders(self) -> bool:
+        """Does all that is trained on, and validated with, come as latents and tokens, null text included?"""
+        self.setup()
+        assert self.train is not None and self.validation is not None
+        indexes = [pool.index for clips in (self.train, self.validation) for pool in clips.pools.values()]
+        return all(
+            index.encoded and all(about.settings.get("null_text") for about in index.abouts) for index in indexes
+        )
 
     # what is told
 

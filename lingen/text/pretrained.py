@@ -25,7 +25,7 @@ class _T5Family(LocalEncoder):
         config = check_model(path, T5_FAMILY, tokenizer=False)
         if not _reads_bytes(config):
             check_model(path, T5_FAMILY)
-        check_settings(config.get("d_model", 512), self.dim, None, self.max_tokens)
+        check_settings(config.get("d_model", 512), self.dim, None, self.max_tokens, special=1)
 
     def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> TransformersReader:
         import transformers
@@ -123,7 +123,7 @@ class Llama(LocalEncoder):
 
     def inspect(self, path: Path) -> None:
         config = check_model(path, DECODERS)
-        _check_fits(config, self)
+        _check_fits(config, self, special=0)  # not every decoder has a start: its tokenizer tells
         depth = config.get("num_hidden_layers", self.layer)
         if not -depth - 1 <= self.layer <= depth:
             raise Lacking(f"it has {depth} layers, so layer={self.layer} is none", f"set layer to at most {depth}")
@@ -155,7 +155,7 @@ class BERT(LocalEncoder):
         super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
     def inspect(self, path: Path) -> None:
-        _check_fits(check_model(path, BERTS), self)
+        _check_fits(check_model(path, BERTS), self, special=2)
 
     def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> TransformersReader:
         from transformers import AutoModel
@@ -167,8 +167,9 @@ def _reads_bytes(config: dict[str, Any]) -> bool:
     return config.get("tokenizer_class") == "ByT5Tokenizer" or config.get("vocab_size") == 384
 
 
-def _check_fits(config: dict[str, Any], encoder: LocalEncoder) -> None:
+def _check_fits(config: dict[str, Any], encoder: LocalEncoder, special: int) -> None:
     longest = config.get("max_position_embeddings")
     if longest is not None and config["model_type"] in COUNTS_FROM_PADDING:
         longest -= config.get("pad_token_id", 1) + 1
-    check_settings(config.get("hidden_size", config.get("dim", encoder.dim)), encoder.dim, longest, encoder.max_tokens)
+    width = config.get("hidden_size", config.get("dim", encoder.dim))
+    check_settings(width, encoder.dim, longest, encoder.max_tokens, special)

@@ -18,7 +18,7 @@ from lingen.data.cache import cache_folder
 from lingen.data.fingerprint import fingerprint, hash_weights
 from lingen.frozen import Missing, check_ready
 from lingen.text.chat import Chat, Talk, inspect
-from lingen.text.folder import Lacking
+from lingen.text.folder import Lacking, names_file
 from lingen.text.instruction import INSTRUCTION_VERSION, clean, fault_of, question
 
 log = logging.getLogger("lingen")
@@ -65,7 +65,7 @@ class Rewriter:
                 raise Lacking("no path is named")
             inspect(Path(self.path))
         except Lacking as lacking:
-            elsewhere = self.path is None or lacking.elsewhere
+            elsewhere = self.path is None or lacking.elsewhere or names_file(self.path)
             get = f"download {PUBLIC} with `hf download {PUBLIC} --local-dir {HOME if elsewhere else self.path}`"
             cure = lacking.cure or get + (f" and set rewrite.path={HOME}" if elsewhere else "")
             return [Missing(self.name, self.path or "-", f"{lacking}; {cure}")]
@@ -76,28 +76,28 @@ class Rewriter:
     ) -> list[Rewritten]:
         """What becomes of each prompt, in order. An answer that cannot be used (empty, too long, without the words that
         the prompt has in quotation marks) is sent back once; where the second is no better, the prompt has a `fault`.
+        An empty prompt asks for nothing, and stays as it is.
 
         Args:
             progress: called with the prompts done and all of them.
         Raises:
             RecipeError: there is no such model, or it is no chat model.
-            ValueError: a prompt is empty.
         """
-        if not all(prompt.strip() for prompt in prompts):
-            raise ValueError("A prompt is empty: there is nothing to rewrite.")
         check_ready([self])
         kept = _Kept(self.settings)
-        known = {one: kept.get(one) for one in dict.fromkeys(prompts)}
+        known = {one: kept.get(one) for one in dict.fromkeys(prompts) if one.strip()}
         done = {prompt: Rewritten(prompt, text, cached=True) for prompt, text in known.items() if text is not None}
+        done |= {prompt: Rewritten(prompt, prompt) for prompt in prompts if not prompt.strip()}
+        total = len({*prompts})
         new = [prompt for prompt in known if prompt not in done]
         size = 1 if self.how.temperature else self.how.batch
         for start in range(0, len(new), size):
-            progress(len(done), len(known))
+            progress(len(done), total)
             for one in self._write(new[start : start + size]):
                 done[one.prompt] = one
                 if one.text is not None:
                     kept.put(one.prompt, one.text)
-        progress(len(known), len(known))
+        progress(total, total)
         return [done[prompt] for prompt in prompts]
 
     def release(self) -> None:

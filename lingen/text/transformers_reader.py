@@ -29,6 +29,7 @@ class TransformersReader:
         self.network, self.tokenizer = network, tokenizer
         self.width = int(network.config.hidden_size)
         self.layer, self.skip = layer, skip
+        self.special = len(tokenizer("")["input_ids"])
         self._empty = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
 
     def rows(self, texts: list[str], cut: Cut) -> list[list[int]]:
