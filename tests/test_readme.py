@@ -138,3 +138,16 @@ def test_the_numbers_of_speed_have_a_source():
     fits = json.loads((ROOT / "docs" / "results" / "scaling.json").read_text())["fits"]["mate"]
     for cost in ("time", "memory"):
         assert f"tokens^{fits[cost]['exponent']:.2f}" in table
+
+
+def test_the_numbers_of_the_autoencoder_have_a_source():
+    section = README[README.index("## Autoencoder") : README.index("## Speed")]
+    measured = json.loads((ROOT / "docs" / "tae" / "metrics.json").read_text())
+    psnr = {row["what"]: row["psnr"] for row in measured["rows"]}
+    assert f"{psnr['tae_small']:.1f} dB" in section and f"has {psnr['bicubic, space and time']:.1f} (" in section
+    rows = json.loads((ROOT / "docs" / "results" / "tae.json").read_text())["rows"]
+    (clip,) = (row for row in rows if row.get("way") == "exact" and row.get("frames") == 1088)
+    assert f"{clip['encode_s']:.2f} s to encode and {clip['decode_s']:.2f} s to decode" in section
+    page = (ROOT / "docs" / "tae" / "README.md").read_text()
+    for row in measured["rows"]:
+        assert f"| {row['what']} | {row['numbers']:.2%} | {row['psnr']:.2f} | {row['ssim']:.3f} |" in page
