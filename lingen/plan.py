@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lingen.config import Component, LinGenConfig, Recipe
-from lingen.recipe import grids_of, patch_of
+from lingen.grids import grids_of, patch_of
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 
 Grid = tuple[int, int, int]

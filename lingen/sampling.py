@@ -19,9 +19,9 @@ from lingen.autoencoder.ways import tiles_of, way_for
 from lingen.config import SampleConfig
 from lingen.flow import Encoded
 from lingen.frozen import check_ready
+from lingen.grids import check_frames
 from lingen.module import LinGenModule
 from lingen.precision import set_precision
-from lingen.recipe import check_frames
 from lingen.weights import load_module
 
 log = logging.getLogger("lingen")

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from lingen.grids import check_frames
 from lingen.json_schema import json_schema
 from lingen.plan import plan
-from lingen.recipe import check_frames, load_recipe, load_stages, shipped_recipes, stages_of, to_yaml
+from lingen.recipe import load_recipe, load_stages, shipped_recipes, stages_of, to_yaml
 from lingen.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, SettingError
 from lingen.schema import check_value, settings_of
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lingen.config import Recipe
+from lingen.grids import grids_of, patch_of
 from lingen.plan import Plan
-from lingen.recipe import grids_of, patch_of
 from lingen.registry import AUTOENCODERS
 
 

@@ -18,9 +18,9 @@ from lingen.autoencoder.perceptual import NoDistance, build_perceptual
 from lingen.config import Recipe
 from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
-from lingen.recipe import trainable
 from lingen.registry import AUTOENCODERS
 from lingen.training import Trained
+from lingen.workshop import trainable
 
 FRAMES_AT_ONCE = 8
 """Frames of a clip that validation hands to the perceptual distance in one go."""

@@ -14,7 +14,8 @@ from lingen.bench.results import Results, Say
 from lingen.bench.targets import VARIANTS
 from lingen.bench.twins import bench_twins
 from lingen.config import LinGenConfig, Recipe
-from lingen.recipe import grids_of, load_recipe
+from lingen.grids import grids_of
+from lingen.recipe import load_recipe
 from lingen.registry import AUTOENCODERS, RecipeError
 
 

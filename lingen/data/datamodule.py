@@ -30,7 +30,7 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import KINDS, Anchor, Order, Place
 from lingen.data.sources import Reader
-from lingen.recipe import patch_of
+from lingen.grids import patch_of
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 
 
