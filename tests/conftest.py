@@ -56,6 +56,12 @@ if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
     _products_of_bfloat16()
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in every run: a limit is kept or not, whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poisoned():
     """New memory holds NaN: what a kernel leaves unwritten shows."""

@@ -344,8 +344,9 @@ def test_what_a_stage_reads_is_named_before_it_is_read():
     other = replace(recipe(), autoencoder={**TINY, "path": "no/run"})
     assert any(each.path == "no/run" for part in frozen_parts_of(other) if hasattr(part, "missing")
                for each in part.missing())  # fmt: skip
+    assert len(frozen_parts_of(other, begun=True)) == len(frozen_parts_of(other)) - 1
     with pytest.raises(RecipeError, match="no/run"):
-        AutoencoderModule(other)
+        AutoencoderModule(other).begin()
 
 
 def test_an_autoencoder_that_cannot_be_trained_is_refused():
