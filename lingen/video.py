@@ -16,7 +16,7 @@ from lingen.target import in_one_step
 def save_video(
     clip: Any, path: str | Path, fps: float, *, title: str = "", about: dict[str, Any] | None = None
 ) -> Path:
-    """Writes frames as H.264 (yuv420p, index in front) with PyAV.
+    """Writes frames as H.264 (yuv420p, index in front) with PyAV; the same frames give the same pictures, always.
 
     Args:
         clip: uint8 frames [t h w 3]: an array, a tensor, or an iterable of frames [h w 3] that is consumed one by one,
@@ -29,8 +29,9 @@ def save_video(
         ValueError: for no frames, or frames that are not uint8 [h w 3].
     """
     import av
+    from av.video.reformatter import VideoReformatter
 
-    path = Path(path)
+    path, scaler = Path(path), VideoReformatter()
     rate, fast = Fraction(fps).limit_denominator(1001), {"movflags": "+faststart"}
     with in_one_step(path) as partial, av.open(str(partial), "w", format="mp4", options=fast) as file:
         file.metadata["title"] = title
@@ -38,10 +39,13 @@ def save_video(
         stream = None
         for frame in frames_of(clip):
             if stream is None:
-                stream = file.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
+                # x264's macroblock tree and a conversion spread over threads vary from run to run.
+                options = {"crf": "16", "preset": "medium", "x264-params": "no-mbtree=1"}
+                stream = file.add_stream("libx264", rate=rate, options=options)
                 stream.height, stream.width = frame.shape[0], frame.shape[1]
                 stream.pix_fmt = "yuv420p"
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            file.mux(stream.encode(scaler.reformat(picture, format="yuv420p", threads=1)))
         if stream is None:
             raise ValueError(f"There are no frames to write to {path}.")
         file.mux(stream.encode())
