@@ -21,6 +21,19 @@ COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 class _T5Family(LocalEncoder):
     """The encoder's half of any T5: `config.json` tells which, and whether the tokenizer is ByT5's, without files."""
 
+    def __init__(
+        self,
+        *,
+        path: PathSetting = None,
+        dim: Dim = 4096,
+        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 512,
+        precision: Precision = "auto",
+        read: Read = "prompt",
+        device: Device = "auto",
+        batch: BatchSetting = 1,
+    ):
+        super().__init__(path, dim, max_tokens, precision, read, device, batch)
+
     def inspect(self, path: Path) -> None:
         config = check_model(path, T5_FAMILY, tokenizer=False)
         if not _reads_bytes(config):
@@ -41,37 +54,11 @@ class T5(_T5Family):
 
     name, public, home = "t5", "google/t5-v1_1-xxl", "weights/t5-v1_1-xxl"
 
-    def __init__(
-        self,
-        *,
-        path: PathSetting = None,
-        dim: Dim = 4096,
-        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 512,
-        precision: Precision = "auto",
-        read: Read = "prompt",
-        device: Device = "auto",
-        batch: BatchSetting = 1,
-    ):
-        super().__init__(path, dim, max_tokens, precision, read, device, batch)
-
 
 class UL2(_T5Family):
     """UL2's encoder (arXiv 2205.05131): what the prompt means."""
 
     name, public, home = "ul2", "google/ul2", "weights/ul2"
-
-    def __init__(
-        self,
-        *,
-        path: PathSetting = None,
-        dim: Dim = 4096,
-        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 512,
-        precision: Precision = "auto",
-        read: Read = "prompt",
-        device: Device = "auto",
-        batch: BatchSetting = 1,
-    ):
-        super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
 
 class ByT5(_T5Family):
@@ -90,7 +77,9 @@ class ByT5(_T5Family):
         device: Device = "auto",
         batch: BatchSetting = 1,
     ):
-        super().__init__(path, dim, max_tokens, precision, read, device, batch)
+        super().__init__(
+            path=path, dim=dim, max_tokens=max_tokens, precision=precision, read=read, device=device, batch=batch
+        )
 
     def inspect(self, path: Path) -> None:
         if not _reads_bytes(check_model(path, T5_FAMILY, tokenizer=False)):
