@@ -26,6 +26,11 @@ def missing_of(parts: Iterable[Any]) -> list[Missing]:
 
 def check_ready(parts: Iterable[Any]) -> None:
     """What a run asks before it starts. RecipeError names everything that is missing, and the cure."""
-    found = missing_of(parts)
-    if found:
-        raise RecipeError(*(f"missing: {one.name} {one.path}: {one.cure}" for one in found))
+    refuse(missing_of(parts))
+
+
+def refuse(missing: Iterable[Missing]) -> None:
+    """RecipeError with a sentence for each that is missing, if any is."""
+    sentences = [f"missing: {one.name} {one.path}: {one.cure}" for one in missing]
+    if sentences:
+        raise RecipeError(*sentences)

@@ -17,11 +17,11 @@ from lingen.config import Recipe
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
 from lingen.folder import RunFolder, default_path
-from lingen.frozen import Missing, missing_of
+from lingen.frozen import Missing, missing_of, refuse
 from lingen.module import LinGenModule
 from lingen.ranks import is_first_rank
 from lingen.recipe import load_recipe, load_stages, to_yaml
-from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
+from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.samples import sample_prompts, sample_reconstructions, score
 from lingen.tables import as_table
 from lingen.trainer import build_trainer, quiet_lightning
@@ -113,9 +113,7 @@ def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
     """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
     for recipe in stages:
         ClipData(recipe).check()
-        lacks = missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage))))
-        if lacks:
-            raise RecipeError(*(f"missing: {one.name} {one.path}: {one.cure}" for one in lacks))
+        refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
         if recipe.init is not None:
             find_weights(recipe.init)
 

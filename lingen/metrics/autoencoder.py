@@ -36,7 +36,7 @@ from lingen.metrics.reconstruction import (
     psnr,
 )
 from lingen.registry import AUTOENCODERS, RecipeError, SettingError
-from lingen.video import contact_sheet, save_video
+from lingen.video import contact_sheet, save_video, sheet_frames
 
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
 """Movie Gen's TAE (arXiv 2410.13720, section 3.1.1) on its authors' clips of 512 pixels: for scale only."""
@@ -262,7 +262,7 @@ class _Judge:
         comparison = Comparison(self.perceptual)
         shown = len(self.shown[kind]) < 3 * SHOWN
         film = kind == "video" and not self.shown[kind]
-        picks = np.unique(np.linspace(0, clip.shape[2] - 1, min(COLUMNS, clip.shape[2])).round().astype(int))
+        picks = sorted(sheet_frames(clip.shape[2], COLUMNS))
         stills: list[tuple[np.ndarray, np.ndarray]] = []
 
         def frames() -> Iterator[np.ndarray]:
