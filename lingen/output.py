@@ -19,7 +19,7 @@ from lingen.sampling import (
     best_device,
     clip_size,
     decode_frames,
-    encode_prompts,
+    encode_and_place,
     sample_latents,
     settings_with,
 )
@@ -59,12 +59,9 @@ def sample_to_files(
     weights = find_weights(source)
     recipe_hash = hashlib.sha256(read_metadata(weights)["recipe"].encode()).hexdigest()[:12]
     module = load_module(weights)
-    check_ready([module.autoencoder, *module.text])
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
-    module.text.to(best_device())
-    words = encode_prompts(module, list(rewritten) or prompts, clip)
-    module.to(best_device())
+    words = encode_and_place(module, list(rewritten) or prompts, clip, best_device())
     for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         row = words.rows(slice(index, index + 1))
         latents = sample_latents(module, row, clip, settings, first=index, progress=progress)

@@ -74,15 +74,13 @@ def generate(
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise TypeError(f"A prompt is a text, got {prompt!r}.")
-    module = (
-        run_or_checkpoint
-        if isinstance(run_or_checkpoint, LinGenModule)
-        else load_module(run_or_checkpoint, device=best_device())
-    )
+    if isinstance(run_or_checkpoint, LinGenModule):
+        module, device = run_or_checkpoint, run_or_checkpoint.device
+    else:
+        module, device = load_module(run_or_checkpoint), best_device()
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
-    check_ready([module.autoencoder, *module.text])
-    words = encode_prompts(module, prompts, clip)
+    words = encode_and_place(module, prompts, clip, device)
     for index in range(len(prompts)):
         row = words.rows(slice(index, index + 1))
         latents = sample_latents(module, row, clip, settings, first=index, progress=progress)
@@ -166,6 +164,19 @@ def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize)
         if hasattr(encoder, "release"):
             cast(Any, encoder).release()
     return Words(len(prompts), null, text)
+
+
+def encode_and_place(module: LinGenModule, prompts: Sequence[str], clip: ClipSize, device: torch.device) -> Words:
+    """Encodes prompts on the device, and only then puts the denoiser there: both at once need not fit.
+
+    Raises:
+        RecipeError: weights of a frozen part are missing.
+    """
+    check_ready([module.autoencoder, *module.text])
+    module.text.to(device)
+    words = encode_prompts(module, prompts, clip)
+    module.to(device)
+    return words
 
 
 @torch.no_grad()
