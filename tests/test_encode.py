@@ -267,6 +267,14 @@ def test_the_same_weights_elsewhere_are_the_same(folder: Path, encoded: Path, tm
     assert hash_weights(weights) != before
 
 
+def test_weights_that_come_with_lingen_count_too(stages: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(stages[0], autoencoder={"name": "tae_small", "chunk": 4})
+    before = frozen_settings(recipe)["autoencoder"]
+    assert set(before) == {"name", "weights"}
+    monkeypatch.setattr("lingen.data.fingerprint.hash_weights", lambda path: f"another {path.name}")
+    assert frozen_settings(recipe)["autoencoder"] != before
+
+
 def test_training_needs_no_weights_of_text_encoders(
     folder: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,9 @@ def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
     paths = {key: value for key, value in component.items() if isinstance(value, str) and Path(value).exists()}
     weights = {key: hash_weights(Path(value)) for key, value in paths.items() if key != "name"}
     told = {**component, **weights}
+    packaged = getattr(part, "path", None)
+    if "path" not in component and isinstance(packaged, str) and Path(packaged).exists():
+        told["weights"] = hash_weights(Path(packaged))  # they come with lingen, and with another release others may
     if "path" in told and "path" not in paths:
         told["path"] = None
     return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
