@@ -107,7 +107,7 @@ def test_a_clip_is_causal_and_alone():
 
 def test_mistakes_are_sentences():
     parts = operands(4, 1)
-    with pytest.raises(ValueError, match="'triton'. The Triton kernel is not written yet. Known: auto, reference"):
+    with pytest.raises(ValueError, match="'triton'. Known: auto, reference"):
         ssd(**parts, kernel="triton")
     with pytest.raises(ValueError, match="pip install 'lingen\\[cuda\\]'"):
         ssd(**parts, kernel="stock")

@@ -10,7 +10,7 @@ from lingen.registry import RecipeError
 
 ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash")
 
-# cuDNN's is the fastest on a Hopper GPU; the rest take what it does not.
+# cuDNN's is the fastest on a Hopper GPU; the others run what it does not support.
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -27,8 +27,8 @@ def attention(
     *,
     kernel: str = "auto",
 ) -> Float[Tensor, "b n k e"]:
-    """softmax(q k^T / sqrt(e)) v, bidirectional. Keys where `real` is False are padding and seen by nobody; each
-    sequence must hold a real one. What comes out at padding is undefined (finite).
+    """softmax(q k^T / sqrt(e)) v, bidirectional. Keys where `real` is False are padding, to which nothing attends;
+    each sequence must hold a real one. Outputs at padding are finite and otherwise undefined.
 
     kernel: "sdpa" is `F.scaled_dot_product_attention` with the backend that torch picks, "cudnn" the same with cuDNN's
     first; "flash" is flash-attn on CUDA. "auto" is "cudnn" for 16-bit tokens on CUDA, else "sdpa".

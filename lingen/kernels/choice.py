@@ -1,4 +1,4 @@
-"""Which twin of an operation runs: the one asked for, or for "auto" the fastest that is here, said once."""
+"""Which twin of an operation runs: the one asked for; with "auto" the fastest one available, which is logged once."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from lingen.registry import RecipeError
 log = logging.getLogger("lingen")
 
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HAS_TRITON = find_spec("triton") is not None  # looked up once, and here: inside of a call, torch.compile would warn
+_HAS_TRITON = find_spec("triton") is not None  # at import: inside of a call, torch.compile would warn
 
 
 def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain: str = "reference") -> str:

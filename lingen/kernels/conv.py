@@ -1,4 +1,4 @@
-"""Depthwise conv along a scan and SiLU, from raster order into scan order: what stands before the scan of Mamba2."""
+"""Depthwise conv along a scan and SiLU, from raster order into scan order: Mamba2's step before its scan."""
 
 import torch
 import torch.nn.functional as F

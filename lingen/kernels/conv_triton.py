@@ -3,6 +3,17 @@
 A program walks down a run of consecutive positions with a block of channels and keeps the last m rows in registers, in
 a tuple: each row is read once, and in the backward pass the gradient of the pre-activation, whose exponential costs
 more than its bytes, is recomputed once and not for each of the m rows that it goes to.
+
+Names, beside those of `lingen.kernels`:
+
+    n, rows, c           tokens of u and grad; rows of y, at least n; channels
+    before               taps that lie in the past
+    TAPS                 m, taps of the conv
+    POSITIONS, CHANNELS  positions and channels of a program; run: its number among the runs of POSITIONS
+    AHEAD                positions whose rows are loaded before they are computed with
+    taps, shift          weight and bias of the program's channels: tuple of [CHANNELS], [CHANNELS]
+    inputs, slopes       the last TAPS rows of u, and of the gradient of the pre-activation
+    partial              sums of the gradients of weight and bias [b runs TAPS+1 c], float32
 """
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
@@ -15,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Positions and channels of a program, and how many rows it asks for at a time (a divisor of the positions).
+# POSITIONS and CHANNELS of a program, and the rows that it loads AHEAD of its arithmetic (a divisor of POSITIONS).
 LAUNCH = {
     "forward": {"POSITIONS": 64, "CHANNELS": 256, "AHEAD": 8, "num_warps": 2},
     "backward": {"POSITIONS": 256, "CHANNELS": 256, "AHEAD": 4, "num_warps": 2},
@@ -85,7 +96,7 @@ class ConvSilu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, bias, index = ctx.saved_tensors
         du = u.new_empty(u.shape)
-        # Autograd may hand over a broadcast number, which has no rows to walk along.
+        # Autograd may pass one number that is expanded to all channels: the kernel needs them side by side.
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dweight, dbias = conv_silu_backward(grad, u, weight, bias, index, before=ctx.before, out=du)
         return du, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None
@@ -114,7 +125,7 @@ def _conv_forward(
         inputs += (_row(u, index, first - before + i, n, u_row, channel, inside, INDEXED),)
     for step in range(0, POSITIONS, AHEAD):
         fresh = ()
-        for i in tl.static_range(AHEAD):  # all loads stand before the first store, which none may pass
+        for i in tl.static_range(AHEAD):  # all loads before the first store: none is moved across it
             ahead = first + step + i - before + TAPS - 1
             fresh += (_row(u, index, ahead, n, u_row, channel, inside, INDEXED),)
         for i in tl.static_range(AHEAD):
@@ -146,7 +157,7 @@ def _conv_backward(
     for _ in tl.static_range(TAPS):
         dtaps += (zero,)
 
-    # As in the forward pass, but first the positions of the run before that share a row with this one.
+    # As in the forward pass, but first come those positions of the run before that share a row with this run.
     first = run * POSITIONS
     early = first - (TAPS - 1)
     inputs, slopes = (zero,), (zero,)

@@ -4,6 +4,16 @@ A small kernel norms the keys and lays those that are real in front, so that the
 queries are normed where they are loaded. The backward pass takes the queries block by block for their own gradient;
 for that of the keys they are split into a fixed number of parts, whose float32 sums are added up in order when the
 keys go back to their places. No atomics: the same input, the same bits.
+
+Names, beside those of `lingen.kernels`:
+
+    n, m, rows           queries; text tokens; m rounded up to whole blocks of keys
+    E, FULL              e, numbers of a head; the same as a power of two
+    QUERIES, KEYS, BLOCK tokens of a block of queries, of keys, of text in the small kernels
+    keys, values, place  `Packed`; i: queries, j: keys, c: numbers of a head
+    logs, pull           of each query, log2 of the softmax's sum, and sum of dout * out [b k n], float32
+    q_b, k_m, d_k ...    strides of q, k, v and (d) dout between clips (b), tokens (n or m) and heads (k)
+    blocks, splits       blocks of keys; parts of the queries whose sums are kept apart
 """
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
@@ -31,7 +41,7 @@ class Launch(NamedTuple):
     stages: int
 
 
-# Next to nothing spills out of the registers of an H100 (as compiled for sm_90).
+# With these, next to nothing spills out of the registers of an H100 (as compiled for sm_90).
 LAUNCH = {
     "forward": Launch(64, 64, 4, 3),
     "backward_queries": Launch(128, 64, 8, 2),
@@ -150,7 +160,7 @@ class _Sizes(NamedTuple):
 
     def launch(self, kernel: str) -> dict[str, Any]:
         queries, keys, warps, stages = LAUNCH[kernel]
-        # Float32 has no tensor cores here: more room for each number, and products that unroll into code.
+        # Float32 has no tensor cores here: a number takes twice the room, and products are unrolled into long code.
         less = max(1, self.full * self.bytes // 256) * (2 if self.bytes == 4 else 1)
         queries, keys = (max(16, rows // less) for rows in (queries, keys))
         if self.bytes == 4:
@@ -307,7 +317,7 @@ def _cross_backward_queries(
         dx = tl.dot(ds, key, dx, input_precision="ieee")
     dx *= E**-0.5
     x, r = _normed(tl.load(q, mask=ok, other=0.0), eps, E)
-    # A row and no vector: for that, Triton would carry the whole product into another layout first.
+    # keep_dims: for a sum that is a vector, Triton would first convert the whole product to another layout.
     partial += (b * tl.num_programs(0) + tl.program_id(0)) * E + c[None, :]
     tl.store(partial, tl.sum(dx * x, 0, keep_dims=True), mask=(c < E)[None, :])
     tl.store(dq + at, _normed_back(dx, x, r, weight, E).to(dq.dtype.element_ty), mask=ok)

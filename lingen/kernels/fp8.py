@@ -1,4 +1,4 @@
-"""Matrix products in 8 bits, for sampling: what a large linear layer becomes, and the tensors that it multiplies.
+"""Matrix products in 8 bits, for sampling: 8-bit tensors, their product, and the layer that replaces nn.Linear.
 
 float8_e4m3fn has 3 bits of mantissa and reaches 448, so each row carries a float32 scale: one for each token of the
 activations, one for each output channel of the weights (W8A8 per token and per channel, as in SmoothQuant, arXiv
@@ -24,12 +24,12 @@ LARGEST = 448.0
 SMALLEST_ROW = 1e-12
 """Floor of a row's largest value: a row of zeros stays zeros."""
 SMALLEST_LAYER = 1024
-"""Least in_features and out_features of a layer that multiplies in 8 bits [ours]: smaller ones cost little time and the
-quantisation eats what they gain."""
+"""Least in_features and out_features of a layer that multiplies in 8 bits [ours]: smaller ones cost little time, and
+quantising their input takes longer than the product saves."""
 
 
 class Quantized(NamedTuple):
-    """Rows of 8-bit numbers: what is meant is values * scale."""
+    """Rows of 8-bit numbers, which stand for values * scale."""
 
     values: Float[Tensor, "*rows d"]
     """float8_e4m3fn."""
@@ -65,7 +65,7 @@ def product(
     """x weight^T + bias in bfloat16, for x [*rows i] and weight [o i].
 
     kernel: "scaled_mm" is `torch._scaled_mm` with scales by rows, on CUDA; it wants i and o to be multiples of 16.
-    "reference" multiplies what the 8-bit numbers mean, in float32. "auto" is the first on CUDA, else the second.
+    "reference" multiplies the dequantised numbers in float32. "auto" is the first on CUDA, else the second.
     """
     fast = choose("8-bit product", kernel, PRODUCT_KERNELS, x.values, "scaled_mm" if x.values.is_cuda else "reference")
     if fast == "reference":
@@ -84,9 +84,9 @@ def product(
 
 
 class Fp8Linear(nn.Module):
-    """What a linear layer becomes: float8_e4m3fn weights with one scale for each output channel; no gradients.
+    """A linear layer with float8_e4m3fn weights and one scale for each output channel; no gradients.
 
-    Takes plain tensors, which it quantises, or `Quantized` ones; gives bfloat16.
+    Takes plain tensors, which it quantises, or `Quantized` ones; returns bfloat16.
     """
 
     values: Tensor
@@ -107,7 +107,7 @@ class Fp8Linear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "o i"]:
-        """What the weights mean, in bfloat16, for an owner who multiplies himself."""
+        """The dequantised weights in bfloat16, for code that multiplies by them without calling the layer."""
         return Quantized(self.values, self.scale).dequantize(torch.bfloat16)
 
     def extra_repr(self) -> str:
@@ -115,13 +115,13 @@ class Fp8Linear(nn.Module):
 
 
 def wants_fp8(module: nn.Module | None) -> bool:
-    """Whether the module takes a `Quantized` in place of a tensor: `Fp8Linear`, or one whose own `wants_fp8` is true,
-    because its first layers are. A mixer that does not say so gets a plain tensor."""
+    """Whether the module takes a `Quantized` in place of a tensor: an `Fp8Linear`, or a module whose own `wants_fp8` is
+    true because its first layers are such. A mixer without that property gets a plain tensor."""
     return isinstance(module, Fp8Linear) or getattr(module, "wants_fp8", False) is True
 
 
 def input_dtype(module: nn.Module | None, x: Tensor) -> torch.dtype:
-    """What the module that multiplies next wants: `FP8` for a `Quantized`, autocast's dtype, or that of x."""
+    """The dtype in which `module` wants its input: `FP8` for a `Quantized`, else autocast's dtype or that of x."""
     kind = x.device.type
     if wants_fp8(module):
         return FP8
@@ -131,8 +131,8 @@ def input_dtype(module: nn.Module | None, x: Tensor) -> torch.dtype:
 
 
 def takes_part(layer: nn.Module) -> bool:
-    """The one rule of which layers multiply in 8 bits: nn.Linear with both widths of at least 1,024 [ours], and
-    multiples of 16, as the product wants. Not a subclass: its owner may use the weight in other ways."""
+    """Whether a layer is to multiply in 8 bits: an nn.Linear whose widths are both at least 1,024 [ours] and multiples
+    of 16, as the product needs. Subclasses stay as they are: they may use their weight in other ways."""
     if type(layer) is not nn.Linear:
         return False
     widths = (layer.in_features, layer.out_features)
@@ -140,7 +140,7 @@ def takes_part(layer: nn.Module) -> bool:
 
 
 def to_fp8(model: nn.Module) -> list[str]:
-    """Turns the layers that take part into `Fp8Linear`, in place; their names.
+    """Turns the layers that `takes_part` names into `Fp8Linear`, in place; returns their names.
 
     Raises:
         RecipeError: on a GPU without 8-bit products.
@@ -155,7 +155,7 @@ def to_fp8(model: nn.Module) -> list[str]:
 
 
 def check_no_gradient(dtype: torch.dtype | None, *tensors: Tensor | None) -> None:
-    """ValueError where 8-bit results are asked of tensors that want a gradient: they would cut it off."""
+    """ValueError where 8-bit results of tensors that require a gradient are asked for: no gradient passes through."""
     if dtype == FP8 and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise ValueError("8-bit results carry no gradient; ask for them under torch.no_grad().")
 
@@ -178,9 +178,9 @@ class Quality(NamedTuple):
     layers: dict[str, float]
     """Relative RMS error of each layer's output, on the inputs that the plain model gives it."""
     error: float
-    """The same of what the models return."""
+    """Relative RMS error of the model's output."""
     cosine: float
-    """Between what the models return."""
+    """Cosine similarity of both models' outputs."""
 
 
 @torch.no_grad()

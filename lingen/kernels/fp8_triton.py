@@ -1,4 +1,7 @@
-"""Triton twin of `lingen.kernels.fp8.quantize`, and the row that producers of 8-bit activations end with."""
+"""Triton twin of `lingen.kernels.fp8.quantize`, and `to_fp8`, with which other kernels quantise a row they hold.
+
+Names, beside those of `lingen.kernels`: width, numbers of a row; BLOCK, width as a power of two.
+"""
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
 # mypy: disable-error-code="no-untyped-def"
@@ -9,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 WARPS = 8
-"""Of the program of one row."""
+"""Warps of a program, which takes one row."""
 
 
 @triton.jit
@@ -31,7 +34,7 @@ def _fp8_quantize(x, x_row, values, scales, width, BLOCK: tl.constexpr):
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows at any one distance, read once -> float8_e4m3fn values of x's shape and float32 scales [*rows 1]."""
+    """x [*rows d] -> float8_e4m3fn values of x's shape and float32 scales [*rows 1]; x is read once."""
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)

@@ -1,4 +1,4 @@
-"""Gated RMS norm from scan order back into raster order: what stands behind the scan of Mamba2."""
+"""Gated RMS norm from scan order back into raster order: Mamba2's step after its scan."""
 
 import torch
 import torch.nn.functional as F

@@ -2,6 +2,15 @@
 
 A program holds a whole row in registers, as a tuple of pieces [groups lanes]: a width such as 5120 is no power of two,
 and one padded to 8192 would waste a third of the lanes.
+
+Names, beside those of `lingen.kernels`:
+
+    groups, width        equal parts of a row that are normed apart; channels of a part
+    GROUPS, LANES        a piece: groups rounded up to a power of two; channels of each group in it
+    PIECES               pieces of a row
+    QUANTIZE             whether the result is float8, with a `scale` for each row [b n]
+    step, smallest       1 / 448, the largest float8; floor of a scale
+    turns, total         rows that a program takes, one after the other; rows of all clips
 """
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
@@ -14,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Lanes of a piece; the backward pass walks over the rows with so many programs, each of which sums its own dweight.
+# PROGRAMS of the backward pass share the rows, and each sums a gradient of the weight of its own.
 # 32 * num_warps threads with 4 lanes each read float32 weights and bfloat16 tokens alike, without a shuffle.
 LAUNCH = {
     "forward": {"LANES": 1024, "num_warps": 8},
@@ -22,7 +31,7 @@ LAUNCH = {
 }
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-# A row of zeros gets a scale, too.
+# Floor of a row's scale: a row of zeros is divided by it.
 SMALLEST_SCALE = 1e-12
 
 
@@ -92,7 +101,7 @@ class GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight, index = ctx.saved_tensors
         dz = z.new_empty(z.shape)
-        # Autograd may hand over a broadcast number, which has no rows to walk along.
+        # Autograd may pass one number that is expanded to all channels: the kernel needs them side by side.
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dy, dweight = gated_norm_backward(grad, y, z, weight, index, groups=ctx.groups, eps=ctx.eps, dz_out=dz)
         return dy, dz, dweight.to(weight.dtype), None, None, None

@@ -1,7 +1,19 @@
 """A block of a head's rows in Triton: loaded, RMS-normed and turned by the rotary embedding, and the way back.
 
 A head is held as two halves, whose channels i and i + E // 2 the embedding turns together. Of an odd head the last
-channel joins the first half, with an angle of 0. E is the width of a head, N the tokens of a window.
+channel joins the first half, with an angle of 0.
+
+Names, beside those of `lingen.kernels`, here and in `window_attention_triton`:
+
+    E, FULL, HALF        e, numbers of a head; the same as a power of two; a half (the larger one) as a power of two
+    N, TILE              tokens of a window; tokens of a block of it
+    tokens, windows      of a clip
+    rows                 for each token of each window its row in the clip, -1 at padding [windows N]
+    i, j                 numbers of tokens in their window; row, other: their rows; real, seen, asks: not padding
+    a, b, qa, kb ...     first and second half of a head's rows [TILE HALF]
+    cos, sin             of the angle of each token of a window and pair of channels [N E//2]
+    stride, dstride, out_stride, dout_stride   from one token to the next, of qkv, dqkv, out and dout
+    softmax              of each query, log2 of the softmax's sum, and its pull: sum of p * dp [programs 2 N], float32
 """
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
@@ -19,7 +31,7 @@ def whole(x, row, real, stride, E: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def _channels(E: tl.constexpr, HALF: tl.constexpr):
-    """Channels of the first half, which of them there are, and which have a partner E // 2 further on."""
+    """Lanes, their channels in the first half, which of those exist, and which have a partner in the second half."""
     c = tl.arange(0, HALF)
     first = c
     if E % 2 == 1:
@@ -83,7 +95,7 @@ def turned_back(
     c, s = _angles(cos, sin, i, N, E, HALF)
     da, db = da * c + db * s, db * c - da * s
     channel, first, in_first, in_second = _channels(E, HALF)
-    # A row and no vector: for that, Triton would carry whole products into another layout first.
+    # keep_dims: for a sum that is a vector, Triton would first convert whole products to another layout.
     tl.store(dweight + first[None, :], tl.sum(da * a, 0, keep_dims=True), mask=in_first[None, :])
     tl.store(dweight + (channel + E // 2)[None, :], tl.sum(db * b, 0, keep_dims=True), mask=in_second[None, :])
     weight_a, weight_b = _vector(weight, E, HALF)

@@ -1,7 +1,8 @@
 """Everything of Mamba2 between its two projections as one function in Triton: review, conv, scan, gated norm.
 
 The projection is read where it lies and its gradient is written where it belongs, slice by slice, so that autograd
-neither cuts nor joins the widest tensor of a layer.
+neither splits nor concatenates the widest tensor of a layer. Why only the state of the review is computed:
+docs/facts.md, "Review tokens".
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -63,7 +64,7 @@ class Plan(NamedTuple):
 
 
 def forward(projected: Tensor, weights: Weights, plan: Plan, quantize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The normed result [b n k*e] in raster order, with the scales of its rows where it is quantized, and the scan's.
+    """The normed result [b n k*e] in raster order; the scales of its rows where it is quantized; the scan's result.
 
     projected: [b t h w z | x | b | c | dt], dt raw.
     """
@@ -77,7 +78,7 @@ def forward(projected: Tensor, weights: Weights, plan: Plan, quantize: bool) -> 
 
 
 def _scan(xbc: Tensor, dt: Tensor, weights: Weights, plan: Plan, review: bool = False) -> Scan:
-    """The scan over the conv's result; that over the review tokens turns nowhere."""
+    """The scan over the conv's result. Over the review tokens, every direction reads forwards."""
     n, sizes, index = dt.shape[1], plan.sizes, plan.order
     if review:
         sizes, index = sizes._replace(ways=plan.review_ways, turns=False), plan.review_order
@@ -106,7 +107,7 @@ def _pooled(projected: Tensor, plan: Plan) -> Tensor:
 
 
 class Mamba2Core(torch.autograd.Function):
-    """`forward` with a gradient; keeps the projection and the scan's result, and computes the rest again."""
+    """`forward` with a gradient; saves the projection and the scan's result, and recomputes the rest."""
 
     @staticmethod
     def forward(ctx, projected, plan, *weights):

@@ -1,8 +1,10 @@
-"""What stands between a block's parts: the residual, its norm, positions, and the timestep's scale, shift and gate.
+"""The steps between a block's parts: residual sum, norm, positions, and the timestep's scale, shift and gate.
 
-For each token, with the row of its frame of gate, scale and shift (adaLN, DiT, arXiv 2212.09748, section 3.2):
+For each token, where gate, scale and shift are the rows of its frame (adaLN, DiT, arXiv 2212.09748, section 3.2):
 
     x_new = x + gate * update        normed = (x_new / rms(x_new) * weight + positions) * (1 + scale) + shift
+
+Why positions enter here and not the stream: docs/facts.md, "Positional tables".
 """
 
 import torch
@@ -35,7 +37,7 @@ def norm_modulate(
             are copied first.
     Raises:
         RecipeError: for a kernel that cannot run.
-        ValueError: for 8 bits where a gradient is wanted, and for an f that is neither 1 nor t.
+        ValueError: for 8 bits where a gradient is wanted, and where f is neither 1 nor t.
     """
     _check(x, dtype, x, weight, shift, scale, positions)
     if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":

@@ -3,6 +3,17 @@
 A program takes a run of tokens of one frame, so that it reads the frame's modulation once. It sees a whole row at a
 time: the norm is computed again in the backward pass, and nothing but the operands is kept for it. Sums over tokens are
 kept in registers, written once a program and added up in a fixed order.
+
+Names, beside those of `lingen.kernels`:
+
+    x, update, gate, weight, shift, scale, positions   `Operands`, the inputs
+    x_new, y, y_scale    results; y_scale [b t h w 1] where y is float8, else None
+    x_clip, x_row        strides between clips and between tokens; of positions only the latter
+    gate_clip, gate_frame   strides between clips and between frames, 0 where one row serves all frames
+    width, frames        d; frames of a clip that have a modulation of their own, 1 or t
+    rows, run            tokens of such a frame; tokens of a program
+    BLOCK, STAGES        width as a power of two; tokens that are loaded ahead
+    of_shift, of_norm, of_positions, of_gate   a program's part of `sums`
 """
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
@@ -20,7 +31,7 @@ from lingen.kernels.fp8_triton import to_fp8
 
 
 class Tuning(NamedTuple):
-    """How many programs share the tokens, at most, the warps of each, and the tokens that it has under way."""
+    """The most programs that share the tokens, the warps of each, and the tokens that it loads ahead."""
 
     programs: int
     warps: int
@@ -46,7 +57,7 @@ def _modulate_forward(
     shift_frame, scale, scale_clip, scale_frame, positions, positions_row, x_new, y, y_scale,
     eps, width, frames, rows, run, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`rows` tokens a frame, `run` of them a program; an operand that is None takes no part."""
+    """A program takes `run` of the `rows` tokens of a frame; an operand that is None takes no part."""
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     clip = (tl.program_id(1) // frames).to(tl.int64)
@@ -167,7 +178,7 @@ def _modulate_backward(
 
 
 class Operands(NamedTuple):
-    """Of `lingen.kernels.modulate`'s functions, or their gradients; None for what takes no part.
+    """Operands of `lingen.kernels.modulate`'s functions, or their gradients; None for what takes no part.
 
     Without an update there is no x_new, without a weight no norm.
     """
@@ -251,7 +262,7 @@ def backward(
 
 
 def _from_sums(operands: Operands, sums: Tensor) -> Operands:
-    """Gradients of what has a row for a frame or for all tokens, from the sums [b f 4 d] of `_modulate_backward`."""
+    """Gradients of gate, weight, shift and scale from the sums [b f 4 d] of `_modulate_backward`."""
     _, _, gate, weight, shift, scale, positions = operands
     of_shift, of_norm, of_positions, of_gate = sums.unbind(2)
     of_weight = of_norm if scale is None else of_norm * (1 + scale)
@@ -306,7 +317,7 @@ class _Split(NamedTuple):
 
 
 def _of_tokens(x: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """[b t h w d] -> the tensor and its distances between clips and between tokens."""
+    """[b t h w d] -> the tensor and its strides between clips and between tokens."""
     if x is None:
         return None, 0, 0
     rows = x.reshape(len(x), -1, x.shape[-1])
@@ -315,13 +326,13 @@ def _of_tokens(x: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 
 def _of_positions(positions: Tensor | None) -> tuple[Tensor | None, int]:
-    """[t h w d] -> the tensor and its distance between tokens."""
+    """[t h w d] -> the tensor and its stride between tokens."""
     tokens, _, row = _of_tokens(None if positions is None else positions[None])
     return tokens, row
 
 
 def _of_frames(x: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """[b f d] -> the tensor and its distances between clips and between frames; one row serves all frames."""
+    """[b f d] -> the tensor and its strides between clips and between frames, 0 where one row serves all frames."""
     if x is None:
         return None, 0, 0
     x = x if x.stride(2) == 1 else x.contiguous()
@@ -329,7 +340,7 @@ def _of_frames(x: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 
 def _like(sums: Tensor, operand: Tensor | None) -> Tensor | None:
-    """Sums by clip and frame as the gradient of an operand that may have one row for all frames, or not be there."""
+    """Sums [b f d] as the gradient of `operand`, which may have one row for all frames; None without an operand."""
     if operand is None:
         return None
     return (sums if operand.shape[1] > 1 else sums.sum(1, keepdim=True)).to(operand.dtype)

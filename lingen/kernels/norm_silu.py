@@ -1,4 +1,4 @@
-"""silu(rms_norm(x) + bias) over channels: what stands before every convolution of the autoencoder."""
+"""silu(rms_norm(x) + bias) over channels: the autoencoder's step before every convolution."""
 
 import torch
 import torch.nn.functional as F

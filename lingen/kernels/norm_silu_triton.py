@@ -1,4 +1,12 @@
-"""Triton twin of `lingen.kernels.norm_silu`: x is read once and the result is written once, many rows to a program."""
+"""Triton twin of `lingen.kernels.norm_silu`: x is read once and the result is written once, many rows to a program.
+
+Names, beside those of `lingen.kernels`:
+
+    n, d                 rows; channels of a row
+    ROWS, COLUMNS        rows and columns of a program's tile; COLUMNS is d as a power of two
+    tiles                number of tiles, which the programs of the backward pass share
+    d_weights            their sums of the gradients of weight and bias [programs 2 d], float32
+"""
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
 # mypy: disable-error-code="no-untyped-def"
@@ -14,13 +22,13 @@ TILE = {"forward": 4096, "backward": 2048}
 """Numbers that a program holds at a time: rows times the channels, padded to a power of two."""
 WARPS = 4
 PROGRAMS = 2048
-"""At most so many programs share the rows of the backward pass: each leaves one row of the weight's gradient."""
+"""The most programs that share the rows of the backward pass; each writes one row of sums for the weight's gradient."""
 
 
 @triton.jit
-def _norm_silu_forward(x, x_row, weight, bias, y, n, d, eps, ROWS: tl.constexpr, D: tl.constexpr):
+def _norm_silu_forward(x, x_row, weight, bias, y, n, d, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, D)
+    columns = tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None] & (columns < d)[None, :]
     value = tl.load(x + rows[:, None] * x_row + columns, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + columns, mask=columns < d, other=0.0).to(tl.float32)
@@ -31,13 +39,13 @@ def _norm_silu_forward(x, x_row, weight, bias, y, n, d, eps, ROWS: tl.constexpr,
 
 @triton.jit
 def _norm_silu_backward(
-    x, x_row, weight, bias, dy, dy_row, dx, d_weights, n, d, eps, tiles, ROWS: tl.constexpr, D: tl.constexpr
+    x, x_row, weight, bias, dy, dy_row, dx, d_weights, n, d, eps, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    columns = tl.arange(0, D)
+    columns = tl.arange(0, COLUMNS)
     scale = tl.load(weight + columns, mask=columns < d, other=0.0).to(tl.float32)
     shift = tl.load(bias + columns, mask=columns < d, other=0.0).to(tl.float32)
-    d_scale = tl.zeros([D], tl.float32)
-    d_shift = tl.zeros([D], tl.float32)
+    d_scale = tl.zeros([COLUMNS], tl.float32)
+    d_shift = tl.zeros([COLUMNS], tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows < n)[:, None] & (columns < d)[None, :]
@@ -65,14 +73,15 @@ def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """x [*rows d] -> contiguous, in its dtype; the rows may lie at any one distance."""
+    """x [*rows d] -> a contiguous result in x's dtype."""
     rows, y = _rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     height, width = _tile(x.shape[-1], "forward")
     if len(rows):
         grid = (triton.cdiv(len(rows), height),)
         _norm_silu_forward[grid](
-            rows, rows.stride(0), weight, bias, y, len(rows), x.shape[-1], eps, ROWS=height, D=width, num_warps=WARPS
-        )
+            rows, rows.stride(0), weight, bias, y, len(rows), x.shape[-1], eps,
+            ROWS=height, COLUMNS=width, num_warps=WARPS,
+        )  # fmt: skip
     return y
 
 
@@ -86,7 +95,7 @@ def backward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Tensor) ->
     if tiles:
         _norm_silu_backward[(len(d_weights),)](
             rows, rows.stride(0), weight, bias, grads, grads.stride(0), dx, d_weights, len(rows), x.shape[-1], eps,
-            tiles, ROWS=height, D=width, num_warps=WARPS,
+            tiles, ROWS=height, COLUMNS=width, num_warps=WARPS,
         )  # fmt: skip
     d_weight, d_bias = d_weights.sum(0)
     return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
@@ -106,7 +115,7 @@ class _NormSiLU(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[n d] with neighbouring columns; rows at several distances are copied."""
+    """x as [n d], a view where one stride leads from row to row and columns lie side by side, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

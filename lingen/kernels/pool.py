@@ -1,4 +1,7 @@
-"""Mean pooling of the grid: review tokens, the small overview that the scan reads first (LinGen, arXiv 2412.09856)."""
+"""Mean pooling of the grid to review tokens, the small overview that the scan reads first.
+
+Source: LinGen, arXiv 2412.09856, Figure 2; what is known and what is ours is in docs/facts.md, "Review tokens".
+"""
 
 import torch
 from jaxtyping import Float

@@ -2,6 +2,14 @@
 
 A program takes a window with a block of channels: it adds up the window's tokens, or hands each its share of a
 gradient.
+
+Names, beside those of `lingen.kernels`:
+
+    t, h, w              tokens of the grid; windows_t ...: windows along each axis
+    T, H, W              tokens of a window
+    stride_b, stride_t ...  strides of the tensor that holds the grid: x, in the backward pass out
+    CHANNELS, AHEAD      channels of a program; tokens that it loads at once
+    share                1 / real tokens of the window
 """
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
@@ -16,7 +24,7 @@ from torch import Tensor
 
 from lingen.kernels.pool import Size, windows_of
 
-# Channels of a program, and how many tokens it asks for at a time.
+# CHANNELS of a program, and the tokens that it loads AHEAD of its arithmetic.
 LAUNCH = {
     "forward": {"CHANNELS": 512, "AHEAD": 8, "num_warps": 2},
     "backward": {"CHANNELS": 512, "AHEAD": 8, "num_warps": 2},
@@ -105,7 +113,7 @@ def _pool_backward(
     value = tl.load(grad + window * c + channel, mask=channel < c, other=0).to(tl.float32) * share
     for start in range(0, T * H * W, AHEAD):
         sums = ()
-        for i in tl.static_range(AHEAD):  # all loads stand before the first store, which none may pass
+        for i in tl.static_range(AHEAD):  # all loads before the first store: none is moved across it
             at, real = _token(start + i, first_t, first_h, first_w, t, h, w, stride_t, stride_h, stride_w, T, H, W)
             if ADD:
                 sums += (value + tl.load(out + at, mask=real & (channel < c), other=0).to(tl.float32),)
@@ -138,7 +146,7 @@ def _token(
     k, first_t, first_h, first_w, t, h, w, stride_t, stride_h, stride_w,
     T: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Where the window's token k lies, and whether it does."""
+    """Offset of the window's token k, and whether there is such a token in the grid."""
     at_t, at_h, at_w = first_t + k // (H * W), first_h + k // W % H, first_w + k % W
     real = (at_t < t) & (at_h < h) & (at_w < w) & (k < T * H * W)
     return at_t.to(tl.int64) * stride_t + at_h.to(tl.int64) * stride_h + at_w.to(tl.int64) * stride_w, real

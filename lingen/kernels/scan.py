@@ -23,7 +23,7 @@ _WIDEST, _LARGEST_STATE = 128, 16_384
 
 
 def scan_kernel(kernel: str, u: Tensor, width: int, state_dim: int) -> str:
-    """The twin of `scan` that runs on streams like `u`; "auto" leaves Triton out where a state is too large for it.
+    """The twin of `scan` that runs on streams like `u`; "auto" does not take Triton where a state is too large for it.
 
     Raises RecipeError for an unknown kernel, and for "triton" where it cannot run.
     """
@@ -40,8 +40,8 @@ def scan_kernel(kernel: str, u: Tensor, width: int, state_dim: int) -> str:
 
 
 def chunk_of(n: int, dtype: torch.dtype) -> int:
-    """Tokens in a chunk of the Triton kernel: 256, or 64 where float32 fills the memory of a processor twice as fast
-    and has no tensor cores; less for short sequences."""
+    """Tokens in a chunk of the Triton kernel: 256; 64 in float32, which takes twice the shared memory and has no tensor
+    cores here; less for short sequences."""
     longest = 64 if dtype == torch.float32 else 256
     return min(longest, max(32, 1 << (n - 1).bit_length()))
 
@@ -104,7 +104,7 @@ def _by_flips(
     state_dim: int,
     kernel: str,
 ) -> Tensor:
-    """Both directions as heads side by side of one causal scan."""
+    """One causal scan in which the second direction is further heads, whose streams are flipped."""
     ways = len(a)
     if ways == 2:
         u, dt = torch.stack([u, u.flip(1)], 2), torch.cat([dt, dt.flip(1)], -1)
@@ -131,10 +131,11 @@ def scan_state(
     state_dim: int,
     kernel: str = "auto",
 ) -> Float[Tensor, "b r k e s"]:
-    """Only the states that the directions are left with, where all of them read the sequence forwards.
+    """The states at the end of the sequence, without any outputs; every direction reads the sequence forwards.
 
-    Arguments as in `scan`. In float32 at least. kernel: "triton" is the first half of the scan's, everything else one
-    matrix product; the gradient is always that of the product, which 16-bit streams on CUDA enter in 16 bits.
+    Arguments as in `scan`. In float32 at least. kernel: "triton" runs the first half of the scan's kernels, every
+    other name one matrix product. The gradient is always that of the product, whose factors are 16-bit where the
+    streams are 16-bit on CUDA.
     """
     width = (u.shape[2] - 2 * groups * state_dim) // dt.shape[2]
     if scan_kernel(kernel, u, width, state_dim) == "triton":

@@ -1,4 +1,7 @@
-"""The backward pass of the scan in Triton: gradients of b, c and the weights of pairs; x's is by `_scan_mix`."""
+"""The backward pass of the scan in Triton: gradients of b, c and of the weights w; that of x is by `_scan_mix`.
+
+The formulas stand in `lingen.kernels.scan_triton`, the names of the kernels' arguments in `lingen.kernels`.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -18,7 +21,7 @@ LAUNCH = {"pairs": (8, 2), "inter": (4, 2)}
 @triton.jit
 def _scan_pairs(
     x, dy, pairs, steps, logs, dpairs, by_row, by_column, own, rows, heads, per_group, x_row, dy_row, split,
-    E: tl.constexpr, E2: tl.constexpr, HALF: tl.constexpr, SIDE: tl.constexpr, WAYS: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr, HALF: tl.constexpr, SIDE: tl.constexpr, DIRECTIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of c b^T, summed over heads, and of the weights w, per head summed over rows and over columns.
@@ -27,7 +30,7 @@ def _scan_pairs(
     earlier columns; 2: the other one. The diagonal itself is left out of the sums, where it would cancel, but for
     `own` = dy_i x_i.
     """
-    Q: tl.constexpr = 2 * HALF
+    CHUNK: tl.constexpr = 2 * HALF
     groups = heads // per_group
     chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if SIDE == 0:
@@ -41,11 +44,11 @@ def _scan_pairs(
     group, part = part // split, part % split
     i = row_half * HALF + tl.arange(0, HALF)
     j = column_half * HALF + tl.arange(0, HALF)
-    e = tl.arange(0, E2)
+    e = tl.arange(0, E_PADDED)
     e_ok = (e < E)[None, :]
-    start = batch.to(tl.int64) * rows + chunk * Q
-    at = i[:, None] * Q + j[None, :]
-    products = tl.load(pairs + (start * groups + group * Q) * Q + at).to(tl.float32)
+    start = batch.to(tl.int64) * rows + chunk * CHUNK
+    at = i[:, None] * CHUNK + j[None, :]
+    products = tl.load(pairs + (start * groups + group * CHUNK) * CHUNK + at).to(tl.float32)
     below, above, same = i[:, None] > j[None, :], i[:, None] < j[None, :], i[:, None] == j[None, :]
     acc = tl.zeros((HALF, HALF), tl.float32)
     share = tl.cdiv(per_group, split)
@@ -54,13 +57,13 @@ def _scan_pairs(
         head = group * per_group + number
         grads = tl.load(dy + (start + i)[:, None] * dy_row + head * E + e[None, :], mask=e_ok, other=0.0)
         values = tl.load(x + (start + j)[:, None] * x_row + head * E + e[None, :], mask=e_ok, other=0.0)
-        first = (batch * WAYS * heads + head).to(tl.int64) * rows + chunk * Q
+        first = (batch * DIRECTIONS * heads + head).to(tl.int64) * rows + chunk * CHUNK
         second = first + heads * rows
         met = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         if SIDE == 0:
             log = tl.load(logs + first + i)[:, None] - tl.load(logs + first + j)[None, :]
             step_f = tl.load(steps + first + j)[None, :]
-            if WAYS == 2:
+            if DIRECTIONS == 2:
                 log_g = tl.load(logs + second + i)[:, None] - tl.load(logs + second + j)[None, :]
                 step_g = tl.load(steps + second + j)[None, :]
                 met = met * tl.exp2(tl.where(above, log_g, log))
@@ -68,14 +71,14 @@ def _scan_pairs(
             else:
                 met = met * tl.exp2(tl.where(above, float("-inf"), log))
                 acc += met * step_f
-            place = (batch * heads + head).to(tl.int64) * rows + chunk * Q + i
+            place = (batch * heads + head).to(tl.int64) * rows + chunk * CHUNK + i
             tl.store(own + place[:, None], tl.sum(tl.where(same, met, 0.0), 1, keep_dims=True))
             met = met * products
             lower = tl.where(below, met, 0.0)
             at_row, at_column = first + i[:, None], first + j[None, :]
             tl.store(by_row + at_row, tl.load(by_row + at_row) + tl.sum(lower * step_f, 1, keep_dims=True))
             tl.store(by_column + at_column, tl.load(by_column + at_column) + tl.sum(lower, 0, keep_dims=True))
-            if WAYS == 2:
+            if DIRECTIONS == 2:
                 upper = tl.where(above, met, 0.0)
                 at_row, at_column = second + i[:, None], second + j[None, :]
                 tl.store(by_row + at_row, tl.load(by_row + at_row) + tl.sum(upper * step_g, 1, keep_dims=True))
@@ -88,11 +91,11 @@ def _scan_pairs(
             met = met * tl.exp2(edge - tl.load(logs + line + j))[None, :]
             acc += met * step
             met = met * products
-            # Rows and columns and no vectors: for those, Triton would carry the whole tile into another layout first.
+            # keep_dims: for sums that are vectors, Triton would first convert the whole tile to another layout.
             tl.store(by_row + line + i[:, None], tl.sum(met * step, 1, keep_dims=True))
             tl.store(by_column + line + j[None, :], tl.sum(met, 0, keep_dims=True))
     batches = tl.num_programs(2)
-    dpairs += ((part * batches * rows + start) * groups + group * Q) * Q
+    dpairs += ((part * batches * rows + start) * groups + group * CHUNK) * CHUNK
     tl.store(dpairs + at, acc)
 
 
@@ -100,40 +103,41 @@ def _scan_pairs(
 def _scan_inter(
     v, k, other, dpairs, steps, logs, states, out, by_token, rows, heads, per_group, v_row, k_row, out_row,
     row_stride, column_stride,
-    E: tl.constexpr, S: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
-    WAYS: tl.constexpr, TO_END: tl.constexpr, PRECISION: tl.constexpr,
+    E: tl.constexpr, S: tl.constexpr, E_PADDED: tl.constexpr, S_PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, DIRECTIONS: tl.constexpr, OF_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of c (or with TO_END of b): through the states, summed over heads, plus dpairs (transposed) b (c).
+    """Gradient of c, or with OF_B of b: what comes through the states, summed over heads, plus dpairs (transposed)
+    times b (or c).
 
-    by_token: for each direction and head the product of k with its share, the gradient of the weights there.
+    by_token: for each direction and head, k times what comes through its state, with OF_B before the step counts.
     """
     tile, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles: tl.constexpr = Q // BLOCK
+    tiles: tl.constexpr = CHUNK // BLOCK
     chunk, tile = tile // tiles, tile % tiles
-    chunks, groups = rows // Q, heads // per_group
+    chunks, groups = rows // CHUNK, heads // per_group
     group = part
     i = tile * BLOCK + tl.arange(0, BLOCK)
-    e, s = tl.arange(0, E2), tl.arange(0, S2)
-    start = batch.to(tl.int64) * rows + chunk * Q
+    e, s = tl.arange(0, E_PADDED), tl.arange(0, S_PADDED)
+    start = batch.to(tl.int64) * rows + chunk * CHUNK
     s_ok, e_ok = (s < S)[None, :], (e < E)[None, :]
     at = (start + i)[:, None] * k_row + group * S + s[None, :]
     keys = tl.load(k + at, mask=s_ok, other=0.0).to(tl.float32)
-    acc = tl.zeros((BLOCK, S2), tl.float32)
+    acc = tl.zeros((BLOCK, S_PADDED), tl.float32)
     for number in range(per_group):
         head = group * per_group + number
         values = tl.load(v + (start + i)[:, None] * v_row + head * E + e[None, :], mask=e_ok, other=0.0)
-        for way in tl.static_range(WAYS):
-            line = ((batch * WAYS + way) * heads + head).to(tl.int64) * rows + chunk * Q
-            base = (((batch * chunks + chunk) * WAYS + way) * heads + head).to(tl.int64) * (S * E)
+        for way in tl.static_range(DIRECTIONS):
+            line = ((batch * DIRECTIONS + way) * heads + head).to(tl.int64) * rows + chunk * CHUNK
+            base = (((batch * chunks + chunk) * DIRECTIONS + way) * heads + head).to(tl.int64) * (S * E)
             state = tl.load(states + base + e[:, None] + s[None, :] * E, mask=(e < E)[:, None] & s_ok, other=0.0)
             log = tl.load(logs + line + i)
-            if TO_END:
-                log = tl.load(logs + line + (0 if way == 1 else Q - 1)) - log
+            if OF_B:
+                log = tl.load(logs + line + (0 if way == 1 else CHUNK - 1)) - log
             met = tl.dot(values, state.to(values.dtype), input_precision=PRECISION) * tl.exp2(log)[:, None]
             tl.store(by_token + line + i, tl.sum(met * keys, 1))
-            acc += met * tl.load(steps + line + i)[:, None] if TO_END else met
-    dpairs += (start * groups + group * Q) * Q
-    for begin in range(0, Q, BLOCK):
+            acc += met * tl.load(steps + line + i)[:, None] if OF_B else met
+    dpairs += (start * groups + group * CHUNK) * CHUNK
+    for begin in range(0, CHUNK, BLOCK):
         j = begin + tl.arange(0, BLOCK)
         weights = tl.load(dpairs + i[:, None] * row_stride + j[None, :] * column_stride)
         met = tl.load(other + (start + j)[:, None] * k_row + group * S + s[None, :], mask=s_ok, other=0.0)
@@ -142,7 +146,7 @@ def _scan_inter(
 
 
 class Gradients(NamedTuple):
-    """Of a scan."""
+    """Gradients of a scan's inputs."""
 
     u: Tensor
     steps: Tensor
@@ -167,7 +171,7 @@ def _pairs_backward(scan: Scan, dy: Tensor, pairs: Tensor) -> tuple[Tensor, Tens
         _scan_pairs[scan.chunks * (2 if side == 0 else 1), sizes.groups * split, scan.batch](
             scan.x, dy, pairs, scan.steps, scan.logs, dpairs, by_row, by_column, own, scan.rows, sizes.heads,
             scan.per_group, scan.x.stride(1), dy.stride(1), split,
-            E=scan.shape["E"], E2=scan.shape["E2"], HALF=half, SIDE=side, **scan.common,
+            E=scan.shape["E"], E_PADDED=scan.shape["E_PADDED"], HALF=half, SIDE=side, **scan.common,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dpairs.sum(0).to(dy.dtype), by_row, by_column, own
@@ -185,7 +189,7 @@ def _inter_backward(scan: Scan, v: Tensor, states: Tensor, dpairs: Tensor, out: 
         v, k, other, dpairs, scan.steps, scan.logs, states, out, by_token, scan.rows, scan.sizes.heads,
         scan.per_group, v.stride(1), k.stride(1), out.stride(1),
         *((1, scan.chunk) if of_b else (scan.chunk, 1)),
-        Q=scan.chunk, BLOCK=block, TO_END=of_b, **scan.shape, **scan.common, num_warps=warps, num_stages=stages,
+        CHUNK=scan.chunk, BLOCK=block, OF_B=of_b, **scan.shape, **scan.common, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return by_token
 

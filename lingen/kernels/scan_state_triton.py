@@ -9,7 +9,7 @@ from lingen.kernels.scan_triton import Scan, step_sums
 
 
 class FusedState(torch.autograd.Function):
-    """`lingen.kernels.scan.scan_state` with kernel="triton"; the gradient is that of its plain twin, computed anew."""
+    """`lingen.kernels.scan.scan_state` with kernel="triton"; the gradient is that of its plain twin, recomputed."""
 
     @staticmethod
     def forward(ctx, u, dt, a, bias, index, sizes, chunk):

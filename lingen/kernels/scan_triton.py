@@ -10,7 +10,7 @@ product as in Hydra, arXiv 2407.09941). The gradient with respect to x is the sa
 computes both. Blocks off the diagonal take their decay as a factor of the row times one of the column, both at most 1;
 only the blocks on the diagonal pay an exponential for each pair. Decays are kept as base-2 logarithms in float32.
 
-Padding up to whole chunks holds zeros in x, b, c and dt, so no kernel needs a mask along the sequence.
+Padding up to whole chunks holds zeros in x, b, c and dt: no kernel masks the sequence. Names: see `lingen.kernels`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -33,14 +33,14 @@ SPLIT = 8
 @triton.jit
 def _scan_sums(
     dt, a, bias, index, steps, logs, columns, n, rows, heads, stride_b, stride_n,
-    Q: tl.constexpr, HEADS: tl.constexpr, INDEXED: tl.constexpr, TURNS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, INDEXED: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
     """softplus of the raw steps, their cumulative log2 decays in a chunk, and `columns`, logs less log2 of the step."""
     chunk, block, way = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    chunks = rows // Q
+    chunks = rows // CHUNK
     batch, chunk = chunk // chunks, chunk % chunks
     head = block * HEADS + tl.arange(0, HEADS)
-    place = chunk * Q + tl.arange(0, Q)
+    place = chunk * CHUNK + tl.arange(0, CHUNK)
     row = tl.load(index + place, mask=place < n, other=0) if INDEXED else place
     ok = (place < n)[:, None] & (head < heads)[None, :]
     at = batch.to(tl.int64) * stride_b + row.to(tl.int64)[:, None] * stride_n + head[None, :]
@@ -53,7 +53,7 @@ def _scan_sums(
     step = tl.where(ok, tl.maximum(raw, 0.0) + log1p, 0.0)
     log = step * (tl.load(a + way * heads + head, mask=head < heads, other=0.0) * _LOG2E)[None, :]
     prefix = tl.cumsum(log, 0)
-    if TURNS and way == 1:
+    if REVERSED and way == 1:
         prefix = tl.sum(log, 0)[None, :] - prefix + log
     out = ((batch * tl.num_programs(2) + way) * heads + head[None, :]).to(tl.int64) * rows + place[:, None]
     ok = (head < heads)[None, :]
@@ -66,24 +66,25 @@ def _scan_sums(
 @triton.jit
 def _scan_states(
     v, k, logs, columns, out, rows, heads, per_group, v_row, k_row,
-    Q: tl.constexpr, E: tl.constexpr, S: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, BLOCK: tl.constexpr,
-    WAYS: tl.constexpr, TURNS: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, E: tl.constexpr, S: tl.constexpr, E_PADDED: tl.constexpr, S_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, ADJOINT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to the state [s e] of each direction: the sum of k^T (weight v)."""
     head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    chunks = rows // Q
-    e, s = tl.arange(0, E2), tl.arange(0, S2)
-    first = (batch * WAYS * heads + head).to(tl.int64) * rows + chunk * Q
+    chunks = rows // CHUNK
+    e, s = tl.arange(0, E_PADDED), tl.arange(0, S_PADDED)
+    first = (batch * DIRECTIONS * heads + head).to(tl.int64) * rows + chunk * CHUNK
     second = first + heads * rows
-    start = batch.to(tl.int64) * rows + chunk * Q
+    start = batch.to(tl.int64) * rows + chunk * CHUNK
     v += start * v_row + head * E
     k += start * k_row + (head // per_group) * S
     if not ADJOINT:
-        end_f = tl.load(logs + first + Q - 1)
-        end_g = tl.load(logs + second + (0 if TURNS else Q - 1)) if WAYS == 2 else 0.0
-    sum_f = tl.zeros((S2, E2), tl.float32)
-    sum_g = tl.zeros((S2, E2), tl.float32)
-    for begin in range(0, Q, BLOCK):
+        end_f = tl.load(logs + first + CHUNK - 1)
+        end_g = tl.load(logs + second + (0 if REVERSED else CHUNK - 1)) if DIRECTIONS == 2 else 0.0
+    sum_f = tl.zeros((S_PADDED, E_PADDED), tl.float32)
+    sum_g = tl.zeros((S_PADDED, E_PADDED), tl.float32)
+    for begin in range(0, CHUNK, BLOCK):
         j = begin + tl.arange(0, BLOCK)
         values = tl.load(v + j[:, None].to(tl.int64) * v_row + e[None, :], mask=(e < E)[None, :], other=0.0)
         keys = tl.load(k + j[:, None].to(tl.int64) * k_row + s[None, :], mask=(s < S)[None, :], other=0.0)
@@ -91,48 +92,48 @@ def _scan_states(
         weight = tl.exp2(tl.load(logs + first + j) if ADJOINT else end_f - tl.load(columns + first + j))
         weighted = values * weight.to(values.dtype)[:, None]
         sum_f = tl.dot(keys, weighted, sum_f, input_precision=PRECISION)
-        if WAYS == 2:
+        if DIRECTIONS == 2:
             weight = tl.exp2(tl.load(logs + second + j) if ADJOINT else end_g - tl.load(columns + second + j))
             weighted = values * weight.to(values.dtype)[:, None]
             sum_g = tl.dot(keys, weighted, sum_g, input_precision=PRECISION)
     at = s[:, None] * E + e[None, :]
     ok = (s < S)[:, None] & (e < E)[None, :]
-    base = ((batch * chunks + chunk) * WAYS * heads + head).to(tl.int64) * (S * E)
+    base = ((batch * chunks + chunk) * DIRECTIONS * heads + head).to(tl.int64) * (S * E)
     tl.store(out + base + at, sum_f.to(out.dtype.element_ty), mask=ok)
-    if WAYS == 2:
+    if DIRECTIONS == 2:
         tl.store(out + base + heads * (S * E) + at, sum_g.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def _scan_carry(
     states, logs, begin, end, other, products, chunks, heads, size,
-    Q: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, TURNS: tl.constexpr, ADJOINT: tl.constexpr,
-    BEGIN: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, ADJOINT: tl.constexpr,
+    HAS_BEGIN: tl.constexpr,
 ):  # fmt: skip
     """Passes the states from chunk to chunk, in place: what a chunk adds becomes what it starts from.
 
-    The adjoint walks the other way. What it leaves of a chunk, decayed, times the state of the forward pass that enters
-    it (`other`) is the gradient of the chunk's whole decay through what passes all of it.
+    The adjoint goes the other way. Its decayed state behind a chunk, times the forward pass's state before that chunk
+    (`other`), is the gradient of the chunk's whole log decay through all that passes the whole chunk.
     """
-    block, head, way = tl.program_id(0), tl.program_id(1), tl.program_id(2) % WAYS
-    batch = tl.program_id(2) // WAYS
+    block, head, way = tl.program_id(0), tl.program_id(1), tl.program_id(2) % DIRECTIONS
+    batch = tl.program_id(2) // DIRECTIONS
     offset = block * BLOCK + tl.arange(0, BLOCK)
     ok = offset < size
-    line = ((batch * WAYS + way) * heads + head).to(tl.int64)
-    state = tl.load(begin + line * size + offset, mask=ok, other=0.0) if BEGIN else tl.zeros((BLOCK,), tl.float32)
-    descending = (TURNS and way == 1) != ADJOINT
+    line = ((batch * DIRECTIONS + way) * heads + head).to(tl.int64)
+    state = tl.load(begin + line * size + offset, mask=ok, other=0.0) if HAS_BEGIN else tl.zeros((BLOCK,), tl.float32)
+    descending = (REVERSED and way == 1) != ADJOINT
     last = tl.where(descending, 0, chunks - 1)
-    stride = WAYS * heads * size
+    stride = DIRECTIONS * heads * size
     chunk = tl.where(descending, chunks - 1, 0)
-    at = ((batch * chunks + chunk).to(tl.int64) * WAYS * heads + way * heads + head) * size + offset
+    at = ((batch * chunks + chunk).to(tl.int64) * DIRECTIONS * heads + way * heads + head) * size + offset
     step = tl.where(descending, -stride, stride)
-    total = logs + line * chunks * Q + tl.where(TURNS and way == 1, 0, Q - 1)
+    total = logs + line * chunks * CHUNK + tl.where(REVERSED and way == 1, 0, CHUNK - 1)
     added = tl.load(states + at, mask=ok, other=0.0).to(tl.float32)
     for _ in range(chunks):
         # The next chunk's states are on their way before this one's are written.
         fetched = tl.load(states + at + step, mask=ok & (chunk != last), other=0.0).to(tl.float32)
         tl.store(states + at, state.to(states.dtype.element_ty), mask=ok)
-        passed = state * tl.exp2(tl.load(total + chunk * Q))
+        passed = state * tl.exp2(tl.load(total + chunk * CHUNK))
         if ADJOINT:
             entered = tl.load(other + at, mask=ok, other=0.0).to(tl.float32)
             place = ((line * chunks) + chunk) * tl.num_programs(0) + block
@@ -174,40 +175,40 @@ def _side(
 def _half(
     v, k, pairs, steps, logs, columns, states, d, out, chunk, group, part, batch, rows, heads, per_group, share,
     v_row, k_row, out_row,
-    E: tl.constexpr, S: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr,
-    WAYS: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
+    E: tl.constexpr, S: tl.constexpr, E_PADDED: tl.constexpr, S_PADDED: tl.constexpr, HALF: tl.constexpr,
+    SECOND: tl.constexpr, DIRECTIONS: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_scan_mix` for the first or the SECOND half of a chunk: what heads share is read once, then head after head."""
-    Q: tl.constexpr = 2 * HALF
+    CHUNK: tl.constexpr = 2 * HALF
     CROSSES: tl.constexpr = SECOND != ADJOINT
-    e, s = tl.arange(0, E2), tl.arange(0, S2)
+    e, s = tl.arange(0, E_PADDED), tl.arange(0, S_PADDED)
     near, other = (HALF if SECOND else 0), (0 if SECOND else HALF)
     i, far = near + tl.arange(0, HALF), other + tl.arange(0, HALF)
-    start = batch.to(tl.int64) * rows + chunk * Q
+    start = batch.to(tl.int64) * rows + chunk * CHUNK
     v += start * v_row
     k += start * k_row + group * S
-    pairs += (start * (heads // per_group) + group * Q) * Q
+    pairs += (start * (heads // per_group) + group * CHUNK) * CHUNK
     e_ok = e < E
     keys = tl.load(k + i.to(tl.int64)[:, None] * k_row + s[None, :], mask=(s < S)[None, :], other=0.0)
-    diagonal = tl.load(pairs + i[:, None] * Q + i[None, :])
-    across = tl.load(pairs + i[:, None] * Q + far[None, :])
-    itself = tl.load(pairs + i * Q + i).to(tl.float32)
+    diagonal = tl.load(pairs + i[:, None] * CHUNK + i[None, :])
+    across = tl.load(pairs + i[:, None] * CHUNK + far[None, :])
+    itself = tl.load(pairs + i * CHUNK + i).to(tl.float32)
     in_first = i[:, None] <= i[None, :] if ADJOINT else i[:, None] >= i[None, :]
     state_ok = (s < S)[:, None] & e_ok[None, :]
     for number in range(part * share, tl.minimum(per_group, (part + 1) * share)):
         head = group * per_group + number
-        first = (batch * WAYS * heads + head).to(tl.int64) * rows + chunk * Q
-        base = ((batch * (rows // Q) + chunk) * WAYS * heads + head).to(tl.int64) * (S * E)
+        first = (batch * DIRECTIONS * heads + head).to(tl.int64) * rows + chunk * CHUNK
+        base = ((batch * (rows // CHUNK) + chunk) * DIRECTIONS * heads + head).to(tl.int64) * (S * E)
         at = base + s[:, None] * E + e[None, :]
         values = tl.load(v + head * E + i.to(tl.int64)[:, None] * v_row + e[None, :], mask=e_ok[None, :], other=0.0)
         state = tl.load(states + at, mask=state_ok, other=0.0)
         acc, row, column = _side(
             v + head * E, keys, across, logs, columns, state, first, i, far, e, e_ok, v_row,
-            HALF - 1, Q - 1, CROSSES, ADJOINT, PRECISION,
+            HALF - 1, CHUNK - 1, CROSSES, ADJOINT, PRECISION,
         )  # fmt: skip
         log = row[:, None] + column[None, :]
         own = tl.zeros((HALF,), tl.float32) + tl.load(d + head)
-        if WAYS == 2:
+        if DIRECTIONS == 2:
             second = first + heads * rows
             state = tl.load(states + at + heads * (S * E), mask=state_ok, other=0.0)
             more, row, column = _side(
@@ -230,8 +231,8 @@ def _half(
 @triton.jit
 def _scan_mix(
     v, k, pairs, steps, logs, columns, states, d, out, rows, heads, per_group, split, v_row, k_row, out_row,
-    E: tl.constexpr, S: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, HALF: tl.constexpr,
-    WAYS: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
+    E: tl.constexpr, S: tl.constexpr, E_PADDED: tl.constexpr, S_PADDED: tl.constexpr, HALF: tl.constexpr,
+    DIRECTIONS: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j pairs_ij w_ij v_j + k_i (states carried in from both sides) + d v_i, for half a chunk.
 
@@ -244,18 +245,18 @@ def _scan_mix(
     if tl.program_id(1) % 2 == 0:
         _half(
             v, k, pairs, steps, logs, columns, states, d, out, chunk, group, part, batch, rows, heads, per_group, share,
-            v_row, k_row, out_row, E, S, E2, S2, HALF, False, WAYS, ADJOINT, PRECISION,
+            v_row, k_row, out_row, E, S, E_PADDED, S_PADDED, HALF, False, DIRECTIONS, ADJOINT, PRECISION,
         )  # fmt: skip
     else:
         _half(
             v, k, pairs, steps, logs, columns, states, d, out, chunk, group, part, batch, rows, heads, per_group, share,
-            v_row, k_row, out_row, E, S, E2, S2, HALF, True, WAYS, ADJOINT, PRECISION,
+            v_row, k_row, out_row, E, S, E_PADDED, S_PADDED, HALF, True, DIRECTIONS, ADJOINT, PRECISION,
         )  # fmt: skip
 
 
 class Sizes(NamedTuple):
-    """Of a scan: `heads` of `width`, `groups` of keys b and c with `state` numbers each, in `ways` directions, of which
-    the second `turns` round, that is, reads from the end."""
+    """Sizes of a scan: `heads` of `width`, `groups` of b and c with `state` numbers each, `ways` directions; with
+    `turns` the second one reads from the end."""
 
     heads: int
     width: int
@@ -282,7 +283,7 @@ def step_sums(
     warps, _ = LAUNCH["sums"]
     _scan_sums[batch * rows // chunk, triton.cdiv(heads, block), ways](
         dt, a, bias, dt if index is None else index, steps, logs, columns, n, rows, heads, dt.stride(0), dt.stride(1),
-        Q=chunk, HEADS=block, INDEXED=index is not None, TURNS=turns, num_warps=warps,
+        CHUNK=chunk, HEADS=block, INDEXED=index is not None, REVERSED=turns, num_warps=warps,
     )  # fmt: skip
     return steps, logs, columns
 
@@ -305,12 +306,12 @@ class Scan:
         self.shape = {
             "E": sizes.width,
             "S": sizes.state,
-            "E2": max(16, triton.next_power_of_2(sizes.width)),
-            "S2": max(16, triton.next_power_of_2(sizes.state)),
+            "E_PADDED": max(16, triton.next_power_of_2(sizes.width)),
+            "S_PADDED": max(16, triton.next_power_of_2(sizes.state)),
         }
-        # Two stages of larger states do not fit into the memory of a processor.
-        self.large = self.shape["E2"] * self.shape["S2"] > 8192
-        self.common = {"WAYS": sizes.ways, "PRECISION": "ieee" if u.dtype == torch.float32 else "tf32"}
+        # Two stages of larger states do not fit into shared memory.
+        self.large = self.shape["E_PADDED"] * self.shape["S_PADDED"] > 8192
+        self.common = {"DIRECTIONS": sizes.ways, "PRECISION": "ieee" if u.dtype == torch.float32 else "tf32"}
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """left right^T inside each chunk: [b chunks g q q]."""
@@ -333,8 +334,8 @@ class Scan:
         warps, stages = LAUNCH["states"]
         _scan_states[sizes.heads, self.chunks, self.batch](
             v, k, self.logs, self.columns, states, self.rows, sizes.heads, self.per_group, v.stride(1), k.stride(1),
-            Q=self.chunk, BLOCK=min(64, self.chunk), TURNS=sizes.turns, ADJOINT=adjoint, **self.shape, **self.common,
-            num_warps=warps, num_stages=stages,
+            CHUNK=self.chunk, BLOCK=min(64, self.chunk), REVERSED=sizes.turns, ADJOINT=adjoint,
+            **self.shape, **self.common, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         size = sizes.state * sizes.width
         block = min(512, triton.next_power_of_2(size))
@@ -348,8 +349,8 @@ class Scan:
         _scan_carry[blocks, sizes.heads, self.batch * sizes.ways](
             states, self.logs, end if begin is None else begin, end, states if forward is None else forward, met,
             self.chunks, sizes.heads, size,
-            Q=self.chunk, BLOCK=block, WAYS=sizes.ways, TURNS=sizes.turns, ADJOINT=adjoint,
-            BEGIN=begin is not None, num_warps=warps,
+            CHUNK=self.chunk, BLOCK=block, DIRECTIONS=sizes.ways, REVERSED=sizes.turns, ADJOINT=adjoint,
+            HAS_BEGIN=begin is not None, num_warps=warps,
         )  # fmt: skip
         return states, end, met.sum(-1) if adjoint else None
 
@@ -375,7 +376,7 @@ def scan_forward(scan: Scan, d: Tensor, begin: Tensor | None) -> Tensor:
 
 
 class FusedScan(torch.autograd.Function):
-    """`lingen.kernels.scan.scan` with kernel="triton"; keeps its inputs and computes the rest again in the backward."""
+    """`lingen.kernels.scan.scan` with kernel="triton"; saves its inputs and recomputes the rest for the gradient."""
 
     @staticmethod
     def forward(ctx, u, dt, a, d, bias, index, begin, sizes, chunk):  # noqa: D102

@@ -41,14 +41,13 @@ def ssd(
     y comes back in x's dtype, the final state in the computing dtype.
 
     kernel: "reference" is the recurrence, token by token; "chunked" matrix products over chunks of at most `chunk`
-    tokens; "stock" is mamba_ssm on CUDA; "auto" is, for now, "chunked" on every device.
+    tokens; "stock" is mamba_ssm on CUDA; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel.
     Raises ValueError for an unknown or unavailable kernel and for shapes that do not fit.
     """
     _check(x, b, chunk)
     run = {"auto": _chunked, "chunked": _chunked, "reference": _reference, "stock": _stock}.get(kernel)
     if run is None:
-        later = " The Triton kernel is not written yet." if kernel == "triton" else ""
-        raise ValueError(f"There is no SSD kernel called {kernel!r}.{later} Known: {', '.join(SSD_KERNELS)}.")
+        raise ValueError(f"There is no SSD kernel called {kernel!r}. Known: {', '.join(SSD_KERNELS)}.")
     dtype = torch.promote_types(x.dtype, torch.float32)
     with full_precision(x):
         dt, a = dt.to(dtype), a.to(dtype)

@@ -1,4 +1,8 @@
-"""Triton twin of `lingen.kernels.swiglu`: both halves are read once and the result is written once."""
+"""Triton twin of `lingen.kernels.swiglu`: both halves are read once and the result is written once.
+
+Names, beside those of `lingen.kernels`: half, width of the result; BLOCK, columns of a program; scales, those of the
+rows of an 8-bit result, else None.
+"""
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
 # mypy: disable-error-code="no-untyped-def"
@@ -63,7 +67,7 @@ def swiglu(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
 
 
 def forward(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
-    """gate_up [*rows 2h] -> [*rows h]; the rows may lie at any one distance."""
+    """gate_up [*rows 2h] -> [*rows h]."""
     rows, half = _rows(gate_up), gate_up.shape[-1] // 2
     y = torch.empty(*gate_up.shape[:-1], half, dtype=dtype, device=gate_up.device)
     scale = None
@@ -97,7 +101,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[n d] with neighbouring columns; rows at several distances are copied."""
+    """x as [n d], a view where one stride leads from row to row and columns lie side by side, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -1,4 +1,4 @@
-"""Attention inside the windows of a grid, from the projected tokens to what the heads give, without a copy between."""
+"""Attention inside the windows of a grid, from projected tokens to the heads' outputs, without copies in between."""
 
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ from lingen.kernels.choice import choose
 from lingen.registry import RecipeError
 
 WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
-# One number each for t, h and w; tokens before and after each axis.
+# Tokens along t, h and w; and padding before and after each of these axes.
 Triple = tuple[int, int, int]
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -31,10 +31,10 @@ def window_attention(
     eps: float,
     kernel: str = "auto",
 ) -> Float[Tensor, "b t h w c//3"]:
-    """Bidirectional softmax attention among the tokens of each window, each head for itself.
+    """Bidirectional softmax attention among the tokens of each window, separately in each head.
 
     Queries and keys are RMS-normed (arXiv 1910.07467) in each head, then turned by the 3D rotary embedding of their
-    place in the window; padding is seen by nobody. Linear in tokens.
+    place in the window; nothing attends to padding (docs/facts.md, "TESA at the edges"). Linear in tokens.
 
     Args:
         qkv: queries, keys and values, each `num_heads` heads of e side by side; may be a slice of wider rows.
@@ -47,7 +47,7 @@ def window_attention(
     Raises:
         RecipeError: for a kernel that is unknown or cannot run.
     """
-    from lingen.blocks.layers import rotary_table, rotate  # they stand on kernels themselves
+    from lingen.blocks.layers import rotary_table, rotate  # here, because blocks.layers imports kernels
 
     _, t, h, w, _ = qkv.shape
     width, grid = q_weight.shape[0], (t, h, w)
@@ -70,7 +70,7 @@ def window_attention(
 def twins_of(width: int, kernel: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Those of an attention's twins that take heads of `width`; RecipeError where `kernel` asks for one that does not.
 
-    Triton's hold a block of a head's rows in registers.
+    The Triton twins hold a block of a head's rows in registers.
     """
     if width <= _WIDEST_HEAD:
         return known

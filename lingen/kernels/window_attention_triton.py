@@ -1,4 +1,4 @@
-"""Window attention in Triton: each program takes one head of one window, straight from the grid and back to it.
+"""Window attention in Triton: each program reads one head of one window from the grid and writes it back there.
 
 A window's tokens are found by a list of their rows in the clip, so that padding, shift and windows that stick out of
 the grid are nothing but a mask, and no layer recompiles.
@@ -6,7 +6,8 @@ the grid are nothing but a mask, and no layer recompiles.
 The backward pass recomputes everything from q, k and v. A token lies in one window, so its gradient has one writer;
 the gains' gradients are one partial sum for each program, added up in a fixed order: the same input, the same bits.
 Windows of one block (128 tokens of a head of 128 in bfloat16) are read once in either direction. Larger ones go block
-by block with a running softmax; their backward pass is two kernels, first by queries, then by keys.
+by block with a running softmax; their backward pass is two kernels, first by queries, then by keys. The names of the
+kernels' arguments stand in `heads_triton`.
 """
 
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
@@ -99,7 +100,7 @@ def _launch(
     block = block_of(n, full, qkv.element_size())
     warps = 8 if block * max(block, full) >= EIGHT_WARPS else 4
     grid = qkv.shape[0] * windows * num_heads, triton.cdiv(n, block)
-    launch = {"N": n, "E": width, "B": block, "HALF": half, "FULL": full, "num_warps": warps, "num_stages": 1}
+    launch = {"N": n, "E": width, "TILE": block, "HALF": half, "FULL": full, "num_warps": warps, "num_stages": 1}
     return grid, (qkv.shape[1:-1].numel(), windows, num_heads), launch
 
 
@@ -109,7 +110,7 @@ def _block(n: int, full: int, size: int) -> int:
 
 
 def _backward_block(n: int, full: int, size: int) -> int:
-    """Half as many where there are several blocks: the sums of one are held while others pass by."""
+    """As `_block`; half as many where a window has several blocks: the sums of one are held while others are read."""
     block = _block(n, full, size)
     return block if n <= block else max(16, block // 2)
 
@@ -122,7 +123,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @triton.jit
 def _start(tokens, windows, heads, N: tl.constexpr):
-    """Head, the clip's first row and the window's first number of this program."""
+    """This program's head, the first row of its clip, and the first of its window's numbers in the list of rows."""
     window = tl.program_id(0) // heads
     return tl.program_id(0) % heads, (window // windows).to(tl.int64) * tokens, (window % windows) * N
 
@@ -143,23 +144,23 @@ def _product(a, b, c, d):
 @triton.jit(do_not_specialize=_SIZES)
 def _window_forward(
     qkv, out, rows, cos, sin, q_weight, k_weight, stride, out_stride, tokens, windows, heads, eps,
-    N: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     head, first_row, number = _start(tokens, windows, heads, N)
     rows += number
     q = qkv + head * E
     k, v = q + heads * E, q + 2 * heads * E
-    i = tl.program_id(1) * B + tl.arange(0, B)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     row, real = _places(rows, i, first_row, N)
     qa, qb = halves(q, row, real, stride, E, HALF)
     qa, qb = turned(qa, qb, i, cos, sin, q_weight, eps, N, E, HALF)
     scale = _LOG2E * E**-0.5
     # Finite, as a whole block of keys may be padding.
-    top = tl.full((B,), -1e30, tl.float32)
-    total = tl.zeros((B,), tl.float32)
-    y = tl.zeros((B, FULL), tl.float32)
-    for start in range(0, N, B):
-        j = start + tl.arange(0, B)
+    top = tl.full((TILE,), -1e30, tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    y = tl.zeros((TILE, FULL), tl.float32)
+    for start in range(0, N, TILE):
+        j = start + tl.arange(0, TILE)
         other, seen = _places(rows, j, first_row, N)
         ka, kb = halves(k, other, seen, stride, E, HALF)
         values = whole(v, other, seen, stride, E, FULL)
@@ -181,7 +182,7 @@ def _window_forward(
 def _window_backward(
     qkv, dqkv, dout, rows, cos, sin, q_weight, k_weight, partial, stride, dstride, dout_stride,
     tokens, windows, heads, eps,
-    N: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Windows of one block."""
     head, first_row, number = _start(tokens, windows, heads, N)
@@ -189,7 +190,7 @@ def _window_backward(
     k, dk = q + heads * E, dq + heads * E
     v, dv = k + heads * E, dk + heads * E
     partial += tl.program_id(0).to(tl.int64) * 2 * E
-    i = tl.arange(0, B)
+    i = tl.arange(0, TILE)
     row, real = _places(rows + number, i, first_row, N)
     scale = E**-0.5
     # All loads first: they wait together.
@@ -222,24 +223,24 @@ def _window_backward(
 def _window_backward_queries(
     qkv, dqkv, dout, rows, cos, sin, q_weight, k_weight, partial, softmax, stride, dstride, dout_stride,
     tokens, windows, heads, eps,
-    N: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """A block of queries against all keys, twice: for the softmax and its pull, which are kept, then for dq."""
     head, first_row, number = _start(tokens, windows, heads, N)
     rows += number
     q = qkv + head * E
     k, v = q + heads * E, q + 2 * heads * E
-    i = tl.program_id(1) * B + tl.arange(0, B)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     row, real = _places(rows, i, first_row, N)
     qa, qb = halves(q, row, real, stride, E, HALF)
     qa, qb = turned(qa, qb, i, cos, sin, q_weight, eps, N, E, HALF)
     dy = whole(dout + head * E, row, real, dout_stride, E, FULL)
     scale = E**-0.5
-    top = tl.full((B,), -1e30, tl.float32)
-    total = tl.zeros((B,), tl.float32)
-    pull = tl.zeros((B,), tl.float32)
-    for start in range(0, N, B):
-        j = start + tl.arange(0, B)
+    top = tl.full((TILE,), -1e30, tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    pull = tl.zeros((TILE,), tl.float32)
+    for start in range(0, N, TILE):
+        j = start + tl.arange(0, TILE)
         other, seen = _places(rows, j, first_row, N)
         ka, kb = halves(k, other, seen, stride, E, HALF)
         values = whole(v, other, seen, stride, E, FULL)
@@ -258,10 +259,10 @@ def _window_backward_queries(
     softmax += tl.program_id(0).to(tl.int64) * 2 * N + i
     tl.store(softmax, top, mask=i < N)
     tl.store(softmax + N, pull, mask=i < N)
-    da = tl.zeros((B, HALF), tl.float32)
-    db = tl.zeros((B, HALF), tl.float32)
-    for start in range(0, N, B):
-        j = start + tl.arange(0, B)
+    da = tl.zeros((TILE, HALF), tl.float32)
+    db = tl.zeros((TILE, HALF), tl.float32)
+    for start in range(0, N, TILE):
+        j = start + tl.arange(0, TILE)
         other, seen = _places(rows, j, first_row, N)
         ka, kb = halves(k, other, seen, stride, E, HALF)
         values = whole(v, other, seen, stride, E, FULL)
@@ -282,7 +283,7 @@ def _window_backward_queries(
 def _window_backward_keys(
     qkv, dqkv, dout, rows, cos, sin, q_weight, k_weight, partial, softmax, stride, dstride, dout_stride,
     tokens, windows, heads, eps,
-    N: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against all queries; scores are held as [keys, queries]."""
     head, first_row, number = _start(tokens, windows, heads, N)
@@ -291,17 +292,17 @@ def _window_backward_keys(
     k, v = q + heads * E, q + 2 * heads * E
     dk, dv = dqkv + (heads + head) * E, dqkv + (2 * heads + head) * E
     softmax += tl.program_id(0).to(tl.int64) * 2 * N
-    j = tl.program_id(1) * B + tl.arange(0, B)
+    j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     row, real = _places(rows, j, first_row, N)
     ka, kb = halves(k, row, real, stride, E, HALF)
     values = whole(v, row, real, stride, E, FULL)
     ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
     scale = E**-0.5
-    da = tl.zeros((B, HALF), tl.float32)
-    db = tl.zeros((B, HALF), tl.float32)
-    dvalues = tl.zeros((B, FULL), tl.float32)
-    for start in range(0, N, B):
-        i = start + tl.arange(0, B)
+    da = tl.zeros((TILE, HALF), tl.float32)
+    db = tl.zeros((TILE, HALF), tl.float32)
+    dvalues = tl.zeros((TILE, FULL), tl.float32)
+    for start in range(0, N, TILE):
+        i = start + tl.arange(0, TILE)
         other, asks = _places(rows, i, first_row, N)
         qa, qb = halves(q, other, asks, stride, E, HALF)
         dy = whole(dout + head * E, other, asks, dout_stride, E, FULL)
