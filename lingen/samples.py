@@ -13,7 +13,8 @@ import torch
 
 from lingen.config import Recipe
 from lingen.data.datamodule import ClipData
-from lingen.folder import RunFolder, as_json, write_text
+from lingen.files import write_text
+from lingen.folder import RunFolder, as_json
 from lingen.metrics.reconstruction import as_frames, beside, error_frames
 from lingen.module import LinGenModule
 from lingen.sampling import best_device, clip_size, decode_frames, encode_prompts, sample_latents

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lingen.target import in_one_step
+from lingen.files import whole_file
 
 
 def save_video(
@@ -33,7 +33,7 @@ def save_video(
 
     path, scaler = Path(path), VideoReformatter()
     rate, fast = Fraction(fps).limit_denominator(1001), {"movflags": "+faststart"}
-    with in_one_step(path) as partial, av.open(str(partial), "w", format="mp4", options=fast) as file:
+    with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=fast) as file:
         file.metadata["title"] = title
         file.metadata["comment"] = json.dumps(about or {}, ensure_ascii=False)
         stream = None

@@ -134,7 +134,7 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="disk full"):
         write_shards(failing(), str(tmp_path / "%d.tar"), per_shard=2)
-    assert [path.name for path in sorted(tmp_path.glob("*.tar"))] == ["0.tar"]
+    assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
     with pytest.raises(ValueError, match="no samples"):
         write_shards([], str(tmp_path / "%d.tar"))
 

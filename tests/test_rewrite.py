@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lingen.cli import main
 from lingen.config import RewriteConfig
-from lingen.data.cache import cache_folder
+from lingen.files import cache_folder
 from lingen.registry import RecipeError
 from lingen.run import fit
 from lingen.text import instruction, rewrite

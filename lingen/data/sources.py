@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from lingen.config import Remote
-from lingen.data.cache import cache_folder
 from lingen.data.pieces import PieceCache
 from lingen.data.remote import Passing, SourceError, Stat, is_remote, read_remote, stat_remote
+from lingen.files import cache_folder
 
 T = TypeVar("T")
 

@@ -21,7 +21,8 @@ from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool
 from lingen.data.datamodule import ClipData
-from lingen.folder import as_json, git_commit, versions, write_text
+from lingen.files import write_text
+from lingen.folder import as_json, git_commit, versions
 from lingen.frozen import check_ready, missing_of
 from lingen.metrics.reconstruction import (
     LEAST_SIDE,
