@@ -21,6 +21,7 @@ import webdataset
 from lingen.config import DataConfig, PerKind, Recipe, Remote, Shards, TrainConfig
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
+from lingen.data.cache import Cache
 from lingen.data.datamodule import ClipData
 from lingen.data.dataset import ClipCache, Sample
 from lingen.data.encode import encode_mp4, encode_png
@@ -512,10 +513,26 @@ def test_the_cache_keeps_what_was_used_last() -> None:
     for number, start in ((0, 0.1), (0, 0.9), (1, 0.5), (0, 0.3), (2, 0.0), (0, 0.5), (1, 0.1)):
         get(number, start)
     assert reads == [(0, 0), (1, 0), (2, 0), (1, 0)]
-    assert cache.size == 200
     for start in (0.1, 0.2, 0.9):
         get(5, start, starts=2)
     assert reads[4:] == [(5, 0), (5, 1)]
+
+
+def test_a_cache_stays_within_its_limit() -> None:
+    cache = Cache[str, bytes](9, len)
+    for key in "abc":
+        cache.put(key, bytes(3))
+    assert cache.get("a") == bytes(3) and cache.used == 9
+    cache.put("d", bytes(3))
+    assert [cache.get(key) is not None for key in "abcd"] == [True, False, True, True]
+    cache.put("d", bytes(1))  # in place of the other one
+    assert cache.get("d") == bytes(1) and cache.used == 7
+    cache.put("e", bytes(10))
+    assert cache.used == 0 and cache.get("e") is None
+    few = Cache[int, str](2)
+    for number in range(3):
+        few.put(number, "")
+    assert [few.get(number) for number in range(3)] == [None, "", ""]
 
 
 def batch_with(used: int, *drops: Drop, retries: list[str] | None = None) -> Batch:
