@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lingen.files import check_target
 from lingen.frozen import check_ready
+from lingen.media import contact_sheet, save_video, sheet_frames
 from lingen.registry import AUTOENCODERS, RecipeError
 from lingen.sampling import (
     Progress,
@@ -24,7 +25,6 @@ from lingen.sampling import (
     sample_latents,
     settings_with,
 )
-from lingen.video import contact_sheet, save_video, sheet_frames
 from lingen.weights import find_weights, load_module, read_metadata, write_tensors
 
 

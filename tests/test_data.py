@@ -24,13 +24,13 @@ from lingen.data.batch import Batch, Drop
 from lingen.data.cache import Cache
 from lingen.data.datamodule import ClipData
 from lingen.data.dataset import ClipCache, Sample
-from lingen.data.encode import encode_mp4, encode_png
 from lingen.data.index import Index
 from lingen.data.indexing import scan_shards
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.locations import Location, expand
 from lingen.data.shards import parse, write_shards
 from lingen.data.sources import Reader
+from lingen.media import encode_mp4, encode_png
 from lingen.registry import RecipeError
 
 SIZE = (16, 16)

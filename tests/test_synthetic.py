@@ -16,9 +16,9 @@ import pytest
 import webdataset
 
 from lingen.config import DataConfig, Recipe
-from lingen.data.encode import encode_mp4
 from lingen.data.locations import expand
 from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, captions, draw, ensure, held_out_clips, parse
+from lingen.media import encode_mp4
 from lingen.registry import RecipeError
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from lingen.data.encode import encode_mp4, encode_webp
 from lingen.data.filters import (
     BLACK_FRAME,
     LOOKS,
@@ -30,6 +29,7 @@ from lingen.data.frames import covering, fit_frame
 from lingen.data.pictures import fit_picture, open_picture, reported
 from lingen.data.shots import BLACK, HEIGHT, Track, follow, look
 from lingen.files import whole_file
+from lingen.media import encode_mp4, encode_webp
 
 CRF = 18
 """x264's quality: hard to tell from the source."""

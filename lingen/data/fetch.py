@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from lingen.data.encode import encode_mp4, encode_webp
 from lingen.data.packages import Package, download
 from lingen.files import whole_folder
+from lingen.media import encode_mp4, encode_webp
 from lingen.registry import RecipeError, did_you_mean
 
 BACKGROUND = (208, 214, 220)

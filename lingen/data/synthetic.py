@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lingen.config import Recipe, Shards
-from lingen.data.encode import encode_mp4, encode_png
 from lingen.files import cache_folder, whole_folder
+from lingen.media import encode_mp4, encode_png
 from lingen.registry import RecipeError, SettingError
 
 COLOURS = {
