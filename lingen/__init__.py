@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lingen.data.datamodule import ClipData
+    from lingen.media import save_video
     from lingen.model import LinGen
     from lingen.module import LinGenModule
     from lingen.recipe import load_recipe, stages_of
     from lingen.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError
     from lingen.sampling import generate
-    from lingen.video import save_video
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _HOMES = {
     "lingen.module": ("LinGenModule",),
     "lingen.recipe": ("load_recipe", "stages_of"),
     "lingen.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS", "RecipeError"),
-    "lingen.video": ("save_video",),
+    "lingen.media": ("save_video",),
 }
 
 

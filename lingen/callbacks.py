@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
-from lingen.folder import RunFolder, as_json, write_text
+from lingen.files import remove_left, whole_file, write_text
+from lingen.folder import RunFolder, as_json
 from lingen.module import LinGenModule
 from lingen.ranks import gather_objects
 from lingen.training import Trained
@@ -110,15 +112,17 @@ class StepEdge(Callback):
     def save(self, trainer: lightning.Trainer, step: int) -> None:
         """A checkpoint that is there whole or not at all; the last few are kept."""
         path = self.folder.checkpoint(self.stage, step)
-        partial = path.with_name("partial.ckpt")
         own = self._own.state_dict()
         for state in gather_objects(own) if trainer.world_size > 1 else [own]:
             self.ledger.add(state)
         self._own = Ledger()
-        trainer.save_checkpoint(partial)
+        # Only the first rank writes; the path that the others name is not used.
+        with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                write_text(self.folder.ledger, as_json(self.ledger.as_json()))
         if trainer.is_global_zero:
-            write_text(self.folder.ledger, as_json(self.ledger.as_json()))
-            partial.replace(path)
+            remove_left(path.parent, "*partial*")
             for old in self.folder.checkpoints(self.stage)[:-KEPT_CHECKPOINTS]:
                 old.unlink()
         trainer.strategy.barrier()
@@ -239,12 +243,10 @@ class MetricsFile(Logger):
             return [row for row in csv.DictReader(file) if row["step"]]
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", newline="") as file:
+        with whole_file(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
-        partial.replace(self.path)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

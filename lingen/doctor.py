@@ -13,9 +13,9 @@ import torch
 
 from lingen.autoencoder.perceptual import NoDistance
 from lingen.config import Recipe
-from lingen.data.cache import cache_folder
 from lingen.data.locations import expand
 from lingen.data.order import KINDS
+from lingen.files import cache_folder
 from lingen.frozen import Missing, missing_of
 from lingen.kernels.choice import choose, has_triton
 from lingen.kernels.conv import CONV_KERNELS

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.config import Recipe
+from lingen.files import write_text
 from lingen.registry import RecipeError
 
 IDENTITY = ("model", "data", "text", "autoencoder", "seed")
@@ -143,13 +144,6 @@ class RunFolder:
 def default_path(stages: Sequence[Recipe]) -> Path:
     """``runs/<recipe>-<fingerprint>`` in the current folder."""
     return Path("runs") / f"{stages[0].name}-{fingerprint(stages)}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def versions() -> dict[str, str]:

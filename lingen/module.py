@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lingen import flow
 from lingen.config import Recipe
 from lingen.data.batch import Batch
+from lingen.media import as_floats
 from lingen.model import LinGen
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.text import TextEncoder, replace_rows, with_frame_rate
@@ -54,7 +55,7 @@ class LinGenModule(Trained):
         if clips.is_floating_point():
             return clips
         with torch.no_grad():
-            return self.autoencoder.encode(clips.float() / 127.5 - 1)
+            return self.autoencoder.encode(as_floats(clips))
 
     def encode_text(
         self,

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lingen.files import check_target
 from lingen.frozen import check_ready
+from lingen.media import contact_sheet, save_video, sheet_frames
 from lingen.registry import AUTOENCODERS, RecipeError
 from lingen.sampling import (
     Progress,
@@ -23,8 +25,6 @@ from lingen.sampling import (
     sample_latents,
     settings_with,
 )
-from lingen.target import check_target
-from lingen.video import contact_sheet, save_video, sheet_frames
 from lingen.weights import find_weights, load_module, read_metadata, write_tensors
 
 

@@ -13,12 +13,12 @@ import torch
 
 from lingen.config import Recipe
 from lingen.data.datamodule import ClipData
-from lingen.folder import RunFolder, as_json, write_text
-from lingen.metrics.reconstruction import as_frames, beside, error_frames
+from lingen.files import write_text
+from lingen.folder import RunFolder, as_json
+from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
 from lingen.module import LinGenModule
 from lingen.sampling import best_device, clip_size, decode_frames, encode_prompts, sample_latents
 from lingen.training import Trained
-from lingen.video import contact_sheet, save_video
 from lingen.weights import load_module
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: Ru
     clips = itertools.islice((clip for batch in shown for clip in batch.clips), RECONSTRUCTIONS)
     with module.averaged_weights(), torch.no_grad():
         for number, clip in enumerate(clips):
-            video = clip[None].to(module.device).float() / 127.5 - 1
+            video = as_floats(clip[None].to(module.device))
             rebuilt = module.reconstruct(module.posterior(video)[0], video.shape[2])
             one, other = as_frames(video), as_frames(rebuilt)
             strips += [one, other, error_frames(one, other)]

@@ -20,6 +20,7 @@ from lingen.config import SampleConfig
 from lingen.flow import Encoded
 from lingen.frozen import check_ready
 from lingen.grids import check_frames
+from lingen.media import as_frames
 from lingen.module import LinGenModule
 from lingen.precision import set_precision
 from lingen.weights import load_module
@@ -253,7 +254,7 @@ def decode_frames(
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
         pieces = ways.decode(autoencoder, latents[None], way, tiles_of(tile, autoencoder.strides))
         while frames > 0 and (piece := next(pieces, None)) is not None:
-            shown = ((piece[0, :, :frames].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            frames -= shown.shape[1]
+            shown = as_frames(piece[:, :, :frames])
+            frames -= len(shown)
             del piece  # or it would still be held while the next one is made
-            yield from shown.permute(1, 2, 3, 0).cpu().numpy()
+            yield from shown

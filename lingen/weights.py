@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lingen.config import Recipe
+from lingen.files import check_target, whole_file
 from lingen.registry import RecipeError
-from lingen.target import check_target, in_one_step
 
 if TYPE_CHECKING:
     from lingen.module import LinGenModule
@@ -69,7 +69,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """One safetensors file, in one step, readable for whom the umask says: the library's own are for the user alone."""
     from safetensors.torch import save_file
 
-    with in_one_step(path) as partial:
+    with whole_file(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(partial), metadata)

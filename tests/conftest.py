@@ -108,9 +108,9 @@ stages:
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two video shards and one of images: drawn shapes as real H.264 and PNG."""
-    from lingen.data.encode import encode_mp4, encode_png
     from lingen.data.shards import write_shards
     from lingen.data.synthetic import captions, draw
+    from lingen.media import encode_mp4, encode_png
 
     folder = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)

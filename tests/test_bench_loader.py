@@ -16,8 +16,8 @@ from lingen.bench.rivals import Job, Wanted, bare_clip
 from lingen.cli import main
 from lingen.config import DataConfig, Recipe
 from lingen.data.decode import decode_video
-from lingen.data.encode import encode_mp4
 from lingen.data.shards import write_shards
+from lingen.media import encode_mp4
 
 
 def film(frames: int, height: int, width: int, fps: float) -> bytes:

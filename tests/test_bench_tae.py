@@ -16,7 +16,7 @@ from lingen.bench.autoencoder import PIECE, Request, bench_autoencoder, clip
 from lingen.bench.build import draw
 from lingen.bench.show import agreement, autoencoder, targets
 from lingen.cli import main
-from lingen.metrics.reconstruction import as_frames
+from lingen.media import as_frames
 from lingen.registry import AUTOENCODERS, RecipeError
 
 CPU = torch.device("cpu")

@@ -19,7 +19,6 @@ from lingen.data import manifest
 from lingen.data.captions import Captions
 from lingen.data.check import check_folders
 from lingen.data.cut import Wanted
-from lingen.data.encode import encode_mp4
 from lingen.data.filters import Filters
 from lingen.data.forecast import forecast, ranks_of
 from lingen.data.journal import Part
@@ -27,6 +26,7 @@ from lingen.data.manifest import About, media_hash
 from lingen.data.pack import Packing, find_footage, pack
 from lingen.data.shards import write_shards
 from lingen.data.stats import Measure, contact_sheet, histograms, measure
+from lingen.media import encode_mp4
 from lingen.recipe import load_stages
 from lingen.registry import RecipeError
 

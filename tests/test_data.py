@@ -21,15 +21,16 @@ import webdataset
 from lingen.config import DataConfig, PerKind, Recipe, Remote, Shards, TrainConfig
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
+from lingen.data.cache import Cache
 from lingen.data.datamodule import ClipData
 from lingen.data.dataset import ClipCache, Sample
-from lingen.data.encode import encode_mp4, encode_png
 from lingen.data.index import Index
 from lingen.data.indexing import scan_shards
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.locations import Location, expand
 from lingen.data.shards import parse, write_shards
 from lingen.data.sources import Reader
+from lingen.media import encode_mp4, encode_png
 from lingen.registry import RecipeError
 
 SIZE = (16, 16)
@@ -134,7 +135,7 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="disk full"):
         write_shards(failing(), str(tmp_path / "%d.tar"), per_shard=2)
-    assert [path.name for path in sorted(tmp_path.glob("*.tar"))] == ["0.tar"]
+    assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
     with pytest.raises(ValueError, match="no samples"):
         write_shards([], str(tmp_path / "%d.tar"))
 
@@ -512,10 +513,26 @@ def test_the_cache_keeps_what_was_used_last() -> None:
     for number, start in ((0, 0.1), (0, 0.9), (1, 0.5), (0, 0.3), (2, 0.0), (0, 0.5), (1, 0.1)):
         get(number, start)
     assert reads == [(0, 0), (1, 0), (2, 0), (1, 0)]
-    assert cache.size == 200
     for start in (0.1, 0.2, 0.9):
         get(5, start, starts=2)
     assert reads[4:] == [(5, 0), (5, 1)]
+
+
+def test_a_cache_stays_within_its_limit() -> None:
+    cache = Cache[str, bytes](9, len)
+    for key in "abc":
+        cache.put(key, bytes(3))
+    assert cache.get("a") == bytes(3) and cache.used == 9
+    cache.put("d", bytes(3))
+    assert [cache.get(key) is not None for key in "abcd"] == [True, False, True, True]
+    cache.put("d", bytes(1))  # in place of the other one
+    assert cache.get("d") == bytes(1) and cache.used == 7
+    cache.put("e", bytes(10))
+    assert cache.used == 0 and cache.get("e") is None
+    few = Cache[int, str](2)
+    for number in range(3):
+        few.put(number, "")
+    assert [few.get(number) for number in range(3)] == [None, "", ""]
 
 
 def batch_with(used: int, *drops: Drop, retries: list[str] | None = None) -> Batch:

@@ -16,12 +16,12 @@ import torch
 
 from lingen.config import Recipe
 from lingen.data import manifest
-from lingen.data.encode import encode_mp4
 from lingen.data.fingerprint import fingerprint, frozen_settings
 from lingen.data.latents import LATENTS
 from lingen.data.ledger import DataError
 from lingen.data.manifest import About, Row
 from lingen.data.shards import scan, write_shards
+from lingen.media import encode_mp4
 from lingen.progress import ConsoleReporter
 from lingen.recipe import load_recipe
 from lingen.registry import RecipeError

@@ -19,9 +19,9 @@ import webdataset
 from PIL import Image
 
 from lingen.data import fetch as room
-from lingen.data.cache import cache_folder
 from lingen.data.fetch import Fetched, fetch
 from lingen.data.packages import FetchError, Package, download
+from lingen.files import cache_folder
 from lingen.registry import RecipeError
 
 USERS_CACHE = cache_folder()

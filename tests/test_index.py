@@ -25,7 +25,6 @@ from lingen.data import buckets, indexing, manifest
 from lingen.data.buckets import Shape
 from lingen.data.datamodule import ClipData
 from lingen.data.describe import index_folder
-from lingen.data.encode import encode_mp4, encode_png, encode_webp
 from lingen.data.index import FORGET, RECORD, Index
 from lingen.data.indexing import open_index, scan_shards
 from lingen.data.ledger import DataError, Ledger
@@ -33,6 +32,7 @@ from lingen.data.locations import Location, expand
 from lingen.data.manifest import About, ManifestError, Row
 from lingen.data.shards import write_shards
 from lingen.data.sources import Reader
+from lingen.media import encode_mp4, encode_png, encode_webp
 from lingen.registry import RecipeError
 
 READER = Reader(Remote())

@@ -21,16 +21,14 @@ from torch import Tensor, nn
 from lingen.autoencoder.ways import tiles_of, ways_of
 from lingen.cli import main
 from lingen.frozen import Missing
+from lingen.media import as_frames, beside, error_frames
 from lingen.metrics.autoencoder import PAPER, pairs
 from lingen.metrics.reconstruction import (
     Comparison,
     Quality,
-    as_frames,
     average,
-    beside,
     bicubic,
     bicubic_shape,
-    error_frames,
     psnr,
 )
 from lingen.recipe import load_recipe, to_yaml

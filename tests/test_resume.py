@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from lingen.data.describe import index_folder
-from lingen.data.encode import encode_mp4, encode_png
 from lingen.data.shards import write_shards
+from lingen.media import encode_mp4, encode_png
 
 RECORDER = '''
 """Trains as `lingen fit` does, and notes the samples of every batch that is trained on."""

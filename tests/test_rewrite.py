@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from lingen.cli import main
 from lingen.config import RewriteConfig
-from lingen.data.cache import cache_folder
+from lingen.files import cache_folder
+from lingen.media import read_about
 from lingen.registry import RecipeError
 from lingen.run import fit
 from lingen.text import instruction, rewrite
 from lingen.text.instruction import INSTRUCTION, INSTRUCTION_VERSION, clean, fault_of, question
 from lingen.text.rewrite import Rewriter, Rewritten
-from lingen.video import read_about
 from lingen.weights import find_weights
 
 BALL, SIGN, CAT, DOG = "a red ball", 'a sign says "OPEN"', "a cat", "a dog runs"

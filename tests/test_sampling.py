@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import lingen
 from lingen import output
 from lingen.cli import main
+from lingen.media import contact_sheet, read_about, save_video
 from lingen.run import fit
 from lingen.sampling import clip_size, decode_frames, encode_prompts, sample_latents
-from lingen.video import contact_sheet, read_about, save_video
 from lingen.weights import find_weights, load_module
 
 

@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from lingen.data.encode import encode_mp4
 from lingen.data.synthetic import captions, draw
+from lingen.media import encode_mp4
 from lingen.metrics.shapes import judge, score, wilson
 
 

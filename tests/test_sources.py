@@ -23,13 +23,13 @@ from lingen.bench.loopback import PieceHandler, serve
 from lingen.config import DataConfig, PerKind, Recipe, Remote, Shards
 from lingen.data import manifest, remote, sources
 from lingen.data.datamodule import ClipData
-from lingen.data.encode import encode_png
 from lingen.data.ledger import Ledger
 from lingen.data.locations import Location, expand
 from lingen.data.pieces import PieceCache
 from lingen.data.remote import SourceError
 from lingen.data.shards import scan, write_shards
 from lingen.data.sources import Reader
+from lingen.media import encode_png
 from lingen.registry import RecipeError
 
 FAST = Remote(timeout=5.0, attempts=3)

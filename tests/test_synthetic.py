@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,10 +16,9 @@ import pytest
 import webdataset
 
 from lingen.config import DataConfig, Recipe
-from lingen.data.cache import build_folder, cache_folder
-from lingen.data.encode import encode_mp4
 from lingen.data.locations import expand
 from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, captions, draw, ensure, held_out_clips, parse
+from lingen.media import encode_mp4
 from lingen.registry import RecipeError
 
 
@@ -164,30 +162,3 @@ def test_two_processes_at_once_make_one_whole_folder(cache: Path):
     assert [process.wait(60) for process in processes] == [0, 0]
     assert [path.name.startswith("shapes-") for path in cache.iterdir()] == [True]
     assert len(read(ensure(recipe(clips=200))[0].video)) == 200
-
-
-def test_a_failed_build_leaves_nothing_and_old_remains_are_swept(tmp_path: Path):
-    old, fresh = tmp_path / ".lingen-building-old", tmp_path / ".lingen-building-fresh"
-    for folder in (old, fresh):
-        folder.mkdir()
-    os.utime(old, (time.time() - 2 * 86400,) * 2)
-
-    def fail(work: Path) -> None:
-        (work / "half").write_text("")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        build_folder(tmp_path / "set", fail)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lingen-building-fresh"]
-    assert build_folder(tmp_path / "set", lambda work: (work / "whole").touch()) == tmp_path / "set"
-    assert [path.name for path in (tmp_path / "set").iterdir()] == ["whole"]
-
-
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("LINGEN_CACHE", "/somewhere")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert cache_folder() == Path("/somewhere")
-    monkeypatch.delenv("LINGEN_CACHE")
-    assert cache_folder() == Path("/elsewhere/lingen")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "lingen"

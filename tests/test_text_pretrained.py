@@ -12,7 +12,6 @@ import torch
 from lingen.data.packages import Package, download
 from lingen.frozen import check_ready
 from lingen.registry import RecipeError, SettingError
-from lingen.text.local import Memory
 from lingen.text.metaclip import MetaCLIP
 from lingen.text.pretrained import BERT, T5, UL2, ByT5, Llama
 from lingen.text.quoted import quoted
@@ -468,16 +467,6 @@ def test_the_network_follows_the_module_and_is_let_go(folders, case):
 def test_settings_below_one_are_named(case, setting):
     with pytest.raises(SettingError, match=f"{setting}=0 must be 1 or more"):
         encoder({case: "nowhere"}, case, **{setting: 0})
-
-
-def test_memory_keeps_what_was_last_asked_for():
-    memory, row = Memory(3 * 64), torch.zeros(4, 4)
-    for text in "abc":
-        memory.add((torch.float32, text), row.clone())
-    memory.get((torch.float32, "a"))
-    memory.add((torch.float32, "d"), row.clone())
-    assert [memory.get((torch.float32, text)) is not None for text in "abcd"] == [True, False, True, True]
-    assert memory.get((torch.bfloat16, "a")) is None and memory.used == 3 * 64
 
 
 @pytest.mark.parametrize(

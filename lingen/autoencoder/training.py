@@ -18,6 +18,7 @@ from lingen.autoencoder.perceptual import NoDistance, build_perceptual
 from lingen.config import Recipe
 from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
+from lingen.media import as_floats
 from lingen.registry import AUTOENCODERS
 from lingen.training import Trained
 from lingen.workshop import trainable
@@ -83,7 +84,7 @@ class AutoencoderModule(Trained):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch of clips, uint8 [b 3 t h w]; its gradient is that of all the terms."""
         self.note(batch)
-        clips = batch.clips.float() / 127.5 - 1
+        clips = as_floats(batch.clips)
         mean, logvar = self.posterior(clips)
         draws = flow.draw(mean.shape[1:], batch.slots, self._stream, self.recipe.time, 1.0)
         latents = mean + (0.5 * logvar).exp() * draws.noise.to(mean)
@@ -187,7 +188,7 @@ class AutoencoderModule(Trained):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Reconstruction from the posterior's mean: L1, PSNR (dB) and perceptual distance of all frames."""
-        clips = batch.clips.float() / 127.5 - 1
+        clips = as_floats(batch.clips)
         video = self.reconstruct(self.posterior(clips)[0], clips.shape[2])
         found = {"l1": losses.l1(video, clips), "psnr": losses.psnr(video, clips)}
         found["loss"] = self.settings.l1 * found["l1"]
@@ -248,7 +249,7 @@ class AutoencoderModule(Trained):
         total = square = torch.zeros((), dtype=torch.float64)
         positions = 0
         for batch in islice(batches, count):
-            mean = self.posterior(batch.clips.to(self.device).float() / 127.5 - 1)[0].double().cpu()
+            mean = self.posterior(as_floats(batch.clips.to(self.device)))[0].double().cpu()
             total, square = total + mean.sum((0, 2, 3, 4)), square + mean.square().sum((0, 2, 3, 4))
             positions += mean[:, 0].numel()
         if positions == 0:

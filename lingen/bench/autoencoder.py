@@ -24,7 +24,8 @@ from lingen.bench.run import PRECISIONS
 from lingen.bench.timing import Work, allocated, interleaved, or_none, peak_bytes
 from lingen.frozen import check_ready, missing_of
 from lingen.grids import check_frames
-from lingen.metrics.reconstruction import as_frames, psnr
+from lingen.media import as_frames
+from lingen.metrics.reconstruction import psnr
 from lingen.registry import AUTOENCODERS, RecipeError, SettingError
 
 PIECE = 32

@@ -20,9 +20,9 @@ from lingen.config import DataConfig, PerKind, Recipe, Shards
 from lingen.data import manifest
 from lingen.data.datamodule import ClipData
 from lingen.data.describe import index_folder
-from lingen.data.encode import encode_mp4
 from lingen.data.manifest import About
 from lingen.data.shards import write_shards
+from lingen.media import encode_mp4
 
 T = TypeVar("T")
 

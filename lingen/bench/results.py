@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from lingen.folder import git_commit, versions, write_text
+from lingen.files import write_text
+from lingen.folder import git_commit, versions
 from lingen.registry import RecipeError
 
 Row = dict[str, Any]

@@ -44,7 +44,7 @@ def data_fetch(args: argparse.Namespace) -> int:
     _check_fetch(args)
     from pathlib import Path
 
-    from lingen.target import check_place
+    from lingen.files import check_place
 
     out = args.out or ("weights" if args.set == "vgg16" else f"data/{args.set}")
     check_place(Path(out))

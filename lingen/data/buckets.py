@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Int
 
 from lingen.config import DataConfig
-from lingen.data.cache import build_folder, cache_folder
 from lingen.data.index import Index, Mapped, Numbers
 from lingen.data.order import Lane
+from lingen.files import cache_folder, whole_folder
 from lingen.registry import RecipeError
 
 CHUNK = 1 << 20
@@ -107,7 +107,9 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
     if index.mark:
         name = hashlib.sha256(repr((shapes, data.fps, kind)).encode()).hexdigest()[:8]
         folder = cache_folder() / "indexes" / f"{index.mark}-{name}"
-        build_folder(folder, lambda work: _write(work, _sorted(index, shapes, kind, data.fps), len(shapes)))
+        if not folder.is_dir():
+            with whole_folder(folder) as work:
+                _write(work, _sorted(index, shapes, kind, data.fps), len(shapes))
         os.utime(folder)  # it is in use
         parts: list[Numbers] = [Mapped(folder / str(part), np.uint32) for part in range(len(shapes) + len(REASONS))]
     else:

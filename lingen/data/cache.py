@@ -1,41 +1,42 @@
-"""Where lingen keeps what it made or fetched, and how a folder appears whole or not at all."""
+"""What was used last, kept in memory within a bound."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
-BUILDING = ".lingen-building-"
-"""Start of the name of a folder that is not finished; one that is a day old was left by a killed process."""
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
-def cache_folder() -> Path:
-    """``$LINGEN_CACHE``, else ``$XDG_CACHE_HOME/lingen``, else ``~/.cache/lingen``."""
-    if own := os.environ.get("LINGEN_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lingen"
+class Cache(Generic[Key, Value]):
+    """Values by key; the least recently used ones are forgotten first.
 
+    Args:
+        limit: what all values may come to; 0 keeps nothing.
+        size: what a value comes to, such as its bytes; by default each counts 1.
+    """
 
-def build_folder(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Fills a new folder beside `folder` and renames it in one step; a `folder` that exists is taken as it is."""
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"{BUILDING}*"):
-        if time.time() - left.stat().st_mtime > 86400:
-            shutil.rmtree(left, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
-    try:
-        build(work)
-        work.chmod(0o755)
-        work.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+    def __init__(self, limit: int, size: Callable[[Value], int] | None = None):
+        self.limit, self.used = limit, 0
+        self._size = size
+        self._kept: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key) -> Value | None:
+        """The value of a key that is remembered."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: Key, value: Value) -> None:
+        """Remembers a value, in place of the one that the key had."""
+        if key in self._kept:
+            self.used -= self._size_of(self._kept.pop(key))
+        self._kept[key] = value
+        self.used += self._size_of(value)
+        while self.used > self.limit:
+            self.used -= self._size_of(self._kept.popitem(last=False)[1])
+
+    def _size_of(self, value: Value) -> int:
+        return 1 if self._size is None else self._size(value)

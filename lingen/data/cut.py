@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from lingen.data.encode import encode_mp4, encode_webp
 from lingen.data.filters import (
     BLACK_FRAME,
     LOOKS,
@@ -30,6 +28,8 @@ from lingen.data.footage import Source, read_frames, sample_key
 from lingen.data.frames import covering, fit_frame
 from lingen.data.pictures import fit_picture, open_picture, reported
 from lingen.data.shots import BLACK, HEIGHT, Track, follow, look
+from lingen.files import whole_file
+from lingen.media import encode_mp4, encode_webp
 
 CRF = 18
 """x264's quality: hard to tell from the source."""
@@ -91,15 +91,12 @@ def make_samples(job: Job) -> Outcome:
     if job.out.is_file():
         return read_outcome(job.out)
     outcome = Outcome([], [])
-    job.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = job.out.with_name(f"{job.out.name}.{os.getpid()}.partial")
-    with tarfile.open(partial, "w") as tar:
+    with whole_file(job.out, durable=False) as partial, tarfile.open(partial, "w") as tar:
         for made, media, about in _make(job, outcome.drops):
             _add(tar, f"{made.key}.{made.media}", media)
             _add(tar, f"{made.key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
             outcome.samples.append(made)
         _add(tar, OUTCOME, json.dumps(outcome).encode())
-    os.replace(partial, job.out)
     return outcome
 
 

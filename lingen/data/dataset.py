@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from lingen.data import order
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape
+from lingen.data.cache import Cache
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
 from lingen.data.latents import Tokens, Wanted, pad_tokens, read_encoded
@@ -41,7 +43,7 @@ class Sample(NamedTuple):
 
 
 class ClipCache:
-    """Decoded samples, the least recently used ones forgotten first.
+    """Decoded samples, see `Cache`.
 
     A clip is found by its sample and by where it begins. How many beginnings a video has is known once it was decoded;
     a video that is exactly as long as a clip has one, so it is decoded once.
@@ -52,8 +54,7 @@ class ClipCache:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.size = 0
-        self._samples: OrderedDict[tuple[str, int, int], Sample] = OrderedDict()
+        self._samples = Cache[tuple[str, int, int], Sample](limit, attrgetter("pixels.nbytes"))
         self._starts: dict[tuple[str, int], int] = {}
 
     def get(self, kind: str, number: int, start: float, read: Callable[[], Sample]) -> Sample:
@@ -61,15 +62,11 @@ class ClipCache:
         if not self.limit:
             return read()
         starts = self._starts.get((kind, number))
-        if starts is not None and (key := (kind, number, int(start * starts))) in self._samples:
-            self._samples.move_to_end(key)
-            return self._samples[key]
-        found = read()
-        starts = self._starts[kind, number] = found.starts
-        self._samples[kind, number, int(start * starts)] = found
-        self.size += found.pixels.nbytes
-        while self.size > self.limit:
-            self.size -= self._samples.popitem(last=False)[1].pixels.nbytes
+        found = None if starts is None else self._samples.get((kind, number, int(start * starts)))
+        if found is None:
+            found = read()
+            self._starts[kind, number] = found.starts
+            self._samples.put((kind, number, int(start * found.starts)), found)
         return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lingen.config import Recipe
 from lingen.data.latents import LATENTS, TEXT
 from lingen.frozen import check_ready
+from lingen.media import as_floats
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.text import TextEncoder, with_frame_rate
 
@@ -47,7 +48,7 @@ class Encoders:
     @torch.no_grad()
     def latents(self, clips: Sequence[Tensor]) -> Tensor:
         """uint8 [3 t h w] each -> latents [b c t h w]."""
-        return self.autoencoder.encode(torch.stack(list(clips)).to(self.device).float() / 127.5 - 1)
+        return self.autoencoder.encode(as_floats(torch.stack(list(clips)).to(self.device)))
 
     @torch.no_grad()
     def tokens(self, captions: Sequence[str], fps: float) -> dict[int, list[Tensor]]:

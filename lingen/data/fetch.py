@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from lingen.data.cache import build_folder
-from lingen.data.encode import encode_mp4, encode_webp
 from lingen.data.packages import Package, download
+from lingen.files import whole_folder
+from lingen.media import encode_mp4, encode_webp
 from lingen.registry import RecipeError, did_you_mean
 
 BACKGROUND = (208, 214, 220)
@@ -157,7 +157,8 @@ def fetch(
     if not cached:
         if out.is_dir():
             out.rmdir()
-        build_folder(out, lambda work: _build(work, wanted, progress or (lambda done, total: None)))
+        with whole_folder(out) as work:
+            _build(work, wanted, progress or (lambda done, total: None))
     about = json.loads((out / "fetched.json").read_text())
     return Fetched(out, about["counts"], about["licences"], cached)
 

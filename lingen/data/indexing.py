@@ -22,12 +22,12 @@ import pyarrow.compute as pc
 
 from lingen.data import manifest
 from lingen.data.batch import Drop
-from lingen.data.cache import build_folder, cache_folder
 from lingen.data.index import RECORD, Index, Mapped
 from lingen.data.locations import Location
 from lingen.data.remote import is_remote
 from lingen.data.shards import scan
 from lingen.data.sources import Reader
+from lingen.files import cache_folder, whole_folder
 from lingen.registry import RecipeError
 
 FORMAT = 1
@@ -76,7 +76,10 @@ def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader
     mark = hashlib.sha256(
         json.dumps([FORMAT, kind, [(one.folder, one.version, one.shards) for one in sets]]).encode()
     ).hexdigest()[:16]
-    folder = build_folder(cache_folder() / "indexes" / mark, lambda work: _build(work, sets, kind, setting))
+    folder = cache_folder() / "indexes" / mark
+    if not folder.is_dir():
+        with whole_folder(folder) as work:
+            _build(work, sets, kind, setting)
     os.utime(folder)  # it is in use
     return _open(folder)
 
@@ -113,13 +116,12 @@ def _fetch(place: Location, needed: bool, setting: str, reader: Reader) -> tuple
             raise RecipeError(f"{setting}: {error}") from error
         return None
     name = hashlib.sha256(repr((str(place), size, version)).encode()).hexdigest()[:16]
-
-    def download(work: Path) -> None:
-        with (work / manifest.NAME).open("wb") as file:
+    folder = cache_folder() / "manifests" / name
+    if not folder.is_dir():
+        with whole_folder(folder) as work, (work / manifest.NAME).open("wb") as file:
             for start in range(0, size, 1 << 26):
                 file.write(reader.read(str(place), start, min(1 << 26, size - start), version).data)
-
-    return build_folder(cache_folder() / "manifests" / name, download) / manifest.NAME, version
+    return folder / manifest.NAME, version
 
 
 # from manifests

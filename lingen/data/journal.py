@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.data.manifest import Row
+from lingen.files import whole_file, write_text
 from lingen.registry import RecipeError
 
 
@@ -109,7 +109,7 @@ class SetFolder:
     def _agree(self, settings: dict[str, Any]) -> None:
         path = self.parts / "settings.json"
         if not path.is_file():
-            write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False))
+            write_text(path, json.dumps(settings, indent=1, ensure_ascii=False))
         held = json.loads(path.read_text(encoding="utf-8"))
         if held != settings:
             raise RecipeError(
@@ -136,7 +136,7 @@ class SetFolder:
     def finish(self) -> bool:
         """Marks this part as done. True where all are."""
         shutil.rmtree(self.work, ignore_errors=True)
-        write_whole(self.own / "done", "")
+        write_text(self.own / "done", "")
         parts = [self.parts / str(Part(number, self.part.total)) for number in range(1, self.part.total + 1)]
         return all((part / "done").is_file() for part in parts)
 
@@ -177,19 +177,9 @@ def differences(held: dict[str, Any], wanted: dict[str, Any], path: str = "") ->
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that it is there even after the machine has lost power."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def write_record(path: Path, record: Record) -> None:
     entries = [[list(entry.row), list(entry.looks)] for entry in record.entries]
-    write_whole(path, json.dumps({"entries": entries, "notes": record.notes}, ensure_ascii=False))
+    write_text(path, json.dumps({"entries": entries, "notes": record.notes}, ensure_ascii=False))
 
 
 def _records(folder: Path, kind: str) -> Iterator[Record]:
@@ -219,7 +209,8 @@ class ShardStream:
         """Records of earlier runs."""
         self._record = Record([], [])
         self._used: list[Path] = []
-        self._file: Any = None
+        self._open = contextlib.ExitStack()
+        """The shard that is written."""
         self._tar: Any = None
 
     def _settle(self) -> Iterator[Record]:
@@ -258,8 +249,9 @@ class ShardStream:
         from webdataset import TarWriter
 
         if self._tar is None:
-            self._file = self._shard(self._stem).with_suffix(f".tar.{os.getpid()}.partial").open("wb")
-            self._tar = TarWriter(self._file, encoder=False, mtime=0)
+            partial = self._open.enter_context(whole_file(self._shard(self._stem)))
+            file = self._open.enter_context(partial.open("wb"))
+            self._tar = self._open.enter_context(TarWriter(file, encoder=False, mtime=0))
         start = self._tar.tarstream.offset
         self._tar.write(sample)
         end = self._tar.tarstream.offset
@@ -281,14 +273,8 @@ class ShardStream:
         if not self._record.entries and not self._record.notes:
             return
         path = self.folder.records / f"{self._stem}.json"
-        if self._tar is not None:
-            self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
         write_record(path, self._record)
-        if self._tar is not None:
-            os.replace(self._file.name, self._shard(self._stem))
+        self._open.close()
         for used in self._used:
             used.unlink(missing_ok=True)
         self._number += 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from lingen.files import whole_file
 
 NAME = "manifest.parquet"
 """Its name in the folder of the shards."""
@@ -103,17 +104,15 @@ def _columns(rows: list[Row]) -> pa.RecordBatch:
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch], about: About) -> int:
     """`write` for rows that are columns already."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     metadata = {"lingen": json.dumps(about._asdict(), ensure_ascii=False, sort_keys=True)}
     count = 0
-    try:
-        with pq.ParquetWriter(partial, SCHEMA.with_metadata(metadata), compression="zstd") as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-                count += len(batch)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole_file(path) as partial,
+        pq.ParquetWriter(partial, SCHEMA.with_metadata(metadata), compression="zstd") as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch)
+            count += len(batch)
     return count
 
 

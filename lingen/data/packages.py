@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lingen.data.cache import cache_folder
+from lingen.files import cache_folder
 
 
 class FetchError(ValueError):

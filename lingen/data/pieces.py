@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
+
+from lingen.files import whole_file
 
 
 class PieceCache:
@@ -39,17 +40,15 @@ class PieceCache:
         if not self.limit or len(data) > self.limit // 4:
             return
         path = self._path(name)
-        partial = path.with_name(f"{name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            partial.replace(path)
+            with whole_file(path, durable=False) as partial:
+                partial.write_bytes(data)
             self._written += len(data)
             if self._written > self.limit // 100:
                 self._written = 0
                 self._shrink()
         except OSError:
-            partial.unlink(missing_ok=True)
+            return
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / name

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lingen.data import manifest
-from lingen.data.journal import Note, Record, SetFolder, write_whole
+from lingen.data.journal import Note, Record, SetFolder
 from lingen.data.manifest import About, Row
+from lingen.files import write_text
 
 LEDGER = "ledger.json"
 """Name of the report in the folder of a set."""
@@ -97,4 +98,4 @@ def write_set(folder: SetFolder, rows: Sequence[Row], about: About, ledger: dict
     with folder.finishing(manifest.NAME, LEDGER):
         if rows:
             manifest.write(folder.out / manifest.NAME, rows, about)
-        write_whole(folder.out / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder.out / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")

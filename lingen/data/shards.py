@@ -6,18 +6,21 @@ WebDataset). Headers alone tell where each sample lies, so that any one is one c
 
 from __future__ import annotations
 
+import contextlib
 import io
-import itertools
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from lingen.files import whole_file
+
 META = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset does not take for samples."""
+LARGEST = 3_000_000_000
+"""Bytes after which `write_shards` begins another shard, however few samples there are in it."""
 
 
 def parse(data: bytes | bytearray, key: str) -> dict[str, bytes]:
@@ -147,23 +150,21 @@ def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: 
     Raises:
         ValueError: no samples.
     """
-    from webdataset import ShardWriter
+    from webdataset import TarWriter
 
-    Path(pattern).parent.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-
-    def finish(partial: str) -> None:
-        written.append(Path(partial.removesuffix(".partial")))
-        os.replace(partial, written[-1])
-
-    remaining = iter(samples)
-    first = next(remaining, None)
-    if first is None:
+    tar, count = None, 0
+    with contextlib.ExitStack() as shard:
+        for sample in samples:
+            if tar is None or count == per_shard or tar.tarstream.offset >= LARGEST:
+                shard.close()
+                written.append(Path(pattern % len(written)))
+                file = shard.enter_context(shard.enter_context(whole_file(written[-1])).open("wb"))
+                tar, count = shard.enter_context(TarWriter(file, encoder=False, mtime=0)), 0
+            tar.write({name: _encoded(name, value) for name, value in sample.items()})
+            count += 1
+    if not written:
         raise ValueError(f"There are no samples to write to {pattern}.")
-    writer = ShardWriter(f"{pattern}.partial", maxcount=per_shard, post=finish, verbose=0, encoder=False, mtime=0)
-    for sample in itertools.chain([first], remaining):
-        writer.write({name: _encoded(name, value) for name, value in sample.items()})
-    writer.close()  # not in a `with`: after an error the last shard stays partial
     return written
 
 

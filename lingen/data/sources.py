@@ -13,16 +13,16 @@ import hashlib
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from lingen.config import Remote
-from lingen.data.cache import cache_folder
+from lingen.data.cache import Cache
 from lingen.data.pieces import PieceCache
 from lingen.data.remote import Passing, SourceError, Stat, is_remote, read_remote, stat_remote
+from lingen.files import cache_folder
 
 T = TypeVar("T")
 
@@ -118,15 +118,15 @@ class _OpenFiles:
     """The local shards that were read last, kept open; one that is dropped closes when its last reader is done."""
 
     def __init__(self) -> None:
-        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._files = Cache[str, BinaryIO](OPEN_FILES)
         self._lock = threading.Lock()
 
     def get(self, path: str) -> BinaryIO:
         with self._lock:
-            file = self._files.pop(path, None) or open(path, "rb", buffering=0)  # noqa: SIM115
-            self._files[path] = file
-            while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
+            file = self._files.get(path)
+            if file is None:
+                file = open(path, "rb", buffering=0)  # noqa: SIM115
+                self._files.put(path, file)
             return file
 
 

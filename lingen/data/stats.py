@@ -161,7 +161,7 @@ def contact_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int
 
     What cannot be decoded is black, with the reason above it.
     """
-    from lingen.video import contact_sheet as sheet
+    from lingen.media import contact_sheet as sheet
 
     picked = chosen(folders, count, seed)
     looks = [_look(folder, row) for folder, row in picked if row.kind == "video"]

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lingen.config import Recipe, Shards
-from lingen.data.cache import build_folder, cache_folder
-from lingen.data.encode import encode_mp4, encode_png
+from lingen.files import cache_folder, whole_folder
+from lingen.media import encode_mp4, encode_png
 from lingen.registry import RecipeError, SettingError
 
 COLOURS = {
@@ -204,22 +204,23 @@ def settings(component: dict[str, Any] | None) -> Shapes:
 
 
 def _folder(recipe: Recipe) -> Path:
+    from lingen.data.shards import write_shards
+
     shapes = settings(recipe.data.synthetic)
     height, width = (extent + extent % 2 for extent in recipe.data.size)  # yuv420p needs even sizes
     frames = recipe.data.frames if recipe.data.frames > 1 else 8
     what = {**asdict(shapes), "size": [height, width], "frames": frames, "fps": recipe.data.fps, "format": FORMAT}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-    def build(work: Path) -> None:
-        from lingen.data.shards import write_shards
-
+    folder = cache_folder() / f"shapes-{digest}"
+    if folder.is_dir():
+        return folder
+    with whole_folder(folder) as work:
         for split in SPLITS:
             counts = (shapes.images, shapes.clips) if split == "train" else (shapes.held_out, shapes.held_out)
             for kind, count in zip(KINDS, counts, strict=True):
                 samples = _samples(shapes.seed, split, kind, count, (height, width), frames, recipe.data.fps)
                 write_shards(samples, str(work / split / f"{kind}-%05d.tar"), per_shard=400)
-
-    return build_folder(cache_folder() / f"shapes-{digest}", build)
+    return folder
 
 
 def _texts(seed: int, split: Split, kind: str, count: int) -> list[str]:

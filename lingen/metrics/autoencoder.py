@@ -21,22 +21,20 @@ from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool
 from lingen.data.datamodule import ClipData
-from lingen.folder import as_json, git_commit, versions, write_text
+from lingen.files import write_text
+from lingen.folder import as_json, git_commit, versions
 from lingen.frozen import check_ready, missing_of
+from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video, sheet_frames
 from lingen.metrics.reconstruction import (
     LEAST_SIDE,
     Comparison,
     Quality,
-    as_frames,
     average,
-    beside,
     bicubic,
     bicubic_shape,
-    error_frames,
     psnr,
 )
 from lingen.registry import AUTOENCODERS, RecipeError, SettingError
-from lingen.video import contact_sheet, save_video, sheet_frames
 
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
 """Movie Gen's TAE (arXiv 2410.13720, section 3.1.1) on its authors' clips of 512 pixels: for scale only."""
@@ -249,7 +247,7 @@ class _Judge:
 
     def _pieces(self, clip: Tensor) -> Iterator[Tensor]:
         """uint8 [1 3 t h w] -> pieces in -1..1 on the device."""
-        return (piece.to(self.asked.device).float() / 127.5 - 1 for piece in clip.split(PIECE, 2))
+        return (as_floats(piece.to(self.asked.device)) for piece in clip.split(PIECE, 2))
 
     def _score(self, clip: Tensor, rebuilt: Iterator[Tensor]) -> Quality:
         comparison = Comparison(self.perceptual)

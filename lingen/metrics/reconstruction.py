@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 MOST_PSNR = 100.0
@@ -165,21 +163,3 @@ def _resize(clip: Tensor, size: tuple[int, int]) -> Tensor:
     frames = clip.movedim(2, 1).flatten(0, 1)
     frames = F.interpolate(frames, size, mode="bicubic", antialias=size[0] <= clip.shape[3])
     return frames.unflatten(0, (len(clip), -1)).movedim(1, 2)
-
-
-def as_frames(clip: Pixels) -> UInt8[np.ndarray, "t h w 3"]:
-    """One clip in -1..1 -> what a file holds."""
-    scaled = (clip[0].float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-
-
-def error_frames(clip: np.ndarray, rebuilt: np.ndarray, gain: int = 4) -> UInt8[np.ndarray, "t h w 3"]:
-    """`gain` times the absolute difference of uint8 frames."""
-    return (np.abs(clip.astype(int) - rebuilt) * gain).clip(max=255).astype(np.uint8)
-
-
-def beside(clip: np.ndarray, rebuilt: np.ndarray) -> Iterator[Any]:
-    """Frames [h w 3] of both, the clip on the left; small ones are enlarged by a whole factor."""
-    factor = max(1, round(96 / clip.shape[1]))
-    for pair in zip(clip, rebuilt, strict=True):
-        yield np.concatenate(pair, 1).repeat(factor, 0).repeat(factor, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import gc
-from collections import OrderedDict
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
 from lingen.registry import RecipeError
 from lingen.text.folder import Lacking, names_file
@@ -77,7 +78,7 @@ class LocalEncoder(nn.Module, abc.ABC):
         self.register_buffer("place", torch.zeros(1), persistent=False)  # follows the module, so it tells the device
         self._reader: Reader | None = None
         self._opened: tuple[torch.device, torch.dtype] | None = None
-        self._memory = Memory(REMEMBERED)
+        self._memory = Cache[tuple[torch.dtype, str], Tensor](REMEMBERED, attrgetter("nbytes"))
 
     @abc.abstractmethod
     def inspect(self, path: Path) -> None:
@@ -162,7 +163,7 @@ class LocalEncoder(nn.Module, abc.ABC):
         if not torch.isfinite(kept).all():
             told = str(dtype).removeprefix("torch.")
             raise RecipeError(f"The text encoder '{self.name}' gives NaN or infinity in {told}: set precision=fp32.")
-        self._memory.add((dtype, text), kept)
+        self._memory.put((dtype, text), kept)
 
     def _ready(self, device: torch.device, dtype: torch.dtype) -> Reader:
         if self._reader is not None and self._opened == (device, dtype):
@@ -187,25 +188,6 @@ class LocalEncoder(nn.Module, abc.ABC):
             raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.")
         self._reader, self._opened = reader, (device, dtype)
         return reader
-
-
-class Memory:
-    """Tokens of the texts that were last asked for, in CPU memory, up to a number of bytes."""
-
-    def __init__(self, limit: int):
-        self.limit, self.used = limit, 0
-        self._kept: OrderedDict[tuple[torch.dtype, str], Tensor] = OrderedDict()
-
-    def get(self, key: tuple[torch.dtype, str]) -> Tensor | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def add(self, key: tuple[torch.dtype, str], tokens: Tensor) -> None:
-        self._kept[key] = tokens
-        self.used += tokens.nbytes
-        while self.used > self.limit:
-            self.used -= self._kept.popitem(last=False)[1].nbytes
 
 
 def width_differs(found: int, dim: int) -> Lacking:

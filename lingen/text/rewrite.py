@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lingen.config import RewriteConfig
-from lingen.data.cache import cache_folder
 from lingen.data.fingerprint import fingerprint, hash_weights
+from lingen.files import cache_folder, write_text
 from lingen.frozen import Missing, check_ready
 from lingen.text.chat import Chat, Talk, inspect
 from lingen.text.folder import Lacking, names_file
@@ -171,11 +170,8 @@ class _Kept:
     def put(self, prompt: str, text: str) -> None:
         file = self._file(prompt)
         about = {"prompt": prompt, "rewritten": text, "settings": self.settings}
-        partial = file.with_suffix(f".{os.getpid()}")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
-            partial.replace(file)
+            write_text(file, json.dumps(about, indent=2, ensure_ascii=False))
         except OSError as error:
             log.warning("A rewritten prompt cannot be kept for the next time: %s", error)
 

@@ -1,0 +1,117 @@
+"""A file or a folder appears whole or not at all; whether it can be written is asked before the work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lingen.registry import RecipeError
+
+BUILDING = ".lingen-building-"
+"""Start of the name of a folder that is not finished."""
+LEFT = 86400
+"""Seconds after which what is not finished, and nobody touched, counts as left by a killed process."""
+
+
+def cache_folder() -> Path:
+    """Where lingen keeps what it made or fetched: ``$LINGEN_CACHE``, else ``$XDG_CACHE_HOME/lingen``, else
+    ``~/.cache/lingen``."""
+    if own := os.environ.get("LINGEN_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lingen"
+
+
+def check_target(path: str | Path, suffix: str) -> Path:
+    """The path of a file to be written, looked at before any work is done.
+
+    Raises:
+        RecipeError: it is a folder, it does not end with `suffix`, or nothing can be written where it is to be.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name a file to write, such as {path / 'name'}{suffix}.")
+    if path.suffix.lower() != suffix:
+        raise RecipeError(f"{path} does not end with {suffix}, which is what is written; name {path}{suffix}, say.")
+    check_place(path.parent)
+    return path
+
+
+def check_place(folder: Path) -> None:
+    """RecipeError where nothing can be written into a folder, which need not be there yet."""
+    around = next(one for one in (folder, *folder.parents) if one.exists())
+    if not around.is_dir():
+        raise RecipeError(f"Nothing can be written into {folder}: {around} is a file, not a folder. Name another one.")
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise RecipeError(f"Nothing can be written into {folder}: this user may not. Name another one.")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Gives a name to write to, in the folder of `path`, which is made; at the end the file is moved to `path`.
+
+    After an error nothing is left of it, and `path` is what it was. The name is this call's own: of several processes
+    that write one file the last one to end wins, whole.
+
+    Args:
+        durable: the file is on the disk before it is moved, so that after a loss of power `path` is the old one or the
+            new one, never an empty one. It costs time, in vain for what can be had again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{_mark()}.partial")
+    try:
+        yield partial
+        if durable:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a new folder to fill, beside `path`, and renames it at the end; after an error nothing is left of it.
+
+    Where another process came first, its folder stays. What killed processes left beside it is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_left(path.parent, f"{BUILDING}*")
+    work = path.parent / f"{BUILDING}{_mark()}"
+    work.mkdir()
+    try:
+        yield work
+        try:
+            work.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, as `whole_file` writes."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def remove_left(folder: Path, pattern: str) -> None:
+    """Removes what killed processes left unfinished in a folder, see `LEFT`."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            if time.time() - left.stat().st_mtime < LEFT:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+
+def _mark() -> str:
+    """What no other process, thread or machine has in its names."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
