@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lingen.blocks.layers import GatedRMSNorm, RMSNorm, SwiGLU, head_count, rotary_table, rotate
+from lingen.blocks.layers import GatedRMSNorm, RMSNorm, SwiGLU, head_count
 from lingen.blocks.temporal_swin import TemporalSwin
+from lingen.kernels.rotary import rotary_table, rotate
 from lingen.registry import MIXERS, SettingError
 
 DIM = 16

@@ -15,7 +15,7 @@ from PIL import Image
 from lingen.cli import main
 from lingen.data import manifest
 from lingen.data.caption import Captioner, Captioning, caption
-from lingen.data.captions import Captions
+from lingen.data.caption_tables import Captions
 from lingen.data.cut import Wanted
 from lingen.data.filters import Filters
 from lingen.data.journal import Part

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lingen.cli import main
 from lingen.data import manifest
-from lingen.data.captions import Captions
+from lingen.data.caption_tables import Captions
 from lingen.data.check import check_folders
 from lingen.data.cut import Wanted
 from lingen.data.filters import Filters

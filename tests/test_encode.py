@@ -20,7 +20,7 @@ from lingen.cli import main
 from lingen.config import Recipe
 from lingen.data import manifest
 from lingen.data.batch import Batch
-from lingen.data.captions import Captions
+from lingen.data.caption_tables import Captions
 from lingen.data.cut import Wanted
 from lingen.data.datamodule import ClipData
 from lingen.data.encode_shards import Encoding, _Clips, encode, tasks_of

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
-from lingen.data.captions import Captions
+from lingen.data.caption_tables import Captions
 from lingen.data.cut import Job, Outcome, Wanted, divide, make_samples, read_outcome, read_samples
 from lingen.data.decode import decode_image, decode_video
 from lingen.data.filters import BANDS, LOOKS, Duplicates, Filters, frozen_share

@@ -27,7 +27,7 @@ from lingen.cli import main
 from lingen.cli.pack import FILTERS
 from lingen.config import DataConfig, PerKind, Recipe
 from lingen.data import manifest
-from lingen.data.captions import Captions
+from lingen.data.caption_tables import Captions
 from lingen.data.cut import Job, Wanted, make_samples
 from lingen.data.filters import Filters
 from lingen.data.journal import Note, Part, SetFolder, ShardStream, part_of

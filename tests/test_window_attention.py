@@ -86,8 +86,8 @@ def test_triton_in_16_bits(dtype, limit, device):
 @needs_triton
 def test_every_number_is_written_and_no_other(device):
     """Into views of wider rows, as a fused layer would have it."""
-    from lingen.blocks.layers import rotary_table
     from lingen.kernels import window_attention_triton as triton_twin
+    from lingen.kernels.rotary import rotary_table
 
     grid, heads, width = (3, 4, 2), 2, 8
     wide, gains, seed = operands(grid, heads, width, device)

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, clamp, grid_of, rotary_table, rotate
+from lingen.blocks.layers import RMSNorm, clamp, grid_of
 from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.temporal_swin import TemporalSwin
+from lingen.kernels.rotary import rotary_table, rotate
 from lingen.kernels.ssd import ssd
 from lingen.kernels.stock import chunk_scan
 

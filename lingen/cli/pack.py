@@ -86,7 +86,7 @@ def data_pack(args: argparse.Namespace) -> int:
         raise RecipeError("Say for which recipe: --recipe R; its stages say which sizes and lengths are wanted.")
     from pathlib import Path
 
-    from lingen.data.captions import Captions
+    from lingen.data.caption_tables import Captions
     from lingen.data.journal import part_of
     from lingen.data.pack import Packing, filters_for, find_footage, pack, wanted_by
     from lingen.data.workers import processes_here

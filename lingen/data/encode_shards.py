@@ -22,9 +22,9 @@ from lingen.data.captions import captions_of
 from lingen.data.datamodule import ClipData
 from lingen.data.decode import decode_sample
 from lingen.data.encoders import Encoders
-from lingen.data.fingerprint import fingerprint, frozen_settings
+from lingen.data.fingerprint import differences, fingerprint, frozen_settings
 from lingen.data.index import Index
-from lingen.data.journal import Note, Part, SetFolder, ShardStream, differences
+from lingen.data.journal import Note, Part, SetFolder, ShardStream
 from lingen.data.latents import LATENTS
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.order import KINDS

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lingen.config import Component, Recipe
-from lingen.data.journal import differences
 from lingen.data.manifest import About
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError, Registry
 
@@ -118,3 +117,16 @@ def _named(settings: dict[str, Any]) -> dict[str, Any]:
     """The list of text encoders as a mapping, so that single settings can be told."""
     encoders: Sequence[Any] = settings["text"] or ()
     return {**settings, "text": {str(number): encoder or "trained along" for number, encoder in enumerate(encoders)}}
+
+
+def differences(held: dict[str, Any], wanted: dict[str, Any], path: str = "") -> list[str]:
+    """``key: one there, other here`` for each value in which two mappings differ."""
+    found = []
+    for key in dict.fromkeys([*held, *wanted]):
+        one, other = held.get(key), wanted.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{path}{key}.")
+        elif one != other:
+            there, here = (json.dumps(value, ensure_ascii=False) for value in (one, other))
+            found.append(f"{path}{key} is {there} there and {here} here")
+    return found

@@ -164,19 +164,6 @@ def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
         yield True
 
 
-def differences(held: dict[str, Any], wanted: dict[str, Any], path: str = "") -> list[str]:
-    """``key: one there, other here`` for each value in which two mappings differ."""
-    found = []
-    for key in dict.fromkeys([*held, *wanted]):
-        one, other = held.get(key), wanted.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{path}{key}.")
-        elif one != other:
-            there, here = (json.dumps(value, ensure_ascii=False) for value in (one, other))
-            found.append(f"{path}{key} is {there} there and {here} here")
-    return found
-
-
 def write_record(path: Path, record: Record) -> None:
     entries = [[list(entry.row), list(entry.looks)] for entry in record.entries]
     write_text(path, json.dumps({"entries": entries, "notes": record.notes}, ensure_ascii=False))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.config import Recipe
-from lingen.data.captions import NO_CAPTION, Captions
+from lingen.data.caption_tables import Captions
+from lingen.data.captions import NO_CAPTION
 from lingen.data.cut import Job, Made, Outcome, Wanted, make_samples, read_samples
 from lingen.data.filters import BANDS, Duplicates, Filters
 from lingen.data.fingerprint import fingerprint

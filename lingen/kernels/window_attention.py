@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lingen.kernels.attention import attention
 from lingen.kernels.choice import choose
+from lingen.kernels.rotary import rotary_table, rotate
 from lingen.registry import RecipeError
 
 WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
@@ -47,8 +48,6 @@ def window_attention(
     Raises:
         RecipeError: for a kernel that is unknown or cannot run.
     """
-    from lingen.blocks.layers import rotary_table, rotate  # here, because blocks.layers imports kernels
-
     _, t, h, w, _ = qkv.shape
     width, grid = q_weight.shape[0], (t, h, w)
     rows = window_rows(grid, window, padding, qkv.device)
