@@ -26,6 +26,7 @@ from lingen.kernels.pool import POOL_KERNELS
 from lingen.kernels.scan import SCAN_KERNELS
 from lingen.kernels.swiglu import SWIGLU_KERNELS
 from lingen.kernels.window_attention import WINDOW_KERNELS
+from lingen.recipe import sharding
 from lingen.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
 
 LITTLE_DISK = 20.0
@@ -49,10 +50,12 @@ class Checkup(NamedTuple):
     """Shards; `name` is the setting."""
     ok: list[str]
     """Name and path of each part that needs weights and has them."""
+    notes: list[str]
+    """Settings that `lingen fit` refuses, though all else goes on with them."""
 
 
 def examine(stages: Sequence[Recipe]) -> Checkup:
-    """Looks for everything on disk that these stages name: frozen parts, `rewrite`, `init`, shards."""
+    """Looks on disk for what these stages name (frozen parts, `rewrite`, `init`, shards); notes what `fit` refuses."""
     missing: dict[Missing, None] = {}
     absent: dict[Missing, None] = {}
     ok: dict[str, None] = {}
@@ -61,7 +64,9 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
         ok |= dict.fromkeys(_there(recipe))
         missing |= dict.fromkeys(_init(recipe))
         absent |= dict.fromkeys(_shards(recipe))
-    return Checkup(list(missing), list(absent), list(ok))
+    strategies = dict.fromkeys(str(recipe.trainer.get("strategy")) for recipe in stages)
+    notes = [f"`lingen fit` refuses this: {text}" for text in map(sharding, strategies) if text]
+    return Checkup(list(missing), list(absent), list(ok), notes)
 
 
 def _lacks(recipe: Recipe) -> list[Missing]:

@@ -36,6 +36,9 @@ def test_every_missing_weight_of_the_main_recipe_has_one_line(capsys: pytest.Cap
         "absent: data.shards.video shards/video/*.tar",
         "absent: data.shards.video shards/quality/*.tar",
     ]
+    (note,) = [line for line in lines if line.startswith("note: ")]
+    assert "`lingen fit` refuses this: strategy 'fsdp'" in note and "set trainer.strategy=ddp" in note
+    del lines[note]
     assert set(lines.values()) == {1} and len(lines) == 8
     cures = captured.err.splitlines()
     assert len(cures) == 8 and all(line.startswith("  ") for line in cures)
@@ -47,6 +50,17 @@ def test_a_recipe_that_needs_nothing_is_ok(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "--recipe", "quickstart_cpu"]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == ["ok: it needs no weights"] and captured.err == ""
+
+
+def test_a_strategy_that_shards_is_a_note_and_no_failure(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["doctor", "--recipe", str(tiny_recipe), "stages.clips.trainer.strategy=deepspeed"]
+    assert main(words) == 0
+    ok, note = capsys.readouterr().out.splitlines()
+    assert ok == "ok: it needs no weights" and note.startswith("note: `lingen fit` refuses this: strategy 'deepspeed'")
+    assert main([*words, "--json"]) == 0
+    assert [f"note: {one}" for one in json.loads(capsys.readouterr().out)["notes"]] == [note]
+    assert main([*words, "--stage", "images", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
 
 
 def test_what_is_there_what_is_damaged_and_what_is_gone(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
