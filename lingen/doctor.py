@@ -39,6 +39,8 @@ OPTIONAL = {
     "flash-attn": "kernel: flash of attention, for comparison",
 }
 """Packages that lingen runs without, and what they are for."""
+MALWARE = ("2.6.2", "2.6.3")
+"""Releases of lightning that steal credentials when they are imported (GHSA-w37p-236h-pfx3)."""
 
 
 class Checkup(NamedTuple):
@@ -137,9 +139,10 @@ class Line(NamedTuple):
 
 
 def machine() -> Iterator[Line]:
-    """What this machine has, one thing after the other."""
+    """What this machine has, one thing after the other. Imports no lightning, which may be malware."""
     yield Line(True, "python", platform.python_version())
     yield Line(True, "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
+    yield _lightning()
     yield from _gpus()
     yield Line(*_triton())
     yield Line(True, "kernels", _kernels())
@@ -149,6 +152,19 @@ def machine() -> Iterator[Line]:
     for name, use in OPTIONAL.items():
         version = _version(name)
         yield Line(version is not None, name, f"{version or 'not installed'}: {use}")
+
+
+def _lightning() -> Line:
+    version = _version("lightning")
+    if version not in MALWARE:
+        return Line(version is not None, "lightning", version or "not installed; pip install lightning")
+    return Line(
+        False,
+        "lightning",
+        f"{version} is malware that steals credentials (GHSA-w37p-236h-pfx3): pip install -U "
+        f"'lightning>=2.5,{','.join(f'!={one}' for one in MALWARE)}', and replace every key and token that was on this "
+        "machine",
+    )
 
 
 def _gpus() -> Iterator[Line]:
