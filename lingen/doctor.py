@@ -26,6 +26,7 @@ from lingen.kernels.pool import POOL_KERNELS
 from lingen.kernels.scan import SCAN_KERNELS
 from lingen.kernels.swiglu import SWIGLU_KERNELS
 from lingen.kernels.window_attention import WINDOW_KERNELS
+from lingen.recipe import sharding
 from lingen.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
 
 LITTLE_DISK = 20.0
@@ -38,6 +39,8 @@ OPTIONAL = {
     "flash-attn": "kernel: flash of attention, for comparison",
 }
 """Packages that lingen runs without, and what they are for."""
+MALWARE = ("2.6.2", "2.6.3")
+"""Releases of lightning that steal credentials when they are imported (GHSA-w37p-236h-pfx3)."""
 
 
 class Checkup(NamedTuple):
@@ -49,10 +52,12 @@ class Checkup(NamedTuple):
     """Shards; `name` is the setting."""
     ok: list[str]
     """Name and path of each part that needs weights and has them."""
+    notes: list[str]
+    """Settings that `lingen fit` refuses, though all else goes on with them."""
 
 
 def examine(stages: Sequence[Recipe]) -> Checkup:
-    """Looks for everything on disk that these stages name: frozen parts, `rewrite`, `init`, shards."""
+    """Looks on disk for what these stages name (frozen parts, `rewrite`, `init`, shards); notes what `fit` refuses."""
     missing: dict[Missing, None] = {}
     absent: dict[Missing, None] = {}
     ok: dict[str, None] = {}
@@ -61,7 +66,9 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
         ok |= dict.fromkeys(_there(recipe))
         missing |= dict.fromkeys(_init(recipe))
         absent |= dict.fromkeys(_shards(recipe))
-    return Checkup(list(missing), list(absent), list(ok))
+    strategies = dict.fromkeys(str(recipe.trainer.get("strategy")) for recipe in stages)
+    notes = [f"`lingen fit` refuses this: {text}" for text in map(sharding, strategies) if text]
+    return Checkup(list(missing), list(absent), list(ok), notes)
 
 
 def _lacks(recipe: Recipe) -> list[Missing]:
@@ -132,9 +139,10 @@ class Line(NamedTuple):
 
 
 def machine() -> Iterator[Line]:
-    """What this machine has, one thing after the other."""
+    """What this machine has, one thing after the other. Imports no lightning, which may be malware."""
     yield Line(True, "python", platform.python_version())
     yield Line(True, "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
+    yield _lightning()
     yield from _gpus()
     yield Line(*_triton())
     yield Line(True, "kernels", _kernels())
@@ -144,6 +152,19 @@ def machine() -> Iterator[Line]:
     for name, use in OPTIONAL.items():
         version = _version(name)
         yield Line(version is not None, name, f"{version or 'not installed'}: {use}")
+
+
+def _lightning() -> Line:
+    version = _version("lightning")
+    if version not in MALWARE:
+        return Line(version is not None, "lightning", version or "not installed; pip install lightning")
+    return Line(
+        False,
+        "lightning",
+        f"{version} is malware that steals credentials (GHSA-w37p-236h-pfx3): pip install -U "
+        f"'lightning>=2.5,{','.join(f'!={one}' for one in MALWARE)}', and replace every key and token that was on this "
+        "machine",
+    )
 
 
 def _gpus() -> Iterator[Line]:

@@ -18,7 +18,7 @@ from lingen.workshop import Workshop
 if TYPE_CHECKING:
     pass
 
-__all__ = ["load_recipe", "load_stages", "shipped_recipes", "stages_of", "to_yaml"]
+__all__ = ["load_recipe", "load_stages", "refuse_sharding", "shipped_recipes", "stages_of", "to_yaml"]
 
 CUDA_KERNELS = ("triton", "stock", "flash", "cudnn")
 """Twins that no CPU runs."""
@@ -35,6 +35,9 @@ OURS = {
     "callbacks": "lingen's own",
 }
 """Arguments of lightning.Trainer that another key of the recipe decides."""
+
+SHARDING = ("fsdp", "deepspeed", "model_parallel")
+"""What the names of Lightning's strategies contain that split the weights or AdamW's moments over ranks."""
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
@@ -71,6 +74,24 @@ def load_stages(recipe: str | Path, overrides: Sequence[str] = ()) -> list[Recip
 def stages_of(recipe: str | Path, overrides: Sequence[str] = ()) -> list[str]:
     """Names of the stages in order; ``['main']`` for a recipe without stages. Imports no torch."""
     return list(read_draft(recipe, overrides).stages)
+
+
+def sharding(strategy: Any) -> str | None:
+    """Why `lingen fit` refuses a strategy of lightning.Trainer, with the cure; None for one that it takes."""
+    if not isinstance(strategy, str) or not any(word in strategy.lower() for word in SHARDING):
+        return None
+    return (
+        f"strategy '{strategy}' splits the model over ranks, which lingen can neither train nor save yet; set "
+        "trainer.strategy=ddp, which keeps the whole model on every rank."
+    )
+
+
+def refuse_sharding(recipe: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> None:
+    """RecipeError where a stage, or the one named, asks for a strategy that shards. Imports no torch."""
+    drafts = read_draft(recipe, overrides).stages
+    chosen = [draft for name, draft in drafts.items() if stage in (None, name)]
+    place = ("trainer", "strategy")
+    raise_all(draft.problem(place, text) for draft in chosen if (text := sharding(draft.get(place))))
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -20,7 +20,7 @@ from lingen.folder import RunFolder, default_path
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.module import LinGenModule
 from lingen.ranks import is_first_rank
-from lingen.recipe import load_recipe, load_stages, to_yaml
+from lingen.recipe import load_recipe, load_stages, refuse_sharding, to_yaml
 from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.samples import sample_prompts, sample_reconstructions, score
 from lingen.tables import as_table
@@ -77,11 +77,14 @@ def fit(
         run: run folder; default ``runs/<recipe>-<fingerprint>`` in the current folder.
         stage: train only this one.
     Raises:
-        RecipeError: before anything starts, for mistakes in any stage or a folder of another run.
+        RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, or a folder of another
+            run.
+        IncompleteError: a rank holds only a part of what is to be written.
         DataError: too many broken samples.
         NonFiniteError: too many steps without a finite gradient.
     """
     reporter = reporter or Reporter()
+    refuse_sharding(recipe, overrides, stage)
     base, stages = load_recipe(recipe, overrides), load_stages(recipe, overrides)
     names = [str(s.stage) for s in stages]
     if stage is not None:

@@ -19,6 +19,7 @@ from lingen.data.ledger import is_cut
 from lingen.meter import Meter
 from lingen.plan import peak_flops, plan
 from lingen.ranks import gather_objects
+from lingen.weights import check_whole
 
 
 class NonFiniteError(RuntimeError):
@@ -38,6 +39,8 @@ class Trained(lightning.LightningModule):
     strict_loading = False  # the frozen parts are not in a checkpoint
     optional: tuple[str, ...] = ()
     """Prefixes of what a stage may have for itself: weights from elsewhere may lack it, or hold it in vain."""
+    shapes: dict[str, torch.Size]
+    """Of everything trained, as it was built: before a strategy could take parts of it away."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -65,9 +68,10 @@ class Trained(lightning.LightningModule):
         """What is to be measured on the data module's samples before the weights of a finished stage are written."""
 
     def freeze_parts(self) -> None:
-        """For the end of a constructor: no gradients for the frozen parts."""
+        """For the end of a constructor: no gradients for the frozen parts; the shapes of the others are noted."""
         for part in self.frozen_parts().values():
             part.requires_grad_(False).eval()
+        self.shapes = {name: value.shape for name, value in self.trained_state().items()}
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter that the optimiser moves."""
@@ -179,9 +183,22 @@ class Trained(lightning.LightningModule):
         return self.average.applied() if self.average is not None else nullcontext()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = self.trained_state()
+        """Adds what is trained and its average. IncompleteError where a tensor lacks elements: nothing is written."""
+        state = checkpoint["state_dict"] = self.trained_state()
+        check_whole(state, self.shapes)
         if self.average is not None:
             checkpoint["average"] = self.average.state_dict()
+            check_whole(state | self.average.weights(), self.shapes)
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            self._check_moments(optimizer["state"])
+
+    def _check_moments(self, state: dict[int, dict[str, Any]]) -> None:
+        """AdamW counts its parameters through its groups, in order."""
+        names = {id(p): name for name, p in self.trained_parameters().items()}
+        order = [names[id(p)] for group in self.parameter_groups() for p in group["params"]]
+        for number, values in state.items():
+            moments = {f"{key} of {order[number]}": value for key, value in values.items() if key != "step"}
+            check_whole(moments, dict.fromkeys(moments, self.shapes[order[number]]))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._pending_average = checkpoint.get("average")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,13 +31,44 @@ class WeightsError(RecipeError):
         self.what = what
 
 
+class IncompleteError(RuntimeError):
+    """Of what was to be written this process holds only a part; nothing was written."""
+
+
+def check_whole(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Asked before anything is written: does this process hold every element of every tensor?
+
+    Args:
+        tensors: by name; what `shapes` does not name is not looked at.
+        shapes: of all tensors, as the model declared them when it was built.
+    Raises:
+        IncompleteError: one is absent, a shard, or of another shape.
+    """
+    lacking = [name for name, shape in shapes.items() if not _is_whole(tensors.get(name), shape)]
+    if lacking:
+        raise IncompleteError(
+            f"This rank does not hold the whole of {len(lacking)} of {len(shapes)} tensors (such as {lacking[0]}, "
+            f"declared as {list(shapes[lacking[0]])}), so nothing was written. A strategy that splits the model over "
+            "ranks cannot be saved yet: set trainer.strategy=ddp."
+        )
+
+
+def _is_whole(value: Tensor | None, shape: torch.Size) -> bool:
+    """A DTensor and a ShardedTensor tell the shape of the whole, whatever part of it is here."""
+    is_shard = hasattr(value, "full_tensor") or hasattr(value, "local_shards")
+    return value is not None and not is_shard and value.shape == shape
+
+
 def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
     """Writes the raw and the averaged copy of everything trained, with the whole filled recipe, in one step.
 
     Keys are ``raw.NAME`` and ``averaged.NAME``; the metadata holds `recipe` (YAML), `stage` and `step`.
+    IncompleteError where a tensor lacks elements.
     """
     raw = module.trained_state()
     averaged = raw | (module.average.weights() if module.average is not None else {})
+    for copy in (raw, averaged):
+        check_whole(copy, module.shapes)
     tensors = {f"raw.{name}": value for name, value in raw.items()} | {
         f"averaged.{name}": v for name, v in averaged.items()
     }

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tomllib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import chat_here
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from lingen import doctor
 from lingen.cli import main
@@ -36,6 +41,9 @@ def test_every_missing_weight_of_the_main_recipe_has_one_line(capsys: pytest.Cap
         "absent: data.shards.video shards/video/*.tar",
         "absent: data.shards.video shards/quality/*.tar",
     ]
+    (note,) = [line for line in lines if line.startswith("note: ")]
+    assert "`lingen fit` refuses this: strategy 'fsdp'" in note and "set trainer.strategy=ddp" in note
+    del lines[note]
     assert set(lines.values()) == {1} and len(lines) == 8
     cures = captured.err.splitlines()
     assert len(cures) == 8 and all(line.startswith("  ") for line in cures)
@@ -47,6 +55,17 @@ def test_a_recipe_that_needs_nothing_is_ok(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "--recipe", "quickstart_cpu"]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == ["ok: it needs no weights"] and captured.err == ""
+
+
+def test_a_strategy_that_shards_is_a_note_and_no_failure(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["doctor", "--recipe", str(tiny_recipe), "stages.clips.trainer.strategy=deepspeed"]
+    assert main(words) == 0
+    ok, note = capsys.readouterr().out.splitlines()
+    assert ok == "ok: it needs no weights" and note.startswith("note: `lingen fit` refuses this: strategy 'deepspeed'")
+    assert main([*words, "--json"]) == 0
+    assert [f"note: {one}" for one in json.loads(capsys.readouterr().out)["notes"]] == [note]
+    assert main([*words, "--stage", "images", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
 
 
 def test_what_is_there_what_is_damaged_and_what_is_gone(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
@@ -111,3 +130,45 @@ def test_little_disk_and_a_missing_package_are_notes(monkeypatch: pytest.MonkeyP
     notes = {line.what: line.told for line in doctor.machine() if not line.ok}
     assert {"disk (here)", "disk (cache)", "no-such-package"} <= set(notes)
     assert notes["no-such-package"] == "not installed: nothing"
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, doctor.Line]]:
+    """Installs the metadata of a release of lightning before all others; returns what the doctor says then."""
+    site = tmp_path / "site"
+    monkeypatch.syspath_prepend(site)
+
+    def install(version: str) -> dict[str, doctor.Line]:
+        info = site / f"lightning-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lightning\nVersion: {version}\n")
+        return {line.what: line for line in doctor.machine()}
+
+    return install
+
+
+@pytest.mark.parametrize("version", doctor.MALWARE)
+def test_a_lightning_that_is_malware_is_named_with_the_cure(
+    installed: Callable[[str], dict[str, doctor.Line]], version: str
+):
+    line = installed(version)["lightning"]
+    assert not line.ok and line.told.startswith(f"{version} is malware") and "GHSA-w37p-236h-pfx3" in line.told
+    assert "pip install -U 'lightning>=2.5,!=2.6.2,!=2.6.3'" in line.told and "\n" not in line.told
+
+
+def test_another_lightning_is_fine(installed: Callable[[str], dict[str, doctor.Line]]):
+    assert installed("2.6.4")["lightning"] == doctor.Line(True, "lightning", "2.6.4")
+
+
+def test_the_doctor_does_not_import_what_may_be_malware():
+    code = "import sys; from lingen.cli import main; main(['doctor']); print('lightning' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert told.splitlines()[-1] == "False" and "ok: lightning: " in told
+
+
+def test_no_dependency_accepts_the_malware():
+    wanted = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    listed = [*wanted["dependencies"], *(one for some in wanted["optional-dependencies"].values() for one in some)]
+    specifiers = {r.name: r.specifier for r in map(Requirement, listed)}
+    assert not any(specifiers["lightning"].contains(version) for version in doctor.MALWARE)
+    assert specifiers["lightning"].contains("2.6.6") and "pytorch-lightning" not in specifiers

@@ -34,7 +34,7 @@ def doctor(args: argparse.Namespace) -> int:
     found = examine(stages)
     if args.json:
         weights, shards = ([one._asdict() for one in some] for some in (found.missing, found.absent))
-        print_json({"missing": weights, "absent": shards, "ok": found.ok})
+        print_json({"missing": weights, "absent": shards, "ok": found.ok, "notes": found.notes})
     else:
         _print(found)
     return FAILED if found.missing or found.absent else DONE
@@ -42,8 +42,10 @@ def doctor(args: argparse.Namespace) -> int:
 
 def _print(found: Checkup) -> None:
     """A line for each thing on stdout, what helps on stderr."""
-    if not any(found):
+    if not (found.missing or found.absent or found.ok):
         print("ok: it needs no weights")
+    for note in found.notes:
+        print(f"note: {note}")
     for there in found.ok:
         print(f"ok: {there}")
     for word, lacks in (("missing", found.missing), ("absent", found.absent)):

@@ -40,22 +40,24 @@ T = TypeVar("T")
     overrides=True,
 )
 def fit(args: argparse.Namespace) -> int:
-    from lingen.recipe import load_stages
+    from lingen.recipe import load_stages, refuse_sharding
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
     # Says what is wrong before lightning and the data room are imported.
+    refuse_sharding(args.recipe, args.overrides, args.stage)
     stages = load_stages(args.recipe, args.overrides)
     import signal
 
     from lingen import run
     from lingen.data.ledger import DataError
     from lingen.progress import ConsoleReporter
+    from lingen.weights import IncompleteError
 
     with ConsoleReporter(console()) as reporter:
         try:
             outcome = run.fit(args.recipe, args.overrides, run=args.run, stage=args.stage, reporter=reporter)
-        except (DataError, run.NonFiniteError) as error:
+        except (DataError, IncompleteError, run.NonFiniteError) as error:
             reporter.say(str(error))
             return FAILED
     if outcome.signal is not None:
