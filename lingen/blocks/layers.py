@@ -1,12 +1,11 @@
 """Small layers that several mixers share: norms, rotary embedding, head counts, SwiGLU."""
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from lingen.kernels.constants import constants
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.swiglu import swiglu
 from lingen.registry import SettingError
@@ -108,9 +107,9 @@ def check_sizes(setting: str, sizes: Triple) -> None:
         raise SettingError(setting, f"{setting}={list(sizes)} must be three numbers of 1 or more, for t, h and w.")
 
 
-@lru_cache(maxsize=64)
+@constants(maxsize=64)
 def rotary_table(
-    grid: Triple, width: int, device: torch.device, dtype: torch.dtype
+    grid: Triple, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "n 1 p"], Float[Tensor, "n 1 p"]]:
     """Cosines and sines of the 3D rotary embedding of a grid's tokens in raster order, for heads of `width`.
 
@@ -119,17 +118,15 @@ def rotary_table(
     """
     pairs = width // 2
     share = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
-    # Values are kept between calls: computed outside of any device context and of inference mode.
-    with torch.device("cpu"), torch.inference_mode(False):
-        angles = []
-        for axis, m in enumerate(share):
-            frequencies = _ROTARY_BASE ** (-torch.arange(m, dtype=torch.float64) / max(m, 1))
-            angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies
-            shape = [1, 1, 1, m]
-            shape[axis] = grid[axis]
-            angles.append(angle.view(shape).expand(*grid, m))
-        angle = torch.cat(angles, -1).flatten(0, 2).unsqueeze(1)
-        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    angles = []
+    for axis, m in enumerate(share):
+        frequencies = _ROTARY_BASE ** (-torch.arange(m, dtype=torch.float64) / max(m, 1))
+        angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies
+        shape = [1, 1, 1, m]
+        shape[axis] = grid[axis]
+        angles.append(angle.view(shape).expand(*grid, m))
+    angle = torch.cat(angles, -1).flatten(0, 2).unsqueeze(1)
+    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
 def rotate(
