@@ -17,6 +17,7 @@ from lingen.blocks.block import Block
 from lingen.blocks.layers import RMSNorm, check_sizes
 from lingen.config import LinGenConfig
 from lingen.flow import along
+from lingen.kernels.choice import full_precision
 from lingen.kernels.fp8 import input_dtype
 from lingen.kernels.modulate import norm_modulate
 from lingen.plan import activation_bytes, recomputed_blocks
@@ -267,7 +268,7 @@ def _repeat_last(x: Tensor, axis: int, length: int) -> Tensor:
 def _linear(layer: nn.Linear, x: Float[Tensor, "*any i"]) -> Float[Tensor, "*any o"]:
     """The layer in float32 at least, under autocast and with bfloat16 weights too."""
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 

@@ -153,7 +153,7 @@ def swin_by_pairs(mixer, x, window, shifted):
             inside = number[places[:, axis]]
             allowed &= inside[:, None] == inside[None]
     q, k, v = mixer.in_proj(x).flatten(1, 3).unflatten(-1, (3, mixer.num_heads, -1)).unbind(2)
-    table = rotary_table(tuple(grid), q.shape[-1], x.device, x.dtype)
+    table = rotary_table(tuple(grid), q.shape[-1], x.dtype, x.device)
     q, k = rotate(mixer.q_norm(q), table), rotate(mixer.k_norm(k), table)
     out = scaled_dot_product_attention(*(u.transpose(1, 2) for u in (q, k, v)), attn_mask=allowed)
     return mixer.out_proj(out.transpose(1, 2).flatten(2)).view_as(x)
@@ -185,7 +185,7 @@ def test_shift_reaches_what_no_window_did():
 
 
 def test_rotary_sees_only_differences_in_each_axis():
-    table = rotary_table((3, 4, 5), 14, torch.device("cpu"), torch.float64)
+    table = rotary_table((3, 4, 5), 14, torch.float64, torch.device("cpu"))
     q, k = torch.randn(2, 1, 1, 1, 14, dtype=torch.float64).expand(2, 1, 60, 1, 14)
     scores = (rotate(q, table)[0, :, 0] @ rotate(k, table)[0, :, 0].T).view(3, 4, 5, 3, 4, 5)
     for (i, j), axis in itertools.product([((0, 0, 0), (1, 2, 3)), ((1, 0, 2), (0, 3, 0))], range(3)):

@@ -93,7 +93,7 @@ def test_every_number_is_written_and_no_other(device):
     wide, gains, seed = operands(grid, heads, width, device)
     settings = arguments(grid, (2, 3, 2), True, heads)
     rows = window_rows(grid, settings["window"], settings["padding"], wide.device)
-    table = rotary_table(settings["window"], width, wide.device, torch.float32)
+    table = rotary_table(settings["window"], width, torch.float32, wide.device)
     given = wide[..., :48], *gains.unbind(), *table, rows, heads, EPS
     for call, columns in ((triton_twin.forward, 16), (lambda *a, **k: triton_twin.backward(seed, *a, **k), 48)):
         poisoned = torch.full((2, *grid, columns + 7), torch.nan, device=device)

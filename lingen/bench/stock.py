@@ -140,7 +140,7 @@ def _kept(
     mask = region_mask(grid, window, shift, before, padded, q.device)
     batch = len(q) * window[0] * window[1] * window[2] // math.prod(padded)
     mask = None if mask is None else mask.repeat(batch, 1, 1)[:, None]
-    return rotary_table(window, q.shape[-1], q.device, torch.float32), mask
+    return rotary_table(window, q.shape[-1], torch.float32, q.device), mask
 
 
 @lru_cache(maxsize=16)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import Triple, check_choice, clamp
+from lingen.kernels.choice import holds_numbers
 from lingen.kernels.fp8 import wants_fp8
 from lingen.registry import MIXERS, SettingError
 from lingen.schema import check_value, settings_of
@@ -25,8 +26,8 @@ class MATE(nn.Module):
     The settings are those of `Mamba2` and `TemporalSwin`, flat, with the same defaults; a branch is given those that
     its signature names (`kernel`: only where it is one of the branch's choices, else the branch stays at its default).
     Both branches start at the same output RMS [ours; at init the MA-branch is else up to 10x the TE-branch]: the
-    output projection of `te` is rescaled by a seeded probe. Not so on the meta device, where a branch is switched off,
-    or where `te` has no `out_proj.weight`.
+    output projection of `te` is rescaled by a seeded probe. Not so where nothing is computed (meta, FakeTensorMode),
+    where a branch is switched off, or where `te` has no `out_proj.weight`.
     Raises SettingError.
 
     Settings:
@@ -113,7 +114,7 @@ def _component(component: str | dict[str, Any] | None, flat: dict[str, Any]) -> 
 def _equalise(ma: nn.Module, te: nn.Module, grid: Triple, dim: int) -> None:
     """Rescales te.out_proj so that both branches give the same RMS on random tokens of unit RMS."""
     weight = getattr(getattr(te, "out_proj", None), "weight", None)
-    if weight is None or any(parameter.is_meta for parameter in (*ma.parameters(), *te.parameters())):
+    if weight is None or not all(map(holds_numbers, (*ma.parameters(), *te.parameters()))):
         return
     device = weight.device
     generator = torch.Generator(device).manual_seed(0)

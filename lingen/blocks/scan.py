@@ -6,7 +6,6 @@ tuple of entries, of which layer i takes number i % len.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lingen.blocks.layers import Triple as Grid
 from lingen.blocks.layers import grid_of
+from lingen.kernels.constants import constants
 from lingen.registry import SCANS, RecipeError, SettingError
 
 Order = str | Callable[[int, int, int], Tensor]
@@ -68,7 +68,7 @@ def order_of(scan: str | Entry, layer: int) -> Order:
     for _ in range(8):  # a cycle may hold names and cycles, but no endless chain of them
         if entry in AXES or callable(entry):
             order = cast(Order, entry)
-            _raster_index(order, (2, 3, 4))
+            permutation(order, (2, 3, 4), torch.device("cpu"))  # refuses what is no bijection
             return order
         if isinstance(entry, str):
             entry = _looked_up(entry)
@@ -103,7 +103,7 @@ def to_grid(sequence: Shaped[Tensor, "b n d"], order: Order, grid: Grid) -> Shap
     return sequence.index_select(1, inverse).unflatten(1, grid)
 
 
-@lru_cache(maxsize=128)
+@constants(maxsize=128)
 def permutation(order: Order, grid: Grid, device: torch.device) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
     """Raster index of each position in the sequence, and the position of each raster index. Kept per device."""
     index = _raster_index(order, grid)
@@ -111,18 +111,16 @@ def permutation(order: Order, grid: Grid, device: torch.device) -> tuple[Int[Ten
 
 
 def _raster_index(order: Order, grid: Grid) -> Int[Tensor, "n"]:
-    # On the CPU whatever the device context: a model that is built on `meta` still needs the numbers.
-    with torch.device("cpu"), torch.inference_mode(False):
-        raster = torch.arange(grid[0] * grid[1] * grid[2])
-        if isinstance(order, str):
-            return to_sequence(raster.view(1, *grid, 1), order).flatten()
-        index = torch.as_tensor(order(*grid))
-        if index.shape != raster.shape or not torch.equal(index.long().sort().values, raster):
-            name = getattr(order, "__name__", repr(order))
-            raise SettingError(
-                "scan", f"Scan order '{name}' does not visit each of the {len(raster)} tokens of a {grid} grid once."
-            )
-        return index.long()
+    raster = torch.arange(grid[0] * grid[1] * grid[2])
+    if isinstance(order, str):
+        return to_sequence(raster.view(1, *grid, 1), order).flatten()
+    index = torch.as_tensor(order(*grid))
+    if index.shape != raster.shape or not torch.equal(index.long().sort().values, raster):
+        name = getattr(order, "__name__", repr(order))
+        raise SettingError(
+            "scan", f"Scan order '{name}' does not visit each of the {len(raster)} tokens of a {grid} grid once."
+        )
+    return index.long()
 
 
 def adjacency(scan: str | Entry, grid: Grid, layer: int = 0) -> tuple[float, float, float]:

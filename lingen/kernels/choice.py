@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from lingen.registry import RecipeError
 
@@ -43,9 +44,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """A block in which autocast does not lower the precision of what is computed on `x`."""
+    kind = x.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+def holds_numbers(x: Tensor) -> bool:
+    """Whether something is computed on `x`: not on the meta device, nor in FakeTensorMode."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
 def _why_no_triton(x: Tensor) -> str | None:
     if not has_triton():
         return "Triton is not installed."
+    if isinstance(x, FakeTensor):
+        return "the tensors are fakes that hold no numbers."
     if not (x.is_cuda or (interpreted() and x.device.type == "cpu")):
         return f"the tensors are on {x.device}, not on CUDA."
     if x.dtype not in _TRITON_TYPES:

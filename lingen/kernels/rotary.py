@@ -1,18 +1,18 @@
 """The 3D rotary embedding of a grid's tokens (axial form of arXiv 2104.09864)."""
 
-from functools import lru_cache
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lingen.kernels.constants import constants
 
 # Frequencies span positions 1..100, a window's length and not a text's [ours; RoFormer's 10,000 is for texts].
 _ROTARY_BASE = 100.0
 
 
-@lru_cache(maxsize=64)
+@constants(maxsize=64)
 def rotary_table(
-    grid: tuple[int, int, int], width: int, device: torch.device, dtype: torch.dtype
+    grid: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "n 1 p"], Float[Tensor, "n 1 p"]]:
     """Cosines and sines of the 3D rotary embedding of a grid's tokens in raster order, for heads of `width`.
 
@@ -21,17 +21,15 @@ def rotary_table(
     """
     pairs = width // 2
     share = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
-    # Values are kept between calls: computed outside of any device context and of inference mode.
-    with torch.device("cpu"), torch.inference_mode(False):
-        angles = []
-        for axis, m in enumerate(share):
-            frequencies = _ROTARY_BASE ** (-torch.arange(m, dtype=torch.float64) / max(m, 1))
-            angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies
-            shape = [1, 1, 1, m]
-            shape[axis] = grid[axis]
-            angles.append(angle.view(shape).expand(*grid, m))
-        angle = torch.cat(angles, -1).flatten(0, 2).unsqueeze(1)
-        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    angles = []
+    for axis, m in enumerate(share):
+        frequencies = _ROTARY_BASE ** (-torch.arange(m, dtype=torch.float64) / max(m, 1))
+        angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies
+        shape = [1, 1, 1, m]
+        shape[axis] = grid[axis]
+        angles.append(angle.view(shape).expand(*grid, m))
+    angle = torch.cat(angles, -1).flatten(0, 2).unsqueeze(1)
+    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
 def rotate(

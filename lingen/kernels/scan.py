@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lingen.kernels.choice import choose
-from lingen.kernels.ssd import full_precision, ssd
+from lingen.kernels.choice import choose, full_precision
+from lingen.kernels.ssd import ssd
 from lingen.registry import RecipeError
 
 SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lingen.kernels.choice import full_precision
 from lingen.registry import RecipeError
 
 SSD_KERNELS = ("auto", "reference", "chunked", "stock")
@@ -60,12 +61,6 @@ def ssd(
         return y.to(x.dtype)
     assert final is not None
     return y.to(x.dtype), final
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """A block in which autocast does not lower the precision of what is computed on `x`."""
-    kind = x.device.type
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
 def _check(x: Tensor, b: Tensor, chunk: int) -> None:

@@ -1,14 +1,13 @@
 """Attention inside the windows of a grid, from projected tokens to the heads' outputs, without copies in between."""
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32, Shaped
 from torch import Tensor
 
 from lingen.kernels.attention import attention
-from lingen.kernels.choice import choose
+from lingen.kernels.choice import choose, full_precision
+from lingen.kernels.constants import constants
 from lingen.kernels.rotary import rotary_table, rotate
 from lingen.registry import RecipeError
 
@@ -56,9 +55,9 @@ def window_attention(
         from lingen.kernels.window_attention_triton import WindowAttention
 
         # Beside 16-bit tokens a float16 table is exact enough (2.4e-4 at most) and half as many bytes.
-        table = rotary_table(window, width, qkv.device, torch.float32 if qkv.dtype == torch.float32 else torch.float16)
+        table = rotary_table(window, width, torch.float32 if qkv.dtype == torch.float32 else torch.float16, qkv.device)
         return WindowAttention.apply(qkv, q_weight, k_weight, *table, rows, num_heads, eps)
-    table = rotary_table(window, width, qkv.device, torch.promote_types(qkv.dtype, torch.float32))
+    table = rotary_table(window, width, torch.promote_types(qkv.dtype, torch.float32), qkv.device)
     q, k, v = partition(qkv, window, padding).unflatten(-1, (3, num_heads, -1)).unbind(2)
     q, k = rotate(rms_norm(q, q_weight, eps), table), rotate(rms_norm(k, k_weight, eps), table)
     real = (rows >= 0).repeat(qkv.shape[0], 1) if any(map(sum, padding)) else None
@@ -86,16 +85,14 @@ def rms_norm(x: Float[Tensor, "*any e"], weight: Float[Tensor, "e"], eps: float)
     return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
 
 
-@lru_cache(maxsize=64)
+@constants(maxsize=64)
 def window_rows(grid: Triple, window: Triple, padding: Padding, device: torch.device) -> Int32[Tensor, "m n"]:
     """For each window the places of its tokens in the clip's raster order; -1 at padding.
 
     Each window holds a real token, because padding is shorter than a window in every axis: no softmax over nothing.
     """
-    # Values are kept between calls: computed outside of any device context and of inference mode.
-    with torch.device("cpu"), torch.inference_mode(False):
-        numbers = torch.arange(1, grid[0] * grid[1] * grid[2] + 1, dtype=torch.int32).view(1, *grid, 1)
-        return (partition(numbers, window, padding).squeeze(-1) - 1).to(device)
+    numbers = torch.arange(1, grid[0] * grid[1] * grid[2] + 1, dtype=torch.int32).view(1, *grid, 1)
+    return (partition(numbers, window, padding).squeeze(-1) - 1).to(device)
 
 
 def partition(x: Shaped[Tensor, "b t h w c"], window: Triple, padding: Padding) -> Shaped[Tensor, "m n c"]:
@@ -125,8 +122,7 @@ def _spelled_out(
 ) -> Float[Tensor, "m n k e"]:
     """softmax(q k^T / sqrt(e)) v, in float32 at least, also under autocast."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    kind = q.device.type if torch.amp.is_autocast_available(q.device.type) else "cpu"
-    with torch.autocast(kind, enabled=False):
+    with full_precision(q):
         scores = torch.einsum("mike,mjke->mkij", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5
         if real is not None:
             scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
