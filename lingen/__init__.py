@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from lingen.data.datamodule import ClipData
     from lingen.media import save_video
     from lingen.model import LinGen
-    from lingen.module import LinGenModule
     from lingen.recipe import load_recipe, stages_of
-    from lingen.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError
-    from lingen.sampling import generate
+    from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError
+    from lingen.sampling.clips import generate
+    from lingen.training.denoiser import LinGenModule
 
 __version__ = "0.1.0"
 
@@ -34,11 +34,11 @@ __all__ = [
 
 _HOMES = {
     "lingen.data.datamodule": ("ClipData",),
-    "lingen.sampling": ("generate",),
+    "lingen.sampling.clips": ("generate",),
     "lingen.model": ("LinGen",),
-    "lingen.module": ("LinGenModule",),
+    "lingen.training.denoiser": ("LinGenModule",),
     "lingen.recipe": ("load_recipe", "stages_of"),
-    "lingen.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS", "RecipeError"),
+    "lingen.recipe.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS", "RecipeError"),
     "lingen.media": ("save_video",),
 }
 

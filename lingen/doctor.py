@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from lingen.autoencoder.perceptual import NoDistance
-from lingen.config import Recipe
 from lingen.data.locations import expand
 from lingen.data.order import KINDS
 from lingen.files import cache_folder
@@ -27,7 +26,8 @@ from lingen.kernels.scan import SCAN_KERNELS
 from lingen.kernels.swiglu import SWIGLU_KERNELS
 from lingen.kernels.window_attention import WINDOW_KERNELS
 from lingen.recipe import sharding
-from lingen.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
+from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
+from lingen.recipe.sections import Recipe
 
 LITTLE_DISK = 20.0
 """GB below which the free disk space is worth a note: a checkpoint of the largest recipe has more (ours)."""

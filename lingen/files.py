@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 BUILDING = ".lingen-building-"
 """Start of the name of a folder that is not finished."""

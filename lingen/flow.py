@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lingen.config import TimeConfig
+from lingen.recipe.sections import TimeConfig
 
 SIGMA_MIN = 1e-5
 """s of the path: what is left of the noise at time 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 
 class Missing(NamedTuple):

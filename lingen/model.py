@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks.block import Block
 from lingen.blocks.layers import RMSNorm, check_sizes
-from lingen.config import LinGenConfig
+from lingen.blocks.positions import Grid, Positions, resize_tables
 from lingen.flow import along
 from lingen.kernels.choice import full_precision
 from lingen.kernels.fp8 import input_dtype
 from lingen.kernels.modulate import norm_modulate
-from lingen.plan import activation_bytes, recomputed_blocks
-from lingen.positions import Grid, Positions, resize_tables
-from lingen.registry import SettingError
+from lingen.plan.forecast import activation_bytes, recomputed_blocks
+from lingen.recipe.registry import SettingError
+from lingen.recipe.sections import LinGenConfig
 
 log = logging.getLogger("lingen")
 
@@ -50,7 +50,7 @@ class LinGen(nn.Module):
     beyond the clip.
 
     Where `checkpointing` is a number of GiB, the first blocks are computed again in the backward pass, as few as
-    `lingen.plan.recomputed_blocks` finds for the tokens of the batch.
+    `lingen.plan.forecast.recomputed_blocks` finds for the tokens of the batch.
 
     Args:
         config: the model's settings, with the derived fields filled.

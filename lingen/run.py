@@ -12,20 +12,20 @@ from typing import Any, cast
 import lightning
 import torch
 
-from lingen.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
-from lingen.config import Recipe
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
-from lingen.folder import RunFolder, default_path
 from lingen.frozen import Missing, missing_of, refuse
-from lingen.module import LinGenModule
-from lingen.ranks import is_first_rank
 from lingen.recipe import load_recipe, load_stages, refuse_sharding, to_yaml
-from lingen.registry import AUTOENCODERS, TEXT_ENCODERS
-from lingen.samples import sample_prompts, sample_reconstructions, score
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.recipe.sections import Recipe
+from lingen.sampling.samples import sample_prompts, sample_reconstructions, score
 from lingen.tables import as_table
-from lingen.trainer import build_trainer, quiet_lightning
-from lingen.training import NonFiniteError, Trained
+from lingen.training.base import NonFiniteError, Trained
+from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
+from lingen.training.denoiser import LinGenModule
+from lingen.training.folder import RunFolder, default_path
+from lingen.training.ranks import is_first_rank
+from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.weights import find_weights, load_into, read_weights, save_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit"]
@@ -145,7 +145,7 @@ def _is_encoded(recipe: Recipe) -> bool:
 def frozen_parts(recipe: Recipe, *, begun: bool = False) -> list[Any]:
     """What a stage uses as it is: built on the meta device, nothing is read."""
     if recipe.trains == "autoencoder":
-        from lingen.autoencoder.training import frozen_parts_of
+        from lingen.training.autoencoder import frozen_parts_of
 
         return frozen_parts_of(recipe, begun=begun)
     with torch.device("meta"):
@@ -155,7 +155,7 @@ def frozen_parts(recipe: Recipe, *, begun: bool = False) -> list[Any]:
 def build_module(recipe: Recipe) -> Trained:
     """The LightningModule of what a stage trains."""
     if recipe.trains == "autoencoder":
-        from lingen.autoencoder.training import AutoencoderModule
+        from lingen.training.autoencoder import AutoencoderModule
 
         return AutoencoderModule(recipe)
     return LinGenModule(recipe)

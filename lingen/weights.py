@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lingen.config import Recipe
 from lingen.files import check_target, whole_file
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import Recipe
 
 if TYPE_CHECKING:
-    from lingen.module import LinGenModule
-    from lingen.training import Trained
+    from lingen.training.base import Trained
+    from lingen.training.denoiser import LinGenModule
 
 Copy = Literal["averaged", "raw"]
 """Sample with the averaged copy; go on training from the raw one."""
@@ -199,7 +199,7 @@ def load_module(source: str | Path, copy: Copy = "averaged", device: str | torch
     Raises:
         RecipeError: no weights there, weights that do not fit, or those of an autoencoder.
     """
-    from lingen.module import LinGenModule
+    from lingen.training.denoiser import LinGenModule
 
     path = find_weights(source)
     recipe = recipe_of(path)

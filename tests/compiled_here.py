@@ -14,7 +14,7 @@ from lingen.bench.cases import CASES
 from lingen.bench.kernels import _made, _sizes
 from lingen.bench.plain import PlainBlock
 from lingen.blocks.block import Block
-from lingen.config import LinGenConfig
+from lingen.recipe.sections import LinGenConfig
 
 CPU = Place(torch.device("cpu"), torch.float32, 0.1)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lingen.autoencoder.pixels import Pixels
-from lingen.registry import AUTOENCODERS, SettingError
+from lingen.recipe.registry import AUTOENCODERS, SettingError
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("pixels", ((1, 1, 1), 3)), ("tae", ((8, 8, 8), 16))])

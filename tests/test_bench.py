@@ -20,8 +20,8 @@ from lingen.bench.parts import by_part, part_of, triton_kernels
 from lingen.bench.scaling import GRIDS, QUICK_GRIDS
 from lingen.bench.timing import saved_bytes
 from lingen.cli import main
-from lingen.config import LinGenConfig
-from lingen.registry import MIXERS, RecipeError
+from lingen.recipe.registry import MIXERS, RecipeError
+from lingen.recipe.sections import LinGenConfig
 
 CPU = torch.device("cpu")
 LINEAR = ["linear_attention", "mamba2", "mate", "temporal_swin"]

@@ -14,10 +14,10 @@ from lingen.bench import index_scale, loader
 from lingen.bench.pairs import Comparison, Measured, measure
 from lingen.bench.rivals import Job, Wanted, bare_clip
 from lingen.cli import main
-from lingen.config import DataConfig, Recipe
 from lingen.data.decode import decode_video
 from lingen.data.shards import write_shards
 from lingen.media import encode_mp4
+from lingen.recipe.sections import DataConfig, Recipe
 
 
 def film(frames: int, height: int, width: int, fps: float) -> bytes:

@@ -8,8 +8,8 @@ from lingen.bench.plain import PlainDenoiser
 from lingen.bench.stock import StockMamba2, StockSwin
 from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.temporal_swin import TemporalSwin
-from lingen.config import LinGenConfig
 from lingen.model import LinGen
+from lingen.recipe.sections import LinGenConfig
 
 
 def relative(got, want):

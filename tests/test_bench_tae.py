@@ -17,7 +17,7 @@ from lingen.bench.build import draw
 from lingen.bench.show import agreement, autoencoder, targets
 from lingen.cli import main
 from lingen.media import as_frames
-from lingen.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.registry import AUTOENCODERS, RecipeError
 
 CPU = torch.device("cpu")
 TINY = {"strides": (2, 2, 2), "width": 8, "multipliers": (1, 2), "blocks": 1, "channels": 4, "chunk": 2}

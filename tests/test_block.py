@@ -9,10 +9,10 @@ import torch
 import lingen
 from lingen.blocks import block as block_file
 from lingen.blocks.block import Block
-from lingen.config import LinGenConfig
 from lingen.model import LinGen
-from lingen.plan import activation_bytes, plan, recomputed_blocks
-from lingen.registry import SettingError
+from lingen.plan.forecast import activation_bytes, plan, recomputed_blocks
+from lingen.recipe.registry import SettingError
+from lingen.recipe.sections import LinGenConfig
 
 CONFIG = LinGenConfig(dim=16, depth=3, mixer={"name": "attention"}, channels=3, text_dims=(5,), max_grid=(4, 3, 5))
 

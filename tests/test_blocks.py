@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lingen.blocks.layers import GatedRMSNorm, RMSNorm, SwiGLU, head_count
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels.rotary import rotary_table, rotate
-from lingen.registry import MIXERS, SettingError
+from lingen.recipe.registry import MIXERS, SettingError
 
 DIM = 16
 GRIDS = [(1, 1, 1), (1, 4, 6), (3, 5, 7), (2, 4, 4)]

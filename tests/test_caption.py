@@ -14,14 +14,14 @@ from PIL import Image
 
 from lingen.cli import main
 from lingen.data import manifest
-from lingen.data.caption import Captioner, Captioning, caption
-from lingen.data.caption_tables import Captions
-from lingen.data.cut import Wanted
-from lingen.data.filters import Filters
-from lingen.data.journal import Part
-from lingen.data.pack import Packing, find_footage, pack
 from lingen.data.shards import read_shard
-from lingen.registry import RecipeError
+from lingen.prepare.caption import Captioner, Captioning, caption
+from lingen.prepare.captions import Captions
+from lingen.prepare.cut import Wanted
+from lingen.prepare.filters import Filters
+from lingen.prepare.journal import Part
+from lingen.prepare.pack import Packing, find_footage, pack
+from lingen.recipe.registry import RecipeError
 
 pytest.importorskip("transformers")
 WANTED = Wanted((((32, 48),),), 8.0, (8,))

@@ -16,19 +16,19 @@ from PIL import Image
 
 from lingen.cli import main
 from lingen.data import manifest
-from lingen.data.caption_tables import Captions
-from lingen.data.check import check_folders
-from lingen.data.cut import Wanted
-from lingen.data.filters import Filters
-from lingen.data.forecast import forecast, ranks_of
-from lingen.data.journal import Part
 from lingen.data.manifest import About, media_hash
-from lingen.data.pack import Packing, find_footage, pack
 from lingen.data.shards import write_shards
-from lingen.data.stats import Measure, contact_sheet, histograms, measure
 from lingen.media import encode_mp4
+from lingen.prepare.captions import Captions
+from lingen.prepare.check import check_folders
+from lingen.prepare.cut import Wanted
+from lingen.prepare.filters import Filters
+from lingen.prepare.forecast import forecast, ranks_of
+from lingen.prepare.journal import Part
+from lingen.prepare.pack import Packing, find_footage, pack
+from lingen.prepare.stats import Measure, contact_sheet, histograms, measure
 from lingen.recipe import load_stages
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 WANTED = Wanted((((32, 48),),), 8.0, (16, 8))
 OPEN = Filters(black=None, frozen=None, still=None, jerky=None)

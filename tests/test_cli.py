@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lingen.cli import COMMANDS, main
 from lingen.recipe import load_recipe, shipped_recipes
-from lingen.registry import MIXERS, SCANS
+from lingen.recipe.registry import MIXERS, SCANS
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lingen
-from lingen.module import LinGenModule
 from lingen.run import fit
+from lingen.training.denoiser import LinGenModule
 from lingen.weights import read_weights
 
 SMALL = """

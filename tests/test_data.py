@@ -18,7 +18,6 @@ import pytest
 import torch
 import webdataset
 
-from lingen.config import DataConfig, PerKind, Recipe, Remote, Shards, TrainConfig
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
 from lingen.data.cache import Cache
@@ -31,7 +30,8 @@ from lingen.data.locations import Location, expand
 from lingen.data.shards import parse, write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_mp4, encode_png
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards, TrainConfig
 
 SIZE = (16, 16)
 FRAMES = 4

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lingen.autoencoder.diffusers_known import KNOWN, UNFIT
 from lingen.autoencoder.diffusers_vae import DiffusersVAE
-from lingen.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -17,27 +17,27 @@ import torch
 from footage_here import film
 
 from lingen.cli import main
-from lingen.config import Recipe
 from lingen.data import manifest
 from lingen.data.batch import Batch
-from lingen.data.caption_tables import Captions
-from lingen.data.cut import Wanted
 from lingen.data.datamodule import ClipData
-from lingen.data.encode_shards import Encoding, _Clips, encode, tasks_of
-from lingen.data.encoders import Encoders
-from lingen.data.filters import Filters
 from lingen.data.fingerprint import frozen_settings, hash_weights
-from lingen.data.journal import Part
 from lingen.data.latents import Wanted as EncodedSample
 from lingen.data.latents import read_encoded
-from lingen.data.pack import Packing, find_footage, pack
 from lingen.doctor import examine
 from lingen.frozen import Missing
-from lingen.module import LinGenModule
+from lingen.prepare.captions import Captions
+from lingen.prepare.cut import Wanted
+from lingen.prepare.encode import Encoding, _Clips, encode, tasks_of
+from lingen.prepare.encoders import Encoders
+from lingen.prepare.filters import Filters
+from lingen.prepare.journal import Part
+from lingen.prepare.pack import Packing, find_footage, pack
 from lingen.recipe import load_stages
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import Recipe
 from lingen.run import missing_parts
 from lingen.text import with_frame_rate
+from lingen.training.denoiser import LinGenModule
 
 RECIPE = """
 model: {{dim: 16, depth: 1, mixer: attention, patch: [1, 2, 2], gate_init: 1.0}}

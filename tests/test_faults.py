@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from lingen.config import Recipe
+from lingen.cli.progress import ConsoleReporter
 from lingen.data import manifest
 from lingen.data.fingerprint import fingerprint, frozen_settings
 from lingen.data.latents import LATENTS
@@ -22,9 +22,9 @@ from lingen.data.ledger import DataError
 from lingen.data.manifest import About, Row
 from lingen.data.shards import scan, write_shards
 from lingen.media import encode_mp4
-from lingen.progress import ConsoleReporter
 from lingen.recipe import load_recipe
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import Recipe
 from lingen.run import Reporter, fit
 
 

@@ -18,11 +18,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from lingen.data import fetch as room
-from lingen.data.fetch import Fetched, fetch
-from lingen.data.packages import FetchError, Package, download
 from lingen.files import cache_folder
-from lingen.registry import RecipeError
+from lingen.prepare import fetch as room
+from lingen.prepare.fetch import Fetched, fetch
+from lingen.prepare.packages import FetchError, Package, download
+from lingen.recipe.registry import RecipeError
 
 USERS_CACHE = cache_folder()
 

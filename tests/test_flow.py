@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingen import flow
-from lingen.config import TimeConfig
+from lingen.recipe.sections import TimeConfig
 
 LOGIT_NORMAL = TimeConfig()
 UNIFORM = TimeConfig(distribution="uniform")

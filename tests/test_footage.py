@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
-from lingen.data.caption_tables import Captions
-from lingen.data.cut import Job, Outcome, Wanted, divide, make_samples, read_outcome, read_samples
 from lingen.data.decode import decode_image, decode_video
-from lingen.data.filters import BANDS, LOOKS, Duplicates, Filters, frozen_share
-from lingen.data.footage import Source, find_sources, read_frames, sample_key
 from lingen.data.frames import covering
 from lingen.data.shards import META
-from lingen.data.shots import follow
-from lingen.registry import RecipeError
+from lingen.prepare.captions import Captions
+from lingen.prepare.cut import Job, Outcome, Wanted, divide, make_samples, read_outcome, read_samples
+from lingen.prepare.filters import BANDS, LOOKS, Duplicates, Filters, frozen_share
+from lingen.prepare.footage import Source, find_sources, read_frames, sample_key
+from lingen.prepare.shots import follow
+from lingen.recipe.registry import RecipeError
 
 WANTED = Wanted((((64, 64),),), 12.0, (24, 12))
 OPEN = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)

@@ -12,7 +12,7 @@ from PIL import Image
 from lingen.cli import main
 from lingen.data import manifest
 from lingen.data.decode import decode_video
-from lingen.data.fetch import fetch
+from lingen.prepare.fetch import fetch
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingen.cli import main
-from lingen.config import DataConfig, PerKind, Recipe, Remote, Shards
 from lingen.data import buckets, indexing, manifest
 from lingen.data.buckets import Shape
 from lingen.data.datamodule import ClipData
-from lingen.data.describe import index_folder
 from lingen.data.index import FORGET, RECORD, Index
 from lingen.data.indexing import open_index, scan_shards
 from lingen.data.ledger import DataError, Ledger
@@ -33,7 +31,9 @@ from lingen.data.manifest import About, ManifestError, Row
 from lingen.data.shards import write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_mp4, encode_png, encode_webp
-from lingen.registry import RecipeError
+from lingen.prepare.index import index_folder
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
 
 READER = Reader(Remote())
 

@@ -7,10 +7,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from lingen.blocks.scan import order_of, permutation
-from lingen.config import LinGenConfig
 from lingen.model import LinGen
-from lingen.registry import MIXERS, TEXT_ENCODERS, RecipeError
-from lingen.schema import settings_of
+from lingen.recipe.registry import MIXERS, TEXT_ENCODERS, RecipeError
+from lingen.recipe.sections import LinGenConfig
+from lingen.recipe.signature import settings_of
 
 TEXT = ((4, 5), (3, 7))
 SMALL = {"state_dim": 4, "head_dim": 8, "window": (2, 2, 2)}

@@ -12,7 +12,7 @@ from lingen.blocks.scan import permutation
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels import ssd
 from lingen.kernels.pool import pool
-from lingen.registry import MIXERS, SettingError
+from lingen.recipe.registry import MIXERS, SettingError
 
 DIM = 12
 SMALL = {"state_dim": 4, "head_dim": 6, "dt_max": 0.5}

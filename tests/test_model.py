@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lingen import flow
-from lingen.config import LinGenConfig
+from lingen.blocks.positions import Positions, resize_tables, sin_cos
 from lingen.model import LinGen, grid_of, mixers_of
-from lingen.positions import Positions, resize_tables, sin_cos
-from lingen.registry import SettingError
+from lingen.recipe.registry import SettingError
+from lingen.recipe.sections import LinGenConfig
 
 MATE = {"name": "mate", "state_dim": 8, "head_dim": 8, "window": (2, 2, 2)}
 ATTENTION = {"name": "attention"}

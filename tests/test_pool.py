@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lingen.kernels.pool import pool
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 pool_triton = pytest.importorskip("lingen.kernels.pool_triton", reason="Triton is not installed")
 

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 import lingen
-from lingen import precision, sampling
-from lingen.average import AveragedWeights
 from lingen.kernels import fp8
 from lingen.kernels.fp8 import Fp8Linear, Quantized
-from lingen.module import LinGenModule
-from lingen.precision import lower, precision_of, set_precision
-from lingen.registry import RecipeError
-from lingen.sampling import clip_size, encode_prompts, sample_latents
+from lingen.recipe.registry import RecipeError
+from lingen.sampling import clips as sampling
+from lingen.sampling import precision
+from lingen.sampling.clips import clip_size, encode_prompts, sample_latents
+from lingen.sampling.precision import lower, precision_of, set_precision
+from lingen.training.average import AveragedWeights
+from lingen.training.denoiser import LinGenModule
 
 PROMPTS = ["a red square", "a blue circle"]
 

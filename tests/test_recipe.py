@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lingen.grids import check_frames
-from lingen.json_schema import json_schema
-from lingen.plan import plan
+from lingen.plan.forecast import plan
 from lingen.recipe import load_recipe, load_stages, shipped_recipes, stages_of, to_yaml
-from lingen.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, SettingError
-from lingen.schema import check_value, settings_of
+from lingen.recipe.json_schema import json_schema
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, SettingError
+from lingen.recipe.signature import check_value, settings_of
+from lingen.recipe.sizes import check_frames
 
 TINY = """\
 model:
@@ -422,7 +422,7 @@ def test_all_mistakes_at_once():
 def test_what_needs_no_torch_is_said_without_torch():
     write(STAGED)
     code = (
-        "import sys; from lingen.recipe import load_recipe, stages_of; from lingen.registry import RecipeError\n"
+        "import sys; from lingen.recipe import load_recipe, stages_of; from lingen.recipe.registry import RecipeError\n"
         "assert stages_of('r.yaml') == ['images', 'videos']\n"
         "try: load_recipe('r.yaml', ['model.detph=3', 'model.mixer=mamba'])\n"
         "except RecipeError as error: assert len(error.problems) == 2, error\n"
@@ -516,7 +516,7 @@ def test_check_value_returns_what_the_hint_says_or_a_sentence(value, hint):
 
 
 def test_documentation_of_settings_comes_from_the_signature():
-    from lingen.config import DataConfig
+    from lingen.recipe.sections import DataConfig
 
     assert settings_of(DataConfig)["size"].doc == "height and width in pixels"
     assert settings_of(MIXERS["mate"])["window"].default == (8, 4, 4)

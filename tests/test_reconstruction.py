@@ -32,7 +32,7 @@ from lingen.metrics.reconstruction import (
     psnr,
 )
 from lingen.recipe import load_recipe, to_yaml
-from lingen.registry import AUTOENCODERS, SettingError
+from lingen.recipe.registry import AUTOENCODERS, SettingError
 from lingen.weights import write_tensors
 
 

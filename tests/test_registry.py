@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lingen.recipe import load_recipe
-from lingen.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError, Registry
-from lingen.schema import settings_of
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError, Registry
+from lingen.recipe.signature import settings_of
 
 PLUGIN = '''\
 """A package of its own that brings a mixer and a scan order."""

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lingen.data.describe import index_folder
 from lingen.data.shards import write_shards
 from lingen.media import encode_mp4, encode_png
+from lingen.prepare.index import index_folder
 
 RECORDER = '''
 """Trains as `lingen fit` does, and notes the samples of every batch that is trained on."""
 import json, os, sys
-from lingen.module import LinGenModule
+from lingen.training.denoiser import LinGenModule
 from lingen.run import fit
 
 notes, recipe, run, *overrides = sys.argv[1:]

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lingen.cli import main
-from lingen.config import RewriteConfig
 from lingen.files import cache_folder
 from lingen.media import read_about
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import RewriteConfig
 from lingen.run import fit
 from lingen.text import instruction, rewrite
 from lingen.text.instruction import INSTRUCTION, INSTRUCTION_VERSION, clean, fault_of, question

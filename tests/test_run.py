@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import lingen
-from lingen.average import AveragedWeights
 from lingen.data.ledger import DataError
-from lingen.folder import RunFolder
-from lingen.module import LinGenModule
 from lingen.run import fit
-from lingen.training import NonFiniteError
+from lingen.training.average import AveragedWeights
+from lingen.training.base import NonFiniteError
+from lingen.training.denoiser import LinGenModule
+from lingen.training.folder import RunFolder
 from lingen.weights import find_weights, load_module, read_metadata, read_weights
 
 
@@ -313,7 +313,7 @@ def test_decay_pulls_only_at_matrices(tiny_recipe: Path):
 
 
 def test_mfu_is_logged_where_the_peak_is_known(tiny_recipe: Path):
-    from lingen.plan import peak_flops, plan
+    from lingen.plan.forecast import peak_flops, plan
 
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA Unheard-of") is None

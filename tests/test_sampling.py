@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 import lingen
-from lingen import output
 from lingen.cli import main
 from lingen.media import contact_sheet, read_about, save_video
 from lingen.run import fit
-from lingen.sampling import clip_size, decode_frames, encode_prompts, sample_latents
+from lingen.sampling import files as output
+from lingen.sampling.clips import clip_size, decode_frames, encode_prompts, sample_latents
 from lingen.weights import find_weights, load_module
 
 
@@ -158,8 +158,8 @@ def test_one_text_encoder_is_let_go_before_the_next_is_read(
 ):
     import encoders_here
 
-    from lingen.module import LinGenModule
     from lingen.text.local import LocalEncoder
+    from lingen.training.denoiser import LinGenModule
 
     t5, bert = encoders_here.t5(tmp_path / "t5"), encoders_here.bert(tmp_path / "bert")
     text = f"text=[{{name: t5, path: {t5}, dim: 16}}, words, {{name: bert, path: {bert}, dim: 16, max_tokens: 32}}]"
@@ -318,7 +318,7 @@ def test_contact_sheet_is_large_enough_to_see(tmp_path: Path):
 
 
 def test_weights_of_another_model_are_refused(run: Path, tiny_recipe: Path):
-    from lingen.module import LinGenModule
+    from lingen.training.denoiser import LinGenModule
     from lingen.weights import load_into, read_weights
 
     other = LinGenModule(lingen.load_recipe(tiny_recipe, ["model.dim=24"], stage="clips"))

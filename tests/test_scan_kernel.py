@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lingen.kernels.scan import rows_of, scan, scan_state
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 CASES = [
     # n, heads, width, groups, state, ways

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lingen.cli import main
-from lingen.folder import RunFolder
-from lingen.module import LinGenModule
 from lingen.recipe import load_recipe, refuse_sharding, stages_of, to_yaml
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 from lingen.run import fit
+from lingen.training.denoiser import LinGenModule
+from lingen.training.folder import RunFolder
 from lingen.weights import IncompleteError, read_weights, save_weights
 
 TRAINER = '''
@@ -39,8 +39,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from lingen.average import AveragedWeights
-from lingen.module import LinGenModule
+from lingen.training.average import AveragedWeights
+from lingen.training.denoiser import LinGenModule
 from lingen.recipe import load_recipe, to_yaml
 from lingen.weights import IncompleteError, save_weights
 

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from lingen.bench.loopback import PieceHandler, serve
-from lingen.config import DataConfig, PerKind, Recipe, Remote, Shards
 from lingen.data import manifest, remote, sources
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
@@ -30,7 +29,8 @@ from lingen.data.remote import SourceError
 from lingen.data.shards import scan, write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_png
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
 
 FAST = Remote(timeout=5.0, attempts=3)
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from lingen.config import DataConfig, Recipe
 from lingen.data.locations import expand
 from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, captions, draw, ensure, held_out_clips, parse
 from lingen.media import encode_mp4
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import DataConfig, Recipe
 
 
 def recipe(size: tuple[int, int] = (24, 24), frames: int = 8, **settings: int) -> Recipe:
@@ -136,7 +136,7 @@ def test_wrong_settings_are_named(component: dict, words: str):
 
 
 DRAW = """
-from lingen.config import DataConfig, Recipe
+from lingen.recipe.sections import DataConfig, Recipe
 from lingen.data.synthetic import ensure
 settings = {{"name": "shapes", "clips": {clips}, "images": 6, "held_out": 4}}
 ensure(Recipe(data=DataConfig(synthetic=settings, size=(24, 24), frames=8, fps=8.0)))

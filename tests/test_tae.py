@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lingen.autoencoder.network import Sizes, decoder, encoder
 from lingen.autoencoder.tae import TAE, TAESmall, regroup
 from lingen.autoencoder.temporal import Stream, TimeAttention, TimeBlock, TimeConv, _Ends
-from lingen.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
 
 TINY = {"width": 8, "multipliers": (1, 2), "blocks": 1, "channels": 4, "strides": (2, 2, 2), "chunk": 2}
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from lingen.autoencoder import losses
-from lingen.autoencoder.training import AutoencoderModule, frozen_parts_of
-from lingen.config import Recipe, ReconstructionConfig, TrainConfig
 from lingen.data.batch import Batch
-from lingen.registry import RecipeError, SettingError
+from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.sections import Recipe, ReconstructionConfig, TrainConfig
+from lingen.training.autoencoder import AutoencoderModule, frozen_parts_of
 
 TINY = {"name": "tae", "strides": (4, 4, 4), "channels": 4, "width": 8, "multipliers": (1, 1, 2), "blocks": 1}
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from lingen.registry import TEXT_ENCODERS, RecipeError, SettingError
+from lingen.recipe.registry import TEXT_ENCODERS, RecipeError, SettingError
 from lingen.text import with_frame_rate
 from lingen.text.small import Bytes, Words
 

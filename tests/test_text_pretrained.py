@@ -9,9 +9,9 @@ import encoders_here
 import pytest
 import torch
 
-from lingen.data.packages import Package, download
 from lingen.frozen import check_ready
-from lingen.registry import RecipeError, SettingError
+from lingen.prepare.packages import Package, download
+from lingen.recipe.registry import RecipeError, SettingError
 from lingen.text.metaclip import MetaCLIP
 from lingen.text.pretrained import BERT, T5, UL2, ByT5, Llama
 from lingen.text.quoted import quoted

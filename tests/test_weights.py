@@ -11,15 +11,15 @@ import torch
 from safetensors import safe_open
 
 from lingen.autoencoder.tae import TAE
-from lingen.autoencoder.training import AutoencoderModule
 from lingen.cli import main
 from lingen.data.fingerprint import frozen_settings
-from lingen.folder import RunFolder
-from lingen.module import LinGenModule
 from lingen.recipe import load_recipe
-from lingen.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.registry import AUTOENCODERS, RecipeError
 from lingen.run import Reporter, fit, hand_over
-from lingen.sampling import generate
+from lingen.sampling.clips import generate
+from lingen.training.autoencoder import AutoencoderModule
+from lingen.training.denoiser import LinGenModule
+from lingen.training.folder import RunFolder
 from lingen.weights import (
     export_weights,
     find_weights,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 Config = Mapping[str, Any]
 Strides = tuple[int, int, int]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lingen.autoencoder.temporal import Activation, Grid, Stream, TimeAttention, TimeBlock, TimeConv, add
 from lingen.blocks.layers import RMSNorm, Triple, check_sizes, head_count
-from lingen.registry import SettingError
+from lingen.recipe.registry import SettingError
 
 MULTIPLIERS = (1, 2, 4)
 """Widths of the first levels, in units of the first; deeper ones stay at the last (latent diffusion's 1, 2, 4, 4)."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.frozen import Missing
-from lingen.registry import PERCEPTUAL, RecipeError
+from lingen.recipe.registry import PERCEPTUAL, RecipeError
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of VGG16's convolutions (arXiv 1409.1556, configuration D); a max-pool stands between two blocks."""

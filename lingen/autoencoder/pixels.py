@@ -5,7 +5,7 @@ from typing import Annotated
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.registry import SettingError
+from lingen.recipe.registry import SettingError
 
 
 class Pixels(nn.Module):

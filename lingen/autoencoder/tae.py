@@ -15,7 +15,7 @@ from lingen.autoencoder.network import Sizes, decoder, encoder
 from lingen.autoencoder.stored import read_part, unfit
 from lingen.autoencoder.temporal import Stream
 from lingen.frozen import Missing, check_ready
-from lingen.registry import SettingError
+from lingen.recipe.registry import SettingError
 
 
 class TAE(nn.Module):

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.autoencoder import Autoencoder
-from lingen.registry import SettingError
+from lingen.recipe.registry import SettingError
 
 Clip = Float[Tensor, "b 3 _t h w"]
 Latents = Float[Tensor, "b c _t _h _w"]

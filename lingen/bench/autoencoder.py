@@ -23,10 +23,10 @@ from lingen.bench.results import GIB, Results, Row, Say
 from lingen.bench.run import PRECISIONS
 from lingen.bench.timing import Work, allocated, interleaved, or_none, peak_bytes
 from lingen.frozen import check_ready, missing_of
-from lingen.grids import check_frames
 from lingen.media import as_frames
 from lingen.metrics.reconstruction import psnr
-from lingen.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.sizes import check_frames
 
 PIECE = 32
 """Frames that an encoder is handed at a time."""

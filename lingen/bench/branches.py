@@ -20,9 +20,9 @@ from lingen.bench.stock import StockMamba2, StockSwin
 from lingen.bench.targets import MA, TESA
 from lingen.bench.timing import Work, forward, forward_backward, interleaved, or_none, peak_bytes, saved_bytes
 from lingen.blocks.block import Block
-from lingen.config import LinGenConfig
-from lingen.plan import peak_flops
-from lingen.registry import MIXERS
+from lingen.plan.forecast import peak_flops
+from lingen.recipe.registry import MIXERS
+from lingen.recipe.sections import LinGenConfig
 
 Made = TypeVar("Made")
 
@@ -170,7 +170,7 @@ def _share_of_peak(rate: float, device: torch.device) -> Row:
 
 
 def _per_number(row: Row, dim: int) -> float | None:
-    """Bytes kept for the backward pass for each token and unit of width, as `lingen.plan` counts them."""
+    """Bytes kept for the backward pass for each token and unit of width, as `lingen.plan.forecast` counts them."""
     return row["kept_gib"] * GIB / row["tokens"] / dim if "kept_gib" in row else None
 
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lingen.config import LinGenConfig
 from lingen.model import LinGen, Text
-from lingen.registry import RecipeError, SettingError
+from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.sections import LinGenConfig
 
 Made = TypeVar("Made", bound=nn.Module)
 

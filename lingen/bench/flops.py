@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lingen.blocks.layers import clamp, head_count
 from lingen.blocks.temporal_swin import window_padding
-from lingen.config import LinGenConfig
 from lingen.model import mixers_of
-from lingen.registry import MIXERS
-from lingen.schema import check_settings
+from lingen.recipe.registry import MIXERS
+from lingen.recipe.sections import LinGenConfig
+from lingen.recipe.signature import check_settings
 
 Grid = tuple[int, int, int]
 Component = str | dict[str, Any]

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from lingen.config import DataConfig, PerKind, Recipe, Shards
 from lingen.data import manifest
 from lingen.data.datamodule import ClipData
-from lingen.data.describe import index_folder
 from lingen.data.manifest import About
 from lingen.data.shards import write_shards
 from lingen.media import encode_mp4
+from lingen.prepare.index import index_folder
+from lingen.recipe.sections import DataConfig, PerKind, Recipe, Shards
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from lingen.bench.results import Results, Row, Say
 from lingen.bench.stock import chunk_scan
 from lingen.bench.timing import Work, forward, medians
 from lingen.kernels.choice import interpreted
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 ODD_GRID: Grid = (9, 7, 5)
 """Here errors are measured: no size of it is a power of two, and it fills neither its windows nor its last chunk."""

@@ -31,17 +31,17 @@ from lingen.bench.index_scale import index_at_scale
 from lingen.bench.loopback import serve
 from lingen.bench.pairs import Comparison, Measured, Watch, measure
 from lingen.bench.rivals import BareLoop, Job, Wanted
-from lingen.config import DataConfig, PerKind, Recipe, Shards
 from lingen.data import latents, manifest, order
 from lingen.data.datamodule import ClipData
 from lingen.data.dataset import Clips
-from lingen.data.describe import index_folder
 from lingen.data.fingerprint import fingerprint, frozen_settings
 from lingen.data.locations import expand
 from lingen.data.manifest import About, Row
 from lingen.data.shards import read_shard, scan, write_shards
-from lingen.folder import git_commit, versions
-from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
+from lingen.prepare.index import index_folder
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
+from lingen.recipe.sections import DataConfig, PerKind, Recipe, Shards
+from lingen.training.folder import git_commit, versions
 
 RAW = Recipe(data=DataConfig(frames=16, size=(256, 256), fps=16.0))
 """The clips of the raw comparison."""

@@ -20,9 +20,9 @@ from lingen.bench.parts import by_part
 from lingen.bench.results import GIB, Results, Row, Say
 from lingen.bench.targets import FORWARDS, FP8, Variant
 from lingen.bench.timing import Work, allocated, forward, interleaved, milliseconds, or_none, peak_bytes
-from lingen.config import LinGenConfig, Recipe
 from lingen.kernels.fp8 import quality, to_fp8
 from lingen.model import LinGen, Text
+from lingen.recipe.sections import LinGenConfig, Recipe
 
 
 @dataclass(frozen=True)

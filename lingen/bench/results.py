@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from lingen.files import write_text
-from lingen.folder import git_commit, versions
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.training.folder import git_commit, versions
 
 Row = dict[str, Any]
 Say = Callable[[str], None]

@@ -13,10 +13,10 @@ from lingen.bench.model import ModelBench, bench_forward, bench_quality, bench_s
 from lingen.bench.results import Results, Say
 from lingen.bench.targets import VARIANTS
 from lingen.bench.twins import bench_twins
-from lingen.config import LinGenConfig, Recipe
-from lingen.grids import grids_of
 from lingen.recipe import load_recipe
-from lingen.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.sections import LinGenConfig, Recipe
+from lingen.recipe.sizes import grids_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from lingen.bench.timing import (
     saved_bytes,
 )
 from lingen.blocks.layers import grid_of
-from lingen.registry import MIXERS, RecipeError
+from lingen.recipe.registry import MIXERS, RecipeError
 
 GRIDS: tuple[Grid, ...] = (
     (34, 16, 16), (34, 32, 32), (68, 32, 32), (34, 64, 64), (136, 32, 32), (272, 32, 32),

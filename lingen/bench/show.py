@@ -10,7 +10,7 @@ from lingen.bench.findings import table as exponents
 from lingen.bench.receipt import as_markdown, number, source
 from lingen.bench.results import Row, read_all
 from lingen.bench.targets import PAPER_SIZES, TARGETS, VARIANTS, Target, row_of
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 Files = dict[str, Row]
 """Name of a result file -> what it holds."""

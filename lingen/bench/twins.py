@@ -17,9 +17,9 @@ from lingen.bench.model import ModelBench
 from lingen.bench.plain import PlainDenoiser, blocks_of, run_block
 from lingen.bench.targets import CUDNN, FLASH2
 from lingen.bench.timing import Work, forward, interleaved, medians
-from lingen.config import LinGenConfig
 from lingen.kernels.attention import ATTENTION_KERNELS
 from lingen.model import LinGen
+from lingen.recipe.sections import LinGenConfig
 
 DIT_DEPTH = 38 / 28
 """Layers of a DiT for one of LinGen's, at equal parameters [ours]."""

@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import RMSNorm, SwiGLU, head_count
-from lingen.config import LinGenConfig
 from lingen.kernels.cross_attention import TextKeys, cross_attention_to, text_keys
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
-from lingen.registry import MIXERS
+from lingen.recipe.registry import MIXERS
+from lingen.recipe.sections import LinGenConfig
 
 PART_BYTES = 544 * 2**20
 """What the hidden activations of the feed-forward may take where no gradient is wanted [ours]. At width 6,912 in 16

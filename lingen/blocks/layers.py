@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.swiglu import swiglu
-from lingen.registry import SettingError
+from lingen.recipe.registry import SettingError
 
 # One number each for t, h and w.
 Triple = tuple[int, int, int]

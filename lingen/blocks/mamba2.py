@@ -15,7 +15,7 @@ from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
 from lingen.kernels.scan import SCAN_KERNELS, rows_of, scan, scan_kernel, scan_state
-from lingen.registry import SettingError
+from lingen.recipe.registry import SettingError
 
 
 class Mamba2(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from lingen.blocks.layers import Triple as Grid
 from lingen.blocks.layers import grid_of
 from lingen.kernels.constants import constants
-from lingen.registry import SCANS, RecipeError, SettingError
+from lingen.recipe.registry import SCANS, RecipeError, SettingError
 
 Order = str | Callable[[int, int, int], Tensor]
 Entry = Order | tuple

@@ -21,7 +21,7 @@ from lingen.cli.command import (
     size_of,
     whole,
 )  # fmt: skip
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 MIXERS = ["attention", "temporal_swin", "mamba2", "mate", "linear_attention"]
 

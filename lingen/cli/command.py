@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lingen import __version__
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 DONE, FAILED, WRONG_USE, INTERRUPTED, REQUEUE = 0, 1, 2, 130, 75
 """Exit codes; 75 asks to be requeued."""

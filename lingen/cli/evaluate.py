@@ -25,7 +25,7 @@ from lingen.cli.command import (
     whole,
 )
 from lingen.cli.encode import DEVICE, device_of
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 
 @command(
@@ -50,8 +50,8 @@ def eval_tae(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     from pathlib import Path
 
+    from lingen.cli.progress import count_bar
     from lingen.metrics.autoencoder import Request, evaluate
-    from lingen.progress import count_bar
 
     asked = Request(
         clips=args.clips, way=way, tile=tile, compare=args.compare, device=device_of(args.device),
@@ -77,8 +77,8 @@ UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sampl
 
 def _recipe(args: argparse.Namespace) -> Any:
     """The stage that is asked for, with the autoencoder that is asked for; the last stage where none is named."""
-    from lingen.folder import RunFolder
     from lingen.recipe import load_recipe, load_stages
+    from lingen.training.folder import RunFolder
 
     if args.recipe is None and args.run is None:
         raise RecipeError("Say on which recipe's clips: --recipe R, or --run DIR for the recipe of a run.")

@@ -20,7 +20,7 @@ from lingen.cli.command import (
     print_json,
     print_table,
 )
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 FILTERS = {
     "min_side": ("pixels of the shorter side", "those of the largest stage"),
@@ -86,11 +86,11 @@ def data_pack(args: argparse.Namespace) -> int:
         raise RecipeError("Say for which recipe: --recipe R; its stages say which sizes and lengths are wanted.")
     from pathlib import Path
 
-    from lingen.data.caption_tables import Captions
-    from lingen.data.journal import part_of
-    from lingen.data.pack import Packing, filters_for, find_footage, pack, wanted_by
-    from lingen.data.workers import processes_here
-    from lingen.progress import count_bar
+    from lingen.cli.progress import count_bar
+    from lingen.prepare.captions import Captions
+    from lingen.prepare.journal import part_of
+    from lingen.prepare.pack import Packing, filters_for, find_footage, pack, wanted_by
+    from lingen.prepare.workers import processes_here
     from lingen.recipe import load_stages
 
     part = part_of(args.part)

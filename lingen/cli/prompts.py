@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, console
 from lingen.cli.encode import DEVICE, device_of
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 if TYPE_CHECKING:
-    from lingen.config import RewriteConfig
+    from lingen.recipe.sections import RewriteConfig
     from lingen.text.rewrite import Rewritten
 
 REWRITER = argument("--rewriter", metavar="DIR", help="rewrite with the chat model in this folder, not the recipe's")
@@ -56,7 +56,7 @@ def _settings(args: argparse.Namespace) -> RewriteConfig:
     if args.recipe is None and args.rewriter is None:
         raise RecipeError("Say which model rewrites: --rewriter DIR, or --recipe R with rewrite.path.")
     if args.recipe is None:
-        from lingen.config import RewriteConfig
+        from lingen.recipe.sections import RewriteConfig
 
         return RewriteConfig(path=args.rewriter)
     from lingen.recipe import load_recipe
@@ -70,7 +70,7 @@ def _settings(args: argparse.Namespace) -> RewriteConfig:
 
 def rewrite(prompts: Sequence[str], how: RewriteConfig, device: str) -> list[Rewritten]:
     """What becomes of each prompt; the model's memory is free again."""
-    from lingen.progress import count_bar
+    from lingen.cli.progress import count_bar
     from lingen.text.rewrite import Rewriter
 
     rewriter = Rewriter(how, device)

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from lingen.cli.command import DONE, JSON, RECIPE, STAGE, argument, command, print_json, print_table
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 
 @command(
@@ -17,7 +17,7 @@ from lingen.registry import RecipeError
     JSON,
 )
 def list_(args: argparse.Namespace) -> int:
-    from lingen.catalogue import parts, recipes
+    from lingen.cli.catalogue import parts, recipes
 
     rows = recipes() if args.what == "recipes" else parts(args.what)
     if args.json:
@@ -39,15 +39,15 @@ def list_(args: argparse.Namespace) -> int:
 )
 def show(args: argparse.Namespace) -> int:
     if args.schema:
-        from lingen.json_schema import json_schema
+        from lingen.recipe.json_schema import json_schema
 
         print_json(json_schema())
         return DONE
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
-    from lingen.plan import plan
+    from lingen.plan.forecast import plan
     from lingen.recipe import load_recipe, load_stages, to_yaml
-    from lingen.schema import as_plain
+    from lingen.recipe.signature import as_plain
 
     recipe = load_recipe(args.recipe, args.overrides, stage=args.stage)
     stages = [recipe] if args.stage else load_stages(args.recipe, args.overrides)

@@ -24,7 +24,7 @@ from lingen.cli.command import (
     ways_of_args,
 )
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
-from lingen.registry import RecipeError, SettingError
+from lingen.recipe.registry import RecipeError, SettingError
 
 if TYPE_CHECKING:
     from lingen.text.rewrite import Rewritten
@@ -50,8 +50,8 @@ def fit(args: argparse.Namespace) -> int:
     import signal
 
     from lingen import run
+    from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
-    from lingen.progress import ConsoleReporter
     from lingen.weights import IncompleteError
 
     with ConsoleReporter(console()) as reporter:
@@ -121,14 +121,14 @@ def sample(args: argparse.Namespace) -> int:
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
     seconds, size = _parsed("--seconds", args.seconds, positive), _parsed("--size", args.size, size_of)
-    from lingen.output import clip_paths, sample_to_files
+    from lingen.sampling.files import clip_paths, sample_to_files
 
     clip_paths(args.out, len(prompts))
     rewritten = _rewritten(args, prompts)
     if report_faults(rewritten):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return FAILED
-    from lingen.progress import step_bar
+    from lingen.cli.progress import step_bar
 
     with step_bar(console()) as progress:
         files = sample_to_files(
@@ -156,7 +156,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     """What the chat model makes of the prompts, before anything else takes memory; nothing where it is not wanted."""
     from dataclasses import replace
 
-    from lingen.sampling import best_device
+    from lingen.sampling.clips import best_device
     from lingen.weights import find_weights, recipe_of
 
     how = recipe_of(find_weights(args.run or args.checkpoint)).rewrite
@@ -181,7 +181,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     *WAYS,
 )
 def decode(args: argparse.Namespace) -> int:
-    from lingen.output import decode_file
+    from lingen.sampling.files import decode_file
 
     try:
         print(decode_file(args.latents, args.out, *ways_of_args(args)))

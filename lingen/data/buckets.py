@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from lingen.config import DataConfig
 from lingen.data.index import Index, Mapped, Numbers
 from lingen.data.order import Lane
 from lingen.files import cache_folder, whole_folder
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import DataConfig
 
 CHUNK = 1 << 20
 """Samples that are sorted at a time."""

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lingen.config import Recipe, Shards
 from lingen.data import order
 from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape, pool_of
@@ -30,8 +29,9 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import KINDS, Anchor, Order, Place
 from lingen.data.sources import Reader
-from lingen.grids import patch_of
-from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
+from lingen.recipe.sections import Recipe, Shards
+from lingen.recipe.sizes import patch_of
 
 
 class ClipData(lightning.LightningDataModule):

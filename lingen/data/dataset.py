@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
-from lingen.config import DataConfig
 from lingen.data import order
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
@@ -25,6 +24,7 @@ from lingen.data.ledger import DataError
 from lingen.data.order import Place, Stream
 from lingen.data.shards import parse
 from lingen.data.sources import Reader
+from lingen.recipe.sections import DataConfig
 
 ATTEMPTS = 20
 """Spares that are tried for one slot."""

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lingen.config import Component, Recipe
 from lingen.data.manifest import About
-from lingen.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError, Registry
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError, Registry
+from lingen.recipe.sections import Component, Recipe
 
 MADE_BY = "lingen encode"
 SAMPLED = 64

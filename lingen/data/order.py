@@ -23,7 +23,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from lingen.config import PerKind
+from lingen.recipe.sections import PerKind
 
 KINDS = ("image", "video")
 ROUND = 512

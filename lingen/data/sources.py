@@ -18,11 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from lingen.config import Remote
 from lingen.data.cache import Cache
 from lingen.data.pieces import PieceCache
 from lingen.data.remote import Passing, SourceError, Stat, is_remote, read_remote, stat_remote
 from lingen.files import cache_folder
+from lingen.recipe.sections import Remote
 
 T = TypeVar("T")
 

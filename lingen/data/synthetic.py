@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from lingen.config import Recipe, Shards
 from lingen.files import cache_folder, whole_folder
 from lingen.media import encode_mp4, encode_png
-from lingen.registry import RecipeError, SettingError
+from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.sections import Recipe, Shards
 
 COLOURS = {
     "red": (1.0, 0.0, 0.0),
@@ -188,7 +188,7 @@ def held_out_clips(
 
 def settings(component: dict[str, Any] | None) -> Shapes:
     """The checked settings of a recipe's ``data.synthetic``; RecipeError names an unknown data set or setting."""
-    from lingen.schema import check_settings
+    from lingen.recipe.signature import check_settings
 
     given = dict(component or {"name": "shapes"})
     name = given.pop("name", None)

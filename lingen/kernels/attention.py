@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash")
 

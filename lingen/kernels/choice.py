@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 log = logging.getLogger("lingen")
 

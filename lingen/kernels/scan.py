@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lingen.kernels.choice import choose, full_precision
 from lingen.kernels.ssd import ssd
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")
 

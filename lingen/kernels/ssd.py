@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import full_precision
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 SSD_KERNELS = ("auto", "reference", "chunked", "stock")
 

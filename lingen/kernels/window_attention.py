@@ -9,7 +9,7 @@ from lingen.kernels.attention import attention
 from lingen.kernels.choice import choose, full_precision
 from lingen.kernels.constants import constants
 from lingen.kernels.rotary import rotary_table, rotate
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 
 WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
 # Tokens along t, h and w; and padding before and after each of these axes.

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from lingen.autoencoder.perceptual import build_perceptual
 from lingen.autoencoder.tiling import Tiles
 from lingen.autoencoder.ways import WAYS, decode, encode, tiles_of, way_for, ways_of
-from lingen.config import PerKind, Recipe
 from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool
 from lingen.data.datamodule import ClipData
 from lingen.files import write_text
-from lingen.folder import as_json, git_commit, versions
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video, sheet_frames
 from lingen.metrics.reconstruction import (
@@ -34,7 +32,9 @@ from lingen.metrics.reconstruction import (
     bicubic_shape,
     psnr,
 )
-from lingen.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.sections import PerKind, Recipe
+from lingen.training.folder import as_json, git_commit, versions
 
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
 """Movie Gen's TAE (arXiv 2410.13720, section 3.1.1) on its authors' clips of 512 pixels: for scale only."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lingen.config import RewriteConfig
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import RewriteConfig
 from lingen.text.folder import TOKENIZERS, Lacking, check_file, check_folder, read_json, weight_files
 
 NO_CHAT = "it has no chat template: it goes on with a text, but follows no instruction"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
-from lingen.registry import RecipeError
+from lingen.recipe.registry import RecipeError
 from lingen.text.folder import Lacking, names_file
 from lingen.text.quoted import quoted
 from lingen.text.rows import Cut, at_least_one

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.registry import did_you_mean
+from lingen.recipe.registry import did_you_mean
 from lingen.text.folder import Lacking, check_file, check_model, read_json
 from lingen.text.local import BatchSetting, Device, Dim, LocalEncoder, Precision, Read, check_settings
 from lingen.text.rows import Cut, padded

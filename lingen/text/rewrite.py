@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lingen.config import RewriteConfig
 from lingen.data.fingerprint import fingerprint, hash_weights
 from lingen.files import cache_folder, write_text
 from lingen.frozen import Missing, check_ready
+from lingen.recipe.sections import RewriteConfig
 from lingen.text.chat import Chat, Talk, inspect
 from lingen.text.folder import Lacking, names_file
 from lingen.text.instruction import INSTRUCTION_VERSION, clean, fault_of, question

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from lingen.registry import SettingError
+from lingen.recipe.registry import SettingError
 
 log = logging.getLogger("lingen")
 

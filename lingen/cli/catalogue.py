@@ -1,0 +1,79 @@
+"""What `lingen list` shows: parts with their settings, and shipped recipes. A broken part shows its error."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from lingen.recipe.reading import shipped_recipes
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, RecipeError, Registry
+from lingen.recipe.signature import REQUIRED, settings_of
+
+REGISTRIES = {
+    "mixers": MIXERS,
+    "scans": SCANS,
+    "autoencoders": AUTOENCODERS,
+    "text": TEXT_ENCODERS,
+    "perceptual": PERCEPTUAL,
+}
+GRID = (8, 16, 16)
+"""Tokens (t, h, w) on which scan orders are compared."""
+
+Row = dict[str, Any]
+
+
+def parts(what: str) -> list[Row]:
+    """A row for each part of a registry (``mixers``, ``scans``, ``autoencoders``, ``text``), plugins included."""
+    registry = REGISTRIES[what]
+    rows = [_row(registry, name) for name in registry.names()]
+    return rows + [{"name": name, "origin": origin, "error": error} for name, origin, error in registry.refused()]
+
+
+def recipes() -> list[Row]:
+    """A row for each recipe that comes with lingen: its stages, and the first line that says what it is."""
+    from lingen.recipe import stages_of
+
+    rows = []
+    for name, file in shipped_recipes().items():
+        comments = [line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        about = next((line for line in comments if not line.startswith("yaml-language-server")), "")
+        try:
+            rows.append({"name": name, "stages": stages_of(file), "about": about})
+        except RecipeError as error:
+            rows.append({"name": name, "error": str(error)})
+    return rows
+
+
+def _row(registry: Registry, name: str) -> Row:
+    row: Row = {"name": name, "origin": registry.origin(name)}
+    try:
+        part = registry[name]
+        if registry is SCANS:
+            return row | {f"steps between neighbours at {GRID}": _distances(part), "about": _about(part)}
+        settings = {key: _default(setting.default) for key, setting in settings_of(part).items()}
+        return row | {"settings": settings, "about": _about(part)}
+    except Exception as error:  # a plugin may fail in any way; it harms no other row
+        return row | {"error": " ".join(str(error).split())}
+
+
+def _distances(scan: Any) -> dict[str, float]:
+    """Mean distance in the sequence of neighbours in t, h and w; of a cycle, over its entries."""
+    from lingen.blocks.scan import adjacency
+
+    layers = range(len(scan)) if isinstance(scan, tuple) else range(1)
+    scores = [adjacency(scan, GRID, layer) for layer in layers]
+    means = [sum(values) / len(scores) for values in zip(*scores, strict=True)]
+    return {axis: round(mean, 1) for axis, mean in zip("thw", means, strict=True)}
+
+
+def _default(value: Any) -> Any:
+    return "required" if value is REQUIRED else value
+
+
+def _about(part: Any) -> str:
+    if isinstance(part, str):
+        return f"slowest axis {part[0]}, fastest axis {part[-1]}"
+    if isinstance(part, tuple):
+        entries = ", ".join(one if isinstance(one, str) else one.__name__ for one in part)
+        return f"layer i takes entry i % {len(part)} of {entries}"
+    return (inspect.getdoc(part) or "").partition("\n")[0]

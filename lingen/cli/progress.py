@@ -1,0 +1,113 @@
+"""How the command line shows a run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lingen.recipe.sections import Recipe
+from lingen.run import Reporter
+
+LINE_SECONDS = 30.0
+"""Between lines that say how far a command is, in the log of a job."""
+
+
+def bar(console: Console) -> Progress:
+    """The house's progress bar."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=False,
+    )
+
+
+@contextmanager
+def count_bar(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar to be called with (done, total); where there is no terminal, a line every `LINE_SECONDS`."""
+    if not console.is_terminal:
+        yield _lines(console, description)
+        return
+    with bar(console) as shown:
+        task = shown.add_task(description, total=None, note="")
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def _lines(console: Console, description: str) -> Callable[[int, int], None]:
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            console.print(f"{description} {done:,}/{total:,}", markup=False, highlight=False)
+
+    return tell
+
+
+def step_bar(console: Console) -> AbstractContextManager[Callable[[int, int], None]]:
+    """The bar of a sampler's steps."""
+    return count_bar(console, "sampling")
+
+
+class ConsoleReporter(Reporter):
+    """Shows stages, steps and losses on a console.
+
+    Args:
+        console: where to; one that is no terminal gets a line for a row of metrics.csv, at most one in `every` seconds.
+    """
+
+    def __init__(self, console: Console, every: float = 5.0):
+        self.console = console
+        self.every = every
+        self._bar = bar(console) if console.is_terminal else None
+        self._task: Any = None
+        self._said = 0.0
+        self._name, self._steps = "", 0
+        self._dropped = 0
+        """Samples that were replaced since the stage began or went on."""
+
+    def __enter__(self) -> ConsoleReporter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
+        self._name, self._steps, self._dropped = str(recipe.stage), recipe.train.steps, 0
+        going_on = f", going on from step {done}" if done else ""
+        self.say(f"stage {number}/{count} {self._name}: {self._steps} steps{going_on}")
+        if self._bar is not None:
+            self._task = self._bar.add_task(self._name, total=self._steps, completed=done, note="")
+
+    def step(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def row(self, row: dict[str, Any]) -> None:
+        if "loss" not in row:
+            return
+        self._dropped += int(row.get("data/dropped", 0))
+        dropped = f"  {self._dropped:,} dropped" if self._dropped else ""
+        note = f"loss {row['loss']:.4f}  {row.get('tokens_per_second', 0):,.0f} tokens/s{dropped}"
+        last = int(row["step"]) >= self._steps
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+        elif last or time.monotonic() - self._said > self.every:
+            self._said = time.monotonic()
+            self.say(f"{self._name} {row['step']}/{self._steps}  {note}")

@@ -1,0 +1,225 @@
+"""What a stage will take, before it runs: tokens and parameters (exact), memory and FLOPs (estimates)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.recipe.sections import Component, LinGenConfig, Recipe
+from lingen.recipe.sizes import grids_of, patch_of
+
+Grid = tuple[int, int, int]
+
+KEPT_BYTES = {
+    "cpu": {"mate": 460, "mamba2": 400, "temporal_swin": 170, "attention": 145, "linear_attention": 160},
+    "cuda": {"mate": 148, "mamba2": 132, "temporal_swin": 94, "attention": 110},
+}
+"""What a block of this mixer keeps for the backward pass in float32, in bytes per token and unit of width, by the type
+of device: tensors that autograd saved, at width 256, with plain PyTorch on a CPU and the Triton kernels on an H100
+[ours]. A device that is not here is taken for a CPU, a mixer of someone else for the largest."""
+SIXTEEN_BIT = {"cpu": 0.85, "cuda": 0.65}
+"""Share of it in 16 bits: with plain PyTorch the SSD's sums stay in float32, on CUDA the residual stream."""
+INPUT_BYTES = 4
+"""Of a recomputed block's input for each number of it: the residual stream is float32 while training."""
+CHUNK = 64
+"""Length of the chunks of the SSD's matmul form (arXiv 2405.21060, section 6), in tokens [ours]."""
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+"""Dense bfloat16 FLOP/s by the makers' data sheets, for the share of it that training reaches (MFU)."""
+TEXT_TOKENS = 256
+"""Tokens of a text encoder that does not say `max_tokens` [ours]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A stage's forecast for one rank that holds the whole model, not sharded."""
+
+    stage: str
+    grids: dict[str, Grid]
+    """Tokens (t, h, w) of one sample of each kind."""
+    parameters: dict[str, int]
+    """Trained parameters of each part."""
+    frozen: int
+    """Parameters of the autoencoder and the text encoders that are not trained."""
+    memory: dict[str, int]
+    """Bytes: weights, averaged weights, gradients and optimiser, activations of the largest batch."""
+    flops: dict[str, float]
+    """Of one forward pass over one sample of each kind."""
+    training_flops: dict[str, float]
+    """Of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of one sample of each kind."""
+        return {kind: math.prod(grid) for kind, grid in self.grids.items()}
+
+    @property
+    def trained(self) -> int:
+        """All trained parameters."""
+        return sum(self.parameters.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "tokens": self.tokens, "trained": self.trained}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of a GPU by its name; None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Forecast of a loaded stage (`load_recipe` with a stage, or of a recipe without stages)."""
+    if recipe.trains == "autoencoder":
+        from lingen.plan.autoencoder import plan_autoencoder
+
+        return plan_autoencoder(recipe)
+    import torch
+    from torch import nn
+
+    from lingen.model import LinGen
+
+    with torch.device("meta"):
+        model = LinGen(recipe.model)
+        autoencoder = AUTOENCODERS.build(recipe.autoencoder)
+        encoders = [TEXT_ENCODERS.build(component) for component in recipe.text]
+    parameters = _by_part(model)
+    frozen = _count(autoencoder) if isinstance(autoencoder, nn.Module) else 0
+    for encoder in encoders:
+        if getattr(encoder, "trainable", False):
+            parameters["text encoders"] += _count(encoder)
+        elif isinstance(encoder, nn.Module):
+            frozen += _count(encoder)
+    grids = grids_of(recipe.data, tuple(autoencoder.strides), patch_of(recipe))
+    per_token = parameters["blocks.mixer"] + parameters["blocks.ffn"]
+    flops = {kind: _flops(recipe, per_token, grid) for kind, grid in grids.items()}
+    return Plan(
+        stage=recipe.stage or "main",
+        grids=grids,
+        parameters=dict(parameters),
+        frozen=frozen,
+        memory=_memory(recipe, sum(parameters.values()), grids),
+        flops=flops,
+        training_flops={kind: flops[kind] * (3 + _recomputed_share(recipe, kind, grids[kind])) for kind in grids},
+    )
+
+
+def recomputed_blocks(config: LinGenConfig, tokens: int, sixteen_bit: bool, device: str = "cpu") -> int:
+    """How many blocks, from the first on, keep only their input and are computed again in the backward pass.
+
+    `checkpointing` true is all and false none; a number of GiB is the fewest with which the activations fit into it, or
+    all but the last, where even that is too much: the last one would be computed again at once, and save nothing.
+
+    Args:
+        tokens: of all samples of the batch on this rank.
+        sixteen_bit: whether matrix products are done in 16 bits.
+        device: type of the device.
+    """
+    if isinstance(config.checkpointing, bool):
+        return config.depth if config.checkpointing else 0
+    target = config.checkpointing * 2**30
+    fits = (k for k in range(config.depth) if activation_bytes(config, tokens, k, sixteen_bit, device) <= target)
+    return next(fits, config.depth - 1)
+
+
+def activation_bytes(config: LinGenConfig, tokens: int, recomputed: int, sixteen_bit: bool, device: str = "cpu") -> int:
+    """What the blocks keep for the backward pass at its peak, where the first `recomputed` of them keep their input.
+
+    The backward pass begins with the last block. By the time that the first ones are computed again, one by one, what
+    the others kept is gone; so recomputing the first ones costs nothing on top, and the peak is either the one or the
+    other.
+    """
+    table = KEPT_BYTES.get(device, KEPT_BYTES["cpu"])
+    share = SIXTEEN_BIT.get(device, SIXTEEN_BIT["cpu"]) if sixteen_bit else 1
+    blocks = [share * table.get(_name(mixer), max(table.values())) for mixer in _layers(config)]
+    inside = max(sum(blocks[recomputed:]), *blocks[:recomputed], 0)
+    return int(tokens * config.dim * (INPUT_BYTES * recomputed + inside))
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _by_part(model: Any) -> Counter[str]:
+    """Parameters of each child of the model, those of the blocks summed over the blocks."""
+    parts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        keys = name.split(".")
+        in_list = len(keys) > 2 and keys[1].isdigit()
+        parts[f"{keys[0]}.{keys[2]}" if in_list else keys[0]] += parameter.numel()
+    return parts
+
+
+def _memory(recipe: Recipe, trained: int, grids: dict[str, Grid]) -> dict[str, int]:
+    """float32 weights, averaged copy, gradients and two moments; activations in the trainer's precision."""
+    held = 2 if str(recipe.trainer.get("precision")).endswith("16-true") else 4
+    largest = max(_batch_tokens(recipe, kind, grid) for kind, grid in grids.items())
+    recomputed = recomputed_blocks(recipe.model, largest, *_where(recipe))
+    return {
+        "weights": held * trained,
+        "averaged weights": 4 * trained,
+        "gradients and optimiser": 3 * held * trained,
+        "activations": activation_bytes(recipe.model, largest, recomputed, *_where(recipe)),
+    }
+
+
+def _batch_tokens(recipe: Recipe, kind: str, grid: Grid) -> int:
+    return int(getattr(recipe.data.batch, kind)) * math.prod(grid)
+
+
+def _where(recipe: Recipe) -> tuple[bool, str]:
+    """Whether products are done in 16 bits, and the type of the device: a GPU, unless the trainer says CPU."""
+    device = "cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"
+    return "16" in str(recipe.trainer.get("precision")), device
+
+
+def _recomputed_share(recipe: Recipe, kind: str, grid: Grid) -> float:
+    """Share of the blocks that training with batches of this kind computes twice."""
+    tokens = _batch_tokens(recipe, kind, grid)
+    return recomputed_blocks(recipe.model, tokens, *_where(recipe)) / recipe.model.depth
+
+
+def _flops(recipe: Recipe, per_token: int, grid: Grid) -> float:
+    """2 FLOPs per weight and token (arXiv 2001.08361, section 2.1), plus what the mixers do between tokens."""
+    config, tokens = recipe.model, math.prod(grid)
+    between = sum(_between_tokens(component, config, grid) for component in _layers(config))
+    text = sum(component.get("max_tokens") or TEXT_TOKENS for component in recipe.text)
+    # Queries, output and the scores; keys and values of the text are few.
+    cross = config.depth * (4 * config.dim**2 + 4 * text * config.dim)
+    edges = 4 * config.channels * math.prod(config.patch) * config.dim
+    return float(tokens) * (2 * per_token + between + cross + edges)
+
+
+def _name(component: Component | str) -> str:
+    return component if isinstance(component, str) else component["name"]
+
+
+def _layers(config: LinGenConfig) -> list[Component]:
+    """The mixer of each block."""
+    mixers = config.mixer if isinstance(config.mixer, list) else [config.mixer]
+    return [mixers[layer % len(mixers)] for layer in range(config.depth)]
+
+
+def _between_tokens(component: Component, config: LinGenConfig, grid: Grid) -> float:
+    """FLOPs per token of mixing tokens, beyond the projections; 0 for a mixer of someone else."""
+    name = component["name"]
+    if name == "mate":
+        branches = [component.get(branch) for branch in ("ma", "te")]
+        parts = [{"name": branch} if isinstance(branch, str) else branch for branch in branches if branch]
+        return sum(_between_tokens({**component, **part}, config, grid) for part in parts)
+    if name == "attention":
+        return 4.0 * math.prod(grid) * config.dim
+    if name == "linear_attention":
+        from lingen.blocks.layers import head_count
+
+        return 4.0 * config.dim * (config.dim // head_count(config.dim, component["num_heads"]))
+    if name == "temporal_swin":
+        return 4.0 * math.prod(map(min, component["window"], grid)) * config.dim
+    if name == "mamba2":
+        inner, state = component["expand"] * config.dim, component["state_dim"]
+        review = 1 + (1 / math.prod(component["review"]) if component["review"] else 0)
+        directions = 2 if component["bidirectional"] else 1
+        return directions * review * (2 * CHUNK * (component["groups"] * state + inner) + 4 * state * inner)
+    return 0.0

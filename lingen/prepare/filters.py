@@ -1,0 +1,160 @@
+"""What is left out of a data set, and why: each filter has a switch, and each drop a reason that is counted.
+
+Movie Gen (arXiv 2410.13720, section 3.2.1) removes small, still, jittery and near-duplicate clips; the measures and
+their limits are ours.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import numpy as np
+
+from lingen.prepare.shots import Track
+
+LOOKS = 3
+"""Frames of a clip that are compared with those of others: at 1/6, 1/2 and 5/6 of its length."""
+BANDS = 4 * LOOKS
+"""Pieces of 16 bits: two clips that differ in fewer bits than there are pieces share a whole one."""
+BLACK_FRAME = 0.02
+"""A frame with fewer pixels than this share that are not black is a black one."""
+FROZEN = 0.05
+"""Frames that differ by less than this many grey levels (of 255) are the same one."""
+REPEATED = 0.2
+"""A frame that differs by less than this share of the mean difference is the one before, compressed once more."""
+FROZEN_SECONDS = 0.5
+"""How long a frame has to stand still to count as frozen: animation shows each drawing two or three times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Limits of `lingen data pack`; None switches a filter off."""
+
+    min_side: Annotated[int | None, "pixels of the shorter side"] = None
+    min_fps: Annotated[float | None, "frames per second"] = None
+    min_seconds: Annotated[float | None, "length of a shot"] = None
+    black: Annotated[float | None, "largest share of black frames"] = 0.3
+    frozen: Annotated[float | None, "largest share of frames that stand still for half a second or more"] = 0.5
+    still: Annotated[float | None, "least motion, in picture heights a second"] = 0.01
+    jerky: Annotated[float | None, "largest jerk of the camera, in picture heights a second from frame to frame"] = 1.0
+    duplicates: Annotated[int | None, f"of {64 * LOOKS} bits, how few may differ: at most {BANDS - 1}"] = 10
+
+
+class Verdict(NamedTuple):
+    """A reason, and the number that gave it."""
+
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def judge_size(size: tuple[int, int], filters: Filters) -> Verdict | None:
+    """Is a picture of this height and width too small?"""
+    if filters.min_side is not None and min(size) < filters.min_side:
+        return Verdict("small", f"{size[0]}x{size[1]} pixels, the shorter side is below {filters.min_side}")
+    return None
+
+
+def judge_film(track: Track, filters: Filters) -> Verdict | None:
+    """What leaves out a whole film."""
+    if filters.min_fps is not None and len(track.times) > 1 and track.fps < filters.min_fps:
+        return Verdict("slow", f"{track.fps:.3g} frames a second, fewer than {filters.min_fps:g}")
+    return judge_size(track.size, filters)
+
+
+def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Verdict | None:
+    """What leaves out the frames from `first` to `end` (excluded) of a film."""
+    black = float((track.lit[first:end] < BLACK_FRAME).mean())
+    if filters.black is not None and black > filters.black:
+        return Verdict("black", f"{black:.0%} of its frames")
+    frozen = frozen_share(track.change[first + 1 : end], track.times[first:end])
+    if filters.frozen is not None and frozen > filters.frozen:
+        return Verdict("frozen", f"{frozen:.0%} of its time")
+    motion, jerk = motion_of(track, first, end)
+    if filters.still is not None and motion < filters.still:
+        return Verdict("still", f"moves by {motion:.2g} picture heights a second, less than {filters.still:g}")
+    if filters.jerky is not None and jerk > filters.jerky:
+        return Verdict("jerky", f"the camera jerks by {jerk:.2g} picture heights a second, more than {filters.jerky:g}")
+    return None
+
+
+def motion_of(track: Track, first: int, end: int) -> tuple[float, float]:
+    """Mean motion, and how the camera jerks, both in picture heights a second.
+
+    The jerk is the root mean square of how its speed changes from one frame to the next that is not the same (many
+    films show frames twice); less where that is little against the speed itself, as in a fast pan.
+    """
+    motion, change = track.motion[first + 1 : end], track.change[first + 1 : end]
+    again = max(FROZEN, REPEATED * float(change.mean())) if len(change) else FROZEN
+    fresh = np.flatnonzero(change >= again) + first + 1
+    way = track.sway[fresh] * (track.times[fresh] - track.times[fresh - 1])[:, None]
+    sway = way / np.diff(track.times[fresh], prepend=track.times[first])[:, None]
+    turn, speed = _size_of(np.diff(sway, axis=0)), _size_of(sway)
+    return float(motion.mean()) if len(motion) else 0.0, turn * min(1.0, turn / max(speed, 1e-9))
+
+
+def _size_of(vectors: np.ndarray) -> float:
+    """Root mean square of their lengths."""
+    return float(np.sqrt(np.square(vectors).sum(1).mean())) if len(vectors) else 0.0
+
+
+def frozen_share(change: np.ndarray, times: np.ndarray) -> float:
+    """Share of the time in which the picture stands still for `FROZEN_SECONDS` or more.
+
+    Args:
+        change: [n - 1] from each frame to the next.
+        times: [n]
+    """
+    if not len(change):
+        return 0.0
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], (change < FROZEN).astype(int), [0]])))
+    runs = times[edges[1::2]] - times[edges[::2]]
+    return float(runs[runs >= FROZEN_SECONDS].sum() / (times[-1] - times[0]))
+
+
+def looks_of(track: Track, first: int, end: int) -> tuple[int, ...]:
+    """What a clip looks like, for `Duplicates`."""
+    return tuple(int(track.looks[first + (end - first) * (2 * i + 1) // (2 * LOOKS)]) for i in range(LOOKS))
+
+
+class Duplicates:
+    """Clips seen so far, found again by how they look. About 500 bytes a clip.
+
+    Args:
+        limit: how few of the bits of two clips may differ; below `BANDS`, so that none is overlooked.
+    """
+
+    def __init__(self, limit: int | None):
+        self.limit = limit
+        self._looks: list[int] = []
+        self._names: list[str] = []
+        self._bands: dict[tuple[int, int], list[int]] = defaultdict(list)
+
+    def find(self, looks: tuple[int, ...]) -> str | None:
+        """Name of a clip that looks like this one."""
+        if self.limit is None:
+            return None
+        whole = _joined(looks)
+        near = {number for band in _bands(whole) for number in self._bands.get(band, ())}
+        return next((self._names[n] for n in sorted(near) if (self._looks[n] ^ whole).bit_count() <= self.limit), None)
+
+    def add(self, name: str, looks: tuple[int, ...]) -> None:
+        """Remembers a clip."""
+        if self.limit is None:
+            return
+        for band in _bands(_joined(looks)):
+            self._bands[band].append(len(self._names))
+        self._looks.append(_joined(looks))
+        self._names.append(name)
+
+
+def _joined(looks: tuple[int, ...]) -> int:
+    return sum(look << 64 * i for i, look in enumerate(looks))
+
+
+def _bands(whole: int) -> list[tuple[int, int]]:
+    return [(i, whole >> 16 * i & 0xFFFF) for i in range(BANDS)]

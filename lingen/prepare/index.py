@@ -1,0 +1,146 @@
+"""A manifest for shards that have none: each sample is read once, and told by its own media."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lingen.data import manifest
+from lingen.data.batch import Drop
+from lingen.data.captions import captions_of
+from lingen.data.manifest import About, Row, media_hash
+from lingen.data.pictures import open_picture, reported, webp_size, webp_times
+from lingen.data.shards import parse, scan
+from lingen.prepare.workers import in_order
+from lingen.recipe.registry import RecipeError
+
+SUFFIXES = ("mp4", "webm", "webp", "jpg", "jpeg", "png")
+ROTATED = (5, 6, 7, 8)
+"""Orientations of Exif that lie on their side."""
+
+
+class Indexed(NamedTuple):
+    """What came of a folder of shards."""
+
+    rows: int
+    drops: list[Drop]
+    """Samples and shards that cannot be used; they are in no row."""
+
+
+def index_folder(
+    folder: Path, processes: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Indexed:
+    """Writes the manifest of the tar files in a folder.
+
+    Args:
+        processes: that read shards at the same time; 0: this one.
+        progress: called with the shards read and the shards to read.
+    Raises:
+        RecipeError: there is no tar file, or none of the samples can be used.
+    """
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise RecipeError(f"'{folder}' holds no tar file; name the folder of the shards.")
+    drops: list[Drop] = []
+
+    def rows() -> Iterator[Row]:
+        done = in_order(index_shard, paths, processes, _crashed)
+        for number, (_, (found, broken)) in enumerate(done, start=1):
+            drops.extend(broken)
+            yield from found
+            progress(number, len(paths))
+
+    count = manifest.write(folder / manifest.NAME, rows(), About())
+    if not count:
+        (folder / manifest.NAME).unlink()
+        raise RecipeError(
+            f"'{folder}' holds no sample that can be used; the first: {drops[0].where}: {drops[0].reason}"
+        )
+    return Indexed(count, drops)
+
+
+def _crashed(path: Path) -> tuple[list[Row], list[Drop]]:
+    return [], [Drop(path.name, "unreadable shard: the process that read it ended")]
+
+
+def index_shard(path: Path) -> tuple[list[Row], list[Drop]]:
+    """The rows of a shard, and what in it cannot be used."""
+    rows: list[Row] = []
+    drops: list[Drop] = []
+    try:
+        with path.open("rb") as file:
+            for entry in scan(path):
+                where = f"{path.name}:{entry.key}" if entry.key else path.name
+                try:
+                    if entry.fault:
+                        raise ValueError(entry.fault)
+                    file.seek(entry.start)
+                    members = parse(file.read(entry.end - entry.start), entry.key)
+                    row = Row(entry.key, path.name, entry.start, entry.end - entry.start, **describe(members))
+                    rows.append(row._replace(source=path.parent.name))
+                except ValueError as error:
+                    drops.append(Drop(where, str(error)))
+    except OSError as error:
+        drops.append(Drop(path.name, f"unreadable shard: {error.strerror or error}"))
+    return rows, drops
+
+
+def describe(members: dict[str, bytes]) -> dict[str, Any]:
+    """What a row of a manifest says of a sample, but for where it lies. ValueError where it cannot be used."""
+    suffix = next((suffix for suffix in SUFFIXES if suffix in members), None)
+    if suffix is None:
+        raise ValueError(f"no media: none of {', '.join(SUFFIXES)} among {', '.join(sorted(members)) or 'nothing'}")
+    data = members[suffix]
+    captions = captions_of(members)
+    told = {"captions": len(captions), "caption_length": len(captions[0]), "media": suffix, "hash": media_hash(data)}
+    if suffix in ("mp4", "webm"):
+        return {"kind": "video", **told, **_video(data)}
+    times = webp_times(data) if suffix == "webp" else np.zeros(0)
+    if len(times) > 1:
+        with reported():
+            height, width = webp_size(data)[::-1]
+        return {"kind": "video", **told, "height": height, "width": width, "frames": len(times), "fps": _rate(times)}
+    return {"kind": "image", **told, **_image(data)}
+
+
+def _video(data: bytes) -> dict[str, Any]:
+    """By the time stamps of its frames, whatever the header says; the first frame tells how it is turned."""
+    import av
+
+    from lingen.data.decode import container_of, picture_stream
+
+    try:
+        opened: Any = av.open(io.BytesIO(data), format=container_of(data))
+        with opened as file:
+            stream = picture_stream(file)
+            codec = stream.codec_context
+            packets = [packet for packet in file.demux(stream) if packet.pts is not None and packet.size]
+            shown = np.array(sorted(packet.pts for packet in packets if not packet.is_discard)) * float(
+                stream.time_base
+            )
+            first = next((frame for packet in [*packets, None] for frame in codec.decode(packet)), None)
+            if first is None or not len(shown):
+                raise ValueError("broken video: there is no frame in it")
+            size = first.height, round(first.width * float(codec.sample_aspect_ratio or 1))
+    except av.FFmpegError as error:
+        raise ValueError(f"broken video: {error.strerror or error}") from error
+    height, width = size if round(first.rotation / 90) % 2 == 0 else size[::-1]
+    return {"height": height, "width": width, "frames": len(shown), "fps": _rate(shown)}
+
+
+def _rate(times: Sequence[float] | np.ndarray) -> float:
+    """Frames per second by the times at which they are shown; 0 where there is only one."""
+    return float((len(times) - 1) / (times[-1] - times[0])) if len(times) > 1 else 0.0
+
+
+def _image(data: bytes) -> dict[str, Any]:
+    picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
+    with reported():
+        picture.load()  # broken ones are found now
+        turned = picture.getexif().get(0x0112) in ROTATED
+    width, height = picture.size[::-1] if turned else picture.size
+    return {"height": height, "width": width, "frames": 1, "fps": 0.0}

@@ -1,0 +1,268 @@
+"""A set of shards that is written piece by piece, by several jobs, and survives being killed at any moment.
+
+Each part of the set (``--part 3/64``) has a folder below ``OUT/.parts``. A shard appears in one step, after its record:
+what lies in it, and what became of everything that was looked at since the shard before. So the records alone say where
+to go on, and nothing is lost or there twice. When all parts are done, their records become the manifest and the ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lingen.data.manifest import Row
+from lingen.files import whole_file, write_text
+from lingen.recipe.registry import RecipeError
+
+
+class Part(NamedTuple):
+    """The `number`-th of `total` equal shares, counted from 1."""
+
+    number: int = 1
+    total: int = 1
+
+    def holds(self, name: str) -> bool:
+        """Is this name in the share? Each is in one, whatever other names there are."""
+        import hashlib
+
+        digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % self.total == self.number - 1
+
+    def slice_of(self, count: int) -> slice:
+        """Its share of `count` things in a row, which stay together."""
+        return slice(count * (self.number - 1) // self.total, count * self.number // self.total)
+
+    def __str__(self) -> str:
+        return f"{self.number:03d}-of-{self.total:03d}"
+
+
+def part_of(text: str | None) -> Part:
+    """``3/64`` -> the third of 64. RecipeError for anything else."""
+    if text is None:
+        return Part()
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise RecipeError(
+            f"--part is a number and how many there are, counted from 1, such as 3/64; got '{text}'. (A job array: "
+            "`--array=1-64` and `--part $SLURM_ARRAY_TASK_ID/64`.)"
+        )
+    return Part(int(number), int(count))
+
+
+class Note(NamedTuple):
+    """What became of something that was looked at."""
+
+    name: str
+    """A source, or a sample of it."""
+    reason: str = ""
+    """``reason: detail`` of what was left out; empty: done with."""
+
+
+class Entry(NamedTuple):
+    """A sample in a shard."""
+
+    row: Row
+    looks: tuple[int, ...] = ()
+    """For `Duplicates`; empty where they are not compared."""
+
+
+class Record(NamedTuple):
+    """A shard, and what became of everything since the one before. One without entries has no shard."""
+
+    entries: list[Entry]
+    notes: list[Note]
+
+
+class SetFolder:
+    """The folder of a set, as one job sees it.
+
+    Args:
+        out: the folder; it is made where it is missing.
+        part: the share of this job.
+        settings: plain values that all parts, and all runs, must have in common.
+    Raises:
+        RecipeError: the folder holds something else, was begun in another way, or another process is at this part.
+    """
+
+    def __init__(self, out: Path, part: Part, settings: dict[str, Any]):
+        self.out, self.part, self.settings = out, part, settings
+        self.parts = out / ".parts"
+        if out.exists() and not self.parts.is_dir() and (not out.is_dir() or any(out.iterdir())):
+            raise RecipeError(f"'{out}' exists and was not begun by this command. Name a new or empty folder.")
+        self.own = self.parts / str(part)
+        self.records.mkdir(parents=True, exist_ok=True)
+        self._agree(json.loads(json.dumps({**settings, "parts": part.total})))
+
+    @property
+    def records(self) -> Path:
+        return self.own / "records"
+
+    @property
+    def work(self) -> Path:
+        """For files on their way into a shard."""
+        return self.own / "work"
+
+    def _agree(self, settings: dict[str, Any]) -> None:
+        path = self.parts / "settings.json"
+        if not path.is_file():
+            write_text(path, json.dumps(settings, indent=1, ensure_ascii=False))
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held != settings:
+            raise RecipeError(
+                f"'{self.out}' was begun in another way: {'; '.join(differences(held, settings))}. Go on as it was "
+                "begun, or name another folder."
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """RecipeError where another process works at this part. A killed one leaves no lock."""
+        with _lock(self.own / "lock", wait=False) as free:
+            if not free:
+                raise RecipeError(f"Another process is at part {self.part} of '{self.out}'; wait for it.")
+            yield
+
+    @contextlib.contextmanager
+    def finishing(self, *names: str) -> Iterator[None]:
+        """One process at a time; what a killed one left of these files of the set is removed."""
+        with _lock(self.parts / "lock", wait=True):
+            for partial in (path for name in names for path in self.out.glob(f"{name}.*.partial")):
+                partial.unlink()
+            yield
+
+    def finish(self) -> bool:
+        """Marks this part as done. True where all are."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        write_text(self.own / "done", "")
+        parts = [self.parts / str(Part(number, self.part.total)) for number in range(1, self.part.total + 1)]
+        return all((part / "done").is_file() for part in parts)
+
+    def all_records(self, kind: str) -> Iterator[Record]:
+        """Those of all parts, in order."""
+        for number in range(1, self.part.total + 1):
+            yield from _records(self.parts / str(Part(number, self.part.total)) / "records", kind)
+
+    def own_records(self, kind: str) -> Iterator[Record]:
+        """Those of this part."""
+        return _records(self.records, kind)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Held by one process at a time; False where it is another one's."""
+    import fcntl
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def write_record(path: Path, record: Record) -> None:
+    entries = [[list(entry.row), list(entry.looks)] for entry in record.entries]
+    write_text(path, json.dumps({"entries": entries, "notes": record.notes}, ensure_ascii=False))
+
+
+def _records(folder: Path, kind: str) -> Iterator[Record]:
+    return (read_record(path) for path in sorted(folder.glob(f"{kind}-*.json")))
+
+
+def read_record(path: Path) -> Record:
+    held = json.loads(path.read_text(encoding="utf-8"))
+    entries = [Entry(Row(*row), tuple(looks)) for row, looks in held["entries"]]
+    return Record(entries, [Note(*note) for note in held["notes"]])
+
+
+class ShardStream:
+    """Shards of one kind, one after the other; goes on behind those that are there.
+
+    Args:
+        folder: the set.
+        kind: the first word of their names: ``video-003-00000.tar`` of part 3, ``video-00000.tar`` where there is one.
+        limit: bytes of a shard; the sample that passes it is its last.
+    """
+
+    def __init__(self, folder: SetFolder, kind: str, limit: int):
+        self.folder, self.kind, self.limit = folder, kind, limit
+        self._prefix = f"{kind}-" if folder.part.total == 1 else f"{kind}-{folder.part.number:03d}-"
+        self._number = 0
+        self.committed = list(self._settle())
+        """Records of earlier runs."""
+        self._record = Record([], [])
+        self._used: list[Path] = []
+        self._open = contextlib.ExitStack()
+        """The shard that is written."""
+        self._tar: Any = None
+
+    def _settle(self) -> Iterator[Record]:
+        """The records of earlier runs. What a killed one was about to finish is removed and made anew."""
+        for partial in self.folder.out.glob(f"{self._prefix}*.partial"):
+            partial.unlink()
+        paths = sorted(self.folder.records.glob(f"{self.kind}-*.json"))
+        for path in paths:
+            record = read_record(path)
+            shard = self._shard(path.stem)
+            if not record.entries or shard.is_file():
+                self._number += 1
+                yield record
+            elif path == paths[-1]:
+                path.unlink()
+            else:
+                raise RecipeError(f"'{shard}' is gone, though later shards are there. Put it back, or begin anew.")
+
+    def _shard(self, stem: str) -> Path:
+        return self.folder.out / f"{self._prefix}{stem.rpartition('-')[2]}.tar"
+
+    @property
+    def _stem(self) -> str:
+        return f"{self.kind}-{self._number:05d}"
+
+    def names(self) -> set[str]:
+        """Everything that earlier runs are done with."""
+        return {note.name for record in self.committed for note in record.notes if not note.reason}
+
+    def entries(self) -> Iterator[Entry]:
+        """The samples in the shards of earlier runs."""
+        return (entry for record in self.committed for entry in record.entries)
+
+    def write(self, sample: dict[str, Any], row: Row, looks: tuple[int, ...] = ()) -> None:
+        """Adds a sample; its shard, offset and length are filled in."""
+        from webdataset import TarWriter
+
+        if self._tar is None:
+            partial = self._open.enter_context(whole_file(self._shard(self._stem)))
+            file = self._open.enter_context(partial.open("wb"))
+            self._tar = self._open.enter_context(TarWriter(file, encoder=False, mtime=0))
+        start = self._tar.tarstream.offset
+        self._tar.write(sample)
+        end = self._tar.tarstream.offset
+        last = max(key for key in sample if not key.startswith("__"))
+        row = row._replace(
+            shard=self._shard(self._stem).name, offset=start, length=end - start - -len(sample[last]) % 512
+        )
+        self._record.entries.append(Entry(row, looks))
+        if end >= self.limit:
+            self.commit()
+
+    def note(self, notes: Iterable[Note], used: Path | None = None) -> None:
+        """What became of something; `used` is a file that is not needed once all of this is in a shard."""
+        self._record.notes.extend(notes)
+        self._used += [used] if used is not None else []
+
+    def commit(self) -> None:
+        """Lets the shard appear, after its record."""
+        if not self._record.entries and not self._record.notes:
+            return
+        path = self.folder.records / f"{self._stem}.json"
+        write_record(path, self._record)
+        self._open.close()
+        for used in self._used:
+            used.unlink(missing_ok=True)
+        self._number += 1
+        self._record, self._used, self._tar = Record([], []), [], None

@@ -1,0 +1,192 @@
+"""From folders of footage to shards with a manifest: `lingen data pack`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lingen.data.captions import NO_CAPTION
+from lingen.data.fingerprint import fingerprint
+from lingen.data.manifest import About, Row, media_hash
+from lingen.prepare.captions import Captions
+from lingen.prepare.cut import Job, Made, Outcome, Wanted, make_samples, read_samples
+from lingen.prepare.filters import BANDS, Duplicates, Filters
+from lingen.prepare.footage import Source, find_sources
+from lingen.prepare.journal import Entry, Note, Part, Record, SetFolder, ShardStream
+from lingen.prepare.report import Report, write_set
+from lingen.prepare.workers import in_order
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import Recipe
+
+KINDS = ("image", "video")
+SHARES = ("black", "frozen")
+
+
+class Packing(NamedTuple):
+    """What to pack, and how."""
+
+    sources: list[Source]
+    captions: Captions
+    wanted: Wanted
+    filters: Filters
+    part: Part = Part()
+    processes: int = 0
+    """0: this one."""
+    shard_mb: int = 1000
+    keep_uncaptioned: bool = False
+    """What has no caption is kept, for `lingen data caption`; a broken or an empty one is a drop all the same."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the samples depend on."""
+        return {
+            "made_by": "lingen data pack",
+            "wanted": self.wanted._asdict(),
+            "filters": asdict(self.filters),
+            "keep_uncaptioned": self.keep_uncaptioned,
+        }
+
+
+def wanted_by(stages: Sequence[Recipe]) -> Wanted:
+    """The sizes of all stages, their largest frame rate, and each length of a clip, in frames at that rate."""
+    data = [stage.data for stage in stages]
+    fps = max(one.fps for one in data)
+    seconds = {frames / one.fps for one in data if one.mix.video for frames in (one.frames, *one.lengths)}
+    lengths = sorted({math.ceil(length * fps - 1e-6) for length in seconds}, reverse=True)
+    groups = [tuple((height, width) for height, width in dict.fromkeys([one.size, *one.sizes])) for one in data]
+    return Wanted(tuple(dict.fromkeys(groups)), fps, tuple(lengths))
+
+
+def filters_for(wanted: Wanted, given: dict[str, Any]) -> Filters:
+    """Where no limit is given, the one that follows from what is wanted: nothing is enlarged, no frame shown twice.
+
+    Raises:
+        RecipeError: a limit that makes no sense.
+    """
+    for name, value in given.items():
+        if value is not None and (value < 0 or (name in SHARES and value > 1)):
+            raise RecipeError(f"{name} is {'a share from 0 to 1' if name in SHARES else '0 or more'}, got {value:g}.")
+    if (given.get("duplicates") or 0) >= BANDS:
+        raise RecipeError(f"duplicates is at most {BANDS - 1} bits: beyond that some would be overlooked.")
+    side = max(min(min(size) for size in group) for group in wanted.sizes)
+    return Filters(**{"min_side": side, "min_fps": round(0.99 * wanted.fps, 3), **given})
+
+
+def find_footage(videos: Sequence[str | Path], images: Sequence[str | Path], wanted: Wanted) -> list[Source]:
+    """All files of the folders. RecipeError where none are named, or where no stage wants what they hold."""
+    if not videos and not images:
+        raise RecipeError("Say where the footage is: --videos DIR, --images DIR, or both.")
+    if videos and not wanted.lengths:
+        raise RecipeError("No stage of the recipe trains on videos (data.mix.video is 0); leave --videos away.")
+    return find_sources(images, "image") + find_sources(videos, "video")
+
+
+def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Packs this part; when all parts are done, writes the manifest and the ledger of the whole set.
+
+    The same call again goes on where a killed one was, and packs what has been added to the folders since.
+
+    Args:
+        progress: called with the files dealt with and all files of this part.
+    Returns:
+        of this part; of the whole set once all parts are done.
+    Raises:
+        RecipeError: see `SetFolder` and `Captions.unused`.
+    """
+    fileless = [Note(key, "caption without a file: a row of the table") for key in job.captions.unused(job.sources)]
+    folder = SetFolder(out, job.part, job.settings)
+    with folder.locked():
+        own = [source for source in job.sources if job.part.holds(f"{source.kind}:{source.key}")]
+        done = 0
+        for kind in KINDS:
+            stream = ShardStream(folder, kind, job.shard_mb * 1_000_000)
+            for _ in _pack_kind(job, [source for source in own if source.kind == kind], stream):
+                done += 1
+                progress(done, len(own))
+            stream.commit()
+        complete = folder.finish()
+    if complete:
+        return finish(folder, job, fileless)
+    return Report(record for kind in KINDS for record in folder.own_records(kind))
+
+
+def _pack_kind(job: Packing, sources: list[Source], stream: ShardStream) -> Iterator[Source]:
+    """Deals with the sources that no earlier run has dealt with; yields each one, also those of earlier runs."""
+    finished = stream.names()
+    written: set[str] = set()
+    seen = Duplicates(job.filters.duplicates)
+    for entry in stream.entries():
+        written.add(entry.row.key)
+        seen.add(entry.row.key, entry.looks)
+    yield from (source for source in sources if source.key in finished)
+    jobs = (_job(job, source, stream) for source in sources if source.key not in finished)
+    for one, outcome in in_order(make_samples, jobs, job.processes, _crashed):
+        notes = [Note(name, reason) for name, reason in outcome.drops]
+        samples = read_samples(one.out) if outcome.samples else iter(())
+        for made, members in zip(outcome.samples, samples, strict=True):
+            if made.key in written:
+                continue  # the run that was killed got as far as this
+            twin = seen.find(made.looks)
+            if twin is not None:
+                notes.append(Note(made.key, f"near-duplicate: of {twin}"))
+                continue
+            seen.add(made.key, made.looks)
+            stream.write({"__key__": made.key, **members}, _row(made, one, members[made.media]), made.looks)
+        stream.note([*notes, Note(one.source.key)], one.out)
+        yield one.source
+
+
+def _job(job: Packing, source: Source, stream: ShardStream) -> Job:
+    captions: list[str] = []
+    fault = ""
+    try:
+        captions = job.captions.of(source)
+    except (ValueError, OSError) as error:
+        fault = "" if str(error) == NO_CAPTION and job.keep_uncaptioned else str(error)
+    told = hashlib.blake2b(json.dumps([source.key, captions]).encode(), digest_size=8).hexdigest()
+    return Job(source, captions, fault, job.wanted, job.filters, stream.folder.work / f"{stream.kind}-{told}.tar")
+
+
+def _crashed(one: Job) -> Outcome:
+    return Outcome([], [(one.source.key, "unreadable: it ended the process that decoded it")])
+
+
+def _row(made: Made, one: Job, media: bytes) -> Row:
+    return Row(
+        made.key, "", 0, 0, one.source.kind, made.height, made.width, made.frames, made.fps,
+        len(one.captions), len(one.captions[0]) if one.captions else 0, made.media, media_hash(media),
+        one.source.folder,
+    )  # fmt: skip
+
+
+def finish(folder: SetFolder, job: Packing, notes: list[Note]) -> Report:
+    """Writes the manifest and the ledger out of the records of all parts.
+
+    Near-duplicates of a sample in an earlier part stay in their shard, but not in the manifest.
+    """
+    report, twins = Report(), []
+    rows: list[Row] = []
+    for kind in KINDS:
+        seen = Duplicates(job.filters.duplicates if job.part.total > 1 else None)
+        for record in folder.all_records(kind):
+            kept: list[Entry] = []
+            for entry in record.entries:
+                twin = seen.find(entry.looks)
+                if twin is None:
+                    seen.add(entry.row.key, entry.looks)
+                    kept.append(entry)
+                else:
+                    twins.append(f"{entry.row.shard}:{entry.row.key}")
+                    notes.append(Note(twins[-1], f"near-duplicate: of {twin}, in another part"))
+            rows += [entry.row for entry in kept]
+            report.add(Record(kept, record.notes))
+    report.add(Record([], notes))
+    write_set(
+        folder, rows, About(fingerprint(job.settings), job.settings), {**report.as_json(), "not_in_manifest": twins}
+    )
+    return report

@@ -1,0 +1,101 @@
+"""What a command did with a data set: counts by reason, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lingen.data import manifest
+from lingen.data.manifest import About, Row
+from lingen.files import write_text
+from lingen.prepare.journal import Note, Record, SetFolder
+
+LEDGER = "ledger.json"
+"""Name of the report in the folder of a set."""
+NAMED = 20
+"""Left out ones that are kept by name for each reason; all are counted, and all are in the records."""
+
+
+class Report:
+    """Counts of samples made and of what was left out. A reason's part before its first colon is what it is grouped by.
+
+    Args:
+        records: what the shards' records say.
+    """
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.looked_at = 0
+        """Sources (files, or samples of another set) that were dealt with."""
+        self.made: Counter[str] = Counter()
+        """Samples by kind."""
+        self.seconds = 0.0
+        """Length of all clips."""
+        self.size = 0
+        """Bytes of all samples."""
+        self.left_out: Counter[str] = Counter()
+        """Reason -> sources or clips."""
+        self.named: dict[str, list[str]] = {}
+        """Reason -> the first ones as ``name: reason: detail``."""
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Counts what a record tells."""
+        for entry in record.entries:
+            row = entry.row
+            self.made[row.kind] += 1
+            self.seconds += row.frames / row.fps if row.fps else 0.0
+            self.size += row.length
+        for note in record.notes:
+            self.note(note)
+
+    def note(self, note: Note) -> None:
+        """Counts a source that is done with, or something left out."""
+        if not note.reason:
+            self.looked_at += 1
+            return
+        group = note.reason.partition(":")[0]
+        self.left_out[group] += 1
+        named = self.named.setdefault(group, [])
+        if len(named) < NAMED:
+            named.append(f"{note.name}: {note.reason}")
+
+    def rows(self) -> list[dict[str, str]]:
+        """For a table: what was made, then what was left out, most frequent first, with an example."""
+        made = [{"what": kind, "count": f"{count:,}"} for kind, count in sorted(self.made.items())]
+        out = [
+            {"what": f"left out: {reason}", "count": f"{count:,}", "first": self.named[reason][0]}
+            for reason, count in self.left_out.most_common()
+        ]
+        return made + out
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return {
+            "looked_at": self.looked_at,
+            "made": dict(self.made),
+            "seconds": round(self.seconds, 3),
+            "bytes": self.size,
+            "left_out": dict(self.left_out),
+            "named": self.named,
+        }
+
+
+def close_set(folder: SetFolder, kinds: Sequence[str], about: About, complete: bool) -> Report:
+    """The report of this part; once all parts are done, that of the whole set, which gets its manifest and ledger."""
+    if not complete:
+        return Report(record for kind in kinds for record in folder.own_records(kind))
+    records = [record for kind in kinds for record in folder.all_records(kind)]
+    report = Report(records)
+    write_set(folder, [entry.row for record in records for entry in record.entries], about, report.as_json())
+    return report
+
+
+def write_set(folder: SetFolder, rows: Sequence[Row], about: About, ledger: dict[str, Any]) -> None:
+    """Writes the manifest and the ledger of a set; of one without samples only the ledger, which says why."""
+    with folder.finishing(manifest.NAME, LEDGER):
+        if rows:
+            manifest.write(folder.out / manifest.NAME, rows, about)
+        write_text(folder.out / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,116 @@
+"""What is in a film: where its shots are cut, and for each frame how light it is, how it moves and what it looks like.
+
+Shots are found by PySceneDetect's AdaptiveDetector (Castellano, BSD 3-clause), motion by OpenCV's DIS optical flow
+(Kroeger et al., arXiv 1603.03590); both see small pictures. The measures and their limits are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from lingen.prepare.footage import Frame
+
+HEIGHT = 96
+"""Rows of the pictures that are looked at: a tenth of what decoding a frame of HD takes."""
+BLACK = 32
+"""A pixel below this grey (of 255) is taken for black."""
+
+
+class Track(NamedTuple):
+    """Measures of every frame of a film. What concerns two frames stands at the later one, and is 0 at the first."""
+
+    size: tuple[int, int]
+    """Height and width as shown: upright, square pixels."""
+    times: Float[np.ndarray, " n"]
+    """Seconds since the first frame."""
+    cuts: list[int]
+    """First frame of every shot but the first."""
+    lit: Float[np.ndarray, " n"]
+    """Share of pixels that are not black."""
+    change: Float[np.ndarray, " n"]
+    """Mean difference in grey levels of 255."""
+    motion: Float[np.ndarray, " n"]
+    """Mean length of the optical flow, in picture heights a second."""
+    sway: Float[np.ndarray, "n 2"]
+    """Median of the optical flow, which is how the camera moves, in picture heights a second."""
+    looks: Int[np.ndarray, " n"]
+    """uint64: `look` of the frame."""
+
+    @property
+    def fps(self) -> float:
+        """Frames a second, by the time stamps."""
+        return (len(self.times) - 1) / float(self.times[-1]) if len(self.times) > 1 else 0.0
+
+
+def follow(frames: Iterable[Frame]) -> Track:
+    """Looks at all frames once. ValueError ``unreadable: ...`` where there are none."""
+    import cv2
+    from scenedetect import AdaptiveDetector, FrameTimecode
+
+    cv2.setNumThreads(1)  # the processes share the cores
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+    detector = AdaptiveDetector(min_scene_len=1)  # a flash ends a shot, too: no clip has a cut inside
+    size, before = (0, 0), None
+    times: list[float] = []
+    cuts: list[int] = []
+    rows: list[tuple[float, ...]] = []
+    looks: list[int] = []
+    for number, frame in enumerate(frames):
+        small, shown = _small(frame)
+        size = size if number else shown
+        grey = cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)
+        if before is not None and before.shape != grey.shape:
+            raise ValueError(f"unreadable: the picture changes its shape at {frame.time:.1f} s")
+        cuts += [cut.frame_num for cut in detector.process_frame(FrameTimecode(number, 25.0), small)]
+        cuts += [number] if frame.gap else []
+        pace = (frame.time - times[-1]) * HEIGHT if times else 1.0
+        rows.append((float((grey > BLACK).mean()), *(_motion(before, grey, flow, pace) if times else (0.0,) * 4)))
+        looks.append(look(grey))
+        times.append(frame.time)
+        before = grey
+    if not times:
+        raise ValueError("unreadable: no frame of it can be decoded")
+    lit, change, motion, *sway = np.array(rows, np.float32).T
+    return Track(
+        size,
+        np.array(times),
+        sorted(set(cuts) - {0}),
+        lit,
+        change,
+        motion,
+        np.stack(sway, 1),
+        np.array(looks, np.uint64),
+    )
+
+
+def _small(frame: Frame) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
+    """The picture as BGR, `HEIGHT` rows high, not turned; and the height and width of what is shown."""
+    picture: Any = frame.picture
+    width = picture.width * float(frame.aspect or 1)
+    columns = max(16, round(width * HEIGHT / picture.height))
+    small = picture.reformat(columns, HEIGHT, "bgr24", interpolation="AREA", threads=1).to_ndarray()
+    shown = (picture.height, round(width))
+    return small, shown[::-1] if round(picture.rotation / 90) % 2 else shown
+
+
+def _motion(before: Any, grey: Any, flow: Any, pace: float) -> tuple[float, ...]:
+    """change, motion, and sway along x and y; `pace` is the seconds between the two, times `HEIGHT`."""
+    change = float(np.abs(grey.astype(np.int16) - before).mean())
+    if change == 0:
+        return (0.0,) * 4
+    field = flow.calc(before, grey, None) / pace
+    return change, float(np.hypot(field[..., 0], field[..., 1]).mean()), *np.median(field, (0, 1)).tolist()
+
+
+def look(grey: UInt8[np.ndarray, "h w"]) -> int:
+    """64 bits that pictures which look alike share but for a few: the signs of the 63 lowest frequencies against their
+    median (the pHash of Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010)."""
+    import cv2
+
+    small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = cv2.dct(small)[:8, :8].ravel()[1:]
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")

@@ -1,0 +1,112 @@
+"""A JSON Schema of recipes for editors, from the same signatures that the loader checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from lingen.recipe.reading import COMPONENTS
+from lingen.recipe.registry import RecipeError, Registry
+from lingen.recipe.sections import Component, Recipe
+from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, Setting, settings_of
+
+Schema = dict[str, Any]
+WORDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
+REFERENCE = {"type": "string", "pattern": r"\$\{"}
+"""``${section.key}`` may stand for any number."""
+
+
+def json_schema() -> Schema:
+    """JSON Schema (draft 2020-12) of a recipe, with every part registered here. A broken plugin has only its name."""
+    definitions = {_key(registry): _component_schema(registry) for registry in COMPONENTS.values()}
+    recipe = _part_schema(Recipe, ())
+    stage = {key: value for key, value in recipe["properties"].items() if key not in ("name", "stage", "stages")}
+    definitions["stage"] = {"type": ["object", "null"], "properties": stage, "additionalProperties": False}
+    recipe["properties"]["stages"]["additionalProperties"] = {"$ref": "#/$defs/stage"}
+    extends = {"type": "string", "description": "name or path of a complete recipe to start from"}
+    recipe["properties"] = {"extends": extends} | recipe["properties"]
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lingen recipe"}
+    return head | recipe | {"$defs": definitions}
+
+
+def _part_schema(part: Callable[..., Any], path: Path | None) -> Schema:
+    """The settings of a section or of a part; `path` is where a section stands in the recipe."""
+    properties = {}
+    for name, setting in settings_of(part).items():
+        registry = COMPONENTS.get((*path, name)) if path is not None else None
+        below = (*path, name) if path is not None else None
+        one = _component_use(registry, setting.hint) if registry else _hint_schema(setting.hint, below)
+        properties[name] = one | _notes(setting)
+    section = {"type": "object", "properties": properties, "additionalProperties": False}
+    return section | {"description": _first_line(part)}
+
+
+def _notes(setting: Setting) -> Schema:
+    notes: Schema = {"description": setting.doc} if setting.doc else {}
+    plain = setting.default is not REQUIRED and not dataclasses.is_dataclass(setting.default)
+    return notes | ({"default": setting.default} if plain else {})
+
+
+def _component_use(registry: Registry, hint: Any) -> Schema:
+    one = {"$ref": f"#/$defs/{_key(registry)}"}
+    many = {"type": "array", "items": one}
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    listed = any(get_origin(member) is list for member in members)
+    return {"anyOf": [one, *([many] if listed else []), *([{"type": "null"}] if type(None) in members else [])]}
+
+
+def _component_schema(registry: Registry) -> Schema:
+    """A bare word, or a mapping with a name and that part's settings."""
+    known, custom = registry.names(), {"type": "string", "pattern": ":"}
+    forms: list[Schema] = [{"enum": known}, custom]
+    for name in known:
+        try:
+            one = _part_schema(registry[name], None)
+        except RecipeError:
+            one = {"type": "object", "properties": {}}
+        one["properties"] = {"name": {"const": name}} | one["properties"]
+        forms.append(one | {"required": ["name"]})
+    forms.append({"type": "object", "properties": {"name": custom}, "required": ["name"]})
+    unnamed = {"type": "object", "not": {"required": ["name"]}, "description": "settings of the part named elsewhere"}
+    return {"anyOf": [*forms, unnamed], "description": registry.kind}
+
+
+def _hint_schema(hint: Any, path: Path | None = None) -> Schema:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _hint_schema(arguments[0], path)
+    if hint in WORDS:
+        one = {"type": WORDS[hint]}
+        return {"anyOf": [one, REFERENCE]} if hint in (int, float) else one
+    if hint is type(None):
+        return {"type": "null"}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_hint_schema(member, path) for member in arguments]}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _part_schema(hint, path)
+    if origin is tuple and Ellipsis not in arguments:
+        items = [_hint_schema(one) for one in arguments]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    if (origin or hint) in (tuple, *LISTS):
+        return {"type": "array", "items": _hint_schema(arguments[0])} if arguments else {"type": "array"}
+    if (origin or hint) in MAPPINGS:
+        return {"type": "object"} if hint is Component or not arguments else _mapping_schema(arguments[1])
+    return {}
+
+
+def _mapping_schema(hint: Any) -> Schema:
+    values = _hint_schema(hint)
+    return {"type": "object", "additionalProperties": values} if values else {"type": "object"}
+
+
+def _key(registry: Registry) -> str:
+    return registry.kind.replace(" ", "_")
+
+
+def _first_line(part: Any) -> str:
+    return (inspect.getdoc(part) or "").partition("\n")[0]

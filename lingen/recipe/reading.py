@@ -1,0 +1,327 @@
+"""First half of loading a recipe: YAML, `extends`, stages and overrides, merged and checked without importing torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path as File
+from typing import Any, NamedTuple
+
+from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_yaml, resolve
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError, Registry, did_you_mean
+from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
+from lingen.recipe.signature import Path, as_plain, check_settings
+
+SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {"shapes": "lingen.data.synthetic:Shapes"})
+"""Data sets that lingen draws itself; settings as the fields of a dataclass."""
+
+COMPONENTS: dict[Path, Registry] = {
+    ("model", "mixer"): MIXERS,
+    ("autoencoder",): AUTOENCODERS,
+    ("text",): TEXT_ENCODERS,
+    ("data", "synthetic"): SYNTHETIC,
+    ("reconstruction", "features"): PERCEPTUAL,
+}
+"""Where a recipe names registered parts: one of them, or a list."""
+
+NOT_IN_A_STAGE = ("name", "stage", "stages", "extends")
+
+
+class Limit(NamedTuple):
+    """A range of sensible numbers; `above` leaves `low` itself out."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def refuses(self, value: float) -> bool:
+        return value < self.low or value > self.high or (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"a number from {self.low:g} to {self.high:g}"
+        return f"a number above {self.low:g}" if self.above else f"at least {self.low:g}"
+
+
+ONE, ZERO, SHARE, POSITIVE = Limit(1), Limit(0), Limit(0, 1), Limit(0, above=True)
+LIMITS: dict[str, Limit] = (
+    dict.fromkeys("model.dim model.depth model.num_heads model.ffn_dim model.patch model.max_grid".split(), ONE)
+    | dict.fromkeys("data.batch.image data.batch.video data.frames data.size data.lengths data.block".split(), ONE)
+    | dict.fromkeys("train.steps train.accumulate train.log_every train.checkpoint_every".split(), ONE)
+    | dict.fromkeys("train.max_nonfinite train.validation_samples sample.steps sample.emulated_steps".split(), ONE)
+    | dict.fromkeys("data.mix.image data.mix.video data.workers data.cache_mb seed sample.seed".split(), ZERO)
+    | dict.fromkeys("train.lr train.warmup train.weight_decay sample.guidance".split(), ZERO)
+    | dict.fromkeys("train.validate_every train.sample_every data.remote.cache_gb".split(), ZERO)
+    | dict.fromkeys("data.max_dropped train.ema train.text_drop train.betas".split(), SHARE)
+    | dict.fromkeys("sample.guidance_interval sample.guidance_rescale".split(), SHARE)
+    | dict.fromkeys("data.fps time.std time.shift train.clip_grad model.position_std".split(), POSITIVE)
+    | {"score.clips": Limit(0, 40), "data.remote.attempts": ONE, "data.remote.timeout": POSITIVE}
+)
+"""Numbers outside these make no sense; for a list, each entry."""
+
+
+class Draft(NamedTuple):
+    """A recipe read and merged, its sections checked; components are known by name only."""
+
+    base: Layered
+    """Without any stage's overlay, command line included."""
+    stages: dict[str, Layered]
+    """Each stage merged; a recipe without `stages` has the one stage ``main``, or the one that it says it is."""
+    staged: bool
+    """Does the recipe have `stages`?"""
+
+
+def shipped_recipes() -> dict[str, File]:
+    """Name -> file of the recipes that come with lingen, installed from a wheel or run from its source tree."""
+    inside = File(__file__).parents[1] / "recipes"
+    folder = inside if inside.is_dir() else File(__file__).parents[2] / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def read_draft(recipe: str | File, overrides: Sequence[str] = ()) -> Draft:
+    """Reads and merges: defaults < `extends` < recipe < stage < command line. RecipeError with every mistake found."""
+    base = _read(_find(recipe, None), [])
+    problems: list[Problem] = []
+    plain, of_stage = _read_overrides(overrides, problems)
+    stages = base.pop("stages")
+    if not isinstance(stages.tree, dict):
+        raise RecipeError(str(stages.problem((), "Stages are a mapping: a name and an overlay for each.")))
+    staged = bool(stages.tree)
+    names = list(stages.tree) or [str(base.tree.get("stage") or "main")]
+    problems += _unknown_stages(of_stage, names)
+    drafts = {name: _merge(base, _overlay(stages, name), plain, of_stage.get(name, []), problems) for name in names}
+    whole = _merge(base, Layered({}, {}), plain, [], problems)
+    for draft in (whole, *drafts.values()):
+        problems += resolve(draft, as_plain(Recipe()))
+        spell_out(draft)
+        problems += _problems_of_sections(draft)
+    for draft in drafts.values():
+        problems += _problems_of_data(draft)
+    raise_all(problems)
+    return Draft(whole, drafts, staged)
+
+
+def raise_all(problems: Iterable[Problem]) -> None:
+    """One RecipeError for all mistakes, each said once."""
+    lines = list(dict.fromkeys(map(str, problems)))
+    if lines:
+        raise RecipeError(*lines)
+
+
+def components_of(tree: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any], Registry]]:
+    """Every component of a recipe: where it stands, its mapping, its registry."""
+    for path, registry in COMPONENTS.items():
+        node: Any = tree
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else None
+        for index, one in enumerate(node) if isinstance(node, list) else [(None, node)]:
+            if isinstance(one, dict):
+                yield path if index is None else (*path, index), one, registry
+
+
+def spell_out(layered: Layered, prefix: Path = ()) -> None:
+    """Bare words become mappings with a name, in place: ``mixer: mate`` is ``mixer: {name: mate}``."""
+    for component in COMPONENTS:
+        path = (*prefix, *component)
+        value = layered.get(path)
+        if component == ("text",) and _is_component(value):
+            layered.put(path, [value], layered, path)
+            layered.origins[(*path, 0)] = layered.origin(path)
+            value = [value]
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                _spell_out_word(layered, (*path, index), item)
+        else:
+            _spell_out_word(layered, path, value)
+
+
+def _is_component(value: Any) -> bool:
+    return isinstance(value, dict) and "name" in value or isinstance(value, str) and "${" not in value
+
+
+def _spell_out_word(layered: Layered, path: Path, word: Any) -> None:
+    if isinstance(word, str) and "${" not in word:
+        origin = layered.origin(path)
+        layered.put(path, {"name": word}, layered, path)
+        layered.origins[(*path, "name")] = origin
+
+
+def _find(recipe: str | File, folder: File | None) -> tuple[File, str]:
+    """A recipe's file and what it is called in messages. A path is taken from `folder` (default: the current one)."""
+    file = (folder or File()) / recipe
+    shipped = shipped_recipes()
+    name = str(recipe).removesuffix(".yaml")
+    if file.is_file():
+        return file, _shown(file)
+    if name in shipped:
+        return shipped[name], _shown(shipped[name])
+    if file.is_dir() or os.sep in str(recipe):
+        raise RecipeError(f"There is no recipe file {str(recipe)!r}.")
+    raise RecipeError(f"There is no recipe called '{name}'.{did_you_mean(name, shipped)} Known: {', '.join(shipped)}.")
+
+
+def _shown(file: File) -> str:
+    """The path as short as it can be said from here."""
+    relative = os.path.relpath(file)
+    return str(file) if relative.startswith("..") else relative
+
+
+def _read(found: tuple[File, str], children: list[str]) -> Layered:
+    """A recipe over the one that it extends over the defaults."""
+    file, shown = found
+    layer, problems = read_yaml(file, shown)
+    raise_all(problems)
+    stages = layer.get(("stages",))
+    for prefix in ((), *(("stages", name) for name in (stages if isinstance(stages, dict) else {}))):
+        spell_out(layer, prefix)
+    parent = layer.tree.pop("extends", None)
+    if parent is None:
+        base = _defaults(shown)
+    else:
+        if not isinstance(parent, str):
+            raise_all([layer.problem(("extends",), "Expected the name or path of one recipe.")])
+        if children:
+            raise RecipeError(
+                f"{children[0]}: '{shown}' extends another recipe itself; only one level is allowed. (at extends)"
+            )
+        try:
+            above = _find(parent, file.parent)
+        except RecipeError as error:
+            raise RecipeError(f"{layer.origin(('extends',)).where}: {error} (at extends)") from None
+        base = _read(above, [layer.origin(("extends",)).where])
+        base.tree.pop("stage", None)
+    base.tree["name"] = file.stem
+    base.origins[()] = Origin(shown, "")
+    raise_all(base.merge(layer))
+    return base
+
+
+def _defaults(shown: str) -> Layered:
+    """The components that a recipe has without naming them, so that settings can be given to them."""
+    recipe = Recipe()
+    tree = {
+        "autoencoder": recipe.autoencoder,
+        "text": recipe.text,
+        "model": {"mixer": recipe.model.mixer},
+        "reconstruction": {"features": recipe.reconstruction.features},
+    }
+    return Layered(tree, {(): Origin(shown, "")}).copy()
+
+
+def _read_overrides(
+    overrides: Sequence[str], problems: list[Problem]
+) -> tuple[list[Layered], dict[str, list[Layered]]]:
+    """Overrides of all stages, and those of one stage by its name."""
+    plain: list[Layered] = []
+    of_stage: dict[str, list[Layered]] = {}
+    for text in overrides:
+        override, found = read_override(text)
+        problems += found
+        if found:
+            continue
+        path = text.partition("=")[0].split(".")
+        if path[0] != "stages":
+            spell_out(override)
+            plain.append(override)
+        elif len(path) < 3:
+            problems.append(Problem("command line", "Say stages.NAME.key=value.", ".".join(path)))
+        else:
+            one = override.pop("stages").pop(path[1])
+            spell_out(one)
+            of_stage.setdefault(path[1], []).append(one)
+    return plain, of_stage
+
+
+def _unknown_stages(of_stage: Iterable[str], names: list[str]) -> list[Problem]:
+    unknown = [stage for stage in of_stage if stage not in names]
+    return [Problem("command line", unknown_stage(stage, names), f"stages.{stage}") for stage in unknown]
+
+
+def unknown_stage(stage: str, names: list[str]) -> str:
+    """The sentence for a stage that does not exist."""
+    return f"There is no stage called '{stage}'.{did_you_mean(stage, names)} Known: {', '.join(names)}."
+
+
+def _overlay(stages: Layered, name: str) -> Layered:
+    if not stages.tree:
+        return Layered({}, {})
+    overlay = stages.copy().pop(name)
+    if not isinstance(overlay.tree, dict):
+        raise_all([overlay.problem((), "A stage is a mapping of sections.")])
+    wrong = [overlay.problem((key,), f"A stage cannot set '{key}'.") for key in overlay.tree if key in NOT_IN_A_STAGE]
+    raise_all(wrong)
+    return overlay
+
+
+def _merge(
+    base: Layered, overlay: Layered, plain: list[Layered], own: list[Layered], problems: list[Problem]
+) -> Layered:
+    merged = base.copy()
+    for layer in (overlay, *plain, *own):
+        problems += merged.merge(layer)
+    spell_out(merged)
+    return merged
+
+
+def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
+    """Keys, types, names of components, numbers out of range."""
+    filled, found = check_settings(Recipe, draft.tree)
+    for key, text in found:
+        if "${" not in str(draft.get(as_path(key))):  # that one is reported already
+            yield draft.problem(as_path(key), text)
+    for path, registry in COMPONENTS.items():
+        if (
+            draft.get(path) is None
+            and registry in (MIXERS, AUTOENCODERS, PERCEPTUAL)
+            or draft.get(path) == []
+            and registry is MIXERS
+        ):
+            yield draft.problem(path, f"There is no {registry.kind} named here. Known: {', '.join(registry.names())}.")
+    for path, component, registry in components_of(draft.tree):
+        name = component.get("name")
+        if not isinstance(name, str):
+            known = ", ".join(registry.names())
+            yield draft.problem((*path, "name"), f"This {registry.kind} has no name. Known: {known}.")
+        elif name not in registry:
+            yield draft.problem((*path, "name"), registry.unknown(name))
+    for key, limit in LIMITS.items():
+        path = as_path(key)
+        value = _value(filled, path)
+        for index, number in enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]:
+            if isinstance(number, (int, float)) and limit.refuses(number):
+                where = path if index is None else (*path, index)
+                yield draft.problem(where, f"Expected {limit}, got {number:g}.")
+
+
+def _problems_of_data(draft: Layered) -> Iterator[Problem]:
+    """What a stage needs in order to run: samples for each kind that its mix names, and settings that go together."""
+    filled, _ = check_settings(Recipe, draft.tree)
+    data = filled.get("data")
+    if not isinstance(data, DataConfig) or not isinstance(filled["sample"], SampleConfig):
+        return  # their mistakes are reported already
+    shards = {kind: getattr(data.shards, kind) for kind in ("image", "video")}
+    if not data.mix.image and not data.mix.video:
+        yield draft.problem(("data", "mix"), "This mix is empty; image or video must be above 0.")
+    for kind, source in shards.items():
+        if getattr(data.mix, kind) > 0 and not source and (data.synthetic is None or any(shards.values())):
+            cure = f"set data.shards.{kind}, or data.mix.{kind}=0"
+            text = f"The mix asks for {kind} batches, and there are no {kind} shards; {cure}."
+            yield draft.problem(("data", "mix", kind), text)
+    if data.synthetic is None and getattr(filled["score"], "clips", None):
+        yield draft.problem(("score", "clips"), "Only clips of data.synthetic can be scored; set it, or score.clips=0.")
+    low, high = filled["sample"].guidance_interval
+    if low > high:
+        text = f"The interval ends at {high:g}, before it begins at {low:g}."
+        yield draft.problem(("sample", "guidance_interval"), text)
+
+
+def as_path(key: str) -> Path:
+    """``text.0.dim`` as the keys and indices of a tree."""
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+def _value(filled: Any, path: Path) -> Any:
+    for key in path:
+        filled = filled.get(key) if isinstance(filled, dict) else getattr(filled, str(key), None)
+    return filled

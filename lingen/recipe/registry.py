@@ -1,0 +1,229 @@
+"""Registries of interchangeable parts. Nothing heavy is imported until a part is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class RecipeError(ValueError):
+    """One or more mistakes in a recipe, an override or a run folder; each is one plain sentence in `problems`."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class SettingError(ValueError):
+    """A component's constructor refuses one of its settings."""
+
+    def __init__(self, setting: str, message: str):
+        super().__init__(message)
+        self.setting = setting
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` with a leading space, or nothing where no known word is close."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def import_object(path: str) -> Any:
+    """The object at ``module:Name``; modules in the current folder are found too. RecipeError where that fails."""
+    module, _, name = path.partition(":")
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a plugin may fail in any way; it is reported, never hidden
+        raise RecipeError(f"Cannot load '{path}': {type(error).__name__}: {error}") from error
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
+class Registry:
+    """Names of one kind of part. Three doors for a third party: the decorator, ``module:Class``, an entry point.
+
+    Args:
+        kind: what a part is called in messages, e.g. ``mixer``.
+        group: the entry-point group that other packages use, e.g. ``lingen.mixers``.
+        builtin: lingen's own parts; a ``module:Name`` is imported when asked for, anything else is the part itself.
+    """
+
+    def __init__(self, kind: str, group: str, builtin: dict[str, Any]):
+        self.kind = kind
+        self.group = group
+        self._parts: dict[str, Any] = dict(builtin)
+        self._origin: dict[str, str] = dict.fromkeys(builtin, "lingen")
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: ``@MIXERS.register("mine")``. A name that is taken, or that holds a colon, is a ValueError."""
+
+        def add(part: T) -> T:
+            if ":" in name:
+                raise ValueError(f"A {self.kind}'s name cannot hold ':' (got '{name}').")
+            if name in self.names():
+                raise ValueError(
+                    f"The {self.kind} '{name}' exists already, from {self.origin(name)}; choose another name."
+                )
+            self._parts[name] = part
+            self._origin[name] = getattr(part, "__module__", "here")
+            return part
+
+        return add
+
+    def names(self) -> list[str]:
+        """All known names, sorted; plugins are not imported."""
+        return sorted({*self._parts, *self._plugins()})
+
+    def origin(self, name: str) -> str:
+        """``lingen``, or the package or module that brings the part."""
+        if name in self._origin:
+            return self._origin[name]
+        packages = [_package(plugin) for plugin in self._plugins().get(name, [])]
+        return " and ".join(packages) if packages else name.partition(":")[0]
+
+    def __contains__(self, name: str) -> bool:
+        return ":" in name or name in self._parts or name in self._plugins()
+
+    def __getitem__(self, name: str) -> Any:
+        """The part called `name`, or at ``module:Name``. RecipeError for one that is unknown or cannot be imported."""
+        if ":" in name:
+            return import_object(name)
+        if name in self._parts:
+            part = self._parts[name]
+            if isinstance(part, str) and ":" in part:
+                part = self._parts[name] = import_object(part)
+            return part
+        plugins = self._plugins().get(name, [])
+        if len(plugins) > 1:
+            raise RecipeError(
+                f"The {self.kind} '{name}' comes from {self.origin(name)}. Uninstall one, or write 'module:Class'."
+            )
+        if plugins:
+            return import_object(plugins[0].value)
+        raise RecipeError(self.unknown(name))
+
+    def unknown(self, name: str) -> str:
+        """The sentence for a name that does not exist."""
+        known = self.names()
+        return (
+            f"There is no {self.kind} called '{name}'.{did_you_mean(name, known)} "
+            f"Known: {', '.join(known)}. To use your own, write 'module:Class'."
+        )
+
+    def build(self, component: str | dict[str, Any], *positional: Any) -> Any:
+        """Calls the named part with the model's positional arguments and the recipe's settings.
+
+        ``MIXERS.build({"name": "mate", "window": (8, 4, 4)}, dim, layer)``. Settings are checked against the part's
+        signature: RecipeError for an unknown or missing one or a wrong type, naming it.
+        """
+        from lingen.recipe.signature import check_settings
+
+        settings = {"name": component} if isinstance(component, str) else dict(component)
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise RecipeError(f"A {self.kind} is named by a word, got {name!r}.")
+        part = self[name]
+        filled, problems = check_settings(part, settings)
+        if problems:
+            raise RecipeError(*(f"{message} (at {self.kind} '{name}')" for _, message in problems))
+        return part(*positional, **filled)
+
+    def refused(self) -> list[tuple[str, str, str]]:
+        """Entry points that are not used, because their name is taken: (name, package, why)."""
+        taken = [one for one in importlib.metadata.entry_points(group=self.group) if one.name in self._parts]
+        return [
+            (one.name, _package(one), f"The name '{one.name}' belongs to {self.origin(one.name)}; choose another one.")
+            for one in taken
+        ]
+
+    def _plugins(self) -> dict[str, list[importlib.metadata.EntryPoint]]:
+        """Entry points by name, several where packages claim the same one; without those of a name that is taken."""
+        found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+        for plugin in importlib.metadata.entry_points(group=self.group):
+            if plugin.name not in self._parts:
+                found.setdefault(plugin.name, []).append(plugin)
+        return found
+
+
+def _package(plugin: importlib.metadata.EntryPoint) -> str:
+    return plugin.dist.name if plugin.dist else plugin.value
+
+
+MIXERS = Registry(
+    "mixer",
+    "lingen.mixers",
+    {
+        "attention": "lingen.blocks.attention:Attention",
+        "linear_attention": "lingen.blocks.linear_attention:LinearAttention",
+        "mamba2": "lingen.blocks.mamba2:Mamba2",
+        "temporal_swin": "lingen.blocks.temporal_swin:TemporalSwin",
+        "mate": "lingen.blocks.mate:MATE",
+    },
+)
+"""Token mixers: ``Mixer(dim, layer, *, settings...)`` with ``forward(x [b t h w d]) -> [b t h w d]``; no base class."""
+
+SCANS = Registry(
+    "scan order",
+    "lingen.scans",
+    {axes: axes for axes in ("thw", "twh", "htw", "hwt", "wth", "wht")}
+    | {
+        "rotary_major": "lingen.blocks.scan:ROTARY_MAJOR",
+        "zigzag": "lingen.blocks.scan:zigzag",
+        "hilbert": "lingen.blocks.scan:hilbert",
+    },
+)
+"""Scan orders: an axis string (slowest axis first), a function ``(t, h, w) -> LongTensor [t*h*w]`` that gives the flat
+raster index of each position in the sequence, or a tuple of those, of which layer i takes entry ``i % len``."""
+
+AUTOENCODERS = Registry(
+    "autoencoder",
+    "lingen.autoencoders",
+    {
+        "pixels": "lingen.autoencoder.pixels:Pixels",
+        "tae": "lingen.autoencoder.tae:TAE",
+        "tae_small": "lingen.autoencoder.tae:TAESmall",
+        "diffusers": "lingen.autoencoder.diffusers_vae:DiffusersVAE",
+    },
+)
+"""Video autoencoders: ``encode(video [b 3 t h w] in -1..1) -> latents [b c t h w]``, ``decode``; ``.strides``,
+``.channels``."""
+
+TEXT_ENCODERS = Registry(
+    "text encoder",
+    "lingen.text_encoders",
+    {
+        "words": "lingen.text.small:Words",
+        "bytes": "lingen.text.small:Bytes",
+        "ul2": "lingen.text.pretrained:UL2",
+        "byt5": "lingen.text.pretrained:ByT5",
+        "t5": "lingen.text.pretrained:T5",
+        "metaclip": "lingen.text.metaclip:MetaCLIP",
+        "llama": "lingen.text.pretrained:Llama",
+        "bert": "lingen.text.pretrained:BERT",
+    },
+)
+"""Text encoders: ``encode(list[str]) -> (tokens [b n w], mask [b n])`` and ``.dim`` = w."""
+
+PERCEPTUAL = Registry(
+    "perceptual distance",
+    "lingen.perceptual",
+    {
+        "vgg16": "lingen.autoencoder.perceptual:VGG16Distance",
+        "lpips": "lingen.autoencoder.perceptual:LPIPS",
+        "none": "lingen.autoencoder.perceptual:NoDistance",
+    },
+)
+"""Perceptual distances: frozen `nn.Module`s, ``forward(a [n 3 h w] in -1..1, b) -> [n]`` with gradients into a and b,
+``missing() -> list[Missing]``."""

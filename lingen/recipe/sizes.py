@@ -1,0 +1,87 @@
+"""How many latents and tokens a sample has, and which lengths and sizes do: from the sections of a recipe alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from lingen.recipe.registry import SettingError
+from lingen.recipe.sections import DataConfig, Recipe
+
+Grid = tuple[int, int, int]
+
+
+def patch_of(recipe: Recipe) -> Grid:
+    """Latents per token: of an autoencoder's recipe, which has no tokens, one."""
+    return recipe.model.patch if recipe.trains == "denoiser" else (1, 1, 1)
+
+
+def check_frames(frames: int, autoencoder: Any, patch: int = 1) -> None:
+    """SettingError where an autoencoder does not take so many frames, or patches do not fill its latent frames.
+
+    One whose first latent frame holds one frame alone takes 1 + a multiple of `frame_unit` (else: of its stride).
+
+    Args:
+        patch: latent frames per token.
+    """
+    stride, alone = autoencoder.strides[0], getattr(autoencoder, "first_frame_alone", False)
+    unit = getattr(autoencoder, "frame_unit", stride)
+    latents = math.ceil(frames / stride)
+    if alone and (frames - 1) % unit:
+        fault = f"This autoencoder keeps the first frame alone, the others come by {unit}: {frames} frames do not fit"
+    elif latents % patch:
+        what = f"A clip of {frames} frames is {latents} latent frames (stride {stride})"
+        fault = f"{what}, which patches of {patch} do not fill"
+    else:
+        return
+    # What fits comes again and again, at the latest after a patch of such steps.
+    lengths = range(1 if alone else unit, frames + unit * patch + 1, unit)
+    fits = [length for length in lengths if math.ceil(length / stride) % patch == 0]
+    near = [*[length for length in fits if length < frames][-1:], *[length for length in fits if length > frames][:1]]
+    cure = f"take {' or '.join(map(str, near))} frames" if near else "no length does; take patches of 1 along t"
+    raise SettingError("frames", f"{fault}; {cure}.")
+
+
+def grids_of(data: DataConfig, strides: Grid, patch: Grid) -> dict[str, Grid]:
+    """Tokens (t, h, w) of a sample of each kind in the mix; SettingError if patches do not fill a frame."""
+    grids, height, width = {}, *data.size
+    for axis, pixels, stride, size in (
+        ("height", height, strides[1], patch[1]),
+        ("width", width, strides[2], patch[2]),
+    ):
+        if pixels % (stride * size):
+            fits = _neighbours_of(pixels, stride * size)
+            raise SettingError(
+                "size",
+                f"The {axis} of {pixels} pixels is no multiple of {stride * size}, the autoencoder's stride {stride} "
+                f"times the patch {size}; take {fits}.",
+            )
+    for kind, frames in (("image", 1), ("video", data.frames)):
+        if getattr(data.mix, kind):
+            t = math.ceil(math.ceil(frames / strides[0]) / patch[0])
+            grids[kind] = (t, height // (strides[1] * patch[1]), width // (strides[2] * patch[2]))
+    return grids
+
+
+def all_grids(recipe: Recipe, autoencoder: Any) -> list[Grid]:
+    """Tokens (t, h, w) of samples of every kind in the mix and every shape that a batch may have; errors as above."""
+    data = recipe.data
+    grids: list[Grid] = []
+    for size in (data.size, *data.sizes):
+        for frames in (data.frames, *data.lengths):
+            try:
+                if data.mix.video:
+                    check_frames(frames, autoencoder, patch_of(recipe)[0])
+                one = replace(data, frames=frames, size=size)
+                grids += grids_of(one, tuple(autoencoder.strides), patch_of(recipe)).values()
+            except SettingError as error:
+                first = {"size": data.size == size, "frames": data.frames == frames}[error.setting]
+                name = error.setting if first else {"size": "sizes", "frames": "lengths"}[error.setting]
+                raise SettingError(name, str(error)) from error
+    return grids
+
+
+def _neighbours_of(number: int, step: int) -> str:
+    low = number // step * step
+    return f"{low} or {low + step}" if low else str(step)

@@ -1,0 +1,80 @@
+"""The precision that a denoiser samples in: float32, bfloat16 throughout, or bfloat16 with products in 8 bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lingen.blocks.layers import GatedRMSNorm, RMSNorm
+from lingen.blocks.positions import Positions
+from lingen.kernels.fp8 import SMALLEST_LAYER, Fp8Linear, to_fp8
+from lingen.model import LinGen, TimeEmbedding
+from lingen.recipe.registry import RecipeError
+
+if TYPE_CHECKING:
+    from lingen.training.denoiser import LinGenModule
+
+FLOAT32_PARTS = (TimeEmbedding, Positions, RMSNorm, GatedRMSNorm)
+"""Stay float32, with all that is in them: neighbouring times of a schedule differ by 1e-3, which bfloat16 cannot say;
+positions are summed before they are rounded; norms multiply in float32 and their weights are few."""
+FLOAT32_NAMES = ("a_log", "d", "dt_bias", "modulation", "pool_text", "unpatchify")
+"""Parameters and layers that do, by their name: what decides how long a scan remembers, the timestep's tables, which
+are added to a float32 row, and the two small layers that compute in float32."""
+
+
+def set_precision(module: LinGenModule, precision: str) -> bool:
+    """Puts a loaded module's denoiser into `sample.precision`, once and in place; says whether autocast is needed, too.
+
+    A module in training is left alone: its weights are the optimiser's, so it samples as it trains, under autocast
+    where the trainer's precision has bf16.
+    Raises:
+        RecipeError: for weights that are in lower precision already, for 8 bits on a GPU that has no such products, or
+            where no layer is large enough for them.
+    """
+    trained_in_bf16 = "bf16" in str(module.recipe.trainer.get("precision", "")) and module.device.type == "cuda"
+    if module.average is not None:
+        return trained_in_bf16
+    now = precision_of(module.model)
+    if precision == "auto":
+        precision = "bf16-true" if trained_in_bf16 and now == "32-true" else now
+    if precision == now:
+        return False
+    if precision == "32-true" or now == "fp8":
+        raise RecipeError(f"The weights are in {now} already; load them again for sample.precision={precision}.")
+    lower(module.model, precision)
+    return False
+
+
+def precision_of(model: LinGen) -> str:
+    """`sample.precision` that the model is in."""
+    if any(isinstance(part, Fp8Linear) for part in model.modules()):
+        return "fp8"
+    return "bf16-true" if model.patchify.weight.dtype == torch.bfloat16 else "32-true"
+
+
+def lower(model: LinGen, precision: str) -> None:
+    """Casts the weights to bfloat16, in place, but for `FLOAT32_PARTS` and `FLOAT32_NAMES`; with "fp8" the large linear
+    layers of the blocks become `Fp8Linear`. The stream takes the dtype of the weights."""
+    device = model.patchify.weight.device
+    if precision == "fp8" and not to_fp8(model.blocks):
+        raise RecipeError(
+            f"sample.precision=fp8 is for linear layers of {SMALLEST_LAYER:,} channels or more in and out; this model "
+            "has none. Use sample.precision=bf16-true."
+        )
+    _cast(model)
+    if device.type == "cuda":
+        # Each new weight lies in the gap of a larger old one: packed again, the gaps are one piece.
+        model.cpu()
+        torch.cuda.empty_cache()
+        model.to(device)
+
+
+def _cast(part: nn.Module) -> None:
+    for name, parameter in part.named_parameters(recurse=False):
+        if name not in FLOAT32_NAMES:
+            parameter.data = parameter.data.bfloat16()
+    for name, child in part.named_children():
+        if name not in FLOAT32_NAMES and not isinstance(child, FLOAT32_PARTS):
+            _cast(child)

@@ -1,0 +1,1 @@
+"""What a step of training does, and the files of a run."""

@@ -1,0 +1,266 @@
+"""What every training has in common: AdamW, averaged weights, the guard against non-finite steps, what is logged."""
+
+from __future__ import annotations
+
+import math
+import time as clock
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from lingen.data.batch import Batch
+from lingen.data.ledger import is_cut
+from lingen.plan.forecast import peak_flops, plan
+from lingen.recipe.sections import Recipe
+from lingen.training.average import AveragedWeights
+from lingen.training.meter import Meter
+from lingen.training.ranks import gather_objects
+from lingen.weights import check_whole
+
+
+class NonFiniteError(RuntimeError):
+    """Several optimiser steps in a row had a loss or a gradient that is not finite."""
+
+
+class Trained(lightning.LightningModule):
+    """A stage's optimisation. Its final classes say what is trained and what a step's loss is: `frozen_parts`,
+    `training_step` and `validation_step`, which hand each batch to `note`.
+
+    Frozen parts run without gradients and stay out of checkpoints.
+
+    Args:
+        recipe: a loaded stage.
+    """
+
+    strict_loading = False  # the frozen parts are not in a checkpoint
+    optional: tuple[str, ...] = ()
+    """Prefixes of what a stage may have for itself: weights from elsewhere may lack it, or hold it in vain."""
+    shapes: dict[str, torch.Size]
+    """Of everything trained, as it was built: before a strategy could take parts of it away."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        self.recipe = recipe
+        self.average: AveragedWeights | None = None
+        self.meter, self.validation_meter = Meter(), Meter()
+        self.bad_steps = 0
+        self.optimizer_state: dict[str, Any] | None = None
+        """AdamW's moments of the stage before, where the recipe keeps them."""
+        self._pending_average: dict[str, Any] | None = None
+        self._started = (clock.perf_counter(), 0)
+        self._flops: dict[str, float] | None = None
+
+    # what is trained and what is not
+
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        """Prefix of their names -> the parts that are used as they are."""
+        raise NotImplementedError
+
+    def begin(self) -> str:
+        """For a run without `init`, at its very start; says which weights it starts from."""
+        return "random weights"
+
+    def before_saving(self, data: Any) -> None:
+        """What is to be measured on the data module's samples before the weights of a finished stage are written."""
+
+    def freeze_parts(self) -> None:
+        """For the end of a constructor: no gradients for the frozen parts; the shapes of the others are noted."""
+        for part in self.frozen_parts().values():
+            part.requires_grad_(False).eval()
+        self.shapes = {name: value.shape for name, value in self.trained_state().items()}
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter that the optimiser moves."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """`state_dict` without the frozen parts."""
+        frozen = tuple(self.frozen_parts())
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
+
+    def train(self, mode: bool = True) -> Trained:
+        super().train(mode)
+        for part in self.frozen_parts().values():
+            part.eval()
+        return self
+
+    # optimisation
+
+    def configure_optimizers(self) -> Any:
+        settings = self.recipe.train
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=settings.lr, betas=settings.betas)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor),
+                "interval": "step",
+            },
+        }
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Decay pulls at the weights of linear layers and convolutions, not at norms, biases, tables or a_log."""
+        decayed = {
+            id(layer.weight)
+            for layer in self.modules()
+            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        }
+        trained = self.trained_parameters().values()
+        return [
+            {"params": [p for p in trained if id(p) in decayed], "weight_decay": self.recipe.train.weight_decay},
+            {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+        ]
+
+    def _lr_factor(self, step: int) -> float:
+        settings = self.recipe.train
+        if step < settings.warmup:
+            return (step + 1) / settings.warmup
+        if settings.decay == "constant":
+            return 1.0
+        done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def clipped_together(self) -> Sequence[Iterable[nn.Parameter]]:
+        """Sets of parameters, each of which has its gradient clipped as one; the first one's norm is logged."""
+        return [self.trained_parameters().values()]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clips the gradient; one that is not finite is thrown away, and a few in a row stop the run."""
+        norms = [self._clip(parameters) for parameters in self.clipped_together()]
+        if all(torch.isfinite(norm) for norm in norms):
+            self.bad_steps = 0
+            self.meter.add("grad_norm", norms[0][None])
+            self.meter.add(f"grad_norm/{self._batch.kind}", norms[0][None])
+            return
+        self.bad_steps += 1
+        self.meter.count("nonfinite_steps", 1)
+        optimizer.zero_grad(set_to_none=True)
+        if self.bad_steps >= self.recipe.train.max_nonfinite:
+            raise NonFiniteError(
+                f"The loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step "
+                f"{self.global_step + 1} of stage '{self.recipe.stage or 'main'}'; samples of this rank's last batch: "
+                f"{', '.join(self._batch.keys)}. Lower train.lr, lengthen train.warmup, or look at these samples. "
+                "Nothing of these steps was kept."
+            )
+
+    def _clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in parameters if p.grad is not None], self.recipe.train.clip_grad
+        )
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None and self.bad_steps == 0:
+            self.average.update()
+
+    # averaged weights, checkpoints
+
+    def on_fit_start(self) -> None:
+        self.average = AveragedWeights(self.trained_parameters(), self.recipe.train.ema)
+        if self._pending_average is not None:
+            self.average.load_state_dict(self._pending_average)
+            self._pending_average = None
+        if self.optimizer_state is not None:
+            self.carry_optimizer(self.optimizer_state)
+
+    def carry_optimizer(self, state: dict[str, Any]) -> None:
+        """Takes over AdamW's moments; learning rate and decay stay those of this stage."""
+        optimizer = self.trainer.optimizers[0]
+        groups = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        optimizer.load_state_dict(state)
+        for group, own in zip(optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        self.optimizer_state = None
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside the block the parameters hold the averaged values; a module loaded for sampling holds only those."""
+        return self.average.applied() if self.average is not None else nullcontext()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what is trained and its average. IncompleteError where a tensor lacks elements: nothing is written."""
+        state = checkpoint["state_dict"] = self.trained_state()
+        check_whole(state, self.shapes)
+        if self.average is not None:
+            checkpoint["average"] = self.average.state_dict()
+            check_whole(state | self.average.weights(), self.shapes)
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            self._check_moments(optimizer["state"])
+
+    def _check_moments(self, state: dict[int, dict[str, Any]]) -> None:
+        """AdamW counts its parameters through its groups, in order."""
+        names = {id(p): name for name, p in self.trained_parameters().items()}
+        order = [names[id(p)] for group in self.parameter_groups() for p in group["params"]]
+        for number, values in state.items():
+            moments = {f"{key} of {order[number]}": value for key, value in values.items() if key != "step"}
+            check_whole(moments, dict.fromkeys(moments, self.shapes[order[number]]))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._pending_average = checkpoint.get("average")
+
+    # what is logged
+
+    def note(self, batch: Batch) -> None:
+        """A batch is trained on: what the ledger counts of it goes into the next row."""
+        self._batch = batch
+        for name, count in counts(batch).items():
+            self.meter.count(name, count)
+
+    def flop_of_training(self, kind: str) -> float:
+        """FLOPs of forward and backward of one sample, what is recomputed included (`Plan.training_flops`)."""
+        if self._flops is None:
+            self._flops = plan(self.recipe).training_flops
+        return self._flops[kind]
+
+    def log_row(self, values: dict[str, float]) -> None:
+        """Hands values to every logger under the number of optimiser steps done.
+
+        Not through `self.log`, which would repeat a value at every step until it changes.
+        """
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.global_step)
+
+    def on_train_start(self) -> None:
+        self._started = (clock.perf_counter(), self.global_step)
+
+    def collect_metrics(self) -> dict[str, float]:
+        """Means since the last call, over all ranks; speed in tokens per second of all ranks together."""
+        values = self.meter.flush(gather_objects if self.trainer.world_size > 1 else None)
+        seconds = clock.perf_counter() - self._started[0]
+        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
+        flop = values.pop("flop", 0.0)
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if peak is not None and flop:
+            values["mfu"] = flop / seconds / (peak * self.trainer.world_size)
+        values["steps_per_second"] = (self.global_step - self._started[1]) / seconds
+        self._started = (clock.perf_counter(), self.global_step)
+        return values
+
+    def on_validation_start(self) -> None:
+        self._paused = clock.perf_counter()
+        self._applied = self.averaged_weights()
+        self._applied.__enter__()
+
+    def on_validation_end(self) -> None:
+        self._applied.__exit__(None, None, None)
+        values = self.validation_meter.flush(gather_objects if self.trainer.world_size > 1 else None)
+        self.log_row(values)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        # validation is not training time
+        self._started = (self._started[0] + clock.perf_counter() - self._paused, self._started[1])
+
+
+def counts(batch: Batch) -> dict[str, int]:
+    """What the ledger counts of a batch, under the names of metrics.csv."""
+    return {
+        "data/used": len(batch.keys),
+        "data/dropped": len(batch.drops),
+        "data/truncated": sum(map(is_cut, batch.drops)),
+        "data/retried": len(batch.retries),
+    }

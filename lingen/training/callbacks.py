@@ -1,0 +1,333 @@
+"""What happens at the edges of steps: checkpoints, signals, the ledger, samples, the metrics file."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from lingen.data.batch import Batch, Drop
+from lingen.data.ledger import DataError, Ledger
+from lingen.files import remove_left, whole_file, write_text
+from lingen.training.base import Trained
+from lingen.training.denoiser import LinGenModule
+from lingen.training.folder import RunFolder, as_json
+from lingen.training.ranks import gather_objects
+
+KEPT_CHECKPOINTS = 2
+
+log = logging.getLogger("lingen")
+
+
+class StepEdge(Callback):
+    """Keeps the ledger and, between two optimiser steps, saves and stops where that is due.
+
+    Each rank counts for itself what came since the last checkpoint; there, all that is added to what all ranks know.
+
+    A signal only sets a flag: SIGINT, SIGTERM and SIGUSR1 lead to a checkpoint at the next step's edge and a clean end
+    (design: saving inside a handler can hang). All ranks agree in one reduction a step, so that none waits for another.
+    """
+
+    def __init__(self, folder: RunFolder, stage: str, say: Callable[[str], None]):
+        self.folder = folder
+        self.stage = stage
+        self.say = say
+        self.ledger = Ledger()
+        """Of all ranks, up to the last checkpoint."""
+        self.signal: int | None = None
+        self.data_error: DataError | None = None
+        self._handlers: dict[int, Any] = {}
+        self._own = Ledger()
+        self._said: set[Drop] = set()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        data = cast(Any, trainer).datamodule
+        self._own.open(data.faults, data.left_out)
+        if trainer.is_global_zero:
+            for line in data.describe():
+                self.say(line)
+            for drop in data.held_out_faults:
+                log.warning("a fault in held-out shards: %s: %s", drop.where, drop.reason)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.signal = number
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        self._own.record(batch)
+        recipe = pl_module.recipe
+        if (batch_idx + 1) % recipe.train.accumulate:
+            return
+        try:
+            self._own.check(recipe.data.max_dropped, self.ledger)
+        except DataError as error:
+            self.data_error = error
+        step = trainer.global_step
+        stop = trainer.strategy.reduce_boolean_decision(
+            self.signal is not None or self.data_error is not None, all=False
+        )
+        if stop or step % recipe.train.checkpoint_every == 0 or step >= recipe.train.steps:
+            self.save(trainer, step)
+        if self.data_error is not None:
+            raise self.data_error
+        if stop:
+            trainer.should_stop = True
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for drop in batch.drops:
+            if drop not in self._said:
+                self._said.add(drop)
+                log.warning("a held-out sample was dropped and replaced: %s: %s", drop.where, drop.reason)
+
+    def save(self, trainer: lightning.Trainer, step: int) -> None:
+        """A checkpoint that is there whole or not at all; the last few are kept."""
+        path = self.folder.checkpoint(self.stage, step)
+        own = self._own.state_dict()
+        for state in gather_objects(own) if trainer.world_size > 1 else [own]:
+            self.ledger.add(state)
+        self._own = Ledger()
+        # Only the first rank writes; the path that the others name is not used.
+        with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                write_text(self.folder.ledger, as_json(self.ledger.as_json()))
+        if trainer.is_global_zero:
+            remove_left(path.parent, "*partial*")
+            for old in self.folder.checkpoints(self.stage)[:-KEPT_CHECKPOINTS]:
+                old.unlink()
+        trainer.strategy.barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ledger": self.ledger.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.ledger.load_state_dict(state_dict["ledger"])
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._give_back_signals()
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._give_back_signals()
+
+    def _give_back_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+class ClipsDuringTraining(Callback):
+    """Clips with the averaged weights every `train.sample_every` steps: of the recipe's prompts, or reconstructions."""
+
+    def __init__(self, sample: Callable[[Trained, int], None]):
+        self.sample = sample
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        settings = pl_module.recipe.train
+        due = (
+            settings.sample_every
+            and (batch_idx + 1) % settings.accumulate == 0
+            and trainer.global_step % settings.sample_every == 0
+        )
+        if not due or trainer.global_step >= settings.steps:
+            return
+        if trainer.is_global_zero:
+            self.sample(pl_module, trainer.global_step)
+        trainer.strategy.barrier()
+
+
+class Steps(Callback):
+    """Tells how far the stage is."""
+
+    def __init__(self, tell: Callable[[int], None]):
+        self.tell = tell
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        self.tell(trainer.global_step)
+
+
+class StageEnd(Callback):
+    """Calls `finish(module, step)` on the first rank once the stage has all its steps, on its device still."""
+
+    def __init__(self, finish: Callable[[Trained, int], None]):
+        self.finish = finish
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if trainer.global_step < pl_module.recipe.train.steps:
+            return
+        if trainer.is_global_zero:
+            self.finish(pl_module, trainer.global_step)
+        trainer.strategy.barrier()
+
+
+class MetricsFile(Logger):
+    """metrics.csv: a row for each logged step of every stage; a resumed stage drops the rows past its checkpoint.
+
+    Args:
+        path: the file.
+        stage: goes into each row.
+        resumed: step from which the stage goes on.
+        listen: called with each row.
+    """
+
+    def __init__(self, path: Path, stage: str, resumed: int, listen: Callable[[dict[str, Any]], None] | None = None):
+        super().__init__()
+        self.path = path
+        self.stage = stage
+        self.listen = listen
+        self._columns: list[str] = ["stage", "step"]
+        self._last: dict[str, Any] = {}
+        self._last_at = 0
+        self._keep(resumed)
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return self.stage
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The recipe is in the run folder already."""
+
+    @rank_zero_only
+    def _keep(self, resumed: int) -> None:
+        rows = self._rows()
+        kept = [row for row in rows if row["stage"] != self.stage or int(row["step"]) <= resumed]
+        if rows:
+            self._columns = list(rows[0])
+        if len(kept) < len(rows):
+            self._rewrite(kept)
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if row["step"]]
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        with whole_file(self.path) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row: dict[str, Any] = {"stage": self.stage, "step": step} | {k: v for k, v in metrics.items() if k != "epoch"}
+        self._write(row)
+        if self.listen is not None:
+            self.listen(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Adds a row; values of the step that was written last join its row."""
+        same_step = self._last.get("step") == row["step"]
+        if same_step:
+            row = self._last | row
+        new = [name for name in row if name not in self._columns]
+        if new or not self.path.is_file():
+            self._columns += new
+            self._rewrite(self._rows()[: -1 if same_step else None])
+        with self.path.open("r+", newline="") as file:
+            self._last_at = self._last_at if same_step and not new else file.seek(0, 2)
+            file.seek(self._last_at)
+            file.truncate()
+            csv.DictWriter(file, self._columns).writerow(row)
+        self._last = row
+
+
+class Rows(Callback):
+    """Logs a row every `train.log_every` steps, before a checkpoint of the same step is written.
+
+    With it goes what happens inside the mixers at that step: the memory horizon of every scan (median and largest over
+    its heads, in tokens) and the output RMS of both branches of every MATE layer.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: list[Any] = []
+        self._rms: dict[str, Tensor] = {}
+
+    @staticmethod
+    def _is_due(pl_module: Any, steps: int) -> bool:
+        settings = pl_module.recipe.train
+        return steps % settings.log_every == 0 or steps >= settings.steps
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % pl_module.recipe.train.accumulate or not self._is_due(pl_module, trainer.global_step + 1):
+            return
+        for index, block in enumerate(blocks_of(pl_module)):
+            for branch in ("ma", "te"):
+                part = getattr(block.mixer, branch, None)
+                if isinstance(part, nn.Module):
+                    self._hooks.append(part.register_forward_hook(self._note(f"mixer/{index:02d}/{branch}_rms")))
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(part: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._rms[name] = output.detach().float().square().mean().sqrt()
+
+        return hook
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % pl_module.recipe.train.accumulate or not self._is_due(pl_module, trainer.global_step):
+            return
+        for hook in self._hooks:
+            hook.remove()
+        for name, value in (self._rms | horizons(pl_module)).items():
+            pl_module.meter.add(name, value[None])
+        self._hooks, self._rms = [], {}
+        pl_module.log_row(pl_module.collect_metrics())
+
+
+def blocks_of(module: Trained) -> Iterable[Any]:
+    """The denoiser's blocks; an autoencoder has none."""
+    return cast(Iterable[Any], module.model.blocks) if isinstance(module, LinGenModule) else ()
+
+
+def horizons(module: Trained) -> dict[str, Tensor]:
+    """Memory horizon of each scan, in tokens, see `Mamba2.horizon`."""
+    values: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks_of(module)):
+        for part in cast(nn.Module, block.mixer).modules():
+            if hasattr(part, "horizon"):
+                horizon = cast(Any, part).horizon().flatten()
+                values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
+                values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
+    return values

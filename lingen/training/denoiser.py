@@ -1,0 +1,158 @@
+"""The LightningModule of the denoiser: what one training step does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lingen import flow
+from lingen.data.batch import Batch
+from lingen.media import as_floats
+from lingen.model import LinGen
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.recipe.sections import Recipe
+from lingen.text import TextEncoder, replace_rows, with_frame_rate
+from lingen.training.base import Trained
+
+Tokens = Mapping[int, tuple[Tensor, Tensor]]
+"""Number of a text encoder -> tokens [b n w] and their mask [b n]."""
+TIME_BINS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Edges of the bins of the logged loss: narrow at low times, where clips are decided and training is sparse (ours)."""
+
+
+class LinGenModule(Trained):
+    """A denoiser with its neighbours: the loss of flow matching (Movie Gen, 2410.13720, section 3.1.2), AdamW, averaged
+    weights.
+
+    Trained parts are the denoiser and those text encoders that are `trainable`; everything else is frozen, runs without
+    gradients and stays out of checkpoints. A step's randomness is a function of (seed, stage, slot), see `Batch.slots`.
+
+    Args:
+        recipe: a loaded stage.
+    """
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        self.model = LinGen(recipe.model)
+        self.text = nn.ModuleList(TEXT_ENCODERS.build(component) for component in recipe.text)
+        self.autoencoder = AUTOENCODERS.build(recipe.autoencoder)
+        self.freeze_parts()
+
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        """Prefix -> the parts that are used as they are."""
+        parts = {
+            f"text.{i}.": encoder for i, encoder in enumerate(self.text) if not getattr(encoder, "trainable", False)
+        }
+        return {**parts, "autoencoder.": self.autoencoder}
+
+    def encode_clips(self, clips: Tensor) -> Tensor:
+        """uint8 [b 3 t h w] -> latents [b c t h w]; what is latents already stays as it is."""
+        if clips.is_floating_point():
+            return clips
+        with torch.no_grad():
+            return self.autoencoder.encode(as_floats(clips))
+
+    def encode_text(
+        self,
+        captions: list[str],
+        fps: float,
+        stored: Tokens = MappingProxyType({}),
+        null: Tokens = MappingProxyType({}),
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Captions -> one (tokens [b n w], mask [b n]) per encoder; fps 0 is an image. An empty caption is no text.
+
+        Args:
+            stored: number of an encoder -> what it made of these captions before; not read where a caption is empty.
+            null: number of an encoder -> what it made of no text at this fps before, a row for each caption.
+        """
+        return tuple(
+            self.encode_with(number, captions, fps, stored.get(number), null.get(number))
+            for number in range(len(self.text))
+        )
+
+    def encode_with(
+        self,
+        number: int,
+        captions: list[str],
+        fps: float,
+        stored: tuple[Tensor, Tensor] | None = None,
+        null: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What one of the encoders makes of captions, as `encode_text`."""
+        encoder = cast(TextEncoder, self.text[number])
+        prefix = fps if self.recipe.data.fps_prefix else 0.0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(encoder, "trainable", False)):
+            if stored is None:
+                return encoder.encode([with_frame_rate(caption, prefix) for caption in captions])
+            kept = stored[0].to(self.model.patchify.weight.dtype), stored[1]
+            empty = [row for row, caption in enumerate(captions) if not caption]
+            if not empty:
+                return kept
+            if null is None:
+                return replace_rows(kept, empty, encoder.encode([with_frame_rate("", prefix)]))
+            return replace_rows(kept, empty, (null[0][empty], null[1][empty]))
+
+    def losses(self, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
+        """Squared error of the velocity of each sample.
+
+        Args:
+            batch: one kind of samples.
+            purpose: names the stream of random numbers: a stage's name, or ``validation`` (always the same times and
+                noise, no text left out).
+        Returns:
+            losses [b] and times [b], float32 (float64 where the model is).
+        """
+        dtype = torch.promote_types(self.model.patchify.weight.dtype, torch.float32)
+        latents = self.encode_clips(batch.clips).to(dtype)
+        shift = flow.resolve_shift(self.recipe.time.shift, math.prod(self.model.grid_of(latents.shape[2:])))
+        draws = flow.draw(latents.shape[1:], batch.slots, (self.recipe.seed, purpose), self.recipe.time, shift)
+        noise, times = draws.noise.to(latents), draws.times.to(latents)
+        drop = draws.uniform < (0.0 if purpose == "validation" else self.recipe.train.text_drop)
+        captions = [
+            "" if left_out else caption for caption, left_out in zip(batch.captions, drop.tolist(), strict=True)
+        ]
+        text = self.encode_text(captions, batch.fps, batch.text, batch.null)
+        velocity = self.model(flow.interpolate(noise, latents, times), times, text)
+        error = velocity.to(dtype) - flow.target(noise, latents)
+        return error.square().flatten(1).mean(1), times
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses, times = self.losses(batch, self.recipe.stage or "main")
+        self.note(batch)
+        self._record(losses.detach(), times, batch)
+        return losses.mean()
+
+    def _record(self, losses: Tensor, times: Tensor, batch: Batch) -> None:
+        losses = losses[torch.isfinite(losses)]
+        if len(losses) < len(times):
+            return  # reported by the guard below
+        self.meter.add("loss", losses)
+        self.meter.add(f"loss/{batch.kind}", losses)
+        for name, picked in by_time(losses, times):
+            self.meter.add(name, picked)
+        self.meter.count("flop", self.flop_of_training(batch.kind) * len(losses))
+        size = batch.clips.shape[2:]
+        latents = size if batch.clips.is_floating_point() else self.latent_size(size)
+        self.meter.count("tokens", len(losses) * math.prod(self.model.grid_of(latents)))
+
+    def latent_size(self, clip: Any) -> tuple[int, int, int]:
+        """(frames, height, width) of a clip -> (t, h, w) of its latents; a last partial group of frames is one more."""
+        return tuple(math.ceil(n / stride) for n, stride in zip(clip, self.autoencoder.strides, strict=True))  # type: ignore[return-value]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        losses, times = self.losses(batch, "validation")
+        self.validation_meter.add("validation/loss", losses)
+        self.validation_meter.add(f"validation/loss/{batch.kind}", losses)
+        for name, picked in by_time(losses, times):
+            self.validation_meter.add(f"validation/{name}", picked)
+
+
+def by_time(losses: Tensor, times: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The losses of each bin of times, under the name they are logged by."""
+    for low, high in zip(TIME_BINS, TIME_BINS[1:], strict=False):
+        yield f"loss/time_{low:g}_{high:g}", losses[(times >= low) & (times < high)]

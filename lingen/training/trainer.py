@@ -1,0 +1,104 @@
+"""The lightning.Trainer of a stage: the recipe's own arguments and ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lingen.recipe.registry import RecipeError, import_object
+from lingen.recipe.sections import Component, Recipe
+from lingen.training.folder import RunFolder
+
+
+def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback], metrics: Logger) -> lightning.Trainer:
+    """lightning.Trainer with the recipe's arguments and ours."""
+    arguments = dict(recipe.trainer)
+    loggers = [metrics, *(build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard")))]
+    settings = recipe.train
+    batches = settings.steps * settings.accumulate
+    every = settings.validate_every * settings.accumulate or batches
+    if SLURMEnvironment.detect():
+        # Lightning's own requeue handler saves inside the signal handler; ours waits for the step's edge.
+        arguments.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
+    with warnings.catch_warnings():
+        quiet_lightning()
+        return _trainer(
+            **arguments,
+            max_steps=settings.steps,
+            max_epochs=-1,
+            min_epochs=0,
+            accumulate_grad_batches=settings.accumulate,
+            val_check_interval=min(every, batches),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            logger=loggers,
+            callbacks=callbacks,
+            default_root_dir=folder.path,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+
+def _trainer(**arguments: Any) -> lightning.Trainer:
+    """RecipeError where Lightning refuses what the recipe asks for (no such accelerator here, say)."""
+    try:
+        return lightning.Trainer(**arguments)
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{error} (at trainer)") from error
+
+
+LOGGERS = {
+    "tensorboard": "lightning.pytorch.loggers:TensorBoardLogger",
+    "wandb": "lightning.pytorch.loggers:WandbLogger",
+    "mlflow": "lightning.pytorch.loggers:MLFlowLogger",
+    "comet": "lightning.pytorch.loggers:CometLogger",
+    "neptune": "lightning.pytorch.loggers:NeptuneLogger",
+}
+
+
+def listed(value: Any) -> list[Any]:
+    """`trainer.logger` in all its spellings: false or null, a name, a component, a list of them."""
+    if value in (None, False):
+        return []
+    return list(value) if isinstance(value, list | tuple) else ["tensorboard" if value is True else value]
+
+
+def build_logger(component: str | Component, folder: RunFolder) -> Logger:
+    """Any Lightning logger: a short name or ``module:Class``, with its own arguments."""
+    settings = {"name": component} if isinstance(component, str) else dict(component)
+    name = settings.pop("name")
+    if name not in LOGGERS and ":" not in name:
+        raise RecipeError(
+            f"There is no logger called '{name}'. Known: {', '.join(LOGGERS)}. Or write 'module:Class'. "
+            "(at trainer.logger)"
+        )
+    if name == "tensorboard":
+        settings = {"save_dir": str(folder.path), "name": "tensorboard", "version": ""} | settings
+    return import_object(LOGGERS.get(name, name))(**settings)
+
+
+def quiet_lightning() -> None:
+    """Silences advice that does not apply: the loader is endless by design, and its workers are a setting."""
+    for text in (
+        ".*does not have many workers.*",
+        ".*max_epochs.*",
+        ".*GPU available but not used.*",
+        ".*in eval mode.*",
+        ".*isinstance.treespec.*",
+        ".*Total length of.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+    if not os.environ.get("LINGEN_DEBUG"):
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
