@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lingen.model import LinGen
     from lingen.recipe import load_recipe, stages_of
     from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError
+    from lingen.run import fit
     from lingen.sampling.clips import generate
     from lingen.training.denoiser import LinGenModule
 
@@ -26,6 +27,7 @@ __all__ = [
     "RecipeError",
     "SCANS",
     "TEXT_ENCODERS",
+    "fit",
     "generate",
     "load_recipe",
     "save_video",
@@ -36,6 +38,7 @@ _HOMES = {
     "lingen.data.datamodule": ("ClipData",),
     "lingen.sampling.clips": ("generate",),
     "lingen.model": ("LinGen",),
+    "lingen.run": ("fit",),
     "lingen.training.denoiser": ("LinGenModule",),
     "lingen.recipe": ("load_recipe", "stages_of"),
     "lingen.recipe.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS", "RecipeError"),

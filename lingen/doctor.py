@@ -25,7 +25,7 @@ from lingen.kernels.pool import POOL_KERNELS
 from lingen.kernels.scan import SCAN_KERNELS
 from lingen.kernels.swiglu import SWIGLU_KERNELS
 from lingen.kernels.window_attention import WINDOW_KERNELS
-from lingen.recipe import sharding
+from lingen.plan.loading import sharding
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
 from lingen.recipe.sections import Recipe
 
@@ -73,21 +73,19 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
 
 def _lacks(recipe: Recipe) -> list[Missing]:
     """Weights that are not there and needed."""
-    from lingen.run import frozen_parts, missing_parts
+    from lingen.run import missing_parts
 
     try:
         lacks = missing_parts(recipe)
     except ValueError:  # shards that cannot be opened, of which `_shards` tells: are they encoded?
-        lacks = missing_of(frozen_parts(recipe))
+        lacks = missing_of(recipe.subject.frozen_parts(recipe))
     return lacks + missing_of(_rewriters(recipe))
 
 
 def _there(recipe: Recipe) -> Iterator[str]:
     """Parts that need something and have it."""
-    from lingen.run import frozen_parts
-
     names = _names(recipe)
-    for part in frozen_parts(recipe) + _rewriters(recipe):
+    for part in recipe.subject.frozen_parts(recipe) + _rewriters(recipe):
         if hasattr(part, "missing") and not isinstance(part, NoDistance) and not part.missing():
             name = names.get(type(part)) or getattr(part, "name", type(part).__name__)  # a rewriter has its name itself
             yield f"{name} {getattr(part, 'path', None) or ''}".rstrip()

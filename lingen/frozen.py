@@ -1,11 +1,13 @@
-"""Parts that are used as they are, with weights on disk: autoencoders and text encoders."""
+"""Parts that are used as they are, with weights on disk: autoencoders, text encoders, perceptual distances."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.registry import RecipeError, Registry
 
 
 class Missing(NamedTuple):
@@ -17,6 +19,21 @@ class Missing(NamedTuple):
     """Where it was looked for; ``-`` where the recipe names no place."""
     cure: str
     """A sentence: what to download, and where to put it."""
+
+
+def on_meta(registry: Registry, component: dict[str, Any], *positional: Any) -> Any:
+    """A recipe's part on the meta device, where nothing is read or computed. Each distinct one is built once, so what
+    is returned is shared: look at it, do not change it. Errors are those of the part's constructor."""
+    part = registry[component["name"]]  # a name may be registered anew
+    return _built(registry, part, json.dumps(component, sort_keys=True), positional)
+
+
+@lru_cache(maxsize=64)
+def _built(registry: Registry, part: Any, component: str, positional: tuple[Any, ...]) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return registry.build(json.loads(component), *positional)
 
 
 def missing_of(parts: Iterable[Any]) -> list[Missing]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ import torch
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
 from lingen.frozen import Missing, missing_of, refuse
-from lingen.recipe import load_recipe, load_stages, refuse_sharding, to_yaml
-from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import sample_prompts, sample_reconstructions, score
 from lingen.tables import as_table
@@ -28,7 +28,10 @@ from lingen.training.ranks import is_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.weights import find_weights, load_into, read_weights, save_weights
 
-__all__ = ["NonFiniteError", "Outcome", "Reporter", "fit"]
+__all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
+
+REQUEUE = 75
+"""Exit code of a run that a signal stopped and that wants to go on (EX_TEMPFAIL)."""
 
 
 class Reporter:
@@ -62,45 +65,54 @@ class Outcome:
 
 
 def fit(
-    recipe: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    run: str | Path | None = None,
-    stage: str | None = None,
-    reporter: Reporter | None = None,
-) -> Outcome:
-    """Trains every stage that is not finished, hands over from each to the next, samples and scores.
+    recipe: str | Path, overrides: Sequence[str] = (), *, run: str | Path | None = None, stage: str | None = None
+) -> Path:
+    """Trains a recipe as ``lingen fit`` does: every stage that is not finished, each handing over to the next. The same
+    call again goes on where it was stopped.
 
     Args:
         recipe: path or name.
         overrides: ``key=value`` and ``stages.NAME.key=value``.
         run: run folder; default ``runs/<recipe>-<fingerprint>`` in the current folder.
         stage: train only this one.
+    Returns:
+        The run folder.
     Raises:
         RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, or a folder of another
             run.
         IncompleteError: a rank holds only a part of what is to be written.
         DataError: too many broken samples.
         NonFiniteError: too many steps without a finite gradient.
+        KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75.
     """
+    outcome = fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage)
+    if outcome.signal is not None:
+        raise KeyboardInterrupt if outcome.signal == signal.SIGINT else SystemExit(REQUEUE)
+    return outcome.folder.path
+
+
+def fit_curriculum(
+    curriculum: Curriculum,
+    *,
+    run: str | Path | None = None,
+    stage: str | None = None,
+    reporter: Reporter | None = None,
+) -> Outcome:
+    """Trains a loaded recipe; arguments and errors of `fit`, but a signal is told in what is returned."""
     reporter = reporter or Reporter()
-    refuse_sharding(recipe, overrides, stage)
-    base, stages = load_recipe(recipe, overrides), load_stages(recipe, overrides)
-    names = [str(s.stage) for s in stages]
-    if stage is not None:
-        load_recipe(recipe, overrides, stage=stage)  # says which stages there are
+    stages, names, chosen = curriculum.stages, curriculum.names, curriculum.chosen(stage)
     folder = RunFolder(Path(run) if run else default_path(stages))
-    check_inputs([s for s in stages if stage in (None, s.stage)], folder)
+    check_inputs(chosen, folder)
     if is_first_rank():
-        folder.open(stages, to_yaml(base))
+        folder.open(stages, to_yaml(curriculum.base))
     for index, settings in enumerate(stages):
-        if stage not in (None, names[index]):
+        if settings not in chosen:
             continue
         if folder.finished_steps(names[index]) >= settings.train.steps:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
         reporter.stage(settings, index + 1, len(stages), done=last_step(folder, names[index]))
-        number = train_stage(folder, base, stages, index, reporter)
+        number = train_stage(folder, curriculum, index, reporter)
         if number is not None:
             return Outcome(folder, number)
     if stages[-1].score.clips and folder.weights(names[-1]).is_file() and is_first_rank():
@@ -128,8 +140,8 @@ def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:
     Args:
         begun: there is a checkpoint of the stage, so it needs no weights to start from.
     """
-    lacks = missing_of(frozen_parts(recipe, begun=begun))
-    if not lacks or recipe.trains == "autoencoder" or not _is_encoded(recipe):
+    lacks = missing_of(recipe.subject.frozen_parts(recipe, begun=begun))
+    if not lacks or not recipe.subject.encoded or not _is_encoded(recipe):
         return lacks
     if not (recipe.sample.prompts or recipe.score.clips):
         return []
@@ -140,25 +152,6 @@ def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:
 def _is_encoded(recipe: Recipe) -> bool:
     shards = recipe.data.shards
     return bool(shards.image or shards.video) and ClipData(recipe).needs_no_encoders
-
-
-def frozen_parts(recipe: Recipe, *, begun: bool = False) -> list[Any]:
-    """What a stage uses as it is: built on the meta device, nothing is read."""
-    if recipe.trains == "autoencoder":
-        from lingen.training.autoencoder import frozen_parts_of
-
-        return frozen_parts_of(recipe, begun=begun)
-    with torch.device("meta"):
-        return [AUTOENCODERS.build(recipe.autoencoder), *(TEXT_ENCODERS.build(one) for one in recipe.text)]
-
-
-def build_module(recipe: Recipe) -> Trained:
-    """The LightningModule of what a stage trains."""
-    if recipe.trains == "autoencoder":
-        from lingen.training.autoencoder import AutoencoderModule
-
-        return AutoencoderModule(recipe)
-    return LinGenModule(recipe)
 
 
 def scored_steps(folder: RunFolder) -> int:
@@ -172,11 +165,9 @@ def last_step(folder: RunFolder, stage: str) -> int:
     return int(checkpoints[-1].stem.removeprefix("step-")) if checkpoints else 0
 
 
-def train_stage(
-    folder: RunFolder, base: Recipe, stages: Sequence[Recipe], index: int, reporter: Reporter
-) -> int | None:
+def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter: Reporter) -> int | None:
     """One Trainer's fit. Returns the signal that stopped it, if one did."""
-    recipe = stages[index]
+    recipe = curriculum.stages[index]
     name = str(recipe.stage)
     done = last_step(folder, name)
     edge = StepEdge(folder, name, reporter.say)
@@ -192,15 +183,15 @@ def train_stage(
 
     def finish(module: Trained, step: int) -> None:
         module.before_saving(data)
-        save_weights(folder.weights(name), module, to_yaml(base), step)
+        save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
         sample(module, step)
 
     callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step)]
     trainer = build_trainer(recipe, folder, callbacks, MetricsFile(folder.metrics, name, done, reporter.row))
     lightning.seed_everything(recipe.seed, verbose=False)
-    module = build_module(recipe)
+    module = recipe.subject.build_module(recipe)
     if done == 0:
-        hand_over(module, folder, stages, index, reporter)
+        hand_over(module, folder, curriculum.stages, index, reporter)
     with warnings.catch_warnings():
         quiet_lightning()
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint_path(folder, name), weights_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +13,7 @@ from torch import Tensor
 from lingen.files import check_target, whole_file
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
+from lingen.recipe.subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from lingen.training.base import Trained
@@ -141,12 +141,7 @@ def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
     Raises:
         RecipeError: names what is missing, left over or of another shape.
     """
-    from lingen.model import resize_tables
-
-    own = module.trained_state()
-    if module.recipe.trains == "denoiser":
-        resized = resize_tables(part_of(weights, "model."), module.recipe.model)
-        weights = weights | {f"model.{name}": value for name, value in resized.items()}
+    own, weights = module.trained_state(), module.fitted(weights)
     missing, extra = (
         sorted(name for name in names if not name.startswith(module.optional))
         for names in (own.keys() - weights.keys(), weights.keys() - own.keys())
@@ -203,7 +198,7 @@ def load_module(source: str | Path, copy: Copy = "averaged", device: str | torch
 
     path = find_weights(source)
     recipe = recipe_of(path)
-    if recipe.trains != "denoiser":
+    if recipe.subject is not SUBJECTS["denoiser"]:
         raise RecipeError(
             f"{path} holds the weights of an autoencoder, which makes no clips of its own. Train a denoiser with "
             f"autoencoder.path={source}."
@@ -216,9 +211,7 @@ def load_module(source: str | Path, copy: Copy = "averaged", device: str | torch
 def recipe_of(path: Path) -> Recipe:
     """The loaded stage whose weights a file holds, from the recipe inside."""
     from lingen.recipe import load_recipe
+    from lingen.recipe.reading import Source
 
     metadata = read_metadata(path)
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / f"{path.stem}.yaml"
-        recipe.write_text(metadata["recipe"], encoding="utf-8")
-        return load_recipe(recipe, stage=metadata["stage"])
+    return load_recipe(Source(metadata["recipe"], f"the recipe in {path}", path.stem), stage=metadata["stage"])

@@ -12,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from lingen.cli import COMMANDS, main
-from lingen.recipe import load_recipe, shipped_recipes
+from lingen.recipe import load_recipe
+from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.registry import MIXERS, SCANS
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +193,8 @@ def test_recipes_are_found_in_a_wheel(tmp_path):
     subprocess.run(
         [*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)], check=True
     )
-    code = "import lingen, lingen.recipe as r; print(lingen.__file__, *r.shipped_recipes(), r.stages_of('t2v_68s'))"
+    code = "import lingen, lingen.recipe.reading as r\n"
+    code += "print(lingen.__file__, *r.shipped_recipes(), lingen.stages_of('t2v_68s'))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     out = subprocess.run(
         [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True

@@ -11,6 +11,7 @@ import torch
 import lingen
 from lingen.run import fit
 from lingen.training.denoiser import LinGenModule
+from lingen.training.folder import RunFolder
 from lingen.weights import read_weights
 
 SMALL = """
@@ -59,7 +60,7 @@ def test_six_stages_hand_over_by_themselves(tmp_path: Path, monkeypatch: pytest.
         start(self)
 
     monkeypatch.setattr(LinGenModule, "on_fit_start", note)
-    folder = fit(tmp_path / "small.yaml", run=tmp_path / "run").folder
+    folder = RunFolder(fit(tmp_path / "small.yaml", run=tmp_path / "run"))
     for before, after in zip(stages, stages[1:], strict=False):
         raw = read_weights(folder.weights(before), "raw")
         assert all(torch.equal(value, started[after][name]) for name, value in raw.items()), after

@@ -22,10 +22,10 @@ from lingen.data.ledger import DataError
 from lingen.data.manifest import About, Row
 from lingen.data.shards import scan, write_shards
 from lingen.media import encode_mp4
-from lingen.recipe import load_recipe
+from lingen.recipe import load_curriculum, load_recipe
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.run import Reporter, fit
+from lingen.run import Reporter, fit, fit_curriculum
 
 
 def mp4(shade: int, frames: int = 6) -> bytes:
@@ -103,7 +103,9 @@ def test_training_goes_on_and_every_fault_is_counted(
 ) -> None:
     listener = Listener()
     lax = [*faulty, "data.max_dropped=1", f"data.workers={workers}"]
-    run = fit(tiny_recipe, lax, run=tmp_path / "run", stage="clips", reporter=listener).folder
+    run = fit_curriculum(
+        load_curriculum(tiny_recipe, lax), run=tmp_path / "run", stage="clips", reporter=listener
+    ).folder
     ledger = json.loads(run.ledger.read_text())
     assert {where: reason.partition(":")[0] for where, reason in ledger["faults"].items()} == {
         "video-cut-0.tar": "truncated shard", "video-cut-0.tar:v5": "cut off", "video-zero.tar": "empty shard",
@@ -131,7 +133,7 @@ def test_training_goes_on_and_every_fault_is_counted(
     assert any("dropped: latents not finite" in line and "image-0.tar:" in line for line in told)
 
     more = [*lax, "stages.clips.train.steps=26"]
-    fit(tiny_recipe, more, run=tmp_path / "run", stage="clips", reporter=listener)
+    fit_curriculum(load_curriculum(tiny_recipe, more), run=tmp_path / "run", stage="clips", reporter=listener)
     after = json.loads(run.ledger.read_text())
     assert after["used"] == 52 and after["faults"] == ledger["faults"]
     assert after["dropped"].keys() == ledger["dropped"].keys()

@@ -100,7 +100,7 @@ def test_the_shown_mistakes_are_what_lingen_says(tmp_path: Path):
 
 def test_recipes_and_mixers_in_readme_are_the_registered_ones():
     named = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.M))
-    from lingen.recipe import shipped_recipes
+    from lingen.recipe.reading import shipped_recipes
 
     assert named == {*lingen.MIXERS.names(), *shipped_recipes()}
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lingen.plan.forecast import plan
-from lingen.recipe import load_recipe, load_stages, shipped_recipes, stages_of, to_yaml
+from lingen.recipe import load_recipe, load_stages, stages_of, to_yaml
 from lingen.recipe.json_schema import json_schema
+from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, SettingError
 from lingen.recipe.signature import check_value, settings_of
 from lingen.recipe.sizes import check_frames

@@ -288,7 +288,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, teacher: Pa
     folder = tmp_path_factory.mktemp("rewriting")
     (folder / "tiny.yaml").write_text(TINY.format(folder=tiny_shards))
     words = [f"rewrite.path={teacher}", "rewrite.max_tokens=20", "sample.prompts=[]"]
-    return fit(folder / "tiny.yaml", words, run=folder / "run").folder.path
+    return fit(folder / "tiny.yaml", words, run=folder / "run")
 
 
 def sampled(run: Path, out: Path, prompt: str, *words: str) -> int:

@@ -49,7 +49,7 @@ def run_command(*words: str, **options) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def straight(tiny_recipe: Path, tmp_path: Path) -> Path:
     """A run of both stages without interruption."""
-    return fit(tiny_recipe, run=tmp_path / "straight").folder.path
+    return fit(tiny_recipe, run=tmp_path / "straight")
 
 
 def test_fit_leaves_everything_in_the_run_folder(straight: Path):
@@ -214,7 +214,7 @@ def test_hand_over_takes_raw_weights_and_seeds_the_average(
         assert self.average.updates == 0
 
     monkeypatch.setattr(LinGenModule, "on_fit_start", note)
-    folder = fit(tiny_recipe, run=tmp_path / "run").folder
+    folder = RunFolder(fit(tiny_recipe, run=tmp_path / "run"))
     raw = read_weights(folder.weights("images"), "raw")
     averaged = read_weights(folder.weights("images"), "averaged")
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
@@ -238,8 +238,8 @@ def test_init_starts_from_given_weights(tiny_recipe: Path, straight: Path, tmp_p
         [f"init={straight}", "stages.images.train.steps=1", "train.lr=0"],
         run=tmp_path / "tuned",
         stage="images",
-    ).folder
-    given, tuned = read_weights(find_weights(straight), "raw"), read_weights(run.weights("images"), "raw")
+    )
+    given, tuned = read_weights(find_weights(straight), "raw"), read_weights(RunFolder(run).weights("images"), "raw")
     for name, value in given.items():
         assert torch.equal(value, tuned[name]), name
 
@@ -283,7 +283,7 @@ def test_too_many_broken_samples_stop_the_run_and_name_the_first(tiny_recipe: Pa
     kept = fit(
         tiny_recipe, [f"data.shards.video={broken_shard}", "data.max_dropped=1"], run=tmp_path / "lax", stage="clips"
     )
-    assert sum(json.loads(kept.folder.ledger.read_text())["dropped"].values()) > 0
+    assert sum(json.loads(RunFolder(kept).ledger.read_text())["dropped"].values()) > 0
 
 
 def test_average_warms_up_and_restores():
@@ -320,3 +320,24 @@ def test_mfu_is_logged_where_the_peak_is_known(tiny_recipe: Path):
     recipe = lingen.load_recipe(tiny_recipe, stage="clips")
     module = LinGenModule(recipe)
     assert module.flop_of_training("video") == 3 * plan(recipe).flops["video"] > 0
+
+
+def test_fit_is_public_and_tells_how_a_signal_ended_it(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first call is stopped in its second stage and says so; the second one goes on and returns the run folder."""
+    step = LinGenModule.training_step
+
+    def stopped(self, batch, batch_idx):
+        if self.recipe.stage == "clips" and self.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(LinGenModule, "training_step", stopped)
+        lingen.fit(tiny_recipe, run=tmp_path / "run")
+    assert ended.value.code == 75 and RunFolder(tmp_path / "run").checkpoints("clips")
+    assert lingen.fit(tiny_recipe, ["train.log_every=1"], run=tmp_path / "run") == tmp_path / "run"
+    assert RunFolder(tmp_path / "run").finished(["images", "clips"]) == ["images", "clips"]
+    with pytest.raises(lingen.RecipeError, match="There is no stage called 'clip'. Did you mean 'clips'"):
+        lingen.fit(tiny_recipe, run=tmp_path / "other", stage="clip")

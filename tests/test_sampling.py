@@ -20,6 +20,7 @@ from lingen.media import contact_sheet, read_about, save_video
 from lingen.run import fit
 from lingen.sampling import files as output
 from lingen.sampling.clips import clip_size, decode_frames, encode_prompts, sample_latents
+from lingen.training.folder import RunFolder
 from lingen.weights import find_weights, load_module
 
 
@@ -29,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
     folder = tmp_path_factory.mktemp("sampling")
     (folder / "tiny.yaml").write_text(TINY.format(folder=tiny_shards))
-    return fit(folder / "tiny.yaml", run=folder / "run").folder.path
+    return fit(folder / "tiny.yaml", run=folder / "run")
 
 
 def test_a_clip_for_each_prompt(run: Path):
@@ -287,9 +288,9 @@ def test_what_holds_no_latents_is_said(run: Path, tmp_path: Path, capsys: pytest
 
 
 def test_an_unfinished_run_is_said_to_be_one(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = fit(tiny_recipe, run=tmp_path / "run", stage="images").folder
-    run.weights("images").unlink()
-    assert main(["sample", "--run", str(run.path), "--prompt", "x"]) == 2
+    run = fit(tiny_recipe, run=tmp_path / "run", stage="images")
+    RunFolder(run).weights("images").unlink()
+    assert main(["sample", "--run", str(run), "--prompt", "x"]) == 2
     assert "no stage of it is finished" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lingen.cli import main
-from lingen.recipe import load_recipe, refuse_sharding, stages_of, to_yaml
+from lingen.recipe import load_for_training, load_recipe, stages_of, to_yaml
 from lingen.recipe.registry import RecipeError
 from lingen.run import fit
 from lingen.training.denoiser import LinGenModule
@@ -92,14 +92,16 @@ def test_only_the_stages_that_are_trained_are_looked_at(tiny_recipe: Path, tmp_p
     overrides = ["stages.clips.trainer.strategy=fsdp"]
     with pytest.raises(RecipeError, match=r"\(at stages.clips.trainer.strategy\)$"):
         fit(tiny_recipe, overrides, run=tmp_path / "run")
-    folder = fit(tiny_recipe, [*overrides, "stages.images.train.steps=1"], run=tmp_path / "run", stage="images").folder
+    folder = RunFolder(
+        fit(tiny_recipe, [*overrides, "stages.images.train.steps=1"], run=tmp_path / "run", stage="images")
+    )
     assert folder.finished_steps("images") == 1
 
 
 def test_what_keeps_the_model_whole_is_not_refused(tiny_recipe: Path):
     for name in ("auto", "ddp", "ddp_find_unused_parameters_true", "single_device"):
-        refuse_sharding(tiny_recipe, [f"trainer.strategy={name}"])
-    refuse_sharding("t2v_68s", ["trainer.strategy=ddp"])
+        load_for_training(tiny_recipe, [f"trainer.strategy={name}"])
+    load_for_training("t2v_68s", ["trainer.strategy=ddp"])
 
 
 def test_the_main_recipe_loads_as_it_is():
@@ -112,7 +114,7 @@ def test_the_main_recipe_loads_as_it_is():
 
 def trained(recipe: Path, run: Path) -> tuple[LinGenModule, dict]:
     """A module and its last checkpoint, as a run left it."""
-    folder = fit(recipe, ["stages.images.train.steps=1"], run=run, stage="images").folder
+    folder = RunFolder(fit(recipe, ["stages.images.train.steps=1"], run=run, stage="images"))
     module = LinGenModule(load_recipe(recipe, stage="images"))
     return module, torch.load(folder.checkpoints("images")[-1], weights_only=True)
 

@@ -13,9 +13,10 @@ import torch
 
 from lingen.autoencoder import losses
 from lingen.data.batch import Batch
+from lingen.plan.trial import parts_of_autoencoder
 from lingen.recipe.registry import RecipeError, SettingError
 from lingen.recipe.sections import Recipe, ReconstructionConfig, TrainConfig
-from lingen.training.autoencoder import AutoencoderModule, frozen_parts_of
+from lingen.training.autoencoder import AutoencoderModule
 
 TINY = {"name": "tae", "strides": (4, 4, 4), "channels": 4, "width": 8, "multipliers": (1, 1, 2), "blocks": 1}
 
@@ -338,13 +339,16 @@ def test_measuring_nothing_is_refused():
 
 def test_what_a_stage_reads_is_named_before_it_is_read():
     one = recipe(features={"name": "vgg16", "path": "not/there.safetensors"})
-    missing = [each for part in frozen_parts_of(one) for each in part.missing()]
+    missing = [each for part in parts_of_autoencoder(one) for each in part.missing()]
     assert [each.path for each in missing] == ["not/there.safetensors"]
-    assert frozen_parts_of(replace(one, reconstruction=replace(one.reconstruction, perceptual=0.0)))[0].missing() == []
+    assert (
+        parts_of_autoencoder(replace(one, reconstruction=replace(one.reconstruction, perceptual=0.0)))[0].missing()
+        == []
+    )
     other = replace(recipe(), autoencoder={**TINY, "path": "no/run"})
-    assert any(each.path == "no/run" for part in frozen_parts_of(other) if hasattr(part, "missing")
+    assert any(each.path == "no/run" for part in parts_of_autoencoder(other) if hasattr(part, "missing")
                for each in part.missing())  # fmt: skip
-    assert len(frozen_parts_of(other, begun=True)) == len(frozen_parts_of(other)) - 1
+    assert len(parts_of_autoencoder(other, begun=True)) == len(parts_of_autoencoder(other)) - 1
     with pytest.raises(RecipeError, match="no/run"):
         AutoencoderModule(other).begin()
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from lingen.autoencoder.tae import TAE
 from lingen.cli import main
 from lingen.data.fingerprint import frozen_settings
-from lingen.recipe import load_recipe
+from lingen.recipe import load_curriculum, load_recipe
 from lingen.recipe.registry import AUTOENCODERS, RecipeError
-from lingen.run import Reporter, fit, hand_over
+from lingen.run import Reporter, fit, fit_curriculum, hand_over
 from lingen.sampling.clips import generate
 from lingen.training.autoencoder import AutoencoderModule
 from lingen.training.denoiser import LinGenModule
@@ -77,7 +77,7 @@ def tae_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> P
 @pytest.fixture(scope="module")
 def tae_run(tae_recipe: Path) -> Path:
     """Without a critic, then with one."""
-    return fit(tae_recipe, run=tae_recipe.parent / "run").folder.path
+    return fit(tae_recipe, run=tae_recipe.parent / "run")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
     folder = tmp_path_factory.mktemp("denoiser")
     (folder / "tiny.yaml").write_text(TINY.format(folder=tiny_shards))
-    return fit(folder / "tiny.yaml", run=folder / "run", stage="images").folder.path
+    return fit(folder / "tiny.yaml", run=folder / "run", stage="images")
 
 
 # a run's
@@ -221,7 +221,7 @@ def test_a_run_says_what_it_starts_from_and_goes_on_without_it(tae_recipe: Path,
     source = tmp_path / "start.safetensors"
     export_weights(tae_run, source, "fp32")
     overrides, heard = [f"autoencoder.path={source}", "stages.plain.train.steps=1"], Heard()
-    fit(tae_recipe, overrides, run=tmp_path / "run", stage="plain", reporter=heard)
+    fit_curriculum(load_curriculum(tae_recipe, overrides), run=tmp_path / "run", stage="plain", reporter=heard)
     assert f"stage plain starts from {source}" in heard.said
     source.unlink()
     fit(tae_recipe, [overrides[0]], run=tmp_path / "run", stage="plain")  # from its checkpoint

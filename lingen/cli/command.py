@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from lingen import __version__
 from lingen.recipe.registry import RecipeError
 
-DONE, FAILED, WRONG_USE, INTERRUPTED, REQUEUE = 0, 1, 2, 130, 75
-"""Exit codes; 75 asks to be requeued."""
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes; beside them `lingen.run.REQUEUE`."""
 
 Run = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]

@@ -25,10 +25,9 @@ def doctor(args: argparse.Namespace) -> int:
         if args.overrides or args.stage:
             raise RecipeError("--stage and key=value change a recipe: say which, --recipe R.")
         return _machine(args.json)
-    from lingen.recipe import load_recipe, load_stages
+    from lingen.recipe import load_curriculum
 
-    stages = [load_recipe(args.recipe, args.overrides, stage=args.stage)] if args.stage else None
-    stages = stages or load_stages(args.recipe, args.overrides)
+    stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     from lingen.doctor import examine
 
     found = examine(stages)

@@ -33,11 +33,10 @@ def encode(args: argparse.Namespace) -> int:
     from lingen.prepare.encode import Encoding
     from lingen.prepare.encode import encode as encode_shards
     from lingen.prepare.journal import part_of
-    from lingen.recipe import load_recipe, load_stages
+    from lingen.recipe import load_curriculum
 
     part = part_of(args.part)
-    every = load_stages(args.recipe, args.overrides)
-    stages = [load_recipe(args.recipe, args.overrides, stage=args.stage)] if args.stage else every
+    stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     workers = max(stage.data.workers for stage in stages)
     how = Encoding(device_of(args.device), args.precision, part, workers, args.shard_mb, args.validation)
     with count_bar(console(), "encoding") as progress:

@@ -77,7 +77,7 @@ UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sampl
 
 def _recipe(args: argparse.Namespace) -> Any:
     """The stage that is asked for, with the autoencoder that is asked for; the last stage where none is named."""
-    from lingen.recipe import load_recipe, load_stages
+    from lingen.recipe import load_curriculum
     from lingen.training.folder import RunFolder
 
     if args.recipe is None and args.run is None:
@@ -87,7 +87,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     changes = [f"{key}={value}" for key, value in asked.items() if value is not None]
     overrides = [*first, *args.overrides, *changes, *last, *UNUSED]
     recipe = args.recipe or RunFolder(_folder(args.run)).recipe
-    return load_recipe(recipe, overrides, stage=args.stage) if args.stage else load_stages(recipe, overrides)[-1]
+    return load_curriculum(recipe, overrides).chosen(args.stage)[-1]
 
 
 def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -111,11 +111,12 @@ def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 def _trained(source: Any) -> dict[str, Any]:
     """The autoencoder of a run folder or weights file, as a recipe that names these weights says it."""
     from lingen.autoencoder.stored import read_shapes, settings_of
+    from lingen.recipe.subjects import SUBJECTS
     from lingen.weights import find_weights, recipe_of
 
     file = find_weights(source)
     recipe = recipe_of(file)
-    if recipe.trains != "autoencoder":
+    if recipe.subject is not SUBJECTS["autoencoder"]:
         name, place = recipe.autoencoder["name"], "R" if file == source else f"{source}/recipe.yaml"
         raise RecipeError(
             f"{source} holds a denoiser and no autoencoder of its own. To judge '{name}', with which it was trained, "

@@ -46,11 +46,12 @@ def show(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
     from lingen.plan.forecast import plan
-    from lingen.recipe import load_recipe, load_stages, to_yaml
+    from lingen.recipe import load_curriculum, to_yaml
     from lingen.recipe.signature import as_plain
 
-    recipe = load_recipe(args.recipe, args.overrides, stage=args.stage)
-    stages = [recipe] if args.stage else load_stages(args.recipe, args.overrides)
+    curriculum = load_curriculum(args.recipe, args.overrides)
+    stages = curriculum.chosen(args.stage)
+    recipe = stages[0] if args.stage else curriculum.base
     plans = [plan(stage) for stage in stages]
     if args.json:
         print_json({"recipe": as_plain(recipe), "stages": [one.as_dict() for one in plans]})

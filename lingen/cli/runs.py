@@ -13,7 +13,6 @@ from lingen.cli.command import (
     FAILED,
     INTERRUPTED,
     RECIPE,
-    REQUEUE,
     WAYS,
     argument,
     command,
@@ -25,6 +24,7 @@ from lingen.cli.command import (
 )
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
 from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.subjects import SUBJECTS, Subject
 
 if TYPE_CHECKING:
     from lingen.text.rewrite import Rewritten
@@ -40,13 +40,12 @@ T = TypeVar("T")
     overrides=True,
 )
 def fit(args: argparse.Namespace) -> int:
-    from lingen.recipe import load_stages, refuse_sharding
+    from lingen.recipe import load_for_training
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
     # Says what is wrong before lightning and the data room are imported.
-    refuse_sharding(args.recipe, args.overrides, args.stage)
-    stages = load_stages(args.recipe, args.overrides)
+    curriculum = load_for_training(args.recipe, args.overrides, args.stage)
     import signal
 
     from lingen import run
@@ -56,19 +55,19 @@ def fit(args: argparse.Namespace) -> int:
 
     with ConsoleReporter(console()) as reporter:
         try:
-            outcome = run.fit(args.recipe, args.overrides, run=args.run, stage=args.stage, reporter=reporter)
+            outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter)
         except (DataError, IncompleteError, run.NonFiniteError) as error:
             reporter.say(str(error))
             return FAILED
     if outcome.signal is not None:
         print(f"Stopped by {signal.Signals(outcome.signal).name}; the same command goes on from here.", file=sys.stderr)
-        return INTERRUPTED if outcome.signal == signal.SIGINT else REQUEUE
+        return INTERRUPTED if outcome.signal == signal.SIGINT else run.REQUEUE
     if outcome.is_first_rank:
-        _print_outcome(outcome, stages[0].trains)
+        _print_outcome(outcome, curriculum.base.subject)
     return DONE
 
 
-def _print_outcome(outcome: Any, trained: str) -> None:
+def _print_outcome(outcome: Any, subject: Subject) -> None:
     folder = outcome.folder
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
@@ -79,7 +78,7 @@ def _print_outcome(outcome: Any, trained: str) -> None:
         )
     for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
         print(sheet)
-    if trained == "autoencoder":
+    if subject is SUBJECTS["autoencoder"]:
         print(f"lingen eval tae --run {folder.path}")
     else:
         print(f"lingen sample --run {folder.path} --prompt '...' --out clip.mp4")

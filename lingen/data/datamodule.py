@@ -112,7 +112,7 @@ class ClipData(lightning.LightningDataModule):
         if not len(index):
             faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in index.faults[:3]) or "they are empty"
             raise DataError(f"{setting}: there is no whole sample in {len(index.shards)} shards ({faults}).")
-        if index.encoded and self.recipe.trains == "autoencoder":
+        if index.encoded and not self.recipe.subject.encoded:
             raise RecipeError(f"{setting}: an autoencoder is trained on pixels, and these shards hold latents.")
         if index.encoded:
             check_encoded(index.abouts, self.recipe, setting)

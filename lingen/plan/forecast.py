@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lingen.frozen import on_meta
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Component, LinGenConfig, Recipe
 from lingen.recipe.sizes import grids_of, patch_of
@@ -72,19 +73,19 @@ def peak_flops(device_name: str) -> float | None:
 
 def plan(recipe: Recipe) -> Plan:
     """Forecast of a loaded stage (`load_recipe` with a stage, or of a recipe without stages)."""
-    if recipe.trains == "autoencoder":
-        from lingen.plan.autoencoder import plan_autoencoder
+    forecast: Plan = recipe.subject.plan(recipe)
+    return forecast
 
-        return plan_autoencoder(recipe)
-    import torch
+
+def plan_denoiser(recipe: Recipe) -> Plan:
+    """Forecast of a stage that trains its denoiser."""
     from torch import nn
 
-    from lingen.model import LinGen
+    from lingen.plan.trial import denoiser_on_meta
 
-    with torch.device("meta"):
-        model = LinGen(recipe.model)
-        autoencoder = AUTOENCODERS.build(recipe.autoencoder)
-        encoders = [TEXT_ENCODERS.build(component) for component in recipe.text]
+    model = denoiser_on_meta(recipe)
+    autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
+    encoders = [on_meta(TEXT_ENCODERS, component) for component in recipe.text]
     parameters = _by_part(model)
     frozen = _count(autoencoder) if isinstance(autoencoder, nn.Module) else 0
     for encoder in encoders:

@@ -6,19 +6,22 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from lingen.plan.trial import Workshop
+from lingen.plan.trial import Trial
 from lingen.recipe.layers import Layered, Problem
-from lingen.recipe.reading import Draft, as_path, components_of, raise_all, read_draft, shipped_recipes, unknown_stage
+from lingen.recipe.reading import (
+    Draft,
+    Source,
+    as_path,
+    components_of,
+    raise_all,
+    read_draft,
+    unknown_stage,
+)
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
-
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["load_recipe", "load_stages", "refuse_sharding", "shipped_recipes", "stages_of", "to_yaml"]
 
 CUDA_KERNELS = ("triton", "stock", "flash", "cudnn")
 """Twins that no CPU runs."""
@@ -40,7 +43,50 @@ SHARDING = ("fsdp", "deepspeed", "model_parallel")
 """What the names of Lightning's strategies contain that split the weights or AdamW's moments over ranks."""
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
+class Curriculum(NamedTuple):
+    """A recipe, loaded and tried once: whoever needs its stages is handed this."""
+
+    base: Recipe
+    """Without any stage's overlay; `stages` holds what each stage changes."""
+    stages: list[Recipe]
+    """Every stage, complete, in order; a recipe without stages is one."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the stages."""
+        return [str(one.stage) for one in self.stages]
+
+    def chosen(self, stage: str | None) -> list[Recipe]:
+        """The stage of this name, or all of them for None. RecipeError says which there are."""
+        if stage is None:
+            return self.stages
+        _check_stage(stage, self.names)
+        return [self.stages[self.names.index(stage)]]
+
+
+def load_curriculum(recipe: str | Path | Source, overrides: Sequence[str] = ()) -> Curriculum:
+    """Loads a recipe with all of its stages, as `load_recipe` does one.
+
+    Args:
+        recipe: a path, the name of a recipe that comes with lingen, or a text.
+        overrides: see `load_recipe`.
+    """
+    return _complete(read_draft(recipe, overrides))
+
+
+def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Curriculum:
+    """As `load_curriculum`, for a run of all stages or of one. RecipeError, before anything is built and torch is
+    imported, where a stage that will be trained asks for a strategy that shards."""
+    draft = read_draft(recipe, overrides)
+    if stage is not None:
+        _check_stage(stage, list(draft.stages))
+    chosen = [one for name, one in draft.stages.items() if stage in (None, name)]
+    place = ("trainer", "strategy")
+    raise_all(one.problem(place, text) for one in chosen if (text := sharding(one.get(place))))
+    return _complete(draft)
+
+
+def load_recipe(recipe: str | Path | Source, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
     """Loads a recipe with every default filled in; nothing that it names has to exist on disk.
 
     Strength: defaults < `extends` < recipe < stage < ``key=value`` < ``stages.NAME.key=value``. All stages are checked
@@ -55,20 +101,20 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), stage: str | 
         RecipeError: one sentence for each mistake, with file and line or ``command line``.
     """
     draft = read_draft(recipe, overrides)
-    if stage is not None and stage not in draft.stages:
-        raise RecipeError(unknown_stage(stage, list(draft.stages)))
-    base, stages = _complete(draft)
     if stage is not None:
-        return stages[stage]
-    if not draft.staged:
-        return base
-    changes = {name: _difference(as_plain(replace(base, stage=name)), as_plain(one)) for name, one in stages.items()}
-    return replace(base, stages=changes)
+        _check_stage(stage, list(draft.stages))  # before anything is built
+    curriculum = _complete(draft)
+    return curriculum.base if stage is None else curriculum.chosen(stage)[0]
+
+
+def _check_stage(stage: str, names: list[str]) -> None:
+    if stage not in names:
+        raise RecipeError(unknown_stage(stage, names))
 
 
 def load_stages(recipe: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]:
     """All stages of a recipe in order, as `load_recipe` gives each."""
-    return list(_complete(read_draft(recipe, overrides))[1].values())
+    return load_curriculum(recipe, overrides).stages
 
 
 def stages_of(recipe: str | Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -84,14 +130,6 @@ def sharding(strategy: Any) -> str | None:
         f"strategy '{strategy}' splits the model over ranks, which lingen can neither train nor save yet; set "
         "trainer.strategy=ddp, which keeps the whole model on every rank."
     )
-
-
-def refuse_sharding(recipe: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> None:
-    """RecipeError where a stage, or the one named, asks for a strategy that shards. Imports no torch."""
-    drafts = read_draft(recipe, overrides).stages
-    chosen = [draft for name, draft in drafts.items() if stage in (None, name)]
-    place = ("trainer", "strategy")
-    raise_all(draft.problem(place, text) for draft in chosen if (text := sharding(draft.get(place))))
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -119,7 +157,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _complete(draft: Draft) -> tuple[Recipe, dict[str, Recipe]]:
+def _complete(draft: Draft) -> Curriculum:
     """Second half of loading: settings against signatures, what follows from the neighbours, models on `meta`."""
     everything = [draft.base, *draft.stages.values()]
     raise_all(
@@ -128,14 +166,18 @@ def _complete(draft: Draft) -> tuple[Recipe, dict[str, Recipe]]:
         for problem in (*_fill_components(one), *_check_trainer(one), *_check_kernels(one))
     )
     loaded = [Recipe(**check_settings(Recipe, one.tree)[0]) for one in everything]
-    workshop = Workshop()
-    raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in workshop.neighbours(*pair))
-    raise_all(problem for pair in zip(everything[1:], loaded[1:], strict=True) for problem in workshop.grids(*pair))
+    trial = Trial()
+    raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in trial.neighbours(*pair))
+    raise_all(problem for pair in zip(everything[1:], loaded[1:], strict=True) for problem in trial.grids(*pair))
     written = [recipe.model.max_grid for one, recipe in zip(everything, loaded, strict=True) if _writes_grid(one)]
-    largest = tuple(max(axis) for axis in zip(*workshop.seen, *written, strict=True))
-    base, *stages = (replace(recipe, model=workshop.derive(recipe, largest)) for recipe in loaded)
-    raise_all(workshop.trials(list(zip(draft.stages, everything[1:], stages, strict=True))))
-    return base, {name: replace(recipe, stage=name) for name, recipe in zip(draft.stages, stages, strict=True)}
+    largest = tuple(max(axis) for axis in zip(*trial.seen, *written, strict=True))
+    base, *stages = (replace(recipe, model=trial.derive(recipe, largest)) for recipe in loaded)
+    raise_all(trial.trials(list(zip(draft.stages, everything[1:], stages, strict=True))))
+    stages = [replace(recipe, stage=name) for name, recipe in zip(draft.stages, stages, strict=True)]
+    if draft.staged:
+        plain = ((one, as_plain(replace(base, stage=one.stage))) for one in stages)
+        base = replace(base, stages={str(one.stage): _difference(below, as_plain(one)) for one, below in plain})
+    return Curriculum(base, stages)
 
 
 def _writes_grid(draft: Layered) -> bool:

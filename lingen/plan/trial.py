@@ -1,4 +1,4 @@
-"""Second thoughts on a recipe: its parts are built on the meta device, and what they refuse is told with its line."""
+"""Trying a recipe: its parts are built on the meta device, and what they refuse is told with its line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lingen.frozen import on_meta
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import as_path, components_of
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, Registry, SettingError
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError, SettingError
 from lingen.recipe.sections import LinGenConfig, Recipe
 from lingen.recipe.signature import settings_of
 from lingen.recipe.sizes import Grid, all_grids
@@ -18,63 +19,63 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Workshop:
-    """Builds parts on the meta device, each distinct one once, and turns what they refuse into problems."""
+DENOISERS_KEPT = 16
+"""Models on the meta device that are kept: a recipe's stages share one, or have a few."""
+_DENOISERS: dict[Any, nn.Module] = {}
+
+
+class Trial:
+    """Builds every part and every model of a recipe, and turns what they refuse into problems."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, Any] = {}
-        self.models: dict[str, nn.Module] = {}
         self.seen: list[Grid] = []
 
     def neighbours(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
-        """Builds every component: the autoencoder and text encoders that the model has to fit, each mixer once."""
+        """Builds every component: the autoencoder and text encoders that the model has to fit, and the mixers."""
         for path, component, registry in components_of(draft.tree):
             positional = (recipe.model.dim, 0) if registry is MIXERS else ()
-            key = repr((registry.kind, component, positional))
-            if key in self.parts:
-                continue
             try:
-                self.parts[key] = _on_meta(registry, component, positional)
+                on_meta(registry, component, *positional)
             except Exception as error:  # a third party's part may fail in any way
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
 
     def grids(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
         """Notes the largest grid of a stage."""
-        autoencoder = self._part(AUTOENCODERS, recipe.autoencoder)
+        autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
         try:
             self.seen += all_grids(recipe, autoencoder)
         except SettingError as error:
             yield draft.problem(("data", error.setting), str(error))
             return
         yield from _decoding(draft, recipe, autoencoder)
-        if recipe.trains == "autoencoder" and recipe.reconstruction.adversarial:
+        if recipe.subject.has_critic(recipe):
             yield from _critic(draft, recipe)
 
     def derive(self, recipe: Recipe, largest: Grid) -> LinGenConfig:
         """The model's settings with what follows from its neighbours."""
-        channels = self._part(AUTOENCODERS, recipe.autoencoder).channels
-        text_dims = tuple(self._part(TEXT_ENCODERS, component).dim for component in recipe.text)
+        channels = on_meta(AUTOENCODERS, recipe.autoencoder).channels
+        text_dims = tuple(on_meta(TEXT_ENCODERS, component).dim for component in recipe.text)
         return replace(recipe.model, channels=channels, text_dims=text_dims, max_grid=largest)
 
     def trials(self, stages: list[tuple[str, Layered, Recipe]]) -> Iterator[Problem]:
         """Builds each distinct model, and compares the weights of each stage with those of the first."""
         first: dict[str, Any] | None = None
         for (_, _, before), (_, draft, recipe) in pairwise(stages):
-            critics = [bool(one.trains == "autoencoder" and one.reconstruction.adversarial) for one in (before, recipe)]
-            if recipe.train.keep_optimizer and critics[0] != critics[1]:
+            same_critic = before.subject.has_critic(before) == recipe.subject.has_critic(recipe)
+            if recipe.train.keep_optimizer and not same_critic:
                 text = "The stage before trains other parameters (the critic): its moments do not fit; take false."
                 yield draft.problem(("train", "keep_optimizer"), text)
         for name, draft, recipe in stages:
-            if recipe.trains != stages[0][2].trains:
+            if recipe.subject is not stages[0][2].subject:
                 text = (
                     f"Stage '{name}' trains another model than stage '{stages[0][0]}'; give each a recipe of its own."
                 )
                 yield draft.problem(("trains",), text)
                 continue
             try:
-                model = self._trained(recipe)
+                model = recipe.subject.build_weights(recipe)
             except Exception as error:
-                path = ("model",) if recipe.trains == "denoiser" else ()
+                path = (recipe.subject.section,) if recipe.subject.section == "model" else ()
                 yield _refused(draft, path, error, "The model cannot be built")
                 continue
             shapes = {weight: tuple(value.shape) for weight, value in model.state_dict().items()}
@@ -83,29 +84,45 @@ class Workshop:
                 text = f"The weights of stage '{name}' have other shapes than those of stage '{stages[0][0]}'."
                 yield draft.problem(_changed(stages[0][2], recipe), text)
 
-    def _trained(self, recipe: Recipe) -> nn.Module:
-        """What a stage trains, on the meta device."""
-        import torch
 
-        from lingen.model import LinGen
-
-        if recipe.trains == "autoencoder":
-            return trainable(self._part(AUTOENCODERS, recipe.autoencoder), recipe.autoencoder["name"])
-        key = repr(recipe.model)
-        if key not in self.models:
-            with torch.device("meta"):
-                self.models[key] = LinGen(recipe.model)
-        return self.models[key]
-
-    def _part(self, registry: Registry, component: dict[str, Any]) -> Any:
-        return self.parts[repr((registry.kind, component, ()))]
-
-
-def _on_meta(registry: Registry, component: dict[str, Any], positional: tuple[Any, ...]) -> Any:
+def denoiser_on_meta(recipe: Recipe) -> nn.Module:
+    """A stage's denoiser on the meta device; each distinct one is built once, so leave it as it is."""
     import torch
 
-    with torch.device("meta"):
-        return registry.build(component, *positional)
+    from lingen.model import LinGen
+
+    mixers = recipe.model.mixer if isinstance(recipe.model.mixer, list) else [recipe.model.mixer]
+    key = repr(recipe.model), tuple(MIXERS[mixer["name"]] for mixer in mixers)  # a name may be registered anew
+    if key not in _DENOISERS:
+        if len(_DENOISERS) >= DENOISERS_KEPT:
+            _DENOISERS.clear()
+        with torch.device("meta"):
+            _DENOISERS[key] = LinGen(recipe.model)
+    return _DENOISERS[key]
+
+
+def autoencoder_on_meta(recipe: Recipe) -> Any:
+    """A stage's autoencoder on the meta device, if it is one that can be trained; SettingError else."""
+    return trainable(on_meta(AUTOENCODERS, recipe.autoencoder), recipe.autoencoder["name"])
+
+
+def parts_of_denoiser(recipe: Recipe, *, begun: bool = False) -> list[Any]:
+    """The autoencoder and the text encoders that a denoiser's stage uses, on the meta device."""
+    encoders = (on_meta(TEXT_ENCODERS, component) for component in recipe.text)
+    return [on_meta(AUTOENCODERS, recipe.autoencoder), *encoders]
+
+
+def parts_of_autoencoder(recipe: Recipe, *, begun: bool = False) -> list[Any]:
+    """What an autoencoder's stage reads from disk, on the meta device: its perceptual distance, and the weights that
+    it starts from, unless it has `begun` and goes on from its checkpoint."""
+    parts = [on_meta(PERCEPTUAL, features_of(recipe))]
+    autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
+    return parts if begun or autoencoder.path is None else [*parts, autoencoder]
+
+
+def features_of(recipe: Recipe) -> dict[str, Any]:
+    """The perceptual distance that a stage uses."""
+    return recipe.reconstruction.features if recipe.reconstruction.perceptual else {"name": "none"}
 
 
 def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what: str) -> Problem:
@@ -159,7 +176,7 @@ def trainable(autoencoder: Any, name: str) -> Any:
 
 def _changed(one: Recipe, other: Recipe) -> tuple[str, ...]:
     """The setting of the model in which two stages differ."""
-    if one.trains == "autoencoder":
-        return ("autoencoder",)
+    if one.subject.section != "model":
+        return (one.subject.section,)
     names = [name for name in settings_of(LinGenConfig) if getattr(one.model, name) != getattr(other.model, name)]
     return ("model", *names[:1])

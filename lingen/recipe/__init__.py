@@ -3,9 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lingen.plan.loading import load_recipe, load_stages, refuse_sharding, shipped_recipes, stages_of, to_yaml
+    from lingen.plan.loading import Curriculum, load_curriculum, load_for_training, load_recipe, load_stages
+    from lingen.plan.loading import stages_of as stages_of
+    from lingen.plan.loading import to_yaml as to_yaml
 
-__all__ = ["load_recipe", "load_stages", "refuse_sharding", "shipped_recipes", "stages_of", "to_yaml"]
+__all__ = [
+    "Curriculum",
+    "load_curriculum",
+    "load_for_training",
+    "load_recipe",
+    "load_stages",
+    "stages_of",
+    "to_yaml",
+]
 
 
 def __getattr__(name: str) -> Any:

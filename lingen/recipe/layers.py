@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path as File
 from typing import Any, NamedTuple
 
 from lingen.recipe.signature import Path
@@ -110,17 +109,12 @@ class Layered:
             self.put(path, value, over, source)
 
 
-def read_yaml(file: File, shown: str) -> tuple[Layered, list[Problem]]:
-    """A recipe file as a tree whose origins are ``shown:line``, and its mistakes of form."""
+def read_yaml(text: str, shown: str) -> tuple[Layered, list[Problem]]:
+    """A recipe as a tree whose origins are ``shown:line``, and its mistakes of form."""
     import yaml
 
     try:
-        text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except UnicodeDecodeError:
-        return Layered({}, {}), [Problem(shown, "This is not a text file in UTF-8.")]
-    except OSError as error:
-        return Layered({}, {}), [Problem(shown, f"Cannot be read: {error.strerror}.")]
     except yaml.MarkedYAMLError as error:
         line = f"{shown}:{error.problem_mark.line + 1}" if error.problem_mark else shown
         return Layered({}, {}), [Problem(line, f"This is not valid YAML: {error.problem}.")]

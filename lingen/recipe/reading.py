@@ -61,6 +61,18 @@ LIMITS: dict[str, Limit] = (
 """Numbers outside these make no sense; for a list, each entry."""
 
 
+class Source(NamedTuple):
+    """A recipe's text, and what is known of it beside."""
+
+    text: str
+    shown: str
+    """What messages call it."""
+    name: str
+    """What the run is called, where the text does not say."""
+    folder: File = File()
+    """Where a path after `extends` is looked for."""
+
+
 class Draft(NamedTuple):
     """A recipe read and merged, its sections checked; components are known by name only."""
 
@@ -79,9 +91,9 @@ def shipped_recipes() -> dict[str, File]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def read_draft(recipe: str | File, overrides: Sequence[str] = ()) -> Draft:
+def read_draft(recipe: str | File | Source, overrides: Sequence[str] = ()) -> Draft:
     """Reads and merges: defaults < `extends` < recipe < stage < command line. RecipeError with every mistake found."""
-    base = _read(_find(recipe, None), [])
+    base = _read(recipe if isinstance(recipe, Source) else _find(recipe, File()), None)
     problems: list[Problem] = []
     plain, of_stage = _read_overrides(overrides, problems)
     stages = base.pop("stages")
@@ -147,18 +159,28 @@ def _spell_out_word(layered: Layered, path: Path, word: Any) -> None:
         layered.origins[(*path, "name")] = origin
 
 
-def _find(recipe: str | File, folder: File | None) -> tuple[File, str]:
-    """A recipe's file and what it is called in messages. A path is taken from `folder` (default: the current one)."""
-    file = (folder or File()) / recipe
+def _find(recipe: str | File, folder: File) -> Source:
+    """A recipe by its name, or by its path from a folder. RecipeError where there is none, or it cannot be read."""
+    file = folder / recipe
     shipped = shipped_recipes()
     name = str(recipe).removesuffix(".yaml")
     if file.is_file():
-        return file, _shown(file)
+        return _read_file(file)
     if name in shipped:
-        return shipped[name], _shown(shipped[name])
+        return _read_file(shipped[name])
     if file.is_dir() or os.sep in str(recipe):
         raise RecipeError(f"There is no recipe file {str(recipe)!r}.")
     raise RecipeError(f"There is no recipe called '{name}'.{did_you_mean(name, shipped)} Known: {', '.join(shipped)}.")
+
+
+def _read_file(file: File) -> Source:
+    shown = _shown(file)
+    try:
+        return Source(file.read_text(encoding="utf-8"), shown, file.stem, file.parent)
+    except UnicodeDecodeError:
+        raise RecipeError(str(Problem(shown, "This is not a text file in UTF-8."))) from None
+    except OSError as error:
+        raise RecipeError(str(Problem(shown, f"Cannot be read: {error.strerror}."))) from None
 
 
 def _shown(file: File) -> str:
@@ -167,10 +189,10 @@ def _shown(file: File) -> str:
     return str(file) if relative.startswith("..") else relative
 
 
-def _read(found: tuple[File, str], children: list[str]) -> Layered:
-    """A recipe over the one that it extends over the defaults."""
-    file, shown = found
-    layer, problems = read_yaml(file, shown)
+def _read(source: Source, child: str | None) -> Layered:
+    """A recipe over the one that it extends over the defaults. `child` is where another one extends this one."""
+    shown = source.shown
+    layer, problems = read_yaml(source.text, shown)
     raise_all(problems)
     stages = layer.get(("stages",))
     for prefix in ((), *(("stages", name) for name in (stages if isinstance(stages, dict) else {}))):
@@ -181,17 +203,17 @@ def _read(found: tuple[File, str], children: list[str]) -> Layered:
     else:
         if not isinstance(parent, str):
             raise_all([layer.problem(("extends",), "Expected the name or path of one recipe.")])
-        if children:
+        if child is not None:
             raise RecipeError(
-                f"{children[0]}: '{shown}' extends another recipe itself; only one level is allowed. (at extends)"
+                f"{child}: '{shown}' extends another recipe itself; only one level is allowed. (at extends)"
             )
         try:
-            above = _find(parent, file.parent)
+            above = _find(parent, source.folder)
         except RecipeError as error:
             raise RecipeError(f"{layer.origin(('extends',)).where}: {error} (at extends)") from None
-        base = _read(above, [layer.origin(("extends",)).where])
+        base = _read(above, layer.origin(("extends",)).where)
         base.tree.pop("stage", None)
-    base.tree["name"] = file.stem
+    base.tree["name"] = source.name
     base.origins[()] = Origin(shown, "")
     raise_all(base.merge(layer))
     return base

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from lingen.recipe.registry import SettingError
+from lingen.recipe.subjects import SUBJECTS, Subject
 
 Component = dict[str, Any]
 """A registered part and its settings: ``{"name": "mate", "window": [8, 4, 4]}``. In a recipe, a bare word is short for
@@ -317,3 +318,8 @@ class Recipe:
     stages: Annotated[dict[str, dict[str, Any]], "stages in order, each an overlay of the sections above"] = field(
         default_factory=dict
     )
+
+    @property
+    def subject(self) -> Subject:
+        """What the stages train."""
+        return SUBJECTS[self.trains]

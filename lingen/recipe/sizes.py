@@ -13,8 +13,8 @@ Grid = tuple[int, int, int]
 
 
 def patch_of(recipe: Recipe) -> Grid:
-    """Latents per token: of an autoencoder's recipe, which has no tokens, one."""
-    return recipe.model.patch if recipe.trains == "denoiser" else (1, 1, 1)
+    """Latents per token; one where what is trained has no tokens."""
+    return recipe.model.patch if recipe.subject.encoded else (1, 1, 1)
 
 
 def check_frames(frames: int, autoencoder: Any, patch: int = 1) -> None:

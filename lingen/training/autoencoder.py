@@ -18,7 +18,7 @@ from lingen.autoencoder.perceptual import NoDistance, build_perceptual
 from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
 from lingen.media import as_floats
-from lingen.plan.trial import trainable
+from lingen.plan.trial import features_of, trainable
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import Recipe
 from lingen.training.base import Trained
@@ -27,20 +27,6 @@ FRAMES_AT_ONCE = 8
 """Frames of a clip that validation hands to the perceptual distance in one go."""
 MEASURED = 32
 """Batches that the latents' mean and spread are measured on at the end of a stage."""
-
-
-def frozen_parts_of(recipe: Recipe, *, begun: bool = False) -> list[Any]:
-    """What a stage reads from disk before it trains: built on the meta device, so that each says what it lacks. One
-    that has `begun` goes on from its checkpoint and does not read the weights that it started from."""
-    with torch.device("meta"):
-        parts = [build_perceptual(features_of(recipe))]
-        autoencoder = AUTOENCODERS.build(recipe.autoencoder)
-    return parts if begun or autoencoder.path is None else [*parts, autoencoder]
-
-
-def features_of(recipe: Recipe) -> dict[str, Any]:
-    """The perceptual distance that a stage uses."""
-    return recipe.reconstruction.features if recipe.reconstruction.perceptual else {"name": "none"}
 
 
 class AutoencoderModule(Trained):

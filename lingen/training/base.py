@@ -64,6 +64,10 @@ class Trained(lightning.LightningModule):
         """For a run without `init`, at its very start; says which weights it starts from."""
         return "random weights"
 
+    def fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Trained weights of another stage, in the sizes of this one."""
+        return weights
+
     def before_saving(self, data: Any) -> None:
         """What is to be measured on the data module's samples before the weights of a finished stage are written."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lingen import flow
 from lingen.data.batch import Batch
 from lingen.media import as_floats
-from lingen.model import LinGen
+from lingen.model import LinGen, resize_tables
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe
 from lingen.text import TextEncoder, replace_rows, with_frame_rate
@@ -49,6 +49,12 @@ class LinGenModule(Trained):
             f"text.{i}.": encoder for i, encoder in enumerate(self.text) if not getattr(encoder, "trainable", False)
         }
         return {**parts, "autoencoder.": self.autoencoder}
+
+    def fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Positional tables of another size are resized (`resize_tables`)."""
+        own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        resized = resize_tables(own, self.recipe.model)
+        return weights | {f"model.{name}": value for name, value in resized.items()}
 
     def encode_clips(self, clips: Tensor) -> Tensor:
         """uint8 [b 3 t h w] -> latents [b c t h w]; what is latents already stays as it is."""

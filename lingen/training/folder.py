@@ -34,12 +34,7 @@ def fingerprint(stages: Sequence[Recipe]) -> str:
 def _identity(stage: Recipe) -> dict[str, Any]:
     sections = {name: value for name, value in asdict(stage).items() if name in IDENTITY}
     sections["data"] = {name: value for name, value in sections["data"].items() if name not in FREE_DATA}
-    if stage.trains == "autoencoder":
-        critic = stage.reconstruction
-        sections["reconstruction"] = [
-            bool(critic.adversarial), critic.discriminator_width, critic.discriminator_layers
-        ]  # fmt: skip
-    return sections
+    return sections | stage.subject.identity(stage)
 
 
 @dataclass(frozen=True)
