@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import as_path, components_of
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, Registry, SettingError
-from lingen.recipe.sections import LinGenConfig, Recipe
+from lingen.recipe.sections import LinGenConfig, Recipe, Triple
 from lingen.recipe.signature import settings_of
-from lingen.recipe.sizes import Grid, all_grids
+from lingen.recipe.sizes import all_grids
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +24,7 @@ class Workshop:
     def __init__(self) -> None:
         self.parts: dict[str, Any] = {}
         self.models: dict[str, nn.Module] = {}
-        self.seen: list[Grid] = []
+        self.seen: list[Triple] = []
 
     def neighbours(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
         """Builds every component: the autoencoder and text encoders that the model has to fit, each mixer once."""
@@ -50,7 +50,7 @@ class Workshop:
         if recipe.trains == "autoencoder" and recipe.reconstruction.adversarial:
             yield from _critic(draft, recipe)
 
-    def derive(self, recipe: Recipe, largest: Grid) -> LinGenConfig:
+    def derive(self, recipe: Recipe, largest: Triple) -> LinGenConfig:
         """The model's settings with what follows from its neighbours."""
         channels = self._part(AUTOENCODERS, recipe.autoencoder).channels
         text_dims = tuple(self._part(TEXT_ENCODERS, component).dim for component in recipe.text)
