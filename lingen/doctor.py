@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,6 @@ import torch
 
 from lingen.autoencoder.perceptual import NoDistance
 from lingen.data.locations import expand
-from lingen.data.order import KINDS
 from lingen.files import cache_folder
 from lingen.frozen import Missing, missing_of
 from lingen.kernels.choice import choose, has_triton
@@ -26,8 +24,10 @@ from lingen.kernels.scan import SCAN_KERNELS
 from lingen.kernels.swiglu import SWIGLU_KERNELS
 from lingen.kernels.window_attention import WINDOW_KERNELS
 from lingen.plan.loading import sharding
+from lingen.provenance import version_of
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
-from lingen.recipe.sections import Recipe
+from lingen.recipe.sections import KINDS, Recipe
+from lingen.sampling.clips import best_device
 
 LITTLE_DISK = 20.0
 """GB below which the free disk space is worth a note: a checkpoint of the largest recipe has more (ours)."""
@@ -148,7 +148,7 @@ def machine() -> Iterator[Line]:
     for name, folder in (("here", Path.cwd()), ("cache", cache_folder())):
         yield _disk(name, folder)
     for name, use in OPTIONAL.items():
-        version = _version(name)
+        version = version_of(name)
         yield Line(version is not None, name, f"{version or 'not installed'}: {use}")
 
 
@@ -180,7 +180,7 @@ def _gpus() -> Iterator[Line]:
 
 def _triton() -> tuple[bool, str, str]:
     if has_triton():
-        return True, "triton", str(_version("triton"))
+        return True, "triton", str(version_of("triton"))
     return not torch.cuda.is_available(), "triton", "not installed; kernels run on plain PyTorch"
 
 
@@ -196,7 +196,7 @@ def _kernels() -> str:
         "pool": (POOL_KERNELS, "reference"),
         "swiglu": (SWIGLU_KERNELS, "reference"),
     }
-    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+    x = torch.empty(0, device=best_device(), dtype=torch.bfloat16)
     taken: dict[str, list[str]] = {}
     for operation, (twins, plain) in known.items():
         taken.setdefault(choose(operation, "auto", twins, x, plain), []).append(operation)
@@ -209,18 +209,11 @@ def _encoder() -> Line:
     try:
         av.codec.Codec("libx264", "w")
     except av.codec.codec.UnknownCodecError:
-        return Line(False, "libx264", f"not in PyAV {_version('av')}: no MP4 can be written; pip install -U av")
-    return Line(True, "libx264", f"in PyAV {_version('av')}")
+        return Line(False, "libx264", f"not in PyAV {version_of('av')}: no MP4 can be written; pip install -U av")
+    return Line(True, "libx264", f"in PyAV {version_of('av')}")
 
 
 def _disk(name: str, folder: Path) -> Line:
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     free = shutil.disk_usage(there).free / 1e9
     return Line(free >= LITTLE_DISK, f"disk ({name})", f"{free:,.0f} GB free at {folder}")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lingen.recipe.registry import RecipeError
 
@@ -98,6 +100,11 @@ def write_text(path: Path, text: str) -> None:
     """A text file in UTF-8, as `whole_file` writes."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2, end: str = "") -> None:
+    """A JSON file, as `whole_file` writes."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + end)
 
 
 def remove_left(folder: Path, pattern: str) -> None:

@@ -68,6 +68,16 @@ def read_about(path: str | Path) -> tuple[str, dict[str, Any]]:
         return file.metadata.get("title", ""), json.loads(file.metadata.get("comment", "") or "{}")
 
 
+def read_video(data: bytes) -> tuple[Frames, float]:
+    """All frames of a small video file, and how many there are a second."""
+    import av
+
+    with av.open(io.BytesIO(data), "r") as file:
+        stream = file.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(stream)])
+        return frames, float(stream.average_rate or 25)
+
+
 def encode_mp4(
     clip: Iterable[Picture],
     fps: float,

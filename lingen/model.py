@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks.block import Block
 from lingen.blocks.layers import RMSNorm, check_sizes
-from lingen.blocks.positions import Grid, Positions, resize_tables
+from lingen.blocks.positions import Positions, resize_tables
 from lingen.flow import along
 from lingen.kernels.choice import full_precision
 from lingen.kernels.fp8 import input_dtype
 from lingen.kernels.modulate import norm_modulate
 from lingen.plan.forecast import activation_bytes, recomputed_blocks
 from lingen.recipe.registry import SettingError
-from lingen.recipe.sections import LinGenConfig
+from lingen.recipe.sections import LinGenConfig, Triple
 
 log = logging.getLogger("lingen")
 
@@ -116,7 +116,7 @@ class LinGen(nn.Module):
             return out
         return (out - latents) / along(1 - time, latents).clamp(min=SMALLEST_TIME_LEFT).to(latents.dtype)
 
-    def grid_of(self, size: Sequence[int]) -> Grid:
+    def grid_of(self, size: Sequence[int]) -> Triple:
         """Tokens (t, h, w) of latents of size (t, h, w). ValueError where the patch does not divide them."""
         return grid_of(size, self.config.patch)
 
@@ -228,7 +228,7 @@ def mixers_of(config: LinGenConfig) -> list[tuple[Any, int]]:
     return layers
 
 
-def grid_of(size: Sequence[int], patch: Sequence[int]) -> Grid:
+def grid_of(size: Sequence[int], patch: Sequence[int]) -> Triple:
     """Tokens (t, h, w) of latents of size (t, h, w); fewer frames than a patch has, such as an image, are one token.
 
     ValueError names the axis that the patch does not divide.
@@ -240,14 +240,14 @@ def grid_of(size: Sequence[int], patch: Sequence[int]) -> Grid:
     return t, h, w
 
 
-def _cut(latents: Float[Tensor, "b c t h w"], patch: Grid) -> Float[Tensor, "b T H W p"]:
+def _cut(latents: Float[Tensor, "b c t h w"], patch: Triple) -> Float[Tensor, "b T H W p"]:
     """Patches as the last axis; the last frame is repeated where there are fewer than a patch has."""
     x = _repeat_last(latents, 2, patch[0])
     x = x.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
 
 
-def _join(x: Float[Tensor, "b T H W p"], patch: Grid) -> Float[Tensor, "b c t h w"]:
+def _join(x: Float[Tensor, "b T H W p"], patch: Triple) -> Float[Tensor, "b c t h w"]:
     """Inverse of `_cut`, repeated frames included."""
     x = x.unflatten(4, (-1, *patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

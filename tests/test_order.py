@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lingen.data import order
 from lingen.data.order import Anchor, Lane, Order, Place
-from lingen.recipe.sections import PerKind
+from lingen.recipe.sections import KINDS, PerKind
 
 mixes = st.builds(PerKind, image=st.integers(0, 7), video=st.integers(0, 120)).filter(lambda m: m.image + m.video > 0)
 lanes = st.lists(st.builds(Lane, samples=st.integers(1, 60), batch=st.integers(1, 4)), min_size=1, max_size=4)
@@ -36,7 +36,7 @@ def test_one_image_step_for_every_hundred_video_steps() -> None:
 
 @given(mixes, st.integers(0, 10**6))
 def test_the_rarer_kind_is_spread_evenly(mix: PerKind, start: int) -> None:
-    rare, often = sorted(order.KINDS, key=lambda kind: getattr(mix, kind))
+    rare, often = sorted(KINDS, key=lambda kind: getattr(mix, kind))
     assume(getattr(mix, rare) > 0)
     steps = [s for s in range(start, start + 3 * (mix.image + mix.video)) if order.kind_of(s, mix) == rare]
     gaps = {after - before for before, after in zip(steps, steps[1:], strict=False)}
@@ -45,7 +45,7 @@ def test_the_rarer_kind_is_spread_evenly(mix: PerKind, start: int) -> None:
 
 @given(mixes, st.integers(0, 300))
 def test_count_before_counts(mix: PerKind, step: int) -> None:
-    for kind in order.KINDS:
+    for kind in KINDS:
         assert order.count_before(kind, step, mix) == sum(order.kind_of(s, mix) == kind for s in range(step))
 
 

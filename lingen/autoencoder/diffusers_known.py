@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import Triple
 
 Config = Mapping[str, Any]
-Strides = tuple[int, int, int]
-
 CHANNELS = ("latent_channels", "z_dim", "z_channels")
 """What the classes call the channels of a latent in their configs."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -25,7 +24,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 class Known(NamedTuple):
     """A class that was tried with this adapter. In all of them the first frame has a latent frame of its own."""
 
-    strides: Strides
+    strides: Triple
     """Of the public weights, as are the channels."""
     channels: int
     weights: str
@@ -163,7 +162,7 @@ def read_config(folder: Path, class_name: str | None) -> Config:
     return config
 
 
-def differences(config: Config, class_name: str | None, strides: Strides, channels: int) -> Iterator[str]:
+def differences(config: Config, class_name: str | None, strides: Triple, channels: int) -> Iterator[str]:
     """How a config differs from a recipe's settings, each with the right value."""
     found = config["_class_name"]
     if class_name is not None and found != class_name:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lingen.autoencoder.temporal import Activation, Grid, Stream, TimeAttention, TimeBlock, TimeConv, add
-from lingen.blocks.layers import RMSNorm, Triple, check_sizes, head_count
+from lingen.blocks.layers import RMSNorm, check_sizes, head_count
 from lingen.recipe.registry import SettingError
+from lingen.recipe.sections import Triple
 
 MULTIPLIERS = (1, 2, 4)
 """Widths of the first levels, in units of the first; deeper ones stay at the last (latent diffusion's 1, 2, 4, 4)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lingen.model import LinGen, Text
 from lingen.recipe.registry import RecipeError, SettingError
 from lingen.recipe.sections import LinGenConfig
+from lingen.sampling import clips as sampling
 
 Made = TypeVar("Made", bound=nn.Module)
 
@@ -20,13 +21,11 @@ TEXT_TOKENS = 512
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """The device of that name; by default the GPU where there is one. RecipeError for one that is not here."""
+    """A device on which can be measured; else as `lingen.sampling.clips.best_device`."""
     kind = (name or "").partition(":")[0]
     if name and kind not in ("cpu", "cuda"):
         raise RecipeError(f"There is no device '{name}' to measure on; say cpu or cuda.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device cuda: torch sees no GPU here; leave it out to measure on the CPU.")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return sampling.best_device(name)
 
 
 def precision_of(device: torch.device) -> torch.dtype:

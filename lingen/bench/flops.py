@@ -20,9 +20,9 @@ from lingen.blocks.temporal_swin import window_padding
 from lingen.model import mixers_of
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import LinGenConfig
+from lingen.recipe.sections import Triple as Grid
 from lingen.recipe.signature import check_settings
 
-Grid = tuple[int, int, int]
 Component = str | dict[str, Any]
 
 CHUNK, GROUP = 64, 64

@@ -39,9 +39,9 @@ from lingen.data.locations import expand
 from lingen.data.manifest import About, Row
 from lingen.data.shards import read_shard, scan, write_shards
 from lingen.prepare.index import index_folder
+from lingen.provenance import git_commit, versions
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Shards
-from lingen.training.folder import git_commit, versions
 
 RAW = Recipe(data=DataConfig(frames=16, size=(256, 256), fps=16.0))
 """The clips of the raw comparison."""

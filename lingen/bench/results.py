@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from lingen.files import write_text
+from lingen.files import write_json
+from lingen.provenance import git_commit, versions
 from lingen.recipe.registry import RecipeError
-from lingen.training.folder import git_commit, versions
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -68,7 +68,7 @@ class Results:
 
     def write(self) -> None:
         """Replaces the file in one step."""
-        write_text(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.path, self.data, indent=1, end="\n")
 
 
 class _Twins(logging.Handler):

@@ -19,8 +19,7 @@ from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels.rotary import rotary_table, rotate
 from lingen.kernels.ssd import ssd
 from lingen.kernels.stock import chunk_scan
-
-Grid = tuple[int, int, int]
+from lingen.recipe.sections import Triple as Grid
 
 
 @torch.compiler.disable

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.swiglu import swiglu
 from lingen.recipe.registry import SettingError
-
-# One number each for t, h and w.
-Triple = tuple[int, int, int]
+from lingen.recipe.sections import Triple
 
 
 class RMSNorm(nn.Module):

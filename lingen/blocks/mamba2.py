@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.blocks.layers import GatedRMSNorm, Triple, check_choice, check_sizes, grid_of
+from lingen.blocks.layers import GatedRMSNorm, check_choice, check_sizes, grid_of
 from lingen.blocks.scan import order_of, permutation
 from lingen.kernels.conv import conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
@@ -16,6 +16,7 @@ from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
 from lingen.kernels.scan import SCAN_KERNELS, rows_of, scan, scan_kernel, scan_state
 from lingen.recipe.registry import SettingError
+from lingen.recipe.sections import Triple
 
 
 class Mamba2(nn.Module):

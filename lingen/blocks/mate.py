@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import Triple, check_choice, clamp
+from lingen.blocks.layers import check_choice, clamp
 from lingen.kernels.choice import holds_numbers
 from lingen.kernels.fp8 import wants_fp8
 from lingen.recipe.registry import MIXERS, SettingError
+from lingen.recipe.sections import Triple
 from lingen.recipe.signature import check_value, settings_of
 
 # The probe's grid: windows larger than this would cost time and say nothing more about the scale.

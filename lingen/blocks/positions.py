@@ -6,12 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.recipe.sections import LinGenConfig
+from lingen.recipe.sections import LinGenConfig, Triple
 
 # Wavelengths from 6 to 630 tokens: neighbours differ, and nothing repeats within the longest clip or frame [ours].
 _BASE = 100.0
-
-Grid = tuple[int, int, int]
 
 
 class Positions(nn.Module):
@@ -27,12 +25,12 @@ class Positions(nn.Module):
         std: root mean square of the sum of the three tables at the start.
     """
 
-    def __init__(self, grid: Grid, dim: int, std: float):
+    def __init__(self, grid: Triple, dim: int, std: float):
         super().__init__()
         self.std = std
         self.t, self.h, self.w = (nn.Parameter(sin_cos(range(n), dim, axis, std)) for axis, n in enumerate(grid))
 
-    def forward(self, grid: Grid) -> Float[Tensor, "t h w d"]:
+    def forward(self, grid: Triple) -> Float[Tensor, "t h w d"]:
         """Positions of a grid of tokens, in the tables' dtype, float32 at least."""
         t = extend(self.t, grid[0], self.std)
         h, w = resize_frame(self.h, self.w, grid[1:])

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from lingen.blocks.layers import Triple as Grid
 from lingen.blocks.layers import grid_of
 from lingen.kernels.constants import constants
 from lingen.recipe.registry import SCANS, RecipeError, SettingError
+from lingen.recipe.sections import Triple
 
 Order = str | Callable[[int, int, int], Tensor]
 Entry = Order | tuple
@@ -94,7 +94,7 @@ def to_sequence(x: Shaped[Tensor, "b t h w d"], order: Order) -> Shaped[Tensor, 
     return x.flatten(1, 3).index_select(1, index)
 
 
-def to_grid(sequence: Shaped[Tensor, "b n d"], order: Order, grid: Grid) -> Shaped[Tensor, "b t h w d"]:
+def to_grid(sequence: Shaped[Tensor, "b n d"], order: Order, grid: Triple) -> Shaped[Tensor, "b t h w d"]:
     """Inverse of `to_sequence`."""
     if isinstance(order, str):
         sizes = [grid["thw".index(axis)] for axis in order]
@@ -104,13 +104,13 @@ def to_grid(sequence: Shaped[Tensor, "b n d"], order: Order, grid: Grid) -> Shap
 
 
 @constants(maxsize=128)
-def permutation(order: Order, grid: Grid, device: torch.device) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+def permutation(order: Order, grid: Triple, device: torch.device) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
     """Raster index of each position in the sequence, and the position of each raster index. Kept per device."""
     index = _raster_index(order, grid)
     return index.to(device), index.argsort().to(device)
 
 
-def _raster_index(order: Order, grid: Grid) -> Int[Tensor, "n"]:
+def _raster_index(order: Order, grid: Triple) -> Int[Tensor, "n"]:
     raster = torch.arange(grid[0] * grid[1] * grid[2])
     if isinstance(order, str):
         return to_sequence(raster.view(1, *grid, 1), order).flatten()
@@ -123,7 +123,7 @@ def _raster_index(order: Order, grid: Grid) -> Int[Tensor, "n"]:
     return index.long()
 
 
-def adjacency(scan: str | Entry, grid: Grid, layer: int = 0) -> tuple[float, float, float]:
+def adjacency(scan: str | Entry, grid: Triple, layer: int = 0) -> tuple[float, float, float]:
     """Mean distance in the sequence between tokens that are neighbours in t, in h and in w (0 where an axis is 1)."""
     _, inverse = permutation(order_of(scan, layer), grid, torch.device("cpu"))
     position = inverse.view(grid).double()

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, Triple, check_choice, check_sizes, clamp, grid_of, head_count
+from lingen.blocks.layers import RMSNorm, check_choice, check_sizes, clamp, grid_of, head_count
 from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.window_attention import WINDOW_KERNELS, Padding, window_attention
+from lingen.recipe.sections import Triple
 
 
 class TemporalSwin(nn.Module):

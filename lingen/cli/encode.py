@@ -34,26 +34,15 @@ def encode(args: argparse.Namespace) -> int:
     from lingen.prepare.encode import encode as encode_shards
     from lingen.prepare.journal import part_of
     from lingen.recipe import load_curriculum
+    from lingen.sampling.clips import best_device
 
     part = part_of(args.part)
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     workers = max(stage.data.workers for stage in stages)
-    how = Encoding(device_of(args.device), args.precision, part, workers, args.shard_mb, args.validation)
+    how = Encoding(str(best_device(args.device)), args.precision, part, workers, args.shard_mb, args.validation)
     with count_bar(console(), "encoding") as progress:
         report = encode_shards(stages, Path(args.out), how, progress)
     return print_report(report, args)
-
-
-def device_of(name: str | None) -> str:
-    """The device that was asked for; RecipeError where there is none of that name."""
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name
 
 
 @command(
@@ -77,13 +66,14 @@ def data_caption(args: argparse.Namespace) -> int:
     from lingen.cli.progress import count_bar
     from lingen.prepare.caption import Captioning, caption
     from lingen.prepare.journal import part_of
+    from lingen.sampling.clips import best_device
 
     for name in ("captions", "frames", "max_tokens"):
         if getattr(args, name) < 1:
             raise RecipeError(f"--{name.replace('_', '-')} is a number from 1 up, got {getattr(args, name)}.")
     how = Captioning(
         Path(args.model), args.prompt, args.captions, args.frames, args.max_tokens, args.replace,
-        device_of(args.device), part_of(args.part), args.shard_mb,
+        str(best_device(args.device)), part_of(args.part), args.shard_mb,
     )  # fmt: skip
     with count_bar(console(), "captioning") as progress:
         report = caption(Path(args.folder), Path(args.out), how, progress)

@@ -24,7 +24,7 @@ from lingen.cli.command import (
     ways_of_args,
     whole,
 )
-from lingen.cli.encode import DEVICE, device_of
+from lingen.cli.encode import DEVICE
 from lingen.recipe.registry import RecipeError
 
 
@@ -52,9 +52,10 @@ def eval_tae(args: argparse.Namespace) -> int:
 
     from lingen.cli.progress import count_bar
     from lingen.metrics.autoencoder import Request, evaluate
+    from lingen.sampling.clips import best_device
 
     asked = Request(
-        clips=args.clips, way=way, tile=tile, compare=args.compare, device=device_of(args.device),
+        clips=args.clips, way=way, tile=tile, compare=args.compare, device=str(best_device(args.device)),
     )  # fmt: skip
     with count_bar(console(), "reconstructing") as progress:
         try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, console
-from lingen.cli.encode import DEVICE, device_of
+from lingen.cli.encode import DEVICE
 from lingen.recipe.registry import RecipeError
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ REWRITER = argument("--rewriter", metavar="DIR", help="rewrite with the chat mod
     overrides=True,
 )
 def prompts_rewrite(args: argparse.Namespace) -> int:
+    from lingen.sampling.clips import best_device
+
     prompts = lines_of(args.file)
     if not prompts:
         raise RecipeError(f"There is no prompt in {args.file}; write one on each line.")
-    found = rewrite(prompts, _settings(args), device_of(args.device))
+    found = rewrite(prompts, _settings(args), str(best_device(args.device)))
     wrong = report_faults(found)
     if wrong and not args.json:  # a line for a line: with one missing, the others would stand for the wrong prompts
         print("Nothing was written. Change what is named above; the others are kept.", file=sys.stderr)

@@ -27,10 +27,10 @@ from lingen.data.indexing import open_index
 from lingen.data.latents import Wanted
 from lingen.data.ledger import DataError
 from lingen.data.locations import expand
-from lingen.data.order import KINDS, Anchor, Order, Place
+from lingen.data.order import Anchor, Order, Place
 from lingen.data.sources import Reader
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
-from lingen.recipe.sections import Recipe, Shards
+from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.sizes import patch_of
 
 

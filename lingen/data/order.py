@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 from lingen.recipe.sections import PerKind
 
-KINDS = ("image", "video")
 ROUND = 512
 """Steps, about, in a round of buckets."""
 WINDOW = 64

@@ -8,7 +8,6 @@ All of it is ours; the paper has no such set.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lingen.files import cache_folder, whole_folder
-from lingen.media import encode_mp4, encode_png
+from lingen.media import encode_mp4, encode_png, read_video
 from lingen.recipe.registry import RecipeError, SettingError
-from lingen.recipe.sections import Recipe, Shards
+from lingen.recipe.sections import KINDS, Recipe, Shards
 
 COLOURS = {
     "red": (1.0, 0.0, 0.0),
@@ -38,7 +37,6 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "turn
 
 Split = Literal["train", "tune", "report"]
 SPLITS: tuple[Split, ...] = ("train", "tune", "report")
-KINDS = ("image", "video")
 FORMAT = 5
 """Raised whenever the drawing changes, so that an old cache is not taken for a new one."""
 
@@ -174,14 +172,12 @@ def held_out_clips(
 
     How well the judge of `lingen.metrics.shapes` does on them is the most that a model can reach.
     """
-    import av
     import webdataset
 
     clips, texts = [], []
     paths = sorted(str(path) for path in (_folder(recipe) / split).glob("video-*.tar"))
     for sample in itertools.islice(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False), count):
-        with av.open(io.BytesIO(sample["mp4"]), "r") as file:
-            clips.append(np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(file.streams.video[0])]))
+        clips.append(read_video(sample["mp4"])[0])
         texts.append(json.loads(sample["json"])["caption"])
     return clips, texts
 

@@ -18,8 +18,7 @@ from lingen.kernels.pool_triton import pool_backward, pool_forward
 from lingen.kernels.scan import chunk_of, rows_of, state_by_product
 from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
 from lingen.kernels.scan_triton import Scan, Sizes, scan_forward, step_sums
-
-Triple = tuple[int, int, int]
+from lingen.recipe.sections import Triple
 
 
 class Weights(NamedTuple):

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.constants import constants
+from lingen.recipe.sections import Triple
 
 # Frequencies span positions 1..100, a window's length and not a text's [ours; RoFormer's 10,000 is for texts].
 _ROTARY_BASE = 100.0
@@ -12,7 +13,7 @@ _ROTARY_BASE = 100.0
 
 @constants(maxsize=64)
 def rotary_table(
-    grid: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device
+    grid: Triple, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "n 1 p"], Float[Tensor, "n 1 p"]]:
     """Cosines and sines of the 3D rotary embedding of a grid's tokens in raster order, for heads of `width`.
 

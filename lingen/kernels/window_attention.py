@@ -10,10 +10,10 @@ from lingen.kernels.choice import choose, full_precision
 from lingen.kernels.constants import constants
 from lingen.kernels.rotary import rotary_table, rotate
 from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import Triple
 
 WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
-# Tokens along t, h and w; and padding before and after each of these axes.
-Triple = tuple[int, int, int]
+# Tokens along t, h and w are a Triple; and padding before and after each of these axes.
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 # The Triton twin holds a block of a head's rows in registers.

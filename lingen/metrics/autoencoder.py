@@ -20,7 +20,7 @@ from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool
 from lingen.data.datamodule import ClipData
-from lingen.files import write_text
+from lingen.files import check_place, write_json
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video, sheet_frames
 from lingen.metrics.reconstruction import (
@@ -32,9 +32,9 @@ from lingen.metrics.reconstruction import (
     bicubic_shape,
     psnr,
 )
+from lingen.provenance import git_commit, versions
 from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
 from lingen.recipe.sections import PerKind, Recipe
-from lingen.training.folder import as_json, git_commit, versions
 
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
 """Movie Gen's TAE (arXiv 2410.13720, section 3.1.1) on its authors' clips of 512 pixels: for scale only."""
@@ -75,7 +75,7 @@ def evaluate(
             `out` that is a file.
         DataError: no sample fits.
     """
-    _check_folder(out)
+    check_place(out)
     recipe = _of_one_shape(recipe, asked.clips)
     autoencoder, way, tiles = _build(recipe, asked)
     sources = {
@@ -101,17 +101,9 @@ def evaluate(
         "commit": git_commit(),
         "versions": versions(),
     }
-    out.mkdir(parents=True, exist_ok=True)
     judge.picture()
-    write_text(out / "metrics.json", as_json(result))
+    write_json(out / "metrics.json", result)
     return result
-
-
-def _check_folder(out: Path) -> None:
-    """RecipeError for an `out` that is no folder, and cannot become one."""
-    there = next(one for one in (out, *out.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise RecipeError(f"{there} is a file, and results go into a folder: name another one with --out.")
 
 
 def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:

@@ -9,10 +9,8 @@ from typing import Any
 
 from lingen.frozen import on_meta
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
-from lingen.recipe.sections import Component, LinGenConfig, Recipe
+from lingen.recipe.sections import Component, LinGenConfig, Recipe, Triple
 from lingen.recipe.sizes import grids_of, patch_of
-
-Grid = tuple[int, int, int]
 
 KEPT_BYTES = {
     "cpu": {"mate": 460, "mamba2": 400, "temporal_swin": 170, "attention": 145, "linear_attention": 160},
@@ -38,7 +36,7 @@ class Plan:
     """A stage's forecast for one rank that holds the whole model, not sharded."""
 
     stage: str
-    grids: dict[str, Grid]
+    grids: dict[str, Triple]
     """Tokens (t, h, w) of one sample of each kind."""
     parameters: dict[str, int]
     """Trained parameters of each part."""
@@ -153,7 +151,7 @@ def _by_part(model: Any) -> Counter[str]:
     return parts
 
 
-def _memory(recipe: Recipe, trained: int, grids: dict[str, Grid]) -> dict[str, int]:
+def _memory(recipe: Recipe, trained: int, grids: dict[str, Triple]) -> dict[str, int]:
     """float32 weights, averaged copy, gradients and two moments; activations in the trainer's precision."""
     held = 2 if str(recipe.trainer.get("precision")).endswith("16-true") else 4
     largest = max(_batch_tokens(recipe, kind, grid) for kind, grid in grids.items())
@@ -166,7 +164,7 @@ def _memory(recipe: Recipe, trained: int, grids: dict[str, Grid]) -> dict[str, i
     }
 
 
-def _batch_tokens(recipe: Recipe, kind: str, grid: Grid) -> int:
+def _batch_tokens(recipe: Recipe, kind: str, grid: Triple) -> int:
     return int(getattr(recipe.data.batch, kind)) * math.prod(grid)
 
 
@@ -176,13 +174,13 @@ def _where(recipe: Recipe) -> tuple[bool, str]:
     return "16" in str(recipe.trainer.get("precision")), device
 
 
-def _recomputed_share(recipe: Recipe, kind: str, grid: Grid) -> float:
+def _recomputed_share(recipe: Recipe, kind: str, grid: Triple) -> float:
     """Share of the blocks that training with batches of this kind computes twice."""
     tokens = _batch_tokens(recipe, kind, grid)
     return recomputed_blocks(recipe.model, tokens, *_where(recipe)) / recipe.model.depth
 
 
-def _flops(recipe: Recipe, per_token: int, grid: Grid) -> float:
+def _flops(recipe: Recipe, per_token: int, grid: Triple) -> float:
     """2 FLOPs per weight and token (arXiv 2001.08361, section 2.1), plus what the mixers do between tokens."""
     config, tokens = recipe.model, math.prod(grid)
     between = sum(_between_tokens(component, config, grid) for component in _layers(config))
@@ -203,7 +201,7 @@ def _layers(config: LinGenConfig) -> list[Component]:
     return [mixers[layer % len(mixers)] for layer in range(config.depth)]
 
 
-def _between_tokens(component: Component, config: LinGenConfig, grid: Grid) -> float:
+def _between_tokens(component: Component, config: LinGenConfig, grid: Triple) -> float:
     """FLOPs per token of mixing tokens, beyond the projections; 0 for a mixer of someone else."""
     name = component["name"]
     if name == "mate":

@@ -11,9 +11,9 @@ from lingen.frozen import on_meta
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import as_path, components_of
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError, SettingError
-from lingen.recipe.sections import LinGenConfig, Recipe
+from lingen.recipe.sections import LinGenConfig, Recipe, Triple
 from lingen.recipe.signature import settings_of
-from lingen.recipe.sizes import Grid, all_grids
+from lingen.recipe.sizes import all_grids
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ class Trial:
     """Builds every part and every model of a recipe, and turns what they refuse into problems."""
 
     def __init__(self) -> None:
-        self.seen: list[Grid] = []
+        self.seen: list[Triple] = []
 
     def neighbours(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
         """Builds every component: the autoencoder and text encoders that the model has to fit, and the mixers."""
@@ -51,7 +51,7 @@ class Trial:
         if recipe.subject.has_critic(recipe):
             yield from _critic(draft, recipe)
 
-    def derive(self, recipe: Recipe, largest: Grid) -> LinGenConfig:
+    def derive(self, recipe: Recipe, largest: Triple) -> LinGenConfig:
         """The model's settings with what follows from its neighbours."""
         channels = on_meta(AUTOENCODERS, recipe.autoencoder).channels
         text_dims = tuple(on_meta(TEXT_ENCODERS, component).dim for component in recipe.text)

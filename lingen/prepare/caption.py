@@ -16,11 +16,12 @@ from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import fingerprint, hash_weights
 from lingen.data.manifest import About, Row
-from lingen.data.order import KINDS, digest
+from lingen.data.order import digest
 from lingen.data.shards import parse
 from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import KINDS
 
 SIDE = 448
 """Height of the frames that a model is shown, in pixels; it scales them to what it was trained on (ours)."""

@@ -24,14 +24,13 @@ from lingen.data.fingerprint import differences, fingerprint, frozen_settings
 from lingen.data.index import Index
 from lingen.data.latents import LATENTS
 from lingen.data.manifest import About, Row, media_hash
-from lingen.data.order import KINDS
 from lingen.data.shards import parse
 from lingen.data.sources import Reader
 from lingen.prepare.encoders import Encoders
 from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.registry import RecipeError
-from lingen.recipe.sections import Recipe
+from lingen.recipe.sections import KINDS, Recipe
 
 
 class Task(NamedTuple):

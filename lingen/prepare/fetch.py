@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from lingen.files import whole_folder
-from lingen.media import encode_mp4, encode_webp
+from lingen.media import encode_mp4, encode_webp, read_video
 from lingen.prepare.packages import Package, download
 from lingen.recipe.registry import RecipeError, did_you_mean
 
@@ -289,8 +289,10 @@ def _video_sample(item: Item) -> dict[str, Any]:
 
 
 def _image_sample(item: Item) -> dict[str, Any]:
-    frame = _webp_frames(item.data)[0] if item.data[:4] == b"RIFF" else _middle_frame(item.data)
-    return _sample(item, "webp", encode_webp(frame))
+    """The first frame of an animation, the middle one of a film."""
+    still = item.data[:4] == b"RIFF"
+    frames = _webp_frames(item.data) if still else read_video(item.data)[0]
+    return _sample(item, "webp", encode_webp(frames[0 if still else len(frames) // 2]))
 
 
 def _sample(item: Item, extension: str, data: bytes) -> dict[str, Any]:
@@ -323,20 +325,8 @@ def _webp_frames(data: bytes) -> UInt8[np.ndarray, "t h w 3"]:
 
 def _encode_footage(data: bytes) -> bytes:
     """Any video that PyAV reads as H.264, an odd height or width cut by one."""
-    import av
-
-    with av.open(io.BytesIO(data), "r") as file:
-        fps = float(file.streams.video[0].average_rate or 25)
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(file.streams.video[0])])
+    frames, fps = read_video(data)
     return encode_mp4(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2], fps, crf=20)
-
-
-def _middle_frame(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    import av
-
-    with av.open(io.BytesIO(data), "r") as file:
-        frames = [frame for frame in file.decode(file.streams.video[0])]
-        return frames[len(frames) // 2].to_ndarray(format="rgb24")
 
 
 def _line(package: Package) -> str:

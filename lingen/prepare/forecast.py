@@ -9,10 +9,10 @@ from typing import NamedTuple
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError
 from lingen.data.locations import Location, expand
-from lingen.data.order import KINDS, count_before
+from lingen.data.order import count_before
 from lingen.data.remote import is_remote
 from lingen.recipe.registry import RecipeError
-from lingen.recipe.sections import Recipe
+from lingen.recipe.sections import KINDS, Recipe
 
 
 class Bucket(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.data.manifest import Row
-from lingen.files import whole_file, write_text
+from lingen.files import whole_file, write_json, write_text
 from lingen.recipe.registry import RecipeError
 
 
@@ -109,7 +109,7 @@ class SetFolder:
     def _agree(self, settings: dict[str, Any]) -> None:
         path = self.parts / "settings.json"
         if not path.is_file():
-            write_text(path, json.dumps(settings, indent=1, ensure_ascii=False))
+            write_json(path, settings, indent=1)
         held = json.loads(path.read_text(encoding="utf-8"))
         if held != settings:
             raise RecipeError(
@@ -166,7 +166,7 @@ def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
 
 def write_record(path: Path, record: Record) -> None:
     entries = [[list(entry.row), list(entry.looks)] for entry in record.entries]
-    write_text(path, json.dumps({"entries": entries, "notes": record.notes}, ensure_ascii=False))
+    write_json(path, {"entries": entries, "notes": record.notes}, indent=None)
 
 
 def _records(folder: Path, kind: str) -> Iterator[Record]:

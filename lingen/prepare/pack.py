@@ -21,9 +21,8 @@ from lingen.prepare.journal import Entry, Note, Part, Record, SetFolder, ShardSt
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.registry import RecipeError
-from lingen.recipe.sections import Recipe
+from lingen.recipe.sections import KINDS, Recipe
 
-KINDS = ("image", "video")
 SHARES = ("black", "frozen")
 
 

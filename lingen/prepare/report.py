@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lingen.data import manifest
 from lingen.data.manifest import About, Row
-from lingen.files import write_text
+from lingen.files import write_json
 from lingen.prepare.journal import Note, Record, SetFolder
 
 LEDGER = "ledger.json"
@@ -98,4 +97,4 @@ def write_set(folder: SetFolder, rows: Sequence[Row], about: About, ledger: dict
     with folder.finishing(manifest.NAME, LEDGER):
         if rows:
             manifest.write(folder.out / manifest.NAME, rows, about)
-        write_text(folder.out / LEDGER, json.dumps(ledger, indent=1, ensure_ascii=False) + "\n")
+        write_json(folder.out / LEDGER, ledger, indent=1, end="\n")

@@ -15,6 +15,11 @@ Component = dict[str, Any]
 """A registered part and its settings: ``{"name": "mate", "window": [8, 4, 4]}``. In a recipe, a bare word is short for
 ``{name: word}``."""
 
+Triple = tuple[int, int, int]
+"""One number each for t, h and w."""
+KINDS = ("image", "video")
+"""Of samples."""
+
 DERIVED = {"derived": True}
 """Marks a field that the loader works out from the neighbours; a recipe cannot set it."""
 

@@ -7,12 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from lingen.recipe.registry import SettingError
-from lingen.recipe.sections import DataConfig, Recipe
-
-Grid = tuple[int, int, int]
+from lingen.recipe.sections import DataConfig, Recipe, Triple
 
 
-def patch_of(recipe: Recipe) -> Grid:
+def patch_of(recipe: Recipe) -> Triple:
     """Latents per token; one where what is trained has no tokens."""
     return recipe.model.patch if recipe.subject.encoded else (1, 1, 1)
 
@@ -43,7 +41,7 @@ def check_frames(frames: int, autoencoder: Any, patch: int = 1) -> None:
     raise SettingError("frames", f"{fault}; {cure}.")
 
 
-def grids_of(data: DataConfig, strides: Grid, patch: Grid) -> dict[str, Grid]:
+def grids_of(data: DataConfig, strides: Triple, patch: Triple) -> dict[str, Triple]:
     """Tokens (t, h, w) of a sample of each kind in the mix; SettingError if patches do not fill a frame."""
     grids, height, width = {}, *data.size
     for axis, pixels, stride, size in (
@@ -64,10 +62,10 @@ def grids_of(data: DataConfig, strides: Grid, patch: Grid) -> dict[str, Grid]:
     return grids
 
 
-def all_grids(recipe: Recipe, autoencoder: Any) -> list[Grid]:
+def all_grids(recipe: Recipe, autoencoder: Any) -> list[Triple]:
     """Tokens (t, h, w) of samples of every kind in the mix and every shape that a batch may have; errors as above."""
     data = recipe.data
-    grids: list[Grid] = []
+    grids: list[Triple] = []
     for size in (data.size, *data.sizes):
         for frames in (data.frames, *data.lengths):
             try:

@@ -19,6 +19,7 @@ from lingen.autoencoder.ways import tiles_of, way_for
 from lingen.flow import Encoded
 from lingen.frozen import check_ready
 from lingen.media import as_frames
+from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
 from lingen.sampling.precision import set_precision
@@ -104,9 +105,19 @@ def settings_with(
     )
 
 
-def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def best_device(name: str | None = None) -> torch.device:
+    """The device of that name; without one the GPU where there is one, else the CPU.
+
+    Raises:
+        RecipeError: there is no device of that name here.
+    """
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
 
 
 def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[int, int] | None = None) -> ClipSize:

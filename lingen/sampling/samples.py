@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from lingen.data.datamodule import ClipData
-from lingen.files import write_text
+from lingen.files import write_json
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
 from lingen.recipe.sections import Recipe
 from lingen.sampling.clips import best_device, clip_size, decode_frames, encode_prompts, sample_latents
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder, as_json
+from lingen.training.folder import RunFolder
 from lingen.weights import load_module
 
 if TYPE_CHECKING:
@@ -106,4 +106,4 @@ def score(folder: RunFolder, recipe: Recipe) -> None:
     target = folder.samples("score", step)
     contact_sheet(clips, target / "sheet.png", captions)
     save_video(clips[0], target / "00.mp4", recipe.data.fps, title=captions[0])
-    write_text(folder.score, as_json(result))
+    write_json(folder.score, result)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lingen.data.fingerprint import fingerprint, hash_weights
-from lingen.files import cache_folder, write_text
+from lingen.files import cache_folder, write_json
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.sections import RewriteConfig
 from lingen.text.chat import Chat, Talk, inspect
@@ -171,7 +171,7 @@ class _Kept:
         file = self._file(prompt)
         about = {"prompt": prompt, "rewritten": text, "settings": self.settings}
         try:
-            write_text(file, json.dumps(about, indent=2, ensure_ascii=False))
+            write_json(file, about)
         except OSError as error:
             log.warning("A rewritten prompt cannot be kept for the next time: %s", error)
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
-from lingen.files import remove_left, whole_file, write_text
+from lingen.files import remove_left, whole_file, write_json
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder, as_json
+from lingen.training.folder import RunFolder
 from lingen.training.ranks import gather_objects
 
 KEPT_CHECKPOINTS = 2
@@ -120,7 +120,7 @@ class StepEdge(Callback):
         with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
             trainer.save_checkpoint(partial)
             if trainer.is_global_zero:
-                write_text(self.folder.ledger, as_json(self.ledger.as_json()))
+                write_json(self.folder.ledger, self.ledger.as_json())
         if trainer.is_global_zero:
             remove_left(path.parent, "*partial*")
             for old in self.folder.checkpoints(self.stage)[:-KEPT_CHECKPOINTS]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.files import write_text
+from lingen.provenance import git_commit, versions
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
 
@@ -139,31 +137,3 @@ class RunFolder:
 def default_path(stages: Sequence[Recipe]) -> Path:
     """``runs/<recipe>-<fingerprint>`` in the current folder."""
     return Path("runs") / f"{stages[0].name}-{fingerprint(stages)}"
-
-
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on."""
-    names = ("lingen", "torch", "lightning", "webdataset", "av", "mamba-ssm", "flash-attn", "triton")
-    found: dict[str, str] = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the current folder's checkout, with ``+`` for uncommitted changes; None outside of one."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
