@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 
-from lingen.bench.branches import Place, block_inputs, compiled
-from lingen.bench.build import built
+from lingen.bench.build import built, compiled
 from lingen.bench.cases import CASES
 from lingen.bench.kernels import _made, _sizes
-from lingen.bench.plain import PlainBlock
+from lingen.bench.place import Place
+from lingen.bench.training import block_inputs
+from lingen.bench.yardsticks import yardstick
 from lingen.blocks.block import Block
 from lingen.recipe.sections import LinGenConfig
 
@@ -36,8 +37,8 @@ def block(dim, grid, place, compiler, limit):
     """A stock block's output and gradients, compiled or not."""
     mixer = {"name": "mate", "state_dim": 16, "head_dim": 16, "window": (2, 2, 2)}
     config = LinGenConfig(dim=dim, depth=2, mixer=mixer, channels=4, text_dims=(6,), max_grid=grid, gate_init=1.0)
-    ours = built(partial(Block, config, mixer, 1), place.device, place.dtype)
-    plain, inputs = PlainBlock(ours), block_inputs(dim, grid, place)
+    ours = built(partial(Block, config, mixer, 1), place)
+    plain, inputs = yardstick("plain").PlainBlock(ours), block_inputs(dim, grid, place)
     inputs = [u.detach().requires_grad_(u.is_floating_point()) for u in inputs]
     names = ["x", "positions", "modulation", "text", *(name for name, _ in ours.named_parameters())]
     wanted = [u for u in (*inputs, *ours.parameters()) if u.requires_grad]

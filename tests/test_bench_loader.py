@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lingen.bench import index_scale, loader
-from lingen.bench.pairs import Comparison, Measured, measure
-from lingen.bench.rivals import Job, Wanted, bare_clip
+from lingen.bench import index_scale
+from lingen.bench.yardsticks import yardstick
 from lingen.cli import main
 from lingen.data.decode import decode_video
 from lingen.data.shards import write_shards
 from lingen.media import encode_mp4
 from lingen.recipe.sections import DataConfig, Recipe
+
+loader, rivals, pairs = (yardstick(name) for name in ("loader", "rivals", "pairs"))
 
 
 def film(frames: int, height: int, width: int, fps: float) -> bytes:
@@ -30,10 +31,10 @@ def film(frames: int, height: int, width: int, fps: float) -> bytes:
 
 @pytest.mark.parametrize(("fps", "start"), [(25, 0.0), (25, 0.5), (30, 0.99), (12, 0.3)])
 def test_the_bare_loop_makes_the_clips_of_the_loader(tmp_path: Path, fps: int, start: float) -> None:
-    path, wanted = tmp_path / "a.mp4", Wanted(8, (32, 48), 16.0)
+    path, wanted = tmp_path / "a.mp4", rivals.Wanted(8, (32, 48), 16.0)
     path.write_bytes(film(30, 64, 80, fps))
     ours = decode_video(path.read_bytes(), frames=8, size=(32, 48), fps=16.0, start=start).pixels.numpy()
-    theirs = bare_clip(Job(path, start), wanted)
+    theirs = rivals.bare_clip(rivals.Job(path, start), wanted)
     assert theirs.shape == ours.shape == (3, 8, 32, 48) and theirs.dtype == np.uint8
     # A frame is 7 brighter than the one before, 5.4 on average; FFmpeg rounds differently on the way to other formats.
     assert np.abs(ours.astype(int) - theirs).mean() < 2.5
@@ -43,14 +44,14 @@ def test_pairs_take_turns_and_give_the_median_of_their_ratios() -> None:
     asked: list[str] = []
 
     def side(name: str, seconds: list[float]) -> Any:
-        def run(pair: int) -> Measured:
+        def run(pair: int) -> Any:
             asked.append(f"{name}{pair}")
-            return Measured(10, seconds[pair], 2 * seconds[pair])
+            return pairs.Measured(10, seconds[pair], 2 * seconds[pair])
 
         return run
 
-    comparison = Comparison("raw", "rival", 2, side("a", [1, 4, 2]), side("b", [1, 8, 1]), 16)
-    found = measure(comparison, 3, lambda pair: None)
+    comparison = pairs.Comparison("raw", "rival", 2, side("a", [1, 4, 2]), side("b", [1, 8, 1]), 16)
+    found = pairs.measure(comparison, 3, lambda pair: None)
     assert asked == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert found["ratios"] == [1.0, 2.0, 0.5] and found["ratio"] == 1.0
     assert found["clips_per_second"] == [5.0, 10.0] and found["frames_per_second"] == [80.0, 160.0]
@@ -64,9 +65,9 @@ def test_a_small_run_writes_its_file(
     for name, value in (
         ("RAW", Recipe(data=DataConfig(frames=4, size=(16, 16), fps=8.0))), ("TOKENS", 3), ("SAMPLES", 8),
         ("ENCODED", replace(loader.ENCODED, data=DataConfig(frames=8, size=(16, 16), fps=8.0))), ("COPIES", 4),
-        ("DELAY", 0.001),
     ):  # fmt: skip
         monkeypatch.setattr(loader, name, value)
+    monkeypatch.setattr(rivals, "DELAY", 0.001)
     monkeypatch.setattr(index_scale, "BATCHES", 3)
     monkeypatch.setattr(index_scale, "_fresh", lambda work, folder: work(folder))  # new processes take seconds
     clips = [{"__key__": f"c{i}", "mp4": film(12, 16, 32, 8), "txt": "a clip"} for i in range(2)]

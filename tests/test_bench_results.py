@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lingen.bench.results import Results, command_line
-from lingen.bench.show import TABLES, fill, read, targets
+from lingen.bench.show import PAGE, fill, read
 from lingen.bench.targets import CUDNN, FP8, MA, TARGETS, TESA, VARIANTS
 from lingen.cli import main
 from lingen.kernels.choice import has_triton
@@ -43,7 +43,7 @@ def forward(ms: float, **more):
 
 def verdicts(*rows, **more):
     files = {"run": HEAD | {"rows": list(rows)} | more}
-    return {line[0]: line[5:] for line in targets(files)}
+    return {line[0]: line[5:] for line in PAGE["targets"].lines(files)}
 
 
 def test_targets_are_reached_or_missed_by_so_much():
@@ -84,7 +84,7 @@ def test_the_newest_file_counts():
     old, new = (
         HEAD | {"date": date, "rows": [forward(ms)]} for date, ms in (("2026-01-01", 1.0), ("2026-02-01", 2000.0))
     )
-    lines = {line[0]: line for line in targets({"a": new, "b": old})}
+    lines = {line[0]: line for line in PAGE["targets"].lines({"a": new, "b": old})}
     assert lines["100 forwards, 68 s (s)"][5:] == ["200", "reached", "a"]
 
 
@@ -99,7 +99,7 @@ def test_the_pages_tables_are_those_of_the_committed_files():
     """After new results: lingen bench show --markdown docs/performance.md"""
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert fill(page, read(ROOT / "docs" / "results")) == page
-    assert all(f"<!-- table: {name} -->" in page for name in TABLES)
+    assert all(f"<!-- table: {name} -->" in page for name in PAGE)
 
 
 def test_show_prints_and_fills(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,15 +1,24 @@
 """The yardstick computes what lingen computes, else its speed says nothing."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import lingen
+from lingen.bench import yardsticks
 from lingen.bench.build import draw
-from lingen.bench.plain import PlainDenoiser
-from lingen.bench.stock import StockMamba2, StockSwin
+from lingen.bench.yardsticks import yardstick
 from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.temporal_swin import TemporalSwin
+from lingen.cli import main
 from lingen.model import LinGen
 from lingen.recipe.sections import LinGenConfig
+
+PlainDenoiser = yardstick("plain").PlainDenoiser
+StockMamba2, StockSwin = yardstick("stock").StockMamba2, yardstick("stock").StockSwin
 
 
 def relative(got, want):
@@ -69,3 +78,35 @@ def test_the_plain_denoiser_is_ours(mixer):
         want, got = model(*inputs), PlainDenoiser(model)(*inputs)
     assert want.square().mean() > 0.01 and relative(got, want) < 1e-5
     assert len(model.blocks) == 2 and type(model.blocks[0]).__name__ == "Block"
+
+
+def test_yardsticks_are_those_of_the_checkout_from_any_folder(tmp_path):
+    """Another package named tests lies in the folder that lingen is started in."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").write_text("mine = 1\n")
+    script = (
+        "import sys; from lingen.bench.yardsticks import yardstick; stock = yardstick('stock'); import tests; "
+        "print(tests.mine, stock.StockSwin.__name__, yardstick('plain').StockSwin is stock.StockSwin)"
+    )
+    root = str(Path(lingen.__file__).parents[1])
+    words = [sys.executable, "-c", f"import sys; sys.path[:0] = ['', {root!r}]; {script}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.stdout == "1 StockSwin True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stock", "--recipe", "quickstart_cpu"],
+        ["training", "--recipe", "quickstart_cpu"],
+        ["model", "--recipe", "quickstart_cpu", "--twins", "all"],
+        ["loader"],
+    ],
+)
+def test_without_a_checkout_a_comparison_is_refused(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, yardsticks.PACKAGE)
+    monkeypatch.setattr(yardsticks, "FOLDER", tmp_path / "tests" / "yardsticks")
+    assert main(["bench", *words]) == 2
+    assert "run this command from a checkout of lingen" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

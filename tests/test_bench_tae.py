@@ -12,9 +12,11 @@ import torch
 from lingen.autoencoder.pixels import Pixels
 from lingen.autoencoder.tae import TAE
 from lingen.bench import autoencoder as bench
-from lingen.bench.autoencoder import PIECE, Request, bench_autoencoder, clip
+from lingen.bench.autoencoder import PIECE, bench_autoencoder, clip, prepared
 from lingen.bench.build import draw
-from lingen.bench.show import agreement, autoencoder, targets
+from lingen.bench.place import place_of
+from lingen.bench.results import Results
+from lingen.bench.show import PAGE
 from lingen.cli import main
 from lingen.media import as_frames
 from lingen.recipe.registry import AUTOENCODERS, RecipeError
@@ -22,12 +24,16 @@ from lingen.recipe.registry import AUTOENCODERS, RecipeError
 CPU = torch.device("cpu")
 TINY = {"strides": (2, 2, 2), "width": 8, "multipliers": (1, 2), "blocks": 1, "channels": 4, "chunk": 2}
 WORDS = ["--recipe", "tae_8x8x8", *(f"autoencoder.{key}={json.dumps(value)}" for key, value in TINY.items())]
-GIVEN = {"frames": (33, 40), "size": (16, 24), "device": "cpu", "budget": 1e-9}
+GIVEN = {"frames": (33, 40), "size": (16, 24)}
 
 
 def measured(tmp_path: Path, component: dict, **changes) -> list[dict]:
-    asked = Request(**{"autoencoder": component, **GIVEN, **changes})
-    return bench_autoencoder(asked, tmp_path / "out.json", lambda line: None).data["rows"]
+    quiet = lambda line: None  # noqa: E731
+    place = place_of("cpu", changes.pop("precision", None), 1e-9)
+    ready = prepared(component, place, quiet, **{**GIVEN, **changes})
+    results = Results(tmp_path / "out.json", {"autoencoder": ready[0].settings}, CPU, quiet)
+    bench_autoencoder(*ready, results)
+    return results.rows
 
 
 def tae_component(**changes) -> dict:
@@ -102,7 +108,7 @@ def test_rows_of_every_way_and_length(tmp_path: Path):
         assert row["latents"] == [4, -(-row["frames"] // 2), 8, 12] and row["weights"] == "random"
         assert row["size"] == [16, 24] and row["dtype"] == "float32"
         assert "gib" not in row and "encode_gib" not in row  # known on CUDA only
-    lines = autoencoder({"a": {"rows": rows}})
+    lines = PAGE["autoencoder"].lines({"a": {"rows": rows}})
     assert len(lines) == 7 and {len(line) for line in lines} == {len(set(lines[0]))}
 
 
@@ -115,7 +121,7 @@ def test_agreement_is_exact_and_tiles_differ_where_there_are_several(tmp_path: P
         limit = 1e-10 if row["dtype"] == "float64" else 1e-3
         assert row["exact_latents"] < limit and row["exact_pixels"] < limit and row["exact_psnr"] > 80
         assert (row["tiled_pixels"] > 0.01) == (row["frames"] == 33) == (row["tiled_psnr"] < 60)
-    lines = agreement({"a": {"rows": rows}})
+    lines = PAGE["agreement"].lines({"a": {"rows": rows}})
     assert len(lines) == 9 and {len(line) for line in lines} == {len(set(lines[0]))}
 
 
@@ -158,12 +164,8 @@ def test_an_autoencoder_that_has_no_layers_before_it_is_read_needs_its_weights(t
     with pytest.raises(RecipeError, match="missing: diffusers"):
         measured(tmp_path, {"name": "diffusers", "class_name": "AutoencoderKLWan"})
     with pytest.raises(RecipeError, match="keeps the first frame alone"):
-        bench._ways(
-            AUTOENCODERS.build({"name": "diffusers", "class_name": "AutoencoderKLWan"}),
-            Request(autoencoder={"name": "diffusers"}),
-            (64, 64),
-            (32,),
-        )
+        wan = AUTOENCODERS.build({"name": "diffusers", "class_name": "AutoencoderKLWan"})
+        bench._ways(bench.ClipBench(wan, {"name": "diffusers"}, "own", (64, 64), place_of("cpu", None, 1)), (), (32,))
 
 
 def test_what_does_not_fit_is_said_and_longer_clips_are_not_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -179,7 +181,7 @@ def test_what_does_not_fit_is_said_and_longer_clips_are_not_tried(monkeypatch: p
         ("exact", 33, True), ("exact", 40, False), ("whole", 33, True), ("whole", 40, True), ("whole", 80, True),
     ]  # fmt: skip
     assert rows[1]["note"] == "out of memory" and "encode_s" in rows[1] and "decode_s" not in rows[1]
-    assert "out of memory" in autoencoder({"a": {"rows": rows}})[2]
+    assert "out of memory" in PAGE["autoencoder"].lines({"a": {"rows": rows}})[2]
 
 
 # targets
@@ -193,7 +195,7 @@ def clips(way: str, *sizes: tuple[int, float, float]) -> list[dict]:
 def test_targets_of_constant_memory():
     rows = clips("exact", (272, 2.0, 3.0), (1088, 2.1, 3.6)) + clips("tiled", (272, 2.0, 3.0))
     head = {"device": "a GPU", "versions": {}, "date": "2026-01-02", "commit": "abc", "command": "lingen bench tae"}
-    told = {line[0]: line[5:] for line in targets({"tae": head | {"rows": rows}})}
+    told = {line[0]: line[5:] for line in PAGE["targets"].lines({"tae": head | {"rows": rows}})}
     assert told["memory to encode 68 s, exact (x that of 17 s)"] == ["1.05", "reached", "tae"]
     assert told["memory to decode 68 s, exact (x that of 17 s)"] == ["1.2", "missed by 9.1%", "tae"]
     assert told["memory to decode 68 s, tiled (x that of 17 s)"] == ["", "not measured", ""]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lingen.bench.loopback import PieceHandler, serve
+from lingen.bench.yardsticks import yardstick
 from lingen.data import manifest, remote, sources
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
@@ -32,6 +32,7 @@ from lingen.media import encode_png
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
 
+PieceHandler, serve = yardstick("loopback").PieceHandler, yardstick("loopback").serve
 FAST = Remote(timeout=5.0, attempts=3)
 
 

@@ -4,56 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lingen.bench.place import Place
 from lingen.model import LinGen, Text
 from lingen.recipe.registry import RecipeError, SettingError
-from lingen.recipe.sections import LinGenConfig
-from lingen.sampling import clips as sampling
+from lingen.recipe.sections import LinGenConfig, Triple
 
 Made = TypeVar("Made", bound=nn.Module)
+Result = TypeVar("Result")
 
 TEXT_TOKENS = 512
 """Of all encoders together."""
 
 
-def best_device(name: str | None = None) -> torch.device:
-    """A device on which can be measured; else as `lingen.sampling.clips.best_device`."""
-    kind = (name or "").partition(":")[0]
-    if name and kind not in ("cpu", "cuda"):
-        raise RecipeError(f"There is no device '{name}' to measure on; say cpu or cuda.")
-    return sampling.best_device(name)
-
-
-def precision_of(device: torch.device) -> torch.dtype:
-    """What is measured where nothing else is said: bfloat16 on a GPU, float32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def built(make: Callable[[], Made], device: torch.device, dtype: torch.dtype) -> Made:
+def built(make: Callable[[], Made], place: Place) -> Made:
     """What `make` constructs, on the device and in the dtype from the start: 4B weights never exist in float32.
 
     On a GPU it is constructed on `meta`, which runs none of its own code there, and its weights are drawn by `draw`;
     one that holds buffers is constructed where it belongs. Parameters that it keeps in float32 by itself stay so.
+
+    Raises:
+        RecipeError: for a setting that it does not take.
     """
     torch.manual_seed(0)
     try:
-        return _built(make, device, dtype)
+        if place.cuda:
+            empty = _constructed(make, torch.device("meta"), place.dtype)
+            if not list(empty.buffers()):
+                empty.to_empty(device=place.device)
+                draw(empty)
+                return empty
+        return _constructed(make, place.device, place.dtype)
     except SettingError as error:
         raise RecipeError(f"{error} (at {error.setting})") from error
-
-
-def _built(make: Callable[[], Made], device: torch.device, dtype: torch.dtype) -> Made:
-    if device.type == "cuda":
-        empty = _constructed(make, torch.device("meta"), dtype)
-        if not list(empty.buffers()):
-            empty.to_empty(device=device)
-            draw(empty)
-            return empty
-    return _constructed(make, device, dtype)
 
 
 def _constructed(make: Callable[[], Made], device: torch.device, dtype: torch.dtype) -> Made:
@@ -84,15 +72,15 @@ def draw(module: nn.Module) -> None:
             parameter.fill_(0 if name.endswith("bias") else 1)
 
 
-def denoiser(config: LinGenConfig, device: torch.device, dtype: torch.dtype) -> LinGen:
+def denoiser(config: LinGenConfig, place: Place) -> LinGen:
     """A denoiser for sampling, with random weights that let every part have its say."""
-    model = built(lambda: LinGen(replace(config, gate_init=1.0, checkpointing=False)), device, dtype)
+    model = built(partial(LinGen, replace(config, gate_init=1.0, checkpointing=False)), place)
     draw(model)
     return model.eval().requires_grad_(False)
 
 
 def sample_inputs(
-    config: LinGenConfig, grid: tuple[int, int, int], device: torch.device, batch: int = 1
+    config: LinGenConfig, grid: Triple, device: torch.device, batch: int = 1
 ) -> tuple[Tensor, Tensor, Text]:
     """Latents [b c t h w] that make a grid of tokens, times [b], and `TEXT_TOKENS` tokens of text in all encoders."""
     size = [n * part for n, part in zip(grid, config.patch, strict=True)]
@@ -106,6 +94,16 @@ def sample_inputs(
     return latents, torch.full((batch,), 0.5, device=device), text
 
 
+def compiled(run: Callable[..., Result]) -> Callable[..., Result]:
+    """`run` under torch.compile, for sizes that stay, forward and backward.
+
+    Without the fusion of sums over rows with sums over columns: torch 2.11 forgets the outer axes of a gradient
+    [1 1 d] there, which autograd refuses (pytorch issue 178080), and writes others nowhere (issue 193061).
+    """
+    made: Callable[..., Result] = torch.compile(run, dynamic=False, options={"triton.mix_order_reduction": False})
+    return made
+
+
 def name_of(component: str | dict[str, Any]) -> str:
     """The registered name of a component."""
     return component if isinstance(component, str) else str(component["name"])
@@ -115,8 +113,3 @@ def kernel_of(module: nn.Module) -> str | None:
     """The kernel that a mixer, or the first of its branches that has one, was set to."""
     kernels = (getattr(part, "kernel", None) for part in module.modules())
     return next((kernel for kernel in kernels if isinstance(kernel, str)), None)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16``"""
-    return str(dtype).removeprefix("torch.")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -39,7 +38,7 @@ def index_at_scale(rows: int) -> dict[str, Any]:
     Returns:
         seconds to make the index and to open it up to the first batch; MiB of a worker beside one on a small manifest.
     """
-    with tempfile.TemporaryDirectory(prefix="lingen-index-") as name, _cache(Path(name) / "cache"):
+    with tempfile.TemporaryDirectory(prefix="lingen-index-") as name:
         folder = Path(name) / "clips"
         clips = [encode_mp4(np.full((*shape, 3), 99, np.uint8), 16) for shape in SHAPES]
         samples = ({"__key__": f"clip-{i:012d}", "mp4": clip, "txt": "a clip"} for i, clip in enumerate(clips))
@@ -74,8 +73,9 @@ def lengthen(folder: Path, rows: int) -> None:
 
 
 def _fresh(work: Callable[[Path], T], folder: Path) -> T:
-    """Done by a new process, whose memory holds nothing yet."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """Done by a new process, whose memory holds nothing yet, with a cache beside the folder."""
+    cache = str(folder.parent / "cache")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _use_cache, (cache,)) as pool:
         return pool.submit(work, folder).result()
 
 
@@ -117,14 +117,5 @@ def _memory(process: int) -> dict[str, int]:
     return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in map(str.split, lines)}
 
 
-@contextlib.contextmanager
-def _cache(folder: Path) -> Iterator[None]:
-    """Another cache folder for a while."""
-    before = os.environ.get("LINGEN_CACHE")
-    os.environ["LINGEN_CACHE"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["LINGEN_CACHE"]
-        if before is not None:
-            os.environ["LINGEN_CACHE"] = before
+def _use_cache(folder: str) -> None:
+    os.environ["LINGEN_CACHE"] = folder

@@ -13,64 +13,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingen.bench.branches import Place, compiled
-from lingen.bench.build import dtype_name
+from lingen.bench.build import compiled
 from lingen.bench.cases import CASES, Case, Inputs, Sizes
-from lingen.bench.flops import Grid
+from lingen.bench.place import Place, dtype_name
 from lingen.bench.results import Results, Row, Say
-from lingen.bench.stock import chunk_scan
-from lingen.bench.timing import Work, forward, medians
+from lingen.bench.timing import Work, costs, forward
 from lingen.kernels.choice import interpreted
+from lingen.kernels.stock import chunk_scan
 from lingen.recipe.registry import RecipeError
+from lingen.recipe.sections import Triple
 
-ODD_GRID: Grid = (9, 7, 5)
+ODD_GRID: Triple = (9, 7, 5)
 """Here errors are measured: no size of it is a power of two, and it fills neither its windows nor its last chunk."""
 READY_LIMIT = 90.0
 """Seconds that a twin may take until it has run once, forward and backward, compilers included."""
 
 
-def ceilings(place: Place, size: int = 8192) -> Row:
+def ceilings(place: Place) -> Row:
     """What this machine reaches: TFLOP/s of a square matrix product, GB/s of a copy, read and written bytes counted."""
+    size = 8192 if place.cuda else 512
     make = partial(torch.randn, device=place.device, dtype=place.dtype)
     a, b = make(size, size), make(size, size)
     big = make(8 * size, size)  # 1 GiB in 16 bits
     other = torch.empty_like(big)
-    ms = medians({"product": lambda: a @ b, "copy": lambda: other.copy_(big)}, place.device, place.budget)
-    return {
-        "name": "ceilings", "dtype": dtype_name(place.dtype), "tflops": 2e-9 * size**3 / ms["product"],
-        "gb_per_s": 2e-6 * big.nbytes / ms["copy"],
-    }  # fmt: skip
+    found = costs({"product": lambda: a @ b, "copy": lambda: other.copy_(big)}, place)
+    tflops, gb = 2e-9 * size**3 / found["product"].ms, 2e-6 * big.nbytes / found["copy"].ms
+    return {"name": "ceilings", "dtype": dtype_name(place.dtype), "tflops": tflops, "gb_per_s": gb}
 
 
-def bench_kernels(
-    grids: Sequence[Grid], dim: int, place: Place, results: Results, only: Sequence[str] = (), square: int = 8192
-) -> None:
+def check_names(names: Sequence[str]) -> None:
+    """RecipeError for an operation that does not exist."""
+    known = [case.name for case in CASES]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise RecipeError(f"There is no operation called '{unknown[0]}'. Known: {', '.join(known)}.")
+
+
+def bench_kernels(grids: Sequence[Triple], dim: int, place: Place, results: Results, only: Sequence[str] = ()) -> None:
     """A row for each case, twin and grid.
 
     Args:
         only: names of cases; by default all.
-        square: width of the matrix product that tells the ceiling.
     """
-    unknown = sorted(set(only) - {case.name for case in CASES})
-    if unknown:
-        known = ", ".join(case.name for case in CASES)
-        raise RecipeError(f"There is no operation called '{unknown[0]}'. Known: {known}.")
-    top = results.add(ceilings(place, square))
+    top = results.add(ceilings(place))
     for case in CASES:
         if only and case.name not in only:
             continue
         results.say(f"{case.name}: errors of {', '.join(case.twins)}")
-        twins = {twin: errors(case, twin, dim, place, results) for twin in case.twins}
-        for grid in grids:
+        found = {twin: errors(case, twin, dim, place, results.say) for twin in case.twins}
+        accurate = {twin: row for twin, row in found.items() if row is not None}
+        for grid in grids if accurate else ():
             torch.compiler.reset()  # few recompilations of a function are let be
-            sizes = _sizes(grid, dim)
-            inputs = _made(case, sizes, place)
-            running = [twin for twin in twins if twins[twin] is not None]
-            for row in _times(case, running, inputs, sizes, top, place, results.say) if running else ():
-                results.add(row | (twins[row["kernel"].partition(",")[0]] or {}))
+            for twin, row in _times(case, list(accurate), _sizes(grid, dim), top, place, results.say):
+                results.add(row | accurate[twin])
 
 
-def _sizes(grid: Grid, dim: int) -> Sizes:
+def _sizes(grid: Triple, dim: int) -> Sizes:
     """Of LinGen-4B, or smaller ones where the layer is narrower than a state."""
     return Sizes(grid, dim) if dim >= 256 else Sizes(grid, dim, state_dim=16, head_dim=16, text=24)
 
@@ -87,34 +85,38 @@ def _wanting(inputs: Inputs) -> Inputs:
     return {name: u for name, u in inputs.items() if u.requires_grad}
 
 
-def _times(
-    case: Case, twins: Sequence[str], inputs: Inputs, sizes: Sizes, top: Row, place: Place, say: Say
-) -> list[Row]:
+def _times(case: Case, twins: Sequence[str], sizes: Sizes, top: Row, place: Place, say: Say) -> list[tuple[str, Row]]:
     """Of all twins in the same rounds. The floor is that every input is read once and every output written once, or
     that the matrix products are done at the ceiling; in the backward pass the gradients are read and written, too."""
-    runs = {f"{twin}{_compiled(twin, place)}": _run(case, twin, sizes, place) for twin in twins}
+    inputs = _made(case, sizes, place)
     with torch.no_grad():
-        outputs = case.call(inputs, sizes, twins[0])
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = _several(case.call(inputs, sizes, twins[0]))
     seeds = [torch.randn_like(one) for one in outputs]
-    works = {name: (forward(run, [inputs]), _backward(run, inputs, seeds)) for name, run in runs.items()}
-    able = [name for name in works if _able(f"{case.name}, {sizes.n} tokens: {name}", works[name], say)]
-    ms, both = (medians({name: works[name][i] for name in able}, place.device, place.budget) for i in (0, 1))
+    runs = {twin: _run(case, twin, sizes, place) for twin in twins}
+    works = {twin: (forward(run, [inputs]), _backward(run, inputs, seeds)) for twin, run in runs.items()}
+    able = [twin for twin in twins if _able(f"{case.name}, {sizes.n} tokens: {twin}", works[twin], say)]
+    alone, both = (costs({twin: works[twin][i] for twin in able}, place) for i in (0, 1))
     read, changed, written = (sum(map(_bytes, us)) for us in (inputs.values(), _wanting(inputs).values(), outputs))
     tflop = case.flops(sizes) / 1e12
     floors = [
         max(count / top["gb_per_s"] / 1e6, 1e3 * work / top["tflops"])
         for count, work in ((read + written, tflop), (read + changed + written, case.backward * tflop))
     ]
-    return [
-        {
-            "name": case.name, "kernel": name, "dtype": dtype_name(place.dtype), "tokens": sizes.n, "ms": ms[name],
-            "tflop": tflop, "gb": (read + written) / 1e9, "floor_ms": floors[0], "of_roofline": floors[0] / ms[name],
-            "backward_ms": max(both[name] - ms[name], 0.0), "backward_floor_ms": floors[1], "grid": list(sizes.grid),
-            "dim": sizes.dim,
-        }
-        for name in able
-    ]  # fmt: skip
+    about = {
+        "name": case.name, "dtype": dtype_name(place.dtype), "tokens": sizes.n, "tflop": tflop,
+        "gb": (read + written) / 1e9, "floor_ms": floors[0], "backward_floor_ms": floors[1], "grid": list(sizes.grid),
+        "dim": sizes.dim,
+    }  # fmt: skip
+    rows = []
+    for twin in (twin for twin in able if twin in alone and twin in both):
+        kernel, ms = f"{twin}, compiled" if _is_compiled(twin, place) else twin, alone[twin].ms
+        own = {"kernel": kernel, "ms": ms, "of_roofline": floors[0] / ms, "backward_ms": max(both[twin].ms - ms, 0.0)}
+        rows.append((twin, about | own))
+    return rows
+
+
+def _several(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _able(name: str, works: Sequence[Work], say: Say, limit: float = READY_LIMIT) -> bool:
@@ -151,9 +153,9 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _compiled(twin: str, place: Place) -> str:
+def _is_compiled(twin: str, place: Place) -> bool:
     """Plain twins are compiled on CUDA, but for the scan's, whose graph takes a compiler five times as long."""
-    return ", compiled" if twin in ("reference", "sdpa") and place.device.type == "cuda" else ""
+    return twin in ("reference", "sdpa") and place.cuda
 
 
 def _run(case: Case, twin: str, sizes: Sizes, place: Place) -> Any:
@@ -162,15 +164,14 @@ def _run(case: Case, twin: str, sizes: Sizes, place: Place) -> Any:
     def run(inputs: Inputs) -> Any:
         return case.call(inputs, sizes, twin)
 
-    return compiled(run) if _compiled(twin, place) else run
+    return compiled(run) if _is_compiled(twin, place) else run
 
 
 def _backward(run: Any, inputs: Inputs, seeds: Sequence[Tensor]) -> Work:
     wanted = list(_wanting(inputs).values())
 
     def work() -> None:
-        out = run(inputs)
-        torch.autograd.grad(out if isinstance(out, tuple) else (out,), wanted, seeds, allow_unused=True)
+        torch.autograd.grad(_several(run(inputs)), wanted, seeds, allow_unused=True)
 
     return work
 
@@ -180,12 +181,12 @@ def _bytes(u: Tensor) -> int:
     return u.numel() * u.element_size()
 
 
-def errors(case: Case, twin: str, dim: int, place: Place, results: Results) -> Row | None:
+def errors(case: Case, twin: str, dim: int, place: Place, say: Say) -> Row | None:
     """Relative RMS against float64 on an odd grid, of the outputs and of each gradient; None where it cannot run."""
-    sizes = _sizes(ODD_GRID, dim)
-    if twin == "triton" and place.device.type != "cuda" and not interpreted():
-        results.say(f"{case.name}: triton runs on CUDA, not on {place.device}")
+    if twin == "triton" and not place.cuda and not interpreted():
+        say(f"{case.name}: triton runs on CUDA, not on {place.device}")
         return None
+    sizes = _sizes(ODD_GRID, dim)
     inputs = _made(case, sizes, place)
     exact = inputs | {name: u.detach().double().requires_grad_() for name, u in _wanting(inputs).items()}
     try:
@@ -193,7 +194,7 @@ def errors(case: Case, twin: str, dim: int, place: Place, results: Results) -> R
             chunk_scan()
         got = _gradients(case, twin, inputs, sizes)
     except (ValueError, ImportError) as why_not:
-        results.say(f"{case.name}: {twin} is left out: {str(why_not).splitlines()[0]}")
+        say(f"{case.name}: {twin} is left out: {str(why_not).splitlines()[0]}")
         return None
     want = _gradients(case, case.exact, exact, sizes)
     off = {name: _relative(got[name], want[name]) for name in want}
@@ -203,8 +204,7 @@ def errors(case: Case, twin: str, dim: int, place: Place, results: Results) -> R
 
 def _gradients(case: Case, twin: str, inputs: Inputs, sizes: Sizes) -> dict[str, Tensor]:
     """Outputs, and gradients by the inputs' names, for seeds that are the same in every precision."""
-    out = case.call(inputs, sizes, twin)
-    outputs = out if isinstance(out, tuple) else (out,)
+    outputs = _several(case.call(inputs, sizes, twin))
     generator = torch.Generator().manual_seed(1)
     seeds = [torch.randn(one.shape, generator=generator).bfloat16().to(one.device, one.dtype) for one in outputs]
     wanting = _wanting(inputs)

@@ -1,28 +1,29 @@
-"""The whole denoiser with random weights: 100 forwards, memory, parts, a real sampling, the paper's table."""
+"""``lingen bench model``: the whole denoiser with random weights. 100 forwards, memory, parts, a real sampling, the
+paper's table."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lingen import flow
-from lingen.bench.build import TEXT_TOKENS, denoiser, dtype_name, name_of, sample_inputs
-from lingen.bench.flops import Grid, model_flops
+from lingen.bench.build import TEXT_TOKENS, denoiser, name_of, sample_inputs
+from lingen.bench.flops import model_flops
 from lingen.bench.parts import by_part
-from lingen.bench.results import GIB, Results, Row, Say
-from lingen.bench.targets import FORWARDS, FP8, Variant
-from lingen.bench.timing import Work, allocated, forward, interleaved, milliseconds, or_none, peak_bytes
+from lingen.bench.place import Place, dtype_name
+from lingen.bench.results import Results, Row
+from lingen.bench.targets import FORWARDS, FP8, VARIANTS
+from lingen.bench.timing import Cost, costs, forward, free
 from lingen.kernels.fp8 import quality, to_fp8
 from lingen.model import LinGen, Text
-from lingen.recipe.sections import LinGenConfig, Recipe
+from lingen.recipe.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.sections import LinGenConfig, Recipe, Triple
+from lingen.recipe.sizes import grids_of
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,10 @@ class ModelBench:
     """One denoiser on one grid, batch 1: what the measurements below share."""
 
     config: LinGenConfig
-    grid: Grid
-    device: torch.device
-    dtype: torch.dtype
+    grid: Triple
+    place: Place
     fp8: bool
     results: Results
-    say: Say
-    budget: float = 3.0
-    """Seconds for each number; what takes longer runs once."""
-
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.grid)
 
     @property
     def mixer(self) -> str:
@@ -49,76 +42,103 @@ class ModelBench:
         mixers = self.config.mixer if isinstance(self.config.mixer, list) else [self.config.mixer]
         return "+".join(map(name_of, mixers))
 
+    @property
+    def tflop(self) -> float:
+        """Of a forward."""
+        return model_flops(self.config, self.grid, TEXT_TOKENS) / 1e12
+
     def make(self) -> LinGen:
         """The denoiser, its large products in 8 bits where that is asked for."""
-        model = denoiser(self.config, self.device, self.dtype)
+        model = denoiser(self.config, self.place)
         if self.fp8:
             to_fp8(model)
         return model
 
     def inputs(self, batch: int = 1) -> tuple[Tensor, Tensor, Text]:
-        return sample_inputs(self.config, self.grid, self.device, batch)
+        return sample_inputs(self.config, self.grid, self.place.device, batch)
 
-    def row(self, name: str, ms: float | None, **more: object) -> Row:
+    def add(self, name: str, ms: float | None, **more: object) -> Row:
         """A row of the result file; `more` wins."""
-        own = {
-            "name": name, "mixer": self.mixer, "kernel": "auto", "dtype": FP8 if self.fp8 else dtype_name(self.dtype),
-            "tokens": self.tokens, "ms": ms, "grid": list(self.grid), "dim": self.config.dim,
-            "depth": self.config.depth,
-        }  # fmt: skip
-        return own | more
+        dtype = FP8 if self.fp8 else dtype_name(self.place.dtype)
+        own = {"name": name, "mixer": self.mixer, "kernel": "auto", "dtype": dtype, "tokens": math.prod(self.grid)}
+        own |= {"ms": ms, "grid": list(self.grid), "dim": self.config.dim, "depth": self.config.depth}
+        return self.results.add(own | more)
 
-    def forward_row(self, ms: float | None, **more: object) -> Row:
-        """A row named `forward`, with the seconds that 100 of them take."""
-        seconds = None if ms is None else ms * FORWARDS / 1e3
-        return self.row("forward", ms, batch=1, seconds_per_100=seconds) | more
+    def add_forward(self, cost: Cost, batch: int = 1, **more: object) -> Row:
+        """A row named `forward`, with the seconds that 100 of them take for each clip."""
+        seconds, tflop = _seconds(cost.ms / batch), batch * self.tflop
+        own = {"gib": cost.gib, "tflop": tflop, "batch": batch, "runs": cost.runs, "seconds_per_100": seconds}
+        return self.add("forward", cost.ms, **own | more)
 
 
-def bench_forward(bench: ModelBench, model: LinGen, split: bool = True) -> dict[int, Row]:
+def bench_model(
+    recipe: Recipe,
+    grids: Sequence[Triple],
+    place: Place,
+    results: Results,
+    *,
+    fp8: bool = False,
+    twins: Callable[[ModelBench, LinGen, float | None], None] | None = None,
+    run50: bool = False,
+    variants: Sequence[LinGenConfig] = (),
+    fp8_quality: bool = False,
+) -> None:
+    """Everything that is asked for, one grid after the other, into one result file: what is compared is of one run.
+
+    Args:
+        fp8: whether the large products are in 8 bits.
+        twins: measures others in the same rounds; takes this bench, LinGen, and the GiB of its forward.
+        run50: one real sampling.
+        variants: those of the paper's latency table, in the order of `VARIANTS`.
+        fp8_quality: how far 8-bit products are from 16 bits.
+    """
+    bench = ModelBench(recipe.model, grids[0], place, fp8, results)
+    results.say(f"building {bench.mixer}: width {recipe.model.dim}, {recipe.model.depth} layers")
+    model = bench.make()
+    for grid in grids:
+        one = replace(bench, grid=grid)
+        forwards = bench_forward(one, model)
+        if twins is not None:
+            twins(one, model, forwards[1].get("gib"))
+            free(place.device)
+        if run50:
+            bench_sampling(one, model, recipe, forwards)
+        bench_variants(one, model, variants)
+        if fp8_quality:
+            bench_quality(one)
+            free(place.device)
+
+
+def video_grid(recipe: Recipe) -> Triple:
+    """Tokens of the stage's clips. RecipeError for a recipe whose stages differ."""
+    if recipe.stages:
+        raise RecipeError(f"Name the size: --grid 34x32x32, or --stage with one of {', '.join(recipe.stages)}.")
+    with torch.device("meta"):
+        strides = tuple(AUTOENCODERS.build(recipe.autoencoder).strides)
+    grids = grids_of(recipe.data, strides, recipe.model.patch)
+    return grids.get("video") or next(iter(grids.values()))
+
+
+def bench_forward(bench: ModelBench, model: LinGen) -> dict[int, Row]:
     """Rows of the forward at batch 1 and 2 (guidance in one pass), and of its parts. Returns batch -> its row."""
-    bench.say(f"{bench.mixer}, {bench.config.depth} layers, {bench.tokens:,} tokens: first forward")
-    works = {batch: forward(model, bench.inputs(batch)) for batch in (1, 2)}
-    finite = bool(_output(model, bench.inputs()).isfinite().all())
-    peaks = {batch: or_none(partial(_peak, work, bench.device)) for batch, work in works.items()}
-    able = {str(batch): work for batch, work in works.items() if peaks[batch] is not None}
-    times = interleaved(able, bench.device, bench.budget, warm=False)
-    ms = {int(batch): statistics.median(own) for batch, own in times.items()}
-    tflop = model_flops(bench.config, bench.grid, TEXT_TOKENS) / 1e12
-    rows = {
-        batch: bench.results.add(
-            bench.forward_row(
-                ms[batch], gib=peaks[batch] or None, tflop=batch * tflop, batch=batch, finite=finite,
-                runs=len(times[str(batch)]), seconds_per_100=ms[batch] / batch * FORWARDS / 1e3,
-            )
-        )
-        for batch in ms
-    }  # fmt: skip
-    if split:
-        parts = by_part(works[1], bench.device)
-        for part, took in parts.items():
-            bench.results.add(bench.row("part", took, part=part, share=took / sum(parts.values())))
-    return rows
-
-
-def _output(model: LinGen, inputs: tuple[Tensor, Tensor, Text]) -> Tensor:
+    tokens = math.prod(bench.grid)
+    bench.results.say(f"{bench.mixer}, {bench.config.depth} layers, {tokens:,} tokens: first forward")
     with torch.no_grad():
-        out: Tensor = model(*inputs)
-    return out
-
-
-def _peak(work: Work, device: torch.device) -> float:
-    """GiB; 0 where it is not known, after a run all the same."""
-    if device.type == "cuda":
-        return peak_bytes(work, device) / GIB
-    work()
-    return 0.0
+        finite = bool(model(*bench.inputs()).isfinite().all())
+    works = {str(batch): forward(model, bench.inputs(batch)) for batch in (1, 2)}
+    found = costs(works, bench.place, cold=["1"])
+    rows = {int(batch): bench.add_forward(cost, int(batch), finite=finite) for batch, cost in found.items()}
+    parts = by_part(works["1"], bench.place.device)
+    for part, took in parts.items():
+        bench.add("part", took, part=part, share=took / sum(parts.values()))
+    return rows
 
 
 def bench_sampling(bench: ModelBench, model: LinGen, recipe: Recipe, forwards: dict[int, Row]) -> None:
     """One real sampling with guidance, in the faster of two ways: one pass of batch 2, or two of batch 1."""
     settings = recipe.sample
-    shift = flow.resolve_shift(recipe.time.shift, bench.tokens)
-    times = flow.schedule(settings.steps, settings.schedule, settings.emulated_steps, shift).to(bench.device)
+    shift = flow.resolve_shift(recipe.time.shift, math.prod(bench.grid))
+    times = flow.schedule(settings.steps, settings.schedule, settings.emulated_steps, shift).to(bench.place.device)
     latents, _, text = bench.inputs()
     null = tuple((tokens, torch.zeros_like(mask)) for tokens, mask in text)  # no text at all, as guidance has it
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
@@ -133,61 +153,45 @@ def bench_sampling(bench: ModelBench, model: LinGen, recipe: Recipe, forwards: d
 
     def progress(done: int, steps: int) -> None:
         if done % 10 == 0:
-            bench.say(f"  {done} of {steps} steps")
+            bench.results.say(f"  {done} of {steps} steps")
 
     @torch.no_grad()
     def sample() -> None:
         flow.solve(velocity, latents, times, settings.solver, progress)
 
-    took: list[float] = []
-    peak = _peak(lambda: took.append(milliseconds(sample, bench.device)), bench.device)
-    bench.results.add(
-        bench.row(
-            "sampling", took[0], gib=peak or None, steps=settings.steps, guidance=settings.guidance,
-            passes="one of batch 2" if together else "two of batch 1", seconds=took[0] / 1e3,
-        )
-    )  # fmt: skip
+    cost = costs({"sampling": sample}, bench.place._replace(budget=0), cold=["sampling"])["sampling"]
+    passes = "one of batch 2" if together else "two of batch 1"
+    about = {"steps": settings.steps, "guidance": settings.guidance, "passes": passes, "seconds": cost.ms / 1e3}
+    bench.add("sampling", cost.ms, gib=cost.gib, **about)
 
 
-def bench_variants(bench: ModelBench, model: LinGen, variants: Sequence[tuple[Variant, LinGenConfig]]) -> None:
-    """The paper's latency table: each variant in the same rounds as the default one."""
-    inputs = bench.inputs()
-    for variant, config in variants:
-        bench.say(f"variant: {variant.name}")
+def bench_variants(bench: ModelBench, model: LinGen, configs: Sequence[LinGenConfig]) -> None:
+    """The paper's latency table: each variant in the same rounds as the default one; nothing without configs."""
+    for variant, config in zip(VARIANTS, configs, strict=False):
+        bench.results.say(f"variant: {variant.name}")
         other = replace(bench, config=config).make() if variant.overrides else model
-        works = {"default": forward(model, inputs), "variant": forward(other, inputs)}
-        times = {name: statistics.median(own) for name, own in interleaved(works, bench.device, bench.budget).items()}
-        bench.results.add(
-            bench.row(
-                "variant", times["variant"], variant=variant.name, default_ms=times["default"],
-                seconds_per_100=times["variant"] * FORWARDS / 1e3, paper_seconds=variant.paper_seconds,
-            )
-        )  # fmt: skip
+        works = {"default": forward(model, bench.inputs()), "variant": forward(other, bench.inputs())}
+        ms = {name: cost.ms for name, cost in costs(works, bench.place).items()}
+        seconds = {"seconds_per_100": _seconds(ms["variant"]), "paper_seconds": variant.paper_seconds}
+        bench.add("variant", ms["variant"], variant=variant.name, default_ms=ms["default"], **seconds)
         del other, works
-        free(bench.device)
+        free(bench.place.device)
 
 
 def bench_quality(bench: ModelBench) -> None:
     """How far the denoiser in 8 bits is from its twin in 16, with random weights: each layer, and the velocity."""
-    bench.say("quality of 8-bit products")
-    plain = denoiser(bench.config, bench.device, bench.dtype)
+    bench.results.say("quality of 8-bit products")
+    plain = denoiser(bench.config, bench.place)
     low = copy.deepcopy(plain)
     names = to_fp8(low)
     if not names:
-        bench.say("  no layer is wide enough to multiply in 8 bits")
+        bench.results.say("  no layer is wide enough to multiply in 8 bits")
         return
     found = quality(plain, low, *bench.inputs())
     worst = max(found.layers, key=lambda name: found.layers[name])
-    bench.results.add(
-        bench.row(
-            "fp8 quality", None, dtype=FP8, layers=len(names), cosine=found.cosine, error=found.error,
-            worst_layer=worst, worst_layer_error=found.layers[worst], weights="random",
-        )
-    )  # fmt: skip
+    errors = {"error": found.error, "worst_layer": worst, "worst_layer_error": found.layers[worst]}
+    bench.add("fp8 quality", None, dtype=FP8, layers=len(names), cosine=found.cosine, **errors, weights="random")
 
 
-def free(device: torch.device) -> None:
-    """Gives back the memory of what was just dropped."""
-    gc.collect()
-    if allocated(device):
-        torch.cuda.empty_cache()
+def _seconds(ms: float) -> float:
+    return ms * FORWARDS / 1e3

@@ -51,32 +51,25 @@ def triton_kernels() -> dict[str, str]:
     return {name: " / ".join(dict.fromkeys(operations)) for name, operations in owners.items()}
 
 
-def by_kernel(work: Work, device: torch.device, runs: int = 1) -> Counter[str]:
-    """Milliseconds of each CUDA kernel, or of each operator on the CPU without those inside of it: mean of the runs."""
+def by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]:
+    """Milliseconds of each part, most first: mean of the runs.
+
+    A part's time is that of its CUDA kernels, on the CPU of its operators without those inside of them.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks to stderr
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiled:
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
         for _ in range(runs):
             work()
         if cuda:
             torch.cuda.synchronize(device)
-    times: Counter[str] = Counter()
-    for event in profiled.key_averages():
-        if cuda and _is_kernel(event):
-            times[event.key] += event.self_device_time_total / 1e3 / runs
-        elif not cuda:
-            times[event.key] += event.self_cpu_time_total / 1e3 / runs
-    return times
-
-
-def by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]:
-    """Milliseconds of each part, most first: mean of the runs."""
     parts: Counter[str] = Counter()
-    for kernel, ms in by_kernel(work, device, runs).items():
-        parts[part_of(kernel)] += ms
+    for event in profiled.key_averages():
+        if not cuda or _is_kernel(event):
+            microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+            parts[part_of(event.key)] += microseconds / 1e3 / runs
     return dict(parts.most_common())
 
 

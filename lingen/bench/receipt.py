@@ -1,109 +1,231 @@
-"""The complexity receipt as files to read: a table of every number, a page, and plots."""
+"""The complexity receipt: exponents, where attention is overtaken, parts that grow faster than the tokens; as fields of
+the result file, a table, a page and plots."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from lingen.bench.findings import says, table
+from lingen.bench.build import name_of
+from lingen.bench.exponent import crossover, fit_exponent
+from lingen.bench.flops import Component, counted
+from lingen.bench.plots import plot_scaling
 from lingen.bench.results import Row
-from lingen.bench.targets import PAPER_SIZES
+from lingen.bench.tables import Files, Table, as_markdown, every, source
+from lingen.bench.targets import PAPER_SIZES, ratio, row_of
+from lingen.recipe.sections import Triple
+
+LINEAR = 1.05
+"""What grows faster than tokens to this power is called out."""
+
+SMALL_SHARE = 0.01
+"""A part with less of the time on the largest grid is left out."""
+
+FORWARD = {"flops": "tflop", "time": "ms", "memory": "gib"}
+TRAINING = {"time": "train_ms", "memory": "train_gib"}
+"""Name of a fit -> field of the rows that it fits."""
+
+Split = dict[str, float]
+"""Part -> milliseconds."""
 
 
-def write_receipt(result: dict[str, Any], out: Path) -> list[Path]:
+# what the rows show
+
+
+def findings(
+    rows: Sequence[Row],
+    mixers: Sequence[Component],
+    dim: int,
+    grids: Sequence[Triple],
+    splits: Mapping[str, Sequence[tuple[int, Split]]],
+) -> Row:
+    """All of it, as fields of the result file.
+
+    Args:
+        rows: of the result file.
+        grids: on which FLOPs by part are counted.
+        splits: mixer -> (tokens, its time by part) from the smallest grid to the largest.
+    """
+    of = {name_of(one): [row for row in rows if row["mixer"] == name_of(one)] for one in mixers}
+    training = {name: fits_of(own, TRAINING) for name, own in of.items()}
+    parts = {name: part_fits(splits.get(name, ())) for name in of}
+    attention = of.get("attention")
+    return {
+        "fits": {name: fits_of(own, FORWARD) for name, own in of.items()},
+        "training_fits": {name: fits for name, fits in training.items() if fits},
+        "crossover": {name: meets(attention, own) for name, own in of.items() if attention and name != "attention"},
+        "parts": parts,
+        "faster_than_linear": by_time(parts) + by_flops(mixers, dim, grids),
+    }
+
+
+def _fit(points: Iterable[tuple[float, float | None]]) -> Row | None:
+    """Exponent and interval through (tokens, cost), as fields; None for fewer than three costs."""
+    known = [(tokens, cost) for tokens, cost in points if cost]
+    return fit_exponent(*zip(*known, strict=True))._asdict() if len(known) >= 3 else None
+
+
+def fits_of(rows: Sequence[Row], costs: Mapping[str, str]) -> dict[str, Row]:
+    """Name of a cost -> its fit over the rows that have the field; costs with fewer than three rows are left out."""
+    fits = {cost: _fit((row["tokens"], row.get(field)) for row in rows) for cost, field in costs.items()}
+    return {cost: fit for cost, fit in fits.items() if fit}
+
+
+def meets(attention: Sequence[Row], other: Sequence[Row]) -> Row:
+    """Where attention starts to take longer than the other mixer, in tokens, and in words."""
+    mine = {tuple(row["grid"]): row.get("ms") for row in other}
+    both = [
+        (row["tokens"], row["ms"], ms)
+        for row in sorted(attention, key=lambda row: row["tokens"])
+        if row.get("ms") and (ms := mine.get(tuple(row["grid"])))
+    ]
+    if not both:
+        return {"says": "no size was measured for both"}
+    tokens, steep, flat = zip(*both, strict=True)
+    at = crossover(tokens, steep, flat)
+    if at is not None:
+        return {"tokens": round(at), "says": f"attention takes longer from {round(at):,} tokens on"}
+    longer = steep[0] > flat[0]
+    return {"says": f"attention takes {'longer' if longer else 'less'} at all sizes, from {tokens[0]:,} tokens on"}
+
+
+def part_fits(splits: Sequence[tuple[int, Split]]) -> dict[str, Row]:
+    """Part -> exponent of its time with interval, and its share of the time on the largest grid."""
+    largest = splits[-1][1] if splits else {}
+    found: dict[str, Row] = {}
+    for part, ms in largest.items():
+        fit, share = _fit((tokens, split.get(part)) for tokens, split in splits), ms / sum(largest.values())
+        if fit and share >= SMALL_SHARE:
+            found[part] = fit | {"share": share}
+    return found
+
+
+def by_time(parts: Mapping[str, Mapping[str, Row]]) -> list[Row]:
+    """Parts whose measured time grows faster than linearly."""
+    return [
+        _called_out(mixer, part, "time", fit)
+        for mixer, fits in parts.items()
+        for part, fit in fits.items()
+        if fit["exponent"] > LINEAR
+    ]
+
+
+def by_flops(mixers: Sequence[Component], dim: int, grids: Sequence[Triple]) -> list[Row]:
+    """Parts whose counted FLOPs grow faster than linearly."""
+    found = []
+    for one in mixers:
+        counts = {math.prod(grid): counted(one, grid, dim) for grid in grids}
+        largest = counts[max(counts)]
+        for part, total in largest.items():
+            fit = _fit((tokens, count[part]) for tokens, count in counts.items())
+            share = total / sum(largest.values())
+            if fit and fit["exponent"] > LINEAR and share >= SMALL_SHARE:
+                found.append(_called_out(name_of(one), part, "FLOPs", fit | {"share": share}))
+    return found
+
+
+def _called_out(mixer: str, part: str, cost: str, fit: Row) -> Row:
+    """Not sure where the interval reaches down to the line."""
+    return {"mixer": mixer, "part": part, "cost": cost, **fit, "sure": fit["low"] > LINEAR}
+
+
+def says(called_out: Row) -> str:
+    """One of `faster_than_linear` as a sentence."""
+    return (
+        f"{called_out['mixer']}: {called_out['cost']} of {called_out['part']} ~ tokens^{called_out['exponent']:.2f} "
+        f"({called_out['low']:.2f} to {called_out['high']:.2f}), {called_out['share']:.0%} of the mixer's on the "
+        "largest grid"
+    )
+
+
+# tables
+
+
+def _exponents(files: Files) -> Iterator[Row]:
+    """Of each mixer, in the last file that has them."""
+    result = [file for file in files.values() if "fits" in file][-1:]
+    for mixer, fits in result[0]["fits"].items() if result else ():
+        training, met = result[0]["training_fits"].get(mixer, {}), result[0]["crossover"].get(mixer, {})
+        yield {"mixer": mixer, **fits, "training": training.get("time"), "says": met.get("says")}
+
+
+def _parts(files: Files) -> Iterator[Row]:
+    for file in files.values():
+        for mixer, own in file["parts"].items():
+            yield from ({"mixer": mixer, "part": part, "fit": fit, "share": fit["share"]} for part, fit in own.items())
+
+
+def _beside_the_paper(files: Files) -> Iterator[Row]:
+    """Ratios of attention to mate on the paper's sizes, next to the paper's of its whole models."""
+    for file in files.values():
+        for size, paper in PAPER_SIZES.items():
+            attention, mate = (row_of(file, name=size, mixer=mixer) for mixer in ("attention", "mate"))
+            ours = [ratio(attention.get(field), mate.get(field)) for field in ("ms", "tflop")]
+            times, flops = (one and f"{one:.1f}x" for one in ours)
+            latency, of_flops = (one and f"{one}x" for one in (paper.latency_ratio, paper.flops_ratio))
+            yield {"size": size, "ms": times, "tflop": flops, "latency": latency, "flops": of_flops}
+
+
+EXPONENTS = Table(
+    _exponents,
+    "mixer | FLOPs ~ n^=flops | time ~ n^=time | memory ~ n^=memory | time of training ~ n^=training | "
+    "against attention=says",
+)
+MEASURED = Table(
+    every,
+    "size=name | tokens | mixer | parameters=millions | TFLOP=tflop | ms | GiB=gib | training ms=train_ms | "
+    "training GiB=train_gib",
+    {"millions": lambda row: f"{row['parameters'] / 1e6:.3g} M"},
+)
+PARTS = Table(_parts, "mixer | part | time ~ n^=fit | share=share:.0%")
+BESIDE_THE_PAPER = Table(
+    _beside_the_paper,
+    "size | time, ours=ms | FLOPs, ours=tflop | latency, paper=latency | FLOPs, paper=flops",
+)
+
+
+# files to read
+
+
+def write_receipt(result: Row, out: Path) -> list[Path]:
     """scaling.csv, .png and .md beside scaling.json. Returns the paths of all four."""
-    from lingen.bench.plots import plot_scaling
-
     files = [out / f"scaling.{kind}" for kind in ("json", "csv", "png", "md")]
-    write_csv(result["rows"], files[1])
+    with files[1].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(field for row in result["rows"] for field in row)))
+        writer.writeheader()
+        writer.writerows(result["rows"])
     plot_scaling(result, files[2])
     files[3].write_text(page(result), encoding="utf-8")
     return files
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """The rows of a result file as a table."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(field for row in rows for field in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def page(result: dict[str, Any]) -> str:
+def page(result: Row) -> str:
     """The receipt in Markdown."""
-    sure = [f"- {says(one)}" for one in result["faster_than_linear"] if one["sure"]] or ["None."]
-    perhaps = [f"- {says(one)}" for one in result["faster_than_linear"] if not one["sure"]] or ["None."]
-    formula = ", ".join(f"{name} {off:.2%}" for name, off in result["formula"].items() if off is not None)
+    sure, perhaps = (
+        "\n".join(f"- {says(one)}" for one in result["faster_than_linear"] if one["sure"] == known) or "None."
+        for known in (True, False)
+    )
+    tables = [as_markdown(one.lines({"": result})) for one in (EXPONENTS, MEASURED, PARTS, BESIDE_THE_PAPER)]
     sections = [
         "# Complexity receipt",
         f"One layer of each mixer at width {result['dim']}, batch {result['batch']}; forward unless training is named. "
         f"{source(result)}. Memory: {result['memory']}. Intervals: 95%.",
         "![Time, memory and FLOPs over tokens](scaling.png)",
-        as_markdown(table(result)),
+        tables[0],
         "## Measured",
-        as_markdown(measured(result["rows"])),
+        tables[1],
         "## Parts that grow faster than tokens^1.05",
-        "\n".join(sure),
+        sure,
         "Exponents above it whose interval reaches down to it, so that noise may explain them:",
-        "\n".join(perhaps),
+        perhaps,
         "## Time of the parts",
-        as_markdown(parts(result["parts"])),
+        tables[2],
         "## Beside the paper",
         "Here one layer of attention over one of mate; in the paper (arXiv 2412.09856) the whole DiT-4B over "
         "LinGen-4B, whose layers have cross-attention and an FFN besides.",
-        as_markdown(beside_the_paper(result["rows"])),
-        f"FLOPs are counted from the matrix products executed. Largest distance from the closed formula: {formula}.",
+        tables[3],
+        "FLOPs are counted from the matrix products executed; a test holds the counts to closed formulas.",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def source(result: Row) -> str:
-    """Where numbers come from: device, date, commit and command."""
-    commit = f"commit {result['commit'][:12]}, " if result.get("commit") else ""
-    return f"{result['device']}, {result['date']}, {commit}`{result['command']}`"
-
-
-def measured(rows: Sequence[Row]) -> list[list[str]]:
-    """Every row: size, tokens, mixer, milliseconds and GiB of the forward and of training, TFLOP."""
-    head = ["size", "tokens", "mixer", "parameters", "TFLOP", "ms", "GiB", "training ms", "training GiB"]
-    return [head] + [
-        [
-            row["name"], f"{row['tokens']:,}", row["mixer"], f"{row['parameters'] / 1e6:.3g} M", number(row["tflop"]),
-            *(number(row.get(field)) for field in ("ms", "gib", "train_ms", "train_gib")),
-        ]
-        for row in rows
-    ]  # fmt: skip
-
-
-def parts(fits: dict[str, dict[str, Row]]) -> list[list[str]]:
-    """Exponent of each part's time, and its share of the time on the largest grid."""
-    return [["mixer", "part", "time ~ n^", "share"]] + [
-        [mixer, part, f"{fit['exponent']:.2f} ({fit['low']:.2f} to {fit['high']:.2f})", f"{fit['share']:.0%}"]
-        for mixer, own in fits.items()
-        for part, fit in own.items()
-    ]
-
-
-def beside_the_paper(rows: Sequence[Row]) -> list[list[str]]:
-    """Ratios of attention to mate on the paper's sizes, next to the paper's of its whole models."""
-    lines = [["size", "time, ours", "FLOPs, ours", "latency, paper", "FLOPs, paper"]]
-    for size, paper in PAPER_SIZES.items():
-        pair = [
-            next((row for row in rows if (row["name"], row["mixer"]) == (size, m)), {}) for m in ("attention", "mate")
-        ]
-        ours = [f"{pair[0][f] / pair[1][f]:.1f}x" if all(row.get(f) for row in pair) else "" for f in ("ms", "tflop")]
-        lines.append([size, *ours, f"{paper.latency_ratio}x", f"{paper.flops_ratio}x" if paper.flops_ratio else ""])
-    return lines
-
-
-def number(value: float | None) -> str:
-    """Three digits, or nothing."""
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def as_markdown(lines: Iterable[Sequence[str]]) -> str:
-    """Rows of cells, the head first, as a table."""
-    head, *rest = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, "|" + " --- |" * (head.count(" | ") + 1), *rest])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lingen.bench.place import device_name
 from lingen.files import write_json
 from lingen.provenance import git_commit, versions
 from lingen.recipe.registry import RecipeError
@@ -37,33 +37,34 @@ class Results:
         device: what is measured.
         say: gets a line for each row.
         commit: where there is no checkout that could tell it.
+    Raises:
+        RecipeError: the file cannot be written there.
     """
 
     def __init__(self, path: Path, about: Row, device: torch.device, say: Say, commit: str | None = None):
         self.path, self.say = path, say
-        self.data: Row = {
-            "device": device_name(device),
-            "versions": versions() | ({"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}),
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit or git_commit(),
-            "command": command_line(sys.argv),
-            **about,
-            "rows": [],
-        }
+        cuda = {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
+        self.data: Row = {"device": device_name(device), **head(cuda, commit), **about, "rows": []}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(path.parent, os.W_OK):
                 raise PermissionError("the folder is not writable")
         except OSError as error:
             raise RecipeError(f"Results cannot be written to {path}: {error}. Choose another --out.") from error
-        _listen().results = self
+        _twins().results = self
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those that were added."""
+        rows: list[Row] = self.data["rows"]
+        return rows
 
     def add(self, row: Row) -> Row:
         """Appends a row, fields that are None left out and numbers rounded to five digits, and writes the file."""
         kept = {key: _rounded(row[key]) for key in (*FIRST, *row) if row.get(key) is not None}
-        self.data["rows"].append(kept)
+        self.rows.append(kept)
         self.write()
-        self.say(as_line(kept))
+        self.say("  ".join(str(value) if key == "name" else f"{key}={value}" for key, value in kept.items()))
         return kept
 
     def write(self) -> None:
@@ -71,34 +72,14 @@ class Results:
         write_json(self.path, self.data, indent=1, end="\n")
 
 
-class _Twins(logging.Handler):
-    """Hears which twin `kernel: auto` took, and notes it in the head of the result file."""
-
-    results: Results | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if self.results is not None and "kernel=auto runs" in message and not message.endswith("meta"):
-            operation, _, twin = message.partition(": kernel=auto runs ")
-            self.results.data.setdefault("auto", {})[operation] = twin
-            self.results.say(message)
-
-
-@lru_cache
-def _listen() -> _Twins:
-    log, handler = logging.getLogger("lingen"), _Twins(logging.INFO)
-    log.addHandler(handler)
-    if not log.isEnabledFor(logging.INFO):
-        log.setLevel(logging.INFO)
-    return handler
-
-
-def device_name(device: torch.device) -> str:
-    """``NVIDIA H100 80GB HBM3``, or the CPU with the threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+def head(more_versions: dict[str, str], commit: str | None = None) -> Row:
+    """What every result file says of where its numbers come from."""
+    return {
+        "versions": versions() | more_versions,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit or git_commit(),
+        "command": command_line(sys.argv),
+    }
 
 
 def command_line(argv: list[str]) -> str:
@@ -112,15 +93,25 @@ def command_line(argv: list[str]) -> str:
     return shlex.join(words)
 
 
-def as_line(row: Row) -> str:
-    """A row as a line to read."""
-    return "  ".join(f"{key}={value}" if key != "name" else str(value) for key, value in row.items())
+class _Twins(logging.Handler):
+    """Hears which twin `kernel: auto` took, and notes it in the head of the newest result file."""
+
+    results: Results | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        operation, found, twin = record.getMessage().partition(": kernel=auto runs ")
+        if self.results is not None and found and not twin.endswith("meta"):
+            self.results.data.setdefault("auto", {})[operation] = twin
+            self.results.say(record.getMessage())
 
 
-def read_all(folder: Path) -> Iterator[tuple[str, Row]]:
-    """(name of the file without its ending, what it holds) of every result file of a folder, by name."""
-    for file in sorted(folder.glob("*.json")):
-        yield file.stem, json.loads(file.read_text(encoding="utf-8"))
+@lru_cache
+def _twins() -> _Twins:
+    log, handler = logging.getLogger("lingen"), _Twins(logging.INFO)
+    log.addHandler(handler)
+    if not log.isEnabledFor(logging.INFO):
+        log.setLevel(logging.INFO)
+    return handler
 
 
 def _rounded(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lingen.bench.results import Row
@@ -30,16 +31,6 @@ class PaperSize:
     lingen_seconds: float
     latency_ratio: float
     flops_ratio: float | None
-
-    @property
-    def dit_layer_ms(self) -> float:
-        """Of one of the DiT's 38 layers [depth: ours]."""
-        return 1e3 * self.dit_seconds / FORWARDS / 38
-
-    @property
-    def lingen_layer_ms(self) -> float:
-        """Of one of LinGen's 28 layers [depth: ours]."""
-        return 1e3 * self.lingen_seconds / FORWARDS / 28
 
 
 PAPER_SIZES = {
@@ -69,9 +60,6 @@ VARIANTS = (
     Variant("without review tokens", 98, ("model.mixer.review=null",)),
 )
 
-Find = Callable[[Row], float | None]
-"""The value in one result file, which is of one run; None where it is not there."""
-
 
 @dataclass(frozen=True)
 class Target:
@@ -79,7 +67,7 @@ class Target:
 
     name: str
     unit: str
-    find: Find
+    find: Callable[[Row], float | None]
     reach: float | None
     stretch: float | None = None
     paper: float | None = None
@@ -116,38 +104,29 @@ def lingen_forward(result: Row, tokens: int, dtype: str = "bfloat16") -> Row:
     return row_of(result, name="forward", mixer="mate", kernel="auto", tokens=tokens, dtype=dtype, batch=1)
 
 
-def _seconds(tokens: int, dtype: str = "bfloat16") -> Find:
+# How a target finds its value in one result file, which is of one run; None where it is not there.
+
+
+def _seconds(result: Row, tokens: int, dtype: str = "bfloat16") -> float | None:
     """Of 100 forwards of LinGen's full depth."""
-
-    def find(result: Row) -> float | None:
-        ms = lingen_forward(result, tokens, dtype).get("ms")
-        return None if ms is None else ms * FORWARDS / 1e3
-
-    return find
+    ms = lingen_forward(result, tokens, dtype).get("ms")
+    return None if ms is None else ms * FORWARDS / 1e3
 
 
-def _over_dit(kernel: str) -> Find:
-    """Latency of the DiT twin over LinGen's in bfloat16 at 68 s, of the same run."""
-
-    def find(result: Row) -> float | None:
-        twin = row_of(result, name="forward", mixer="attention", tokens=TOKENS_68S, kernel=kernel)
-        return ratio(twin.get("ms"), lingen_forward(result, TOKENS_68S).get("ms"))
-
-    return find
+def _over_dit(result: Row, kernel: str) -> float | None:
+    """Latency of the DiT twin over LinGen's in bfloat16 at 68 s."""
+    twin = row_of(result, name="forward", mixer="attention", tokens=TOKENS_68S, kernel=kernel)
+    return ratio(twin.get("ms"), lingen_forward(result, TOKENS_68S).get("ms"))
 
 
 def _peak(result: Row) -> float | None:
     return lingen_forward(result, TOKENS_68S).get("gib")
 
 
-def _over_stock(name: str, tokens: int, field: str) -> Find:
-    """Stock's time over ours of a part without its projections, of the same run."""
-
-    def find(result: Row) -> float | None:
-        stock, ours = (row_of(result, name=name, tokens=tokens, kernel=kernel) for kernel in ("stock", "auto"))
-        return ratio(stock.get(field), ours.get(field))
-
-    return find
+def _over_stock(result: Row, name: str, tokens: int, field: str) -> float | None:
+    """Stock's time over ours of a part without its projections."""
+    stock, ours = (row_of(result, name=name, tokens=tokens, kernel=kernel) for kernel in ("stock", "auto"))
+    return ratio(stock.get(field), ours.get(field))
 
 
 def _review_share(result: Row) -> float | None:
@@ -156,25 +135,17 @@ def _review_share(result: Row) -> float | None:
     return 100 * (1 - row["ms"] / row["default_ms"]) if row else None
 
 
-def _growth(cost: str) -> Find:
+def _growth(result: Row, cost: str) -> float | None:
     """Exponent of mate's cost over tokens, where it was measured on the long clips."""
-
-    def find(result: Row) -> float | None:
-        tokens = [row.get("tokens", 0) for row in result.get("rows", [])]
-        fit = result.get("fits", {}).get("mate", {}).get(cost)
-        return fit["exponent"] if fit and max(tokens) >= 2 * TOKENS_68S else None
-
-    return find
+    tokens = [row.get("tokens", 0) for row in result.get("rows", [])]
+    fit = result.get("fits", {}).get("mate", {}).get(cost)
+    return fit["exponent"] if fit and max(tokens) >= 2 * TOKENS_68S else None
 
 
-def _longer_clip(way: str, half: str) -> Find:
-    """Memory above the weights that a clip of 68 s takes over that of one of 17 s, both of 512x512 and the same run."""
-
-    def find(result: Row) -> float | None:
-        rows = (row_of(result, name="clip", way=way, frames=n, size=[512, 512]) for n in (FRAMES_68S, FRAMES_17S))
-        return ratio(*(row.get(f"{half}_gib") for row in rows))
-
-    return find
+def _longer_clip(result: Row, way: str, half: str) -> float | None:
+    """Memory above the weights that a clip of 68 s takes over that of one of 17 s, both of 512x512."""
+    rows = (row_of(result, name="clip", way=way, frames=n, size=[512, 512]) for n in (FRAMES_68S, FRAMES_17S))
+    return ratio(*(row.get(f"{half}_gib") for row in rows))
 
 
 MA, TESA = "MA-branch without projections", "TESA without projections, shifted"
@@ -187,17 +158,28 @@ FP8 = "float8_e4m3fn"
 LENGTHS = {"17 s": TOKENS_17S, "68 s": TOKENS_68S}
 
 TARGETS = (
-    Target("100 forwards, 17 s", "s", _seconds(TOKENS_17S), reach=53, paper=102, stock=76),
-    Target("100 forwards, 17 s, fp8", "s", _seconds(TOKENS_17S, FP8), reach=None, stretch=36, paper=102, stock=76),
-    Target("100 forwards, 68 s", "s", _seconds(TOKENS_68S), reach=215, paper=430, stock=312),
-    Target("100 forwards, 68 s, fp8", "s", _seconds(TOKENS_68S, FP8), reach=None, stretch=145, paper=430, stock=312),
-    Target("DiT / LinGen, 68 s, cuDNN compiled", "x", _over_dit(CUDNN), 6, stretch=8, paper=11.5, stock=4.3, more=True),
+    Target("100 forwards, 17 s", "s", partial(_seconds, tokens=TOKENS_17S), reach=53, paper=102, stock=76),
     Target(
-        "DiT / LinGen, 68 s, FlashAttention-2 eager", "x", _over_dit(FLASH2), 10.5, paper=11.5, stock=7.5, more=True
+        "100 forwards, 17 s, fp8", "s", partial(_seconds, tokens=TOKENS_17S, dtype=FP8), None, 36, paper=102, stock=76
+    ),
+    Target("100 forwards, 68 s", "s", partial(_seconds, tokens=TOKENS_68S), reach=215, paper=430, stock=312),
+    Target(
+        "100 forwards, 68 s, fp8", "s", partial(_seconds, tokens=TOKENS_68S, dtype=FP8), None, 145, paper=430, stock=312
+    ),
+    Target(
+        "DiT / LinGen, 68 s, cuDNN compiled", "x", partial(_over_dit, kernel=CUDNN), 6, 8, paper=11.5, stock=4.3,
+        more=True,
+    ),
+    Target(
+        "DiT / LinGen, 68 s, FlashAttention-2 eager", "x", partial(_over_dit, kernel=FLASH2), 10.5, paper=11.5,
+        stock=7.5, more=True,
     ),
     Target("peak memory, 68 s", "GiB", _peak, reach=22),
     *(
-        Target(f"{part}, {length}, {how}", "x stock", _over_stock(part, tokens, field), bar, more=True)
+        Target(
+            f"{part}, {length}, {how}", "x stock", partial(_over_stock, name=part, tokens=tokens, field=field), bar,
+            more=True,
+        )
         for part, how, field, bar in (
             (MA, "forward", "ms", 3.0),
             (MA, "forward and backward", "train_ms", 2.0),
@@ -206,11 +188,11 @@ TARGETS = (
         for length, tokens in LENGTHS.items()
     ),
     Target("review tokens, 17 s", "% of a forward", _review_share, reach=1.5, paper=4),
-    Target("time of mate ~ tokens^", "", _growth("time"), reach=1.03),
-    Target("memory of mate ~ tokens^", "", _growth("memory"), reach=1.03),
+    Target("time of mate ~ tokens^", "", partial(_growth, cost="time"), reach=1.03),
+    Target("memory of mate ~ tokens^", "", partial(_growth, cost="memory"), reach=1.03),
     *(
-        Target(f"memory to {half} 68 s, {way}", "x that of 17 s", _longer_clip(way, half), reach=1.1)
+        Target(f"memory to {half} 68 s, {way}", "x that of 17 s", partial(_longer_clip, way=way, half=half), reach=1.1)
         for way in ("exact", "tiled")
         for half in ("encode", "decode")
     ),
-)
+)  # fmt: skip

@@ -1,22 +1,47 @@
-"""Clocks and meters: milliseconds and bytes of a piece of work, by CUDA events or the CPU's clock."""
+"""Clocks and meters: milliseconds and GiB of pieces of work, by CUDA events or the CPU's clock.
+
+Not torch.utils.benchmark or triton.testing.do_bench: those measure one piece of work after the other, so that a GPU
+that slows down on the way slows the last ones, and neither measures memory.
+"""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from lingen.bench.place import Place
+from lingen.bench.results import GIB, Row
+
 Work = Callable[[], object]
+Run = Callable[..., Tensor]
+T = TypeVar("T")
 
 MOST_RUNS = 20
 """A median of more runs would tell nothing new."""
 
 _LEAD_CYCLES = 2_000_000
 # About 1 ms on a GPU: while it spins, the CPU launches the work, so that launches are hidden as they are in a model.
+
+
+class Cost(NamedTuple):
+    """What a piece of work takes."""
+
+    ms: float
+    """The median of the runs."""
+    gib: float | None
+    """The most that tensors held on the GPU, all that was there before included; None on a CPU."""
+    runs: int
+
+    def fields(self, before: str = "", below: float = 0.0) -> Row:
+        """``ms`` and ``gib`` of a row, with a word before their names; `below` GiB do not count."""
+        return {f"{before}ms": self.ms, f"{before}gib": None if self.gib is None else self.gib - below}
 
 
 def milliseconds(work: Work, device: torch.device) -> float:
@@ -34,74 +59,65 @@ def milliseconds(work: Work, device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def interleaved(
-    works: Mapping[str, Work],
-    device: torch.device,
-    budget: float = 0.5,
-    cold: Collection[str] = (),
-    warm: bool = True,
-) -> dict[str, list[float]]:
-    """Milliseconds of several pieces of work, round after round, so that a GPU that slows down slows all of them.
+def costs(works: Mapping[str, Work], place: Place, cold: Collection[str] = ()) -> dict[str, Cost]:
+    """Several pieces of work, round after round, so that a GPU that slows down slows all of them.
+
+    One that takes longer than the place's budget runs once, a short one `MOST_RUNS` times, the warm-up left out. One
+    that needs more memory than there is is left out.
 
     Args:
-        budget: seconds for each, warm-up left out; one that takes longer runs once, a short one `MOST_RUNS` times.
-        cold: those that are too long for a warm-up: their only run counts.
-        warm: false where all of it has run before.
+        cold: those that need no warm-up, or are too long for one.
     """
-    for name, work in works.items():
-        if warm and name not in cold:
-            milliseconds(work, device)
-    times = {name: [milliseconds(work, device)] for name, work in works.items()}
-    runs = {name: _runs(times[name][0], budget) for name in works}
+    device = place.device
+    warm = {name: or_none(partial(milliseconds, work, device)) for name, work in works.items() if name not in cold}
+    first = {
+        name: found
+        for name, work in works.items()
+        if warm.get(name, 0.0) is not None and (found := or_none(partial(_with_peak, work, device))) is not None
+    }
+    times = {name: [ms] for name, (ms, _) in first.items()}
+    runs = {name: min(MOST_RUNS, int(1e3 * place.budget / max(ms, 1e-3))) for name, (ms, _) in first.items()}
     for done in range(1, max(runs.values(), default=0)):
-        for name, work in works.items():
-            if done < runs[name] and name not in cold:
-                times[name].append(milliseconds(work, device))
-    return times
+        for name in first:
+            if done < runs[name]:
+                times[name].append(milliseconds(works[name], device))
+    return {name: Cost(statistics.median(own), first[name][1], len(own)) for name, own in times.items()}
 
 
-def medians(
-    works: Mapping[str, Work], device: torch.device, budget: float = 0.5, cold: Collection[str] = ()
-) -> dict[str, float]:
-    """The medians of `interleaved`."""
-    return {name: statistics.median(times) for name, times in interleaved(works, device, budget, cold).items()}
-
-
-def _runs(first: float, budget: float) -> int:
-    return max(1, min(MOST_RUNS, int(1e3 * budget / max(first, 1e-3))))
-
-
-def allocated(device: torch.device) -> int:
-    """Bytes that tensors hold on a GPU now; 0 elsewhere."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def peak_bytes(work: Work, device: torch.device) -> int:
-    """The most bytes that tensors held on the GPU while the work ran, all that was there before included."""
+def _with_peak(work: Work, device: torch.device) -> tuple[float, float | None]:
+    """Milliseconds of one call, and on CUDA the most GiB that tensors held in it."""
     if device.type != "cuda":
-        raise ValueError(f"The peak of allocated memory is known on CUDA only, not on {device}.")
+        return milliseconds(work, device), None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    work()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return milliseconds(work, device), torch.cuda.max_memory_allocated(device) / GIB
 
 
-def saved_bytes(run: Callable[..., Tensor], inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward: each storage once, weights left out."""
-    left_out = {p.untyped_storage()._cdata for p in weights}
-    sizes: dict[int, int] = {}
+def both_ways(
+    runs: Mapping[str, tuple[Run, Iterable[Tensor]]],
+    inputs: Sequence[Tensor],
+    seed: Callable[[], Tensor],
+    place: Place,
+    cold: tuple[Collection[str], Collection[str]] = ((), ()),
+    below: float = 0.0,
+) -> dict[str, Row]:
+    """Forward without gradients, and forward and backward: fields of a row for each, as far as the memory goes.
 
-    def pack(kept: Tensor) -> Tensor:
-        storage = kept.untyped_storage()
-        if storage._cdata not in left_out:
-            sizes[storage._cdata] = storage.nbytes()
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        output = run(*inputs)
-    del output
-    return sum(sizes.values())
+    Args:
+        runs: what is run, and the weights whose gradients are computed beside those of the inputs.
+        seed: makes the gradient of the output, once the forward alone is measured.
+        cold: as in `costs`, of the forward and of both.
+        below: GiB that do not count.
+    """
+    alone = costs({name: forward(run, inputs) for name, (run, _) in runs.items()}, place, cold[0])
+    wanting, out = [u.detach().requires_grad_(u.is_floating_point()) for u in inputs], seed()
+    works = {name: forward_backward(run, wanting, weights, out) for name, (run, weights) in runs.items()}
+    both = costs(works, place, cold[1])
+    rows: dict[str, Row] = {name: {} for name in runs}
+    for before, found in (("", alone), ("train_", both)):
+        for name, cost in found.items():
+            rows[name] |= cost.fields(before, below)
+    return rows
 
 
 def forward(run: Callable[..., object], inputs: Sequence[Any]) -> Work:
@@ -114,9 +130,7 @@ def forward(run: Callable[..., object], inputs: Sequence[Any]) -> Work:
     return work
 
 
-def forward_backward(
-    run: Callable[..., Tensor], inputs: Sequence[Tensor], weights: Iterable[Tensor], seed: Tensor
-) -> Work:
+def forward_backward(run: Run, inputs: Sequence[Tensor], weights: Iterable[Tensor], seed: Tensor) -> Work:
     """Forward and backward, with the gradients of the inputs and weights that want one, which are dropped at once."""
     wanted = [u for u in (*inputs, *weights) if u.requires_grad]
 
@@ -126,8 +140,37 @@ def forward_backward(
     return work
 
 
-def or_none(work: Callable[[], float]) -> float | None:
-    """The number, or None where the GPU has not enough memory for it."""
+def saved_bytes(run: Run, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward: each storage once, weights left out."""
+    left_out = {p.untyped_storage()._cdata for p in weights}
+    sizes: dict[int, int] = {}
+
+    def pack(kept: Tensor) -> Tensor:
+        storage = kept.untyped_storage()
+        if storage._cdata not in left_out:
+            sizes[storage._cdata] = storage.nbytes()
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        output = run(*(u.detach().requires_grad_(u.is_floating_point()) for u in inputs))
+    del output
+    return sum(sizes.values())
+
+
+def held(device: torch.device) -> float:
+    """GiB that tensors hold on a GPU now; 0 elsewhere."""
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+
+
+def free(device: torch.device) -> None:
+    """Gives back the memory of what was just dropped."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def or_none(work: Callable[[], T]) -> T | None:
+    """What it gives, or None where the GPU has not enough memory for it."""
     try:
         return work()
     except torch.OutOfMemoryError:

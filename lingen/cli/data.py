@@ -223,11 +223,11 @@ def data_index(args: argparse.Namespace) -> int:
 def bench_loader(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from lingen.bench.loader import bench
+    from lingen.bench.yardsticks import yardstick
     from lingen.cli.progress import count_bar
 
     with count_bar(console(), "measuring") as progress:
-        result = bench(
+        result = yardstick("loader").bench(
             args.shards, Path(args.out), pairs=args.pairs, seconds=args.seconds, rows=args.rows, progress=progress
         )
     print_table([_comparison_row(one) for one in result["comparisons"]])

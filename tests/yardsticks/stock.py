@@ -23,9 +23,7 @@ from lingen.recipe.sections import Triple as Grid
 
 
 @torch.compiler.disable
-def one_direction(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, dt_bias: Tensor
-) -> Tensor:  # fmt: skip
+def one_direction(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, dt_bias: Tensor) -> Tensor:
     """mamba_ssm's causal scan on CUDA; elsewhere the plain one, so that the composition can be tested."""
     if not x.is_cuda:
         y = ssd(x, dt, a, b, c, d, dt_bias)
@@ -123,7 +121,7 @@ class StockSwin(nn.Module):
         padded = grid_of(x)
         q, k, v = _partition(x, window).unflatten(-1, (3, ours.num_heads, -1)).unbind(2)
         table, mask = _kept(grid, window, shift, before, padded, q)
-        q, k = (rotate(_rms_norm(u, norm), table) for u, norm in ((q, ours.q_norm), (k, ours.k_norm)))
+        q, k = (rotate(rms_norm(u, norm), table) for u, norm in ((q, ours.q_norm), (k, ours.k_norm)))
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         y = _merge(out.transpose(1, 2).flatten(2), window, padded, len(x))
         if any(shift):
@@ -176,5 +174,6 @@ def _merge(x: Tensor, window: Grid, padded: Grid, batch: int) -> Tensor:
     return x.reshape(batch, *padded, -1)
 
 
-def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    """A norm of ours by torch's own."""
     return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)

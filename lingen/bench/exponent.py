@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """cost ~ tokens ** exponent, with a 95% confidence interval of the exponent."""
 
     exponent: float

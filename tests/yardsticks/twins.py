@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lingen.bench.build import TEXT_TOKENS, denoiser
-from lingen.bench.flops import model_flops
+from lingen.bench.build import denoiser
 from lingen.bench.model import ModelBench
-from lingen.bench.plain import PlainDenoiser, blocks_of, run_block
 from lingen.bench.targets import CUDNN, FLASH2
-from lingen.bench.timing import Work, forward, interleaved, medians
+from lingen.bench.timing import Work, costs, forward
 from lingen.kernels.attention import ATTENTION_KERNELS
 from lingen.model import LinGen
 from lingen.recipe.sections import LinGenConfig
+
+from .plain import PlainDenoiser, blocks_of, run_block
 
 DIT_DEPTH = 38 / 28
 """Layers of a DiT for one of LinGen's, at equal parameters [ours]."""
@@ -52,9 +51,9 @@ def bench_twins(
     """
     layers = depth or round(bench.config.depth * DIT_DEPTH)
     config = replace(bench.config, mixer={"name": "attention"}, depth=layers)
-    bench.say(f"the DiT twin, {config.depth} layers")
+    bench.results.say(f"the DiT twin, {config.depth} layers")
     torch.compiler.reset()  # what was compiled for another grid would count as a recompilation, of which few are let be
-    dit = denoiser(config, bench.device, bench.dtype)
+    dit = denoiser(config, bench.place)
     twins = {
         name: twin
         for name, twin in stock_twins(bench, model, dit, config).items()
@@ -63,25 +62,25 @@ def bench_twins(
     if _holds(only, "best"):
         name, work = best_kernel(bench, dit)
         twins[name] = Twin(work, work, config)
-    bench.say("  all of them, in rounds")
+    bench.results.say("  all of them, in rounds")
     ours = forward(model, bench.inputs())
     everyone = {"": Twin(ours, ours, bench.config)} | twins
-    tflop = {name: model_flops(twin.config, bench.grid, TEXT_TOKENS) / 1e12 for name, twin in everyone.items()}
-    long = {name for name in twins if tflop[name] > LONG_TFLOP}
+    benches = {name: replace(bench, config=twin.config, fp8=bench.fp8 and not name) for name, twin in everyone.items()}
+    long = {name for name in twins if benches[name].tflop > LONG_TFLOP}
     works = {name: twin.work for name, twin in everyone.items()}
-    for name, times in interleaved(works, bench.device, bench.budget, cold=long).items():
-        own = replace(bench, config=everyone[name].config, fp8=bench.fp8 and not name)
-        row = own.forward_row(statistics.median(times), tflop=tflop[name], runs=len(times), rounds="with twins")
-        bench.results.add(row | ({"kernel": name} if name else {"gib": gib}))
+    for name, cost in costs(works, bench.place, cold=long).items():
+        # All of them lie in memory: what one takes was measured alone, or not at all.
+        own = {"kernel": name, "gib": None} if name else {"gib": gib}
+        benches[name].add_forward(cost, rounds="with twins", **own)
 
 
 def _runs(bench: ModelBench, name: str, twin: Twin) -> bool:
     """Warms a twin up. One that cannot run here is left out, and said so: the others are worth their time."""
-    bench.say(f"  {name}: one block")
+    bench.results.say(f"  {name}: one block")
     try:
         twin.warm()
     except Exception as why_not:  # compilers fail in many ways
-        bench.say(f"  {name} is left out: {type(why_not).__name__}: {str(why_not)[:300]}")
+        bench.results.say(f"  {name} is left out: {type(why_not).__name__}: {str(why_not)[:300]}")
         return False
     return True
 
@@ -97,7 +96,7 @@ def stock_twins(bench: ModelBench, model: LinGen, dit: LinGen, config: LinGenCon
     """
     inputs, plain = bench.inputs(), PlainDenoiser(dit)
     stock = None if bench.fp8 or bench.mixer not in STOCK_MIXERS else PlainDenoiser(model)
-    if bench.device.type != "cuda":
+    if not bench.place.cuda:
         eager = {"sdpa, eager": Twin(*_pair(plain, inputs, 1), config)}
         return eager if stock is None else eager | {"stock, eager": Twin(*_pair(stock, inputs, 1), bench.config)}
     # One compiled function for all blocks of a model: they differ in their weights only, LinGen's also in order, shift.
@@ -157,10 +156,10 @@ def best_kernel(bench: ModelBench, twin: LinGen) -> tuple[str, Work]:
         try:
             one_block(kernel)
         except (ValueError, RuntimeError, ImportError) as why_not:
-            bench.say(f"  attention kernel {kernel}: {str(why_not).splitlines()[0]}")
+            bench.results.say(f"  attention kernel {kernel}: {str(why_not).splitlines()[0]}")
             continue
         usable[kernel] = partial(one_block, kernel)
-    ms = medians(usable, bench.device, 0.2)
-    bench.say("  one block: " + ", ".join(f"{kernel} {one:.1f} ms" for kernel, one in ms.items()))
+    ms = {kernel: cost.ms for kernel, cost in costs(usable, bench.place._replace(budget=0.2)).items()}
+    bench.results.say("  one block: " + ", ".join(f"{kernel} {one:.1f} ms" for kernel, one in ms.items()))
     fastest = min(ms, key=lambda kernel: ms[kernel])
     return f"best: {fastest}, eager", partial(with_kernel, fastest, forward(twin, inputs))

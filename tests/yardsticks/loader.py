@@ -1,4 +1,4 @@
-"""How fast the loader is: raw, encoded and remote shards beside a bare PyAV loop and plain webdataset.
+"""``lingen bench loader``: how fast raw, encoded and remote shards are read, beside other ways to the same batches.
 
 Both sides make the same clips. Every measurement of a loader begins with batches that do not count, until all workers
 are at work and as many batches are made ahead as at its end.
@@ -9,16 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import platform
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +21,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lingen.bench import rivals
 from lingen.bench.index_scale import index_at_scale
-from lingen.bench.loopback import serve
-from lingen.bench.pairs import Comparison, Measured, Watch, measure
-from lingen.bench.rivals import BareLoop, Job, Wanted
-from lingen.data import latents, manifest, order
+from lingen.bench.results import head
+from lingen.data import latents, manifest
 from lingen.data.datamodule import ClipData
 from lingen.data.dataset import Clips
 from lingen.data.fingerprint import fingerprint, frozen_settings
@@ -39,9 +31,10 @@ from lingen.data.locations import expand
 from lingen.data.manifest import About, Row
 from lingen.data.shards import read_shard, scan, write_shards
 from lingen.prepare.index import index_folder
-from lingen.provenance import git_commit, versions
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Shards
+
+from .pairs import Measured, Watch, measure
 
 RAW = Recipe(data=DataConfig(frames=16, size=(256, 256), fps=16.0))
 """The clips of the raw comparison."""
@@ -58,8 +51,6 @@ COPIES = 8
 """Times that each clip of the footage stands in the shards."""
 SAMPLES = 64
 """Encoded ones."""
-DELAY = 0.02
-"""Seconds that each answer of the remote server is late."""
 
 
 def bench(
@@ -74,21 +65,21 @@ def bench(
         seconds: that a measurement takes about.
         rows: of the synthetic manifest; 0: none is made.
         progress: called with the pairs done and all pairs.
+    Raises:
+        RecipeError: there is no footage.
     """
+    from .rivals import comparisons
+
     with tempfile.TemporaryDirectory(prefix="lingen-bench-") as folder, contextlib.ExitStack() as stack:
         made = make_shards(shards, Path(folder))
-        comparisons = list(compare(made, seconds, stack))
+        compared = list(comparisons(made, seconds, stack))
         results = []
-        for number, comparison in enumerate(comparisons):
-            tell = lambda pair, before=number * pairs: progress(before + pair, len(comparisons) * pairs)  # noqa: E731
+        for number, comparison in enumerate(compared):
+            tell = lambda pair, before=number * pairs: progress(before + pair, len(compared) * pairs)  # noqa: E731
             results.append(measure(comparison, pairs, tell))
         result = {
-            "command": " ".join(["lingen", *sys.argv[1:]]),
-            "cores": os.cpu_count(),
-            "processor": platform.processor() or platform.machine(),
-            "versions": versions(),
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": git_commit(),
+            **{"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+            **head({}),
             "raw": _told(RAW),
             "encoded": {**_told(ENCODED), "megabytes": made.encoded_megabytes},
             "comparisons": results,
@@ -164,45 +155,7 @@ def _write_encoded(folder: Path) -> int:
     return rows[0].length
 
 
-# the two sides
-
-
-def compare(made: Made, seconds: float, stack: contextlib.ExitStack) -> Iterator[Comparison]:
-    """The comparisons, each with as many clips in a measurement as take about so long."""
-    for workers in (1, 2):
-        yield from _compare_raw(made, workers, seconds, stack)
-    for workers in (1, 2):
-        yield from _compare_encoded(made, workers, seconds)
-    for what, recipe, folder in (("raw", RAW, made.raw), ("encoded", ENCODED, made.encoded)):
-        near = _loader(recipe, str(folder / manifest.NAME), 2, seconds)
-        far = Loader(recipe, f"{stack.enter_context(_far_away(folder))}/{manifest.NAME}", 2, near.clips)
-        beside = f"the same from the local disk; each answer is {1000 * DELAY:g} ms late"
-        yield Comparison(f"{what} over http", beside, 2, far.run, near.run, recipe.data.frames if recipe is RAW else 0)
-
-
-def _compare_raw(made: Made, workers: int, seconds: float, stack: contextlib.ExitStack) -> Iterator[Comparison]:
-    ours = _loader(RAW, str(made.raw / manifest.NAME), workers, seconds)
-    wanted = Wanted(RAW.data.frames, RAW.data.size, RAW.data.fps)
-    bare = BareLoop(wanted, workers)
-    stack.callback(bare.close)
-    theirs = partial(_run_bare, bare, ours, made.files)
-    yield Comparison("raw", "bare PyAV loop", workers, ours.run, theirs, wanted.frames)
-    shards = sorted(made.raw.glob("*.tar"))
-    plain = rivals.plain_webdataset(shards, rivals.ReadRaw(wanted), rivals.stack_clips, BATCH, workers)
-    run = partial(_run_plain, plain, ours.clips, workers)
-    yield Comparison("raw", "plain webdataset with the same decode", workers, ours.run, run, wanted.frames)
-
-
-def _compare_encoded(made: Made, workers: int, seconds: float) -> Iterator[Comparison]:
-    ours = _loader(ENCODED, str(made.encoded / manifest.NAME), workers, seconds)
-    shards = sorted(made.encoded.glob("*.tar"))
-    for beside, read, collate in (
-        ("plain webdataset, np.load and stack", rivals.read_arrays, rivals.stack_arrays),
-        ("plain webdataset that reads and hands nothing over", rivals.count_bytes, None),
-    ):
-        plain = rivals.plain_webdataset(shards, read, collate, BATCH, workers)
-        run = partial(_run_plain, plain, ours.clips, workers)
-        yield Comparison("encoded", beside, workers, ours.run, run, 0)
+# how it is read
 
 
 class Loader:
@@ -226,82 +179,38 @@ class Loader:
     def run(self, pair: int) -> Measured:
         """One pair's batches."""
         self.data.start_step = self.first(pair)
-        return _take(self.data.train_dataloader(), self.batches, self.workers)
+        return take(self.data.train_dataloader(), self.batches, self.workers)
 
     def first(self, pair: int) -> int:
         """Step at which the batches of a pair begin."""
-        return pair * (self.batches + _warm(self.workers))
+        return pair * (self.batches + warm(self.workers))
 
-    def jobs(self, pair: int, files: Path) -> list[Job]:
-        """The clips of a pair's batches as pieces of files."""
-        clips = _clips_of(self.data)
-        start = self.first(pair) + _warm(self.workers)
-        jobs = []
-        for place in islice(self.data.places(start), self.batches):
-            for number in place.numbers:
-                choice = clips._choose(place, number)
-                index = clips.pools[choice.kind].index
-                begin = order.uniform("start", choice.stream, choice.epoch, index.where(choice.number))
-                jobs.append(Job(files / f"{index.key(choice.number)}.mp4", begin))
-        return jobs
+    def clips_of(self) -> Clips:
+        """What its batches are made of."""
+        self.data.setup()
+        assert self.data.train is not None
+        return self.data.train
 
 
-def _loader(recipe: Recipe, shards: str, workers: int, seconds: float) -> Loader:
+def loader_for(recipe: Recipe, shards: str, workers: int, seconds: float) -> Loader:
     """One whose measurements take about so long, in whole epochs of the shards, so that all sides do the same."""
     tried = Loader(recipe, shards, workers, BATCH)
-    measured, epoch = tried.run(0), len(_clips_of(tried.data).pools["video"])
+    measured, epoch = tried.run(0), len(tried.clips_of().pools["video"])
     epochs = max(1, round(measured.clips / measured.seconds * seconds / epoch))
     return Loader(recipe, shards, workers, epochs * epoch)
 
 
-def _clips_of(data: ClipData) -> Clips:
-    data.setup()
-    assert data.train is not None
-    return data.train
-
-
-def _warm(workers: int) -> int:
+def warm(workers: int) -> int:
     """Batches that do not count: as many as are made ahead, and one more for each worker."""
     return 3 * workers
 
 
-def _take(loader: DataLoader[Any], count: int, workers: int) -> Measured:
+def take(loader: DataLoader[Any], count: int, workers: int) -> Measured:
     """So many batches, once the loader is at full speed."""
     batches: Any = iter(loader)
-    for _ in range(_warm(workers)):
+    for _ in range(warm(workers)):
         next(batches)
     watch = Watch(worker.pid for worker in batches._workers)
     for _ in range(count):
         next(batches)
     return watch.stop(count * BATCH)
-
-
-def _run_bare(bare: BareLoop, loader: Loader, files: Path, pair: int) -> Measured:
-    jobs = loader.jobs(pair, files)
-    watch = Watch(bare.processes)
-    bare.run(jobs)
-    return watch.stop(len(jobs))
-
-
-def _run_plain(plain: DataLoader[Any], clips: int, workers: int, pair: int) -> Measured:
-    return _take(plain, -(-clips // BATCH), workers)
-
-
-@contextlib.contextmanager
-def _far_away(folder: Path) -> Iterator[str]:
-    """A server in a process of its own, with answers that are late."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(folder, there), daemon=True)
-    process.start()
-    try:
-        yield here.recv()
-    finally:
-        process.terminate()
-        process.join()
-
-
-def _serve(folder: Path, told: Any) -> None:
-    with serve(folder, delay=DELAY) as address:
-        told.send(address)
-        time.sleep(86400)

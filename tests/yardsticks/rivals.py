@@ -1,11 +1,15 @@
-"""What the loader is measured against: a bare PyAV loop, and plain webdataset."""
+"""What the loader is measured against: a bare PyAV loop, plain webdataset, and itself over a slow network."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,8 +19,100 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lingen.data import manifest, order
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
+
+from . import loader
+from .loader import BATCH, Loader, Made, loader_for, take, warm
+from .loopback import serve
+from .pairs import Comparison, Measured, Watch
+
+DELAY = 0.02
+"""Seconds that each answer of the remote server is late."""
+
+
+def comparisons(made: Made, seconds: float, stack: contextlib.ExitStack) -> Iterator[Comparison]:
+    """Each with as many clips in a measurement as take about so long."""
+    for workers in (1, 2):
+        yield from _raw(made, workers, seconds, stack)
+    for workers in (1, 2):
+        yield from _encoded(made, workers, seconds)
+    for what, recipe, folder in (("raw", loader.RAW, made.raw), ("encoded", loader.ENCODED, made.encoded)):
+        near = loader_for(recipe, str(folder / manifest.NAME), 2, seconds)
+        far = Loader(recipe, f"{stack.enter_context(_far_away(folder))}/{manifest.NAME}", 2, near.clips)
+        beside = f"the same from the local disk; each answer is {1000 * DELAY:g} ms late"
+        yield Comparison(f"{what} over http", beside, 2, far.run, near.run, recipe.data.frames if what == "raw" else 0)
+
+
+def _raw(made: Made, workers: int, seconds: float, stack: contextlib.ExitStack) -> Iterator[Comparison]:
+    ours = loader_for(loader.RAW, str(made.raw / manifest.NAME), workers, seconds)
+    wanted = Wanted(loader.RAW.data.frames, loader.RAW.data.size, loader.RAW.data.fps)
+    bare = BareLoop(wanted, workers)
+    stack.callback(bare.close)
+    theirs = partial(_run_bare, bare, ours, made.files)
+    yield Comparison("raw", "bare PyAV loop", workers, ours.run, theirs, wanted.frames)
+    plain = plain_webdataset(sorted(made.raw.glob("*.tar")), ReadRaw(wanted), stack_clips, BATCH, workers)
+    run = partial(_run_plain, plain, ours.clips, workers)
+    yield Comparison("raw", "plain webdataset with the same decode", workers, ours.run, run, wanted.frames)
+
+
+def _encoded(made: Made, workers: int, seconds: float) -> Iterator[Comparison]:
+    ours = loader_for(loader.ENCODED, str(made.encoded / manifest.NAME), workers, seconds)
+    shards = sorted(made.encoded.glob("*.tar"))
+    for beside, read, collate in (
+        ("plain webdataset, np.load and stack", read_arrays, stack_arrays),
+        ("plain webdataset that reads and hands nothing over", count_bytes, None),
+    ):
+        plain = plain_webdataset(shards, read, collate, BATCH, workers)
+        yield Comparison("encoded", beside, workers, ours.run, partial(_run_plain, plain, ours.clips, workers), 0)
+
+
+def jobs(ours: Loader, pair: int, files: Path) -> list[Job]:
+    """The clips of a pair's batches as pieces of files."""
+    clips = ours.clips_of()
+    found = []
+    for place in islice(ours.data.places(ours.first(pair) + warm(ours.workers)), ours.batches):
+        for number in place.numbers:
+            choice = clips._choose(place, number)
+            index = clips.pools[choice.kind].index
+            begin = order.uniform("start", choice.stream, choice.epoch, index.where(choice.number))
+            found.append(Job(files / f"{index.key(choice.number)}.mp4", begin))
+    return found
+
+
+def _run_bare(bare: BareLoop, ours: Loader, files: Path, pair: int) -> Measured:
+    wanted = jobs(ours, pair, files)
+    watch = Watch(bare.processes)
+    bare.run(wanted)
+    return watch.stop(len(wanted))
+
+
+def _run_plain(plain: DataLoader[Any], clips: int, workers: int, pair: int) -> Measured:
+    return take(plain, -(-clips // BATCH), workers)
+
+
+@contextlib.contextmanager
+def _far_away(folder: Path) -> Iterator[str]:
+    """A server in a process of its own, with answers that are late."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(folder, there), daemon=True)
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(folder: Path, told: Any) -> None:
+    with serve(folder, delay=DELAY) as address:
+        told.send(address)
+        time.sleep(86400)
+
+
+# the bare loop
 
 
 class Wanted(NamedTuple):
@@ -97,6 +193,9 @@ class BareLoop:
         self.pool.join()
 
 
+# plain webdataset
+
+
 def plain_webdataset(
     shards: Sequence[Path], read: Callable[[dict[str, Any]], Any], collate: Callable[[list[Any]], Any] | None,
     batch: int, workers: int,
@@ -106,7 +205,10 @@ def plain_webdataset(
 
     files = WebDataset([str(path) for path in shards], shardshuffle=False, empty_check=False).repeat()
     batches = files.map(read).batched(batch, collation_fn=collate)
-    return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=_one_thread, collate_fn=_as_it_is)
+    return DataLoader(
+        batches, batch_size=None, num_workers=workers, worker_init_fn=_one_thread, collate_fn=_as_it_is,
+        multiprocessing_context="fork",  # a fresh process would not know this module by its name
+    )  # fmt: skip
 
 
 def _one_thread(worker: int) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lingen.bench.stock import StockMamba2, StockSwin
 from lingen.blocks.attention import Attention
 from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.mate import MATE
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.model import LinGen, Text
+
+from .stock import StockMamba2, StockSwin, rms_norm
 
 
 class PlainBlock(nn.Module):
@@ -34,17 +35,17 @@ class PlainBlock(nn.Module):
         ours = self.ours
         rows = (modulation + ours.modulation)[:, :, :, None, None]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)
-        mixed = self.mixer(_modulated(_norm(x, ours.mixer_norm) + positions, shift, scale))
+        mixed = self.mixer(_modulated(rms_norm(x, ours.mixer_norm) + positions, shift, scale))
         x = x + (mixed * gate).to(x.dtype)
-        x = x + self._text(_norm(x, ours.text_norm), text, mask)
-        hidden, up = ours.ffn.in_proj(_modulated(_norm(x, ours.ffn_norm), ffn_shift, ffn_scale)).chunk(2, -1)
+        x = x + self._text(rms_norm(x, ours.text_norm), text, mask)
+        hidden, up = ours.ffn.in_proj(_modulated(rms_norm(x, ours.ffn_norm), ffn_shift, ffn_scale)).chunk(2, -1)
         return x + (ours.ffn.out_proj(F.silu(hidden) * up) * ffn_gate).to(x.dtype)
 
     def _text(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         part = self.ours.cross_attention
         q = part.q_proj(x).flatten(1, 3).unflatten(-1, (part.num_heads, -1))
         k, v = part.kv_proj(text).unflatten(-1, (2, part.num_heads, -1)).unbind(2)
-        q, k, v = (u.transpose(1, 2) for u in (_norm(q, part.q_norm), _norm(k, part.k_norm), v))
+        q, k, v = (u.transpose(1, 2) for u in (rms_norm(q, part.q_norm), rms_norm(k, part.k_norm), v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         return part.out_proj(out.transpose(1, 2).flatten(2)).view_as(x)
 
@@ -59,7 +60,7 @@ class PlainAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         ours = self.ours
         q, k, v = ours.in_proj(x).flatten(1, 3).unflatten(-1, (3, ours.num_heads, -1)).unbind(2)
-        q, k, v = (u.transpose(1, 2) for u in (_norm(q, ours.q_norm), _norm(k, ours.k_norm), v))
+        q, k, v = (u.transpose(1, 2) for u in (rms_norm(q, ours.q_norm), rms_norm(k, ours.k_norm), v))
         out = F.scaled_dot_product_attention(q, k, v)
         return ours.out_proj(out.transpose(1, 2).flatten(2)).view_as(x)
 
@@ -137,10 +138,6 @@ def blocks_of(model: LinGen | PlainDenoiser, blocks: Iterable[nn.Module]) -> Ite
         yield
     finally:
         model.blocks = own
-
-
-def _norm(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
