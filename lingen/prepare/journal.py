@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lingen.data.fingerprint import differences
 from lingen.data.manifest import Row
 from lingen.files import whole_file, write_json, write_text
 from lingen.recipe.registry import RecipeError
