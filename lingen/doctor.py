@@ -138,7 +138,7 @@ class Line(NamedTuple):
 
 def machine() -> Iterator[Line]:
     """What this machine has, one thing after the other. Imports no lightning, which may be malware."""
-    yield Line(True, "python", platform.pythonversion_of())
+    yield Line(True, "python", platform.python_version())
     yield Line(True, "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
     yield _lightning()
     yield from _gpus()
