@@ -6,17 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lingen.plan.trial import Workshop
 from lingen.recipe.layers import Layered, Problem
-from lingen.recipe.reading import Draft, as_path, components_of, raise_all, read_draft, shipped_recipes, unknown_stage
+from lingen.recipe.reading import Draft, components_of, raise_all, read_draft, shipped_recipes, unknown_stage
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["load_recipe", "load_stages", "refuse_sharding", "shipped_recipes", "stages_of", "to_yaml"]
 
@@ -151,8 +148,8 @@ def _fill_components(draft: Layered) -> Iterator[Problem]:
         except RecipeError as error:
             yield draft.problem((*path, "name"), str(error))
             continue
-        for key, text in found:
-            yield draft.problem((*path, *as_path(key)), text)
+        for one in found:
+            yield draft.problem((*path, *one.path), one.text)
         component.update(filled)
 
 
@@ -165,8 +162,8 @@ def _check_trainer(draft: Layered) -> Iterator[Problem]:
     for key in arguments:
         if key in OURS:
             yield draft.problem(("trainer", key), f"'{key}' is not set here but by {OURS[key]}.")
-    for key, text in check_settings(Trainer, {k: v for k, v in arguments.items() if k not in OURS})[1]:
-        yield draft.problem(("trainer", *as_path(key)), text)
+    for one in check_settings(Trainer, {k: v for k, v in arguments.items() if k not in OURS})[1]:
+        yield draft.problem(("trainer", *one.path), one.text)
 
 
 def _check_kernels(draft: Layered) -> Iterator[Problem]:
