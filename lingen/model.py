@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks.block import Block
-from lingen.blocks.layers import RMSNorm, check_sizes
+from lingen.blocks.layers import RMSNorm
 from lingen.blocks.positions import Positions, resize_tables
 from lingen.flow import along
 from lingen.kernels.choice import full_precision
 from lingen.kernels.fp8 import input_dtype
 from lingen.kernels.modulate import norm_modulate
 from lingen.plan.forecast import activation_bytes, recomputed_blocks
-from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import LinGenConfig, Triple
 
 log = logging.getLogger("lingen")
@@ -60,10 +59,6 @@ class LinGen(nn.Module):
 
     def __init__(self, config: LinGenConfig):
         super().__init__()
-        check_sizes("patch", config.patch)
-        if not isinstance(config.checkpointing, bool) and config.checkpointing <= 0:
-            text = f"checkpointing={config.checkpointing:g} must be true, false, or a number of GiB above 0."
-            raise SettingError("checkpointing", text)
         self.config = config
         dim, numbers = config.dim, config.channels * math.prod(config.patch)
         self.patchify = nn.Linear(numbers, dim)

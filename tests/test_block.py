@@ -102,8 +102,6 @@ def test_the_plan_tells_what_recomputing_costs():
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_target_of_nothing_is_refused(value):
-    with pytest.raises(
-        SettingError, match=r"checkpointing=.* must be true, false, or a number of GiB above 0"
-    ) as error:
+    with pytest.raises(SettingError, match="Expected a number above 0 or true or false, got") as error:
         LinGen(replace(CONFIG, checkpointing=value))
     assert error.value.setting == "checkpointing"

@@ -13,6 +13,7 @@ from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels import ssd
 from lingen.kernels.pool import pool
 from lingen.recipe.registry import MIXERS, SettingError
+from lingen.recipe.signature import bare
 
 DIM = 12
 SMALL = {"state_dim": 4, "head_dim": 6, "dt_max": 0.5}
@@ -224,7 +225,7 @@ def test_mate_is_the_sum_of_its_branches():
 def test_mate_has_every_setting_of_its_branches():
     def settings(mixer):
         parameters = inspect.signature(mixer).parameters.values()
-        return {p.name: (p.default, p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {p.name: (p.default, bare(p.annotation)) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     mine, own = settings(MATE), {"ma", "te", "branch_gate"}
     branches = settings(Mamba2) | settings(TemporalSwin)

@@ -66,7 +66,8 @@ def test_velocity_has_the_shape_of_the_latents(mixer, size, patch, per_frame):
 
 def test_patches_lie_where_they_came_from():
     """With layers that only copy, cutting and joining are each other's inverse."""
-    model = build(perturb=0, dim=24, patch=(1, 2, 2), depth=0, channels=3)
+    model = build(perturb=0, dim=24, patch=(1, 2, 2), depth=1, channels=3)
+    model.blocks = torch.nn.ModuleList()
     with torch.no_grad():
         model.patchify.weight.copy_(torch.eye(24, 12))
         model.patchify.bias.zero_()

@@ -288,7 +288,7 @@ def test_what_a_recipe_wants() -> None:
     assert wanted == Wanted((((256, 256),), ((512, 512),), ((64, 64),)), 16, (544, 272, 34))
     assert filters_for(wanted, {}).min_side == 512 and filters_for(wanted, {}).min_fps == 15.84
     assert filters_for(wanted, {"min_side": None, "still": 0.1}) == Filters(min_fps=15.84, still=0.1)
-    senseless = {"black": (1.5, "share from 0 to 1"), "jerky": (-1, "0 or more"), "duplicates": (12, "at most 11")}
+    senseless = {"black": (1.5, "from 0 to 1"), "jerky": (-1, "at least 0"), "duplicates": (12, "from 0 to 11")}
     for name, (value, message) in senseless.items():
         with pytest.raises(RecipeError, match=message):
             filters_for(wanted, {name: value})

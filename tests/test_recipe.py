@@ -357,6 +357,13 @@ def test_mistakes(name):
         "=4": "'=4' is no override; say key=value, e.g. model.depth=4.",
         "model.detph=4": "Key 'detph' not in 'LinGenConfig'. Did you mean 'depth'? (at model.detph)",
         "model.patch=[1,2": "This is not valid YAML: did not find expected ',' or ']'. (at model.patch)",
+        "model.zzz=4": "Key 'zzz' not in 'LinGenConfig'. Known: dim, depth, mixer, num_heads, ffn_dim, patch, predict, "
+        "gate_init, position_std, pool_text, checkpointing, max_grid. (at model.zzz)",
+        "model.mixer.zzz=4": "Key 'zzz' not in 'Attention'. Known: num_heads, kernel. (at model.mixer.zzz)",
+        "model.checkpointing=0": "Expected a number above 0 or true or false, got 0. (at model.checkpointing)",
+        "time.shift=0": "Expected a number above 0 or 'auto', got 0. (at time.shift)",
+        "data.lengths=[4, 0]": "Expected at least 1, got 0. (at data.lengths.1)",
+        "rewrite.temperature=.inf": "Expected a finite number, got inf. (at rewrite.temperature)",
         "model=4": "Expected a mapping with the settings of 'LinGenConfig', got 4. (at model)",
         "text.1.dim=3": "text is a list of 1; say text.0 for its first entry. (at text.1)",
         "text.dim=3": "text is a list of 1; say text.0 for its first entry. (at text.dim)",
@@ -364,11 +371,9 @@ def test_mistakes(name):
         "stages.video.train.steps=3": "There is no stage called 'video'. Did you mean 'videos'? Known: images, videos. "
         "(at stages.video)",
         "stages.videos=3": "Say stages.NAME.key=value. (at stages.videos)",
-        "model.mixer={name: temporal_swin, window: [0,4,4]}": (
-            "window=[0, 4, 4] must be three numbers of 1 or more, for t, h and w. (at model.mixer.window)"
-        ),
+        "model.mixer={name: temporal_swin, window: [0,4,4]}": ("Expected at least 1, got 0. (at model.mixer.window.0)"),
         "model.mixer={name: mamba2, head_dim: 16, review: [2,0,2]}": (
-            "review=[2, 0, 2] must be three numbers of 1 or more, for t, h and w. (at model.mixer.review)"
+            "Expected at least 1, got 0. (at model.mixer.review.1)"
         ),
     }.items(),
 )
@@ -382,7 +387,7 @@ def test_sizes_below_one_are_said_at_their_own_line():
         "mixer: {name: attention, num_heads: 2}", "mixer:\n    name: mamba2\n    head_dim: 16\n    review: [2, 0, 2]"
     )
     (found,) = problems(text)
-    assert found.startswith("r.yaml:7: ") and found.endswith("(at model.mixer.review)")
+    assert found.startswith("r.yaml:7: ") and found.endswith("(at model.mixer.review.1)")
 
 
 def test_unknown_stage_and_recipe():
@@ -418,6 +423,20 @@ def test_all_mistakes_at_once():
     text = TINY.replace("depth", "detph") + "train: {lr: fast, betas: [1]}\nstages: {a: {text: [wrods]}}\n"
     places = [line.partition(": ")[0] for line in problems(text, "seed=x")]
     assert places == ["command line", "r.yaml:3", "r.yaml:7", "r.yaml:7", "r.yaml:8"]
+
+
+def test_numbers_out_of_bounds_hide_no_other_mistake():
+    text = TINY + "sample:\n  steps: 0\n  tile: [8, 8]\n  decode: whole\n"
+    setting = "data={fps: 0, batch: {image: 0}, mix: {image: 0, video: 0}}"
+    assert {line.partition(" (at ")[2].rstrip(")"): line.partition(": ")[0] for line in problems(text, setting)} == {
+        "data.batch.image": "command line", "data.fps": "command line", "sample.steps": "r.yaml:8",
+        "sample.tile": "r.yaml:9",
+    }  # fmt: skip
+    sample = "sample.guidance_interval=[.5,.2]"
+    places = [line.partition(" (at ")[2] for line in problems(TINY, setting, "data.batch.vdeo=3", sample)]
+    assert places == ["data.batch.vdeo)", "data.batch.image)", "data.fps)"]
+    places = [line.partition(" (at ")[2] for line in problems(TINY, setting, "sample.steps=0", sample)]
+    assert places == ["data.batch.image)", "data.fps)", "sample.steps)", "data.mix)", "sample.guidance_interval)"]
 
 
 def test_what_needs_no_torch_is_said_without_torch():
@@ -498,6 +517,18 @@ def test_the_schema_finds_what_the_loader_finds():
     ):
         assert not validator.is_valid(parsed(text)), text
     assert not validator.is_valid(parsed("model: {mixer: {name: mate, windw: [1, 2, 3]}}"))
+    for text, valid in {
+        "model: {depth: 0}": False,
+        "data: {batch: {video: 0}}": False,
+        "data: {mix: {video: 0}}": True,
+        "data: {fps: 0}": False,
+        "score: {clips: 41}": False,
+        "model: {checkpointing: 0}": False,
+        "model: {checkpointing: false, num_heads: null}": True,
+        "model: {mixer: {name: mamba2, review: [2, 0, 2]}}": False,
+        "stages: {a: {train: {betas: [0.9, 1.1]}}}": False,
+    }.items():
+        assert validator.is_valid(parsed(text)) == valid, text
 
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3))

@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lingen.recipe import load_recipe
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError, Registry
-from lingen.recipe.signature import settings_of
+from lingen.recipe.bounds import Above, AtLeast, Finite
+from lingen.recipe.reading import COMPONENTS
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError, Registry, SettingError
+from lingen.recipe.signature import bounds_of, settings_of
 
 PLUGIN = '''\
 """A package of its own that brings a mixer and a scan order."""
@@ -85,9 +88,9 @@ def test_build_checks_settings_against_the_signature(registry):
     built = registry.build({"name": "mine", "gain": 2, "window": [1, 2, 3]}, 8, 0)
     assert built.gain == 2.0 and built.window == (1, 2, 3)
     assert registry.build("late", 8, 0).window == (1, 1, 1)
-    with pytest.raises(RecipeError, match="^Key 'gian' not in 'Mine'. Did you mean 'gain'\\? \\(at mixer 'mine'\\)$"):
+    with pytest.raises(RecipeError, match="^Key 'gian' not in 'Mine'. Did you mean 'gain'\\? \\(at gian of mixer"):
         registry.build({"name": "mine", "gian": 2}, 8, 0)
-    with pytest.raises(RecipeError, match="^Expected 3 whole numbers, got 2. \\(at mixer 'mine'\\)$"):
+    with pytest.raises(RecipeError, match="^Expected 3 whole numbers, got 2. \\(at window of mixer 'mine'\\)$"):
         registry.build({"name": "mine", "window": [1, 2]}, 8, 0)
     with pytest.raises(RecipeError, match="named by a word, got None"):
         registry.build({"gain": 2}, 8, 0)
@@ -231,6 +234,51 @@ def test_every_part_is_documented_and_takes_no_open_settings(registry):
         kinds = {parameter.kind for parameter in inspect.signature(part).parameters.values()}
         assert inspect.Parameter.VAR_KEYWORD not in kinds, name
         assert all(setting.default is not inspect.Parameter.empty for setting in settings_of(part).values()), name
+
+
+BOUNDED = [
+    (registry, name, setting)
+    for registry in COMPONENTS.values()
+    for name in registry.names()
+    for setting, declared in settings_of(registry[name]).items()
+    if bounds_of(declared.hint)
+]
+
+
+@pytest.mark.parametrize(("registry", "name", "setting"), BOUNDED, ids=lambda one: getattr(one, "kind", one))
+def test_numbers_out_of_bounds_are_refused_through_every_door(registry, name, setting):
+    part, hint = registry[name], settings_of(registry[name])[setting].hint
+    (bound,) = bounds_of(hint)
+    low = bound.schema["minimum"] - 1 if "minimum" in bound.schema else bound.schema["exclusiveMinimum"]
+    number = type(low)(low) if "float" not in str(hint) else float(low)
+    value = (number,) * 3 if "tuple" in str(hint) else number
+    positional = (16, 0) if registry is MIXERS else ()
+    for build in (
+        lambda: part(*positional, **{setting: value}),
+        lambda: registry.build({"name": name, setting: value}),
+    ):
+        with pytest.raises(SettingError, match=f"^Expected {bound.text}.* got {number:g}") as error:
+            build()
+        assert error.value.setting == setting
+
+
+def test_a_plugins_bounds_are_read_wherever_they_stand(registry):
+    class Bounded:
+        def __init__(
+            self, dim, layer, *, size: Annotated[int, AtLeast(1)] | None = None,
+            sides: tuple[Annotated[int, AtLeast(2)], ...] = (2,), rate: Annotated[float, Above(0), Finite()] = 1.0,
+        ):  # fmt: skip
+            pass
+
+    registry.register("bounded")(Bounded)
+    registry.build({"name": "bounded", "size": 1, "sides": [2, 3], "rate": 0.5}, 8, 0)
+    with pytest.raises(SettingError) as error:
+        registry.build({"name": "bounded", "size": 0, "sides": [2, 1], "rate": float("inf")}, 8, 0)
+    assert error.value.problems == (
+        "Expected at least 1, got 0. (at size of mixer 'bounded')",
+        "Expected at least 2, got 1. (at sides.1 of mixer 'bounded')",
+        "Expected a finite number, got inf. (at rate of mixer 'bounded')",
+    )
 
 
 def test_public_names():

@@ -268,7 +268,7 @@ def test_prompts_rewrite(teacher: Path, short: None, tmp_path: Path, capsys: pyt
         (["rewrite.batch=2"], "--stage and key=value change a recipe: say which, --recipe R."),
         (["--rewriter", "nowhere"], "missing: llama nowhere: there is no such folder"),
         (["--recipe", "tiny.yaml"], "The recipe names no model that rewrites. Set rewrite.path, or give"),
-        (["--recipe", "tiny.yaml", "rewrite.batch=0"], "batch=0 must be 1 or more. (at rewrite.batch)"),
+        (["--recipe", "tiny.yaml", "rewrite.batch=0"], "Expected at least 1, got 0. (at rewrite.batch)"),
     ],
 )
 def test_wrong_use(words, said, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

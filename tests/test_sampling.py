@@ -76,7 +76,8 @@ def test_length_size_steps_and_guidance(run: Path, monkeypatch: pytest.MonkeyPat
     [
         ({"size": (10, 8)}, "multiple of 4.*Closest: 8x8"),
         ({"seconds": 0.01}, "less than one frame"),
-        ({"steps": 0}, "at least 1 step"),
+        ({"steps": 0}, "at least 1, got 0. .at steps of"),
+        ({"guidance": float("inf")}, "a finite number, got inf. .at guidance of"),
         ({"seconds": float("inf")}, "a finite number of seconds, got inf"),
         ({"seconds": float("nan")}, "a finite number of seconds, got nan"),
         ({"size": 64}, r"two whole numbers, \(height, width\) in pixels, got 64"),
@@ -240,7 +241,7 @@ def test_a_file_of_prompts_is_numbered(run: Path, tmp_path: Path):
         (["--run", "RUN", "--prompts", "nowhere.txt"], "cannot be read"),
         (["--run", "RUN", "--prompt", "x", "--seconds", "inf"], "--seconds: 'inf' is no number above 0."),
         (["--run", "RUN", "--prompt", "x", "--seconds", "nan"], "--seconds: 'nan' is no number above 0."),
-        (["--run", "RUN", "--prompt", "x", "--guidance", "nan"], "guidance is a finite number, got nan."),
+        (["--run", "RUN", "--prompt", "x", "--guidance", "nan"], "Expected a finite number, got nan. (at guidance"),
     ],
 )
 def test_mistakes(run: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]):

@@ -126,7 +126,7 @@ def test_single_frames_odd_sizes_and_a_recipe_of_images():
     [
         ({"name": "shape"}, "There is no synthetic data set called 'shape'. Known: shapes."),
         ({"name": "shapes", "clip": 3}, "Did you mean 'clips'?"),
-        ({"name": "shapes", "clips": 0}, "clips=0 must be 1 or more. (at data.synthetic.clips)"),
+        ({"name": "shapes", "clips": 0}, "Expected at least 1, got 0. (at clips of synthetic data set 'shapes')"),
     ],
 )
 def test_wrong_settings_are_named(component: dict, words: str):

@@ -121,7 +121,7 @@ def test_frozen_encoders_are_planned_with_where_their_weights_are_not(name):
     + [(name, "max_tokens") for name in FROZEN],
 )
 def test_settings_below_one_are_named(name, setting):
-    with pytest.raises(SettingError, match=f"{setting}=0 must be 1 or more") as error:
+    with pytest.raises(SettingError, match=rf"at least 1, got 0. \(at {setting} of") as error:
         TEXT_ENCODERS.build({"name": name, setting: 0})
     assert error.value.setting == setting
 

@@ -465,7 +465,7 @@ def test_the_network_follows_the_module_and_is_let_go(folders, case):
 
 @pytest.mark.parametrize("setting", ["dim", "max_tokens", "batch"])
 def test_settings_below_one_are_named(case, setting):
-    with pytest.raises(SettingError, match=f"{setting}=0 must be 1 or more"):
+    with pytest.raises(SettingError, match=rf"at least 1, got 0. \(at {setting} of"):
         encoder({case: "nowhere"}, case, **{setting: 0})
 
 

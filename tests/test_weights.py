@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from lingen.autoencoder.diffusers_vae import DiffusersVAE
 from lingen.autoencoder.tae import TAE
 from lingen.cli import main
 from lingen.data.fingerprint import frozen_settings
 from lingen.recipe import load_curriculum, load_recipe
-from lingen.recipe.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.registry import RecipeError
+from lingen.recipe.signature import settings_of
 from lingen.run import Reporter, fit, fit_curriculum, hand_over
 from lingen.sampling.clips import generate
 from lingen.training.autoencoder import AutoencoderModule
@@ -213,8 +215,7 @@ def test_settings_that_change_no_latents_are_not_in_the_fingerprint(tae_run: Pat
 
     assert settings(chunk=5, checkpointing=True) == settings()
     assert settings(blocks=1) != settings()
-    for name in ("tae", "diffusers"):
-        assert set(AUTOENCODERS[name].without_effect) < set(AUTOENCODERS[name].__init__.__kwdefaults__)
+    assert set(DiffusersVAE.without_effect) < set(settings_of(DiffusersVAE))
 
 
 def test_a_run_says_what_it_starts_from_and_goes_on_without_it(tae_recipe: Path, tae_run: Path, tmp_path: Path):

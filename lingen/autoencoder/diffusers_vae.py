@@ -21,13 +21,15 @@ from lingen.autoencoder.diffusers_model import (
     switch_on_tiles,
 )
 from lingen.autoencoder.diffusers_stream import FRAMES, WanDecoder, WanEncoder, cut_for_wan
-from lingen.blocks.layers import check_sizes
 from lingen.frozen import Missing
+from lingen.recipe.bounds import IDENTITY, Above, AtLeast
 from lingen.recipe.registry import RecipeError, SettingError, did_you_mean
+from lingen.recipe.signature import checked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@checked
 class DiffusersVAE(nn.Module):
     """A video autoencoder of diffusers, from a local folder, frozen: `encode` gives the posterior's mode.
 
@@ -47,17 +49,23 @@ class DiffusersVAE(nn.Module):
     def __init__(
         self,
         *,
-        path: Annotated[str | None, "folder of the model, or of a pipeline that has it as 'vae'"] = None,
-        class_name: Annotated[str | None, "class of diffusers; null: what config.json says"] = None,
-        subfolder: Annotated[str | None, "of the model below path; null: found"] = None,
-        strides: Annotated[tuple[int, int, int] | None, "pixels per latent in t, h, w; null: the class's"] = None,
-        channels: Annotated[int | None, "channels of a latent; null: the class's"] = None,
-        first_frame_alone: Annotated[bool, "frames come as 1 + a multiple of the stride; in all known classes"] = True,
-        scale: Annotated[float, "factor on latents beside the config's own, to bring their spread near 1"] = 1.0,
+        path: Annotated[str | None, IDENTITY, "folder of the model, or of a pipeline that has it as 'vae'"] = None,
+        class_name: Annotated[str | None, IDENTITY, "class of diffusers; null: what config.json says"] = None,
+        subfolder: Annotated[str | None, IDENTITY, "of the model below path; null: found"] = None,
+        strides: Annotated[
+            tuple[int, int, int] | None, AtLeast(1), IDENTITY, "pixels per latent in t, h, w; null: the class's"
+        ] = None,
+        channels: Annotated[int | None, AtLeast(1), IDENTITY, "channels of a latent; null: the class's"] = None,
+        first_frame_alone: Annotated[
+            bool, IDENTITY, "frames come as 1 + a multiple of the stride; in all known classes"
+        ] = True,
+        scale: Annotated[
+            float, Above(0), IDENTITY, "factor on latents beside the config's own, to bring their spread near 1"
+        ] = 1.0,
         tiling: Annotated[
-            bool, "one clip at a time, in tiles that are blended: less memory, not quite the same"
+            bool, IDENTITY, "one clip at a time, in tiles that are blended: less memory, not quite the same"
         ] = False,
-        precision: Annotated[Literal["fp32", "bf16", "fp16"], "of the weights"] = "fp32",
+        precision: Annotated[Literal["fp32", "bf16", "fp16"], IDENTITY, "of the weights"] = "fp32",
     ):
         super().__init__()
         refusal = known.unfit(class_name or "")
@@ -66,13 +74,8 @@ class DiffusersVAE(nn.Module):
         model = known.KNOWN.get(class_name or "")
         if tiling and model is not None and not model.tiles:
             raise SettingError("tiling", f"'{class_name}' of diffusers does not work in tiles.")
-        if not scale > 0:
-            raise SettingError("scale", f"scale={scale} must be above 0.")
         self.strides: tuple[int, int, int] = tuple(_given("strides", strides, class_name))
         self.channels: int = _given("channels", channels, class_name)
-        check_sizes("strides", self.strides)
-        if self.channels < 1:
-            raise SettingError("channels", f"channels={channels} must be 1 or more.")
         self.path, self.class_name, self.subfolder = path, class_name, subfolder
         self.first_frame_alone, self.scale, self.tiling = first_frame_alone, scale, tiling
         self.dtype = DTYPES[precision]

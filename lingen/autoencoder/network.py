@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lingen.autoencoder.temporal import Activation, Grid, Stream, TimeAttention, TimeBlock, TimeConv, add
-from lingen.blocks.layers import RMSNorm, check_sizes, head_count
+from lingen.blocks.layers import RMSNorm, head_count
 from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import Triple
 
@@ -28,7 +28,10 @@ MULTIPLIERS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a temporal autoencoder's weights depend on. Raises SettingError for a setting that makes no sense."""
+    """What a temporal autoencoder's weights depend on. Raises SettingError for strides or multipliers that do not fit.
+
+    Bounds of single numbers stand where they are declared, in `TAE`.
+    """
 
     strides: Triple
     channels: int
@@ -39,18 +42,13 @@ class Sizes:
     reach: int
 
     def __post_init__(self) -> None:
-        check_sizes("strides", self.strides)
         if any(stride & (stride - 1) for stride in self.strides):
             raise SettingError("strides", f"strides={list(self.strides)} must be powers of two, such as [8, 8, 8].")
-        for setting in ("channels", "width", "blocks", "reach"):
-            least = 0 if setting == "reach" else 1
-            if (value := getattr(self, setting)) < least:
-                raise SettingError(setting, f"{setting}={value} must be {least} or more.")
         given = self.multipliers
-        if given is not None and (len(given) != len(self.scales) + 1 or min(given) < 1):
+        if given is not None and len(given) != len(self.scales) + 1:
             raise SettingError(
                 "multipliers",
-                f"multipliers={list(given)} must be {len(self.scales) + 1} numbers of 1 or more: strides="
+                f"multipliers={list(given)} must be {len(self.scales) + 1} numbers: strides="
                 f"{list(self.strides)} take {len(self.scales)} halvings, and there is a level before each and one "
                 "behind the last. Leave it out for 1, 2, 4, 4, ...",
             )

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.frozen import Missing
+from lingen.recipe.bounds import IDENTITY
 from lingen.recipe.registry import PERCEPTUAL, RecipeError
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -60,7 +61,7 @@ class VGG16Distance(nn.Module):
 
     means: Tensor
 
-    def __init__(self, *, path: Annotated[str, "its weights"] = "weights/vgg16.safetensors"):
+    def __init__(self, *, path: Annotated[str, IDENTITY, "its weights"] = "weights/vgg16.safetensors"):
         super().__init__()
         self.path = path
         self.trunk: Trunk | None = None
@@ -118,7 +119,11 @@ class LPIPS(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, *, path: Annotated[str | None, "torchvision's vgg16-397923af.pth; null: torch hub's cache folder"] = None
+        self,
+        *,
+        path: Annotated[
+            str | None, IDENTITY, "torchvision's vgg16-397923af.pth; null: torch hub's cache folder"
+        ] = None,
     ):
         super().__init__()
         self.path = path

@@ -5,22 +5,21 @@ from typing import Annotated
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.recipe.registry import SettingError
+from lingen.recipe.bounds import IDENTITY, Above
+from lingen.recipe.signature import checked
 
 
+@checked
 class Pixels(nn.Module):
-    """Latents are the pixels themselves, times `scale`; nothing is compressed or lost.
-
-    Raises SettingError for a scale that is not above 0.
-    """
+    """Latents are the pixels themselves, times `scale`; nothing is compressed or lost."""
 
     strides = (1, 1, 1)
     channels = 3
 
-    def __init__(self, *, scale: Annotated[float, "factor that brings the spread of latents near 1"] = 1.0):
+    def __init__(
+        self, *, scale: Annotated[float, Above(0), IDENTITY, "factor that brings the spread of latents near 1"] = 1.0
+    ):
         super().__init__()
-        if not scale > 0:
-            raise SettingError("scale", f"scale={scale} must be above 0.")
         self.scale = scale
 
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 3 t h w"]:

@@ -15,9 +15,13 @@ from lingen.autoencoder.network import Sizes, decoder, encoder
 from lingen.autoencoder.stored import read_part, unfit
 from lingen.autoencoder.temporal import Stream
 from lingen.frozen import Missing, check_ready
-from lingen.recipe.registry import SettingError
+from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
+from lingen.recipe.signature import checked
+
+Chunk = Annotated[int, AtLeast(1), FREE, "latent frames that are encoded or decoded at once; memory grows with it"]
 
 
+@checked
 class TAE(nn.Module):
     """Temporal autoencoder (Movie Gen, arXiv 2410.13720, section 3.1.1): a VAE whose latents are smaller in t, h and w.
 
@@ -30,29 +34,34 @@ class TAE(nn.Module):
     """
 
     name = "tae"
-    without_effect = ("chunk", "checkpointing")
-    """Settings that do not change what it makes of a clip."""
 
     def __init__(
         self,
         *,
-        path: Annotated[str | None, "its weights: a file or a run folder that `lingen fit` wrote"] = None,
-        strides: Annotated[tuple[int, int, int], "pixels per latent in t, h, w: powers of two"] = (8, 8, 8),
-        channels: Annotated[int, "channels of a latent"] = 16,
-        width: Annotated[int, "channels of the first level"] = 128,
+        path: Annotated[str | None, IDENTITY, "its weights: a file or a run folder that `lingen fit` wrote"] = None,
+        strides: Annotated[
+            tuple[int, int, int], AtLeast(1), IDENTITY, "pixels per latent in t, h, w: powers of two"
+        ] = (8, 8, 8),
+        channels: Annotated[int, AtLeast(1), IDENTITY, "channels of a latent"] = 16,
+        width: Annotated[int, AtLeast(1), IDENTITY, "channels of the first level"] = 128,
         multipliers: Annotated[
-            tuple[int, ...] | None, "width of each level in units of the first; null: 1, 2, 4, 4, ... as strides need"
+            tuple[int, ...] | None,
+            AtLeast(1),
+            IDENTITY,
+            "width of each level in units of the first; null: 1, 2, 4, 4, ... as strides need",
         ] = None,
-        blocks: Annotated[int, "residual blocks in each level; the decoder has one more"] = 2,
-        attention: Annotated[bool, "attention within a frame and along time where frames are smallest"] = True,
-        reach: Annotated[int, "latent frames that attention along time looks to each side"] = 2,
-        chunk: Annotated[int, "latent frames that are encoded or decoded at once; memory grows with it"] = 2,
-        checkpointing: Annotated[bool, "in training compute residual blocks again instead of keeping them"] = False,
+        blocks: Annotated[int, AtLeast(1), IDENTITY, "residual blocks in each level; the decoder has one more"] = 2,
+        attention: Annotated[
+            bool, IDENTITY, "attention within a frame and along time where frames are smallest"
+        ] = True,
+        reach: Annotated[int, AtLeast(0), IDENTITY, "latent frames that attention along time looks to each side"] = 2,
+        chunk: Chunk = 2,
+        checkpointing: Annotated[
+            bool, FREE, "in training compute residual blocks again instead of keeping them"
+        ] = False,
     ):
         super().__init__()
         self.sizes = Sizes(strides, channels, width, multipliers, blocks, attention, reach)
-        if chunk < 1:
-            raise SettingError("chunk", f"chunk={chunk} must be 1 or more.")
         self.path, self.chunk = path, chunk
         self.strides, self.channels = self.sizes.strides, channels
         self.encoder = encoder(self.sizes, checkpointing)
@@ -170,16 +179,13 @@ class TAE(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+@checked
 class TAESmall(TAE):
     """A temporal autoencoder whose weights come with lingen: 8x8x8 pixels a latent, 16 channels, a quarter as wide."""
 
     name = "tae_small"
 
-    def __init__(
-        self,
-        *,
-        chunk: Annotated[int, "latent frames that are encoded or decoded at once; memory grows with it"] = 4,
-    ):
+    def __init__(self, *, chunk: Chunk = 4):
         packaged = files("lingen.autoencoder") / "weights" / "tae_small.safetensors"
         super().__init__(path=str(packaged), width=32, blocks=2, chunk=chunk)
 

@@ -11,19 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lingen.autoencoder import Autoencoder
+from lingen.recipe.bounds import AtLeast
 from lingen.recipe.registry import SettingError
+from lingen.recipe.signature import checked
 
 Clip = Float[Tensor, "b 3 _t h w"]
 Latents = Float[Tensor, "b c _t _h _w"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """How a clip is cut, in frames and pixels of the clip, for the encoder and the decoder alike.
@@ -31,21 +34,18 @@ class Tiles:
     Raises SettingError for what makes no sense by itself; `cells` for what does not fit an autoencoder.
     """
 
-    frames: int | None = 32
+    frames: Annotated[int | None, AtLeast(1)] = 32
     """Frames of a tile; None: time is not cut."""
-    overlap: int = 16
+    overlap: Annotated[int, AtLeast(0)] = 16
     """Frames that two neighbours of the decoder share."""
-    encoder_overlap: int = 0
+    encoder_overlap: Annotated[int, AtLeast(0)] = 0
     """The same of the encoder."""
-    size: tuple[int, int] | None = None
+    size: Annotated[tuple[int, int] | None, AtLeast(1)] = None
     """Height and width of a tile; None: space is not cut."""
-    size_overlap: int = 64
+    size_overlap: Annotated[int, AtLeast(0)] = 64
     """Pixels that two neighbours share at least, both ways; they are spread evenly and so may share more."""
 
     def __post_init__(self) -> None:
-        for name in ("overlap", "encoder_overlap", "size_overlap"):
-            if getattr(self, name) < 0:
-                raise SettingError(name, f"{name}={getattr(self, name)} must be 0 or more.")
         if self.frames is not None:
             _check_overlap("overlap", self.overlap, "frames", self.frames)
             _check_overlap("encoder_overlap", self.encoder_overlap, "frames", self.frames)
@@ -77,8 +77,6 @@ class _Cut(NamedTuple):
 
 
 def _check_overlap(name: str, overlap: int, of: str, length: int) -> None:
-    if length < 1:
-        raise SettingError(of, f"{of}={length} must be 1 or more.")
     if overlap >= length:
         raise SettingError(name, f"{name}={overlap} must be less than the tile it is part of, {of}={length}.")
 

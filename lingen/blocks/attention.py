@@ -1,14 +1,17 @@
 """Full self-attention over all tokens of the clip: the DiT twin's mixer."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, check_choice, head_count
-from lingen.kernels import ATTENTION_KERNELS, attention
+from lingen.blocks.layers import RMSNorm, head_count
+from lingen.kernels import attention
+from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
+from lingen.recipe.signature import checked
 
 
+@checked
 class Attention(nn.Module):
     """Full bidirectional attention with RMS-normed queries and keys; quadratic in tokens.
 
@@ -20,11 +23,10 @@ class Attention(nn.Module):
         dim: int,
         layer: int,
         *,
-        num_heads: int | None = None,
-        kernel: Literal["auto", "sdpa", "cudnn", "flash"] = "auto",
+        num_heads: Annotated[int | None, AtLeast(1), IDENTITY] = None,
+        kernel: Annotated[Literal["auto", "sdpa", "cudnn", "flash"], FREE] = "auto",
     ):
         super().__init__()
-        check_choice("kernel", kernel, ATTENTION_KERNELS)
         self.num_heads = head_count(dim, num_heads)
         self.kernel = kernel
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False)

@@ -68,7 +68,7 @@ def head_count(dim: int, num_heads: int | None) -> int:
     """
     if num_heads is None:
         return next((dim // e for e in (128, 64, 32, 16, 8) if dim % e == 0 and dim >= 2 * e), 1)
-    if num_heads < 1 or dim % num_heads:
+    if dim % num_heads:
         fits = [str(k) for k in range(1, dim + 1) if dim % k == 0]
         shown = ", ".join(fits[:8]) + (", ..." if len(fits) > 8 else "")
         raise SettingError(
@@ -87,15 +87,3 @@ def clamp(sizes: Triple, grid: Triple) -> Triple:
     """Sizes of a window or kernel that are no larger than the grid."""
     t, h, w = map(min, sizes, grid)
     return t, h, w
-
-
-def check_choice(setting: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises SettingError unless `value` is one of `known`."""
-    if value not in known:
-        raise SettingError(setting, f"{setting}={value!r} is not known; choose one of {', '.join(known)}.")
-
-
-def check_sizes(setting: str, sizes: Triple) -> None:
-    """Raises SettingError unless `sizes` are three numbers of 1 or more, for t, h and w."""
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise SettingError(setting, f"{setting}={list(sizes)} must be three numbers of 1 or more, for t, h and w.")

@@ -1,16 +1,21 @@
 """Linear attention with a ReLU kernel: the mixer of SANA (arXiv 2410.10629), for comparison at equal width."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import RMSNorm, head_count
+from lingen.recipe.bounds import IDENTITY, AtLeast
+from lingen.recipe.signature import checked
 
 # Tokens that one product sums over: the sums of blocks are added up in float32, and blocks fill a GPU at batch 1.
 _BLOCK = 256
 
 
+@checked
 class LinearAttention(nn.Module):
     """Full bidirectional attention whose weights are relu(q) relu(k)^T instead of a softmax; linear in tokens.
 
@@ -19,7 +24,7 @@ class LinearAttention(nn.Module):
     mixers. Positions come from the model's tables, so `layer` changes nothing. Raises SettingError.
     """
 
-    def __init__(self, dim: int, layer: int, *, num_heads: int | None = None):
+    def __init__(self, dim: int, layer: int, *, num_heads: Annotated[int | None, AtLeast(1), IDENTITY] = None):
         super().__init__()
         self.num_heads = head_count(dim, num_heads)
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False)

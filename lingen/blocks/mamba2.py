@@ -1,24 +1,27 @@
 """Bidirectional Mamba2 over a scan of the grid, with review tokens as its initial state: the core of the MA-branch."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.blocks.layers import GatedRMSNorm, check_choice, check_sizes, grid_of
+from lingen.blocks.layers import GatedRMSNorm, grid_of
 from lingen.blocks.scan import order_of, permutation
 from lingen.kernels.conv import conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
-from lingen.kernels.scan import SCAN_KERNELS, rows_of, scan, scan_kernel, scan_state
+from lingen.kernels.scan import rows_of, scan, scan_kernel, scan_state
+from lingen.recipe.bounds import FREE, IDENTITY, Above, AtLeast
 from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import Triple
+from lingen.recipe.signature import checked
 
 
+@checked
 class Mamba2(nn.Module):
     """Mamba2 (arXiv 2405.21060) along a scan of the grid, in both directions, review tokens first; linear in tokens.
 
@@ -48,29 +51,24 @@ class Mamba2(nn.Module):
         dim: int,
         layer: int,
         *,
-        scan: str = "rotary_major",
-        state_dim: int = 128,
-        head_dim: int = 64,
-        groups: int = 1,
-        expand: int = 2,
-        dt_min: float = 1e-3,
-        dt_max: float = 0.1,
-        conv: Literal["shared", "per_direction"] = "shared",
-        conv_width: int = 4,
-        review: tuple[int, int, int] | None = (2, 2, 2),
-        review_reverse: Literal["front", "plain"] = "front",
-        bidirectional: bool = True,
-        kernel: Literal["auto", "reference", "chunked", "triton", "stock"] = "auto",
+        scan: Annotated[str, IDENTITY] = "rotary_major",
+        state_dim: Annotated[int, AtLeast(1), IDENTITY] = 128,
+        head_dim: Annotated[int, AtLeast(1), IDENTITY] = 64,
+        groups: Annotated[int, AtLeast(1), IDENTITY] = 1,
+        expand: Annotated[int, AtLeast(1), IDENTITY] = 2,
+        dt_min: Annotated[float, Above(0), IDENTITY] = 1e-3,
+        dt_max: Annotated[float, IDENTITY] = 0.1,
+        conv: Annotated[Literal["shared", "per_direction"], IDENTITY] = "shared",
+        conv_width: Annotated[int, AtLeast(1), IDENTITY] = 4,
+        review: Annotated[tuple[int, int, int] | None, AtLeast(1), IDENTITY] = (2, 2, 2),
+        review_reverse: Annotated[Literal["front", "plain"], IDENTITY] = "front",
+        bidirectional: Annotated[bool, IDENTITY] = True,
+        kernel: Annotated[Literal["auto", "reference", "chunked", "triton", "stock"], FREE] = "auto",
     ):
         super().__init__()
-        _check_sizes_of(dim, state_dim, head_dim, groups, expand, conv_width)
-        if not 0 < dt_min <= dt_max:
-            raise SettingError("dt_min", f"dt_min={dt_min} must be above 0 and at most dt_max={dt_max}.")
-        if review is not None:
-            check_sizes("review", review)
-        check_choice("conv", conv, ("shared", "per_direction"))
-        check_choice("review_reverse", review_reverse, ("front", "plain"))
-        check_choice("kernel", kernel, SCAN_KERNELS)
+        _check_heads(expand, dim, head_dim, groups)
+        if dt_min > dt_max:
+            raise SettingError("dt_min", f"dt_min={dt_min} must be at most dt_max={dt_max}.")
         self.order = order_of(scan, layer)
         self.review = review
         self.review_reverse, self.kernel = review_reverse, kernel
@@ -229,11 +227,7 @@ class Mamba2(nn.Module):
         return conv_silu(xbc, weight[mine], bias[mine], index, before=self._before, rows=rows, kernel=kernel)
 
 
-def _check_sizes_of(dim: int, state_dim: int, head_dim: int, groups: int, expand: int, conv_width: int) -> None:
-    sizes = {"state_dim": state_dim, "head_dim": head_dim, "groups": groups, "expand": expand, "conv_width": conv_width}
-    for setting, value in sizes.items():
-        if value < 1:
-            raise SettingError(setting, f"{setting}={value} must be 1 or more.")
+def _check_heads(expand: int, dim: int, head_dim: int, groups: int) -> None:
     inner = expand * dim
     if inner % head_dim:
         message = f"head_dim={head_dim} does not divide expand * width = {expand} * {dim} = {inner}."

@@ -2,18 +2,19 @@
 
 import inspect
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import check_choice, clamp
+from lingen.blocks.layers import clamp
 from lingen.kernels.choice import holds_numbers
 from lingen.kernels.fp8 import wants_fp8
+from lingen.recipe.bounds import FREE, IDENTITY
 from lingen.recipe.registry import MIXERS, SettingError
 from lingen.recipe.sections import Triple
-from lingen.recipe.signature import check_value, settings_of
+from lingen.recipe.signature import check_value, checked, settings_of
 
 # The probe's grid: windows larger than this would cost time and say nothing more about the scale.
 _PROBE_GRID = (8, 8, 8)
@@ -21,6 +22,7 @@ _PROBE_GRID = (8, 8, 8)
 _PROBE_NUMBERS = 65_536
 
 
+@checked
 class MATE(nn.Module):
     """mate(x) = mate.ma(x) + mate.te(x): bidirectional Mamba2 with review tokens, plus windowed attention; linear.
 
@@ -43,27 +45,26 @@ class MATE(nn.Module):
         dim: int,
         layer: int,
         *,
-        ma: str | dict[str, Any] | None = "mamba2",
-        te: str | dict[str, Any] | None = "temporal_swin",
-        branch_gate: Literal["shared", "each"] = "shared",
-        scan: str = "rotary_major",
-        state_dim: int = 128,
-        head_dim: int = 64,
-        groups: int = 1,
-        expand: int = 2,
-        dt_min: float = 1e-3,
-        dt_max: float = 0.1,
-        conv: Literal["shared", "per_direction"] = "shared",
-        conv_width: int = 4,
-        review: tuple[int, int, int] | None = (2, 2, 2),
-        review_reverse: Literal["front", "plain"] = "front",
-        bidirectional: bool = True,
-        window: tuple[int, int, int] = (8, 4, 4),
-        num_heads: int | None = None,
-        kernel: Literal["auto", "reference", "chunked", "triton", "stock", "sdpa", "flash"] = "auto",
+        ma: Annotated[str | dict[str, Any] | None, IDENTITY] = "mamba2",
+        te: Annotated[str | dict[str, Any] | None, IDENTITY] = "temporal_swin",
+        branch_gate: Annotated[Literal["shared", "each"], IDENTITY] = "shared",
+        scan: Annotated[str, IDENTITY] = "rotary_major",
+        state_dim: Annotated[int, IDENTITY] = 128,
+        head_dim: Annotated[int, IDENTITY] = 64,
+        groups: Annotated[int, IDENTITY] = 1,
+        expand: Annotated[int, IDENTITY] = 2,
+        dt_min: Annotated[float, IDENTITY] = 1e-3,
+        dt_max: Annotated[float, IDENTITY] = 0.1,
+        conv: Annotated[Literal["shared", "per_direction"], IDENTITY] = "shared",
+        conv_width: Annotated[int, IDENTITY] = 4,
+        review: Annotated[tuple[int, int, int] | None, IDENTITY] = (2, 2, 2),
+        review_reverse: Annotated[Literal["front", "plain"], IDENTITY] = "front",
+        bidirectional: Annotated[bool, IDENTITY] = True,
+        window: Annotated[tuple[int, int, int], IDENTITY] = (8, 4, 4),
+        num_heads: Annotated[int | None, IDENTITY] = None,
+        kernel: Annotated[Literal["auto", "reference", "chunked", "triton", "stock", "sdpa", "flash"], FREE] = "auto",
     ):
         super().__init__()
-        check_choice("branch_gate", branch_gate, ("shared", "each"))
         if ma is None and te is None:
             raise SettingError("ma", "ma and te are both null: nothing is left of MATE. Switch off one branch at most.")
         flat = {

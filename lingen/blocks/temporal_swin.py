@@ -1,17 +1,20 @@
 """TEmporal Swin Attention: attention inside small fixed 3D windows (LinGen, arXiv 2412.09856, Figure 2)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, check_choice, check_sizes, clamp, grid_of, head_count
+from lingen.blocks.layers import RMSNorm, clamp, grid_of, head_count
 from lingen.kernels.fp8 import Quantized, wants_fp8
-from lingen.kernels.window_attention import WINDOW_KERNELS, Padding, window_attention
+from lingen.kernels.window_attention import Padding, window_attention
+from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
+from lingen.recipe.signature import checked
 
 
+@checked
 class TemporalSwin(nn.Module):
     """Attention inside windows of (t, h, w) tokens that shift by half a window on every other layer; linear in tokens.
 
@@ -25,13 +28,11 @@ class TemporalSwin(nn.Module):
         dim: int,
         layer: int,
         *,
-        window: tuple[int, int, int] = (8, 4, 4),
-        num_heads: int | None = None,
-        kernel: Literal["auto", "reference", "triton", "sdpa", "flash"] = "auto",
+        window: Annotated[tuple[int, int, int], AtLeast(1), IDENTITY] = (8, 4, 4),
+        num_heads: Annotated[int | None, AtLeast(1), IDENTITY] = None,
+        kernel: Annotated[Literal["auto", "reference", "triton", "sdpa", "flash"], FREE] = "auto",
     ):
         super().__init__()
-        check_sizes("window", window)
-        check_choice("kernel", kernel, WINDOW_KERNELS)
         self.window = window
         self.shifted = layer % 2 == 1
         self.num_heads = head_count(dim, num_heads)

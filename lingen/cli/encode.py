@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, console
+from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, console, whole
 from lingen.cli.pack import print_report
 from lingen.recipe.registry import RecipeError
 
@@ -50,10 +50,10 @@ def encode(args: argparse.Namespace) -> int:
     argument("folder", metavar="DIR", help="shards with a manifest, from `lingen data pack --keep-uncaptioned`"),
     argument("--model", required=True, metavar="DIR", help="a folder that holds the model and its processor"),
     argument("--out", required=True, metavar="DIR"),
-    argument("--captions", type=int, default=1, metavar="N", help="of each sample; default: 1"),
+    argument("--captions", type=whole, default=1, metavar="N", help="of each sample; default: 1"),
     argument("--prompt", default="", metavar="TEXT", help="what a model that follows instructions is asked"),
-    argument("--frames", type=int, default=8, metavar="N", help="of a clip that the model is shown; default: 8"),
-    argument("--max-tokens", type=int, default=120, metavar="N", help="of a caption; default: 120"),
+    argument("--frames", type=whole, default=8, metavar="N", help="of a clip that the model is shown; default: 8"),
+    argument("--max-tokens", type=whole, default=120, metavar="N", help="of a caption; default: 120"),
     argument("--replace", action="store_true", help="also what has captions already"),
     DEVICE,
     SHARD_MB,
@@ -68,9 +68,6 @@ def data_caption(args: argparse.Namespace) -> int:
     from lingen.prepare.journal import part_of
     from lingen.sampling.clips import best_device
 
-    for name in ("captions", "frames", "max_tokens"):
-        if getattr(args, name) < 1:
-            raise RecipeError(f"--{name.replace('_', '-')} is a number from 1 up, got {getattr(args, name)}.")
     how = Captioning(
         Path(args.model), args.prompt, args.captions, args.frames, args.max_tokens, args.replace,
         str(best_device(args.device)), part_of(args.part), args.shard_mb,

@@ -23,7 +23,7 @@ from lingen.cli.command import (
     ways_of_args,
 )
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
-from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.registry import RecipeError
 from lingen.recipe.subjects import SUBJECTS, Subject
 
 if TYPE_CHECKING:
@@ -182,8 +182,5 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
 def decode(args: argparse.Namespace) -> int:
     from lingen.sampling.files import decode_file
 
-    try:
-        print(decode_file(args.latents, args.out, *ways_of_args(args)))
-    except SettingError as error:
-        raise RecipeError(str(error)) from error
+    print(decode_file(args.latents, args.out, *ways_of_args(args)))
     return DONE

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lingen.data.manifest import About
+from lingen.recipe.bounds import FREE
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError, Registry
 from lingen.recipe.sections import Component, Recipe
+from lingen.recipe.signature import settings_of
 
 MADE_BY = "lingen encode"
 SAMPLED = 64
@@ -40,7 +42,8 @@ def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
         part = registry.build(component)
     if getattr(part, "trainable", False):
         return None
-    idle = getattr(part, "without_effect", ())
+    settings = settings_of(registry[component["name"]])
+    idle = {key for key, setting in settings.items() if setting.mark is FREE} | {*getattr(part, "without_effect", ())}
     component = {key: value for key, value in component.items() if key not in idle}
     # Where the weights lie may change, what they are may not.
     paths = {key: value for key, value in component.items() if isinstance(value, str) and Path(value).exists()}

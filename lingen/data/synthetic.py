@@ -20,8 +20,11 @@ from jaxtyping import Float, UInt8
 
 from lingen.files import cache_folder, whole_folder
 from lingen.media import encode_mp4, encode_png, read_video
-from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.bounds import IDENTITY, AtLeast
+from lingen.recipe.reading import SYNTHETIC
+from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import KINDS, Recipe, Shards
+from lingen.recipe.signature import checked
 
 COLOURS = {
     "red": (1.0, 0.0, 0.0),
@@ -41,19 +44,15 @@ FORMAT = 5
 """Raised whenever the drawing changes, so that an old cache is not taken for a new one."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """Coloured shapes that move, grow or turn; 12 captions are held out to tune on and 12 to report on."""
 
-    clips: Annotated[int, "video clips to train on"] = 1600
-    images: Annotated[int, "images to train on"] = 400
-    held_out: Annotated[int, "clips, and as many images, in each of the two held-out splits"] = 96
-    seed: Annotated[int, "of the drawing; independent of the recipe's seed"] = 0
-
-    def __post_init__(self) -> None:
-        for name in ("clips", "images", "held_out"):
-            if getattr(self, name) < 1:
-                raise SettingError(name, f"{name}={getattr(self, name)} must be 1 or more.")
+    clips: Annotated[int, AtLeast(1), IDENTITY, "video clips to train on"] = 1600
+    images: Annotated[int, AtLeast(1), IDENTITY, "images to train on"] = 400
+    held_out: Annotated[int, AtLeast(1), IDENTITY, "clips, and as many images, in each of the two held-out splits"] = 96
+    seed: Annotated[int, IDENTITY, "of the drawing; independent of the recipe's seed"] = 0
 
 
 class Caption(NamedTuple):
@@ -184,19 +183,11 @@ def held_out_clips(
 
 def settings(component: dict[str, Any] | None) -> Shapes:
     """The checked settings of a recipe's ``data.synthetic``; RecipeError names an unknown data set or setting."""
-    from lingen.recipe.signature import check_settings
-
-    given = dict(component or {"name": "shapes"})
-    name = given.pop("name", None)
+    component = component or {"name": "shapes"}
+    name = component.get("name")
     if name != "shapes":
         raise RecipeError(f"There is no synthetic data set called '{name}'. Known: shapes. (at data.synthetic)")
-    filled, problems = check_settings(Shapes, given)
-    if problems:
-        raise RecipeError(*(f"{message} (at data.synthetic.{key})" for key, message in problems))
-    try:
-        return Shapes(**filled)
-    except SettingError as error:
-        raise RecipeError(f"{error} (at data.synthetic.{error.setting})") from error
+    return SYNTHETIC.build(component)
 
 
 def _folder(recipe: Recipe) -> Path:

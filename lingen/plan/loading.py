@@ -10,15 +10,7 @@ from typing import Any, NamedTuple
 
 from lingen.plan.trial import Trial
 from lingen.recipe.layers import Layered, Problem
-from lingen.recipe.reading import (
-    Draft,
-    Source,
-    as_path,
-    components_of,
-    raise_all,
-    read_draft,
-    unknown_stage,
-)
+from lingen.recipe.reading import Draft, Source, components_of, raise_all, read_draft, unknown_stage
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
@@ -193,8 +185,8 @@ def _fill_components(draft: Layered) -> Iterator[Problem]:
         except RecipeError as error:
             yield draft.problem((*path, "name"), str(error))
             continue
-        for key, text in found:
-            yield draft.problem((*path, *as_path(key)), text)
+        for one in found:
+            yield draft.problem((*path, *one.path), one.text)
         component.update(filled)
 
 
@@ -207,8 +199,8 @@ def _check_trainer(draft: Layered) -> Iterator[Problem]:
     for key in arguments:
         if key in OURS:
             yield draft.problem(("trainer", key), f"'{key}' is not set here but by {OURS[key]}.")
-    for key, text in check_settings(Trainer, {k: v for k, v in arguments.items() if k not in OURS})[1]:
-        yield draft.problem(("trainer", *as_path(key)), text)
+    for one in check_settings(Trainer, {k: v for k, v in arguments.items() if k not in OURS})[1]:
+        yield draft.problem(("trainer", *one.path), one.text)
 
 
 def _check_kernels(draft: Layered) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingen.frozen import on_meta
 from lingen.recipe.layers import Layered, Problem
-from lingen.recipe.reading import as_path, components_of
+from lingen.recipe.reading import components_of
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError, SettingError
 from lingen.recipe.sections import LinGenConfig, Recipe, Triple
 from lingen.recipe.signature import settings_of
@@ -129,7 +129,7 @@ def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what
     """Where a constructor's refusal belongs: the setting that it names, else the component."""
     text = " ".join(str(error).split())
     if isinstance(error, SettingError):
-        return draft.problem((*path, *as_path(error.setting)), text)
+        return draft.problem((*path, error.setting), text)
     if isinstance(error, ValueError):
         return draft.problem(path, text)
     return draft.problem(path, f"{what}: {type(error).__name__}: {text}")

@@ -13,6 +13,8 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from lingen.prepare.shots import Track
+from lingen.recipe.bounds import AtLeast, Between
+from lingen.recipe.signature import checked
 
 LOOKS = 3
 """Frames of a clip that are compared with those of others: at 1/6, 1/2 and 5/6 of its length."""
@@ -28,18 +30,25 @@ FROZEN_SECONDS = 0.5
 """How long a frame has to stand still to count as frozen: animation shows each drawing two or three times."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Limits of `lingen data pack`; None switches a filter off."""
+    """Limits of `lingen data pack`; None switches a filter off. Raises SettingError for one out of bounds."""
 
-    min_side: Annotated[int | None, "pixels of the shorter side"] = None
-    min_fps: Annotated[float | None, "frames per second"] = None
-    min_seconds: Annotated[float | None, "length of a shot"] = None
-    black: Annotated[float | None, "largest share of black frames"] = 0.3
-    frozen: Annotated[float | None, "largest share of frames that stand still for half a second or more"] = 0.5
-    still: Annotated[float | None, "least motion, in picture heights a second"] = 0.01
-    jerky: Annotated[float | None, "largest jerk of the camera, in picture heights a second from frame to frame"] = 1.0
-    duplicates: Annotated[int | None, f"of {64 * LOOKS} bits, how few may differ: at most {BANDS - 1}"] = 10
+    min_side: Annotated[int | None, AtLeast(0), "pixels of the shorter side"] = None
+    min_fps: Annotated[float | None, AtLeast(0), "frames per second"] = None
+    min_seconds: Annotated[float | None, AtLeast(0), "length of a shot"] = None
+    black: Annotated[float | None, Between(0, 1), "largest share of black frames"] = 0.3
+    frozen: Annotated[
+        float | None, Between(0, 1), "largest share of frames that stand still for half a second or more"
+    ] = 0.5
+    still: Annotated[float | None, AtLeast(0), "least motion, in picture heights a second"] = 0.01
+    jerky: Annotated[
+        float | None, AtLeast(0), "largest jerk of the camera, in picture heights a second from frame to frame"
+    ] = 1.0
+    duplicates: Annotated[
+        int | None, Between(0, BANDS - 1), f"of {64 * LOOKS} bits, how few may differ: at most {BANDS - 1}"
+    ] = 10
 
 
 class Verdict(NamedTuple):

@@ -15,15 +15,13 @@ from lingen.data.fingerprint import fingerprint
 from lingen.data.manifest import About, Row, media_hash
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import Job, Made, Outcome, Wanted, make_samples, read_samples
-from lingen.prepare.filters import BANDS, Duplicates, Filters
+from lingen.prepare.filters import Duplicates, Filters
 from lingen.prepare.footage import Source, find_sources
 from lingen.prepare.journal import Entry, Note, Part, Record, SetFolder, ShardStream
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import KINDS, Recipe
-
-SHARES = ("black", "frozen")
 
 
 class Packing(NamedTuple):
@@ -65,13 +63,8 @@ def filters_for(wanted: Wanted, given: dict[str, Any]) -> Filters:
     """Where no limit is given, the one that follows from what is wanted: nothing is enlarged, no frame shown twice.
 
     Raises:
-        RecipeError: a limit that makes no sense.
+        SettingError: a limit out of bounds.
     """
-    for name, value in given.items():
-        if value is not None and (value < 0 or (name in SHARES and value > 1)):
-            raise RecipeError(f"{name} is {'a share from 0 to 1' if name in SHARES else '0 or more'}, got {value:g}.")
-    if (given.get("duplicates") or 0) >= BANDS:
-        raise RecipeError(f"duplicates is at most {BANDS - 1} bits: beyond that some would be overlooked.")
     side = max(min(min(size) for size in group) for group in wanted.sizes)
     return Filters(**{"min_side": side, "min_fps": round(0.99 * wanted.fps, 3), **given})
 

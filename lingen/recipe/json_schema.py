@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from lingen.recipe.reading import COMPONENTS
 from lingen.recipe.registry import RecipeError, Registry
 from lingen.recipe.sections import Component, Recipe
-from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, Setting, settings_of
+from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, Setting, bare, bounds_of, settings_of
 
 Schema = dict[str, Any]
 WORDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -32,13 +33,13 @@ def json_schema() -> Schema:
     return head | recipe | {"$defs": definitions}
 
 
-def _part_schema(part: Callable[..., Any], path: Path | None) -> Schema:
-    """The settings of a section or of a part; `path` is where a section stands in the recipe."""
+def _part_schema(part: Callable[..., Any], path: Path | None, limits: Schema | None = None) -> Schema:
+    """The settings of a section or of a part; `path` is where a section stands in the recipe, `limits` as below."""
     properties = {}
     for name, setting in settings_of(part).items():
         registry = COMPONENTS.get((*path, name)) if path is not None else None
         below = (*path, name) if path is not None else None
-        one = _component_use(registry, setting.hint) if registry else _hint_schema(setting.hint, below)
+        one = _component_use(registry, bare(setting.hint)) if registry else _hint_schema(setting.hint, below, limits)
         properties[name] = one | _notes(setting)
     section = {"type": "object", "properties": properties, "additionalProperties": False}
     return section | {"description": _first_line(part)}
@@ -74,26 +75,29 @@ def _component_schema(registry: Registry) -> Schema:
     return {"anyOf": [*forms, unnamed], "description": registry.kind}
 
 
-def _hint_schema(hint: Any, path: Path | None = None) -> Schema:
+def _hint_schema(hint: Any, path: Path | None = None, limits: Schema | None = None) -> Schema:
+    """The values of a type; `limits` are the keywords of bounds that hold for each number in them."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _hint_schema(arguments[0], path)
+        own = [bound.schema for bound in bounds_of(hint)]
+        return _hint_schema(arguments[0], path, dict(ChainMap(*own, limits or {})))
+    if hint in (int, float):
+        return {"anyOf": [{"type": WORDS[hint]} | (limits or {}), REFERENCE]}
     if hint in WORDS:
-        one = {"type": WORDS[hint]}
-        return {"anyOf": [one, REFERENCE]} if hint in (int, float) else one
+        return {"type": WORDS[hint]}
     if hint is type(None):
         return {"type": "null"}
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin in (Union, types.UnionType):
-        return {"anyOf": [_hint_schema(member, path) for member in arguments]}
+        return {"anyOf": [_hint_schema(member, path, limits) for member in arguments]}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _part_schema(hint, path)
+        return _part_schema(hint, path, limits)
     if origin is tuple and Ellipsis not in arguments:
-        items = [_hint_schema(one) for one in arguments]
+        items = [_hint_schema(one, None, limits) for one in arguments]
         return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
     if (origin or hint) in (tuple, *LISTS):
-        return {"type": "array", "items": _hint_schema(arguments[0])} if arguments else {"type": "array"}
+        return {"type": "array", "items": _hint_schema(arguments[0], None, limits)} if arguments else {"type": "array"}
     if (origin or hint) in MAPPINGS:
         return {"type": "object"} if hint is Component or not arguments else _mapping_schema(arguments[1])
     return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path as File
@@ -26,39 +25,6 @@ COMPONENTS: dict[Path, Registry] = {
 """Where a recipe names registered parts: one of them, or a list."""
 
 NOT_IN_A_STAGE = ("name", "stage", "stages", "extends")
-
-
-class Limit(NamedTuple):
-    """A range of sensible numbers; `above` leaves `low` itself out."""
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-
-    def refuses(self, value: float) -> bool:
-        return value < self.low or value > self.high or (self.above and value == self.low)
-
-    def __str__(self) -> str:
-        if self.high < math.inf:
-            return f"a number from {self.low:g} to {self.high:g}"
-        return f"a number above {self.low:g}" if self.above else f"at least {self.low:g}"
-
-
-ONE, ZERO, SHARE, POSITIVE = Limit(1), Limit(0), Limit(0, 1), Limit(0, above=True)
-LIMITS: dict[str, Limit] = (
-    dict.fromkeys("model.dim model.depth model.num_heads model.ffn_dim model.patch model.max_grid".split(), ONE)
-    | dict.fromkeys("data.batch.image data.batch.video data.frames data.size data.lengths data.block".split(), ONE)
-    | dict.fromkeys("train.steps train.accumulate train.log_every train.checkpoint_every".split(), ONE)
-    | dict.fromkeys("train.max_nonfinite train.validation_samples sample.steps sample.emulated_steps".split(), ONE)
-    | dict.fromkeys("data.mix.image data.mix.video data.workers data.cache_mb seed sample.seed".split(), ZERO)
-    | dict.fromkeys("train.lr train.warmup train.weight_decay sample.guidance".split(), ZERO)
-    | dict.fromkeys("train.validate_every train.sample_every data.remote.cache_gb".split(), ZERO)
-    | dict.fromkeys("data.max_dropped train.ema train.text_drop train.betas".split(), SHARE)
-    | dict.fromkeys("sample.guidance_interval sample.guidance_rescale".split(), SHARE)
-    | dict.fromkeys("data.fps time.std time.shift train.clip_grad model.position_std".split(), POSITIVE)
-    | {"score.clips": Limit(0, 40), "data.remote.attempts": ONE, "data.remote.timeout": POSITIVE}
-)
-"""Numbers outside these make no sense; for a list, each entry."""
 
 
 class Source(NamedTuple):
@@ -287,11 +253,10 @@ def _merge(
 
 
 def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
-    """Keys, types, names of components, numbers out of range."""
-    filled, found = check_settings(Recipe, draft.tree)
-    for key, text in found:
-        if "${" not in str(draft.get(as_path(key))):  # that one is reported already
-            yield draft.problem(as_path(key), text)
+    """Keys, types, numbers out of bounds, names of components."""
+    for one in check_settings(Recipe, draft.tree)[1]:
+        if "${" not in str(draft.get(one.path)):  # that one is reported already
+            yield draft.problem(one.path, one.text)
     for path, registry in COMPONENTS.items():
         if (
             draft.get(path) is None
@@ -307,13 +272,6 @@ def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
             yield draft.problem((*path, "name"), f"This {registry.kind} has no name. Known: {known}.")
         elif name not in registry:
             yield draft.problem((*path, "name"), registry.unknown(name))
-    for key, limit in LIMITS.items():
-        path = as_path(key)
-        value = _value(filled, path)
-        for index, number in enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]:
-            if isinstance(number, (int, float)) and limit.refuses(number):
-                where = path if index is None else (*path, index)
-                yield draft.problem(where, f"Expected {limit}, got {number:g}.")
 
 
 def _problems_of_data(draft: Layered) -> Iterator[Problem]:
@@ -336,14 +294,3 @@ def _problems_of_data(draft: Layered) -> Iterator[Problem]:
     if low > high:
         text = f"The interval ends at {high:g}, before it begins at {low:g}."
         yield draft.problem(("sample", "guidance_interval"), text)
-
-
-def as_path(key: str) -> Path:
-    """``text.0.dim`` as the keys and indices of a tree."""
-    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
-
-
-def _value(filled: Any, path: Path) -> Any:
-    for key in path:
-        filled = filled.get(key) if isinstance(filled, dict) else getattr(filled, str(key), None)
-    return filled

@@ -21,11 +21,11 @@ class RecipeError(ValueError):
         self.problems = problems
 
 
-class SettingError(ValueError):
-    """A component's constructor refuses one of its settings."""
+class SettingError(RecipeError):
+    """A constructor refuses a setting; `problems` may tell of others beside it."""
 
-    def __init__(self, setting: str, message: str):
-        super().__init__(message)
+    def __init__(self, setting: str, *problems: str):
+        super().__init__(*problems)
         self.setting = setting
 
 
@@ -126,18 +126,18 @@ class Registry:
         """Calls the named part with the model's positional arguments and the recipe's settings.
 
         ``MIXERS.build({"name": "mate", "window": (8, 4, 4)}, dim, layer)``. Settings are checked against the part's
-        signature: RecipeError for an unknown or missing one or a wrong type, naming it.
+        signature: SettingError for an unknown or missing one, a wrong type, a number out of bounds, naming it.
         """
-        from lingen.recipe.signature import check_settings
+        from lingen.recipe.signature import check_settings, refusal
 
         settings = {"name": component} if isinstance(component, str) else dict(component)
         name = settings.pop("name", None)
         if not isinstance(name, str):
             raise RecipeError(f"A {self.kind} is named by a word, got {name!r}.")
         part = self[name]
-        filled, problems = check_settings(part, settings)
-        if problems:
-            raise RecipeError(*(f"{message} (at {self.kind} '{name}')" for _, message in problems))
+        filled, found = check_settings(part, settings)
+        if found:
+            raise refusal(found, f"{self.kind} '{name}'")
         return part(*positional, **filled)
 
     def refused(self) -> list[tuple[str, str, str]]:

@@ -1,5 +1,8 @@
 """The sections of a recipe, each declared once, here; the loader checks, fills and documents them from these fields.
 
+Bounds and marks (`lingen.recipe.bounds`) stand beside the types. Those of a section hold for all that is in it; a mark
+inside goes before the section's.
+
 Plain dataclasses: neither torch nor omegaconf is imported. Every number that the paper does not give is ours.
 """
 
@@ -8,8 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Above, AtLeast, Between, Finite
 from lingen.recipe.registry import SettingError
+from lingen.recipe.signature import checked
 from lingen.recipe.subjects import SUBJECTS, Subject
+
+SHARE = Between(0, 1)
 
 Component = dict[str, Any]
 """A registered part and its settings: ``{"name": "mate", "window": [8, 4, 4]}``. In a recipe, a bare word is short for
@@ -24,32 +31,35 @@ DERIVED = {"derived": True}
 """Marks a field that the loader works out from the neighbours; a recipe cannot set it."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LinGenConfig:
     """The denoiser (paper, Figure 2)."""
 
-    dim: Annotated[int, "width of a token"] = 384
-    depth: Annotated[int, "number of blocks"] = 12
+    dim: Annotated[int, AtLeast(1), "width of a token"] = 384
+    depth: Annotated[int, AtLeast(1), "number of blocks"] = 12
     mixer: Annotated[Component | list[Component], "token mixer of a block; a list is cycled over the layers"] = field(
         default_factory=lambda: {"name": "mate"}
     )
     num_heads: Annotated[
-        int | None, "heads of the cross-attention; null: heads of width 128, or less where dim is small"
+        int | None, AtLeast(1), "heads of the cross-attention; null: heads of width 128, or less where dim is small"
     ] = None
-    ffn_dim: Annotated[int | None, "hidden width of the SwiGLU; null: 2.7 dim, as a multiple of 64"] = None
-    patch: Annotated[tuple[int, int, int], "latents per token in t, h, w"] = (1, 2, 2)
+    ffn_dim: Annotated[int | None, AtLeast(1), "hidden width of the SwiGLU; null: 2.7 dim, as a multiple of 64"] = None
+    patch: Annotated[tuple[int, int, int], AtLeast(1), "latents per token in t, h, w"] = (1, 2, 2)
     predict: Annotated[
         Literal["velocity", "clip"], "what the last layer puts out; the model returns velocity either way"
     ] = "velocity"
     gate_init: Annotated[
         float, "start of the gates and of the cross-attention's output: 0 in large recipes, 1 in tiny ones"
     ] = 0.0
-    position_std: Annotated[float, "standard deviation of the sin-cos start of the positional tables"] = 0.5
+    position_std: Annotated[float, Above(0), "standard deviation of the sin-cos start of the positional tables"] = 0.5
     pool_text: Annotated[bool, "add the mean text token to the timestep embedding (not LinGen: for tiny models)"] = (
         False
     )
     checkpointing: Annotated[
         bool | float,
+        Above(0),
+        FREE,
         "recompute blocks in the backward pass instead of keeping their activations: all, none, or as few (the first "
         "ones) as it takes for the activations to fit into this many GiB per rank",
     ] = False
@@ -58,14 +68,13 @@ class LinGenConfig:
     """Latent channels, from the autoencoder."""
     text_dims: tuple[int, ...] = field(default=(), metadata=DERIVED)
     """Width of each text encoder's tokens."""
-    max_grid: Annotated[tuple[int, int, int], "rows of the positional tables (t, h, w); at least any stage's grid"] = (
-        1,
-        16,
-        16,
-    )
+    max_grid: Annotated[
+        tuple[int, int, int], AtLeast(1), "rows of the positional tables (t, h, w); at least any stage's grid"
+    ] = (1, 16, 16)
     """Worked out by the loader from all stages; a filled recipe of one stage carries it."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Shards:
     """WebDataset tar files of each kind, or the manifest of a set of them: a path, an https:// or s3:// address, a
@@ -75,6 +84,7 @@ class Shards:
     video: Annotated[str | list[str] | None, "shards of mp4/webm/webp + json or txt, or of encoded clips"] = None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PerKind:
     """A whole number for each kind of batch."""
@@ -83,98 +93,129 @@ class PerKind:
     video: int = 1
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Remote:
     """How shards at https:// and s3:// are read."""
 
-    timeout: Annotated[float, "seconds without a byte until a read counts as failed"] = 30.0
-    attempts: Annotated[int, "reads of a sample until it counts as unreadable, each after a longer wait"] = 5
-    cache_gb: Annotated[float, "disk space on each machine for what was read, GB; 0: nothing is kept"] = 0.0
+    timeout: Annotated[float, Above(0), "seconds without a byte until a read counts as failed"] = 30.0
+    attempts: Annotated[
+        int, AtLeast(1), "reads of a sample until it counts as unreadable, each after a longer wait"
+    ] = 5
+    cache_gb: Annotated[float, AtLeast(0), "disk space on each machine for what was read, GB; 0: nothing is kept"] = 0.0
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a batch is made of and in which order."""
 
-    shards: Annotated[Shards, "training shards"] = Shards()
-    validation: Annotated[Shards, "held-out shards"] = Shards()
-    synthetic: Annotated[Component | None, "clips that lingen draws itself on first use, where no shards are named"] = (
-        None
-    )
+    shards: Annotated[Shards, IDENTITY, "training shards"] = Shards()
+    validation: Annotated[Shards, FREE, "held-out shards"] = Shards()
+    synthetic: Annotated[
+        Component | None, IDENTITY, "clips that lingen draws itself on first use, where no shards are named"
+    ] = None
     mix: Annotated[
-        PerKind, "optimiser steps of each kind in one round, e.g. one image step for every 100 video steps (paper)"
+        PerKind,
+        AtLeast(0),
+        COURSE,
+        "optimiser steps of each kind in one round, e.g. one image step for every 100 video steps (paper)",
     ] = PerKind(image=1, video=100)
-    batch: Annotated[PerKind, "samples per rank in one batch of each kind; in a batch of another of `sizes` and "
-                     "`lengths`, as many as come to the same number of tokens"] = PerKind()  # fmt: skip
-    frames: Annotated[int, "frames of a video clip"] = 16
-    lengths: Annotated[list[int], "further numbers of frames: a video takes the largest that it fills"] = field(
-        default_factory=list
-    )
-    size: Annotated[tuple[int, int], "height and width in pixels"] = (256, 256)
-    sizes: Annotated[
-        list[tuple[int, int]], "further heights and widths: a sample takes those whose ratio is nearest to its own"
+    batch: Annotated[PerKind, AtLeast(1), COURSE, "samples per rank in one batch of each kind; in a batch of another "
+                     "of `sizes` and `lengths`, as many as come to the same number of tokens"] = PerKind()  # fmt: skip
+    frames: Annotated[int, AtLeast(1), IDENTITY, "frames of a video clip"] = 16
+    lengths: Annotated[
+        list[int], AtLeast(1), IDENTITY, "further numbers of frames: a video takes the largest that it fills"
     ] = field(default_factory=list)
-    fps: Annotated[float, "frames per second of a clip, after resampling"] = 16.0
-    fps_prefix: Annotated[bool, "put the frame rate before the caption, as Movie Gen does ('FPS-16. ...')"] = True
+    size: Annotated[tuple[int, int], AtLeast(1), IDENTITY, "height and width in pixels"] = (256, 256)
+    sizes: Annotated[
+        list[tuple[int, int]],
+        AtLeast(1),
+        IDENTITY,
+        "further heights and widths: a sample takes those whose ratio is nearest to its own",
+    ] = field(default_factory=list)
+    fps: Annotated[float, Above(0), IDENTITY, "frames per second of a clip, after resampling"] = 16.0
+    fps_prefix: Annotated[
+        bool, IDENTITY, "put the frame rate before the caption, as Movie Gen does ('FPS-16. ...')"
+    ] = True
     max_dropped: Annotated[
-        float, "share of broken samples that stops the run, once 100 were seen; 0: the first one stops, 1: none does"
+        float,
+        SHARE,
+        FREE,
+        "share of broken samples that stops the run, once 100 were seen; 0: the first one stops, 1: none does",
     ] = 0.05
     block: Annotated[
-        int, "neighbours in a shard that stay together in an epoch's order, for disks that are slow to seek; 1: none"
+        int,
+        AtLeast(1),
+        IDENTITY,
+        "neighbours in a shard that stay together in an epoch's order, for disks that are slow to seek; 1: none",
     ] = 1
-    remote: Remote = Remote()
-    workers: Annotated[int, "processes that decode, per rank; 0: decode in the training process"] = 2
-    cache_mb: Annotated[int, "decoded clips that each decoding process may keep in memory, MiB"] = 0
+    remote: Annotated[Remote, FREE] = Remote()
+    workers: Annotated[int, AtLeast(0), FREE, "processes that decode, per rank; 0: decode in the training process"] = 2
+    cache_mb: Annotated[int, AtLeast(0), FREE, "decoded clips that each decoding process may keep in memory, MiB"] = 0
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TimeConfig:
     """How training times are drawn (Movie Gen, section 3.1.2); time 0 = noise, 1 = data."""
 
     distribution: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: Annotated[float, "of the normal under the sigmoid"] = 0.0
-    std: Annotated[float, "of the normal under the sigmoid"] = 1.0
+    std: Annotated[float, Above(0), "of the normal under the sigmoid"] = 1.0
     shift: Annotated[
-        float | Literal["auto"], "moves times towards noise, in training and sampling; auto: sqrt(tokens / 8704)"
+        float | Literal["auto"],
+        Above(0),
+        "moves times towards noise, in training and sampling; auto: sqrt(tokens / 8704)",
     ] = "auto"
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One stage's optimisation."""
 
-    steps: Annotated[int, "optimiser steps of the stage"] = 1000
-    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-4
-    warmup: Annotated[int, "steps of linear warm-up"] = 0
-    decay: Annotated[Literal["constant", "cosine"], "after the warm-up"] = "constant"
-    weight_decay: Annotated[float, "on weight matrices only"] = 0.1
-    betas: Annotated[tuple[float, float], "AdamW's moments"] = (0.9, 0.999)
-    clip_grad: Annotated[float, "largest global gradient norm"] = 1.0
-    accumulate: Annotated[int, "batches (of one kind) per optimiser step"] = 1
-    ema: Annotated[float, "decay of the averaged weights, warmed up in each stage: min(ema, (1 + n) / (10 + n))"] = (
-        0.9999
-    )
-    text_drop: Annotated[float, "share of samples whose text is left out, for guidance"] = 0.1
-    keep_optimizer: Annotated[bool, "carry AdamW's moments over from the stage before"] = False
-    max_nonfinite: Annotated[int, "steps in a row with a non-finite loss or gradient before the run stops"] = 3
-    log_every: Annotated[int, "steps between lines of metrics.csv"] = 10
-    checkpoint_every: Annotated[int, "steps between checkpoints for resuming"] = 500
-    validate_every: Annotated[int, "steps between validation losses; 0: only at the end of the stage"] = 0
-    validation_samples: Annotated[int, "held-out samples in a validation loss"] = 32
-    sample_every: Annotated[int, "steps between sampled clips of sample.prompts; 0: only at the end of the stage"] = 0
+    steps: Annotated[int, AtLeast(1), COURSE, "optimiser steps of the stage"] = 1000
+    lr: Annotated[float, AtLeast(0), COURSE, "peak learning rate of AdamW"] = 1e-4
+    warmup: Annotated[int, AtLeast(0), COURSE, "steps of linear warm-up"] = 0
+    decay: Annotated[Literal["constant", "cosine"], COURSE, "after the warm-up"] = "constant"
+    weight_decay: Annotated[float, AtLeast(0), COURSE, "on weight matrices only"] = 0.1
+    betas: Annotated[tuple[float, float], SHARE, COURSE, "AdamW's moments"] = (0.9, 0.999)
+    clip_grad: Annotated[float, Above(0), COURSE, "largest global gradient norm"] = 1.0
+    accumulate: Annotated[int, AtLeast(1), COURSE, "batches (of one kind) per optimiser step"] = 1
+    ema: Annotated[
+        float, SHARE, COURSE, "decay of the averaged weights, warmed up in each stage: min(ema, (1 + n) / (10 + n))"
+    ] = 0.9999
+    text_drop: Annotated[float, SHARE, COURSE, "share of samples whose text is left out, for guidance"] = 0.1
+    keep_optimizer: Annotated[bool, IDENTITY, "carry AdamW's moments over from the stage before"] = False
+    max_nonfinite: Annotated[
+        int, AtLeast(1), FREE, "steps in a row with a non-finite loss or gradient before the run stops"
+    ] = 3
+    log_every: Annotated[int, AtLeast(1), FREE, "steps between lines of metrics.csv"] = 10
+    checkpoint_every: Annotated[int, AtLeast(1), FREE, "steps between checkpoints for resuming"] = 500
+    validate_every: Annotated[
+        int, AtLeast(0), FREE, "steps between validation losses; 0: only at the end of the stage"
+    ] = 0
+    validation_samples: Annotated[int, AtLeast(1), FREE, "held-out samples in a validation loss"] = 32
+    sample_every: Annotated[
+        int, AtLeast(0), FREE, "steps between sampled clips of sample.prompts; 0: only at the end of the stage"
+    ] = 0
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Defaults of sampling, used by validation and by `lingen sample`."""
 
-    steps: Annotated[int, "solver steps"] = 50
-    guidance: Annotated[float, "weight of the text against no text; 1: no guidance"] = 7.5
-    guidance_interval: Annotated[tuple[float, float], "times between which guidance is applied"] = (0.0, 1.0)
-    guidance_rescale: Annotated[float, "0..1: pull the guided velocity back to the spread of the conditional one"] = 0.0
+    steps: Annotated[int, AtLeast(1), "solver steps"] = 50
+    guidance: Annotated[float, Finite(), AtLeast(0), "weight of the text against no text; 1: no guidance"] = 7.5
+    guidance_interval: Annotated[tuple[float, float], SHARE, "times between which guidance is applied"] = (0.0, 1.0)
+    guidance_rescale: Annotated[
+        float, SHARE, "0..1: pull the guided velocity back to the spread of the conditional one"
+    ] = 0.0
     solver: Literal["euler", "heun"] = "euler"
     schedule: Annotated[Literal["linear_quadratic", "uniform"], "spacing of the sampling times"] = "linear_quadratic"
-    emulated_steps: Annotated[int, "N of the linear-quadratic schedule (Movie Gen: 250)"] = 250
+    emulated_steps: Annotated[int, AtLeast(1), "N of the linear-quadratic schedule (Movie Gen: 250)"] = 250
     precision: Annotated[
         Literal["auto", "32-true", "bf16-true", "fp8"],
         "of the denoiser's weights and stream; auto: bf16-true on CUDA where the trainer's precision has bf16, else as "
@@ -193,7 +234,7 @@ class SampleConfig:
     tile: Annotated[
         tuple[int, int] | None, "height and width in pixels of the tiles, where a frame is too large for the memory"
     ] = None
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     prompts: Annotated[list[str], "sampled during training"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -201,52 +242,54 @@ class SampleConfig:
             raise SettingError("tile", f"tile={list(self.tile)} goes with decode=tiled, not with {self.decode}.")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
     """What an autoencoder is trained for; a weight of 0 leaves its term out, and what it needs is not built.
 
     Sources: LDM is Rombach et al., arXiv 2112.10752 (its public code where the paper gives no number); VQGAN is Esser
     et al., arXiv 2012.09841; TAE is Movie Gen, arXiv 2410.13720, section 3.1.1, which gives the terms but, but for the
-    outlier penalty, not their weights. Raises SettingError for numbers that make no sense.
+    outlier penalty, not their weights. Raises SettingError for numbers that do not go together.
     """
 
-    l1: Annotated[float, "weight of the mean absolute error (LDM)"] = 1.0
-    perceptual: Annotated[float, "weight of the perceptual distance (LDM)"] = 1.0
+    l1: Annotated[float, AtLeast(0), "weight of the mean absolute error (LDM)"] = 1.0
+    perceptual: Annotated[float, AtLeast(0), "weight of the perceptual distance (LDM)"] = 1.0
     features: Annotated[
         Component, "what the perceptual distance is: vgg16 (`lingen data fetch vgg16`), lpips, none"
     ] = field(default_factory=lambda: {"name": "vgg16"})
     perceptual_frames: Annotated[
-        int, "frames of a clip that the perceptual distance looks at, drawn anew at each step; 0: all (ours)"
+        int,
+        AtLeast(0),
+        "frames of a clip that the perceptual distance looks at, drawn anew at each step; 0: all (ours)",
     ] = 8
-    kl: Annotated[float, "weight of the KL divergence from N(0, 1), a mean over the numbers of a latent (ours)"] = 1e-6
+    kl: Annotated[
+        float, AtLeast(0), "weight of the KL divergence from N(0, 1), a mean over the numbers of a latent (ours)"
+    ] = 1e-6
     outlier: Annotated[
-        float, "weight of the penalty on latents far from the others of their frame (TAE: 1e5; ours is lower)"
+        float,
+        AtLeast(0),
+        "weight of the penalty on latents far from the others of their frame (TAE: 1e5; ours is lower)",
     ] = 1.0
-    outlier_radius: Annotated[float, "standard deviations that a latent may be away for nothing (TAE)"] = 3.0
-    adversarial: Annotated[float, "weight of the discriminator's opinion, after the adaptive weight (LDM)"] = 0.5
+    outlier_radius: Annotated[float, Above(0), "standard deviations that a latent may be away for nothing (TAE)"] = 3.0
+    adversarial: Annotated[
+        float, AtLeast(0), "weight of the discriminator's opinion, after the adaptive weight (LDM)"
+    ] = 0.5
     adaptive_max: Annotated[
-        float, "the adaptive weight (VQGAN, eq. 7) is at most this; 0: no adaptive weight, the factor is 1"
+        float, AtLeast(0), "the adaptive weight (VQGAN, eq. 7) is at most this; 0: no adaptive weight, the factor is 1"
     ] = 1e4
-    discriminator_start: Annotated[int, "step of the stage at which the discriminator begins to learn (ours)"] = 1000
+    discriminator_start: Annotated[
+        int, AtLeast(0), "step of the stage at which the discriminator begins to learn (ours)"
+    ] = 1000
     adversarial_start: Annotated[
         int, "step of the stage from which the autoencoder is trained against it; at least discriminator_start (ours)"
     ] = 2000
-    discriminator_width: Annotated[int, "channels of the discriminator's first layer (VQGAN)"] = 64
-    discriminator_layers: Annotated[int, "its layers that halve height and width (VQGAN)"] = 3
-    discriminator_lr: Annotated[float | None, "its peak learning rate; null: that of the autoencoder"] = None
+    discriminator_width: Annotated[int, AtLeast(1), "channels of the discriminator's first layer (VQGAN)"] = 64
+    discriminator_layers: Annotated[int, AtLeast(1), "its layers that halve height and width (VQGAN)"] = 3
+    discriminator_lr: Annotated[
+        float | None, Above(0), COURSE, "its peak learning rate; null: that of the autoencoder"
+    ] = None
 
     def __post_init__(self) -> None:
-        counts = ("perceptual_frames", "discriminator_start")
-        for name in ("l1", "perceptual", "kl", "outlier", "adversarial", "adaptive_max", *counts):
-            if not getattr(self, name) >= 0:
-                raise SettingError(name, f"{name}={getattr(self, name)} must be 0 or more.")
-        for name in ("outlier_radius", "discriminator_width", "discriminator_layers"):
-            if not getattr(self, name) > 0:
-                raise SettingError(name, f"{name}={getattr(self, name)} must be above 0.")
-        if self.discriminator_lr is not None and not self.discriminator_lr > 0:
-            raise SettingError(
-                "discriminator_lr", f"discriminator_lr={self.discriminator_lr} must be above 0, or null."
-            )
         if self.adversarial > 0 and self.adversarial_start < self.discriminator_start:
             raise SettingError(
                 "adversarial_start",
@@ -260,63 +303,61 @@ class ReconstructionConfig:
             )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RewriteConfig:
-    """A local chat model that makes a long prompt of the user's short one (paper: a Llama-3.1; settings ours).
-
-    Raises SettingError for a number that makes no sense.
-    """
+    """A local chat model that makes a long prompt of the user's short one (paper: a Llama-3.1; settings ours)."""
 
     name: Annotated[str, "what messages call it"] = "llama"
     path: Annotated[str | None, "a folder with a chat model of transformers and its tokenizer"] = None
-    max_tokens: Annotated[int, "of a rewritten prompt; a longer one is an error"] = 256
-    temperature: Annotated[float, "0: the likeliest words, always the same; above: words drawn from `seed`"] = 0.0
+    max_tokens: Annotated[int, AtLeast(1), "of a rewritten prompt; a longer one is an error"] = 256
+    temperature: Annotated[
+        float, Finite(), AtLeast(0), "0: the likeliest words, always the same; above: words drawn from `seed`"
+    ] = 0.0
     seed: Annotated[int, "of what is drawn; without effect at temperature 0"] = 0
-    batch: Annotated[int, "prompts at a time, where nothing is drawn"] = 8
-
-    def __post_init__(self) -> None:
-        for setting in ("max_tokens", "batch"):
-            if getattr(self, setting) < 1:
-                raise SettingError(setting, f"{setting}={getattr(self, setting)} must be 1 or more.")
-        if not 0 <= self.temperature < float("inf"):
-            raise SettingError("temperature", f"temperature={self.temperature} must be 0 or more, and finite.")
+    batch: Annotated[int, AtLeast(1), "prompts at a time, where nothing is drawn"] = 8
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """The score at the end of the quickstart: does a sampled clip show the colour, shape and motion of its caption?"""
 
-    clips: Annotated[int, "clips to sample and judge at the end, at most 40; 0: none"] = 0
+    clips: Annotated[int, Between(0, 40), "clips to sample and judge at the end, at most 40; 0: none"] = 0
     split: Annotated[
         Literal["tune", "report"], "held-out captions: those to tune settings on, or those to report on"
     ] = "report"
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A checked recipe with every default filled in. With `stage` set, its overlay is merged and `stages` is empty."""
 
-    name: Annotated[str, "what the run is called; by default the file's name"] = "recipe"
-    stage: Annotated[str | None, "name of the only stage, where there are no `stages`"] = None
-    seed: int = 0
-    init: Annotated[str | None, "weights (a .safetensors file or a run folder) that training starts from"] = None
+    name: Annotated[str, FREE, "what the run is called; by default the file's name"] = "recipe"
+    stage: Annotated[str | None, IDENTITY, "name of the only stage, where there are no `stages`"] = None
+    seed: Annotated[int, AtLeast(0), IDENTITY] = 0
+    init: Annotated[str | None, IDENTITY, "weights (a .safetensors file or a run folder) that training starts from"] = (
+        None
+    )
     trains: Annotated[
         Literal["denoiser", "autoencoder"],
+        IDENTITY,
         "what the stages train; for an autoencoder, only `autoencoder`, `reconstruction`, `data`, `train` and "
         "`trainer` count",
     ] = "denoiser"
-    model: LinGenConfig = LinGenConfig()
-    autoencoder: Annotated[Component, "video autoencoder"] = field(default_factory=lambda: {"name": "pixels"})
-    text: Annotated[list[Component], "text encoders, used side by side"] = field(
+    model: Annotated[LinGenConfig, IDENTITY] = LinGenConfig()
+    autoencoder: Annotated[Component, IDENTITY, "video autoencoder"] = field(default_factory=lambda: {"name": "pixels"})
+    text: Annotated[list[Component], IDENTITY, "text encoders, used side by side"] = field(
         default_factory=lambda: [{"name": "words"}]
     )
     data: DataConfig = DataConfig()
-    time: TimeConfig = TimeConfig()
+    time: Annotated[TimeConfig, COURSE] = TimeConfig()
     train: TrainConfig = TrainConfig()
-    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    sample: SampleConfig = SampleConfig()
-    rewrite: RewriteConfig = RewriteConfig()
-    score: ScoreConfig = ScoreConfig()
+    reconstruction: Annotated[ReconstructionConfig, IDENTITY] = field(default_factory=ReconstructionConfig)
+    sample: Annotated[SampleConfig, FREE] = SampleConfig()
+    rewrite: Annotated[RewriteConfig, FREE] = RewriteConfig()
+    score: Annotated[ScoreConfig, FREE] = ScoreConfig()
     trainer: Annotated[dict[str, Any], "lightning.Trainer's own arguments; `logger` may be names or components"] = (
         field(default_factory=dict)
     )

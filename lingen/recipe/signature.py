@@ -1,76 +1,127 @@
 """The signature is the schema: one rule for the sections of a recipe and for the constructors of its parts.
 
 A dataclass's fields, or a constructor's keyword-only parameters, are the settings that a recipe may give: name, type
-hint, default, and a line of documentation in ``Annotated[hint, "line"]``. Nothing here imports torch.
+hint, default, and in ``Annotated[hint, AtLeast(1), Mark.COURSE, "line"]`` its bounds, its mark (see
+`lingen.recipe.bounds`) and a line of documentation. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from lingen.recipe.bounds import Bound, Mark
 from lingen.recipe.registry import SettingError, did_you_mean
 
 REQUIRED = inspect.Parameter.empty
 """The default of a setting that has none."""
 
 Path = tuple[str | int, ...]
-Found = list[tuple[Path, str]]
-"""Mistakes: where below the value that was checked, and one sentence."""
-
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 PLURALS = {bool: "true or false", int: "whole numbers", float: "numbers", str: "texts"}
 LISTS = (list, set, frozenset, collections.abc.Sequence, collections.abc.Iterable)
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
+class Mistake(NamedTuple):
+    """Where below the value that was checked, and one sentence."""
+
+    path: Path
+    text: str
+    typed: bool = False
+    """The value is of its type: only a bound refuses it."""
+
+    @property
+    def key(self) -> str:
+        return ".".join(map(str, self.path))
+
+    def below(self, key: str | int) -> Mistake:
+        return self._replace(path=(key, *self.path))
+
+
+Found = list[Mistake]
+
+
 class Setting(NamedTuple):
     """One setting of a part."""
 
     hint: Any
+    """As it is written: bare, or ``Annotated``."""
     default: Any
     doc: str
+    mark: Mark | None
+    """None where none is written."""
 
 
-def settings_of(part: Callable[..., Any], *, positional: bool = False) -> dict[str, Setting]:
-    """Settings of a dataclass (its fields, but for derived ones) or of a class or function (keyword-only parameters).
-
-    Args:
-        positional: also take parameters that may be given by position, as constructors outside lingen have them.
-    """
+def settings_of(part: Callable[..., Any]) -> dict[str, Setting]:
+    """Settings of a dataclass (its fields but for derived ones) or of a class or function (keyword-only arguments)."""
     if dataclasses.is_dataclass(part):
         space = vars(sys.modules[part.__module__])
         fields = [f for f in dataclasses.fields(part) if not f.metadata.get("derived")]
         return {f.name: _setting(f.type, _field_default(f), space) for f in fields}
-    wanted = {inspect.Parameter.KEYWORD_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if positional else set())
     function = inspect.unwrap(part.__init__) if inspect.isclass(part) else inspect.unwrap(part)
     space = getattr(function, "__globals__", {})
-    parameters = _parameters(part).values()
-    return {p.name: _setting(p.annotation, p.default, space) for p in parameters if p.kind in wanted}
+    parameters = [p for p in _parameters(part).values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {p.name: _setting(p.annotation, p.default, space) for p in parameters}
 
 
-def check_settings(
-    part: Callable[..., Any], settings: Mapping[str, Any], *, positional: bool = False
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def check_settings(part: Callable[..., Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], Found]:
     """Checks settings against a part's signature and fills in its defaults.
 
-    Returns the filled settings, lists made tuples where the hint says so, and the mistakes as (dotted key, sentence).
+    Returns the filled settings, lists made tuples where the hint says so, and the mistakes.
     """
     if not callable(part):
-        return {}, [("name", f"{_show(part)} is neither a class nor a function.")]
-    filled, found = _check_keys(part, settings, positional)
-    return filled, [(".".join(map(str, path)), text) for path, text in found]
+        return {}, [Mistake(("name",), f"{_show(part)} is neither a class nor a function.")]
+    known = settings_of(part)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(part).values())
+    extra = {key: value for key, value in settings.items() if key not in known}
+    found = [] if takes_any else [Mistake((key,), _unknown(key, part, known)) for key in extra]
+    filled = dict(extra) if takes_any else {}
+    for key, setting in known.items():
+        if key in settings:
+            filled[key], mistakes = _check(settings[key], setting.hint)
+            found += [one.below(key) for one in mistakes]
+        elif setting.default is REQUIRED:
+            found.append(Mistake((key,), f"'{part.__name__}' needs '{key}': {describe(setting.hint)}."))
+        else:
+            filled[key] = setting.default
+    return filled, found
+
+
+def checked(part: Any) -> Any:
+    """Class decorator: the constructor itself refuses numbers out of bounds and unknown choices, as the loader does.
+
+    It raises SettingError for the settings that it is given by keyword.
+    """
+    construct = part.__init__
+
+    @functools.wraps(construct)
+    def checking(self: Any, *positional: Any, **given: Any) -> None:
+        known = {key: setting.hint for key, setting in settings_of(part).items() if key in given}
+        found = [one.below(key) for key, hint in known.items() for one in _unfit(given[key], hint)]
+        if found:
+            raise refusal(found, f"'{part.__name__}'")
+        construct(self, *positional, **given)
+
+    part.__init__ = checking
+    return part
+
+
+def refusal(found: Found, part: str) -> SettingError:
+    """The error of a part's constructor for mistakes in its settings; `part` says which, e.g. ``mixer 'mate'``."""
+    return SettingError(str(found[0].path[0]), *(f"{one.text} (at {one.key} of {part})" for one in found))
 
 
 def check_value(value: Any, hint: Any) -> tuple[Any, str | None]:
     """The value as its type hint wants it, and a sentence where it does not fit; what cannot be checked fits."""
     converted, found = _check(value, hint)
-    return converted, " ".join(text if not path else f"{text} (at {path})" for path, text in found) or None
+    return converted, " ".join(one.text if not one.path else f"{one.text} (at {one.key})" for one in found) or None
 
 
 def as_plain(value: Any) -> Any:
@@ -93,7 +144,7 @@ def describe(hint: Any, many: bool = False) -> str:
         return "null"
     if origin is Literal:
         return " or ".join(_show(choice) for choice in arguments)
-    if origin in (Union, types.UnionType):
+    if _is_union(hint):
         return " or ".join(describe(member, many) for member in arguments)
     if origin is tuple and Ellipsis not in arguments:
         same = len(set(arguments)) == 1
@@ -103,6 +154,16 @@ def describe(hint: Any, many: bool = False) -> str:
     if (origin or hint) in MAPPINGS or dataclasses.is_dataclass(hint):
         return "mappings" if many else "a mapping"
     return getattr(hint, "__name__", str(hint))
+
+
+def bare(hint: Any) -> Any:
+    """A type hint without what ``Annotated`` says of it."""
+    return bare(get_args(hint)[0]) if get_origin(hint) is Annotated else hint
+
+
+def bounds_of(hint: Any) -> list[Bound]:
+    """The bounds that are written beside a type."""
+    return [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Bound)]
 
 
 def _field_default(field: dataclasses.Field[Any]) -> Any:
@@ -126,49 +187,33 @@ def _setting(annotation: Any, default: Any, space: dict[str, Any]) -> Setting:
             annotation = Any
     if annotation is REQUIRED:
         annotation = Any
-    doc = next((note for note in getattr(annotation, "__metadata__", ()) if isinstance(note, str)), "")
-    return Setting(get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation, default, doc)
-
-
-def _check_keys(
-    part: Callable[..., Any], settings: Mapping[str, Any], positional: bool = False
-) -> tuple[dict[str, Any], Found]:
-    known = settings_of(part, positional=positional)
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(part).values())
-    extra = {key: value for key, value in settings.items() if key not in known}
-    found: Found = [] if takes_any else [((key,), _unknown(key, part, known)) for key in extra]
-    filled = dict(extra) if takes_any else {}
-    for key, setting in known.items():
-        if key in settings:
-            filled[key], mistakes = _check(settings[key], setting.hint)
-            found += [((key, *path), text) for path, text in mistakes]
-        elif setting.default is REQUIRED:
-            found.append(((key,), f"'{part.__name__}' needs '{key}': {describe(setting.hint)}."))
-        else:
-            filled[key] = setting.default
-    return filled, found
+    notes = getattr(annotation, "__metadata__", ())
+    doc = next((note for note in notes if isinstance(note, str)), "")
+    return Setting(annotation, default, doc, next((note for note in notes if isinstance(note, Mark)), None))
 
 
 def _unknown(key: str, part: Callable[..., Any], known: Mapping[str, Setting]) -> str:
     name = getattr(part, "__name__", str(part))
     if dataclasses.is_dataclass(part) and key in {f.name for f in dataclasses.fields(part)}:
         return f"Key '{key}' of '{name}' is worked out from the rest of the recipe; take it out."
-    return f"Key '{key}' not in '{name}'.{did_you_mean(key, known)}" + ("" if known else " It has no settings.")
+    others = f" Known: {', '.join(known)}." if known else " It has no settings."
+    return f"Key '{key}' not in '{name}'.{did_you_mean(key, known) or others}"
 
 
 def _check(value: Any, hint: Any) -> tuple[Any, Found]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _check(value, arguments[0])
-    if origin in (Union, types.UnionType):
+        converted, found = _check(value, arguments[0])
+        return converted, [*found, *_out_of_bounds(converted, hint)]
+    if _is_union(hint):
         return _check_union(value, hint, arguments)
     if origin is Literal:
         fits = any(value == choice and type(value) is type(choice) for choice in arguments)
-        return value, [] if fits else [((), _expected(hint, value) + did_you_mean(str(value), map(str, arguments)))]
+        return value, [] if fits else _expected(hint, value, did_you_mean(str(value), map(str, arguments)))
     if hint in SCALARS:
         return _check_scalar(value, hint)
     if hint is None or hint is type(None):
-        return value, [] if value is None else [((), _expected(hint, value))]
+        return value, [] if value is None else _expected(hint, value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _check_section(value, hint)
     if (origin or hint) is tuple:
@@ -180,13 +225,35 @@ def _check(value: Any, hint: Any) -> tuple[Any, Found]:
     return value, []
 
 
+def _unfit(value: Any, hint: Any) -> Found:
+    """What bounds and choices refuse of a value that is taken to be of its type."""
+    return _check(value, bare(hint))[1] if get_origin(bare(hint)) is Literal else _out_of_bounds(value, hint)
+
+
+def _out_of_bounds(value: Any, hint: Any) -> Found:
+    """Numbers that the hint's bounds refuse: the value itself, or those in a list or section."""
+    members = get_args(bare(hint)) if _is_union(bare(hint)) else ()
+    instead = "".join(f" or {describe(one)}" for one in members if one not in (int, float))
+    return list(_refused(value, bounds_of(hint), instead))
+
+
+def _refused(value: Any, bounds: list[Bound], instead: str = "") -> Iterator[Mistake]:
+    items = vars(value) if dataclasses.is_dataclass(value) else value
+    if isinstance(items, (Mapping, list, tuple)):
+        pairs = items.items() if isinstance(items, Mapping) else enumerate(items)
+        yield from (one.below(key) for key, item in pairs for one in _refused(item, bounds))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        told = [f"Expected {bound.text}{instead}, got {value:g}." for bound in bounds if not bound.holds(value)]
+        yield from (Mistake((), text, typed=True) for text in told[:1])
+
+
 def _check_scalar(value: Any, hint: type) -> tuple[Any, Found]:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value), []
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)) and value == value:
         return value, []
     cure = " Put it in quotes." if hint is str and isinstance(value, (bool, int, float)) else ""
-    return value, [((), _expected(hint, value) + cure)]
+    return value, _expected(hint, value, cure)
 
 
 def _check_union(value: Any, hint: Any, members: tuple[Any, ...]) -> tuple[Any, Found]:
@@ -197,22 +264,30 @@ def _check_union(value: Any, hint: Any, members: tuple[Any, ...]) -> tuple[Any, 
     fitting = [converted for converted, found in tried if not found]
     if fitting:
         return next((converted for converted in fitting if type(converted) is type(value)), fitting[0]), []
-    alike = [found for member, (_, found) in zip(known, tried, strict=True) if _same_shape(value, member)]
-    return value, alike[0] if len(alike) == 1 else [((), _expected(hint, value))]
+    alike = [
+        found
+        for member, (_, found) in zip(known, tried, strict=True)
+        if _same_shape(value, member) or all(one.typed for one in found)
+    ]
+    return value, alike[0] if len(alike) == 1 else _expected(hint, value)
 
 
-def _check_section(value: Any, section: type) -> tuple[Any, Found]:
+def _check_section(value: Any, section: Any) -> tuple[Any, Found]:
     if value is None:  # a section whose lines are all commented out
         value = {}
     if not isinstance(value, Mapping):
-        return value, [((), f"Expected a mapping with the settings of '{section.__name__}', got {_show(value)}.")]
-    filled, found = _check_keys(section, value)
-    if found:
+        text = f"Expected a mapping with the settings of '{section.__name__}', got {_show(value)}."
+        return value, [Mistake((), text)]
+    filled, found = check_settings(section, value)
+    if not all(one.typed for one in found):
         return value, found
     try:
-        return section(**filled), []
+        # Numbers out of bounds are in `found`; what does not go together is told beside them.
+        made = object.__new__(section)
+        inspect.unwrap(section.__init__)(made, **filled)
+        return made, found
     except SettingError as error:  # of its `__post_init__`
-        return value, [((error.setting,), str(error))]
+        return value, [*found, Mistake((error.setting,), str(error))]
 
 
 def _check_tuple(value: Any, hint: Any, arguments: tuple[Any, ...]) -> tuple[Any, Found]:
@@ -220,16 +295,16 @@ def _check_tuple(value: Any, hint: Any, arguments: tuple[Any, ...]) -> tuple[Any
         items, found = _check_items(value, hint, arguments)
         return (tuple(items) if isinstance(items, list) else items), found
     if not isinstance(value, (list, tuple)):
-        return value, [((), _expected(hint, value))]
+        return value, _expected(hint, value)
     if len(value) != len(arguments):
-        return value, [((), f"Expected {describe(hint)}, got {len(value)}.")]
+        return value, [Mistake((), f"Expected {describe(hint)}, got {len(value)}.")]
     checked = [_check(item, one) for item, one in zip(value, arguments, strict=True)]
     return tuple(item for item, _ in checked), _below(checked)
 
 
 def _check_items(value: Any, hint: Any, arguments: tuple[Any, ...]) -> tuple[Any, Found]:
     if not isinstance(value, (list, tuple)):
-        return value, [((), _expected(hint, value))]
+        return value, _expected(hint, value)
     checked = [_check(item, arguments[0] if arguments else Any) for item in value]
     return [item for item, _ in checked], _below(checked)
 
@@ -238,14 +313,18 @@ def _check_mapping(value: Any, hint: Any, arguments: tuple[Any, ...]) -> tuple[A
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        return value, [((), _expected(hint, value))]
+        return value, _expected(hint, value)
     checked = {key: _check(item, arguments[1] if arguments else Any) for key, item in value.items()}
-    found = [((key, *path), text) for key, (_, mistakes) in checked.items() for path, text in mistakes]
+    found = [one.below(key) for key, (_, mistakes) in checked.items() for one in mistakes]
     return {key: item for key, (item, _) in checked.items()}, found
 
 
 def _below(checked: list[tuple[Any, Found]]) -> Found:
-    return [((index, *path), text) for index, (_, found) in enumerate(checked) for path, text in found]
+    return [one.below(index) for index, (_, found) in enumerate(checked) for one in found]
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
 
 
 def _checkable(hint: Any) -> bool:
@@ -261,8 +340,8 @@ def _same_shape(value: Any, hint: Any) -> bool:
     return isinstance(value, Mapping) and (kind in MAPPINGS or dataclasses.is_dataclass(hint))
 
 
-def _expected(hint: Any, value: Any) -> str:
-    return f"Expected {describe(hint)}, got {_show(value)}."
+def _expected(hint: Any, value: Any, cure: str = "") -> Found:
+    return [Mistake((), f"Expected {describe(hint)}, got {_show(value)}.{cure}")]
 
 
 def _show(value: Any) -> str:

@@ -92,17 +92,9 @@ def generate(
 def settings_with(
     settings: SampleConfig, *, seed: int | None, steps: int | None, guidance: float | None
 ) -> SampleConfig:
-    """The recipe's sampling settings with what was given in their place."""
-    if steps is not None and steps < 1:
-        raise ValueError(f"Sampling takes at least 1 step, got {steps}.")
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"guidance is a finite number, got {guidance}.")
-    return replace(
-        settings,
-        seed=settings.seed if seed is None else seed,
-        steps=settings.steps if steps is None else steps,
-        guidance=settings.guidance if guidance is None else guidance,
-    )
+    """The recipe's sampling settings with what was given in their place. SettingError for a number out of bounds."""
+    given: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance}
+    return replace(settings, **{key: value for key, value in given.items() if value is not None})
 
 
 def best_device(name: str | None = None) -> torch.device:

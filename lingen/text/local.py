@@ -14,20 +14,27 @@ from torch import Tensor, nn
 
 from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
+from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
 from lingen.recipe.registry import RecipeError
 from lingen.text.folder import Lacking, names_file
 from lingen.text.quoted import quoted
-from lingen.text.rows import Cut, at_least_one
+from lingen.text.rows import Cut
 
-PathSetting = Annotated[str | None, "the local folder that holds it; nothing is ever downloaded"]
-Dim = Annotated[int, "width of a token, as the weights have it"]
+PathSetting = Annotated[str | None, IDENTITY, "the local folder that holds it; nothing is ever downloaded"]
+Dim = Annotated[int, AtLeast(1), IDENTITY, "width of a token, as the weights have it"]
+Tokens = Annotated[int, AtLeast(1), IDENTITY, "tokens that are read; the rest is cut, with a warning (ours)"]
 Precision = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
+    IDENTITY,
     "of the network; auto: bf16 on a GPU, fp32 elsewhere (a large T5 overflows fp16)",
 ]
-Read = Annotated[Literal["prompt", "quoted"], "the whole prompt, or only what stands in quotes, to be seen as writing"]
-Device = Annotated[Literal["auto", "cpu", "cuda"], "where it runs; auto: where the denoiser is"]
-BatchSetting = Annotated[int, "texts that run at once; with 1, a text has the same bits in any company"]
+Read = Annotated[
+    Literal["prompt", "quoted"], IDENTITY, "the whole prompt, or only what stands in quotes, to be seen as writing"
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], FREE, "where it runs; auto: where the denoiser is"]
+BatchSetting = Annotated[
+    int, AtLeast(1), FREE, "texts that run at once; with 1, a text has the same bits in any company"
+]
 
 REMEMBERED = 256 * 2**20
 """Bytes of tokens that an encoder keeps (ours): some 300 prompts of UL2, thousands of a small one."""
@@ -59,8 +66,6 @@ class LocalEncoder(nn.Module, abc.ABC):
     """
 
     trainable = False
-    without_effect = ("device", "batch")
-    """Settings that change where and how fast, not what comes out."""
     name: str
     """In the registry."""
     public: str
@@ -71,7 +76,6 @@ class LocalEncoder(nn.Module, abc.ABC):
 
     def __init__(self, path: str | None, dim: int, max_tokens: int, precision: str, read: str, device: str, batch: int):
         super().__init__()
-        at_least_one(dim=dim, max_tokens=max_tokens, batch=batch)
         self.path, self.dim, self.max_tokens = path, dim, max_tokens
         self.precision, self.reads, self.device, self.batch = precision, read, device, batch
         self.cut = Cut(self.unit, max_tokens)

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.registry import did_you_mean
+from lingen.recipe.signature import checked
 from lingen.text.folder import Lacking, check_file, check_model, read_json
 from lingen.text.local import BatchSetting, Device, Dim, LocalEncoder, Precision, Read, check_settings
 from lingen.text.rows import Cut, padded
@@ -27,6 +29,7 @@ OTHER_TOWERS = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_c
 Forward = Callable[[Int[Tensor, "b n"]], tuple[Float[Tensor, "b n w"], Float[Tensor, "b p"]]]
 
 
+@checked
 class MetaCLIP(LocalEncoder):
     """MetaCLIP-H14's text tower (arXiv 2309.16671), token by token: how the clip looks.
 
@@ -39,11 +42,13 @@ class MetaCLIP(LocalEncoder):
     def __init__(
         self,
         *,
-        path: Annotated[str | None, "its local folder, or its file of weights; nothing is ever downloaded"] = None,
-        architecture: Annotated[str, "open_clip's name for it, where path is a file"] = "ViT-H-14-quickgelu",
+        path: Annotated[
+            str | None, IDENTITY, "its local folder, or its file of weights; nothing is ever downloaded"
+        ] = None,
+        architecture: Annotated[str, IDENTITY, "open_clip's name for it, where path is a file"] = "ViT-H-14-quickgelu",
         dim: Dim = 1024,
-        pooled: Annotated[bool, "one token more: the embedding of the whole text"] = False,
-        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning"] = 77,
+        pooled: Annotated[bool, IDENTITY, "one token more: the embedding of the whole text"] = False,
+        max_tokens: Annotated[int, AtLeast(1), IDENTITY, "tokens that are read; the rest is cut, with a warning"] = 77,
         precision: Precision = "auto",
         read: Read = "prompt",
         device: Device = "auto",

@@ -7,8 +7,20 @@ from typing import Annotated, Any
 
 import torch
 
+from lingen.recipe.bounds import IDENTITY, AtLeast
+from lingen.recipe.signature import checked
 from lingen.text.folder import Lacking, check_model
-from lingen.text.local import BatchSetting, Device, Dim, LocalEncoder, PathSetting, Precision, Read, check_settings
+from lingen.text.local import (
+    BatchSetting,
+    Device,
+    Dim,
+    LocalEncoder,
+    PathSetting,
+    Precision,
+    Read,
+    Tokens,
+    check_settings,
+)
 from lingen.text.transformers_reader import TransformersReader, load, load_tokenizer
 
 T5_FAMILY = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -18,6 +30,7 @@ COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 """Their first position stands behind the padding's id."""
 
 
+@checked
 class _T5Family(LocalEncoder):
     """The encoder's half of any T5: `config.json` tells which, and whether the tokenizer is ByT5's, without files."""
 
@@ -26,7 +39,7 @@ class _T5Family(LocalEncoder):
         *,
         path: PathSetting = None,
         dim: Dim = 4096,
-        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 512,
+        max_tokens: Tokens = 512,
         precision: Precision = "auto",
         read: Read = "prompt",
         device: Device = "auto",
@@ -61,6 +74,7 @@ class UL2(_T5Family):
     name, public, home = "ul2", "google/ul2", "weights/ul2"
 
 
+@checked
 class ByT5(_T5Family):
     """ByT5-small's encoder (arXiv 2105.13626): bytes, for written text. Movie Gen lets it read only what is quoted."""
 
@@ -71,7 +85,9 @@ class ByT5(_T5Family):
         *,
         path: PathSetting = None,
         dim: Dim = 1472,
-        max_tokens: Annotated[int, "bytes that are read; the rest is cut, with a warning (ours)"] = 256,
+        max_tokens: Annotated[
+            int, AtLeast(1), IDENTITY, "bytes that are read; the rest is cut, with a warning (ours)"
+        ] = 256,
         precision: Precision = "auto",
         read: Read = "prompt",
         device: Device = "auto",
@@ -87,6 +103,7 @@ class ByT5(_T5Family):
         super().inspect(path)
 
 
+@checked
 class Llama(LocalEncoder):
     """A decoder's hidden states: Llama (arXiv 2407.21783), Mistral, Qwen, Gemma, Phi; base and chat models alike.
 
@@ -100,8 +117,10 @@ class Llama(LocalEncoder):
         *,
         path: PathSetting = None,
         dim: Dim = 4096,
-        layer: Annotated[int, "whose states are read: -1 the last, after the final norm; 0 the embeddings"] = -1,
-        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 256,
+        layer: Annotated[
+            int, IDENTITY, "whose states are read: -1 the last, after the final norm; 0 the embeddings"
+        ] = -1,
+        max_tokens: Tokens = 256,
         precision: Precision = "auto",
         read: Read = "prompt",
         device: Device = "auto",
@@ -125,6 +144,7 @@ class Llama(LocalEncoder):
         return TransformersReader(network, tokenizer, layer=self.layer, skip=tokenizer.bos_token_id)
 
 
+@checked
 class BERT(LocalEncoder):
     """Any encoder of the BERT family, sentence-transformers' folders included: one token for each word piece."""
 
@@ -135,7 +155,7 @@ class BERT(LocalEncoder):
         *,
         path: PathSetting = None,
         dim: Dim = 384,
-        max_tokens: Annotated[int, "tokens that are read; the rest is cut, with a warning (ours)"] = 256,
+        max_tokens: Tokens = 256,
         precision: Precision = "auto",
         read: Read = "prompt",
         device: Device = "auto",

@@ -5,8 +5,6 @@ import logging
 import torch
 from torch import Tensor
 
-from lingen.recipe.registry import SettingError
-
 log = logging.getLogger("lingen")
 
 
@@ -33,10 +31,3 @@ def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]
     ids = torch.tensor([row + [0] * (n - len(row)) for row in rows], dtype=torch.long).view(len(rows), n)
     mask = torch.tensor([[i < len(row) for i in range(n)] for row in rows], dtype=torch.bool).view(len(rows), n)
     return ids.to(device), mask.to(device)
-
-
-def at_least_one(**settings: int) -> None:
-    """SettingError for a setting below 1."""
-    for setting, value in settings.items():
-        if value < 1:
-            raise SettingError(setting, f"{setting}={value} must be 1 or more.")

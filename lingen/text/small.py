@@ -9,16 +9,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import head_count
-from lingen.text.rows import Cut, at_least_one, padded
+from lingen.recipe.bounds import IDENTITY, AtLeast
+from lingen.recipe.signature import checked
+from lingen.text.rows import Cut, padded
 
 _START = 256  # the id after the last byte
 
 
+@checked
 class Words(nn.Module):
     """Hashed lower-case words: an embedding plus a learned position, for captions of few words.
 
     Two words may share a bucket; with 4,096 buckets and 20 words that happens in one vocabulary out of twenty.
-    Raises SettingError for a setting below 1.
     """
 
     trainable = True
@@ -26,12 +28,11 @@ class Words(nn.Module):
     def __init__(
         self,
         *,
-        dim: Annotated[int, "width of a token"] = 96,
-        buckets: Annotated[int, "rows of the embedding, into which words are hashed"] = 4096,
-        max_tokens: Annotated[int, "words that are read; the rest is cut, with a warning"] = 32,
+        dim: Annotated[int, AtLeast(1), IDENTITY, "width of a token"] = 96,
+        buckets: Annotated[int, AtLeast(1), IDENTITY, "rows of the embedding, into which words are hashed"] = 4096,
+        max_tokens: Annotated[int, AtLeast(1), IDENTITY, "words that are read; the rest is cut, with a warning"] = 32,
     ):
         super().__init__()
-        at_least_one(dim=dim, buckets=buckets, max_tokens=max_tokens)
         self.dim = dim
         self.cut = Cut("words", max_tokens)
         self.embedding = nn.Embedding(buckets, dim)
@@ -47,23 +48,20 @@ class Words(nn.Module):
         return [zlib.crc32(word.encode()) % self.embedding.num_embeddings for word in words]
 
 
+@checked
 class Bytes(nn.Module):
-    """UTF-8 bytes through a small transformer encoder: any language, spelling included.
-
-    Raises SettingError for a setting below 1.
-    """
+    """UTF-8 bytes through a small transformer encoder: any language, spelling included."""
 
     trainable = True
 
     def __init__(
         self,
         *,
-        dim: Annotated[int, "width of a token"] = 96,
-        depth: Annotated[int, "layers of the encoder"] = 2,
-        max_tokens: Annotated[int, "bytes that are read; the rest is cut, with a warning"] = 256,
+        dim: Annotated[int, AtLeast(1), IDENTITY, "width of a token"] = 96,
+        depth: Annotated[int, AtLeast(1), IDENTITY, "layers of the encoder"] = 2,
+        max_tokens: Annotated[int, AtLeast(1), IDENTITY, "bytes that are read; the rest is cut, with a warning"] = 256,
     ):
         super().__init__()
-        at_least_one(dim=dim, depth=depth, max_tokens=max_tokens)
         self.dim = dim
         self.cut = Cut("bytes", max_tokens)
         self.embedding = nn.Embedding(_START + 1, dim)

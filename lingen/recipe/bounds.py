@@ -1,0 +1,66 @@
+"""What is said of a setting beside its type, where it is declared: which numbers make sense, what a change of it does.
+
+``steps: Annotated[int, AtLeast(1), Mark.COURSE, "optimiser steps of the stage"]``. The loader, the JSON Schema and the
+marks of a run read it from there. A bound holds for each number of a list or section. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+class Mark(enum.Enum):
+    """What a change of a setting does to a run. A setting without a mark is `IDENTITY`."""
+
+    IDENTITY = "identity"
+    """It makes another run."""
+    COURSE = "course"
+    """It may change while the run goes on, and then acts."""
+    FREE = "free"
+    """It changes nothing that is learned."""
+
+
+IDENTITY, COURSE, FREE = Mark
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Which numbers make sense."""
+
+    text: str
+    """In words, after "Expected"."""
+    schema: dict[str, float] = field(compare=False)
+    """In the keywords of JSON Schema."""
+    holds: Callable[[float], bool] = field(compare=False)
+
+
+class AtLeast(Bound):
+    """`low` or more."""
+
+    def __init__(self, low: float):
+        super().__init__(f"at least {low:g}", {"minimum": low}, lambda number: number >= low)
+
+
+class Above(Bound):
+    """More than `low`."""
+
+    def __init__(self, low: float):
+        super().__init__(f"a number above {low:g}", {"exclusiveMinimum": low}, lambda number: number > low)
+
+
+class Between(Bound):
+    """From `low` to `high`, both included."""
+
+    def __init__(self, low: float, high: float):
+        text = f"a number from {low:g} to {high:g}"
+        super().__init__(text, {"minimum": low, "maximum": high}, lambda number: low <= number <= high)
+
+
+class Finite(Bound):
+    """Not infinite; JSON knows no other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__("a finite number", {}, math.isfinite)
