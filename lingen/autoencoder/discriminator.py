@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lingen.autoencoder.temporal import ClipConv
 from lingen.blocks.layers import RMSNorm
 
 SLOPE = 0.2
@@ -26,13 +27,13 @@ class Discriminator(nn.Module):
     def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
         widths = [width * min(2**layer, WIDEST) for layer in range(layers + 1)]
-        self.first = nn.Conv3d(3, width, (3, 4, 4), (1, 2, 2), 1)
+        self.first = ClipConv(3, width, 4, (1, 2, 2))
         self.halving = nn.ModuleList(
-            nn.Conv3d(a, b, (3, 4, 4), 2, 1, bias=False) for a, b in zip(widths[:-2], widths[1:-1], strict=True)
+            ClipConv(a, b, 4, (2, 2, 2), bias=False) for a, b in zip(widths[:-2], widths[1:-1], strict=True)
         )
-        self.middle = nn.Conv3d(widths[-2], widths[-1], 3, 1, 1, bias=False)
+        self.middle = ClipConv(widths[-2], widths[-1], 3, bias=False)
         self.norms = nn.ModuleList(RMSNorm(width) for width in widths[1:])
-        self.last = nn.Conv3d(widths[-1], 1, 3, 1, 1)
+        self.last = ClipConv(widths[-1], 1, 3)
 
     def forward(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 1 _t _h _w"]:
         """Pixels in -1..1 -> scores. Height and width are at least 2^layers."""

@@ -12,10 +12,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, head_count
+from lingen.blocks.layers import RMSNorm, Triple, head_count
 from lingen.kernels.norm_silu import norm_silu
 
 LARGEST = 2**31 - 1
@@ -89,6 +90,29 @@ class Activation(nn.Module):
 
     def forward(self, x: Grid) -> Grid:
         return norm_silu(x, self.weight, self.bias)
+
+
+class ClipConv(nn.Conv3d):
+    """Convolution of a clip, or of an image as a clip of one frame: 3 taps along time, a zero padded to every side.
+
+    An image meets the middle tap alone. Where fewer than 3 frames, rows or columns come, padding is not left to torch:
+    in bfloat16 on CPUs it then gives values or gradients that nobody computed (docs/upstream.md).
+
+    Args:
+        size: taps along h and along w.
+        stride: along t, h and w.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, size: int, stride: Triple = (1, 1, 1), *, bias: bool = True):
+        super().__init__(in_dim, out_dim, (3, size, size), stride, padding=1, bias=bias)
+
+    def forward(self, x: Float[Tensor, "b d t h w"]) -> Float[Tensor, "b e _t _h _w"]:  # type: ignore[override]
+        if x.shape[2] == 1:
+            y = F.conv2d(x[:, :, 0], self.weight[:, :, 1], self.bias, self.stride[1:], padding=1)  # type: ignore[arg-type]
+            return y.unsqueeze(2)
+        if min(x.shape[2:]) < 3:
+            return F.conv3d(F.pad(x, (1,) * 6), self.weight, self.bias, self.stride)  # type: ignore[arg-type]
+        return super().forward(x)
 
 
 class TimeConv(nn.Conv3d):
