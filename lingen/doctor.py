@@ -30,7 +30,7 @@ from lingen.recipe.sections import KINDS, Recipe
 from lingen.sampling.clips import best_device
 
 LITTLE_DISK = 20.0
-"""GB below which the free disk space is worth a note: a checkpoint of the largest recipe has more (ours)."""
+"""GB of free disk space below which there is a warning: a checkpoint of the largest recipe is larger (ours)."""
 OPTIONAL = {
     "transformers": "frozen text encoders, rewriting and captioning",
     "diffusers": "its video autoencoders",
@@ -72,7 +72,7 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
 
 
 def _lacks(recipe: Recipe) -> list[Missing]:
-    """Weights that are not there and needed."""
+    """Needed weights that are missing."""
     from lingen.run import missing_parts
 
     try:
@@ -83,11 +83,11 @@ def _lacks(recipe: Recipe) -> list[Missing]:
 
 
 def _there(recipe: Recipe) -> Iterator[str]:
-    """Parts that need something and have it."""
+    """Parts that need files and have them."""
     names = _names(recipe)
     for part in recipe.subject.frozen_parts(recipe) + _rewriters(recipe):
         if hasattr(part, "missing") and not isinstance(part, NoDistance) and not part.missing():
-            name = names.get(type(part)) or getattr(part, "name", type(part).__name__)  # a rewriter has its name itself
+            name = names.get(type(part)) or getattr(part, "name", type(part).__name__)  # a rewriter stores its own name
             yield f"{name} {getattr(part, 'path', None) or ''}".rstrip()
 
 
@@ -98,7 +98,7 @@ def _rewriters(recipe: Recipe) -> list[Any]:
 
 
 def _names(recipe: Recipe) -> dict[Any, str]:
-    """What the parts that a recipe names are made by -> their names in the registries."""
+    """Constructor of each part that a recipe names -> the part's name in its registry."""
     named = [
         (AUTOENCODERS, recipe.autoencoder),
         *((TEXT_ENCODERS, component) for component in recipe.text),
@@ -128,10 +128,10 @@ def _shards(recipe: Recipe) -> Iterator[Missing]:
 
 
 class Line(NamedTuple):
-    """Something about this machine."""
+    """One finding about this machine."""
 
     ok: bool
-    """False: worth a note, though lingen runs."""
+    """False: a warning; lingen runs all the same."""
     what: str
     told: str
 

@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def check_target(path: str | Path, suffix: str) -> Path:
-    """The path of a file to be written, looked at before any work is done.
+    """The path of an output file, checked before any work is done.
 
     Raises:
         RecipeError: it is a folder, it does not end with `suffix`, or nothing can be written where it is to be.
@@ -44,7 +44,7 @@ def check_target(path: str | Path, suffix: str) -> Path:
 
 
 def check_place(folder: Path) -> None:
-    """RecipeError where nothing can be written into a folder, which need not be there yet."""
+    """RecipeError where nothing can be written into a folder, which need not exist."""
     around = next(one for one in (folder, *folder.parents) if one.exists())
     if not around.is_dir():
         raise RecipeError(f"Nothing can be written into {folder}: {around} is a file, not a folder. Name another one.")

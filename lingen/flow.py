@@ -80,9 +80,9 @@ class Draws(NamedTuple):
 def draw(
     shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[int, str], config: TimeConfig, shift: float
 ) -> Draws:
-    """What training or sampling draws for each sample: a function of (stream, slot) alone.
+    """The random numbers of training or sampling for each sample: a function of (stream, slot) alone.
 
-    So neither the batch nor the rank that a sample stands in, nor the steps before it, change anything.
+    They depend neither on the batch or the rank that a sample is in nor on earlier steps.
 
     Args:
         shape: of one sample's latents.
@@ -99,7 +99,8 @@ def draw(
 
 
 def _hashed(*words: int | str) -> int:
-    # A CPU generator keeps 32 bits of its seed: of a million samples, some hundred pairs share their noise, harmlessly.
+    # A CPU generator keeps 32 bits of its seed: among a million samples some hundred pairs share their noise, which is
+    # harmless.
     return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=4).digest(), "big")
 
 
@@ -124,7 +125,7 @@ def schedule(steps: int, kind: str, emulated_steps: int, shift: float) -> Float[
     else:
         raise ValueError(f"There is no schedule called '{kind}'. Known: linear_quadratic, uniform.")
     times = shift_time(times, shift)
-    times[-1] = 1.0  # free of rounding
+    times[-1] = 1.0  # exactly
     return times.float()
 
 
@@ -192,7 +193,7 @@ def guided(
     if rescale == 0:
         return out
     axes = tuple(range(1, out.ndim))
-    # The floor is for a model that puts out zeros, as one does at its start.
+    # The floor is for a model whose output is all zeros, as at its initialisation.
     factor = conditional.std(axes, keepdim=True) / out.std(axes, keepdim=True).clamp(min=1e-12)
     return out * (rescale * factor + 1 - rescale)
 

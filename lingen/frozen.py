@@ -14,7 +14,7 @@ class Missing(NamedTuple):
     """Something that a part needs and that is not there, or is not what it should be."""
 
     name: str
-    """The part's, in its registry."""
+    """Name of the part in its registry."""
     path: str
     """Where it was looked for; ``-`` where the recipe names no place."""
     cure: str
@@ -42,7 +42,7 @@ def missing_of(parts: Iterable[Any]) -> list[Missing]:
 
 
 def check_ready(parts: Iterable[Any]) -> None:
-    """What a run asks before it starts. RecipeError names everything that is missing, and the cure."""
+    """The check before a run: RecipeError names everything that the parts lack, and the cure."""
     refuse(missing_of(parts))
 
 

@@ -90,7 +90,7 @@ def encode_mp4(
 
     Args:
         clip: frames, taken one by one; an odd height or width is padded as `save_video` does.
-        key_seconds: at most so much time between key frames; None: as x264 has it, 250 frames.
+        key_seconds: the most time between key frames, in seconds; None: x264's default, 250 frames.
         exact: the same bytes for the same frames, always. The file may become a fifth larger.
     Raises:
         ValueError: for no frames, or frames that are not uint8 [h w 3].
@@ -123,7 +123,7 @@ def _encode(
             if key_seconds is not None:
                 stream.codec_context.gop_size = max(1, round(key_seconds * fps))
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-        # Left to the encoder, the conversion is spread over threads, which do not always give the same pixels.
+        # Inside the encoder, conversion runs in several threads and does not always give the same pixels.
         file.mux(stream.encode(scaler.reformat(picture, format="yuv420p", threads=1)))
     if stream is None:
         raise ValueError("There are no frames to write.")

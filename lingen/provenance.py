@@ -16,7 +16,7 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on."""
+    """Versions of the libraries on which a run's numbers depend."""
     names = ("lingen", "torch", "lightning", "webdataset", "av", "mamba-ssm", "flash-attn", "triton")
     found = {name: version_of(name) for name in names}
     return {"python": platform.python_version()} | {name: one for name, one in found.items() if one is not None}

@@ -35,19 +35,19 @@ REQUEUE = 75
 
 
 class Reporter:
-    """Hears what a run does; this one keeps quiet."""
+    """Receives what a run reports; this base class ignores it."""
 
     def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
-        """A stage starts, `done` of its steps are trained already."""
+        """Called when a stage starts, of which `done` steps are trained already."""
 
     def step(self, step: int) -> None:
-        """An optimiser step is done."""
+        """Called after an optimiser step."""
 
     def row(self, row: dict[str, Any]) -> None:
-        """A line of metrics.csv."""
+        """Called with each row of metrics.csv."""
 
     def say(self, text: str) -> None:
-        """Something worth a line."""
+        """Called with a line of text for the user."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Outcome:
 
     @property
     def is_first_rank(self) -> bool:
-        """Is this the process that speaks for all ranks?"""
+        """Whether this process is rank 0, which reports for all ranks."""
         return is_first_rank()
 
 
@@ -134,8 +134,8 @@ def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
 
 
 def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:
-    """What of the frozen parts a stage needs, and is not there. Shards are opened only where something is missing: of
-    encoded ones, text encoders and autoencoder are needed for samples alone.
+    """What the frozen parts of a stage lack. Shards are opened only where something is missing: with encoded
+    shards, text encoders and autoencoder are needed for sampled clips alone.
 
     Args:
         begun: there is a checkpoint of the stage, so it needs no weights to start from.
@@ -202,7 +202,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter:
 
 
 def report(ledger: Ledger) -> str:
-    """What became of the samples of a stage: a sentence, and a table where anything went wrong."""
+    """How many samples of a stage were used and dropped: a sentence, and a table where any was dropped."""
     rows = ledger.rows()
     return ledger.summary() + (f"\n{as_table(rows, terminal=False)}" if len(rows) > 1 else "")
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from lingen.training.denoiser import LinGenModule
 
 Copy = Literal["averaged", "raw"]
-"""Sample with the averaged copy; go on training from the raw one."""
+"""The two copies in a file: training continues from the raw one, the averaged one is for sampling."""
 
 
 class WeightsError(RecipeError):
-    """There are no weights of lingen at a path; `what` is the sentence without the path, with the cure."""
+    """Raised where a path holds no weights of lingen; `what` is the sentence without the path, with the cure."""
 
     def __init__(self, path: str | Path, what: str):
         super().__init__(f"{path}: {what}")
@@ -78,7 +78,7 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
 
 
 def export_weights(source: str | Path, out: str | Path, precision: str = "bf16") -> Path:
-    """Writes what a finished stage is used with, without what only training needs: the averaged copy alone, no critic.
+    """Writes only what is needed to use a finished stage: the averaged copy, without a discriminator.
 
     Args:
         source: a run folder or a weights file.
@@ -98,7 +98,7 @@ def export_weights(source: str | Path, out: str | Path, precision: str = "bf16")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, in one step, readable for whom the umask says: the library's own are for the user alone."""
+    """Writes a safetensors file in one step, with the umask's permissions: the library's own are for the user alone."""
     from safetensors.torch import save_file
 
     with whole_file(path) as partial:

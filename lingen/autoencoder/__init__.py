@@ -37,6 +37,6 @@ class Autoencoder(Protocol):
 
 
 def streams(autoencoder: Any) -> bool:
-    """Can the autoencoder work piece by piece?"""
+    """Whether the autoencoder can encode and decode a clip in pieces."""
     has = hasattr(autoencoder, "encode_stream") and hasattr(autoencoder, "decode_stream")
     return has and getattr(autoencoder, "streams", True)

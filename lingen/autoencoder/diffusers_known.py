@@ -1,4 +1,4 @@
-"""The video autoencoders of diffusers that keep lingen's contract, and what a folder of weights says of its model.
+"""The video autoencoders of diffusers that meet lingen's contract, and what a folder of weights says of its model.
 
 Nothing here imports diffusers or reads weights: a recipe is checked before a run, on a machine that may have neither.
 """
@@ -25,20 +25,20 @@ class Known(NamedTuple):
     """A class that was tried with this adapter. In all of them the first frame has a latent frame of its own."""
 
     strides: Triple
-    """Of the public weights, as are the channels."""
+    """Strides of the published weights; `channels` likewise."""
     channels: int
     weights: str
     """A public checkpoint; its folder ``vae`` is what a recipe's `path` wants."""
     sizes: Callable[[Config], tuple[int, int]]
     """Frames and pixels per latent of the model that a config describes. Configs of old weights lack newer keys."""
     unit: int | None = None
-    """Frames come as a multiple of this plus 1; None: of the stride."""
+    """The number of frames is a multiple of this plus 1; None: a multiple of the stride plus 1."""
     batches: bool = True
     """Whether it takes several clips at once."""
     tiles: bool = True
     """Whether it can work in tiles."""
     tiles_time: bool = False
-    """Whether its tiles in time are switched on apart from those in space."""
+    """Whether tiling in time has a switch of its own, apart from tiling in space."""
 
 
 def _named(config: Config, frames: int = 4, pixels: int = 8) -> tuple[int, int]:
@@ -92,7 +92,7 @@ KNOWN = {
         lambda config: _ltx(config, (True, True, True, True)),
         tiles_time=True,
     ),
-    # The switch is there, but its encoder and decoder do not look at it.
+    # The class has the switch, but its encoder and decoder ignore it.
     "AutoencoderKLCosmos": Known(
         (8, 8, 8), 16, "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", lambda config: _named(config, 8, 8), tiles=False
     ),

@@ -1,4 +1,4 @@
-"""A model of diffusers: read from a folder and asked the same way, whatever its class returns."""
+"""A model of diffusers, read from a folder and called in one way, whatever its class returns."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _column(values: Any, channels: int) -> Tensor:
 
 
 def from_pretrained(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
-    """The frozen model. RecipeError where its weights cannot be read, or are not all there and would be drawn."""
+    """The frozen model. RecipeError where weights cannot be read, or are missing and would be random."""
     import diffusers
 
     model: Any = getattr(diffusers, class_name, None)
@@ -65,7 +65,7 @@ def from_pretrained(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
             torch_dtype=dtype,
             local_files_only=True,
             use_safetensors=True,  # never a pickle
-            low_cpu_mem_usage=False,  # the other way wants the package accelerate
+            low_cpu_mem_usage=False,  # low_cpu_mem_usage=True needs the package accelerate
             output_loading_info=True,
         )
     except Exception as error:  # diffusers, safetensors and torch each have their own
@@ -95,7 +95,7 @@ def switch_on_tiles(vae: Any) -> None:
 
 
 def mode_of(encoded: Any) -> Tensor:
-    """Of the distribution that an encoder gives, or the latents themselves where it gives those."""
+    """The mode of the distribution that an encoder returns, or the latents where it returns latents."""
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()
     return encoded.latent if hasattr(encoded, "latent") else encoded

@@ -1,6 +1,6 @@
-"""Wan's autoencoder piece by piece: the numbers of the whole clip, in memory that does not grow with its length.
+"""Wan's autoencoder piece by piece: the same results as for the whole clip, in memory that does not grow with it.
 
-Its convolutions see the past only, and its encoder and decoder take what they have to remember as an argument.
+Its convolutions see the past only, and its encoder and decoder take their memory of past frames as an argument.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FRAMES = 4
 
 
 class WanEncoder:
-    """Call it with the frames of `cut_for_wan`, in order."""
+    """Encodes a clip: call it with the pieces of `cut_for_wan`, in order."""
 
     def __init__(self, vae: Any):
         self.vae = vae
@@ -34,7 +34,7 @@ class WanEncoder:
 
 
 class WanDecoder:
-    """Call it with one latent frame after the other."""
+    """Decodes a clip: call it with one latent frame after the other."""
 
     def __init__(self, vae: Any):
         self.vae = vae

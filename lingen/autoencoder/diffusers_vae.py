@@ -44,7 +44,7 @@ class DiffusersVAE(nn.Module):
     """
 
     without_effect = ("strides", "channels", "first_frame_alone")
-    """Settings that do not change what it makes of a clip: they say what the model is, or are refused."""
+    """Settings without effect on latents and pixels: they only describe the model, and wrong ones are refused."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class DiffusersVAE(nn.Module):
     # before a run
 
     def missing(self) -> list[Missing]:
-        """What a run with these settings would stumble over; reads config.json and the header of the weights."""
+        """What would make a run with these settings fail; reads config.json and the header of the weights."""
         return [Missing("diffusers", self.path or "-", problem) for problem in self._problems()]
 
     def _problems(self) -> Iterator[str]:
@@ -108,7 +108,8 @@ class DiffusersVAE(nn.Module):
 
     @property
     def frame_unit(self) -> int:
-        """Frames come as a multiple of this, plus 1 where the first stands alone: the stride, CogVideoX's twice."""
+        """The number of frames is a multiple of this, plus 1 where the first frame has a latent frame of its own: the
+        stride, or twice the stride for CogVideoX."""
         model = self._model()
         return (model and model.unit) or self.strides[0]
 
@@ -185,7 +186,7 @@ class DiffusersVAE(nn.Module):
         return vae.decode(latents)
 
     def _run(self, run: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
-        """In this part's own precision; in tiles clip by clip, as not every class slices a batch rightly."""
+        """In this part's own precision; tiles take one clip at a time, because some classes slice a batch wrongly."""
         model = self._model()
         alone = self.tiling or (model is not None and not model.batches)
         with torch.autocast(clips.device.type, enabled=False):
@@ -257,7 +258,7 @@ class DiffusersVAE(nn.Module):
 
 
 def _given(setting: str, value: Any, class_name: str | None) -> Any:
-    """A setting, or what is known of the class."""
+    """The setting where the recipe gives it, else the value of the known class."""
     if value is not None:
         return value
     if class_name in known.KNOWN:

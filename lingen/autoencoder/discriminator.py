@@ -1,4 +1,4 @@
-"""The critic of an autoencoder's reconstructions."""
+"""The discriminator that an autoencoder is trained against."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from lingen.blocks.layers import RMSNorm
 
 SLOPE = 0.2
 WIDEST = 8
-"""Layers grow to at most so many times the first one's width."""
+"""Largest width of a layer, in units of the first one's width."""
 
 
 class Discriminator(nn.Module):

@@ -1,4 +1,4 @@
-"""What an autoencoder is trained for, as pure functions: reconstruction, the latents' spread, the adversarial game.
+"""The losses of an autoencoder as pure functions: reconstruction, the latents' distribution, the adversarial terms.
 
 The terms are those of Movie Gen's TAE (arXiv 2410.13720, section 3.1.1). Each is a mean, never a sum, so that a weight
 means the same at every size of clip; an image is t = 1.
@@ -29,8 +29,8 @@ def psnr(a: Float[Tensor, "b *any"], b: Float[Tensor, "b *any"]) -> Float[Tensor
 def kl_divergence(mean: Float[Tensor, "b *any"], logvar: Float[Tensor, "b *any"]) -> Float[Tensor, "b"]:
     """KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2 of each sample (VAE, arXiv 1312.6114, appendix B).
 
-    A mean over the numbers of a latent, where LDM's code has a sum: its weight 1e-6 beside a sum over pixels is one of
-    1e-6 times numbers per latent / numbers per clip here.
+    A mean over all numbers of the latents, where LDM's code has sums over latents and pixels: its weight of 1e-6
+    becomes 1e-6 times (numbers of the latents) / (numbers of the clip) here.
     """
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
 

@@ -57,7 +57,7 @@ class Sizes:
     def scales(self) -> list[Triple]:
         """What each halving does to t, h and w, 1 or 2, from pixels to latents.
 
-        Where the strides differ, space is halved first, which is where it saves most, and time last, as in Wan.
+        Where the strides differ, space is halved first, because that saves most, and time last, as in Wan.
         """
         t, h, w = (stride.bit_length() - 1 for stride in self.strides)
         count = max(t, h, w)
@@ -83,7 +83,7 @@ class SpaceConv(nn.Conv2d):
 
 
 class SpaceBlock(nn.Module):
-    """Residual block of each frame."""
+    """Residual block that treats each frame alone."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 
 class SpaceAttention(nn.Module):
-    """Attention of each frame over all its positions."""
+    """Attention over all positions of a frame, each frame alone."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -142,7 +142,7 @@ class Down(nn.Module):
         self.space = SpaceConv(dim, dim, scale[1:]) if max(scale[1:]) > 1 else None
         self.time = TimeConv(dim, 2).start_as([0.0, 0.5, 0.5, 0.0]) if scale[0] > 1 else None
         self.rate = 1 / scale[0]
-        """Frames that come out for one that goes in."""
+        """Output frames for each input frame."""
 
     def forward(self, x: Grid, stream: Stream) -> Grid:
         if self.space is not None:
@@ -167,13 +167,13 @@ class Up(nn.Module):
 
 
 def repeat(x: Grid, times: tuple[int, int]) -> Grid:
-    """Every position `times` times along h and w, in one copy."""
+    """Repeats every position `times` times along h and w, with one copy."""
     j, k = times
     return x[:, :, :, None, :, None].expand(-1, -1, -1, j, -1, k, -1).flatten(4, 5).flatten(2, 3)
 
 
 def middle(dim: int, sizes: Sizes) -> dict[str, nn.Module]:
-    """The layers at the bottom."""
+    """The layers between the last level of the encoder and the first of the decoder: blocks and attention."""
     attention = {"middle_attention": Attention(dim, sizes.reach)} if sizes.attention else {}
     return {"middle_block0": Block(dim, dim), **attention, "middle_block1": Block(dim, dim)}
 
@@ -212,8 +212,9 @@ class Network(nn.Module):
         """The next piece of a clip -> the frames that are ready by now; at the clip's end, all that are left.
 
         Args:
-            most: frames that the first layer is given at once; further on as many as come of them. What a layer gives
-                beyond that goes through those behind it bit by bit: at the end of a clip, each gives all that it held.
+            most: frames that the first layer takes at once; later layers take as many as result from them. Where a
+                layer returns more, as at the end of a clip, when it returns all that it held, later ones take that in
+                several calls.
         """
         yield from self._stream(self._grid(piece), stream, most, list(self.layers.values()))
 
@@ -255,7 +256,7 @@ def encoder(sizes: Sizes, checkpointing: bool = False) -> Network:
 
 
 def decoder(sizes: Sizes, checkpointing: bool = False) -> Network:
-    """Latents [b channels t h w] -> video [b 3 _t _h _w]. A block more in each level than the encoder has, as usual."""
+    """Latents [b channels t h w] -> video [b 3 _t _h _w]. Each level has one block more than the encoder's."""
     widths = sizes.widths
     before = widths[-1]
     layers: dict[str, nn.Module] = {"enter": SpaceConv(sizes.channels, before), **middle(before, sizes)}

@@ -1,4 +1,4 @@
-"""How far two images are apart to a network that was trained to recognise things."""
+"""Perceptual distances: how far two images are apart in the features of a network trained to recognise things."""
 
 from importlib.resources import files
 from itertools import chain
@@ -19,10 +19,10 @@ BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class Trunk(nn.ModuleDict):
-    """VGG16's 13 convolutions, ``conv1_1`` to ``conv5_3``. `taps` gives what comes out of each of the five blocks.
+    """VGG16's 13 convolutions, ``conv1_1`` to ``conv5_3``. `taps` returns the output of each of the five blocks.
 
     Args:
-        ceil: a pool of an odd height or width takes its last row or column along.
+        ceil: whether pooling keeps the last row or column of an odd height or width.
     """
 
     def __init__(self, *, ceil: bool):
@@ -55,8 +55,8 @@ class VGG16Distance(nn.Module):
     """2 - 2 cos of the angle between two images' features, a mean over positions and the five taps of a VGG16.
 
     The VGG16 is the trunk of an edge detector (HED, arXiv 1504.06375), ImageNet's fine-tuned for edges; every channel
-    and tap counts the same. So this is not LPIPS, whose weights were fitted to what people see: its numbers are
-    comparable among themselves only. `lingen data fetch vgg16` makes the weights; they are read at the first call.
+    and tap counts the same. So this is not LPIPS, whose weights were fitted to people's judgements: compare
+    its values only with each other. `lingen data fetch vgg16` makes the weights; they are read at the first call.
     """
 
     means: Tensor
@@ -95,7 +95,7 @@ class VGG16Distance(nn.Module):
 
 
 def _file_fault(path: Path) -> str:
-    """Why a file is not the trunk's weights, in a sentence; nothing where it is. Reads its header only."""
+    """A sentence for why a file does not hold the trunk's weights; empty where it does. Reads its header only."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -165,7 +165,7 @@ class LPIPS(nn.Module):
 
 
 class NoDistance(nn.Module):
-    """0 for everything: no perceptual distance."""
+    """Always 0: no perceptual distance."""
 
     def missing(self) -> list[Missing]:
         return []

@@ -1,4 +1,4 @@
-"""The weights of a temporal autoencoder on disk: do they fit, and if not, which setting would make them?"""
+"""The weights of a temporal autoencoder on disk: whether they fit, and if not, which settings they were made with."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from lingen.weights import WeightsError, find_weights, read_metadata
 
 PREFIXES = ("averaged.autoencoder.", "raw.autoencoder.")
-"""Where `lingen.weights` puts an autoencoder's weights; the first that a file has is taken."""
+"""Prefixes under which `lingen.weights` stores an autoencoder's weights; the first that occurs in a file is read."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def unfit(path: Path, own: Shapes) -> str | None:
-    """A sentence with the cure where the weights at `path` are not there or are others; reads headers only.
+    """A sentence with the cure where the weights at `path` are missing or have other shapes; reads headers only.
 
     Args:
         path: a weights file or a run folder.
@@ -47,7 +47,7 @@ def unfit(path: Path, own: Shapes) -> str | None:
 
 
 def _cure(path: Path) -> str:
-    """How to get weights: at `path` where nothing is yet."""
+    """A sentence on how to get weights to `path`, where nothing exists."""
     fit = "`lingen fit --recipe tae_8x8x8"
     if path.exists():
         return f"Set autoencoder.path to what {fit}` wrote."
@@ -59,7 +59,7 @@ def _cure(path: Path) -> str:
 
 
 def settings_of(shapes: Shapes) -> dict[str, Any]:
-    """The settings that give weights of these shapes; empty where these are not a TAE's."""
+    """The settings with which a TAE has weights of these shapes; empty where no TAE has them."""
 
     def found(pattern: str) -> list[tuple[int, ...]]:
         return [shape for name, shape in sorted(shapes.items()) if re.fullmatch(f"encoder.layers.{pattern}", name)]
@@ -82,7 +82,7 @@ def settings_of(shapes: Shapes) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    """As a command line wants it."""
+    """The value as it is written on a command line."""
     return json.dumps(value, separators=(",", ":"))
 
 

@@ -28,7 +28,7 @@ class TAE(nn.Module):
     Unlike Movie Gen's it needs no tiles along time: every layer sees a finite number of frames to each side and has a
     streaming form, so that pieces give what the whole clip would give (ours; see `temporal`).
 
-    A latent here is the posterior's mean, less `mean`, by `std`: what a training measured of them, for each channel.
+    `encode` returns (posterior mean - `mean`) / `std`, with the statistics of each channel that training measured.
 
     Raises SettingError for settings that make no sense together.
     """
@@ -118,7 +118,7 @@ class TAE(nn.Module):
     def _raw(self, latents: Tensor) -> Tensor:
         return latents * self.std.view(-1, 1, 1, 1) + self.mean.view(-1, 1, 1, 1)
 
-    # what a training of the autoencoder itself uses; never touches the disk
+    # used to train the autoencoder itself; reads no file
 
     def posterior(
         self, video: Float[Tensor, "b 3 t h w"]
@@ -134,7 +134,7 @@ class TAE(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight that writes pixels: where a training compares the pull of its losses."""
+        """The weight of the layer that gives pixels: training compares the gradients of its losses there."""
         return self.decoder.leave.weight
 
     def _check_size(self, video: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class TAE(nn.Module):
     # weights
 
     def missing(self) -> list[Missing]:
-        """What keeps it from running, found without reading weights."""
+        """What is missing for it to run, found without reading weights."""
         if self.path is None:
             return [
                 Missing(
@@ -174,7 +174,7 @@ class TAE(nn.Module):
             self.load()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Whoever gives it weights, such as those of a checkpoint, means these and not the ones at `path`.
+        # Weights that are loaded explicitly, such as those of a checkpoint, replace the ones at `path`.
         self.loaded |= f"{prefix}mean" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -190,7 +190,7 @@ class TAESmall(TAE):
         super().__init__(path=str(packaged), width=32, blocks=2, chunk=chunk)
 
     def missing(self) -> list[Missing]:
-        """What keeps it from running: an installation without its weights."""
+        """Its weights, where the installation lacks them."""
         if not Path(str(self.path)).is_file():
             return [Missing(self.name, "-", "this installation of lingen has no weights for it: install lingen anew.")]
         return super().missing()

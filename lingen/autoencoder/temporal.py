@@ -2,8 +2,8 @@
 
 A layer that looks r frames ahead gives its results r frames late, and keeps what it will look back at: a long clip runs
 through the network once, without seams and without computing anything twice. Wan's video autoencoder (arXiv 2503.20314,
-section 4.1) keeps frames between pieces in this way for causal layers; looking ahead as well, with delays that residual
-sums wait for, is ours. Everything works on the grid tensor [b t h w d].
+section 4.1) keeps frames between pieces in this way for causal layers; looking ahead as well, where a residual sum
+waits for its delayed part, is ours. Everything works on the grid tensor [b t h w d].
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class Stream:
 
     def __init__(self, *, last: bool = False):
         self.last = last
-        """The piece that is pushed now ends the clip: layers give all that they hold."""
+        """Whether the current piece ends the clip: then layers return all that they hold."""
         self.held: dict[nn.Module, Tensor] = {}
 
     def take(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """What a layer held, with x behind it."""
+        """The frames that a layer held, followed by x."""
         held = self.held.pop(layer, None)
         return x if held is None else torch.cat([held, x], 1)
 
     def keep(self, layer: nn.Module, x: Tensor) -> None:
-        """Holds x for the next piece; a copy, since a view would hold the whole piece."""
+        """Keeps a copy of x for the next piece: a view would keep the whole piece in memory."""
         if not self.last:
             self.held[layer] = x.clone()
 
     def add(self, layer: nn.Module, x: Tensor, late: Tensor) -> Tensor:
-        """x + late, where `late` gives its frames later than x: x waits for it."""
+        """x + late, where the frames of `late` arrive later than those of x: frames of x are held until then."""
         x = self.take(layer, x)
         self.keep(layer, x[:, late.shape[1] :])
         return add(x if x.shape[1] == late.shape[1] else x[:, : late.shape[1]], late)
@@ -61,7 +61,7 @@ def add(x: Tensor, update: Tensor) -> Tensor:
 class _Ends(torch.autograd.Function):
     """A clip [b t h w d] with its first frame `before` times more in front of it and its last one `after` times behind.
 
-    As one step: the backward pass of two slices would fill two clips with zeros for a frame each.
+    One autograd function, because the backward pass of two slices would fill two whole clips with zeros.
     """
 
     @staticmethod
@@ -79,7 +79,8 @@ class _Ends(torch.autograd.Function):
 
 
 class Activation(nn.Module):
-    """silu(rms_norm(x) + bias) over channels, as in Wan's autoencoder: a frame depends on no other, a position neither.
+    """silu(rms_norm(x) + bias) over channels, as in Wan's autoencoder: neither frames nor positions depend on each
+    other.
 
     The only biases between two convolutions are here, where they cost no pass over the clip.
     """
@@ -154,7 +155,7 @@ class TimeConv(nn.Conv3d):
 
     @torch.no_grad()
     def start_as(self, taps: list[float]) -> TimeConv:
-        """Sets the weights: each channel is its own frames, weighted."""
+        """Sets the weights so that each output channel is the weighted sum of its own frames."""
         same = torch.eye(self.in_channels).repeat(self.phases, 1)
         self.weight.copy_(same[:, :, None, None, None] * torch.tensor(taps)[:, None, None])
         return self
@@ -176,7 +177,7 @@ class TimeBlock(nn.Module):
 
 
 class TimeAttention(nn.Module):
-    """Attention of each position over the frames of its own, `reach` to each side; at the start x passes unchanged.
+    """Attention of each position over its own past and future, `reach` frames each; at the start x passes unchanged.
 
     Movie Gen attends over a whole tile; a finite reach is what makes streaming exact (ours). A learned bias for each
     head and distance stands for the order of frames.
@@ -195,7 +196,7 @@ class TimeAttention(nn.Module):
     def forward(self, x: Grid, stream: Stream) -> Grid:
         new = self.qkv(self.norm(x))
         line = stream.take(self.qkv, new)
-        # Frames that have their results already are held for those behind them, as many as these look back at.
+        # Frames with results are still held, as many as later frames look back at.
         done = max(0, line.shape[1] - new.shape[1] - self.reach)
         ready = max(done, line.shape[1] - (0 if stream.last else self.reach))
         stream.keep(self.qkv, line[:, max(0, ready - self.reach) :])

@@ -2,8 +2,8 @@
 
 Movie Gen (arXiv 2410.13720, section 3.1.1) cuts time into tiles of 32 frames: those of the encoder lie side by side,
 those of the decoder overlap by 16 frames and are cross-faded linearly. Tiles in space, for clips of which a single tile
-of time is too large, are ours. A tile does not see what lies beyond its edge: up to a network's reach from an edge the
-result differs from an untiled one, and there it has the lower weight.
+of time is too large, are ours. A tile does not see what lies beyond its edge: near an edge, within the network's reach,
+the result differs from an untiled one, and there its weight is lower.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def _tiled(
     after: tuple[int, int, int],
     batch: int,
 ) -> Iterator[Tensor]:
-    """Cuts, calls, joins. `before` and `after`: how many frames, rows and columns of what goes in and of what comes out
-    belong to one latent."""
+    """Cuts a stream into tiles, calls the network on each, joins the results. `before` and `after`: frames, rows and
+    columns of the input and of the output for one latent."""
     if batch < 1:
         raise ValueError(f"batch={batch} tiles in a call; it must be 1 or more.")
     length, overlap = cut.t
@@ -138,7 +138,8 @@ def _tiled(
 
 
 def _windows(pieces: Iterable[Tensor], length: int | None, overlap: int) -> Iterator[tuple[Tensor, bool]]:
-    """The stream in windows of `length` frames, each with the last `overlap` ones of the one before; is it the last?"""
+    """Yields (window of `length` frames, is it the last); a window begins with the last `overlap` frames of the one
+    before."""
     held: Tensor | None = None
     for piece in pieces:
         held = piece if held is None else torch.cat([held, piece], 2)
@@ -154,7 +155,7 @@ class _Grid(NamedTuple):
     """How a window is cut in space."""
 
     last: bool
-    """Is it the end of the clip?"""
+    """Whether the window ends the clip."""
     clips: int
     rows: tuple[list[int], int]
     """First latents of the tiles, and latents of each."""
@@ -232,7 +233,7 @@ def _joined(done: Iterator[_Tile], expected: int | None, after: tuple[int, int, 
 
 
 def _check(tile: _Tile, expected: int | None, after: tuple[int, int, int]) -> None:
-    """Does the network give what its strides promise?"""
+    """ValueError where the network's output has another size than its strides say."""
     frames, *size = tile.values.shape[2:]
     promised = [tile.grid.rows[1] * after[1], tile.grid.columns[1] * after[2]]
     if size != promised:
@@ -262,7 +263,7 @@ def _trapezoid(length: int, up: int, down: int, like: Tensor) -> Tensor:
 
 
 def _fade(windows: Iterable[tuple[Tensor, bool]], overlap: int) -> Iterator[Tensor]:
-    """Cross-fades windows in time; each piece is given out as soon as no later window reaches it."""
+    """Cross-fades windows in time; yields each piece as soon as no later window overlaps it."""
     total: Tensor | None = None
     weights: Tensor | None = None
     for window, last in windows:

@@ -20,13 +20,13 @@ the whole clip. The weights must be frozen: else one call keeps what a backward 
 
 
 def ways_of(autoencoder: Any) -> list[str]:
-    """Those of the `WAYS` that an autoencoder has."""
+    """The entries of `WAYS` that an autoencoder supports."""
     tiled = not getattr(autoencoder, "first_frame_alone", False)
     return [way for way, has in zip(WAYS, (streams(autoencoder), tiled, True), strict=True) if has]
 
 
 def way_for(autoencoder: Any, asked: str | None, name: str) -> str:
-    """The way that is asked for; None or ``auto``: exact where the autoencoder has streams, else whole.
+    """The way that was asked for; for None or ``auto`` exact where the autoencoder has streams, else whole.
 
     Raises:
         RecipeError: a way that it does not have.
@@ -47,8 +47,8 @@ def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Til
         tile: height and width in pixels; None: space is not cut.
         strides: the autoencoder's.
     Raises:
-        SettingError: sides that the strides do not divide, or of which a quarter is less than a latent: tiles that
-            share nothing show as a mosaic.
+        SettingError: sides that the strides do not divide, or of which a quarter is less than a latent: without
+            overlap, the edges of tiles would be visible.
     """
     if tile is None:
         return Tiles()

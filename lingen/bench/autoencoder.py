@@ -1,4 +1,5 @@
-"""``lingen bench tae``: clips of any length through an autoencoder and back, and how far its ways are apart."""
+"""``lingen bench tae``: encoding and decoding clips of any length, and how far the results of an autoencoder's ways
+(see `lingen.autoencoder.ways`) are apart."""
 
 from __future__ import annotations
 
@@ -25,27 +26,27 @@ from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
 from lingen.recipe.sizes import check_frames
 
 PIECE = 32
-"""Frames that an encoder is handed at a time."""
+"""Frames in a piece that an encoder gets."""
 WARM_UP = 64
 """Frames that go through unmeasured first, at most: pieces from the start, the middle and the end of a clip."""
 TILES = Tiles()
-"""Movie Gen's."""
+"""The tiles of Movie Gen."""
 
 
 class Scale(NamedTuple):
-    """What is measured where nothing else is said."""
+    """The defaults of what is measured."""
 
     frames: tuple[int, ...]
     size: tuple[int, int]
     compared: tuple[int, ...]
     """Lengths at which the ways are compared."""
     side: int
-    """The most pixels a side of the frames that are compared."""
+    """Largest height and width in pixels of the frames that are compared."""
 
 
 FULL = Scale((272, 1088), (512, 512), (1, 2, 7, 33, 100), 128)
 QUICK = Scale((16, 64), (64, 64), (1, 2, 7, 33), 32)
-"""On a CPU."""
+"""The defaults on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _built(component: dict[str, Any], device: torch.device, say: Say) -> tuple[A
     if not any(True for _ in autoencoder.parameters()):
         check_ready([autoencoder])
     draw(autoencoder)
-    # Who is given weights reads none.
+    # An autoencoder into which weights were loaded reads none.
     autoencoder.load_state_dict(autoencoder.state_dict())
     say(f"Random weights, which change nothing about speed and memory; missing: {missing[0].name}: {missing[0].cure}")
     return autoencoder, "random"
@@ -201,7 +202,7 @@ def _measured(bench: ClipBench, way: str, frames: int) -> Row:
 
 @contextmanager
 def _modes(bench: ClipBench, way: str) -> Iterator[None]:
-    """Autocast in bfloat16. Gradients are off but for `whole`: without them TAE goes piece by piece of itself. The
+    """Autocast in bfloat16. Gradients are off except for `whole`: without gradients, TAE streams. The
     weights are frozen, so that nothing is kept for a backward pass."""
     lower = bench.place.dtype == torch.bfloat16
     with torch.set_grad_enabled(way == "whole"):
@@ -212,8 +213,8 @@ def _modes(bench: ClipBench, way: str) -> Iterator[None]:
 def clip(
     frames: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Iterator[Float[Tensor, "1 3 _t h w"]]:
-    """Waves in -1..1 that move, each colour's in a way of its own, in pieces of `PIECE` frames: made as they are asked
-    for, every frame from its number alone."""
+    """Moving waves in -1..1, different for each colour, in pieces of `PIECE` frames; each frame depends on its number
+    alone and is made when it is needed."""
     y, x = (torch.arange(side, device=device, dtype=dtype) for side in size)
     colour = torch.arange(3, device=device, dtype=dtype).view(3, 1, 1, 1)
     for start in range(0, frames, PIECE):
@@ -226,7 +227,7 @@ def clip(
 
 
 def _compare(bench: ClipBench, ways: Sequence[str], results: Results) -> None:
-    """In the run's precision and in float64, where a way that is exact differs by rounding alone."""
+    """Compares the ways in the run's precision and in float64, in which exact ways differ by rounding alone."""
     scale = FULL if bench.place.cuda else QUICK
     strides = bench.autoencoder.strides[1:]
     height, width = (

@@ -1,4 +1,4 @@
-"""Modules with random weights, made where they are measured."""
+"""Modules with random weights, made on the device on which they are measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Made = TypeVar("Made", bound=nn.Module)
 Result = TypeVar("Result")
 
 TEXT_TOKENS = 512
-"""Of all encoders together."""
+"""Text tokens of all encoders together."""
 
 
 def built(make: Callable[[], Made], place: Place) -> Made:
@@ -73,7 +73,7 @@ def draw(module: nn.Module) -> None:
 
 
 def denoiser(config: LinGenConfig, place: Place) -> LinGen:
-    """A denoiser for sampling, with random weights that let every part have its say."""
+    """A denoiser for sampling, with random weights of which none switches a part off."""
     model = built(partial(LinGen, replace(config, gate_init=1.0, checkpointing=False)), place)
     draw(model)
     return model.eval().requires_grad_(False)

@@ -29,7 +29,7 @@ Inputs = dict[str, Tensor]
 Normal = Callable[..., Tensor]
 """Makes a tensor of random numbers, where and in the precision that is measured."""
 ORDER = "twh"
-"""Scan order of the operations that have one: of layer 1, not that of memory."""
+"""Scan order of the operations that have one: that of layer 1, which is not the order in memory."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Sizes:
 
     @property
     def heads(self) -> int:
-        """Of the scan."""
+        """Heads of the scan."""
         return self.inner // self.head_dim
 
     @property
     def num_heads(self) -> int:
-        """Of the attentions."""
+        """Heads of the attentions."""
         return head_count(self.dim, None)
 
     @property
@@ -70,7 +70,7 @@ class Sizes:
 
     @property
     def hidden(self) -> int:
-        """Of the feed-forward."""
+        """Hidden width of the feed-forward."""
         return max(64, 64 * round(2.7 * self.dim / 64))
 
 
@@ -84,9 +84,9 @@ class Case:
     call: Callable[[Inputs, Sizes, str], Any]
     """(inputs, sizes, kernel) -> outputs."""
     flops: Callable[[Sizes], float] = lambda sizes: 0.0
-    """Of the forward's matrix products; elementwise work is bounded by its bytes."""
+    """FLOPs of the matrix products in a forward; elementwise work is bounded by its bytes."""
     backward: float = 2.0
-    """FLOPs of the backward for one of the forward."""
+    """FLOPs of the backward as a multiple of the forward's."""
     twins: tuple[str, ...] = ("triton", "reference")
     exact: str = "reference"
     """The twin that is run in float64 to compare with."""

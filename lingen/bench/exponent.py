@@ -45,7 +45,7 @@ def crossover(tokens: Sequence[float], steep: Sequence[float], flat: Sequence[fl
     Args:
         tokens: rising.
         steep: costs of the one that is cheaper at first.
-        flat: costs of the other one.
+        flat: costs of the one that is cheaper at last.
     """
     gaps = [math.log(a / b) for a, b in zip(steep, flat, strict=True)]
     for i, (here, there) in enumerate(zip(gaps, gaps[1:], strict=False)):

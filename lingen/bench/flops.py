@@ -74,5 +74,5 @@ def _children(name: str, totals: dict[str, int]) -> int:
 
 
 def _path(name: str) -> str:
-    """The counter puts the class of the root in front: ``MATE.ma.in_proj``."""
+    """The counter's names begin with the root's class: ``MATE.ma.in_proj``."""
     return name.partition(".")[2]

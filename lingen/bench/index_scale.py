@@ -1,4 +1,4 @@
-"""What an index of very many samples takes: time to make it and to open it, and memory of a worker."""
+"""The cost of an index of very many samples: time to make it and to open it, and memory of a worker."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ T = TypeVar("T")
 SHAPES = [(frames, *size) for frames in (20, 40, 70) for size in ((32, 32), (32, 48), (32, 64))]
 """Of the clips: three lengths, three aspect ratios."""
 BATCHES = 400
-"""That are made before the memory of the workers is measured."""
+"""Batches that are made before the memory of the workers is measured."""
 WORKERS = 2
 
 
 def index_at_scale(rows: int) -> dict[str, Any]:
-    """Makes a manifest of so many rows, each of a real sample of a small shard, and trains from it without training.
+    """Makes a manifest of so many rows, each of a real sample of a small shard, and reads batches of it as training
+    would.
 
     Returns:
         seconds to make the index and to open it up to the first batch; MiB of a worker beside one on a small manifest.
@@ -112,7 +113,7 @@ def _start(folder: Path) -> dict[str, float]:
 
 
 def _memory(process: int) -> dict[str, int]:
-    """Bytes by the kernel's names; Linux alone tells."""
+    """Memory of a process in bytes, under the kernel's names; Linux only."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in map(str.split, lines)}
 

@@ -24,9 +24,9 @@ from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Triple
 
 ODD_GRID: Triple = (9, 7, 5)
-"""Here errors are measured: no size of it is a power of two, and it fills neither its windows nor its last chunk."""
+"""The grid on which errors are measured: no size is a power of two, and windows and the last chunk are not full."""
 READY_LIMIT = 90.0
-"""Seconds that a twin may take until it has run once, forward and backward, compilers included."""
+"""Seconds after which a twin is left out if it has not run once, forward and backward, compilation included."""
 
 
 def ceilings(place: Place) -> Row:
@@ -63,7 +63,7 @@ def bench_kernels(grids: Sequence[Triple], dim: int, place: Place, results: Resu
         found = {twin: errors(case, twin, dim, place, results.say) for twin in case.twins}
         accurate = {twin: row for twin, row in found.items() if row is not None}
         for grid in grids if accurate else ():
-            torch.compiler.reset()  # few recompilations of a function are let be
+            torch.compiler.reset()  # torch.compile allows only few recompilations of a function
             for twin, row in _times(case, list(accurate), _sizes(grid, dim), top, place, results.say):
                 results.add(row | accurate[twin])
 
@@ -81,13 +81,13 @@ def _made(case: Case, sizes: Sizes, place: Place) -> Inputs:
 
 
 def _wanting(inputs: Inputs) -> Inputs:
-    """Those that get gradients."""
+    """The inputs that get gradients."""
     return {name: u for name, u in inputs.items() if u.requires_grad}
 
 
 def _times(case: Case, twins: Sequence[str], sizes: Sizes, top: Row, place: Place, say: Say) -> list[tuple[str, Row]]:
-    """Of all twins in the same rounds. The floor is that every input is read once and every output written once, or
-    that the matrix products are done at the ceiling; in the backward pass the gradients are read and written, too."""
+    """Times of all twins in the same rounds, and the least possible time: every input read and every output written
+    once, or all matrix products at the measured peak; in the backward pass gradients are read and written, too."""
     inputs = _made(case, sizes, place)
     with torch.no_grad():
         outputs = _several(case.call(inputs, sizes, twins[0]))
@@ -120,8 +120,8 @@ def _several(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def _able(name: str, works: Sequence[Work], say: Say, limit: float = READY_LIMIT) -> bool:
-    """Runs each once. A twin that cannot run, or takes too long to get ready, is left out, and said so: the others are
-    worth their time."""
+    """Runs each once. A twin that cannot run, or takes too long to compile, is left out with a message, so that the
+    others are measured."""
     start = time.perf_counter()
     try:
         with _at_most(limit):
@@ -136,7 +136,7 @@ def _able(name: str, works: Sequence[Work], say: Say, limit: float = READY_LIMIT
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside of what takes longer, where the system has an alarm that can."""
+    """TimeoutError inside a block that takes longer, on systems with SIGALRM."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -177,7 +177,7 @@ def _backward(run: Any, inputs: Inputs, seeds: Sequence[Tensor]) -> Work:
 
 
 def _bytes(u: Tensor) -> int:
-    """Of the numbers themselves, not of what they are a slice of."""
+    """Bytes of the tensors' own numbers, not of larger tensors that they are slices of."""
     return u.numel() * u.element_size()
 
 

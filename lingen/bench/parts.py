@@ -1,4 +1,4 @@
-"""What the time of a piece of work is made of: kernels on CUDA, operators on the CPU, grouped by what they are for."""
+"""The time of a piece of work by part: kernels on CUDA, operators on the CPU, grouped by their purpose."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATTERNS = (
     ("norms", r"norm|rms"),
     ("compiled elementwise", r"^triton_"),  # torch.compile's
 )
-"""Part -> how its kernels or operators are called; the first that fits. What fits none is "elementwise"."""
+"""Part -> patterns of the names of its kernels or operators; the first match counts, without one "elementwise"."""
 
 
 def part_of(kernel: str) -> str:
@@ -40,7 +40,7 @@ def part_of(kernel: str) -> str:
 def triton_kernels() -> dict[str, str]:
     """Name of each Triton function of `lingen.kernels` -> its operation; read from the sources, not imported.
 
-    A name that several of them have is all of theirs: a profile says no more than the name.
+    A name that occurs in several operations stands for all of them, because a profile holds names only.
     """
     owners: dict[str, list[str]] = {}
     for file in sorted((Path(__file__).parents[1] / "kernels").glob("*_triton.py")):
@@ -56,7 +56,7 @@ def by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]
 
     A part's time is that of its CUDA kernels, on the CPU of its operators without those inside of them.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"

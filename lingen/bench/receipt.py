@@ -18,7 +18,7 @@ from lingen.bench.targets import PAPER_SIZES, ratio, row_of
 from lingen.recipe.sections import Triple
 
 LINEAR = 1.05
-"""What grows faster than tokens to this power is called out."""
+"""A cost that grows faster than tokens to this power is reported."""
 
 SMALL_SHARE = 0.01
 """A part with less of the time on the largest grid is left out."""
@@ -127,7 +127,7 @@ def by_flops(mixers: Sequence[Component], dim: int, grids: Sequence[Triple]) -> 
 
 
 def _called_out(mixer: str, part: str, cost: str, fit: Row) -> Row:
-    """Not sure where the interval reaches down to the line."""
+    """A finding; it is not `sure` where the confidence interval reaches down to linear growth."""
     return {"mixer": mixer, "part": part, "cost": cost, **fit, "sure": fit["low"] > LINEAR}
 
 

@@ -1,4 +1,4 @@
-"""Result files: one form for all measurements, written row by row, so that a run that is cut loses nothing."""
+"""Result files: one format for all measurements, written row by row, so that an interrupted run loses nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 class Results:
-    """A result file: device, versions, date, commit, command, what the measurement says about itself, rows.
+    """A result file: device, versions, date, commit, command, further fields of the measurement, rows.
 
     Args:
         path: of the JSON file; its folder is made.
@@ -83,7 +83,7 @@ def head(more_versions: dict[str, str], commit: str | None = None) -> Row:
 
 
 def command_line(argv: list[str]) -> str:
-    """The command without where its results went and which commit it was: those say nothing about the numbers."""
+    """The command without --out and --commit, which do not affect the numbers."""
     words, skip = ["lingen"], False
     for word in argv[1:]:
         if skip or word in ("--out", "--commit"):

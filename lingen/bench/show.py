@@ -1,4 +1,4 @@
-"""Committed results beside the targets, and the tables of the performance page."""
+"""Stored results beside the targets, and the tables of docs/performance.md."""
 
 from __future__ import annotations
 

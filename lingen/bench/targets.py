@@ -1,4 +1,4 @@
-"""What is to be reached, and what the paper and stock parts reach; and how committed results stand to it."""
+"""The targets, what the paper and stock parts reach, and whether stored results reach the targets."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Target:
-    """A bar: `reach` is the largest value that passes, or the smallest where `more` is better; None: only a stretch."""
+    """A target: `reach` is the largest value that passes, the smallest where `more` is better; None: only `stretch`."""
 
     name: str
     unit: str
@@ -108,7 +108,7 @@ def lingen_forward(result: Row, tokens: int, dtype: str = "bfloat16") -> Row:
 
 
 def _seconds(result: Row, tokens: int, dtype: str = "bfloat16") -> float | None:
-    """Of 100 forwards of LinGen's full depth."""
+    """Seconds of 100 forwards of LinGen's full depth."""
     ms = lingen_forward(result, tokens, dtype).get("ms")
     return None if ms is None else ms * FORWARDS / 1e3
 

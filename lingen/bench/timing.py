@@ -24,7 +24,7 @@ Run = Callable[..., Tensor]
 T = TypeVar("T")
 
 MOST_RUNS = 20
-"""A median of more runs would tell nothing new."""
+"""The most runs of a measurement: a median of more would hardly change."""
 
 _LEAD_CYCLES = 2_000_000
 # About 1 ms on a GPU: while it spins, the CPU launches the work, so that launches are hidden as they are in a model.
@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 
 
 def milliseconds(work: Work, device: torch.device) -> float:
-    """Of one call."""
+    """Milliseconds of one call."""
     if device.type != "cuda":
         start = time.perf_counter()
         work()
@@ -163,7 +163,7 @@ def held(device: torch.device) -> float:
 
 
 def free(device: torch.device) -> None:
-    """Gives back the memory of what was just dropped."""
+    """Frees the memory of objects that are no longer used."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

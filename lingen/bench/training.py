@@ -89,13 +89,13 @@ def _mean(rows: Sequence[Row], config: LinGenConfig, grid: Triple, place: Place)
 
 
 def share_of_peak(rate: float, device: torch.device) -> Row:
-    """MFU and of what, for so many FLOP/s; nothing where no peak of the device is known."""
+    """MFU and the peak that it refers to, for these FLOP/s; empty where the device's peak is not known."""
     peak = peak_flops(device_name(device))
     return {} if peak is None else {"mfu": rate / peak, "mfu_of": f"{peak / 1e12:g} TFLOP/s (dense bfloat16)"}
 
 
 def block_inputs(dim: int, grid: Triple, place: Place) -> list[Tensor]:
-    """What a block takes: tokens, positions, modulation, text and its mask."""
+    """A block's inputs: tokens, positions, modulation, text and its mask."""
     make = partial(torch.randn, device=place.device, dtype=place.dtype)
     modulation = torch.randn(1, 1, 6, dim, device=place.device) * 0.1
     mask = torch.ones(1, TEXT_TOKENS + 1, dtype=torch.bool, device=place.device)

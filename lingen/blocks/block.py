@@ -15,8 +15,8 @@ from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import LinGenConfig
 
 PART_BYTES = 544 * 2**20
-"""What the hidden activations of the feed-forward may take where no gradient is wanted [ours]. At width 6,912 in 16
-bits it makes parts of 13,312 tokens, whose 2,560 wide products fill an H100 (104 x 10 tiles of 128 x 256 on 132
+"""Bytes that the hidden activations of the feed-forward may take where no gradient is wanted [ours]. At width 6,912 in
+16 bits it makes parts of 13,312 tokens, whose 2,560 wide products fill an H100 (104 x 10 tiles of 128 x 256 on 132
 multiprocessors) 7.88 times."""
 PART_MULTIPLE = 512
 """Tokens of a part are a multiple of this: whole tiles of a matrix product."""
@@ -28,8 +28,8 @@ class Block(nn.Module):
     The timestep scales and shifts the first and the last one's input and gates their output: a row for each of the six
     in `modulation`, added to what all blocks share. The cross-attention sees no timestep and has no gate.
 
-    What follows the mixer treats each token alone: where no gradient is wanted, it runs on parts of the clip, so that
-    neither the queries nor the hidden activations of all tokens are there at once.
+    Everything after the mixer treats each token alone. Where no gradient is wanted, it runs on parts of the clip, so
+    that queries and hidden activations of all tokens never exist at once.
     """
 
     def __init__(self, config: LinGenConfig, mixer: Any, layer: int):
@@ -52,7 +52,7 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b t h w d"]:
         shift, scale, *rows = (modulation + self.modulation).unbind(2)
         norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)
-        # Nobody but the mixer holds its input, which is gone when the update is there.
+        # Only the mixer holds its input, so that it is freed when the update is computed.
         update = self.mixer(
             norm_modulate(x, norm.weight, shift=shift, scale=scale, positions=positions, eps=norm.eps, dtype=dtype)
         )
@@ -86,7 +86,7 @@ class Block(nn.Module):
         return gated_add(x, self.ffn(normed), gate=ffn_gate, out=out)
 
     def _part(self, x: Tensor) -> int:
-        """Tokens whose hidden activations, gate, up and product, take `PART_BYTES`."""
+        """The number of tokens whose hidden activations (gate, up and their product) take `PART_BYTES`."""
         token = 3 * self.ffn.out_proj.in_features * input_dtype(None, x).itemsize
         return max(1, PART_BYTES // token // PART_MULTIPLE) * PART_MULTIPLE
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
 class CrossAttention(nn.Module):
     """Each token of the grid attends to the unmasked text tokens; queries and keys are RMS-normed.
 
-    Each row of `mask` must hold a True. The output starts scaled by `gate_init`: at 0 the text has no say at first.
+    Each row of `mask` must hold a True. The output starts scaled by `gate_init`: at 0 the text has no effect at first.
     """
 
     def __init__(self, dim: int, num_heads: int | None, gate_init: float):
@@ -127,7 +127,7 @@ class CrossAttention(nn.Module):
         x: Float[Tensor, "b t h w d"] | Quantized,
         text: TextKeys,
     ) -> Float[Tensor, "b t h w d"]:
-        """What the tokens of the grid read from the text of `keys`."""
+        """The attention of the grid's tokens to the text that `keys` prepared, projected."""
         q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
         out = cross_attention_to(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)
         return self.out_proj(out.flatten(2)).view(*x.shape[:4], -1)

@@ -11,7 +11,7 @@ from lingen.blocks.layers import RMSNorm, head_count
 from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.signature import checked
 
-# Tokens that one product sums over: the sums of blocks are added up in float32, and blocks fill a GPU at batch 1.
+# Tokens in a block, which one product sums over. Blocks are added up in float32, and fill a GPU at batch 1.
 _BLOCK = 256
 
 
@@ -19,7 +19,7 @@ _BLOCK = 256
 class LinearAttention(nn.Module):
     """Full bidirectional attention whose weights are relu(q) relu(k)^T instead of a softmax; linear in tokens.
 
-    The kernel and the place of the projections are SANA's (arXiv 2410.10629, section 2.2), the linear form with its
+    The kernel and the order of the projections are SANA's (arXiv 2410.10629, section 2.2), the linear form with its
     normaliser is that of Katharopoulos et al. (arXiv 2006.16236, eq. 4-7). RMS-normed queries and keys, as in the other
     mixers. Positions come from the model's tables, so `layer` changes nothing. Raises SettingError.
     """

@@ -34,13 +34,13 @@ class Mamba2(nn.Module):
     Settings:
         scan: name in SCANS (or 'module:attr'); a cycle gives each layer its own order.
         state_dim, head_dim, groups, expand: sizes as in mamba_ssm (d_state, headdim, ngroups, expand).
-        dt_min, dt_max: range of the initial time steps. A head forgets after about 1 / (dt A) tokens with A in
-            U(1, 16): for long clips take a small dt_min (`horizon` says what it gives).
+        dt_min, dt_max: range of the initial time steps. A head forgets after about 1 / (dt A) tokens with A from U(1,
+            16); `horizon` returns this. What a small dt_min costs: docs/facts.md, "Memory of the scan".
         conv: "shared" is one conv, centred; "per_direction" one for each, causal in its direction.
         conv_width: tokens that the conv sees.
         review: tokens that are pooled into one, along t, h, w; null for no review.
-        review_reverse: "front" lets the reverse direction read the review first, too; "plain" flips everything, so
-            that it reads the review last, which is of no use to it.
+        review_reverse: "front": the reverse direction, too, reads the review first; "plain" flips everything, so that
+            it reads the review last and gains nothing from it.
         bidirectional: false is the causal Mamba2 of other implementations.
         kernel: of `lingen.kernels.scan`. The scan order costs nothing with "triton": the conv reads the grid in scan
             order, and the gated norm writes it back.
@@ -82,7 +82,7 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         convolved = channels if self.centred else self.directions * channels
         self.conv1d = nn.Conv1d(convolved, convolved, conv_width, groups=convolved)
-        # These three decide what is remembered and lose it in bfloat16: float32 whatever the default dtype.
+        # These three set how long the scan remembers, for which bfloat16 is too coarse: always float32.
         self.a_log = nn.Parameter(torch.empty(self.directions, heads, dtype=torch.float32).uniform_(1, 16).log())
         self.d = nn.Parameter(torch.ones(self.directions, heads, dtype=torch.float32))
         log_dt = torch.empty(self.directions, heads, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max))
@@ -117,7 +117,7 @@ class Mamba2(nn.Module):
         return self.out_proj(out.unflatten(1, grid))
 
     def _fused(self, projected: Float[Tensor, "b t h w c"]) -> Float[Tensor, "b t h w d"]:
-        """All between the projections in Triton."""
+        """Everything between the projections in Triton."""
         from lingen.kernels.mamba2_triton import Mamba2Core, Plan, Weights, forward
         from lingen.kernels.scan_triton import Sizes
 

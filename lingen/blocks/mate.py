@@ -16,7 +16,7 @@ from lingen.recipe.registry import MIXERS, SettingError
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import check_value, checked, settings_of
 
-# The probe's grid: windows larger than this would cost time and say nothing more about the scale.
+# Largest grid of the probe: larger ones cost time and give the same scale.
 _PROBE_GRID = (8, 8, 8)
 # Random numbers in the probe: as many clips as it takes to know the RMS of a narrow model to a few per cent.
 _PROBE_NUMBERS = 65_536
@@ -92,7 +92,7 @@ class MATE(nn.Module):
         if self.ma_gain is not None and self.te_gain is not None:
             return ma * self.ma_gain.to(ma.dtype) + self.te(x) * self.te_gain.to(ma.dtype)
         if self._te_adds and not torch.is_grad_enabled():
-            return self.te(x, onto=ma)  # in training each branch's own output is watched
+            return self.te(x, onto=ma)  # in training, callbacks log each branch's own output
         return ma + self.te(x)
 
     @property
@@ -122,7 +122,7 @@ def _equalise(ma: nn.Module, te: nn.Module, grid: Triple, dim: int) -> None:
     generator = torch.Generator(device).manual_seed(0)
     clips = -(-_PROBE_NUMBERS // (math.prod(grid) * dim))
     probe = torch.randn(clips, *grid, dim, generator=generator, device=device, dtype=weight.dtype)
-    # A third party's mixer may draw random numbers: the caller's stream of them stays as it was.
+    # A third party's mixer may draw random numbers; the caller's random state is restored.
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         ratio = _output_rms(ma, probe) / _output_rms(te, probe)
         if 0 < ratio < float("inf"):
@@ -130,7 +130,7 @@ def _equalise(ma: nn.Module, te: nn.Module, grid: Triple, dim: int) -> None:
 
 
 def _output_rms(branch: Any, x: Tensor) -> float:
-    """With the kernel that runs anywhere: a model is built on the CPU before it moves to the device of its kernel."""
+    """RMS of the branch's output, with kernel "auto": a model is built on the CPU, where its own kernel may not run."""
     kernel = getattr(branch, "kernel", None)
     if kernel is not None:
         branch.kernel = "auto"

@@ -65,7 +65,7 @@ def order_of(scan: str | Entry, layer: int) -> Order:
     Raises SettingError for an unknown name and for what is not a scan order, and where a function gives no bijection.
     """
     entry: Any = scan
-    for _ in range(8):  # a cycle may hold names and cycles, but no endless chain of them
+    for _ in range(8):  # a cycle may hold names and cycles, nested at most 8 deep
         if entry in AXES or callable(entry):
             order = cast(Order, entry)
             permutation(order, (2, 3, 4), torch.device("cpu"))  # refuses what is no bijection

@@ -19,8 +19,8 @@ class TemporalSwin(nn.Module):
     """Attention inside windows of (t, h, w) tokens that shift by half a window on every other layer; linear in tokens.
 
     A window is clamped to the grid in each axis, and a clamped axis is not shifted. Nothing wraps around: an edge of
-    the clip is an edge of a window. RMS-normed queries and keys, 3D rotary embedding inside the window. The size of
-    the window is ours, the shift on alternate layers secondary (facts.md). Raises SettingError.
+    the clip is an edge of a window. RMS-normed queries and keys, 3D rotary embedding inside the window. Window, shift
+    and their sources: docs/facts.md, "TESA" and "TESA at the edges". Raises SettingError.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TemporalSwin(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t h w d"] | Quantized, onto: Float[Tensor, "b t h w d"] | None = None
     ) -> Float[Tensor, "b t h w d"]:
-        """Attends to x; the result is added to `onto`, which is given away: without autograd it may be overwritten."""
+        """Attends to x; the result is added to `onto`, whose memory may be overwritten where autograd is off."""
         qkv = self.in_proj(x)
         grid = grid_of(qkv)
         window = clamp(self.window, grid)
@@ -69,7 +69,7 @@ class TemporalSwin(nn.Module):
 def window_padding(grid: Triple, window: Triple, shifted: bool) -> Padding:
     """Tokens to add before and after each axis so that windows tile it; at most one window less one on either side.
 
-    Without shift they are split on both sides, lest one edge be left with a sliver. The shift moves all borders by
+    Without shift they are split over both sides, so that no edge is left with a sliver. The shift moves all borders by
     half a window, by padding more in front: a roll would let the last frames see the first.
     """
 
@@ -91,6 +91,6 @@ def project_onto(
     `onto` has x's dtype, and the weight is cast to it.
     """
     into, rows, weight = onto.flatten(0, -2), x.flatten(0, -2), weight.to(x.dtype).mT
-    # Else torch copies `onto` first, which costs as much as the sum.
+    # addmm copies `onto` first, which costs as much as the sum.
     in_place = not torch.is_grad_enabled() and onto.is_contiguous()
     return (into.addmm_(rows, weight) if in_place else torch.addmm(into, rows, weight)).view(onto.shape)

@@ -1,4 +1,4 @@
-"""The ``lingen`` command: argparse in, rich out. The only room that prints; each command calls one function.
+"""The ``lingen`` command: argparse reads, rich prints. Only this package prints; each command calls one function.
 
 Heavy imports are made inside the commands, so that ``lingen --help`` is instant.
 """
@@ -17,12 +17,12 @@ from lingen.recipe.registry import RecipeError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 done, 1 failed, 2 wrong use, 75 asked to be requeued, 130 interrupted."""
-    # Before torch is imported: OpenMP threads that spin while they wait bring a busy laptop to a standstill.
+    # Before torch is imported: OpenMP threads that spin while they wait slow a busy machine down.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = parse(argv)
         return COMMANDS[args.command].run(args)
-    except SystemExit as stop:  # argparse has said why
+    except SystemExit as stop:  # argparse has printed the reason
         return int(stop.code or DONE)
     except RecipeError as error:
         for problem in error.problems:

@@ -205,7 +205,7 @@ def results_for(args: argparse.Namespace, place: Any, **about: object) -> Any:
 
 
 def say(text: str) -> None:
-    """What is going on, at once: a cut run has said how far it came."""
+    """Prints a line at once, so that an interrupted run shows how far it came."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -52,7 +52,7 @@ def _row(registry: Registry, name: str) -> Row:
             return row | {f"steps between neighbours at {GRID}": _distances(part), "about": _about(part)}
         settings = {key: _default(setting.default) for key, setting in settings_of(part).items()}
         return row | {"settings": settings, "about": _about(part)}
-    except Exception as error:  # a plugin may fail in any way; it harms no other row
+    except Exception as error:  # a plugin may raise anything; other rows are still shown
         return row | {"error": " ".join(str(error).split())}
 
 

@@ -29,7 +29,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {}
 GROUPS = {"data": "data sets", "prompts": "texts that say what to show", "bench": "measurements", "eval": "judgements"}
-"""Words that stand before the name of a command, and what they are about."""
+"""First words of two-word commands, and what they are about."""
 
 
 def argument(*flags: str, **options: Any) -> Argument:

@@ -1,4 +1,4 @@
-"""Judgements: ``lingen eval ...``."""
+"""Evaluation: ``lingen eval ...``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def eval_tae(args: argparse.Namespace) -> int:
             result = evaluate(recipe, asked, Path(args.out), progress)
         except RecipeError:
             raise
-        except ValueError as error:  # data of which nothing fits, a reconstruction that is not finite
+        except ValueError as error:  # no sample fits, or a reconstruction is not finite
             print(error, file=sys.stderr)
             return FAILED
     if args.json:
@@ -73,7 +73,8 @@ def eval_tae(args: argparse.Namespace) -> int:
 
 
 UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sample.tile=null")
-"""What a recipe says of training and sampling plays no part: any autoencoder will do, patches need not fill a clip."""
+"""Overrides that switch off checks of training and sampling, which do not matter here: any autoencoder may be
+judged."""
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -124,7 +125,7 @@ def _trained(source: Any) -> dict[str, Any]:
             f"name the recipe instead: --recipe {place}."
         )
     component = recipe.autoencoder
-    if "path" not in component:  # one that comes with its weights, and that went on from there
+    if "path" not in component:  # an autoencoder that comes with its weights, trained further
         component = {"name": "tae", **settings_of(read_shapes(file))}
     return {**component, "path": str(file)}
 

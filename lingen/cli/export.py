@@ -1,4 +1,4 @@
-"""``lingen export``: weights to use and to give away."""
+"""``lingen export``: one file of weights to use and to share."""
 
 from __future__ import annotations
 

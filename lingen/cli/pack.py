@@ -44,7 +44,7 @@ def split_overrides(words: list[str], args: argparse.Namespace) -> list[str]:
 
 
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
-    """The limits that were given; ``off`` is None."""
+    """The limits given on the command line; ``off`` becomes None."""
     given: dict[str, Any] = {}
     for name in FILTERS:
         text = getattr(args, name)
@@ -107,7 +107,7 @@ def data_pack(args: argparse.Namespace) -> int:
 
 
 def print_report(report: Any, args: argparse.Namespace) -> int:
-    """The table or the JSON of what was made; FAILED where that is nothing."""
+    """Prints what was made as a table or JSON; returns FAILED where nothing was made."""
     if args.json:
         print_json(report.as_json())
     else:

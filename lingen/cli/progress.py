@@ -14,11 +14,11 @@ from lingen.recipe.sections import Recipe
 from lingen.run import Reporter
 
 LINE_SECONDS = 30.0
-"""Between lines that say how far a command is, in the log of a job."""
+"""Seconds between progress lines in the log of a job."""
 
 
 def bar(console: Console) -> Progress:
-    """The house's progress bar."""
+    """lingen's progress bar."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

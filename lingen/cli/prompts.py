@@ -38,7 +38,7 @@ def prompts_rewrite(args: argparse.Namespace) -> int:
         raise RecipeError(f"There is no prompt in {args.file}; write one on each line.")
     found = rewrite(prompts, _settings(args), str(best_device(args.device)))
     wrong = report_faults(found)
-    if wrong and not args.json:  # a line for a line: with one missing, the others would stand for the wrong prompts
+    if wrong and not args.json:  # one line for each prompt, so that none stands for another
         print("Nothing was written. Change what is named above; the others are kept.", file=sys.stderr)
         return FAILED
     text = json.dumps([_row(one) for one in found], indent=2, ensure_ascii=False) if args.json else _lines(found)
@@ -71,7 +71,7 @@ def _settings(args: argparse.Namespace) -> RewriteConfig:
 
 
 def rewrite(prompts: Sequence[str], how: RewriteConfig, device: str) -> list[Rewritten]:
-    """What becomes of each prompt; the model's memory is free again."""
+    """Rewrites each prompt, then frees the model's memory."""
     from lingen.cli.progress import count_bar
     from lingen.text.rewrite import Rewriter
 
@@ -113,7 +113,7 @@ def _write(path: str, text: str) -> None:
 
 
 def lines_of(path: str) -> list[str]:
-    """The lines of a file that hold something. RecipeError where it cannot be read."""
+    """The lines of a file that are not empty. RecipeError where it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return [line.strip() for line in file if line.strip()]

@@ -1,4 +1,4 @@
-"""What recipes can name, and what one comes to: ``lingen list`` and ``lingen show``."""
+"""The parts that recipes can name, and a recipe with all defaults filled in: ``lingen list`` and ``lingen show``."""
 
 from __future__ import annotations
 

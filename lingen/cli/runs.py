@@ -44,7 +44,7 @@ def fit(args: argparse.Namespace) -> int:
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
-    # Says what is wrong before lightning and the data room are imported.
+    # Mistakes are reported before lightning and lingen.data are imported.
     curriculum = load_for_training(args.recipe, args.overrides, args.stage)
     import signal
 
@@ -152,7 +152,7 @@ def _parsed(flag: str, text: str | None, kind: Callable[[str], T]) -> T | None:
 
 
 def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
-    """What the chat model makes of the prompts, before anything else takes memory; nothing where it is not wanted."""
+    """The prompts as the chat model rewrites them, before anything else takes memory; none without --rewrite."""
     from dataclasses import replace
 
     from lingen.sampling.clips import best_device

@@ -18,7 +18,7 @@ READERS = 8
 
 @cache
 def _threads(process: int) -> ThreadPoolExecutor:
-    """Those of this process; a parent's do not cross a fork."""
+    """The reading threads of this process; a parent's threads do not exist after a fork."""
     return ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
 
 
@@ -32,13 +32,13 @@ class Place(NamedTuple):
 
 
 class Ahead:
-    """Reads the samples of an index, those that were asked for before they are needed.
+    """Reads the samples of an index, ahead of time where they were requested.
 
-    Remote samples are read by threads. Of local ones the system is told that they will be needed: it reads them into
-    its cache meanwhile, from network disks too, and no memory of this process is touched.
+    Remote samples are read by threads. For local ones the operating system is told to read them into its cache, from
+    network disks too; that takes no memory of this process.
 
     Args:
-        index: where they lie.
+        index: where the samples lie.
         reader: how they are read.
     """
 
@@ -52,7 +52,7 @@ class Ahead:
         return Ahead, (self.index, self.reader)
 
     def ask(self, numbers: Iterable[int]) -> None:
-        """Begins to read samples; what was asked for before, is not there yet and is not among them is let go."""
+        """Begins to read samples; earlier requests that are not among them and not done are dropped."""
         wanted = dict.fromkeys(numbers)
         self._leave_parent()
         for number in self._coming.keys() - wanted.keys():
@@ -73,7 +73,7 @@ class Ahead:
         return coming.result() if coming is not None else self._read(self._place(number))
 
     def _leave_parent(self) -> None:
-        """After a fork: what the parent's threads read does not arrive here."""
+        """Called after a fork: forgets the reads of the parent's threads, which do not arrive here."""
         if self._process != os.getpid():
             self._coming, self._process = {}, os.getpid()
 

@@ -1,4 +1,4 @@
-"""What the datamodule hands to the LightningModule: tensors and strings, nothing else."""
+"""What the datamodule gives to the LightningModule: tensors and strings, nothing else."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Batch(NamedTuple):
     """int64 [b]: the number of each sample in the stage's stream of all ranks and kinds. Noise and times follow
     from it, so that training does not depend on how samples are spread over ranks."""
     drops: list[Drop]
-    """Samples that should have stood here and were replaced."""
+    """Samples that belong to this batch but could not be used, and were replaced."""
     retries: list[str]
     """``shard:key`` of samples for each further attempt that it took to read them."""
     text: dict[int, tuple[Tensor, Tensor]]
     """Of encoded shards: number of a text encoder -> tokens [b n w] and their mask [b n]. Encoders that are not in it
     read the captions."""
     null: dict[int, tuple[Tensor, Tensor]] = {}
-    """The same of no text at this frame rate, what a caption that is left out is replaced by. Encoders that are not in
-    it, since a sample was encoded without it, are asked."""
+    """The same for no text at this frame rate, which replaces a caption that is left out. An encoder that is not in it,
+    because a sample was encoded without it, is run."""

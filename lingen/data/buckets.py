@@ -27,7 +27,7 @@ REASONS = ("short clip: fewer than {frames} frames at {fps:g} fps", "other size:
 
 
 class Shape(NamedTuple):
-    """Of a clip; an image has one frame."""
+    """Size of a clip; an image has one frame."""
 
     frames: int
     height: int
@@ -47,20 +47,20 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of a kind in their buckets. Buckets without samples are left away."""
+    """The samples of a kind in their buckets. Buckets without samples are left out."""
 
     kind: str
     index: Index
     first: Shape
-    """That of ``data.frames`` and ``data.size``."""
+    """The shape of ``data.frames`` and ``data.size``."""
     shapes: list[Shape]
-    """Of each bucket."""
+    """Shape of each bucket."""
     batches: list[int]
     """Samples in one rank's batch of each bucket."""
     rows: list[Numbers]
     """uint32: for each bucket the numbers of its samples in the index, ascending."""
     left_out: dict[str, LeftOut]
-    """Reason -> those that are in no bucket."""
+    """Reason -> the samples that are in no bucket because of it."""
 
     @property
     def lanes(self) -> list[Lane]:
@@ -68,7 +68,7 @@ class Pool:
         return [Lane(len(rows), batch) for rows, batch in zip(self.rows, self.batches, strict=True)]
 
     def name_of(self, bucket: int) -> tuple[object, ...]:
-        """What its order depends on: the kind, and the shape where it is not the first one of the recipe."""
+        """The stream of random numbers of its order: the kind, and the shape unless it is the recipe's first."""
         shape = self.shapes[bucket]
         return (self.kind,) if shape == self.first else (self.kind, *shape)
 
@@ -110,7 +110,7 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
         if not folder.is_dir():
             with whole_folder(folder) as work:
                 _write(work, _sorted(index, shapes, kind, data.fps), len(shapes))
-        os.utime(folder)  # it is in use
+        os.utime(folder)  # marks it as used
         parts: list[Numbers] = [Mapped(folder / str(part), np.uint32) for part in range(len(shapes) + len(REASONS))]
     else:
         chunks = list(_sorted(index, shapes, kind, data.fps))
@@ -182,7 +182,7 @@ def _sort_media(records: np.ndarray, shapes: Sequence[Shape], kind: str, fps: fl
 
 
 def _sort_encoded(records: np.ndarray, shapes: Sequence[Shape], kind: str, fps: float) -> Int[np.ndarray, " n"]:
-    """As `_sort_media`: latents are of one shape for good."""
+    """As `_sort_media`, for latents, whose shape is fixed."""
     found = np.full(len(records), -2)
     for number, (frames, height, width) in enumerate(shapes):
         same = (records["frames"] == frames) & (records["height"] == height) & (records["width"] == width)

@@ -32,7 +32,7 @@ def checked(found: Any) -> list[str]:
     captions = [
         text.strip() if isinstance(text, str) else "" for text in (found if isinstance(found, list) else [found])
     ]
-    "".join(captions).encode()  # JSON can hold half a surrogate pair
+    "".join(captions).encode()  # JSON can hold one half of a surrogate pair, which is no text
     if not captions:
         raise ValueError(NO_CAPTION)
     if not all(captions):

@@ -67,7 +67,7 @@ class ClipData(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Once per machine: draws the synthetic clips where the recipe names no shards, makes the indexes."""
-        with contextlib.suppress(ValueError):  # what is wrong is said by every rank in `setup`: none waits for another
+        with contextlib.suppress(ValueError):  # every rank raises it in `setup`: none waits
             self.setup()
 
     def setup(self, stage: str | None = None) -> None:
@@ -129,7 +129,7 @@ class ClipData(lightning.LightningDataModule):
 
     @cached_property
     def _wanted(self) -> Wanted:
-        with torch.device("meta"):  # for their sizes only
+        with torch.device("meta"):  # only their sizes are needed
             autoencoder = AUTOENCODERS.build(self.recipe.autoencoder)
             encoders = [TEXT_ENCODERS.build(component) for component in self.recipe.text]
         frozen = [number for number, encoder in enumerate(encoders) if not getattr(encoder, "trainable", False)]
@@ -137,7 +137,7 @@ class ClipData(lightning.LightningDataModule):
 
     @property
     def needs_no_encoders(self) -> bool:
-        """Does all that is trained on, and validated with, come as latents and tokens, null text included?"""
+        """Whether all training and validation samples are encoded, with the tokens of the null text."""
         self.setup()
         assert self.train is not None and self.validation is not None
         indexes = [pool.index for clips in (self.train, self.validation) for pool in clips.pools.values()]
@@ -145,7 +145,7 @@ class ClipData(lightning.LightningDataModule):
             index.encoded and all(about.settings.get("null_text") for about in index.abouts) for index in indexes
         )
 
-    # what is told
+    # reports
 
     @property
     def faults(self) -> list[Drop]:
@@ -249,7 +249,8 @@ class ClipData(lightning.LightningDataModule):
     # resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """A few integers, worked out from the steps trained: never from the batches handed out, which are ahead."""
+        """A few integers that follow from the steps trained, not from the batches handed out, which are ahead of
+        training."""
         current, step = self.order(self._ranks()[1]), self._step()
         return {
             "samples": self._samples(),
@@ -304,7 +305,7 @@ def _as_it_is(batch: Any) -> Any:
 
 @cache
 def _closing() -> Any:
-    """A flag that is up once the training process exits and waits for its workers."""
+    """An event that is set when the training process exits and waits for its workers."""
     flag = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Event()
     atexit.register(flag.set)  # runs before multiprocessing's own hook, which was registered earlier
     return flag
@@ -313,8 +314,8 @@ def _closing() -> Any:
 def _start_worker(closing: Any, worker: int) -> None:
     """One thread each; signals are for the training process, which ends its workers itself.
 
-    A scheduler that stops a job signals all its processes: a worker that went at once would break the step that is
-    still to be saved. So it goes only when the training process does.
+    A scheduler that stops a job signals all its processes. A worker that ended at once would break the step that is
+    still to be saved, so it ends only with the training process.
     """
     torch.set_num_threads(1)
     for number in ("SIGINT", "SIGUSR1"):

@@ -39,14 +39,14 @@ class Sample(NamedTuple):
     """How many clips of this length the video holds: the number of different first frames."""
     captions: list[str]
     text: Tokens = Tokens({}, {})
-    """Of an encoded sample: what the text encoders made of it."""
+    """Tokens of the text encoders, for an encoded sample."""
 
 
 class ClipCache:
     """Decoded samples, see `Cache`.
 
-    A clip is found by its sample and by where it begins. How many beginnings a video has is known once it was decoded;
-    a video that is exactly as long as a clip has one, so it is decoded once.
+    The key of a clip is its sample and its first frame. How many first frames a video offers is known after it was
+    decoded; a video that is exactly as long as a clip has one, so it is decoded once.
 
     Args:
         limit: bytes of pixels to keep; 0 keeps nothing.
@@ -75,7 +75,7 @@ class Choice(NamedTuple):
 
     kind: str
     number: int
-    """In the index."""
+    """Number of the sample in the index."""
     shape: Shape
     stream: Stream
     epoch: int
@@ -124,7 +124,7 @@ class Clips(Dataset[Batch]):
         return Batch(
             kind=place.kind,
             step=place.step,
-            clips=default_collate([sample.pixels for sample in samples]),  # in a worker straight into shared memory
+            clips=default_collate([sample.pixels for sample in samples]),  # in a worker, directly into shared memory
             captions=[sample.captions[number] for sample, number in zip(samples, told, strict=True)],
             fps=self.data.fps if place.kind == "video" else 0.0,
             keys=[index.where(choice.number) for choice in choices],
@@ -137,7 +137,7 @@ class Clips(Dataset[Batch]):
         )
 
     def _read_ahead(self, place: Place) -> None:
-        """Has threads read this batch, and the next one while this is decoded; not where decoded clips are kept."""
+        """Starts reading this batch and the next one in threads, unless decoded clips are cached."""
         if self.cache.limit:
             return
         coming: dict[str, list[int]] = {kind: [] for kind in self.pools}
@@ -196,8 +196,8 @@ class Clips(Dataset[Batch]):
 
 
 class Places(DistributedSampler):
-    """Hands out places from wherever training stands when iteration begins. A `DistributedSampler` because it does the
-    work of one: Lightning would put its own in the place of any other.
+    """Hands out places from wherever training stands when iteration begins. A subclass of `DistributedSampler`,
+    because Lightning replaces any other sampler by its own.
 
     Args:
         places: called at the beginning of each iteration.

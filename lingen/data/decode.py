@@ -133,7 +133,7 @@ def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int,
     """Presentation time -> those of the needed frames that the packets give, fitted to `size`."""
     from av.video.reformatter import VideoReformatter
 
-    scaler = VideoReformatter()  # one for all frames: it keeps its tables
+    scaler = VideoReformatter()  # one scaler for all frames, because it keeps its tables
     found: dict[int, np.ndarray] = {}
     for packet in itertools.chain(packets, [None]):  # None drains the decoder
         for frame in codec.decode(packet):
@@ -145,14 +145,14 @@ def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int,
 
 
 def _is_old_x264(first: Any) -> bool:
-    """Does the first packet say that x264 before build 151 wrote this? Its 4:4:4 differs from the standard's; FFmpeg
-    knows how, but only once it has seen that packet: from a later key frame on, pictures come out wrong."""
+    """Whether the first packet says that x264 before build 151 wrote this. Its 4:4:4 differs from the standard; FFmpeg
+    handles it only after it has read that packet, so decoding must not begin at a later key frame."""
     found = re.search(rb"x264 - core (\d+)", bytes(memoryview(first)[:2048]))
     return found is not None and int(found[1]) < 151
 
 
 def _is_spare(packet: Any, codec: Any) -> bool:
-    """Can the decoder do without this picture, since no other one refers to it? Known for H.264 in MP4 and Matroska
+    """Whether the decoder can skip this picture because no other one refers to it. Known for H.264 in MP4 and Matroska
     (ISO 14496-10, 7.4.1: nal_ref_idc 0; 14496-15: units behind their lengths), and where the container says so."""
     if packet.is_disposable or codec.name != "h264" or not codec.extradata or codec.extradata[0] != 1:
         return bool(packet.is_disposable)

@@ -17,15 +17,15 @@ from lingen.recipe.signature import settings_of
 
 MADE_BY = "lingen encode"
 SAMPLED = 64
-"""Pieces of a file of weights that are read: enough to tell any two trainings apart, and 30 GB are done in a second."""
+"""Pieces of a weights file that are hashed: enough to tell any two trainings apart, in a second for 30 GB."""
 PIECE = 1 << 16
 
 
 def frozen_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe's latents and text embeddings depend on.
+    """Everything on which a recipe's latents and text embeddings depend.
 
-    A text encoder that is trained along is named by null: samples hold nothing of it. So is a path that is not on this
-    machine.
+    Null stands for a text encoder that is trained with the denoiser, because samples hold nothing of it, and for a path
+    that does not exist on this machine.
     """
     return {
         "made_by": MADE_BY,
@@ -45,13 +45,13 @@ def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
     settings = settings_of(registry[component["name"]])
     idle = {key for key, setting in settings.items() if setting.mark is FREE} | {*getattr(part, "without_effect", ())}
     component = {key: value for key, value in component.items() if key not in idle}
-    # Where the weights lie may change, what they are may not.
+    # The path of the weights may change, their contents may not.
     paths = {key: value for key, value in component.items() if isinstance(value, str) and Path(value).exists()}
     weights = {key: hash_weights(Path(value)) for key, value in paths.items() if key != "name"}
     told = {**component, **weights}
     packaged = getattr(part, "path", None)
     if "path" not in component and isinstance(packaged, str) and Path(packaged).exists():
-        told["weights"] = hash_weights(Path(packaged))  # they come with lingen, and with another release others may
+        told["weights"] = hash_weights(Path(packaged))  # weights that come with lingen may differ in another release
     if "path" in told and "path" not in paths:
         told["path"] = None
     return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
@@ -79,7 +79,7 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None:
-    """Were these sets encoded by what the recipe has? Weights that are not on this machine are not compared.
+    """Checks that sets were encoded by the recipe's frozen parts. Weights missing on this machine are not compared.
 
     Args:
         abouts: what the manifests of encoded shards say.
@@ -117,7 +117,7 @@ def _completed(here: Any, held: Any) -> Any:
 
 
 def _named(settings: dict[str, Any]) -> dict[str, Any]:
-    """The list of text encoders as a mapping, so that single settings can be told."""
+    """The list of text encoders as a mapping, so that a message can name single settings."""
     encoders: Sequence[Any] = settings["text"] or ()
     return {**settings, "text": {str(number): encoder or "trained along" for number, encoder in enumerate(encoders)}}
 

@@ -1,5 +1,7 @@
-"""What a frame is fitted to, which frames make a clip, and what is refused before it is allocated. No torch here: the
-processes that cut footage start quickly."""
+"""The size that frames are scaled to, the frames that make a clip, and limits checked before memory is allocated.
+
+No torch here: the processes that cut footage start quickly.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     shown_width = frame.width * float(aspect or 1)
     scale = max(height / frame.height, width / shown_width)
     scaled = max(height, round(frame.height * scale)), max(width, round(shown_width * scale))
-    refuse_bomb(scaled[1], scaled[0])  # a sliver grows without bounds
+    refuse_bomb(scaled[1], scaled[0])  # a very narrow picture would become very large
     method = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
     # In planes: FFmpeg scales into them about twice as fast, and a clip is wanted in planes. But where nothing is to be

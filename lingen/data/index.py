@@ -1,4 +1,4 @@
-"""The index: where every sample of a kind lies, and what its manifest says of it, ready to be looked up."""
+"""The index: the place of every sample of a kind and its row in the manifest, for fast look-up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECORD = np.dtype(
 )
 """What is kept of a row of a manifest; `key_at` and `key_length` say where its key stands in the file of keys."""
 FORGET = 512
-"""Lookups after which a process hands the pages that it touched back to the system's cache."""
+"""Look-ups after which a process releases the pages of the mapped file that it touched."""
 
 
 class Mapped:
@@ -68,7 +68,7 @@ class Mapped:
 
     @cached_property
     def array(self) -> np.ndarray:
-        """All of it."""
+        """The whole array."""
         return np.frombuffer(self._map, self.dtype) if self._map is not None else np.empty(0, self.dtype)
 
 
@@ -85,11 +85,11 @@ class Index:
     keys: Numbers
     """uint8: the keys of all samples in UTF-8, one behind the other."""
     sources: list[str]
-    """What `source` of a record counts in."""
+    """The sources that `source` of a record numbers."""
     encoded: bool = False
-    """Latents, not pixels."""
+    """Whether the samples are latents, not pixels."""
     abouts: list[About] = field(default_factory=list)
-    """What the manifests say of their sets; empty where there are none."""
+    """The description of each set from its manifest; empty without manifests."""
     faults: list[Drop] = field(default_factory=list)
     """Shards that are cut or unreadable, and samples that cannot be used because of it."""
     mark: str = ""

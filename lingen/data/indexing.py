@@ -37,7 +37,7 @@ CHUNK = 1 << 20
 UNUSED_DAYS = 30
 """An index that nobody opened for so long is deleted when another one is made."""
 LOOKED_AT = 20_000
-"""At most so many local shards are looked at when they are opened; of more, reading alone tells which are cut."""
+"""The most local shards whose length is checked when they are opened; among more, a cut shard shows only when read."""
 
 
 class Set(NamedTuple):
@@ -49,7 +49,7 @@ class Set(NamedTuple):
     version: str
     """Changes when the manifest does."""
     shards: tuple[str, ...] | None
-    """Those that are wanted; None: all."""
+    """Names of the shards that are wanted; None: all."""
 
 
 def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader) -> Index:
@@ -80,12 +80,12 @@ def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader
     if not folder.is_dir():
         with whole_folder(folder) as work:
             _build(work, sets, kind, setting)
-    os.utime(folder)  # it is in use
+    os.utime(folder)  # marks it as used, so that it is not deleted
     return _open(folder)
 
 
 def _sort(locations: Sequence[str], setting: str, reader: Reader) -> tuple[list[Set], list[Location]]:
-    """Those that have a manifest, by folder, and those that have none."""
+    """The locations that have a manifest, by folder, and those that have none."""
     folders: dict[str, list[Location]] = {}
     for one in map(Location.of, locations):
         folders.setdefault(one.folder, []).append(one)
@@ -213,7 +213,7 @@ def _numbered(column: pa.Array, number: Any) -> np.ndarray:
 
 
 def _texts(column: pa.Array) -> tuple[np.ndarray, bytes]:
-    """Where each text begins (and the last one ends), and all of them in UTF-8."""
+    """Offsets of the texts (and the end of the last one), and all texts joined, in UTF-8."""
     column = pa.concat_arrays([column])  # a slice begins at its own first byte
     _, offsets, text = column.buffers()
     starts = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)

@@ -1,10 +1,11 @@
-"""Samples that were encoded before: latents and text embeddings from the members of a shard.
+"""Encoded samples: latents and text embeddings from the members of a shard.
 
 ``KEY.latents.npy`` holds the latents [c t h w]. ``KEY.text0.npy``, ``KEY.text1.npy``, ... hold, for each text encoder
 of the recipe, its tokens [m w] of every caption, one caption behind the other, and behind them those of no text, which
 stands for a caption that is left out. ``tokens`` and ``null`` of the JSON say how many belong to each:
 ``{"captions": [...], "tokens": {"0": [7, 12], "1": [30, 41]}, "null": {"0": 0, "1": 4}}``. An encoder that is trained
-along has none: it reads the captions. Sets of before have no ``null``. Never pickled; half precision is enough (ours).
+with the denoiser has none: it reads the captions. Older sets have no ``null``. Never pickled; half precision is enough
+(ours).
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ Text = Mapping[int, Sequence[Tensor]]
 
 
 class Tokens(NamedTuple):
-    """What frozen text encoders made of a sample."""
+    """The tokens that frozen text encoders made of a sample's captions."""
 
     captions: Text
     null: Mapping[int, Tensor]
-    """Number of a text encoder -> its tokens [n w] of no text; without those that none are stored of."""
+    """Number of a text encoder -> its tokens [n w] of no text; encoders without stored ones are absent."""
 
 
 class Wanted(NamedTuple):
-    """What encoded samples of a recipe hold."""
+    """What the encoded samples of a recipe must hold."""
 
     channels: int
     strides: tuple[int, int, int]
@@ -127,7 +128,7 @@ def _read_npy(data: bytes, name: str, axes: int) -> Tensor:
         raise ValueError(f"broken latents: {name} claims {dtype} {list(shape)} and has {size} bytes")
     bits, exponent = EXPONENTS[dtype]
     numbers = np.frombuffer(data, bits, offset=stream.tell())
-    if len(numbers) and (numbers & exponent).max() == exponent:  # ten times as fast as to ask for each number
+    if len(numbers) and (numbers & exponent).max() == exponent:  # ten times as fast as isfinite on each number
         raise ValueError(f"latents not finite: {name} holds NaN or infinity")
     array = numbers.view(dtype).reshape(shape)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
@@ -146,9 +147,9 @@ Padded = dict[int, tuple[Tensor, Tensor]]
 
 
 def pad_tokens(samples: Sequence[Tokens], told: Sequence[int]) -> tuple[Padded, Padded]:
-    """What stands for a batch: the tokens of that caption of each sample that is told, and those of no text.
+    """The tokens of a batch: of the chosen caption of each sample, and of no text.
 
-    Encoders of which a sample holds none of no text are not in the second.
+    An encoder whose tokens of no text are missing in any sample is not in the second.
     """
     captions = {
         number: pad_text([one.captions[number][which] for one, which in zip(samples, told, strict=True)])

@@ -1,4 +1,4 @@
-"""What became of the samples: counted, named, and too many broken ones stop the run."""
+"""Counts used and dropped samples, with reasons and names; too many broken ones stop the run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from lingen.data.batch import Batch, Drop
 
 ENOUGH = 100
-"""Samples seen before a share of dropped ones means something."""
+"""Samples after which the share of dropped ones is checked."""
 NAMED = 20
-"""Dropped samples that are kept by name for each reason; all are counted."""
+"""Dropped samples whose names are kept, for each reason; all are counted."""
 CUT = ("truncated shard", "empty shard", "cut off")
 """Reasons that say that the end of something is missing."""
 
@@ -25,12 +25,12 @@ class DataError(ValueError):
 
 
 def reason_of(drop: Drop) -> str:
-    """What drops are grouped by: the part of the reason before its first colon."""
+    """The group of a drop: the part of its reason before the first colon."""
     return drop.reason.partition(":")[0]
 
 
 def is_cut(drop: Drop) -> bool:
-    """Is the end of a shard or of a sample missing?"""
+    """Whether the reason says that the end of a shard or of a sample is missing."""
     return reason_of(drop) in CUT
 
 
@@ -69,12 +69,12 @@ class Ledger:
         return found + sum(self.dropped[reason] for reason in CUT)
 
     def open(self, faults: Iterable[Drop], left_out: Mapping[str, int]) -> None:
-        """Takes in what was found when the shards were opened."""
+        """Adds the faults that were found when the shards were opened."""
         self.faults |= {drop.where: drop.reason for drop in faults}
         self.left_out |= left_out
 
     def record(self, batch: Batch) -> None:
-        """Counts a batch that was trained on, and what was dropped and read again on the way to it."""
+        """Counts a batch that was trained on, and the samples that were dropped or read again for it."""
         self.used += len(batch.keys)
         for where, source in zip(batch.keys, batch.sources, strict=True):
             self._count("used", where, source)
@@ -127,7 +127,7 @@ class Ledger:
         return "; ".join([said, *found]) + "."
 
     def rows(self) -> list[dict[str, str]]:
-        """What, how many, an example: for a table; the first row is what was used."""
+        """Rows (what, how many, an example) for a table; the first row counts the used samples."""
         rows = [("used", self.used, "")]
         rows += [(f"dropped: {group}", count, self.named[group][0]) for group, count in self.dropped.most_common()]
         groups = Counter(reason.partition(":")[0] for reason in self.faults.values())

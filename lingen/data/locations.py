@@ -1,4 +1,4 @@
-"""What a recipe's shards stand for: tar files and manifests, local or remote."""
+"""The tar files and manifests, local or remote, that a recipe's shards name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Location(NamedTuple):
 
     @property
     def is_manifest(self) -> bool:
-        """A manifest, not a tar file."""
+        """Whether it is a manifest, not a tar file."""
         return self.name.partition("?")[0].endswith(".parquet")
 
 

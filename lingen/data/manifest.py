@@ -21,7 +21,7 @@ from lingen.files import whole_file
 NAME = "manifest.parquet"
 """Its name in the folder of the shards."""
 VERSION = 1
-"""Raised when a reader of today could not use what is written."""
+"""Format version; raised when an older reader could not use a new file."""
 GROUP = 65536
 """Rows that are held in memory while a manifest is written, and in a row group."""
 
@@ -66,12 +66,12 @@ SCHEMA = pa.schema(
 
 
 class About(NamedTuple):
-    """What holds for the whole set."""
+    """What is true of the whole set."""
 
     fingerprint: str = ""
-    """Of whatever made the samples what they are: of encoded shards the encoders, their weights and settings."""
+    """Hash of everything that the samples depend on: for encoded shards the encoders, their weights and settings."""
     settings: dict[str, Any] = {}
-    """The same in words: plain values."""
+    """The same as plain values, for people."""
     version: int = VERSION
 
 
@@ -143,18 +143,18 @@ def about(path: Path) -> About:
 
 
 def count(path: Path) -> int:
-    """Its number of rows."""
+    """The number of rows of a manifest."""
     return _open(path).metadata.num_rows
 
 
 def batches(path: Path, size: int = GROUP) -> Iterator[pa.RecordBatch]:
-    """Its rows as columns of `SCHEMA`, at most `size` at a time, in order."""
+    """The rows of a manifest as columns of `SCHEMA`, at most `size` at a time, in order."""
     for batch in _open(path).iter_batches(size, columns=SCHEMA.names):
         yield batch.cast(SCHEMA)
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """Its rows, one by one: for thousands of them, not for millions."""
+    """The rows of a manifest, one by one: for thousands of rows, not for millions."""
     for batch in batches(path):
         yield from (Row(*values) for values in zip(*(column.to_pylist() for column in batch.columns), strict=True))
 

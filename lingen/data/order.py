@@ -40,20 +40,21 @@ Stream = tuple[object, ...]
 
 
 def digest(*parts: object) -> int:
-    """A 64-bit number that depends on all parts (numbers and strings), the same on every machine."""
+    """A 64-bit hash of all parts (numbers and strings), the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
 def uniform(*parts: object) -> float:
-    """A number in [0, 1) that depends on all parts."""
+    """A hash of all parts as a number in [0, 1)."""
     return (digest(*parts) >> 11) / (1 << 53)
 
 
 def permute(position: int, size: int, key: int) -> int:
     """Where `position` goes in the `key`-th pseudo-random order of ``range(size)``.
 
-    A Feistel network over the smallest square of powers of two that holds `size`, walked until it lands inside (Black
-    and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection that takes no memory, whatever the size.
+    A Feistel network over the smallest square of powers of two that holds `size`, repeated until the result is below
+    `size` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection that takes no memory,
+    whatever the size.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -194,7 +195,7 @@ class Turns:
         return [turns[permute(position, len(turns), key)] for position in range(len(turns))]
 
 
-# all of it
+# kinds, buckets and samples together
 
 
 class Place(NamedTuple):
@@ -205,15 +206,15 @@ class Place(NamedTuple):
     bucket: int
     """Number of the bucket among those of its kind."""
     numbers: Sequence[int]
-    """Numbers of its samples in the stream of this bucket."""
+    """Numbers of its samples in this bucket's endless stream."""
     slots: Sequence[int]
-    """Numbers of the same samples in the stream of everything."""
+    """Numbers of the same samples in the stream of all kinds and buckets."""
     ahead: Place | None = None
-    """The batch that the same process is asked for next."""
+    """The batch that the same process makes next."""
 
 
 class Anchor(NamedTuple):
-    """Where an order begins: a step, and how many samples of each bucket were taken before it."""
+    """The start of an order: a step, and how many samples of each bucket were taken before it."""
 
     step: int
     taken: Mapping[str, Sequence[int]]

@@ -1,4 +1,4 @@
-"""Still and animated pictures through Pillow: opened with care, turned upright, laid on white, fitted to a size."""
+"""Still and animated pictures through Pillow: checked before decoding, turned upright, on white, scaled to a size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def open_picture(data: bytes, formats: tuple[str, ...]) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     with reported(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower, and an error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and raises an error
         if data[:4] == b"RIFF":
             refuse_bomb(*webp_size(data))  # Pillow allocates a WebP's canvas when it opens it
         try:

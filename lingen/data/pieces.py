@@ -11,8 +11,8 @@ from lingen.files import whole_file
 class PieceCache:
     """Pieces on the local disk, shared by the processes of a machine; the least recently used ones go first.
 
-    Each process looks around whenever it has written a hundredth of the limit, so that the folder may for a moment hold
-    that much more for each process.
+    Each process checks the folder's size whenever it has written a hundredth of the limit, so that the folder may
+    briefly exceed the limit by that much for each process.
 
     Args:
         limit: bytes; 0 keeps nothing.
@@ -21,10 +21,10 @@ class PieceCache:
     def __init__(self, folder: Path, limit: int):
         self.folder = folder
         self.limit = limit
-        self._written = limit  # look around at the first piece
+        self._written = limit  # check the size at the first piece
 
     def get(self, name: str) -> bytes | None:
-        """A piece that is there."""
+        """A stored piece; None where it is not stored."""
         if not self.limit:
             return None
         path = self._path(name)

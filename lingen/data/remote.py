@@ -1,4 +1,4 @@
-"""Pieces of files at ``https://``, ``http://`` and ``s3://``: one request each; who calls tries again."""
+"""Pieces of files at ``https://``, ``http://`` and ``s3://``: one request each; retries are up to the caller."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _get(url: str, offset: int, length: int, timeout: float) -> tuple[bytes, Map
         raise SourceError(f"unreadable shard: '{url}' is no address: {error}") from error
     except urllib3.exceptions.HTTPError as error:
         raise Passing(str(error)) from error
-    if reply.status == 416:  # the file ends before
+    if reply.status == 416:  # the file is not longer than `offset`
         return b"", reply.headers
     raise _refusal(url, reply.status)
 

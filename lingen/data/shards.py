@@ -45,9 +45,9 @@ def parse(data: bytes | bytearray, key: str) -> dict[str, bytes]:
                 if found != key or suffix.lower() in members:
                     raise ValueError(f"damaged sample: '{member.name}' stands in the place of '{key}'")
                 content = memoryview(data)[member.offset_data : member.offset_data + member.size]
-                # Arrays are large, and whoever reads them takes any buffer.
+                # Arrays are large, and their readers accept any buffer: no copy.
                 members[suffix.lower()] = cast(bytes, content) if suffix.endswith(".npy") else bytes(content)
-                # Behind the last content not even its padding is there, which tarfile would miss.
+                # The last member's padding is missing, and tarfile would complain about that.
                 member = tar.next() if tar.offset < len(data) else None
             if tar.offset < len(data):
                 raise ValueError(f"damaged sample: no tar header at byte {tar.offset} of {len(data)}")
@@ -69,8 +69,9 @@ class Entry(NamedTuple):
 
 
 def scan(path: Path) -> Iterator[Entry]:
-    """The samples of a shard in order, whole or with what is wrong with them; last, with an empty key, what is wrong
-    with the shard. tarfile and webdataset both end silently at a cut: here the archive must end in a block of zeros.
+    """The samples of a shard in order, each with its fault if it has one; last, with an empty key, the shard's own
+    fault if it has one. tarfile and webdataset both end silently at a cut: here the archive must end in a block of
+    zeros.
 
     Raises:
         OSError: the file cannot be read.
@@ -108,7 +109,7 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[Entry]:
         try:
             member = tar.next()
         except tarfile.ReadError:
-            return  # the last member's data ends early, which its own fault says
+            return  # the last member's data ends early; its sample reports that
         if member is None or member.size < 0:
             return
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header

@@ -1,8 +1,8 @@
 """Reading pieces of shards wherever they lie: local files, ``https://`` and ``http://``, ``s3://``.
 
 A read that fails for a passing reason (a timeout, a broken connection, a server that is busy) is tried again, each time
-after a longer wait; one that cannot succeed (no such file, no permission) is not. What was read from afar may be kept
-on the local disk within a bound.
+after a longer wait; one that cannot succeed (no such file, no permission) is not. Remote pieces may be kept on
+the local disk, up to a limit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIRST_WAIT = 0.25
 OPEN_FILES = 64
 """Local shards that a process keeps open."""
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EINTR}
-"""What a network disk may say in passing."""
+"""Errors of network disks that may pass: worth another attempt."""
 
 
 class Piece(NamedTuple):
@@ -77,7 +77,7 @@ class Reader:
     def announce(self, location: str, offset: int, length: int) -> None:
         """Has the system read a piece of a local file into its cache, without waiting for it."""
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # reading it will tell
+            with contextlib.suppress(OSError):  # the later read reports the error
                 file = _open_files(os.getpid()).get(location)
                 os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
@@ -86,7 +86,7 @@ class Reader:
         return self._retry(location, lambda: stat_remote(location, self.settings.timeout))[0]
 
     def _retry(self, location: str, read: Callable[[], T]) -> tuple[T, int]:
-        """What `read` gives, and the attempts after the first one that it took."""
+        """The bytes that `read` returns, and how many attempts after the first one they took."""
         for attempt in range(self.settings.attempts):
             try:
                 return read(), attempt
@@ -132,7 +132,7 @@ class _OpenFiles:
 
 @cache
 def _open_files(process: int) -> _OpenFiles:
-    """Those of this process: a thread of the parent may hold the lock of its own for ever."""
+    """The open shards of this process: after a fork, the parent's lock may be held for ever."""
     return _OpenFiles()
 
 

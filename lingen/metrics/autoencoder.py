@@ -1,4 +1,4 @@
-"""An autoencoder judged on a recipe's clips: encode, decode, compare, next to bicubic scaling of the same size."""
+"""Evaluates an autoencoder on a recipe's clips, beside bicubic scaling to as many numbers."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from lingen.recipe.sections import PerKind, Recipe
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
 """Movie Gen's TAE (arXiv 2410.13720, section 3.1.1) on its authors' clips of 512 pixels: for scale only."""
 PIECE = 32
-"""Frames that an autoencoder's stream is handed at a time."""
+"""Frames in a piece that an autoencoder's stream gets."""
 SHOWN, COLUMNS = 3, 8
-"""Clips of a kind in the picture, and frames of each."""
+"""Clips of each kind in the picture, and frames of each clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Request:
     """What is asked for."""
 
     clips: int = 8
-    """Of each kind."""
+    """Clips of each kind."""
     way: str | None = None
     """One of `WAYS`; None: exact where the autoencoder has streams, else whole."""
     tile: tuple[int, int] | None = None
@@ -82,7 +82,7 @@ def evaluate(
         kind: _Source(recipe, kind, asked.clips) for kind in ("video", "image") if getattr(recipe.data.mix, kind)
     }
     judge = _Judge(recipe, autoencoder, way, tiles, asked, out)
-    (out / "side_by_side.mp4").unlink(missing_ok=True)  # images alone make none
+    (out / "side_by_side.mp4").unlink(missing_ok=True)  # images alone make no film
     total, done = sum(source.clips for source in sources.values()), 0
     for kind, source in sources.items():
         for batch in source.batches():
@@ -114,12 +114,12 @@ def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
 
 
 def _few(synthetic: dict[str, Any], clips: int) -> dict[str, Any]:
-    """The same drawn clips, but no more of them than are looked at: these are the first of the held-out ones."""
+    """The same synthetic clips, but only as many as are evaluated, which are the first of the held-out ones."""
     return {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
 
 
 def _build(recipe: Recipe, asked: Request) -> tuple[Any, str, Tiles]:
-    """The autoencoder on its device, and how it is used; everything that can be refused is refused here."""
+    """The autoencoder on its device, and its way; all settings are checked here."""
     name = recipe.autoencoder["name"]
     autoencoder = AUTOENCODERS.build(recipe.autoencoder)
     if min(recipe.data.size) < LEAST_SIDE:
@@ -185,7 +185,7 @@ class _Source:
 
 
 class _Judge:
-    """Keeps what was measured, clip by clip."""
+    """Collects the scores, clip by clip."""
 
     def __init__(self, recipe: Recipe, autoencoder: Any, way: str, tiles: Tiles, asked: Request, out: Path):
         self.name = recipe.autoencoder["name"]
@@ -196,7 +196,7 @@ class _Judge:
         self.perceptual = self._perceptual(recipe)
         self.scores: dict[tuple[str, str], list[Quality]] = {}
         self.numbers: dict[tuple[str, str], float] = {}
-        """Share of the clip's numbers that is kept."""
+        """Numbers of the latents as a share of those of the clip."""
         self.clips: list[dict[str, Any]] = []
         self.between: dict[str, dict[str, list[float]]] = {}
         self.shown: dict[str, list[np.ndarray]] = {"video": [], "image": []}
@@ -279,7 +279,8 @@ class _Judge:
         return comparison.result()
 
     def _compare_ways(self, kind: str, clip: Tensor) -> None:
-        """How far the ways are apart: PSNR of decodes of the same latents, relative RMS of latents of the same clip."""
+        """Differences between the ways: PSNR of decodes of the same latents, relative RMS of latents of the same
+        clip."""
         ways = [way for way in reversed(WAYS) if way in ways_of(self.autoencoder)]
         encoded = {way: encode(self.autoencoder, self._pieces(clip), way, self.tiles).float() for way in ways}
         decoded = {way: torch.cat([*decode(self.autoencoder, encoded["whole"], way, self.tiles)], 2) for way in ways}

@@ -1,4 +1,4 @@
-"""How near a reconstructed clip is to the clip: numbers, a baseline of the same size, and pictures to look at."""
+"""How close a reconstruction is to its clip: scores, a baseline with as many numbers, and pictures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 MOST_PSNR = 100.0
-"""dB; what equal clips have, and the most that any have: float32 tells no smaller error from none (ours)."""
+"""Largest PSNR in dB, that of equal clips: float32 cannot tell smaller errors from none (ours)."""
 LEAST_SIDE = 11
 """Pixels: SSIM looks through a window of 11 x 11."""
 AT_ONCE = 8
-"""Frames that are compared in one go."""
+"""Frames that are compared at once."""
 
 Pixels = Float[Tensor, "b 3 _t h w"]
 
@@ -135,7 +135,7 @@ def bicubic_shape(clip: Sequence[int], numbers: int, *, in_time: bool) -> tuple[
 
 
 def bicubic(pieces: Iterable[Pixels], shape: Sequence[int], piece: int = AT_ONCE) -> Iterator[Pixels]:
-    """A clip made small and large again: what storing as few numbers as the latents costs without any learning.
+    """A clip scaled down and up again: the loss of storing as few numbers as the latents have, without learning.
 
     Space: bicubic, antialiased on the way down. Time: means of frames on the way down, lines between them on the way
     up. Holds the small clip only.

@@ -23,7 +23,7 @@ GREY = 0.12
 TRIANGLE, SQUARE = 0.25, 0.15
 """Least threefold and fourfold symmetry: at 24x24 triangles have 0.5-0.65, squares 0.28-0.43, the others below 0.07."""
 MOVE, GROW, TURN = 0.43, 1.2, np.pi
-"""What a whole clip of each motion amounts to: sides travelled, log of the area ratio, radians."""
+"""Size of each motion over a whole clip: sides travelled, log of the area ratio, radians."""
 STILL = 0.3
 """Below this share of a whole motion nothing moves."""
 
@@ -139,7 +139,7 @@ def _smooth(image: Float[np.ndarray, "t h w"]) -> Float[np.ndarray, "t h w"]:
 
 
 def _main_blob(cover: Float[np.ndarray, "t h w"]) -> Float[np.ndarray, "t h w"]:
-    """Keeps, in each frame, what hangs together with the best covered pixel through pixels that are a third covered."""
+    """Keeps, in each frame, the region around the best covered pixel that is connected by pixels covered by a third."""
     solid = _smooth(cover)
     frames = solid.reshape(len(cover), -1)
     keep = (np.arange(frames.shape[1]) == frames.argmax(1)[:, None]).reshape(cover.shape)
@@ -159,7 +159,7 @@ def _colour(rgb: Float[np.ndarray, " 3"]) -> str | None:
 
 
 def _chroma(rgb: Float[np.ndarray, " 3"]) -> complex:
-    """Hue as angle, colourfulness as length."""
+    """Colour as a complex number: hue is its angle, chroma its length."""
     r, g, b = rgb
     return complex(r - (g + b) / 2, sqrt(3) / 2 * (g - b))
 
@@ -191,7 +191,7 @@ def _shape(cover: Float[np.ndarray, "t h w"]) -> str:
 def _motion(cover: Float[np.ndarray, "t h w"], light: Float[np.ndarray, "t h w"]) -> str | None:
     """The motion done most completely: centre and log area by a straight line over time, turning by the bright side."""
     t, h, w = cover.shape
-    if t == 1 or cover.max((1, 2)).min() < 0.5:  # an image, or an object that comes or goes
+    if t == 1 or cover.max((1, 2)).min() < 0.5:  # an image, or an object that is missing in some frames
         return None
     z, area, centre = _offsets(cover)
     s = np.linspace(-0.5, 0.5, t)

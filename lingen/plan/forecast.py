@@ -1,4 +1,4 @@
-"""What a stage will take, before it runs: tokens and parameters (exact), memory and FLOPs (estimates)."""
+"""Forecast of a stage: tokens and parameters (exact), memory and FLOPs (estimates)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ KEPT_BYTES = {
 }
 """What a block of this mixer keeps for the backward pass in float32, in bytes per token and unit of width, by the type
 of device: tensors that autograd saved, at width 256, with plain PyTorch on a CPU and the Triton kernels on an H100
-[ours]. A device that is not here is taken for a CPU, a mixer of someone else for the largest."""
+[ours]. Other devices count as a CPU, mixers of third parties as the largest entry."""
 SIXTEEN_BIT = {"cpu": 0.85, "cuda": 0.65}
-"""Share of it in 16 bits: with plain PyTorch the SSD's sums stay in float32, on CUDA the residual stream."""
+"""The factor on it in 16 bits: with plain PyTorch the SSD's sums stay float32, on CUDA the residual stream does."""
 INPUT_BYTES = 4
-"""Of a recomputed block's input for each number of it: the residual stream is float32 while training."""
+"""Bytes of each number of a recomputed block's input: the residual stream is float32 in training."""
 CHUNK = 64
 """Length of the chunks of the SSD's matmul form (arXiv 2405.21060, section 6), in tokens [ours]."""
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -45,9 +45,9 @@ class Plan:
     memory: dict[str, int]
     """Bytes: weights, averaged weights, gradients and optimiser, activations of the largest batch."""
     flops: dict[str, float]
-    """Of one forward pass over one sample of each kind."""
+    """FLOPs of one forward pass over one sample of each kind."""
     training_flops: dict[str, float]
-    """Of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
+    """FLOPs of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -202,7 +202,7 @@ def _layers(config: LinGenConfig) -> list[Component]:
 
 
 def _between_tokens(component: Component, config: LinGenConfig, grid: Triple) -> float:
-    """FLOPs per token of mixing tokens, beyond the projections; 0 for a mixer of someone else."""
+    """FLOPs per token between tokens, beyond the projections; 0 for a mixer of a third party."""
     name = component["name"]
     if name == "mate":
         branches = [component.get(branch) for branch in ("ma", "te")]

@@ -16,7 +16,7 @@ from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
 
 CUDA_KERNELS = ("triton", "stock", "flash", "cudnn")
-"""Twins that no CPU runs."""
+"""Kernels that do not run on a CPU."""
 
 OURS = {
     "max_steps": "train.steps",
@@ -142,7 +142,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def _is_number(text: str) -> bool:
-    """Is this text that OmegaConf would read as a number, e.g. 1e-4, though YAML 1.1 does not?"""
+    """Whether OmegaConf would read this text as a number though YAML 1.1 does not, e.g. 1e-4."""
     try:
         return bool(float(text)) or True
     except ValueError:
@@ -150,7 +150,8 @@ def _is_number(text: str) -> bool:
 
 
 def _complete(draft: Draft) -> Curriculum:
-    """Second half of loading: settings against signatures, what follows from the neighbours, models on `meta`."""
+    """Second half of loading: checks settings against signatures, derives settings from other parts, builds models on
+    `meta`."""
     everything = [draft.base, *draft.stages.values()]
     raise_all(
         problem
@@ -204,7 +205,7 @@ def _check_trainer(draft: Layered) -> Iterator[Problem]:
 
 
 def _check_kernels(draft: Layered) -> Iterator[Problem]:
-    """A kernel that only CUDA has is no choice where the trainer is told to take the CPU: said before data is read."""
+    """A mistake where a kernel needs CUDA and the trainer is set to the CPU; found before data is read."""
     if draft.get(("trainer", "accelerator")) != "cpu":
         return
     for path, component, _ in components_of(draft.tree):
@@ -217,7 +218,7 @@ def _check_kernels(draft: Layered) -> Iterator[Problem]:
 
 
 def _difference(base: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
-    """What has to be laid over `base` in order to get `stage`; another part is given whole."""
+    """The overlay that turns `base` into `stage`; a changed part is given with all its settings."""
     return {
         key: _difference(base[key], value) if _same_part(base.get(key), value) else value
         for key, value in stage.items()

@@ -36,7 +36,7 @@ class Trial:
             positional = (recipe.model.dim, 0) if registry is MIXERS else ()
             try:
                 on_meta(registry, component, *positional)
-            except Exception as error:  # a third party's part may fail in any way
+            except Exception as error:  # a third party's part may raise anything
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
 
     def grids(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
@@ -52,7 +52,7 @@ class Trial:
             yield from _critic(draft, recipe)
 
     def derive(self, recipe: Recipe, largest: Triple) -> LinGenConfig:
-        """The model's settings with what follows from its neighbours."""
+        """The model's settings, with those that follow from autoencoder, text encoders and stages."""
         channels = on_meta(AUTOENCODERS, recipe.autoencoder).channels
         text_dims = tuple(on_meta(TEXT_ENCODERS, component).dim for component in recipe.text)
         return replace(recipe.model, channels=channels, text_dims=text_dims, max_grid=largest)
@@ -126,7 +126,7 @@ def features_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what: str) -> Problem:
-    """Where a constructor's refusal belongs: the setting that it names, else the component."""
+    """The place of a constructor's error: the setting that it names, else the component."""
     text = " ".join(str(error).split())
     if isinstance(error, SettingError):
         return draft.problem((*path, error.setting), text)
@@ -136,7 +136,7 @@ def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what
 
 
 def _decoding(draft: Layered, recipe: Recipe, autoencoder: Any) -> Iterator[Problem]:
-    """Can the autoencoder decode as `sample` says? Said before anything is trained, not when the first clip is made."""
+    """A mistake where the autoencoder cannot decode as `sample` says; found before anything is trained."""
     from lingen.autoencoder.ways import tiles_of, way_for
 
     settings = recipe.sample
@@ -151,7 +151,7 @@ def _decoding(draft: Layered, recipe: Recipe, autoencoder: Any) -> Iterator[Prob
 
 
 def _critic(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
-    """Are the frames large enough for the discriminator?"""
+    """A mistake where the frames are too small for the discriminator."""
     import torch
 
     from lingen.autoencoder.discriminator import Discriminator

@@ -35,26 +35,26 @@ class Captioning(NamedTuple):
     model: Path
     """A folder that `save_pretrained` wrote, with the processor beside the model."""
     prompt: str = ""
-    """What a model that follows instructions is asked; one that only describes pictures needs none."""
+    """The instruction for a model that follows instructions; unused by one that only describes pictures."""
     captions: int = 1
-    """Of each sample: the first is the likeliest, others are drawn."""
+    """Captions of each sample: the first is the likeliest, others are sampled."""
     frames: int = 8
-    """Of a clip that the model is shown, spread over its length."""
+    """Frames of a clip that the model sees, spread over its length."""
     max_tokens: int = 120
     replace: bool = False
-    """Also what has captions already."""
+    """Whether samples that have captions are captioned again."""
     device: str = "cpu"
     part: Part = Part()
     shard_mb: int = 1000
 
     @property
     def name(self) -> str:
-        """The model's."""
+        """Precision of the model."""
         return self.model.resolve().name
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the captions depend on."""
+        """The settings on which the captions depend."""
         return {
             "model": self.name,
             "weights": hash_weights(self.model),
@@ -79,7 +79,7 @@ class Captioner:
             from transformers import AutoModelForImageTextToText, AutoProcessor, logging
         except ImportError as error:
             raise RecipeError("Captions are written by a model of transformers: pip install transformers.") from error
-        logging.set_verbosity_error()  # its bars and advice would stand between ours
+        logging.set_verbosity_error()  # its progress bars and hints would mix with ours
         logging.disable_progress_bar()
         if not how.model.is_dir():
             raise RecipeError(f"--model {how.model} is no folder; name one that holds a model and its processor.")
@@ -117,7 +117,7 @@ class Captioner:
         said = self.model.generate(**inputs, **options)
         asked = inputs.get("input_ids")
         if asked is not None and said.shape[1] >= asked.shape[1] and (said[:, : asked.shape[1]] == asked).all():
-            said = said[:, asked.shape[1] :]  # the answer comes behind the question
+            said = said[:, asked.shape[1] :]  # the output begins with the prompt
         texts = self.processor.batch_decode(said, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
@@ -207,6 +207,6 @@ def _frames(members: dict[str, bytes], row: Row, count: int) -> np.ndarray:
     size = (height, max(1, round(height * row.width / row.height)) if row.height else height)
     total = row.frames if row.kind == "video" else 1
     shown = min(count, total)
-    fps = (row.fps or 1.0) * shown / max(1, total)  # so many in the whole length
+    fps = (row.fps or 1.0) * shown / max(1, total)  # frames over the whole length
     clip = decode_sample(members, row.kind, frames=shown, size=size, fps=fps, start=0.0)
     return clip.pixels.permute(1, 2, 3, 0).numpy()

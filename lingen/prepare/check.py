@@ -1,4 +1,4 @@
-"""Are shards whole, and does their manifest tell the truth? `lingen data check`."""
+"""Checks that shards are complete and that their manifest is right: `lingen data check`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lingen.prepare.workers import in_order
 from lingen.recipe.registry import RecipeError
 
 Depth = Literal["quick", "full", "decode"]
-"""Headers and manifest only; every byte as well; every frame as well."""
+"""Depths of a check: headers and manifest; also every byte; also every frame."""
 
 
 class Job(NamedTuple):
@@ -25,9 +25,9 @@ class Job(NamedTuple):
 
     path: Path
     rows: list[Row] | None
-    """What the manifest says of it; None: there is no manifest."""
+    """The manifest's rows for the shard; None: there is no manifest."""
     left_out: frozenset[str]
-    """Keys that are in the shard and by intention not in the manifest."""
+    """Keys of the shard that the manifest leaves out on purpose."""
     depth: Depth
 
 
@@ -130,7 +130,8 @@ def _compare(row: Row | None, start: int, end: int, again: bool) -> Iterator[str
 
 
 def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator[str]:
-    """Reads a sample as training would; what its bytes' hash vouches for is decoded only on demand."""
+    """Reads a sample as training would; decodes it where the manifest holds no hash of it, or where that is asked
+    for."""
     try:
         members = parse(data, key)
         captions = captions_of(members)

@@ -34,16 +34,16 @@ from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
 CRF = 18
 """x264's quality: hard to tell from the source."""
 KEY_SECONDS = 1.0
-"""Between key frames: a clip that begins in the middle decodes half a second too much on average."""
+"""Seconds between key frames: a clip that begins anywhere decodes half of this for nothing, on average."""
 OUTCOME = "__outcome__.json"
 
 
 class Wanted(NamedTuple):
-    """What the stages of a recipe want."""
+    """The sizes, frame rate and lengths that the stages of a recipe ask for."""
 
     sizes: tuple[tuple[tuple[int, int], ...], ...]
-    """Of each stage, the heights and widths in pixels: samples are scaled down to cover that one of each stage whose
-    aspect ratio is nearest, never up."""
+    """Heights and widths in pixels, for each stage: a sample is scaled down until it just covers, for every stage, the
+    size whose aspect ratio is nearest to its own; never up."""
     fps: float
     """Frames a second; a film of fewer keeps its own."""
     lengths: tuple[int, ...]
@@ -64,7 +64,7 @@ class Job(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A sample that lies in the tar."""
+    """A sample that was written to the tar."""
 
     key: str
     media: str
@@ -77,7 +77,7 @@ class Made(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a source."""
+    """The samples made of a source, and what was dropped."""
 
     samples: list[Made]
     drops: list[tuple[str, str]]
@@ -115,7 +115,7 @@ def _make(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
 
 
 def read_outcome(path: Path) -> Outcome:
-    """What `make_samples` returned when it wrote this file."""
+    """The outcome that `make_samples` stored in this file."""
     with tarfile.open(path) as tar:
         held = json.loads(tar.extractfile(OUTCOME).read())  # type: ignore[union-attr]
     samples = [Made(*made)._replace(looks=tuple(made[-1])) for made in held[0]]
@@ -140,7 +140,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _film(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
-    """The pieces of a film that no filter leaves out. It is decoded twice: once to see, once to cut."""
+    """The pieces of a film that no filter leaves out. The film is decoded twice, to measure it and to cut it."""
     track = follow(read_frames(job.source.path))
     verdict = judge_film(track, job.filters)
     if verdict is not None:

@@ -38,12 +38,12 @@ class Task(NamedTuple):
 
     samples: Index
     number: int
-    """Of its sample."""
+    """Number of its sample in the index."""
     shape: Shape
     fps: float
     """0 for an image."""
     window: int
-    """Which of the clips, one behind the other, that a video holds."""
+    """Number of the clip among the consecutive clips of its video."""
 
     @property
     def key(self) -> str:
@@ -179,7 +179,7 @@ def encode(
 
 
 def _common(stages: Sequence[Recipe]) -> dict[str, Any]:
-    """What the frozen parts of all stages are."""
+    """A description of the frozen parts, which all stages have in common."""
     first = frozen_settings(stages[0])
     for stage in stages[1:]:
         other = frozen_settings(stage)
@@ -224,7 +224,7 @@ def _one_thread(worker: int) -> None:
 
 
 def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None:
-    """Writes what can be used of a group, and notes the rest."""
+    """Writes the usable samples of a group, and notes why the others are not."""
     good = [loaded.pixels for _, loaded in group if not loaded.reason]
     latents = iter(encoders.latents(good)) if good else iter(())
     for task, loaded in group:
@@ -241,5 +241,5 @@ def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None
             task.key, "", 0, 0, "latents", height, width, frames, task.fps, len(loaded.captions),
             len(loaded.captions[0]), LATENTS, media_hash(members[LATENTS]), task.samples.source(task.number),
         )  # fmt: skip
-        stream.note([Note(task.key)])  # before it is written: both belong into one record
+        stream.note([Note(task.key)])  # before the sample is written: both belong to one record
         stream.write({"__key__": task.key, **members}, row)

@@ -1,4 +1,4 @@
-"""The frozen parts of a recipe at work, and what they make of a clip as the members of a sample."""
+"""Runs the frozen parts of a recipe on clips, and packs the results as the members of a sample."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class Item(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """What lies in the folder now."""
+    """The contents of the folder."""
 
     folder: Path
     counts: dict[str, int]
@@ -119,7 +119,7 @@ class Fetched(NamedTuple):
     licences: list[str]
     """One line for each package; the texts are in LICENSES.md."""
     cached: bool
-    """The folder was complete already."""
+    """Whether the folder was complete before the call."""
 
 
 def fetch(
@@ -164,7 +164,7 @@ def fetch(
 
 
 def _is_complete(out: Path, wanted: dict[str, Any]) -> bool:
-    """Was this very set written there before? RecipeError where the folder holds anything else."""
+    """Whether the folder holds this set already. RecipeError where it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     about = json.loads((out / "fetched.json").read_text()) if (out / "fetched.json").is_file() else None
@@ -198,7 +198,7 @@ def _write(work: Path, videos: list[Item], images: list[Item], progress: Callabl
 
     held_out = _held_out([item.caption for item in videos], [item.caption for item in images])
     counts: dict[str, int] = {}
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow and PyAV work outside the interpreter's lock
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow and PyAV release the interpreter's lock
 
     def convert(items: list[Item], converter: Callable[[Item], dict[str, Any]]) -> Iterator[dict[str, Any]]:
         before = sum(counts.values())
@@ -241,7 +241,7 @@ def _emoji(parts: int, limit: int | None) -> tuple[list[Item], list[Item]]:
             if _frame_count(item.data) > 1:
                 videos.append(item)
     images = list(_emoji_files(EMOJI_IMAGE, names))
-    if limit is not None:  # few stills: those of the few clips first
+    if limit is not None:  # with a limit, stills of the chosen clips come first
         own = {item.key for item in videos}
         images = sorted(images, key=lambda item: item.key not in own)[:limit]
     return videos, images

@@ -19,13 +19,13 @@ from lingen.recipe.signature import checked
 LOOKS = 3
 """Frames of a clip that are compared with those of others: at 1/6, 1/2 and 5/6 of its length."""
 BANDS = 4 * LOOKS
-"""Pieces of 16 bits: two clips that differ in fewer bits than there are pieces share a whole one."""
+"""Pieces of 16 bits: of two clips that differ in fewer bits than there are pieces, at least one piece is equal."""
 BLACK_FRAME = 0.02
 """A frame with fewer pixels than this share that are not black is a black one."""
 FROZEN = 0.05
 """Frames that differ by less than this many grey levels (of 255) are the same one."""
 REPEATED = 0.2
-"""A frame that differs by less than this share of the mean difference is the one before, compressed once more."""
+"""A frame that differs by less than this share of the mean difference counts as a copy of the one before."""
 FROZEN_SECONDS = 0.5
 """How long a frame has to stand still to count as frozen: animation shows each drawing two or three times."""
 
@@ -52,7 +52,7 @@ class Filters:
 
 
 class Verdict(NamedTuple):
-    """A reason, and the number that gave it."""
+    """A reason for leaving something out, with the measured number."""
 
     reason: str
     detail: str
@@ -69,14 +69,14 @@ def judge_size(size: tuple[int, int], filters: Filters) -> Verdict | None:
 
 
 def judge_film(track: Track, filters: Filters) -> Verdict | None:
-    """What leaves out a whole film."""
+    """The reason to leave out a whole film; None where there is none."""
     if filters.min_fps is not None and len(track.times) > 1 and track.fps < filters.min_fps:
         return Verdict("slow", f"{track.fps:.3g} frames a second, fewer than {filters.min_fps:g}")
     return judge_size(track.size, filters)
 
 
 def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Verdict | None:
-    """What leaves out the frames from `first` to `end` (excluded) of a film."""
+    """The reason to leave out the frames from `first` to `end` (excluded) of a film; None where there is none."""
     black = float((track.lit[first:end] < BLACK_FRAME).mean())
     if filters.black is not None and black > filters.black:
         return Verdict("black", f"{black:.0%} of its frames")
@@ -92,7 +92,7 @@ def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Verdict 
 
 
 def motion_of(track: Track, first: int, end: int) -> tuple[float, float]:
-    """Mean motion, and how the camera jerks, both in picture heights a second.
+    """Mean motion, and jerk of the camera, both in picture heights a second.
 
     The jerk is the root mean square of how its speed changes from one frame to the next that is not the same (many
     films show frames twice); less where that is little against the speed itself, as in a fast pan.
@@ -107,7 +107,7 @@ def motion_of(track: Track, first: int, end: int) -> tuple[float, float]:
 
 
 def _size_of(vectors: np.ndarray) -> float:
-    """Root mean square of their lengths."""
+    """Root mean square of the vectors' lengths."""
     return float(np.sqrt(np.square(vectors).sum(1).mean())) if len(vectors) else 0.0
 
 
@@ -126,15 +126,15 @@ def frozen_share(change: np.ndarray, times: np.ndarray) -> float:
 
 
 def looks_of(track: Track, first: int, end: int) -> tuple[int, ...]:
-    """What a clip looks like, for `Duplicates`."""
+    """The looks of a few frames of a clip, for `Duplicates`."""
     return tuple(int(track.looks[first + (end - first) * (2 * i + 1) // (2 * LOOKS)]) for i in range(LOOKS))
 
 
 class Duplicates:
-    """Clips seen so far, found again by how they look. About 500 bytes a clip.
+    """The looks of all clips so far, in which near-duplicates are found. About 500 bytes a clip.
 
     Args:
-        limit: how few of the bits of two clips may differ; below `BANDS`, so that none is overlooked.
+        limit: clips that differ in at most this many bits are duplicates; below `BANDS`, so that all are found.
     """
 
     def __init__(self, limit: int | None):

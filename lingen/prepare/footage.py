@@ -87,7 +87,7 @@ class Frame(NamedTuple):
     aspect: Any
     """Width over height of a pixel; None: square."""
     gap: bool
-    """Frames are missing before it: damaged ones, or half a second in which nothing is shown."""
+    """Whether frames are missing before it: damaged ones, or a gap of half a second."""
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
@@ -104,7 +104,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
             continue
         first = time if last is None else first
         if last is not None and time - first <= last.time:
-            continue  # two frames at the same time: only one of them is ever seen
+            continue  # of two frames at the same time only one is shown
         late = last is not None and time - first - last.time > 0.5
         last = Frame(time - first, picture, aspect, gap or late)
         yield last

@@ -1,4 +1,4 @@
-"""What each stage of a recipe would make of its shards: samples by bucket and rank, epochs, what is left out."""
+"""How each stage of a recipe would use its shards: samples by bucket and rank, epochs, what is left out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Bucket(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What becomes of all stages."""
+    """The forecast of all stages."""
 
     buckets: list[Bucket]
     epochs: dict[str, dict[str, float]]
@@ -41,7 +41,7 @@ class Forecast(NamedTuple):
     left_out: dict[str, int]
     """``stage: kind: reason: example`` -> samples."""
     problems: list[str]
-    """Stages that would starve, each with the cure."""
+    """A sentence for each stage that has too few samples, with the cure."""
 
 
 def forecast(stages: Sequence[Recipe], ranks: int | None = None) -> Forecast:

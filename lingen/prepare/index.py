@@ -1,4 +1,4 @@
-"""A manifest for shards that have none: each sample is read once, and told by its own media."""
+"""Makes a manifest for shards that have none: each sample is read once, and described by its media."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lingen.recipe.registry import RecipeError
 
 SUFFIXES = ("mp4", "webm", "webp", "jpg", "jpeg", "png")
 ROTATED = (5, 6, 7, 8)
-"""Orientations of Exif that lie on their side."""
+"""Exif orientations that exchange height and width."""
 
 
 class Indexed(NamedTuple):
-    """What came of a folder of shards."""
+    """The result for a folder of shards."""
 
     rows: int
     drops: list[Drop]
@@ -108,7 +108,8 @@ def describe(members: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _video(data: bytes) -> dict[str, Any]:
-    """By the time stamps of its frames, whatever the header says; the first frame tells how it is turned."""
+    """Size, frames and rate of a video by the time stamps of its frames, not its header; rotated as the first frame
+    is."""
     import av
 
     from lingen.data.decode import container_of, picture_stream

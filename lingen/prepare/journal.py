@@ -1,8 +1,9 @@
-"""A set of shards that is written piece by piece, by several jobs, and survives being killed at any moment.
+"""A set of shards that several jobs write step by step, each of which may be killed at any moment.
 
 Each part of the set (``--part 3/64``) has a folder below ``OUT/.parts``. A shard appears in one step, after its record:
 what lies in it, and what became of everything that was looked at since the shard before. So the records alone say where
-to go on, and nothing is lost or there twice. When all parts are done, their records become the manifest and the ledger.
+to continue, and no sample is lost or written twice. When all parts are done, their records become the manifest and the
+ledger.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ class Part(NamedTuple):
     total: int = 1
 
     def holds(self, name: str) -> bool:
-        """Is this name in the share? Each is in one, whatever other names there are."""
+        """Whether this name is in the share. A name's share does not depend on the other names."""
         import hashlib
 
         digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
         return int.from_bytes(digest, "big") % self.total == self.number - 1
 
     def slice_of(self, count: int) -> slice:
-        """Its share of `count` things in a row, which stay together."""
+        """Its share of `count` items in order, as one range."""
         return slice(count * (self.number - 1) // self.total, count * self.number // self.total)
 
     def __str__(self) -> str:
@@ -55,12 +56,12 @@ def part_of(text: str | None) -> Part:
 
 
 class Note(NamedTuple):
-    """What became of something that was looked at."""
+    """The outcome for a source or sample."""
 
     name: str
     """A source, or a sample of it."""
     reason: str = ""
-    """``reason: detail`` of what was left out; empty: done with."""
+    """``reason: detail`` of what was left out; empty: used."""
 
 
 class Entry(NamedTuple):
@@ -68,11 +69,11 @@ class Entry(NamedTuple):
 
     row: Row
     looks: tuple[int, ...] = ()
-    """For `Duplicates`; empty where they are not compared."""
+    """Looks of the clip for `Duplicates`; empty where clips are not compared."""
 
 
 class Record(NamedTuple):
-    """A shard, and what became of everything since the one before. One without entries has no shard."""
+    """A shard, and the outcome of everything since the shard before. A record without `entries` has no shard."""
 
     entries: list[Entry]
     notes: list[Note]
@@ -104,7 +105,7 @@ class SetFolder:
 
     @property
     def work(self) -> Path:
-        """For files on their way into a shard."""
+        """Folder for files that are not in a shard yet."""
         return self.own / "work"
 
     def _agree(self, settings: dict[str, Any]) -> None:
@@ -142,18 +143,18 @@ class SetFolder:
         return all((part / "done").is_file() for part in parts)
 
     def all_records(self, kind: str) -> Iterator[Record]:
-        """Those of all parts, in order."""
+        """The records of all parts, in order."""
         for number in range(1, self.part.total + 1):
             yield from _records(self.parts / str(Part(number, self.part.total)) / "records", kind)
 
     def own_records(self, kind: str) -> Iterator[Record]:
-        """Those of this part."""
+        """The records of this part."""
         return _records(self.records, kind)
 
 
 @contextlib.contextmanager
 def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Held by one process at a time; False where it is another one's."""
+    """Takes a lock that one process can hold; False where another process holds it."""
     import fcntl
 
     with path.open("w") as file:
@@ -194,7 +195,7 @@ class ShardStream:
         self._prefix = f"{kind}-" if folder.part.total == 1 else f"{kind}-{folder.part.number:03d}-"
         self._number = 0
         self.committed = list(self._settle())
-        """Records of earlier runs."""
+        """The records of earlier runs."""
         self._record = Record([], [])
         self._used: list[Path] = []
         self._open = contextlib.ExitStack()
@@ -202,7 +203,7 @@ class ShardStream:
         self._tar: Any = None
 
     def _settle(self) -> Iterator[Record]:
-        """The records of earlier runs. What a killed one was about to finish is removed and made anew."""
+        """The records of earlier runs. What a killed run left unfinished is removed, to be made again."""
         for partial in self.folder.out.glob(f"{self._prefix}*.partial"):
             partial.unlink()
         paths = sorted(self.folder.records.glob(f"{self.kind}-*.json"))
@@ -252,12 +253,12 @@ class ShardStream:
             self.commit()
 
     def note(self, notes: Iterable[Note], used: Path | None = None) -> None:
-        """What became of something; `used` is a file that is not needed once all of this is in a shard."""
+        """Notes an outcome; `used` is a file that can be deleted once the shard is written."""
         self._record.notes.extend(notes)
         self._used += [used] if used is not None else []
 
     def commit(self) -> None:
-        """Lets the shard appear, after its record."""
+        """Writes the record and then renames the shard to its final name."""
         if not self._record.entries and not self._record.notes:
             return
         path = self.folder.records / f"{self._stem}.json"

@@ -33,14 +33,15 @@ class Packing(NamedTuple):
     filters: Filters
     part: Part = Part()
     processes: int = 0
-    """0: this one."""
+    """Processes that work at once; 0: this process."""
     shard_mb: int = 1000
     keep_uncaptioned: bool = False
-    """What has no caption is kept, for `lingen data caption`; a broken or an empty one is a drop all the same."""
+    """Whether samples without a caption are kept, for `lingen data caption`; those with a broken or empty one are
+    dropped."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the samples depend on."""
+        """The settings on which the samples depend."""
         return {
             "made_by": "lingen data pack",
             "wanted": self.wanted._asdict(),
@@ -60,7 +61,7 @@ def wanted_by(stages: Sequence[Recipe]) -> Wanted:
 
 
 def filters_for(wanted: Wanted, given: dict[str, Any]) -> Filters:
-    """Where no limit is given, the one that follows from what is wanted: nothing is enlarged, no frame shown twice.
+    """Fills in limits that were not given, from the wanted sizes: nothing is enlarged, no frame is repeated.
 
     Raises:
         SettingError: a limit out of bounds.
@@ -108,7 +109,7 @@ def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda 
 
 
 def _pack_kind(job: Packing, sources: list[Source], stream: ShardStream) -> Iterator[Source]:
-    """Deals with the sources that no earlier run has dealt with; yields each one, also those of earlier runs."""
+    """Processes the sources that no earlier run has processed; yields every source, those of earlier runs too."""
     finished = stream.names()
     written: set[str] = set()
     seen = Duplicates(job.filters.duplicates)
@@ -122,7 +123,7 @@ def _pack_kind(job: Packing, sources: list[Source], stream: ShardStream) -> Iter
         samples = read_samples(one.out) if outcome.samples else iter(())
         for made, members in zip(outcome.samples, samples, strict=True):
             if made.key in written:
-                continue  # the run that was killed got as far as this
+                continue  # where a killed run stopped
             twin = seen.find(made.looks)
             if twin is not None:
                 notes.append(Note(made.key, f"near-duplicate: of {twin}"))

@@ -1,4 +1,4 @@
-"""What a command did with a data set: counts by reason, as a table and as JSON."""
+"""A report of what a command did with a data set: counts by reason, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Report:
             self.note(note)
 
     def note(self, note: Note) -> None:
-        """Counts a source that is done with, or something left out."""
+        """Counts a finished source, or something that was left out."""
         if not note.reason:
             self.looked_at += 1
             return

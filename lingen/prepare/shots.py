@@ -1,4 +1,4 @@
-"""What is in a film: where its shots are cut, and for each frame how light it is, how it moves and what it looks like.
+"""Measures of a film: where its shots begin, and for each frame its brightness, motion and look.
 
 Shots are found by PySceneDetect's AdaptiveDetector (Castellano, BSD 3-clause), motion by OpenCV's DIS optical flow
 (Kroeger et al., arXiv 1603.03590); both see small pictures. The measures and their limits are ours.
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from lingen.prepare.footage import Frame
 
 HEIGHT = 96
-"""Rows of the pictures that are looked at: a tenth of what decoding a frame of HD takes."""
+"""Height in pixels of the small pictures that are measured, which takes a tenth of the time of decoding an HD frame."""
 BLACK = 32
 """A pixel below this grey (of 255) is taken for black."""
 
@@ -47,13 +47,13 @@ class Track(NamedTuple):
 
 
 def follow(frames: Iterable[Frame]) -> Track:
-    """Looks at all frames once. ValueError ``unreadable: ...`` where there are none."""
+    """Measures all frames in one pass. ValueError ``unreadable: ...`` where there are none."""
     import cv2
     from scenedetect import AdaptiveDetector, FrameTimecode
 
     cv2.setNumThreads(1)  # the processes share the cores
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
-    detector = AdaptiveDetector(min_scene_len=1)  # a flash ends a shot, too: no clip has a cut inside
+    detector = AdaptiveDetector(min_scene_len=1)  # a flash counts as a cut, too, so that no clip holds a cut
     size, before = (0, 0), None
     times: list[float] = []
     cuts: list[int] = []
@@ -107,8 +107,8 @@ def _motion(before: Any, grey: Any, flow: Any, pace: float) -> tuple[float, ...]
 
 
 def look(grey: UInt8[np.ndarray, "h w"]) -> int:
-    """64 bits that pictures which look alike share but for a few: the signs of the 63 lowest frequencies against their
-    median (the pHash of Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010)."""
+    """64 bits of which pictures that look alike share almost all: whether each of the 63 lowest frequencies is above
+    their median (the pHash of Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010)."""
     import cv2
 
     small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)

@@ -50,7 +50,7 @@ def in_order(
 
 
 class _Crew(Generic[Item, Result]):
-    """A pool that is put up again after a crash."""
+    """A process pool that is started again after a crash."""
 
     def __init__(self, work: Callable[[Item], Result], processes: int, crashed: Callable[[Item], Result]):
         self.work, self.processes, self.crashed = work, processes, crashed
@@ -71,7 +71,7 @@ class _Crew(Generic[Item, Result]):
             return item, self._alone(item)
 
     def _alone(self, item: Item) -> Result:
-        """All that was in work when a process ended is tried again, one by one: only one of them is to blame."""
+        """Repeats one by one the items that were in work when a process died, to find the one that killed it."""
         with _pool(1) as pool:
             try:
                 return pool.submit(self.work, item).result()
@@ -79,7 +79,7 @@ class _Crew(Generic[Item, Result]):
                 return self.crashed(item)
 
     def stop(self) -> None:
-        """Ends the processes at once: what they are at is begun anew by the next run."""
+        """Ends the processes at once; the next run repeats their unfinished items."""
         processes = list((self.pool._processes or {}).values())
         for process in processes:
             process.terminate()
@@ -92,7 +92,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 
 def _start() -> None:
-    """Ctrl-C is for the parent, which ends its workers; one that is killed leaves none behind."""
+    """Workers ignore Ctrl-C, because the parent ends them; they also end when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
 

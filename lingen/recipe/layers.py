@@ -19,7 +19,7 @@ class Origin(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One mistake of a user."""
+    """One mistake in a recipe or on the command line."""
 
     where: str
     text: str
@@ -160,7 +160,7 @@ def resolve(layered: Layered, defaults: dict[str, Any]) -> list[Problem]:
         try:
             for key in path:
                 node = node[key]
-        except Exception as error:  # also a RecursionError, or whatever a resolver raises
+        except Exception as error:  # also RecursionError and any error of a resolver
             problems.append(layered.problem(path, _why_unresolved(text, error)))
             continue
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

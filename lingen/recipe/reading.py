@@ -13,7 +13,7 @@ from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
 from lingen.recipe.signature import Path, as_plain, check_settings
 
 SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {"shapes": "lingen.data.synthetic:Shapes"})
-"""Data sets that lingen draws itself; settings as the fields of a dataclass."""
+"""Data sets that lingen draws itself, by name; their settings are the fields of a dataclass."""
 
 COMPONENTS: dict[Path, Registry] = {
     ("model", "mixer"): MIXERS,
@@ -43,11 +43,11 @@ class Draft(NamedTuple):
     """A recipe read and merged, its sections checked; components are known by name only."""
 
     base: Layered
-    """Without any stage's overlay, command line included."""
+    """The recipe without any stage's overlay, command line included."""
     stages: dict[str, Layered]
     """Each stage merged; a recipe without `stages` has the one stage ``main``, or the one that it says it is."""
     staged: bool
-    """Does the recipe have `stages`?"""
+    """Whether the recipe has `stages`."""
 
 
 def shipped_recipes() -> dict[str, File]:
@@ -255,7 +255,7 @@ def _merge(
 def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
     """Keys, types, numbers out of bounds, names of components."""
     for one in check_settings(Recipe, draft.tree)[1]:
-        if "${" not in str(draft.get(one.path)):  # that one is reported already
+        if "${" not in str(draft.get(one.path)):  # an unresolved ${...} is reported elsewhere
             yield draft.problem(one.path, one.text)
     for path, registry in COMPONENTS.items():
         if (
@@ -279,7 +279,7 @@ def _problems_of_data(draft: Layered) -> Iterator[Problem]:
     filled, _ = check_settings(Recipe, draft.tree)
     data = filled.get("data")
     if not isinstance(data, DataConfig) or not isinstance(filled["sample"], SampleConfig):
-        return  # their mistakes are reported already
+        return  # mistakes of the sections are reported elsewhere
     shards = {kind: getattr(data.shards, kind) for kind in ("image", "video")}
     if not data.mix.image and not data.mix.video:
         yield draft.problem(("data", "mix"), "This mix is empty; image or video must be above 0.")

@@ -44,7 +44,7 @@ def import_object(path: str) -> Any:
         sys.path.insert(0, here)
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a plugin may fail in any way; it is reported, never hidden
+    except Exception as error:  # a plugin may raise anything; it is reported, never hidden
         raise RecipeError(f"Cannot load '{path}': {type(error).__name__}: {error}") from error
     finally:
         if added and here in sys.path:
@@ -52,7 +52,7 @@ def import_object(path: str) -> Any:
 
 
 class Registry:
-    """Names of one kind of part. Three doors for a third party: the decorator, ``module:Class``, an entry point.
+    """Names of one kind of part. Third parties add theirs by the decorator, as ``module:Class``, or by an entry point.
 
     Args:
         kind: what a part is called in messages, e.g. ``mixer``.

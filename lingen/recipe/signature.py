@@ -1,4 +1,4 @@
-"""The signature is the schema: one rule for the sections of a recipe and for the constructors of its parts.
+"""Signatures as schemas: one rule for the sections of a recipe and for the constructors of its parts.
 
 A dataclass's fields, or a constructor's keyword-only parameters, are the settings that a recipe may give: name, type
 hint, default, and in ``Annotated[hint, AtLeast(1), Mark.COURSE, "line"]`` its bounds, its mark (see
@@ -119,7 +119,7 @@ def refusal(found: Found, part: str) -> SettingError:
 
 
 def check_value(value: Any, hint: Any) -> tuple[Any, str | None]:
-    """The value as its type hint wants it, and a sentence where it does not fit; what cannot be checked fits."""
+    """The value converted to its type hint, and a sentence where it does not fit; hints that cannot be checked pass."""
     converted, found = _check(value, hint)
     return converted, " ".join(one.text if not one.path else f"{one.text} (at {one.key})" for one in found) or None
 
@@ -175,14 +175,14 @@ def _field_default(field: dataclasses.Field[Any]) -> Any:
 def _parameters(part: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(part).parameters
-    except (TypeError, ValueError):  # written in C: nothing is known of it
+    except (TypeError, ValueError):  # written in C: it has no signature
         return {}
 
 
 def _setting(annotation: Any, default: Any, space: dict[str, Any]) -> Setting:
     if isinstance(annotation, str):
         try:
-            annotation = eval(annotation, dict(space))  # what `from __future__ import annotations` put off
+            annotation = eval(annotation, dict(space))  # resolves the strings of `from __future__ import annotations`
         except Exception:  # a name that only a type checker imports: such a setting is not checked
             annotation = Any
     if annotation is REQUIRED:

@@ -1,4 +1,4 @@
-"""How many latents and tokens a sample has, and which lengths and sizes do: from the sections of a recipe alone."""
+"""How many latents and tokens a sample has, and which lengths and sizes are allowed, from a recipe's sections alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_frames(frames: int, autoencoder: Any, patch: int = 1) -> None:
         fault = f"{what}, which patches of {patch} do not fill"
     else:
         return
-    # What fits comes again and again, at the latest after a patch of such steps.
+    # Allowed lengths recur, at the latest after `patch` such steps.
     lengths = range(1 if alone else unit, frames + unit * patch + 1, unit)
     fits = [length for length in lengths if math.ceil(length / stride) % patch == 0]
     near = [*[length for length in fits if length < frames][-1:], *[length for length in fits if length > frames][:1]]

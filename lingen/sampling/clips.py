@@ -145,21 +145,21 @@ class Words:
     """Prompts, encoded: of each text encoder tokens [b n w] and their mask [b n]."""
 
     count: int
-    """b"""
+    """Number of prompts, b."""
     null: list[Encoded]
-    """What it makes of no text."""
+    """Tokens and mask of no text, for each text encoder."""
     text: list[Encoded]
 
     def rows(self, rows: slice) -> Words:
-        """Those of some of the prompts."""
+        """The encoded prompts of these rows."""
         null, text = ([(tokens[rows], mask[rows]) for tokens, mask in each] for each in (self.null, self.text))
         return Words(len(range(self.count)[rows]), null, text)
 
 
 @torch.no_grad()
 def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize) -> Words:
-    """One text encoder after the other: a frozen one is released before the next is read, so that the largest of them,
-    and not their sum, has to fit."""
+    """Encodes prompts with one text encoder after the other. A frozen one is freed before the next is read: memory must
+    hold the largest of them, not their sum."""
     fps = clip.fps if clip.frames > 1 else 0.0
     null, text = [], []
     for number, encoder in enumerate(module.text):
@@ -171,7 +171,7 @@ def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize)
 
 
 def encode_and_place(module: LinGenModule, prompts: Sequence[str], clip: ClipSize, device: torch.device) -> Words:
-    """Encodes prompts on the device, and only then puts the denoiser there: both at once need not fit.
+    """Encodes prompts on the device and then moves the denoiser there, so that both need not fit at once.
 
     Raises:
         RecipeError: weights of a frozen part are missing.
@@ -229,7 +229,7 @@ def sample_latents(
 
 
 def warn_untrained(module: LinGenModule, times: Tensor, shift: float) -> None:
-    """Says so where many sampling steps lie at times that training hardly saw."""
+    """Warns where many sampling steps lie at times that are rare in training."""
     share = flow.untrained_share(times[1:], module.recipe.time, shift)  # every schedule starts at time 0
     if share > 0.25:
         log.warning(
@@ -247,7 +247,7 @@ def decode_frames(
     are decoded in one call. On CUDA products are in bfloat16.
 
     Args:
-        frames: what is beyond is dropped.
+        frames: number of frames; further ones are dropped.
         way, tile: `sample.decode` and `sample.tile`.
     Raises:
         RecipeError: a way that the autoencoder does not have.
@@ -259,5 +259,5 @@ def decode_frames(
         while frames > 0 and (piece := next(pieces, None)) is not None:
             shown = as_frames(piece[:, :, :frames])
             frames -= len(shown)
-            del piece  # or it would still be held while the next one is made
+            del piece  # otherwise it would be held while the next piece is made
             yield from shown

@@ -1,4 +1,4 @@
-"""What sampling leaves on disk: latents first, then MP4 and contact sheet: a failed decode costs no sampling."""
+"""The files of sampling: latents first, then MP4 and contact sheet, so that a failed decode loses no sampled clip."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def clip_paths(out: str | Path, count: int, beside: Sequence[str] = (".png", LAT
     """The MP4 of each of `count` clips: ``x.mp4`` for a single one, else ``x-00.mp4``, ``x-01.mp4``, ...
 
     Args:
-        beside: how the names end of what is written beside each.
+        beside: suffixes of the files that are written beside each MP4.
     Raises:
         RecipeError: one of the files cannot be written.
     """
@@ -173,7 +173,7 @@ def read_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _noting(frames: Iterable[np.ndarray], keep: set[int], shown: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The frames as they come; those with a number in `keep` are put aside."""
+    """Passes frames on and stores those whose number is in `keep`."""
     for number, frame in enumerate(frames):
         if number in keep:
             shown.append(frame)

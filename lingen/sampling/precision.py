@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from lingen.training.denoiser import LinGenModule
 
 FLOAT32_PARTS = (TimeEmbedding, Positions, RMSNorm, GatedRMSNorm)
-"""Stay float32, with all that is in them: neighbouring times of a schedule differ by 1e-3, which bfloat16 cannot say;
-positions are summed before they are rounded; norms multiply in float32 and their weights are few."""
+"""Modules that stay float32: neighbouring times of a schedule differ by 1e-3, which bfloat16 cannot represent;
+positions are summed before they are rounded; norms multiply in float32 and have few weights."""
 FLOAT32_NAMES = ("a_log", "d", "dt_bias", "modulation", "pool_text", "unpatchify")
-"""Parameters and layers that do, by their name: what decides how long a scan remembers, the timestep's tables, which
-are added to a float32 row, and the two small layers that compute in float32."""
+"""Names of parameters and layers that stay float32: those that set a scan's memory, the timestep's tables, which are
+added to a float32 row, and the two small layers that compute in float32."""
 
 
 def set_precision(module: LinGenModule, precision: str) -> bool:
@@ -65,7 +65,7 @@ def lower(model: LinGen, precision: str) -> None:
         )
     _cast(model)
     if device.type == "cuda":
-        # Each new weight lies in the gap of a larger old one: packed again, the gaps are one piece.
+        # Each new weight lies where a larger old one was: moved off the GPU and back, they leave no gaps.
         model.cpu()
         torch.cuda.empty_cache()
         model.to(device)

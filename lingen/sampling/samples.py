@@ -1,4 +1,4 @@
-"""Clips that a run makes of itself: of the recipe's prompts while it trains, of held-out captions for the score."""
+"""Clips sampled during a run: of the recipe's prompts while it trains, of held-out captions for the score."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sample_clips(module: LinGenModule, prompts: Sequence[str], batch: int = 8) -
 
 
 RECONSTRUCTIONS = 4
-"""Clips that an autoencoder in training shows."""
+"""Clips in the sample sheet of an autoencoder that is trained."""
 
 
 def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
@@ -87,7 +87,8 @@ def log_sheet(module: Trained, sheet: Path, step: int) -> None:
 
 
 def score(folder: RunFolder, recipe: Recipe) -> None:
-    """Judges colour, shape and motion of clips sampled for held-out captions, and of real ones to judge the judge."""
+    """Judges colour, shape and motion of clips sampled for held-out captions, and of real ones to measure the judge
+    itself."""
     from lingen.data.synthetic import captions as captions_of
     from lingen.data.synthetic import held_out_clips
     from lingen.metrics.shapes import score as judge

@@ -1,4 +1,4 @@
-"""Text encoders, and what is said to them."""
+"""Text encoders, and how captions are prepared for them."""
 
 from typing import Protocol
 

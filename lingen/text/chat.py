@@ -1,4 +1,4 @@
-"""A chat model of transformers in a local folder: is it all there, and what does it answer?"""
+"""A chat model of transformers in a local folder: whether it is complete, and what it answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Chat:
             from transformers import AutoModelForCausalLM, AutoTokenizer, logging
         except ImportError as error:
             raise RecipeError("Prompts are rewritten by a model of transformers: pip install transformers.") from error
-        logging.set_verbosity_error()  # its bars and advice would stand between ours
+        logging.set_verbosity_error()  # its progress bars and hints would mix with ours
         logging.disable_progress_bar()
         path = Path(str(how.path))
         try:
@@ -47,7 +47,7 @@ class Chat:
 
     @torch.no_grad()
     def answers(self, talks: list[Talk]) -> list[tuple[str, bool]]:
-        """The text that follows each talk, and whether it came to an end."""
+        """The model's answer to each conversation, and whether it ended before the limit."""
         how = {"tokenize": True, "add_generation_prompt": True, "padding": True, "return_tensors": "pt", **FIXED}
         inputs = self.tokenizer.apply_chat_template(talks, return_dict=True, **how).to(self.model.device)
         asked = inputs["input_ids"].shape[1]

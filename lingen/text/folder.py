@@ -10,7 +10,7 @@ from typing import Any
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""In the order in which transformers looks for them."""
+"""Names of weights files, in the order in which transformers looks for them."""
 FILES_END = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 TORCH = (b"PK", b"\x80")
 """How a file that torch.save wrote begins: a ZIP, whose end tells of the rest, or long ago a bare pickle, of which
@@ -18,10 +18,10 @@ nothing is told."""
 
 
 class Lacking(ValueError):
-    """Why a folder is not what an encoder needs.
+    """Raised where a folder is not what an encoder needs.
 
     Args:
-        what: half a sentence.
+        what: the fault as half a sentence, which the message completes.
         cure: what helps; None: the right files.
         elsewhere: the right files belong in another folder, since this one holds something else.
     """
@@ -72,7 +72,7 @@ def check_folder(path: Path) -> None:
 
 
 def names_file(path: str) -> bool:
-    """Is there a file at a path, or does it end as one of weights does? Then no folder is to be put there."""
+    """Whether `path` is a file or ends like a weights file: then the message asks for a file, not for a folder."""
     return Path(path).is_file() or Path(path).suffix in FILES_END
 
 
@@ -87,7 +87,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def check_file(file: Path) -> None:
-    """Is a file of weights there and whole? Lacking where it is not."""
+    """Lacking where a weights file is missing or incomplete."""
     if not file.is_file():
         raise Lacking(f"its {file.name} is missing")
     with file.open("rb") as opened:

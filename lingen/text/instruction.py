@@ -1,4 +1,4 @@
-"""What a chat model is asked for, and what is made of its answer. The paper does not give its instruction: all is ours.
+"""The instruction for a chat model, and how its answer is cleaned. The paper does not give its own: all is ours.
 
 Pure functions of text.
 """
@@ -10,7 +10,7 @@ import re
 from lingen.text.quoted import quoted
 
 INSTRUCTION_VERSION = 1
-"""Goes up with every change of `INSTRUCTION` or `clean`: what was kept of an older version is not used again."""
+"""Raised with every change of `INSTRUCTION` or `clean`, so that cached texts of older versions are not used."""
 
 INSTRUCTION = """\
 You write prompts for a text-to-video model. At the end stands what a user wants to see. Describe that video so fully
@@ -42,7 +42,7 @@ AFTER = re.compile(
 
 
 def question(prompt: str) -> str:
-    """What a chat model is asked."""
+    """The message for the chat model."""
     return f"{INSTRUCTION}\nThe user wants to see: {prompt}"
 
 
@@ -58,14 +58,14 @@ def clean(answer: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without the quotation marks around the whole; those of quoted words at both ends stay."""
+    """The text without quotation marks around all of it; marks of quotations inside it stay."""
     if len(text) < 2 or PAIRS.get(text[0]) != text[-1]:
         return text
     inner = text[1:-1]
     marks = re.finditer(rf"(?<!\w)[{text[0]}{text[-1]}]|[{text[0]}{text[-1]}](?!\w)", inner)  # but no apostrophes
     first = next(marks, None)
     if first and first.start() and not re.match(r"[\s(]", inner[first.start() - 1]):
-        return text  # it closes a quotation that the first letter opened
+        return text  # this mark closes a quotation that the first letter opened
     return inner.strip()
 
 
@@ -75,7 +75,7 @@ def fault_of(prompt: str, text: str, ended: bool, max_tokens: int) -> str | None
     Args:
         prompt: the user's.
         text: what `clean` gave.
-        ended: did the model come to an end before `max_tokens`?
+        ended: whether the model stopped before `max_tokens`.
     """
     if not ended:
         return f"It has not come to an end after {max_tokens} tokens."

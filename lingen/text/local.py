@@ -1,4 +1,4 @@
-"""A frozen text encoder whose weights lie in a local folder: read when first needed, remembered, let go."""
+"""Frozen text encoders with weights in a local folder: loaded when first needed, with a cache of texts, released."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BatchSetting = Annotated[
 ]
 
 REMEMBERED = 256 * 2**20
-"""Bytes of tokens that an encoder keeps (ours): some 300 prompts of UL2, thousands of a small one."""
+"""Bytes of an encoder's cache of tokens (ours): some 300 prompts of UL2, thousands of a small encoder."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -46,7 +46,7 @@ class Reader(Protocol):
 
     width: int
     special: int
-    """ids that it puts around every text."""
+    """Number of special ids that the tokenizer adds to every text."""
 
     def rows(self, texts: list[str], cut: Cut) -> list[list[int]]:
         """ids of each text, cut; none where nothing but special tokens is left."""
@@ -58,7 +58,7 @@ class Reader(Protocol):
 
 
 class LocalEncoder(nn.Module, abc.ABC):
-    """What the frozen encoders share. Subclasses declare the settings, inspect the folder and open it.
+    """Base of the frozen encoders. Subclasses declare the settings, inspect the folder and open it.
 
     The constructor reads nothing. The network is built at the first `encode` of a text that is not remembered. It is
     no submodule: it is not in the state dict, and neither `.to()` nor a strategy touches it; with ``device=auto`` it
@@ -67,9 +67,9 @@ class LocalEncoder(nn.Module, abc.ABC):
 
     trainable = False
     name: str
-    """In the registry."""
+    """Name in the registry."""
     public: str
-    """The published model that fits, and the folder that recipes keep it in."""
+    """The published model that fits, and the folder in which recipes expect it."""
     home: str
     unit = "tokens"
     place: Tensor
@@ -79,7 +79,7 @@ class LocalEncoder(nn.Module, abc.ABC):
         self.path, self.dim, self.max_tokens = path, dim, max_tokens
         self.precision, self.reads, self.device, self.batch = precision, read, device, batch
         self.cut = Cut(self.unit, max_tokens)
-        self.register_buffer("place", torch.zeros(1), persistent=False)  # follows the module, so it tells the device
+        self.register_buffer("place", torch.zeros(1), persistent=False)  # moves with the module, so it knows the device
         self._reader: Reader | None = None
         self._opened: tuple[torch.device, torch.dtype] | None = None
         self._memory = Cache[tuple[torch.dtype, str], Tensor](REMEMBERED, attrgetter("nbytes"))
@@ -126,7 +126,7 @@ class LocalEncoder(nn.Module, abc.ABC):
         return tokens, mask
 
     def release(self) -> None:
-        """Frees the network's memory. What is remembered stays; the next new text loads the network again."""
+        """Frees the network's memory. The cache of texts stays; the next new text loads the network again."""
         self._reader, opened, self._opened = None, self._opened, None
         gc.collect()
         if opened is not None and opened[0].type == "cuda":
@@ -152,9 +152,9 @@ class LocalEncoder(nn.Module, abc.ABC):
         if new:
             reader = self._ready(device, dtype)
             rows = dict(zip(new, reader.rows(new, self.cut), strict=True))
-            # A strategy's autocast would make training see other tokens than `lingen encode` writes.
+            # Under autocast, training would see other tokens than `lingen encode` writes.
             with torch.autocast(device.type, enabled=False):
-                new.sort(key=lambda text: len(rows[text]))  # alike lengths run together: the least padding
+                new.sort(key=lambda text: len(rows[text]))  # similar lengths together need the least padding
                 for first in range(0, len(new), self.batch):
                     some = new[first : first + self.batch]
                     found.update(zip(some, reader.read([rows[text] for text in some]), strict=True))

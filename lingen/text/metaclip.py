@@ -22,7 +22,7 @@ CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 TOWER = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
 NO_VISION = {"image_size": 32, "patch_size": 32, "width": 64, "layers": 1}
-"""open_clip builds two towers; this one is as small as can be, and has no memory."""
+"""open_clip builds two towers; this configuration makes the image tower tiny, and it stays on the meta device."""
 OTHER_TOWERS = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls", "tokenizer_mode")
 """Settings of text towers that are not CLIP's own: they read padding, or need a tokenizer from elsewhere."""
 
@@ -31,7 +31,7 @@ Forward = Callable[[Int[Tensor, "b n"]], tuple[Float[Tensor, "b n w"], Float[Ten
 
 @checked
 class MetaCLIP(LocalEncoder):
-    """MetaCLIP-H14's text tower (arXiv 2309.16671), token by token: how the clip looks.
+    """MetaCLIP-H14's text tower (arXiv 2309.16671), token by token, which carries how the clip looks.
 
     Takes a folder of open_clip (with open_clip_config.json), one of transformers (a CLIP's config.json), or a file of
     weights whose architecture open_clip knows by name. The published H14 is 1024 wide, bigG14 is 1280 wide.
@@ -131,7 +131,7 @@ class ClipReader:
         plain = [self.tokenizer.encode(text) for text in texts]
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         rows = cut([[start, *row, end] if row else [] for row in plain])
-        # The end sees the whole text, and the pooled embedding is made of it: it takes the last place.
+        # The pooled embedding is computed at the end token, which sees the whole text: it becomes the last token.
         return [[*row[:-1], end] if row else [] for row in rows]
 
     def read(self, rows: list[list[int]]) -> list[Float[Tensor, "_n w"]]:
@@ -160,7 +160,7 @@ def _open_transformers(path: Path, dtype: torch.dtype, device: torch.device, poo
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if hasattr(config, "text_config"):
-        config.text_config.projection_dim = config.projection_dim  # the whole says how wide, the part does not
+        config.text_config.projection_dim = config.projection_dim  # only the whole config has it
         config = config.text_config
     network = load(CLIPTextModelWithProjection, path, dtype, device, config)
 

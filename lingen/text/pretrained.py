@@ -27,7 +27,7 @@ T5_FAMILY = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5Enco
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
 BERTS = ("bert", "distilbert", "electra", "deberta-v2", "modernbert", "roberta", "xlm-roberta", "camembert", "mpnet")
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
-"""Their first position stands behind the padding's id."""
+"""Families whose first position is one past the padding's id."""
 
 
 @checked
@@ -69,14 +69,14 @@ class T5(_T5Family):
 
 
 class UL2(_T5Family):
-    """UL2's encoder (arXiv 2205.05131): what the prompt means."""
+    """UL2's encoder (arXiv 2205.05131), which carries the meaning of the prompt."""
 
     name, public, home = "ul2", "google/ul2", "weights/ul2"
 
 
 @checked
 class ByT5(_T5Family):
-    """ByT5-small's encoder (arXiv 2105.13626): bytes, for written text. Movie Gen lets it read only what is quoted."""
+    """ByT5-small's encoder (arXiv 2105.13626): bytes, for text in the picture. Movie Gen gives it only quoted words."""
 
     name, public, home, unit = "byt5", "google/byt5-small", "weights/byt5-small", "bytes"
 
@@ -131,7 +131,7 @@ class Llama(LocalEncoder):
 
     def inspect(self, path: Path) -> None:
         config = check_model(path, DECODERS)
-        _check_fits(config, self, special=0)  # not every decoder has a start: its tokenizer tells
+        _check_fits(config, self, special=0)  # not every decoder has a start token: its tokenizer tells
         depth = config.get("num_hidden_layers", self.layer)
         if not -depth - 1 <= self.layer <= depth:
             raise Lacking(f"it has {depth} layers, so layer={self.layer} is none", f"set layer to at most {depth}")

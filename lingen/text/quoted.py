@@ -1,4 +1,4 @@
-"""The words of a prompt that are to be seen written in the picture."""
+"""The words of a prompt that should appear as writing in the picture."""
 
 import re
 

@@ -27,23 +27,23 @@ HOME = "weights/llama-3.1-8b-instruct"
 
 
 class Rewritten(NamedTuple):
-    """What became of a prompt."""
+    """The result for a prompt."""
 
     prompt: str
     text: str | None
-    """The long one; None where there is none that can be used."""
+    """The long prompt; None where no usable one was written."""
     fault: str | None = None
-    """A sentence: why there is none."""
+    """A sentence for why there is no usable long prompt."""
     cached: bool = False
-    """Was it kept from before?"""
+    """Whether it comes from the cache."""
 
 
 class Rewriter:
     """A chat model that writes long prompts. Nothing is read before the first prompt that is not in the cache.
 
-    At temperature 0 a prompt always gives the same text, but for rounding: in bfloat16 the neighbours in a batch can
-    change a word. What was written once is kept on disk, under the instruction's version, the weights, the settings and
-    the prompt.
+    At temperature 0 a prompt always gives the same text, except for rounding: in bfloat16 the other prompts of a batch
+    can change a word. What was written once is kept on disk, under the instruction's version, the weights, the settings
+    and the prompt.
 
     Args:
         how: the section `rewrite` of a recipe.
@@ -73,9 +73,9 @@ class Rewriter:
     def rewrite(
         self, prompts: Sequence[str], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Rewritten]:
-        """What becomes of each prompt, in order. An answer that cannot be used (empty, too long, without the words that
-        the prompt has in quotation marks) is sent back once; where the second is no better, the prompt has a `fault`.
-        An empty prompt asks for nothing, and stays as it is.
+        """Rewrites prompts; one result for each, in order. An answer that cannot be used (empty, too long, without the
+        words that the prompt has in quotation marks) is sent back once; where the second is no better, the prompt has a
+        `fault`. An empty prompt stays as it is.
 
         Args:
             progress: called with the prompts done and all of them.
@@ -100,7 +100,7 @@ class Rewriter:
         return [done[prompt] for prompt in prompts]
 
     def release(self) -> None:
-        """Gives the model's memory back; the next new prompt loads it again."""
+        """Frees the model's memory; the next new prompt loads it again."""
         self._chat = None
         gc.collect()
         if self.device.type == "cuda":
@@ -108,7 +108,7 @@ class Rewriter:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a text depends on beside its prompt. Reads pieces of the weights."""
+        """Everything besides the prompt on which a text depends. Reads pieces of the weights."""
         drawn = {"temperature": self.how.temperature, "seed": self.how.seed} if self.how.temperature else {}
         return {
             "made_by": "lingen prompts rewrite",

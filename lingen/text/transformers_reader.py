@@ -85,7 +85,7 @@ def load_tokenizer(path: Path) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars and advice, which would stand between lingen's own lines."""
+    """Inside the block, transformers prints no progress bars and hints among lingen's own lines."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

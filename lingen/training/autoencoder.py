@@ -1,4 +1,4 @@
-"""The LightningModule of an autoencoder: reconstruct, compare, and play the adversarial game, in one backward pass."""
+"""The LightningModule of an autoencoder: reconstruction and adversarial losses in one backward pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lingen.recipe.sections import Recipe
 from lingen.training.base import Trained
 
 FRAMES_AT_ONCE = 8
-"""Frames of a clip that validation hands to the perceptual distance in one go."""
+"""Frames of a clip that validation passes to the perceptual distance at once."""
 MEASURED = 32
 """Batches that the latents' mean and spread are measured on at the end of a stage."""
 
@@ -35,8 +35,8 @@ class AutoencoderModule(Trained):
 
     One AdamW moves both, after one backward pass: the autoencoder's terms see the discriminator's weights as constants,
     the discriminator's term sees the reconstruction as one. A step's randomness is a function of (seed, stage, slot),
-    see `Batch.slots`; whether the game is on is one of `Batch.step`. An autoencoder with a `path` starts from the
-    weights there, else from fresh ones.
+    see `Batch.slots`; whether the adversarial terms count depends on `Batch.step`. An autoencoder with a `path` starts
+    from the weights there, else from fresh ones.
 
     Args:
         recipe: a loaded stage.
@@ -100,11 +100,11 @@ class AutoencoderModule(Trained):
     def compare(
         self, video: Tensor, clips: Tensor, uniform: Tensor, step: int, terms: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """What the terms that look at the reconstruction [b 3 t h w] say, and their gradient at it.
+        """The values of the terms that depend on the reconstruction [b 3 t h w], and their gradient with respect to it.
 
         The gradients are taken at the reconstruction, once for the terms that compare and once for the adversarial
         one: so their ratio at the decoder's last layer (`losses.adaptive_weight`) costs that layer's backward pass
-        alone, and what the perceptual distance kept is freed before the decoder's turn.
+        alone, and what the perceptual distance keeps is freed before the decoder's backward.
         """
         settings, seen = self.settings, video.detach().requires_grad_()
         terms["l1"] = losses.l1(seen, clips).mean()
@@ -125,8 +125,8 @@ class AutoencoderModule(Trained):
         return losses.generator_loss(functional_call(self.discriminator, constants, (video,)).float())
 
     def criticise(self, video: Tensor, clips: Tensor, step: int, terms: dict[str, Tensor]) -> Tensor | None:
-        """The discriminator's term; the reconstruction is a constant in it. Before its start, 0 times its weights: so
-        that every parameter has a part in the loss, as data parallelism asks."""
+        """The discriminator's term; the reconstruction is a constant in it. Before its start, 0 times its
+        weights, because data parallelism needs every parameter in the loss."""
         if self.discriminator is None:
             return None
         if step < self.settings.discriminator_start:
@@ -136,10 +136,11 @@ class AutoencoderModule(Trained):
         return terms["discriminator"]
 
     def distance(self, video: Tensor, clips: Tensor, uniform: Tensor) -> Tensor:
-        """The perceptual distance of a few frames of each clip: one in each of as many equal parts of it.
+        """The perceptual distance of a few frames of each clip, which is cut into as many equal parts; one frame of
+        each.
 
         Args:
-            uniform: [b] in [0, 1), where in its part each of the frames stands.
+            uniform: [b] in [0, 1), the frame's position within each part.
         """
         frames = video.shape[2]
         count = min(self.settings.perceptual_frames or frames, frames)
@@ -204,12 +205,13 @@ class AutoencoderModule(Trained):
         return [group for group in split if group["params"]]
 
     def clipped_together(self) -> Sequence[Iterable[nn.Parameter]]:
-        """The autoencoder and the discriminator, each for itself: the game's gradients do not shrink one another."""
+        """The autoencoder's parameters and the discriminator's, clipped separately: neither's gradient shrinks the
+        other's."""
         own = {id(p) for p in self._critics()}
         return [[p for p in self.trained_parameters().values() if id(p) not in own], self._critics()]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before its start the discriminator stays as it is: no decay either."""
+        """Before its start the discriminator does not change; weight decay is off, too."""
         if self._batch.step < self.settings.discriminator_start:
             for parameter in self._critics():
                 parameter.grad = None

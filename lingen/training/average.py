@@ -1,4 +1,4 @@
-"""Averaged weights (EMA): what is sampled and validated with."""
+"""Averaged weights (EMA), with which clips are sampled and validation losses computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class AveragedWeights:
     """Exponential moving average of named parameters, kept in float32 on each parameter's device.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), n counted from the start of a stage, so that neither the
-    initialisation nor the previous stage lingers (ours: a plain 0.9999 keeps 82% of the old weights after 2,000 steps).
+    initialisation nor the previous stage stays in the average (docs/facts.md, "Averaged weights over a hand-over").
     Works on shards too: every operation is element-wise.
 
     Args:

@@ -1,4 +1,4 @@
-"""What every training has in common: AdamW, averaged weights, the guard against non-finite steps, what is logged."""
+"""The common part of all trainings: AdamW, averaged weights, the guard against non-finite steps, logging."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class NonFiniteError(RuntimeError):
 
 
 class Trained(lightning.LightningModule):
-    """A stage's optimisation. Its final classes say what is trained and what a step's loss is: `frozen_parts`,
-    `training_step` and `validation_step`, which hand each batch to `note`.
+    """Base of a stage's LightningModule. Subclasses define what is trained and the loss: `frozen_parts`,
+    `training_step` and `validation_step`, which pass each batch to `note`.
 
     Frozen parts run without gradients and stay out of checkpoints.
 
@@ -38,7 +38,8 @@ class Trained(lightning.LightningModule):
 
     strict_loading = False  # the frozen parts are not in a checkpoint
     optional: tuple[str, ...] = ()
-    """Prefixes of what a stage may have for itself: weights from elsewhere may lack it, or hold it in vain."""
+    """Prefixes of names that only some stages have: weights to load may lack them, and may hold ones that are not
+    used."""
     shapes: dict[str, torch.Size]
     """Of everything trained, as it was built: before a strategy could take parts of it away."""
 
@@ -57,11 +58,11 @@ class Trained(lightning.LightningModule):
     # what is trained and what is not
 
     def frozen_parts(self) -> dict[str, nn.Module]:
-        """Prefix of their names -> the parts that are used as they are."""
+        """Prefix of the parameters' names -> the frozen parts."""
         raise NotImplementedError
 
     def begin(self) -> str:
-        """For a run without `init`, at its very start; says which weights it starts from."""
+        """Called at the start of a run without `init`; returns a description of the weights that it starts from."""
         return "random weights"
 
     def fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ class Trained(lightning.LightningModule):
         return weights
 
     def before_saving(self, data: Any) -> None:
-        """What is to be measured on the data module's samples before the weights of a finished stage are written."""
+        """Measures what it needs on the data module's samples, before the weights of a finished stage are written."""
 
     def freeze_parts(self) -> None:
         """For the end of a constructor: no gradients for the frozen parts; the shapes of the others are noted."""
@@ -106,7 +107,8 @@ class Trained(lightning.LightningModule):
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Decay pulls at the weights of linear layers and convolutions, not at norms, biases, tables or a_log."""
+        """Weight decay applies to the weights of linear layers and convolutions, not to norms, biases, tables or
+        a_log."""
         decayed = {
             id(layer.weight)
             for layer in self.modules()
@@ -210,7 +212,7 @@ class Trained(lightning.LightningModule):
     # what is logged
 
     def note(self, batch: Batch) -> None:
-        """A batch is trained on: what the ledger counts of it goes into the next row."""
+        """Called with each training batch: adds what the ledger counts of it to the next row."""
         self._batch = batch
         for name, count in counts(batch).items():
             self.meter.count(name, count)

@@ -1,4 +1,4 @@
-"""What happens at the edges of steps: checkpoints, signals, the ledger, samples, the metrics file."""
+"""What happens between optimiser steps: checkpoints, signals, the ledger, samples, the metrics file."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ log = logging.getLogger("lingen")
 class StepEdge(Callback):
     """Keeps the ledger and, between two optimiser steps, saves and stops where that is due.
 
-    Each rank counts for itself what came since the last checkpoint; there, all that is added to what all ranks know.
+    Each rank counts its own samples since the last checkpoint; at a checkpoint the counts of all ranks are added up.
 
-    A signal only sets a flag: SIGINT, SIGTERM and SIGUSR1 lead to a checkpoint at the next step's edge and a clean end
-    (design: saving inside a handler can hang). All ranks agree in one reduction a step, so that none waits for another.
+    A signal only sets a flag: SIGINT, SIGTERM and SIGUSR1 lead to a checkpoint after the current step and a clean end,
+    because saving inside a handler can hang. One reduction a step tells all ranks, so that they stop at the same step.
     """
 
     def __init__(self, folder: RunFolder, stage: str, say: Callable[[str], None]):
@@ -44,7 +44,7 @@ class StepEdge(Callback):
         self.stage = stage
         self.say = say
         self.ledger = Ledger()
-        """Of all ranks, up to the last checkpoint."""
+        """The counts of all ranks, up to the last checkpoint."""
         self.signal: int | None = None
         self.data_error: DataError | None = None
         self._handlers: dict[int, Any] = {}
@@ -65,7 +65,7 @@ class StepEdge(Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.signal = number
 
     def on_train_batch_end(
@@ -110,7 +110,7 @@ class StepEdge(Callback):
                 log.warning("a held-out sample was dropped and replaced: %s: %s", drop.where, drop.reason)
 
     def save(self, trainer: lightning.Trainer, step: int) -> None:
-        """A checkpoint that is there whole or not at all; the last few are kept."""
+        """Writes a checkpoint in one step, complete or not at all; the last few are kept."""
         path = self.folder.checkpoint(self.stage, step)
         own = self._own.state_dict()
         for state in gather_objects(own) if trainer.world_size > 1 else [own]:
@@ -173,7 +173,7 @@ class ClipsDuringTraining(Callback):
 
 
 class Steps(Callback):
-    """Tells how far the stage is."""
+    """Reports the progress of the stage."""
 
     def __init__(self, tell: Callable[[int], None]):
         self.tell = tell
@@ -183,7 +183,7 @@ class Steps(Callback):
 
 
 class StageEnd(Callback):
-    """Calls `finish(module, step)` on the first rank once the stage has all its steps, on its device still."""
+    """Calls `finish(module, step)` on rank 0 after the stage's last step, while the module is still on its device."""
 
     def __init__(self, finish: Callable[[Trained, int], None]):
         self.finish = finish
@@ -203,7 +203,7 @@ class MetricsFile(Logger):
         path: the file.
         stage: goes into each row.
         resumed: step from which the stage goes on.
-        listen: called with each row.
+        listen: a function that is called with each row.
     """
 
     def __init__(self, path: Path, stage: str, resumed: int, listen: Callable[[dict[str, Any]], None] | None = None):
@@ -225,7 +225,7 @@ class MetricsFile(Logger):
         return self.stage
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The recipe is in the run folder already."""
+        """Does nothing: the recipe is in the run folder."""
 
     @rank_zero_only
     def _keep(self, resumed: int) -> None:
@@ -275,7 +275,7 @@ class MetricsFile(Logger):
 class Rows(Callback):
     """Logs a row every `train.log_every` steps, before a checkpoint of the same step is written.
 
-    With it goes what happens inside the mixers at that step: the memory horizon of every scan (median and largest over
+    The row includes measures of the mixers at that step: the memory horizon of every scan (median and largest over
     its heads, in tokens) and the output RMS of both branches of every MATE layer.
     """
 

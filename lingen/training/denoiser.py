@@ -26,8 +26,8 @@ TIME_BINS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 class LinGenModule(Trained):
-    """A denoiser with its neighbours: the loss of flow matching (Movie Gen, 2410.13720, section 3.1.2), AdamW, averaged
-    weights.
+    """A denoiser with autoencoder and text encoders: the loss of flow matching (Movie Gen, 2410.13720, section 3.1.2),
+    AdamW, averaged weights.
 
     Trained parts are the denoiser and those text encoders that are `trainable`; everything else is frozen, runs without
     gradients and stays out of checkpoints. A step's randomness is a function of (seed, stage, slot), see `Batch.slots`.
@@ -44,7 +44,7 @@ class LinGenModule(Trained):
         self.freeze_parts()
 
     def frozen_parts(self) -> dict[str, nn.Module]:
-        """Prefix -> the parts that are used as they are."""
+        """Prefix of the parameters' names -> the frozen parts."""
         parts = {
             f"text.{i}.": encoder for i, encoder in enumerate(self.text) if not getattr(encoder, "trainable", False)
         }
@@ -89,7 +89,7 @@ class LinGenModule(Trained):
         stored: tuple[Tensor, Tensor] | None = None,
         null: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What one of the encoders makes of captions, as `encode_text`."""
+        """The tokens and mask of one encoder, as in `encode_text`."""
         encoder = cast(TextEncoder, self.text[number])
         prefix = fps if self.recipe.data.fps_prefix else 0.0
         with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(encoder, "trainable", False)):

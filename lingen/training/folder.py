@@ -1,4 +1,4 @@
-"""A run is a folder: recipe, checkpoints, weights, metrics, ledger and samples of every stage."""
+"""The folder of a run: recipe, checkpoints, weights, metrics, ledger and samples of every stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
 
 IDENTITY = ("model", "data", "text", "autoencoder", "seed")
-"""Sections that make a run what it is; the others (steps, learning rate, devices, ...) may change while it goes on."""
+"""Sections that identify a run; the others (steps, learning rate, devices, ...) may change while it continues."""
 
 FREE_DATA = {"workers", "cache_mb", "max_dropped"}
 """Data settings that change nothing about what is learned."""
@@ -113,7 +113,7 @@ class RunFolder:
         write_text(self.about, json.dumps(about, indent=2))
 
     def _differences(self, stages: Sequence[Recipe]) -> str:
-        """What makes the run in this folder another one, in words."""
+        """How the run in this folder differs from the recipe, as half a sentence."""
         from lingen.recipe import load_stages
 
         try:
@@ -130,7 +130,7 @@ class RunFolder:
         return f"another {', '.join(sorted(names))}"
 
     def finished(self, stages: Sequence[str]) -> list[str]:
-        """Those of the stages that have weights, in order."""
+        """The stages that have weights, in order."""
         return [stage for stage in stages if self.weights(stage).is_file()]
 
 

@@ -1,4 +1,4 @@
-"""Several processes, one run."""
+"""Helpers for runs of several processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def is_first_rank() -> bool:
-    """Is this the process that writes and speaks for all ranks?"""
+    """Whether this process is rank 0, which writes files and reports for all."""
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 

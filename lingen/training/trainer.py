@@ -1,4 +1,4 @@
-"""The lightning.Trainer of a stage: the recipe's own arguments and ours."""
+"""The lightning.Trainer of a stage: the recipe's arguments and those that lingen sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lingen.training.folder import RunFolder
 
 
 def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback], metrics: Logger) -> lightning.Trainer:
-    """lightning.Trainer with the recipe's arguments and ours."""
+    """lightning.Trainer with the recipe's arguments and those that lingen sets."""
     arguments = dict(recipe.trainer)
     loggers = [metrics, *(build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard")))]
     settings = recipe.train
