@@ -26,7 +26,8 @@ from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder, default_path
 from lingen.training.ranks import is_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
-from lingen.weights import find_weights, load_into, read_weights, save_weights
+from lingen.training.weights import load_into, save_weights
+from lingen.weights import find_weights, read_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
 

@@ -1,23 +1,17 @@
-"""Weights as one safetensors file with its recipe inside. Loading one never unpickles."""
+"""Files of weights: safetensors with a recipe inside, written, read and found; no module is known here."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lingen.files import check_target, whole_file
 from lingen.recipe.registry import RecipeError
-from lingen.recipe.sections import Recipe
-from lingen.recipe.subjects import SUBJECTS
-
-if TYPE_CHECKING:
-    from lingen.training.base import Trained
-    from lingen.training.denoiser import LinGenModule
 
 Copy = Literal["averaged", "raw"]
 """The two copies in a file: training continues from the raw one, the averaged one is for sampling."""
@@ -57,24 +51,6 @@ def _is_whole(value: Tensor | None, shape: torch.Size) -> bool:
     """A DTensor and a ShardedTensor tell the shape of the whole, whatever part of it is here."""
     is_shard = hasattr(value, "full_tensor") or hasattr(value, "local_shards")
     return value is not None and not is_shard and value.shape == shape
-
-
-def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
-    """Writes the raw and the averaged copy of everything trained, with the whole filled recipe, in one step.
-
-    Keys are ``raw.NAME`` and ``averaged.NAME``; the metadata holds `recipe` (YAML), `stage` and `step`.
-    IncompleteError where a tensor lacks elements.
-    """
-    raw = module.trained_state()
-    averaged = raw | (module.average.weights() if module.average is not None else {})
-    for copy in (raw, averaged):
-        check_whole(copy, module.shapes)
-    tensors = {f"raw.{name}": value for name, value in raw.items()} | {
-        f"averaged.{name}": v for name, v in averaged.items()
-    }
-    metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
-    # Both copies may be one tensor, which the library refuses to write twice.
-    write_tensors(path, {name: value.detach().cpu().clone() for name, value in tensors.items()}, metadata)
 
 
 def export_weights(source: str | Path, out: str | Path, precision: str = "bf16") -> Path:
@@ -135,40 +111,6 @@ def read_weights(path: Path, copy: Copy) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
-def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
-    """Puts weights into a module; positional tables of another size are resized (model.resize_tables).
-
-    Raises:
-        RecipeError: names what is missing, left over or of another shape.
-    """
-    own, weights = module.trained_state(), module.fitted(weights)
-    missing, extra = (
-        sorted(name for name in names if not name.startswith(module.optional))
-        for names in (own.keys() - weights.keys(), weights.keys() - own.keys())
-    )
-    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if missing or extra or shapes:
-        parts = [
-            f"{len(names)} {what} (such as {names[0]})"
-            for names, what in (
-                (missing, "missing"),
-                (extra, "not in this model"),
-                (sorted(shapes), "of another shape"),
-            )
-            if names
-        ]
-        raise RecipeError(
-            f"The weights in {source} do not fit this recipe's model: {', '.join(parts)}. Use the recipe that they "
-            "were trained with."
-        )
-    module.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
-
-
-def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
 def find_weights(source: str | Path) -> Path:
     """A weights file, or that of the last finished stage of a run folder. WeightsError where there is none."""
     path = Path(source)
@@ -186,32 +128,3 @@ def find_weights(source: str | Path) -> Path:
     if not finished:
         raise WeightsError(path, "no stage of it is finished yet. Go on with `lingen fit`.")
     return finished[-1]
-
-
-def load_module(source: str | Path, copy: Copy = "averaged", device: str | torch.device = "cpu") -> LinGenModule:
-    """The module of a run folder or weights file, from the recipe inside, with one copy of its weights, in eval.
-
-    Raises:
-        RecipeError: no weights there, weights that do not fit, or those of an autoencoder.
-    """
-    from lingen.training.denoiser import LinGenModule
-
-    path = find_weights(source)
-    recipe = recipe_of(path)
-    if recipe.subject is not SUBJECTS["denoiser"]:
-        raise RecipeError(
-            f"{path} holds the weights of an autoencoder, which makes no clips of its own. Train a denoiser with "
-            f"autoencoder.path={source}."
-        )
-    module = LinGenModule(recipe)
-    load_into(module, read_weights(path, copy), path)
-    return module.to(device).eval()
-
-
-def recipe_of(path: Path) -> Recipe:
-    """The loaded stage whose weights a file holds, from the recipe inside."""
-    from lingen.recipe import load_recipe
-    from lingen.recipe.reading import Source
-
-    metadata = read_metadata(path)
-    return load_recipe(Source(metadata["recipe"], f"the recipe in {path}", path.stem), stage=metadata["stage"])

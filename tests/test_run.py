@@ -21,7 +21,8 @@ from lingen.training.average import AveragedWeights
 from lingen.training.base import NonFiniteError
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.weights import find_weights, load_module, read_metadata, read_weights
+from lingen.training.weights import load_module
+from lingen.weights import find_weights, read_metadata, read_weights
 
 
 def rows(run: Path) -> list[dict[str, str]]:

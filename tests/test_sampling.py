@@ -21,7 +21,8 @@ from lingen.run import fit
 from lingen.sampling import files as output
 from lingen.sampling.clips import clip_size, decode_frames, encode_prompts, sample_latents
 from lingen.training.folder import RunFolder
-from lingen.weights import find_weights, load_module
+from lingen.training.weights import load_module
+from lingen.weights import find_weights
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +322,8 @@ def test_contact_sheet_is_large_enough_to_see(tmp_path: Path):
 
 def test_weights_of_another_model_are_refused(run: Path, tiny_recipe: Path):
     from lingen.training.denoiser import LinGenModule
-    from lingen.weights import load_into, read_weights
+    from lingen.training.weights import load_into
+    from lingen.weights import read_weights
 
     other = LinGenModule(lingen.load_recipe(tiny_recipe, ["model.dim=24"], stage="clips"))
     with pytest.raises(lingen.RecipeError, match="do not fit this recipe's model.*of another shape"):

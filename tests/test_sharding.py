@@ -16,7 +16,8 @@ from lingen.recipe.registry import RecipeError
 from lingen.run import fit
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.weights import IncompleteError, read_weights, save_weights
+from lingen.training.weights import save_weights
+from lingen.weights import IncompleteError, read_weights
 
 TRAINER = '''
 """`lingen fit` with a strategy whose name tells nothing: FSDP1 as Lightning wraps it, on CPU ranks."""
@@ -42,7 +43,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from lingen.training.average import AveragedWeights
 from lingen.training.denoiser import LinGenModule
 from lingen.recipe import load_recipe, to_yaml
-from lingen.weights import IncompleteError, save_weights
+from lingen.weights import IncompleteError
+from lingen.training.weights import save_weights
 
 rank, recipe = int(sys.argv[1]), load_recipe(sys.argv[2], stage="images")
 dist.init_process_group("gloo", init_method=f"file://{Path('meet').absolute()}", rank=rank, world_size=2)

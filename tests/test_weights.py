@@ -22,15 +22,8 @@ from lingen.sampling.clips import generate
 from lingen.training.autoencoder import AutoencoderModule
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.weights import (
-    export_weights,
-    find_weights,
-    load_into,
-    load_module,
-    read_metadata,
-    read_weights,
-    write_tensors,
-)
+from lingen.training.weights import load_into, load_module
+from lingen.weights import export_weights, find_weights, read_metadata, read_weights, write_tensors
 
 SIZES = "strides: [2, 4, 4], channels: 4, width: 8, blocks: 1"
 TAE_RECIPE = """

@@ -114,7 +114,8 @@ def _trained(source: Any) -> dict[str, Any]:
     """The autoencoder of a run folder or weights file, as a recipe that names these weights says it."""
     from lingen.autoencoder.stored import read_shapes, settings_of
     from lingen.recipe.subjects import SUBJECTS
-    from lingen.weights import find_weights, recipe_of
+    from lingen.training.weights import recipe_of
+    from lingen.weights import find_weights
 
     file = find_weights(source)
     recipe = recipe_of(file)

@@ -156,7 +156,8 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     from dataclasses import replace
 
     from lingen.sampling.clips import best_device
-    from lingen.weights import find_weights, recipe_of
+    from lingen.training.weights import recipe_of
+    from lingen.weights import find_weights
 
     how = recipe_of(find_weights(args.run or args.checkpoint)).rewrite
     if not (args.rewrite or args.rewriter):

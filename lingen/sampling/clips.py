@@ -24,7 +24,7 @@ from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
 from lingen.sampling.precision import set_precision
 from lingen.training.denoiser import LinGenModule
-from lingen.weights import load_module
+from lingen.training.weights import load_module
 
 log = logging.getLogger("lingen")
 

@@ -25,7 +25,8 @@ from lingen.sampling.clips import (
     sample_latents,
     settings_with,
 )
-from lingen.weights import find_weights, load_module, read_metadata, write_tensors
+from lingen.training.weights import load_module
+from lingen.weights import find_weights, read_metadata, write_tensors
 
 
 def sample_to_files(

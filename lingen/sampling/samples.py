@@ -19,7 +19,7 @@ from lingen.sampling.clips import best_device, clip_size, decode_frames, encode_
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.weights import load_module
+from lingen.training.weights import load_module
 
 if TYPE_CHECKING:
     from lingen.training.autoencoder import AutoencoderModule
