@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from lingen.bench.place import Place
 from lingen.model import LinGen, Text
+from lingen.plan.flops import forward_flops
 from lingen.recipe.registry import RecipeError, SettingError
 from lingen.recipe.sections import LinGenConfig, Triple
 
 Made = TypeVar("Made", bound=nn.Module)
 Result = TypeVar("Result")
+Component = str | dict[str, Any]
 
 TEXT_TOKENS = 512
 """Text tokens of all encoders together."""
@@ -85,13 +87,23 @@ def sample_inputs(
     """Latents [b c t h w] that make a grid of tokens, times [b], and `TEXT_TOKENS` tokens of text in all encoders."""
     size = [n * part for n, part in zip(grid, config.patch, strict=True)]
     latents = torch.randn(batch, config.channels, *size, device=device)
-    widths = config.text_dims
-    counts = [len(range(i, TEXT_TOKENS, len(widths))) for i in range(len(widths))]
     text = tuple(
         (torch.randn(batch, n, width, device=device), torch.ones(batch, n, dtype=torch.bool, device=device))
-        for n, width in zip(counts, widths, strict=True)
+        for n, width in zip(text_counts(config), config.text_dims, strict=True)
     )
     return latents, torch.full((batch,), 0.5, device=device), text
+
+
+def text_counts(config: LinGenConfig) -> list[int]:
+    """`TEXT_TOKENS`, shared out to the encoders."""
+    encoders = len(config.text_dims)
+    return [len(range(first, TEXT_TOKENS, encoders)) for first in range(encoders)]
+
+
+def tflop_of(config: LinGenConfig, grid: Triple, place: Place) -> float:
+    """Of a denoiser's forward at batch 1; NaN where it cannot be counted."""
+    found = forward_flops(config, grid, text_counts(config), place.sixteen_bit, place.device.type)
+    return float("nan") if found is None else found / 1e12
 
 
 def compiled(run: Callable[..., Result]) -> Callable[..., Result]:
@@ -104,7 +116,7 @@ def compiled(run: Callable[..., Result]) -> Callable[..., Result]:
     return made
 
 
-def name_of(component: str | dict[str, Any]) -> str:
+def name_of(component: Component) -> str:
     """The registered name of a component."""
     return component if isinstance(component, str) else str(component["name"])
 

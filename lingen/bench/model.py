@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lingen import flow
-from lingen.bench.build import TEXT_TOKENS, denoiser, name_of, sample_inputs
-from lingen.bench.flops import model_flops
+from lingen.bench.build import denoiser, name_of, sample_inputs, tflop_of
 from lingen.bench.parts import by_part
 from lingen.bench.place import Place, dtype_name
 from lingen.bench.results import Results, Row
@@ -45,7 +44,7 @@ class ModelBench:
     @property
     def tflop(self) -> float:
         """Of a forward."""
-        return model_flops(self.config, self.grid, TEXT_TOKENS) / 1e12
+        return tflop_of(self.config, self.grid, self.place)
 
     def make(self) -> LinGen:
         """The denoiser, its large products in 8 bits where that is asked for."""

@@ -21,6 +21,10 @@ class Place(NamedTuple):
     budget: float
 
     @property
+    def sixteen_bit(self) -> bool:
+        return self.dtype.itemsize == 2
+
+    @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 

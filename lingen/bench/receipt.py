@@ -8,13 +8,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lingen.bench.build import name_of
+from lingen.bench.build import Component, name_of
 from lingen.bench.exponent import crossover, fit_exponent
-from lingen.bench.flops import Component, counted
 from lingen.bench.plots import plot_scaling
 from lingen.bench.results import Row
 from lingen.bench.tables import Files, Table, as_markdown, every, source
 from lingen.bench.targets import PAPER_SIZES, ratio, row_of
+from lingen.plan.flops import mixer_flops
 from lingen.recipe.sections import Triple
 
 LINEAR = 1.05
@@ -116,7 +116,7 @@ def by_flops(mixers: Sequence[Component], dim: int, grids: Sequence[Triple]) -> 
     """Parts whose counted FLOPs grow faster than linearly."""
     found = []
     for one in mixers:
-        counts = {math.prod(grid): counted(one, grid, dim) for grid in grids}
+        counts = {math.prod(grid): mixer_flops(one, dim, 1, grid) for grid in grids}
         largest = counts[max(counts)]
         for part, total in largest.items():
             fit = _fit((tokens, count[part]) for tokens, count in counts.items())

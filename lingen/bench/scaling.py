@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lingen.bench.build import built, kernel_of, name_of
-from lingen.bench.flops import Component, flops
+from lingen.bench.build import Component, built, kernel_of, name_of
 from lingen.bench.parts import by_part
 from lingen.bench.place import Place, dtype_name
 from lingen.bench.receipt import Split, findings
 from lingen.bench.results import GIB, Results, Row
 from lingen.bench.timing import Run, both_ways, forward, forward_backward, held, saved_bytes
 from lingen.blocks.layers import grid_of
+from lingen.plan.flops import mixer_flops
 from lingen.recipe.registry import MIXERS, RecipeError
 from lingen.recipe.sections import Triple
 
@@ -71,11 +71,15 @@ def measure(
     splits: dict[str, list[tuple[int, Split]]] = defaultdict(list)
     for grid in sorted(grids, key=math.prod):
         results.say(f"{label(grid)}: {math.prod(grid):,} tokens")
-        tflop = {name_of(one): flops(one, grid, dim) / 1e12 for one in mixers}
+        tflop = {name_of(one): _tflop(one, dim, grid, place) for one in mixers}
         for row, split in _on_grid(layers, tflop, normal(1, *grid, dim), weights, place):
             results.add(row)
             splits[row["mixer"]] += [(row["tokens"], split)] if split else []
     return splits
+
+
+def _tflop(component: Component, dim: int, grid: Triple, place: Place) -> float:
+    return sum(mixer_flops(component, dim, 1, grid, place.sixteen_bit, place.device.type).values()) / 1e12
 
 
 def _warm_up(layers: Mapping[str, nn.Module], x: Tensor) -> None:

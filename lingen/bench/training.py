@@ -10,8 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lingen.bench.build import TEXT_TOKENS, built, compiled
-from lingen.bench.flops import model_flops
+from lingen.bench.build import TEXT_TOKENS, built, compiled, tflop_of
 from lingen.bench.place import Place, device_name, dtype_name
 from lingen.bench.results import GIB, Results, Row
 from lingen.bench.timing import Run, both_ways, saved_bytes
@@ -77,7 +76,7 @@ def _mean(rows: Sequence[Row], config: LinGenConfig, grid: Triple, place: Place)
     """Of the layers: the row of one in training, times the depth."""
     first, ms = rows[0], statistics.fmean(row["train_ms"] for row in rows)
     layers = [row["layer"] for row in rows]
-    tflop = 3 * model_flops(replace(config, depth=len(layers)), grid, TEXT_TOKENS) / len(layers) / 1e12
+    tflop = 3 * tflop_of(replace(config, depth=len(layers)), grid, place) / len(layers)
     kept = first["kept_gib"] * GIB / first["tokens"] / config.dim if "kept_gib" in first else None
     return {
         **{key: first[key] for key in AVERAGED},

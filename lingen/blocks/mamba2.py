@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lingen.blocks.layers import GatedRMSNorm, grid_of
 from lingen.blocks.scan import order_of, permutation
+from lingen.kernels.choice import holds_numbers
 from lingen.kernels.conv import conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
@@ -100,9 +101,9 @@ class Mamba2(nn.Module):
         grid = grid_of(projected)
         z, streams = projected.split([self.sizes[0], sum(self.sizes[1:])], -1)
         kernel = scan_kernel(self.kernel, streams, self.head_dim, self.state_dim)
-        if kernel == "triton" and (self.centred or self.directions == 1):
+        fused = "triton" if kernel == "triton" and holds_numbers(projected) else "reference"
+        if fused == "triton" and (self.centred or self.directions == 1):
             return self._fused(projected)
-        fused = "triton" if kernel == "triton" else "reference"
         state = None
         if self.review is not None:
             state = self._review_state(pool(streams, self.review, kernel=fused), kernel, fused)

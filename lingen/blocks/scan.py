@@ -106,6 +106,9 @@ def to_grid(sequence: Shaped[Tensor, "b n d"], order: Order, grid: Triple) -> Sh
 @constants(maxsize=128)
 def permutation(order: Order, grid: Triple, device: torch.device) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
     """Raster index of each position in the sequence, and the position of each raster index. Kept per device."""
+    if device.type == "meta":
+        index = torch.empty(grid[0] * grid[1] * grid[2], dtype=torch.int64, device=device)
+        return index, index
     index = _raster_index(order, grid)
     return index.to(device), index.argsort().to(device)
 

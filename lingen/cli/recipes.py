@@ -64,7 +64,7 @@ def show(args: argparse.Namespace) -> int:
 def _forecast_row(one: Any) -> dict[str, str]:
     gib = {name: f"{size / 2**30:.3g} GiB" for name, size in one.memory.items()}
     tokens = " + ".join(f"{count:,} ({kind})" for kind, count in one.tokens.items())
-    flops = " + ".join(f"{count / 1e12:.3g}" for count in one.flops.values())
+    flops = " + ".join(f"{count / 1e12:.3g}" for count in one.flops.values()) or "unknown"
     return {"stage": one.stage, "tokens": tokens, "parameters": f"{one.trained:,}", "forward TFLOP": flops, **gib}
 
 

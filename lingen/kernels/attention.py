@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lingen.kernels.choice import holds_numbers
 from lingen.recipe.registry import RecipeError
 
 ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash")
@@ -31,16 +32,17 @@ def attention(
     each sequence must hold a real one. Outputs at padding are finite and otherwise undefined.
 
     kernel: "sdpa" is `F.scaled_dot_product_attention` with the backend that torch picks, "cudnn" the same with cuDNN's
-    first; "flash" is flash-attn on CUDA. "auto" is "cudnn" for 16-bit tokens on CUDA, else "sdpa".
+    first; "flash" is flash-attn on CUDA. "auto" is "cudnn" for 16-bit tokens on CUDA, else "sdpa", which also stands
+    for the others where nothing is computed.
     Raises ValueError for an unknown or unavailable kernel.
     """
-    if kernel == "flash":
+    if kernel == "flash" and holds_numbers(q):
         return _flash(q, k, v, real)
     if kernel not in ATTENTION_KERNELS:
         raise ValueError(f"There is no attention kernel called {kernel!r}. Known: {', '.join(ATTENTION_KERNELS)}.")
     mask = None if real is None else real[:, None, None, :]
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    if kernel == "cudnn" or (kernel == "auto" and q.is_cuda and q.dtype.itemsize == 2):
+    if (kernel == "cudnn" and holds_numbers(q)) or (kernel == "auto" and q.is_cuda and q.dtype.itemsize == 2):
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

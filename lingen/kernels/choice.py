@@ -2,6 +2,9 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -14,11 +17,14 @@ from lingen.recipe.registry import RecipeError
 log = logging.getLogger("lingen")
 
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLANNED: ContextVar[str] = ContextVar("planned for", default="cpu")
 _HAS_TRITON = find_spec("triton") is not None  # at import: inside of a call, torch.compile would warn
 
 
 def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain: str = "reference") -> str:
     """The twin to run: `kernel` itself, or for "auto" "triton" where it runs on `x` and else `plain`.
+
+    Where nothing is computed, on the meta device and in FakeTensorMode, `plain` stands for "triton".
 
     Args:
         operation: what the message calls it, e.g. "scan".
@@ -29,6 +35,8 @@ def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain
     """
     if kernel not in known:
         raise RecipeError(f"There is no {operation} kernel called {kernel!r}. Known: {', '.join(known)}.")
+    if kernel in ("auto", "triton") and not holds_numbers(x):
+        return plain
     if kernel == "triton" and (why_not := _why_no_triton(x)):
         raise RecipeError(f"kernel='triton' of the {operation} cannot run: {why_not} kernel='auto' takes another.")
     if kernel != "auto":
@@ -55,11 +63,25 @@ def holds_numbers(x: Tensor) -> bool:
     return not (x.is_meta or isinstance(x, FakeTensor))
 
 
+@contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """In the block tensors on the meta device stand for tensors on this type of device: a kernel whose twins multiply
+    differently does there what it would do on that device, so that it can be counted."""
+    token = _PLANNED.set(device)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def stands_for_cuda(x: Tensor) -> bool:
+    """Whether `x` is on the meta device in a block of `planned_for("cuda")`."""
+    return x.is_meta and _PLANNED.get() == "cuda"
+
+
 def _why_no_triton(x: Tensor) -> str | None:
     if not has_triton():
         return "Triton is not installed."
-    if isinstance(x, FakeTensor):
-        return "the tensors are fakes that hold no numbers."
     if not (x.is_cuda or (interpreted() and x.device.type == "cpu")):
         return f"the tensors are on {x.device}, not on CUDA."
     if x.dtype not in _TRITON_TYPES:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lingen.kernels.choice import choose, full_precision
+from lingen.kernels.choice import choose, full_precision, holds_numbers, stands_for_cuda
 from lingen.kernels.ssd import ssd
 from lingen.recipe.registry import RecipeError
 
@@ -30,6 +30,8 @@ def scan_kernel(kernel: str, u: Tensor, width: int, state_dim: int) -> str:
     wide, deep = (max(16, 1 << (size - 1).bit_length()) for size in (width, state_dim))
     largest = _LARGEST_STATE // 2 if u.dtype == torch.float32 else _LARGEST_STATE
     if wide <= _WIDEST and wide * deep <= largest:
+        if kernel in ("auto", "triton") and stands_for_cuda(u):
+            return "triton"
         return choose("scan", kernel, SCAN_KERNELS, u, plain="chunked")
     if kernel == "triton":
         raise RecipeError(
@@ -84,6 +86,8 @@ def scan(
     if u.shape[1] != rows_of(n, kernel, u.dtype):
         rows = rows_of(n, kernel, u.dtype)
         raise ValueError(f"u has {u.shape[1]} rows; {n} tokens take {rows} with kernel='{kernel}'.")
+    if kernel == "triton" and not holds_numbers(u):
+        return _products_of_triton(u, chunk_of(n, u.dtype), len(a), heads, groups, state_dim)
     if kernel == "triton":
         from lingen.kernels.scan_triton import FusedScan, Sizes
 
@@ -120,6 +124,32 @@ def _by_flips(
     return sides[0] if ways == 1 else sides[0] + sides[1].flip(1)
 
 
+def _products_of_triton(u: Tensor, chunk: int, ways: int, heads: int, groups: int, state_dim: int) -> Tensor:
+    """The matrix products of `scan_triton`, to be counted on the meta device; what they give has y's shape, no more.
+
+    C B^T is shared by the directions. States are made and used by each; of the two halves of a chunk each meets itself
+    once for all directions, and each direction takes one half to the other.
+    """
+    x, b, c = _in_chunks(u, chunk, heads, groups, state_dim)
+    pairs = torch.einsum("zqgs,zrgs->zgqr", c, b)[:, :, None].expand(-1, -1, x.shape[3], -1, -1)
+    states = [torch.einsum("zqgs,zqgme->zgmes", b, x) for _ in range(ways)]
+    y = sum((torch.einsum("zqgs,zgmes->zqgme", c, state) for state in states), torch.zeros_like(x))
+    half = chunk // 2
+    first, second = slice(0, half), slice(half, chunk)
+    for rows, columns in [(first, first), (second, second), (second, first), (first, second)][: 2 + ways]:
+        part = torch.einsum("zgmqr,zrgme->zqgme", pairs[..., rows, columns], x[:, columns])
+        y = y + F.pad(part, (0, 0) * 3 + (rows.start, chunk - rows.stop))
+    return y.flatten(2).view(len(u), -1, y.shape[2:].numel())
+
+
+def _in_chunks(u: Tensor, chunk: int, heads: int, groups: int, state_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [z q g m e], b and c [z q g s] of all chunks: z = b * chunks, m heads in each of g groups."""
+    keys = groups * state_dim
+    x, b, c = u.unflatten(1, (-1, chunk)).flatten(0, 1).split([u.shape[2] - 2 * keys, keys, keys], -1)
+    x = x.unflatten(-1, (groups, heads // groups, -1))
+    return x, b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))
+
+
 def scan_state(
     u: Float[Tensor, "b rows c"],
     dt: Float[Tensor, "b n k"],
@@ -138,7 +168,12 @@ def scan_state(
     streams are 16-bit on CUDA.
     """
     width = (u.shape[2] - 2 * groups * state_dim) // dt.shape[2]
-    if scan_kernel(kernel, u, width, state_dim) == "triton":
+    kernel = scan_kernel(kernel, u, width, state_dim)
+    if kernel == "triton" and not holds_numbers(u):
+        x, b, _ = _in_chunks(u, chunk_of(dt.shape[1], u.dtype), dt.shape[2], groups, state_dim)
+        states = torch.stack([torch.einsum("zqgs,zqgme->zgmes", b, x) for _ in a], 1).flatten(2, 3)
+        return states.unflatten(0, (len(u), -1)).sum(1, dtype=torch.float32)
+    if kernel == "triton":
         from lingen.kernels.scan_state_triton import FusedState
         from lingen.kernels.scan_triton import Sizes
 

@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lingen.kernels.choice import full_precision
+from lingen.kernels.choice import full_precision, holds_numbers
 from lingen.recipe.registry import RecipeError
 
 SSD_KERNELS = ("auto", "reference", "chunked", "stock")
 
 # Chunk states above this number are passed on group by group, so that no matrix is larger than this in either axis.
 _GROUP = 64
+# mamba_ssm's chunks must be powers of two; 256 is what it is tuned for.
+_STOCK_CHUNK = 256
 
 
 def ssd(
@@ -42,13 +44,16 @@ def ssd(
     y comes back in x's dtype, the final state in the computing dtype.
 
     kernel: "reference" is the recurrence, token by token; "chunked" matrix products over chunks of at most `chunk`
-    tokens; "stock" is mamba_ssm on CUDA; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel.
+    tokens; "stock" is mamba_ssm on CUDA; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel. Where
+    nothing is computed and products are counted, all of them are "chunked", "stock" in chunks of its own length.
     Raises ValueError for an unknown or unavailable kernel and for shapes that do not fit.
     """
     _check(x, b, chunk)
     run = {"auto": _chunked, "chunked": _chunked, "reference": _reference, "stock": _stock}.get(kernel)
     if run is None:
         raise ValueError(f"There is no SSD kernel called {kernel!r}. Known: {', '.join(SSD_KERNELS)}.")
+    if not holds_numbers(x):
+        run, chunk = _chunked, _STOCK_CHUNK if kernel == "stock" else chunk
     dtype = torch.promote_types(x.dtype, torch.float32)
     with full_precision(x):
         dt, a = dt.to(dtype), a.to(dtype)
@@ -176,8 +181,6 @@ def _stock(
     scan = chunk_scan()
     if not x.is_cuda:
         raise RecipeError(f"kernel='stock' runs on CUDA, but the tokens are on {x.device}.")
-    # mamba_ssm's chunks must be powers of two; 256 is what it is tuned for.
-    y, final = scan(
-        x, dt, a, b.to(x.dtype), c.to(x.dtype), chunk_size=256, initial_states=state, return_final_states=True
-    )
+    streams = x, dt, a, b.to(x.dtype), c.to(x.dtype)
+    y, final = scan(*streams, chunk_size=_STOCK_CHUNK, initial_states=state, return_final_states=True)
     return y, final

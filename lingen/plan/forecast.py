@@ -1,4 +1,4 @@
-"""Forecast of a stage: tokens and parameters (exact), memory and FLOPs (estimates)."""
+"""Forecast of a stage: tokens, parameters and FLOPs are counted, memory is estimated."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ SIXTEEN_BIT = {"cpu": 0.85, "cuda": 0.65}
 """The factor on it in 16 bits: with plain PyTorch the SSD's sums stay float32, on CUDA the residual stream does."""
 INPUT_BYTES = 4
 """Bytes of each number of a recomputed block's input: the residual stream is float32 in training."""
-CHUNK = 64
-"""Length of the chunks of the SSD's matmul form (arXiv 2405.21060, section 6), in tokens [ours]."""
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bfloat16 FLOP/s by the makers' data sheets, for the share of it that training reaches (MFU)."""
 TEXT_TOKENS = 256
@@ -45,7 +43,8 @@ class Plan:
     memory: dict[str, int]
     """Bytes: weights, averaged weights, gradients and optimiser, activations of the largest batch."""
     flops: dict[str, float]
-    """FLOPs of one forward pass over one sample of each kind."""
+    """FLOPs of one forward pass over one sample of each kind, counted on the meta device (`lingen.plan.flops`); a kind
+    that cannot be counted, because a mixer does not run there, is left out."""
     training_flops: dict[str, float]
     """FLOPs of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
 
@@ -92,8 +91,7 @@ def plan_denoiser(recipe: Recipe) -> Plan:
         elif isinstance(encoder, nn.Module):
             frozen += _count(encoder)
     grids = grids_of(recipe.data, tuple(autoencoder.strides), patch_of(recipe))
-    per_token = parameters["blocks.mixer"] + parameters["blocks.ffn"]
-    flops = {kind: _flops(recipe, per_token, grid) for kind, grid in grids.items()}
+    flops = _flops(recipe, grids)
     return Plan(
         stage=recipe.stage or "main",
         grids=grids,
@@ -101,7 +99,7 @@ def plan_denoiser(recipe: Recipe) -> Plan:
         frozen=frozen,
         memory=_memory(recipe, sum(parameters.values()), grids),
         flops=flops,
-        training_flops={kind: flops[kind] * (3 + _recomputed_share(recipe, kind, grids[kind])) for kind in grids},
+        training_flops={kind: flops[kind] * (3 + _recomputed_share(recipe, kind, grids[kind])) for kind in flops},
     )
 
 
@@ -180,15 +178,13 @@ def _recomputed_share(recipe: Recipe, kind: str, grid: Triple) -> float:
     return recomputed_blocks(recipe.model, tokens, *_where(recipe)) / recipe.model.depth
 
 
-def _flops(recipe: Recipe, per_token: int, grid: Triple) -> float:
-    """2 FLOPs per weight and token (arXiv 2001.08361, section 2.1), plus what the mixers do between tokens."""
-    config, tokens = recipe.model, math.prod(grid)
-    between = sum(_between_tokens(component, config, grid) for component in _layers(config))
-    text = sum(component.get("max_tokens") or TEXT_TOKENS for component in recipe.text)
-    # Queries, output and the scores; keys and values of the text are few.
-    cross = config.depth * (4 * config.dim**2 + 4 * text * config.dim)
-    edges = 4 * config.channels * math.prod(config.patch) * config.dim
-    return float(tokens) * (2 * per_token + between + cross + edges)
+def _flops(recipe: Recipe, grids: dict[str, Triple]) -> dict[str, float]:
+    """Of a forward over one sample of each kind; without those that cannot be counted."""
+    from lingen.plan.flops import forward_flops
+
+    text = [component.get("max_tokens") or TEXT_TOKENS for component in recipe.text]
+    counted = {kind: forward_flops(recipe.model, grid, text, *_where(recipe)) for kind, grid in grids.items()}
+    return {kind: float(count) for kind, count in counted.items() if count is not None}
 
 
 def _name(component: Component | str) -> str:
@@ -199,26 +195,3 @@ def _layers(config: LinGenConfig) -> list[Component]:
     """The mixer of each block."""
     mixers = config.mixer if isinstance(config.mixer, list) else [config.mixer]
     return [mixers[layer % len(mixers)] for layer in range(config.depth)]
-
-
-def _between_tokens(component: Component, config: LinGenConfig, grid: Triple) -> float:
-    """FLOPs per token between tokens, beyond the projections; 0 for a mixer of a third party."""
-    name = component["name"]
-    if name == "mate":
-        branches = [component.get(branch) for branch in ("ma", "te")]
-        parts = [{"name": branch} if isinstance(branch, str) else branch for branch in branches if branch]
-        return sum(_between_tokens({**component, **part}, config, grid) for part in parts)
-    if name == "attention":
-        return 4.0 * math.prod(grid) * config.dim
-    if name == "linear_attention":
-        from lingen.blocks.layers import head_count
-
-        return 4.0 * config.dim * (config.dim // head_count(config.dim, component["num_heads"]))
-    if name == "temporal_swin":
-        return 4.0 * math.prod(map(min, component["window"], grid)) * config.dim
-    if name == "mamba2":
-        inner, state = component["expand"] * config.dim, component["state_dim"]
-        review = 1 + (1 / math.prod(component["review"]) if component["review"] else 0)
-        directions = 2 if component["bidirectional"] else 1
-        return directions * review * (2 * CHUNK * (component["groups"] * state + inner) + 4 * state * inner)
-    return 0.0

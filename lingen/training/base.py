@@ -218,10 +218,11 @@ class Trained(lightning.LightningModule):
             self.meter.count(name, count)
 
     def flop_of_training(self, kind: str) -> float:
-        """FLOPs of forward and backward of one sample, what is recomputed included (`Plan.training_flops`)."""
+        """FLOPs of forward and backward of one sample, what is recomputed included (`Plan.training_flops`); 0 where
+        they cannot be counted, and then there is no MFU."""
         if self._flops is None:
             self._flops = plan(self.recipe).training_flops
-        return self._flops[kind]
+        return self._flops.get(kind, 0.0)
 
     def log_row(self, values: dict[str, float]) -> None:
         """Hands values to every logger under the number of optimiser steps done.

@@ -1,0 +1,164 @@
+"""FLOPs of a forward pass, counted on the meta device: nothing is computed, and any size is free.
+
+What is counted are matrix products, 2 FLOPs for each multiplication and addition; elementwise work, below 1% at a real
+width, is not. Nobody keeps a table beside the mixers: whatever a mixer multiplies is counted, a third party's included.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lingen.kernels.choice import planned_for
+from lingen.model import LinGen, mixers_of
+from lingen.recipe.registry import MIXERS
+from lingen.recipe.sections import Component, LinGenConfig, Triple
+
+log = logging.getLogger("lingen")
+
+INSIDE = frozenset(vars(nn.Module()))
+"""Attributes that every module has: its parameters and children, which are looked at for themselves, and hooks."""
+
+
+def forward_flops(
+    config: LinGenConfig, grid: Triple, text_tokens: Sequence[int], sixteen_bit: bool = False, device: str = "cpu"
+) -> int | None:
+    """FLOPs of a denoiser's forward for one sample; None, with a warning, where a mixer cannot run on meta.
+
+    The model is counted with its first block, and every mixer that differs from the others for itself.
+
+    Args:
+        grid: tokens (t, h, w).
+        text_tokens: of each text encoder.
+        sixteen_bit: whether matrix products are done in 16 bits.
+        device: type of the device that it is to run on; kernels multiply differently on "cuda".
+    """
+    try:
+        return _of_model(_Key(replace(config, checkpointing=False)), grid, tuple(text_tokens), sixteen_bit, device)
+    except Exception as error:  # a third party's mixer may fail in any way
+        _warn(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return None
+
+
+def mixer_flops(
+    component: str | Component, dim: int, layer: int, grid: Triple, sixteen_bit: bool = False, device: str = "cpu"
+) -> dict[str, int]:
+    """FLOPs of a mixer's forward for one sample by part, see `by_part`."""
+    with torch.device("meta"):
+        mixer = MIXERS.build(component, dim, layer)
+    return by_part(mixer, (1, *grid, dim), sixteen_bit, device)
+
+
+def by_part(module: nn.Module, size: Sequence[int], sixteen_bit: bool = False, device: str = "cpu") -> dict[str, int]:
+    """FLOPs of a module on the meta device for an input of this size.
+
+    Returns:
+        name of a linear layer (``ma.in_proj``), or a module and ``products`` for what it multiplies itself
+        (``ma products``), -> FLOPs; the sum is all of them.
+    """
+    totals = _totals(module, lambda dtype: (torch.empty(*size, dtype=dtype),), sixteen_bit, device)
+    own = {name: total - _children(name, totals) for name, total in totals.items()}
+    leaves = {name for name in totals if isinstance(module.get_submodule(name), nn.Linear)}
+    return {
+        name if name in leaves else f"{name} products".strip(): total for name, total in sorted(own.items()) if total
+    }
+
+
+class _Key:
+    """A model's settings as a key: equal where they read the same and name the same mixers."""
+
+    def __init__(self, config: LinGenConfig):
+        self.config = config
+        mixers = config.mixer if isinstance(config.mixer, list | tuple) else [config.mixer]
+        self.own = repr(config), tuple(MIXERS[one if isinstance(one, str) else one["name"]] for one in mixers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.own == self.own
+
+    def __hash__(self) -> int:
+        return hash(self.own)
+
+
+@lru_cache(maxsize=16)
+def _built(key: _Key) -> tuple[LinGen, dict[str, tuple[nn.Module, int]]]:
+    """The model with its first block alone, and each distinct mixer with the number of blocks that have it."""
+    config = key.config
+    with torch.device("meta"):
+        model = LinGen(replace(config, depth=1))
+        mixers = [MIXERS.build(component, config.dim, layer) for component, layer in mixers_of(config)]
+    described = [(_description(mixer), mixer) for mixer in mixers]
+    times = Counter(kind for kind, _ in described)
+    return model, {kind: (mixer, times[kind]) for kind, mixer in described}
+
+
+@lru_cache(maxsize=256)
+def _of_model(key: _Key, grid: Triple, text_tokens: tuple[int, ...], sixteen_bit: bool, device: str) -> int:
+    config = key.config
+    model, mixers = _built(key)
+    size = [tokens * patch for tokens, patch in zip(grid, config.patch, strict=True)]
+
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        text = tuple(
+            (torch.empty(1, n, width, dtype=dtype), torch.empty(1, n, dtype=torch.bool))
+            for n, width in zip(text_tokens, config.text_dims, strict=True)
+        )
+        return torch.empty(1, config.channels, *size, dtype=dtype), torch.empty(1), text
+
+    whole = _totals(model, inputs, sixteen_bit, device)
+    block, first = whole.get("blocks.0", 0), whole.get("blocks.0.mixer", 0)
+    mixing = sum(
+        times * sum(by_part(mixer, (1, *grid, config.dim), sixteen_bit, device).values())
+        for mixer, times in mixers.values()
+    )
+    return whole[""] - block + config.depth * (block - first) + mixing
+
+
+def _totals(
+    module: nn.Module, inputs: Callable[[torch.dtype], tuple[Any, ...]], sixteen_bit: bool, device: str
+) -> dict[str, int]:
+    """FLOPs of the module and of all inside of it, by name; "" is the module itself."""
+    dtype = torch.bfloat16 if sixteen_bit else torch.float32
+    module = module.to(dtype)
+    # Fused attention hides its products from the counter, and so do products in place, which only run without
+    # autograd; the plain forms have the same ones.
+    with torch.device("meta"), planned_for(device), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        given = inputs(dtype)
+        with FlopCounterMode(display=False) as counter:
+            module(*given)
+    # The counter puts the class of the root in front: ``MATE.ma.in_proj``.
+    root = type(module).__name__
+    named = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name != "Global"}
+    return {"": counter.get_total_flops()} | {
+        name.removeprefix(root)[1:]: n for name, n in named.items() if name != root
+    }
+
+
+def _children(name: str, totals: dict[str, int]) -> int:
+    """FLOPs of the modules directly inside of a module."""
+    below = [other for other in totals if other != name and (not name or other.startswith(f"{name}."))]
+    direct = [one for one in below if not any(one.startswith(f"{other}.") for other in below)]
+    return sum(totals[one] for one in direct)
+
+
+def _description(mixer: nn.Module) -> str:
+    """What two mixers must have in common for their FLOPs to be the same: classes, shapes and plain attributes."""
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in (*mixer.named_parameters(), *mixer.named_buffers())]
+    modules = [
+        (name, type(module), sorted((key, repr(value)) for key, value in vars(module).items() if key not in INSIDE))
+        for name, module in mixer.named_modules()
+    ]
+    return repr((shapes, modules))
+
+
+@lru_cache
+def _warn(reason: str) -> None:
+    log.warning("FLOPs and MFU are unknown: a forward pass on the meta device failed (%s).", reason)
