@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lingen.blocks.block import Block
+from lingen.blocks.block import Block, mixers_of
 from lingen.blocks.layers import RMSNorm
 from lingen.blocks.positions import Positions, resize_tables
+from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.flow import along
 from lingen.kernels.choice import full_precision
 from lingen.kernels.fp8 import input_dtype
 from lingen.kernels.modulate import norm_modulate
-from lingen.plan.forecast import activation_bytes, recomputed_blocks
 from lingen.recipe.sections import LinGenConfig, Triple
 
 log = logging.getLogger("lingen")
@@ -49,7 +49,7 @@ class LinGen(nn.Module):
     beyond the clip.
 
     Where `checkpointing` is a number of GiB, the first blocks are computed again in the backward pass, as few as
-    `lingen.plan.forecast.recomputed_blocks` finds for the tokens of the batch.
+    `lingen.blocks.recompute.recomputed_blocks` finds for the tokens of the batch.
 
     Args:
         config: the model's settings, with the derived fields filled.
@@ -207,20 +207,6 @@ def _say(recomputed: int, depth: int, size: int) -> None:
         depth,
         size / 2**30,
     )
-
-
-def mixers_of(config: LinGenConfig) -> list[tuple[Any, int]]:
-    """(component, layer) of each block. A list of mixers is cycled; `layer` counts the blocks whose mixer has the same
-    name, so that in a hybrid each mixer goes through all of its scan orders and shifts."""
-    cycle = config.mixer if isinstance(config.mixer, list | tuple) else [config.mixer]
-    seen: Counter[str] = Counter()
-    layers = []
-    for index in range(config.depth):
-        component = cycle[index % len(cycle)]
-        name = component if isinstance(component, str) else component["name"]
-        layers.append((component, seen[name]))
-        seen[name] += 1
-    return layers
 
 
 def grid_of(size: Sequence[int], patch: Sequence[int]) -> Triple:

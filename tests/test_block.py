@@ -9,8 +9,9 @@ import torch
 import lingen
 from lingen.blocks import block as block_file
 from lingen.blocks.block import Block
+from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.model import LinGen
-from lingen.plan.forecast import activation_bytes, plan, recomputed_blocks
+from lingen.plan.forecast import plan
 from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import LinGenConfig
 

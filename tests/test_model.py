@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lingen import flow
+from lingen.blocks.block import mixers_of
 from lingen.blocks.positions import Positions, resize_tables, sin_cos
-from lingen.model import LinGen, grid_of, mixers_of
+from lingen.model import LinGen, grid_of
 from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import LinGenConfig
 

@@ -1,5 +1,6 @@
 """The block around a mixer (arXiv 2412.09856, Figure 2): norms, the timestep's modulation, text and feed-forward."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from lingen.kernels.cross_attention import TextKeys, cross_attention_to, text_ke
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
 from lingen.recipe.registry import MIXERS
-from lingen.recipe.sections import LinGenConfig
+from lingen.recipe.sections import Component, LinGenConfig
 
 PART_BYTES = 544 * 2**20
 """Bytes that the hidden activations of the feed-forward may take where no gradient is wanted [ours]. At width 6,912 in
@@ -138,3 +139,22 @@ def _parts(tokens: Float[Tensor, "b n d"], size: int) -> Iterator[tuple[slice, s
     for clip in range(len(tokens)):
         for first in range(0, tokens.shape[1], size):
             yield slice(clip, clip + 1), slice(first, first + size)
+
+
+def mixers_of(config: LinGenConfig) -> list[tuple[Component | str, int]]:
+    """(component, layer) of each block. A list of mixers is cycled; `layer` counts the blocks whose mixer has the same
+    name, so that in a hybrid each mixer goes through all of its scan orders and shifts."""
+    cycle = config.mixer if isinstance(config.mixer, list | tuple) else [config.mixer]
+    seen: Counter[str] = Counter()
+    layers: list[tuple[Component | str, int]] = []
+    for index in range(config.depth):
+        component = cycle[index % len(cycle)]
+        name = mixer_name(component)
+        layers.append((component, seen[name]))
+        seen[name] += 1
+    return layers
+
+
+def mixer_name(component: Component | str) -> str:
+    """Of a component, or of a bare word for one."""
+    return component if isinstance(component, str) else str(component["name"])

@@ -1,0 +1,1 @@
+"""Judges of clips, and distances between clips and their reconstructions."""

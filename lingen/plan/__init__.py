@@ -1,1 +1,1 @@
-"""A recipe on the meta device: are its parts right, and what will they take?"""
+"""A recipe on the meta device: whether its parts are right, and what they will take."""

@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lingen.blocks.block import mixers_of
 from lingen.kernels.choice import planned_for
-from lingen.model import LinGen, mixers_of
+from lingen.model import LinGen
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Component, LinGenConfig, Triple
 
