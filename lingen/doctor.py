@@ -14,7 +14,7 @@ from lingen.autoencoder.perceptual import NoDistance
 from lingen.data.locations import expand
 from lingen.files import cache_folder
 from lingen.frozen import Missing, missing_of
-from lingen.kernels.choice import choose, has_triton
+from lingen.kernels.choice import best_device, choose, has_triton
 from lingen.kernels.conv import CONV_KERNELS
 from lingen.kernels.cross_attention import CROSS_KERNELS
 from lingen.kernels.gated_norm import GATED_NORM_KERNELS
@@ -27,7 +27,6 @@ from lingen.plan.loading import sharding
 from lingen.provenance import version_of
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
 from lingen.recipe.sections import KINDS, Recipe
-from lingen.sampling.clips import best_device
 
 LITTLE_DISK = 20.0
 """GB of free disk space below which there is a warning: a checkpoint of the largest recipe is larger (ours)."""

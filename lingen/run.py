@@ -188,9 +188,11 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter:
         sample(module, step)
 
     callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step)]
-    trainer = build_trainer(recipe, folder, callbacks, MetricsFile(folder.metrics, name, done, reporter.row))
+    trainer = build_trainer(recipe, folder, callbacks)
     lightning.seed_everything(recipe.seed, verbose=False)
     module = recipe.subject.build_module(recipe)
+    module.write_row = MetricsFile(folder.metrics, name, done, reporter.row).write
+    module.steps_before = sum(stage.train.steps for stage in curriculum.stages[:index])
     if done == 0:
         hand_over(module, folder, curriculum.stages, index, reporter)
     with warnings.catch_warnings():

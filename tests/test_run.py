@@ -19,6 +19,7 @@ from lingen.data.ledger import DataError
 from lingen.run import fit
 from lingen.training.average import AveragedWeights
 from lingen.training.base import NonFiniteError
+from lingen.training.callbacks import MetricsFile
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.weights import load_module
@@ -342,3 +343,31 @@ def test_fit_is_public_and_tells_how_a_signal_ended_it(
     assert RunFolder(tmp_path / "run").finished(["images", "clips"]) == ["images", "clips"]
     with pytest.raises(lingen.RecipeError, match="There is no stage called 'clip'. Did you mean 'clips'"):
         lingen.fit(tiny_recipe, run=tmp_path / "other", stage="clip")
+
+
+def test_curves_of_a_logger_go_on_over_stages(tiny_recipe: Path, tmp_path: Path):
+    """Steps are those of the whole run, and a tag says which stage a value is of; metrics.csv counts by stage."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = fit(tiny_recipe, ["trainer.logger=tensorboard", "train.log_every=1"], run=tmp_path / "run")
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    assert [one.step for one in events.Scalars("images/loss")] == [1, 2]
+    assert [one.step for one in events.Scalars("clips/loss")] == [3, 4, 5, 6, 7, 8]
+    assert [one.step for one in events.Images("clips/samples")] == [8]
+    with RunFolder(run).metrics.open(newline="") as file:
+        rows = [(row["stage"], row["step"]) for row in csv.DictReader(file)]
+    assert rows == [("images", "1"), ("images", "2"), *(("clips", str(step)) for step in range(1, 7))]
+
+
+def test_metrics_join_a_step_and_drop_what_is_trained_again(tmp_path: Path):
+    path, heard = tmp_path / "metrics.csv", []
+    rows = MetricsFile(path, "one", 0, heard.append)
+    rows.write(1, {"loss": 2.0})
+    rows.write(1, {"validation/loss": 3.0})
+    rows.write(2, {"loss": 1.0})
+    assert path.read_text().splitlines() == ["stage,step,loss,validation/loss", "one,1,2.0,3.0", "one,2,1.0,"]
+    MetricsFile(path, "two", 0, heard.append).write(1, {"loss": 0.5})
+    MetricsFile(path, "one", 1, heard.append).write(2, {"loss": 0.9})
+    assert path.read_text().splitlines()[1:] == ["one,1,2.0,3.0", "two,1,0.5,", "one,2,0.9,"]
+    assert heard[1] == {"stage": "one", "step": 1, "validation/loss": 3.0}

@@ -30,11 +30,11 @@ def encode(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from lingen.cli.progress import count_bar
+    from lingen.kernels.choice import best_device
     from lingen.prepare.encode import Encoding
     from lingen.prepare.encode import encode as encode_shards
     from lingen.prepare.journal import part_of
     from lingen.recipe import load_curriculum
-    from lingen.sampling.clips import best_device
 
     part = part_of(args.part)
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
@@ -64,9 +64,9 @@ def data_caption(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from lingen.cli.progress import count_bar
+    from lingen.kernels.choice import best_device
     from lingen.prepare.caption import Captioning, caption
     from lingen.prepare.journal import part_of
-    from lingen.sampling.clips import best_device
 
     how = Captioning(
         Path(args.model), args.prompt, args.captions, args.frames, args.max_tokens, args.replace,

@@ -51,8 +51,8 @@ def eval_tae(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from lingen.cli.progress import count_bar
+    from lingen.kernels.choice import best_device
     from lingen.metrics.autoencoder import Request, evaluate
-    from lingen.sampling.clips import best_device
 
     asked = Request(
         clips=args.clips, way=way, tile=tile, compare=args.compare, device=str(best_device(args.device)),

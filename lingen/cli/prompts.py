@@ -31,7 +31,7 @@ REWRITER = argument("--rewriter", metavar="DIR", help="rewrite with the chat mod
     overrides=True,
 )
 def prompts_rewrite(args: argparse.Namespace) -> int:
-    from lingen.sampling.clips import best_device
+    from lingen.kernels.choice import best_device
 
     prompts = lines_of(args.file)
     if not prompts:

@@ -155,7 +155,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     """The prompts as the chat model rewrites them, before anything else takes memory; none without --rewrite."""
     from dataclasses import replace
 
-    from lingen.sampling.clips import best_device
+    from lingen.kernels.choice import best_device
     from lingen.training.weights import recipe_of
     from lingen.weights import find_weights
 

@@ -1,4 +1,4 @@
-"""Which twin of an operation runs: the one asked for; with "auto" the fastest one available, which is logged once."""
+"""Which twin of an operation runs, and on which device: what is asked for, else the fastest one, logged once."""
 
 import logging
 import os
@@ -97,3 +97,18 @@ def has_triton() -> bool:
 @lru_cache
 def _say(operation: str, chosen: str, device: str) -> None:
     log.info("%s: kernel=auto runs '%s' on %s", operation, chosen, device)
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """The device of that name; without one the GPU where there is one, else the CPU.
+
+    Raises:
+        RecipeError: there is no device of that name here.
+    """
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return torch.device(name)

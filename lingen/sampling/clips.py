@@ -18,8 +18,8 @@ from lingen.autoencoder import ways
 from lingen.autoencoder.ways import tiles_of, way_for
 from lingen.flow import Encoded
 from lingen.frozen import check_ready
+from lingen.kernels.choice import best_device
 from lingen.media import as_frames
-from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
 from lingen.sampling.precision import set_precision
@@ -95,21 +95,6 @@ def settings_with(
     """The recipe's sampling settings with what was given in their place. SettingError for a number out of bounds."""
     given: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance}
     return replace(settings, **{key: value for key, value in given.items() if value is not None})
-
-
-def best_device(name: str | None = None) -> torch.device:
-    """The device of that name; without one the GPU where there is one, else the CPU.
-
-    Raises:
-        RecipeError: there is no device of that name here.
-    """
-    if not name:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
 
 
 def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[int, int] | None = None) -> ClipSize:

@@ -13,9 +13,10 @@ import torch
 
 from lingen.data.datamodule import ClipData
 from lingen.files import write_json
+from lingen.kernels.choice import best_device
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
 from lingen.recipe.sections import Recipe
-from lingen.sampling.clips import best_device, clip_size, decode_frames, encode_prompts, sample_latents
+from lingen.sampling.clips import clip_size, decode_frames, encode_prompts, sample_latents
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
@@ -79,11 +80,12 @@ def log_sheet(module: Trained, sheet: Path, step: int) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from PIL import Image
 
+    tag, step = f"{module.recipe.stage or 'main'}/samples", module.steps_before + step
     for logger in module.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image("samples", np.asarray(Image.open(sheet)), step, dataformats="HWC")
+            logger.experiment.add_image(tag, np.asarray(Image.open(sheet)), step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
-            logger.log_image("samples", [str(sheet)], step=step)
+            logger.log_image(tag, [str(sheet)], step=step)
 
 
 def score(folder: RunFolder, recipe: Recipe) -> None:

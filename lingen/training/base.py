@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time as clock
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,6 +51,10 @@ class Trained(lightning.LightningModule):
         self.bad_steps = 0
         self.optimizer_state: dict[str, Any] | None = None
         """AdamW's moments of the stage before, where the recipe keeps them."""
+        self.write_row: Callable[[int, dict[str, float]], None] = lambda step, values: None
+        """Writes a row of metrics.csv: the steps done, and values by name."""
+        self.steps_before = 0
+        """Steps of the stages before: loggers count those of the whole run."""
         self._pending_average: dict[str, Any] | None = None
         self._started = (clock.perf_counter(), 0)
         self._flops: dict[str, float] | None = None
@@ -225,12 +229,14 @@ class Trained(lightning.LightningModule):
         return self._flops.get(kind, 0.0)
 
     def log_row(self, values: dict[str, float]) -> None:
-        """Hands values to every logger under the number of optimiser steps done.
+        """Hands values to metrics.csv, and to every logger under the stage's name and the steps of the whole run.
 
         Not through `self.log`, which would repeat a value at every step until it changes.
         """
+        self.write_row(self.global_step, values)
         for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=self.global_step)
+            tagged = {f"{self.recipe.stage or 'main'}/{name}": value for name, value in values.items()}
+            logger.log_metrics(tagged, step=self.steps_before + self.global_step)
 
     def on_train_start(self) -> None:
         self._started = (clock.perf_counter(), self.global_step)

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import lightning
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -196,7 +195,7 @@ class StageEnd(Callback):
         trainer.strategy.barrier()
 
 
-class MetricsFile(Logger):
+class MetricsFile:
     """metrics.csv: a row for each logged step of every stage; a resumed stage drops the rows past its checkpoint.
 
     Args:
@@ -206,70 +205,42 @@ class MetricsFile(Logger):
         listen: a function that is called with each row.
     """
 
-    def __init__(self, path: Path, stage: str, resumed: int, listen: Callable[[dict[str, Any]], None] | None = None):
-        super().__init__()
+    def __init__(self, path: Path, stage: str, resumed: int, listen: Callable[[dict[str, Any]], None]):
         self.path = path
         self.stage = stage
         self.listen = listen
-        self._columns: list[str] = ["stage", "step"]
-        self._last: dict[str, Any] = {}
-        self._last_at = 0
-        self._keep(resumed)
+        self._rows: list[dict[str, Any]] = []
+        if path.is_file():
+            with path.open(newline="") as file:
+                self._rows = [row for row in csv.DictReader(file) if self._stays(row, resumed)]
+        self._columns = list(dict.fromkeys(("stage", "step", *(name for row in self._rows for name in row))))
+        self._began = False
 
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return self.stage
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the recipe is in the run folder."""
+    def _stays(self, row: dict[str, Any], resumed: int) -> bool:
+        """A row is whole, and not of steps that are trained again."""
+        return bool(row["step"]) and (row["stage"] != self.stage or int(row["step"]) <= resumed)
 
     @rank_zero_only
-    def _keep(self, resumed: int) -> None:
-        rows = self._rows()
-        kept = [row for row in rows if row["stage"] != self.stage or int(row["step"]) <= resumed]
-        if rows:
-            self._columns = list(rows[0])
-        if len(kept) < len(rows):
-            self._rewrite(kept)
-
-    def _rows(self) -> list[dict[str, str]]:
-        if not self.path.is_file():
-            return []
-        with self.path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if row["step"]]
-
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        with whole_file(self.path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row: dict[str, Any] = {"stage": self.stage, "step": step} | {k: v for k, v in metrics.items() if k != "epoch"}
-        self._write(row)
-        if self.listen is not None:
-            self.listen(row)
-
-    def _write(self, row: dict[str, Any]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         """Adds a row; values of the step that was written last join its row."""
-        same_step = self._last.get("step") == row["step"]
-        if same_step:
-            row = self._last | row
+        row = {"stage": self.stage, "step": step, **values}
+        self.listen(row)
+        joins = self._began and self._rows[-1]["step"] == step
+        if joins:
+            self._rows[-1] |= row
+        else:
+            self._rows.append(row)
         new = [name for name in row if name not in self._columns]
-        if new or not self.path.is_file():
-            self._columns += new
-            self._rewrite(self._rows()[: -1 if same_step else None])
-        with self.path.open("r+", newline="") as file:
-            self._last_at = self._last_at if same_step and not new else file.seek(0, 2)
-            file.seek(self._last_at)
-            file.truncate()
-            csv.DictWriter(file, self._columns).writerow(row)
-        self._last = row
+        self._columns += new
+        if joins or new or not self._began:
+            with whole_file(self.path) as partial, partial.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(self._rows)
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+        self._began = True
 
 
 class Rows(Callback):

@@ -18,10 +18,10 @@ from lingen.recipe.sections import Component, Recipe
 from lingen.training.folder import RunFolder
 
 
-def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback], metrics: Logger) -> lightning.Trainer:
+def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> lightning.Trainer:
     """lightning.Trainer with the recipe's arguments and those that lingen sets."""
     arguments = dict(recipe.trainer)
-    loggers = [metrics, *(build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard")))]
+    loggers = [build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard"))]
     settings = recipe.train
     batches = settings.steps * settings.accumulate
     every = settings.validate_every * settings.accumulate or batches
