@@ -36,6 +36,11 @@ def _built(registry: Registry, part: Any, component: str, positional: tuple[Any,
         return registry.build(json.loads(component), *positional)
 
 
+def is_trained(part: Any) -> bool:
+    """Whether a text encoder says that it is trained with the denoiser, instead of used as it is."""
+    return bool(getattr(part, "trainable", False))
+
+
 def missing_of(parts: Iterable[Any]) -> list[Missing]:
     """What the parts lack, each once. A part that has no method `missing` needs nothing."""
     return list(dict.fromkeys(one for part in parts if hasattr(part, "missing") for one in part.missing()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks.block import Block, mixers_of
-from lingen.blocks.layers import RMSNorm
+from lingen.blocks.layers import RMSNorm, undecayed
 from lingen.blocks.positions import Positions, resize_tables
 from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.flow import along
@@ -68,7 +68,7 @@ class LinGen(nn.Module):
         self.pool_text = nn.Linear(dim, dim) if config.pool_text else None
         self.blocks = nn.ModuleList(Block(config, mixer, layer) for mixer, layer in mixers_of(config))
         self.norm = RMSNorm(dim)
-        self.modulation = nn.Parameter(torch.zeros(2, dim))
+        self.modulation = undecayed(nn.Parameter(torch.zeros(2, dim)))
         self.unpatchify = nn.Linear(dim, numbers)
         nn.init.zeros_(self.unpatchify.weight)
         nn.init.zeros_(self.unpatchify.bias)

@@ -1,11 +1,13 @@
 """Video autoencoders: from pixels to latents and back."""
 
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Autoencoder(Protocol):
     """What the registry AUTOENCODERS holds: an `nn.Module` whose constructor takes only settings and reads no file.
 
@@ -13,13 +15,10 @@ class Autoencoder(Protocol):
     (an image is t = 1), and `decode` may give up to strides[0] - 1 frames more than were encoded: the caller drops
     them.
 
-    One whose weights lie on disk has `missing() -> list[lingen.frozen.Missing]`, and reads them when they are first
-    needed. One that can work piece by piece has `encode_stream(pieces)` and `decode_stream(latents)`, which yield what
-    `encode` and `decode` give, in order; where not all settings let it, a property `streams` says whether it can. One
-    whose first latent frame holds a single frame (t frames give 1 + (t - 1) / strides[0]) says
-    `first_frame_alone = True`, and `frame_unit` where the others do not come by strides[0]. One that `lingen fit` can
-    train has `posterior(video) -> (mean, log variance)`, `reconstruct(latents) -> video` and `last_layer`, none of
-    which reads a file, and buffers `mean` and `std` [c].
+    What else one may have: `missing() -> list[lingen.frozen.Missing]`, where its weights lie on disk, from which it
+    reads them when they are first needed; `first_frame_alone = True`, where the first latent frame holds a single frame
+    (t frames give 1 + (t - 1) / strides[0]), and `frame_unit` where the others do not come by strides[0]; what
+    `StreamingAutoencoder` and `TrainableAutoencoder` name.
     """
 
     strides: tuple[int, int, int]
@@ -36,7 +35,49 @@ class Autoencoder(Protocol):
         ...
 
 
-def streams(autoencoder: Any) -> bool:
+@runtime_checkable
+class StreamingAutoencoder(Autoencoder, Protocol):
+    """One that works piece by piece. Where not all of its settings let it, a property `streams` says whether it can."""
+
+    def encode_stream(self, pieces: Iterable[Float[Tensor, "b 3 _t h w"]]) -> Iterator[Float[Tensor, "b c _t _h _w"]]:
+        """What `encode` gives for the pieces together, in order."""
+        ...
+
+    def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
+        """What `decode` gives, in order."""
+        ...
+
+
+@runtime_checkable
+class TrainableAutoencoder(Autoencoder, Protocol):
+    """One that `lingen fit` can train; but for `load`, nothing here reads a file."""
+
+    path: str | None
+    """Weights to start from; None: fresh ones."""
+    mean: Tensor
+    std: Tensor
+    """Of the posterior's means, [c]; buffers."""
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights of the decoder's last layer."""
+        ...
+
+    def posterior(
+        self, video: Float[Tensor, "b 3 t h w"]
+    ) -> tuple[Float[Tensor, "b c _t _h _w"], Float[Tensor, "b c _t _h _w"]]:
+        """Mean and log variance of the latents, as the network has them."""
+        ...
+
+    def reconstruct(self, raw: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
+        """Latents as the posterior has them -> pixels."""
+        ...
+
+    def load(self) -> None:
+        """Reads the weights at `path`."""
+        ...
+
+
+def streams(autoencoder: Autoencoder) -> TypeGuard[StreamingAutoencoder]:
     """Whether the autoencoder can encode and decode a clip in pieces."""
-    has = hasattr(autoencoder, "encode_stream") and hasattr(autoencoder, "decode_stream")
-    return has and getattr(autoencoder, "streams", True)
+    return isinstance(autoencoder, StreamingAutoencoder) and getattr(autoencoder, "streams", True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, Triple, head_count
+from lingen.blocks.layers import RMSNorm, Triple, head_count, undecayed
 from lingen.kernels.norm_silu import norm_silu
 
 LARGEST = 2**31 - 1
@@ -188,7 +188,7 @@ class TimeAttention(nn.Module):
         self.reach, self.heads = reach, head_count(dim, None)
         self.norm = RMSNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.bias = nn.Parameter(torch.zeros(self.heads, 2 * reach + 1))
+        self.bias = undecayed(nn.Parameter(torch.zeros(self.heads, 2 * reach + 1)))
         self.out = nn.Linear(dim, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)

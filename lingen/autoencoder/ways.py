@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lingen.autoencoder import streams
+from lingen.autoencoder import Autoencoder, StreamingAutoencoder, streams
 from lingen.autoencoder.tiling import Tiles, decode_tiled, encode_tiled
 from lingen.recipe.registry import RecipeError, SettingError
 
@@ -19,13 +19,13 @@ WAYS = ("exact", "tiled", "whole")
 the whole clip. The weights must be frozen: else one call keeps what a backward pass would need."""
 
 
-def ways_of(autoencoder: Any) -> list[str]:
+def ways_of(autoencoder: Autoencoder) -> list[str]:
     """The entries of `WAYS` that an autoencoder supports."""
     tiled = not getattr(autoencoder, "first_frame_alone", False)
     return [way for way, has in zip(WAYS, (streams(autoencoder), tiled, True), strict=True) if has]
 
 
-def way_for(autoencoder: Any, asked: str | None, name: str) -> str:
+def way_for(autoencoder: Autoencoder, asked: str | None, name: str) -> str:
     """The way that was asked for; for None or ``auto`` exact where the autoencoder has streams, else whole.
 
     Raises:
@@ -71,23 +71,26 @@ def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Til
 
 
 def encode(
-    autoencoder: Any, pieces: Iterable[Float[Tensor, "b 3 _t h w"]], way: str, tiles: Tiles | None = None
+    autoencoder: Autoencoder, pieces: Iterable[Float[Tensor, "b 3 _t h w"]], way: str, tiles: Tiles | None = None
 ) -> Float[Tensor, "b c _t _h _w"]:
     """A clip in -1..1 that comes piece by piece -> its latents."""
     if way == "whole":
         with torch.enable_grad():  # without gradients, one that has streams takes them
             return autoencoder.encode(torch.cat(list(pieces), 2))
-    stream = autoencoder.encode_stream(pieces) if way == "exact" else encode_tiled(autoencoder, pieces, tiles)
-    return torch.cat(list(stream), 2)
+    if way == "exact":
+        return torch.cat(list(cast(StreamingAutoencoder, autoencoder).encode_stream(pieces)), 2)
+    return torch.cat(list(encode_tiled(autoencoder, pieces, tiles)), 2)
 
 
 def decode(
-    autoencoder: Any, latents: Float[Tensor, "b c t h w"], way: str, tiles: Tiles | None = None
+    autoencoder: Autoencoder, latents: Float[Tensor, "b c t h w"], way: str, tiles: Tiles | None = None
 ) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
     """Latents -> the clip piece by piece, with surplus frames at its end."""
     if way == "whole":
         with torch.enable_grad():
             video = autoencoder.decode(latents)
         yield video
+    elif way == "exact":
+        yield from cast(StreamingAutoencoder, autoencoder).decode_stream(latents)
     else:
-        yield from autoencoder.decode_stream(latents) if way == "exact" else decode_tiled(autoencoder, latents, tiles)
+        yield from decode_tiled(autoencoder, latents, tiles)

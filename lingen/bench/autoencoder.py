@@ -7,12 +7,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from lingen.autoencoder import Autoencoder
 from lingen.autoencoder.tiling import Tiles
 from lingen.autoencoder.ways import WAYS, decode, encode, ways_of
 from lingen.bench.build import draw
@@ -53,7 +54,7 @@ QUICK = Scale((16, 64), (64, 64), (1, 2, 7, 33), 32)
 class ClipBench:
     """An autoencoder where it is measured."""
 
-    autoencoder: Any
+    autoencoder: Autoencoder
     component: dict[str, Any]
     """Its name and settings in a recipe."""
     weights: str
@@ -104,7 +105,7 @@ def bench_autoencoder(bench: ClipBench, lengths: Sequence[int], ways: Sequence[s
         _clips(bench, "whole", lengths, results)
 
 
-def _built(component: dict[str, Any], device: torch.device, say: Say) -> tuple[Any, str]:
+def _built(component: dict[str, Any], device: torch.device, say: Say) -> tuple[Autoencoder, str]:
     """The autoencoder on its device, and which weights it has: random ones where its own are missing.
 
     Raises RecipeError where these are missing and it has no layers without them.
@@ -197,7 +198,9 @@ def _measured(bench: ClipBench, way: str, frames: int) -> Row:
         row["gib"] = cost.gib if cost.gib is None else max(cost.gib, row.get("gib", 0.0))
     row["ms"] = 1e3 * (row["encode_s"] + row["decode_s"])
     row |= {"frames_per_second": 1e3 * frames / row["ms"], "latents": [*kept["latents"].shape[1:]]}
-    return row | {"weights_gib": sum(one.nbytes for one in bench.autoencoder.state_dict().values()) / GIB}
+    return row | {
+        "weights_gib": sum(one.nbytes for one in cast(nn.Module, bench.autoencoder).state_dict().values()) / GIB
+    }
 
 
 @contextmanager
@@ -234,16 +237,15 @@ def _compare(bench: ClipBench, ways: Sequence[str], results: Results) -> None:
         min(asked, max(1, scale.side // stride) * stride) for asked, stride in zip(bench.size, strides, strict=True)
     )
     small = replace(bench, size=(height, width))
-    wide = replace(
-        small, autoencoder=copy.deepcopy(bench.autoencoder).double(), place=bench.place._replace(dtype=torch.float64)
-    )
+    exact: Any = cast(nn.Module, copy.deepcopy(bench.autoencoder)).double()
+    wide = replace(small, autoencoder=exact, place=bench.place._replace(dtype=torch.float64))
     for one in (small, wide) if ways else ():
         for frames in scale.compared:
             if _takes(one.autoencoder, frames):
                 results.add(_agreement(one, ways, frames))
 
 
-def _takes(autoencoder: Any, frames: int) -> bool:
+def _takes(autoencoder: Autoencoder, frames: int) -> bool:
     try:
         check_frames(frames, autoencoder)
     except SettingError:

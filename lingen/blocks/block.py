@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, SwiGLU, head_count
+from lingen.blocks.layers import RMSNorm, SwiGLU, head_count, undecayed
 from lingen.kernels.cross_attention import TextKeys, cross_attention_to, text_keys
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
@@ -41,7 +41,7 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(dim, config.num_heads, config.gate_init)
         self.ffn = SwiGLU(dim, config.ffn_dim or max(64, 64 * round(2.7 * dim / 64)))
         gate = torch.tensor([0, 0, 1, 0, 0, 1]) * config.gate_init
-        self.modulation = nn.Parameter(gate[:, None].repeat(1, dim))
+        self.modulation = undecayed(nn.Parameter(gate[:, None].repeat(1, dim)))
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """Small layers that several mixers share: norms, rotary embedding, head counts, SwiGLU."""
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
@@ -9,6 +11,9 @@ from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.swiglu import swiglu
 from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import Triple
+
+P = TypeVar("P", bound=Tensor)
+_UNDECAYED = "_no_weight_decay"
 
 
 class RMSNorm(nn.Module):
@@ -59,6 +64,18 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "*any d"] | Quantized) -> Float[Tensor, "*any d"]:
         gate_up = self.in_proj(x)
         return self.out_proj(swiglu(gate_up, dtype=input_dtype(self.out_proj, gate_up)))
+
+
+def undecayed(parameter: P) -> P:
+    """The parameter, with a tag that keeps weight decay away from it: mamba_ssm's, `_no_weight_decay`, so that modules
+    from there are understood, too. Parameters of fewer than two axes need none (`decays`)."""
+    setattr(parameter, _UNDECAYED, True)
+    return parameter
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """Whether weight decay pulls at a parameter: matrices and the weights of convolutions, unless tagged."""
+    return parameter.ndim >= 2 and not getattr(parameter, _UNDECAYED, False)
 
 
 def head_count(dim: int, num_heads: int | None) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.blocks.layers import GatedRMSNorm, grid_of
+from lingen.blocks.layers import GatedRMSNorm, grid_of, undecayed
 from lingen.blocks.scan import order_of, permutation
 from lingen.kernels.choice import holds_numbers
 from lingen.kernels.conv import conv_silu
@@ -84,10 +84,11 @@ class Mamba2(nn.Module):
         convolved = channels if self.centred else self.directions * channels
         self.conv1d = nn.Conv1d(convolved, convolved, conv_width, groups=convolved)
         # These three set how long the scan remembers, for which bfloat16 is too coarse: always float32.
-        self.a_log = nn.Parameter(torch.empty(self.directions, heads, dtype=torch.float32).uniform_(1, 16).log())
-        self.d = nn.Parameter(torch.ones(self.directions, heads, dtype=torch.float32))
-        log_dt = torch.empty(self.directions, heads, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max))
-        self.dt_bias = nn.Parameter(log_dt.exp().expm1().log())  # inverse of softplus
+        each = torch.empty(self.directions, heads, dtype=torch.float32)
+        self.a_log = undecayed(nn.Parameter(torch.empty_like(each).uniform_(1, 16).log()))
+        self.d = undecayed(nn.Parameter(torch.ones_like(each)))
+        log_dt = torch.empty_like(each).uniform_(math.log(dt_min), math.log(dt_max))
+        self.dt_bias = undecayed(nn.Parameter(log_dt.exp().expm1().log()))  # inverse of softplus
         self.norm = GatedRMSNorm(inner, groups)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 

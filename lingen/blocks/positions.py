@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lingen.blocks.layers import undecayed
 from lingen.recipe.sections import LinGenConfig, Triple
 
 # Wavelengths from 6 to 630 tokens: neighbours differ, and nothing repeats within the longest clip or frame [ours].
@@ -28,7 +29,8 @@ class Positions(nn.Module):
     def __init__(self, grid: Triple, dim: int, std: float):
         super().__init__()
         self.std = std
-        self.t, self.h, self.w = (nn.Parameter(sin_cos(range(n), dim, axis, std)) for axis, n in enumerate(grid))
+        tables = (nn.Parameter(sin_cos(range(n), dim, axis, std)) for axis, n in enumerate(grid))
+        self.t, self.h, self.w = map(undecayed, tables)
 
     def forward(self, grid: Triple) -> Float[Tensor, "t h w d"]:
         """Positions of a grid of tokens, in the tables' dtype, float32 at least."""

@@ -29,6 +29,7 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import Anchor, Order, Place
 from lingen.data.sources import Reader
+from lingen.frozen import is_trained
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.sizes import patch_of
@@ -132,7 +133,7 @@ class ClipData(lightning.LightningDataModule):
         with torch.device("meta"):  # only their sizes are needed
             autoencoder = AUTOENCODERS.build(self.recipe.autoencoder)
             encoders = [TEXT_ENCODERS.build(component) for component in self.recipe.text]
-        frozen = [number for number, encoder in enumerate(encoders) if not getattr(encoder, "trainable", False)]
+        frozen = [number for number, encoder in enumerate(encoders) if not is_trained(encoder)]
         return Wanted(autoencoder.channels, tuple(autoencoder.strides), frozenset(frozen))
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.data.manifest import About
+from lingen.frozen import is_trained
 from lingen.recipe.bounds import FREE
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError, Registry
 from lingen.recipe.sections import Component, Recipe
@@ -40,7 +41,7 @@ def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
 
     with torch.device("meta"):
         part = registry.build(component)
-    if getattr(part, "trainable", False):
+    if is_trained(part):
         return None
     settings = settings_of(registry[component["name"]])
     idle = {key for key, setting in settings.items() if setting.mark is FREE} | {*getattr(part, "without_effect", ())}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lingen.autoencoder import Autoencoder
 from lingen.autoencoder.perceptual import build_perceptual
 from lingen.autoencoder.tiling import Tiles
 from lingen.autoencoder.ways import WAYS, decode, encode, tiles_of, way_for, ways_of
@@ -118,7 +119,7 @@ def _few(synthetic: dict[str, Any], clips: int) -> dict[str, Any]:
     return {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
 
 
-def _build(recipe: Recipe, asked: Request) -> tuple[Any, str, Tiles]:
+def _build(recipe: Recipe, asked: Request) -> tuple[Autoencoder, str, Tiles]:
     """The autoencoder on its device, and its way; all settings are checked here."""
     name = recipe.autoencoder["name"]
     autoencoder = AUTOENCODERS.build(recipe.autoencoder)
@@ -187,7 +188,7 @@ class _Source:
 class _Judge:
     """Collects the scores, clip by clip."""
 
-    def __init__(self, recipe: Recipe, autoencoder: Any, way: str, tiles: Tiles, asked: Request, out: Path):
+    def __init__(self, recipe: Recipe, autoencoder: Autoencoder, way: str, tiles: Tiles, asked: Request, out: Path):
         self.name = recipe.autoencoder["name"]
         self.fps = recipe.data.fps
         self.autoencoder, self.way, self.tiles = autoencoder, way, tiles

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lingen.autoencoder import TrainableAutoencoder
 from lingen.frozen import on_meta
 from lingen.plan.forecast import Plan
 from lingen.recipe.registry import AUTOENCODERS
@@ -41,9 +43,9 @@ def plan_autoencoder(recipe: Recipe) -> Plan:
     )
 
 
-def _count(autoencoder: Any, size: tuple[int, int, int]) -> tuple[float, int]:
+def _count(autoencoder: TrainableAutoencoder, size: tuple[int, int, int]) -> tuple[float, int]:
     """FLOPs of encoding and decoding a clip of (frames, height, width), and the bytes that autograd keeps of it."""
-    kept: dict[int, int] = {p.untyped_storage()._cdata: 0 for p in autoencoder.parameters()}
+    kept: dict[int, int] = {p.untyped_storage()._cdata: 0 for p in cast(nn.Module, autoencoder).parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

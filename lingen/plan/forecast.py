@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lingen.blocks.recompute import activation_bytes, recomputed_blocks
-from lingen.frozen import on_meta
+from lingen.frozen import is_trained, on_meta
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe, Triple
 from lingen.recipe.sizes import grids_of, patch_of
@@ -76,7 +76,7 @@ def plan_denoiser(recipe: Recipe) -> Plan:
     parameters = _by_part(model)
     frozen = _count(autoencoder) if isinstance(autoencoder, nn.Module) else 0
     for encoder in encoders:
-        if getattr(encoder, "trainable", False):
+        if is_trained(encoder):
             parameters["text encoders"] += _count(encoder)
         elif isinstance(encoder, nn.Module):
             frozen += _count(encoder)

@@ -18,6 +18,9 @@ from lingen.recipe.sizes import all_grids
 if TYPE_CHECKING:
     from torch import nn
 
+    from lingen.autoencoder import Autoencoder, TrainableAutoencoder
+    from lingen.text import TextEncoder
+
 
 DENOISERS_KEPT = 16
 """Models on the meta device that are kept: a recipe's stages share one, or have a few."""
@@ -101,12 +104,12 @@ def denoiser_on_meta(recipe: Recipe) -> nn.Module:
     return _DENOISERS[key]
 
 
-def autoencoder_on_meta(recipe: Recipe) -> Any:
+def autoencoder_on_meta(recipe: Recipe) -> TrainableAutoencoder:
     """A stage's autoencoder on the meta device, if it is one that can be trained; SettingError else."""
     return trainable(on_meta(AUTOENCODERS, recipe.autoencoder), recipe.autoencoder["name"])
 
 
-def parts_of_denoiser(recipe: Recipe, *, begun: bool = False) -> list[Any]:
+def parts_of_denoiser(recipe: Recipe, *, begun: bool = False) -> list[Autoencoder | TextEncoder]:
     """The autoencoder and the text encoders that a denoiser's stage uses, on the meta device."""
     encoders = (on_meta(TEXT_ENCODERS, component) for component in recipe.text)
     return [on_meta(AUTOENCODERS, recipe.autoencoder), *encoders]
@@ -135,7 +138,7 @@ def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what
     return draft.problem(path, f"{what}: {type(error).__name__}: {text}")
 
 
-def _decoding(draft: Layered, recipe: Recipe, autoencoder: Any) -> Iterator[Problem]:
+def _decoding(draft: Layered, recipe: Recipe, autoencoder: Autoencoder) -> Iterator[Problem]:
     """A mistake where the autoencoder cannot decode as `sample` says; found before anything is trained."""
     from lingen.autoencoder.ways import tiles_of, way_for
 
@@ -167,9 +170,11 @@ def _critic(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
                 yield draft.problem(("reconstruction", "discriminator_layers"), text)
 
 
-def trainable(autoencoder: Any, name: str) -> Any:
+def trainable(autoencoder: Autoencoder, name: str) -> TrainableAutoencoder:
     """The autoencoder, if it is one that can be trained; SettingError else."""
-    if not (hasattr(autoencoder, "posterior") and hasattr(autoencoder, "reconstruct")):
+    from lingen.autoencoder import TrainableAutoencoder
+
+    if not isinstance(autoencoder, TrainableAutoencoder):
         raise SettingError("autoencoder", f"The autoencoder '{name}' cannot be trained; take 'tae'.")
     return autoencoder
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lingen.data.latents import LATENTS, TEXT
-from lingen.frozen import check_ready
+from lingen.frozen import check_ready, is_trained
 from lingen.media import as_floats
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe
@@ -38,7 +38,7 @@ class Encoders:
         self.device = torch.device(device)
         self.autoencoder = AUTOENCODERS.build(recipe.autoencoder)
         text = {number: TEXT_ENCODERS.build(component) for number, component in enumerate(recipe.text)}
-        self.text = {number: part for number, part in text.items() if not getattr(part, "trainable", False)}
+        self.text = {number: part for number, part in text.items() if not is_trained(part)}
         parts: list[nn.Module] = [self.autoencoder, *self.text.values()]
         check_ready(parts)
         for part in parts:

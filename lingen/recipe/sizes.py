@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import DataConfig, Recipe, Triple
+
+if TYPE_CHECKING:
+    from lingen.autoencoder import Autoencoder
 
 
 def patch_of(recipe: Recipe) -> Triple:
@@ -15,7 +18,7 @@ def patch_of(recipe: Recipe) -> Triple:
     return recipe.model.patch if recipe.subject.encoded else (1, 1, 1)
 
 
-def check_frames(frames: int, autoencoder: Any, patch: int = 1) -> None:
+def check_frames(frames: int, autoencoder: Autoencoder, patch: int = 1) -> None:
     """SettingError where an autoencoder does not take so many frames, or patches do not fill its latent frames.
 
     One whose first latent frame holds one frame alone takes 1 + a multiple of `frame_unit` (else: of its stride).
@@ -62,7 +65,7 @@ def grids_of(data: DataConfig, strides: Triple, patch: Triple) -> dict[str, Trip
     return grids
 
 
-def all_grids(recipe: Recipe, autoencoder: Any) -> list[Triple]:
+def all_grids(recipe: Recipe, autoencoder: Autoencoder) -> list[Triple]:
     """Tokens (t, h, w) of samples of every kind in the mix and every shape that a batch may have; errors as above."""
     data = recipe.data
     grids: list[Triple] = []
@@ -72,7 +75,7 @@ def all_grids(recipe: Recipe, autoencoder: Any) -> list[Triple]:
                 if data.mix.video:
                     check_frames(frames, autoencoder, patch_of(recipe)[0])
                 one = replace(data, frames=frames, size=size)
-                grids += grids_of(one, tuple(autoencoder.strides), patch_of(recipe)).values()
+                grids += grids_of(one, autoencoder.strides, patch_of(recipe)).values()
             except SettingError as error:
                 first = {"size": data.size == size, "frames": data.frames == frames}[error.setting]
                 name = error.setting if first else {"size": "sizes", "frames": "lengths"}[error.setting]

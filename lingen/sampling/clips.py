@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lingen import flow
-from lingen.autoencoder import ways
+from lingen.autoencoder import Autoencoder, ways
 from lingen.autoencoder.ways import tiles_of, way_for
 from lingen.flow import Encoded
 from lingen.frozen import check_ready
@@ -226,7 +226,7 @@ def warn_untrained(module: LinGenModule, times: Tensor, shift: float) -> None:
 
 @torch.no_grad()
 def decode_frames(
-    autoencoder: Any, latents: Tensor, frames: int, way: str = "auto", tile: tuple[int, int] | None = None
+    autoencoder: Autoencoder, latents: Tensor, frames: int, way: str = "auto", tile: tuple[int, int] | None = None
 ) -> Iterator[np.ndarray]:
     """Latents [c t h w] -> uint8 frames [h w 3], one by one, so that memory does not grow with the length unless they
     are decoded in one call. On CUDA products are in bfloat16.

@@ -1,21 +1,23 @@
 """Text encoders, and how captions are prepared for them."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """What the registry TEXT_ENCODERS holds: an `nn.Module` whose constructor takes only settings and reads no file.
 
-    A part that is `trainable` is trained with the denoiser; any other is frozen and runs without gradients.
+    What else one may have: `trainable = True`, where it is trained with the denoiser, any other being frozen and run
+    without gradients; `missing() -> list[lingen.frozen.Missing]`, where its weights lie on disk, from which it reads
+    them when they are first needed; `release()`, which gives them up until then.
     """
 
     dim: int
     """Width of a token."""
-    trainable: bool
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """Tokens and which of them are real. An empty text has none; n is at least 1."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import head_count
+from lingen.blocks.layers import head_count, undecayed
 from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.signature import checked
 from lingen.text.rows import Cut, padded
@@ -36,7 +36,8 @@ class Words(nn.Module):
         self.dim = dim
         self.cut = Cut("words", max_tokens)
         self.embedding = nn.Embedding(buckets, dim)
-        self.position = nn.Parameter(torch.randn(max_tokens, dim) * 0.1)
+        undecayed(self.embedding.weight)
+        self.position = undecayed(nn.Parameter(torch.randn(max_tokens, dim) * 0.1))
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """Tokens of the longest text's length, at least 1; an empty text is masked all over."""
@@ -65,11 +66,14 @@ class Bytes(nn.Module):
         self.dim = dim
         self.cut = Cut("bytes", max_tokens)
         self.embedding = nn.Embedding(_START + 1, dim)
-        self.position = nn.Parameter(torch.randn(max_tokens + 1, dim) * 0.1)
+        undecayed(self.embedding.weight)
+        self.position = undecayed(nn.Parameter(torch.randn(max_tokens + 1, dim) * 0.1))
         layer = nn.TransformerEncoderLayer(
             dim, head_count(dim, None), 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        for copy in self.layers.layers:
+            undecayed(copy.self_attn.in_proj_weight)
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """A token for the start and one for each byte; an empty text is masked all over."""

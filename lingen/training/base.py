@@ -12,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from lingen.blocks.layers import decays
 from lingen.data.batch import Batch
 from lingen.data.ledger import is_cut
 from lingen.plan.forecast import peak_flops, plan
@@ -42,6 +43,8 @@ class Trained(lightning.LightningModule):
     used."""
     shapes: dict[str, torch.Size]
     """Of everything trained, as it was built: before a strategy could take parts of it away."""
+    decayed: frozenset[str]
+    """Names of the trained parameters that weight decay pulls at, noted likewise: tags and axes may be lost later."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -77,10 +80,11 @@ class Trained(lightning.LightningModule):
         """Measures what it needs on the data module's samples, before the weights of a finished stage are written."""
 
     def freeze_parts(self) -> None:
-        """For the end of a constructor: no gradients for the frozen parts; the shapes of the others are noted."""
+        """For the end of a constructor: no gradients for the frozen parts; of the others shapes and decay are noted."""
         for part in self.frozen_parts().values():
             part.requires_grad_(False).eval()
         self.shapes = {name: value.shape for name, value in self.trained_state().items()}
+        self.decayed = frozenset(name for name, p in self.trained_parameters().items() if decays(p))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter that the optimiser moves."""
@@ -111,17 +115,12 @@ class Trained(lightning.LightningModule):
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Weight decay applies to the weights of linear layers and convolutions, not to norms, biases, tables or
-        a_log."""
-        decayed = {
-            id(layer.weight)
-            for layer in self.modules()
-            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        }
-        trained = self.trained_parameters().values()
+        """Weight decay applies to the weights of linear layers and convolutions, not to norms, biases, tables or a_log,
+        as each says where it is made (`lingen.blocks.layers.undecayed`)."""
+        trained, rate = self.trained_parameters().items(), self.recipe.train.weight_decay
         return [
-            {"params": [p for p in trained if id(p) in decayed], "weight_decay": self.recipe.train.weight_decay},
-            {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+            {"params": [p for name, p in trained if (name in self.decayed) == decay], "weight_decay": rate * decay}
+            for decay in (True, False)
         ]
 
     def _lr_factor(self, step: int) -> float:

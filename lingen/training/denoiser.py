@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lingen import flow
 from lingen.data.batch import Batch
+from lingen.frozen import is_trained
 from lingen.media import as_floats
 from lingen.model import LinGen, resize_tables
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
@@ -45,9 +46,7 @@ class LinGenModule(Trained):
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """Prefix of the parameters' names -> the frozen parts."""
-        parts = {
-            f"text.{i}.": encoder for i, encoder in enumerate(self.text) if not getattr(encoder, "trainable", False)
-        }
+        parts = {f"text.{i}.": encoder for i, encoder in enumerate(self.text) if not is_trained(encoder)}
         return {**parts, "autoencoder.": self.autoencoder}
 
     def fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,7 +91,7 @@ class LinGenModule(Trained):
         """The tokens and mask of one encoder, as in `encode_text`."""
         encoder = cast(TextEncoder, self.text[number])
         prefix = fps if self.recipe.data.fps_prefix else 0.0
-        with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(encoder, "trainable", False)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(encoder)):
             if stored is None:
                 return encoder.encode([with_frame_rate(caption, prefix) for caption in captions])
             kept = stored[0].to(self.model.patchify.weight.dtype), stored[1]
