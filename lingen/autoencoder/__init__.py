@@ -1,11 +1,12 @@
 """Video autoencoders: from pixels to latents and back."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Autoencoder(Protocol):
     """What the registry AUTOENCODERS holds: an `nn.Module` whose constructor takes only settings and reads no file.
 

@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lingen import flow
 from lingen.autoencoder import ways
 from lingen.autoencoder.ways import tiles_of, way_for
-from lingen.flow import Encoded
 from lingen.frozen import check_ready
 from lingen.media import as_frames
 from lingen.recipe.sections import SampleConfig
@@ -137,15 +137,19 @@ def nearest(length: int, unit: int) -> int:
     return max(1, round(length / unit)) * unit
 
 
+Tokens = tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]]
+"""What one text encoder makes of some prompts, and where it is real."""
+
+
 @dataclass(frozen=True)
 class Words:
     """Prompts, encoded: of each text encoder tokens [b n w] and their mask [b n]."""
 
     count: int
     """b"""
-    null: list[Encoded]
+    null: list[Tokens]
     """What it makes of no text."""
-    text: list[Encoded]
+    text: list[Tokens]
 
     def rows(self, rows: slice) -> Words:
         """Those of some of the prompts."""

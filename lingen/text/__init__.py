@@ -1,12 +1,13 @@
 """Text encoders, and what is said to them."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """What the registry TEXT_ENCODERS holds: an `nn.Module` whose constructor takes only settings and reads no file.
 
