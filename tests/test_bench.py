@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from closed_forms import closed_form
 from torch.utils.flop_counter import FlopCounterMode
 
 from lingen.bench import timing
@@ -24,6 +23,7 @@ from lingen.cli import main
 from lingen.plan.flops import mixer_flops
 from lingen.recipe.registry import MIXERS, RecipeError
 from lingen.recipe.sections import LinGenConfig
+from tests.helpers.closed_forms import closed_form
 
 CPU = torch.device("cpu")
 HERE = Place(CPU, torch.float32, 0.5)

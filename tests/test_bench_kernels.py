@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,21 +12,18 @@ from lingen.bench import training
 from lingen.bench.cases import CASES, Sizes
 from lingen.bench.kernels import ODD_GRID, _able
 from lingen.kernels.scan import chunk_of
+from tests.helpers.commands import ROOT, run_python
 
 CPU = torch.device("cpu")
 
 
-def compiled_here(what: str) -> list[str]:
-    script = Path(__file__).with_name("compiled_here.py")
-    words = [sys.executable, "-W", "error:Dynamo detected", script, what]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+def compiled(what: str) -> list[str]:
+    return run_python("-W", "error:Dynamo detected", "-m", "tests.helpers.compiled", what, cwd=ROOT).splitlines()
 
 
 def test_plain_twins_compile_without_a_break_or_a_warning():
     """But those of the windows, whose rows and angles come from caches: not asked here."""
-    assert compiled_here("twins") == [case.name for case in CASES if "reference" in case.twins]
+    assert compiled("twins") == [case.name for case in CASES if "reference" in case.twins]
 
 
 def test_errors_are_measured_over_more_than_one_chunk():
@@ -48,14 +42,14 @@ def test_a_twin_that_does_not_get_ready_is_left_out():
 
 @pytest.mark.slow
 def test_the_stock_block_is_itself_when_compiled():
-    assert len(compiled_here("block")) > 20
+    assert len(compiled("block")) > 20
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: what broke is what inductor does there")
 @pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="needs mamba_ssm, whose scan a stock block has on CUDA")
 def test_the_stock_block_is_itself_when_compiled_for_cuda():
-    assert len(compiled_here("cuda")) > 20
+    assert len(compiled("cuda")) > 20
 
 
 def test_a_share_of_the_peak_needs_one(monkeypatch: pytest.MonkeyPatch):

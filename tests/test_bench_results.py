@@ -14,8 +14,8 @@ from lingen.bench.show import PAGE, fill, read
 from lingen.bench.targets import CUDNN, FP8, MA, TARGETS, TESA, VARIANTS
 from lingen.cli import main
 from lingen.kernels.choice import has_triton
+from tests.helpers.commands import ROOT
 
-ROOT = Path(__file__).parent.parent
 HEAD = {"device": "a GPU", "versions": {}, "date": "2026-01-02", "commit": "abc", "command": "lingen bench model"}
 CPU = torch.device("cpu")
 

@@ -12,6 +12,7 @@ from lingen.blocks.layers import GatedRMSNorm, RMSNorm, SwiGLU, head_count
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels.rotary import rotary_table, rotate
 from lingen.recipe.registry import MIXERS, SettingError
+from tests.helpers.closeness import assert_close
 
 DIM = 16
 GRIDS = [(1, 1, 1), (1, 4, 6), (3, 5, 7), (2, 4, 4)]
@@ -28,10 +29,6 @@ def build(name, layer=0, dim=DIM, **settings):
 
 def tokens(grid, batch=2, dim=DIM, dtype=torch.float32):
     return torch.randn(batch, *grid, dim, generator=torch.Generator().manual_seed(7)).to(dtype)
-
-
-def relative(got, want):
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
 
 
 conformance = pytest.mark.parametrize("name, grid", list(itertools.product(MIXERS.names(), GRIDS)))
@@ -54,9 +51,9 @@ def test_clips_of_a_batch_do_not_see_each_other(name, grid):
         mixer, x = build(name, layer).double(), tokens(grid, batch=3, dtype=torch.float64)
         together = mixer(x)
         alone = torch.cat([mixer(clip[None]) for clip in x])
-        assert relative(together, alone) < 1e-12
+        assert_close(f"layer {layer}", alone, together, 1e-12)
         other = torch.cat([x[:1], torch.randn_like(x[1:])])
-        assert relative(mixer(other)[0], together[0]) < 1e-12
+        assert_close(f"layer {layer} beside other clips", together[0], mixer(other)[0], 1e-12)
 
 
 @conformance
@@ -64,7 +61,7 @@ def test_strides_of_the_input_do_not_matter(name, grid):
     for layer in LAYERS:
         mixer, x = build(name, layer).double(), tokens(grid, dtype=torch.float64)
         strided = x.permute(4, 3, 1, 2, 0).contiguous().permute(4, 2, 3, 1, 0)
-        assert relative(mixer(strided), mixer(x)) < 1e-12
+        assert_close(f"layer {layer}", mixer(x), mixer(strided), 1e-12)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -72,7 +69,8 @@ def test_strides_of_the_input_do_not_matter(name, grid):
 def test_low_precision_is_near_float64(name, dtype, limit):
     mixer, x = build(name, 1).to(dtype), tokens((3, 5, 7), dtype=dtype)
     got = mixer(x)
-    assert got.dtype == dtype and relative(got.double(), mixer.double()(x.double())) < limit
+    assert got.dtype == dtype
+    assert_close(name, mixer.double()(x.double()), got, limit)
 
 
 @pytest.mark.parametrize("name", MIXERS.names())
@@ -80,7 +78,7 @@ def test_autocast_is_near_float32(name):
     mixer, x = build(name, 1), tokens((3, 5, 7))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = mixer(x)
-    assert relative(got.float(), mixer(x)) < 3e-2
+    assert_close(name, mixer(x), got.float(), 3e-2)
 
 
 @pytest.mark.parametrize("name", MIXERS.names())
@@ -131,11 +129,12 @@ def test_gradients_stay_finite_at_depth_24_in_bfloat16(name):
 def test_temporal_swin_is_masked_full_attention(grid, layer):
     mixer, x = build("temporal_swin", layer, num_heads=2).double(), tokens(grid, dtype=torch.float64)
     wanted = swin_by_pairs(mixer, x, (2, 3, 4), shifted=layer == 1)
-    assert relative(mixer(x), wanted) < 1e-12
+    assert_close("output", wanted, mixer(x), 1e-12)
     names, parameters = zip(*mixer.named_parameters(), strict=True)
-    mine, twins = (torch.autograd.grad(y.square().sum(), parameters) for y in (mixer(x), wanted))
-    for name, got, want in zip(names, mine, twins, strict=True):
-        assert relative(got, want) < 1e-12, name
+    mine, twins = (
+        dict(zip(names, torch.autograd.grad(y.square().sum(), parameters), strict=True)) for y in (mixer(x), wanted)
+    )
+    assert_close("gradient of", twins, mine, 1e-12)
 
 
 def swin_by_pairs(mixer, x, window, shifted):
@@ -192,7 +191,7 @@ def test_rotary_sees_only_differences_in_each_axis():
         step = [int(axis == other) for other in range(3)]
         moved = [tuple(a + b for a, b in zip(place, step, strict=True)) for place in (i, j)]
         if all(p < n for place in moved for p, n in zip(place, (3, 4, 5), strict=True)):
-            assert torch.allclose(scores[i][j], scores[moved[0]][moved[1]])
+            torch.testing.assert_close(scores[i][j], scores[moved[0]][moved[1]], rtol=1e-5, atol=1e-8)
     assert len({round(scores[0, 0, 0][place].item(), 9) for place in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}) == 4
 
 
@@ -203,10 +202,10 @@ def test_head_width_shrinks_with_the_width(dim, heads):
 
 def test_norms_and_swiglu():
     x, z = torch.randn(2, 3, 12, dtype=torch.float64)
-    assert torch.allclose(RMSNorm(12).double()(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    assert_close("RMSNorm", x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), RMSNorm(12).double()(x), 1e-12)
     gated = (x * z * z.sigmoid()).view(3, 3, 4)
     want = (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(3, 12)
-    assert torch.allclose(GatedRMSNorm(12, groups=3).double()(x, z), want)
+    assert_close("GatedRMSNorm", want, GatedRMSNorm(12, groups=3).double()(x, z), 1e-12)
     assert RMSNorm(12)(x.bfloat16()).dtype == torch.bfloat16
     swiglu = SwiGLU(12, 32)
     assert swiglu(x.float()).shape == x.shape and sum(p.numel() for p in swiglu.parameters()) == 3 * 12 * 32

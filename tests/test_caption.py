@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from captioners_here import blip, qwen
-from footage_here import film, frames
 from PIL import Image
 
 from lingen.cli import main
@@ -22,6 +19,9 @@ from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, find_footage, pack
 from lingen.recipe.registry import RecipeError
+from tests.helpers.captioners import blip, qwen
+from tests.helpers.files import killed_before
+from tests.helpers.footage import film, frames
 
 pytest.importorskip("transformers")
 WANTED = Wanted((((32, 48),),), 8.0, (8,))
@@ -76,20 +76,10 @@ def test_what_has_no_caption_gets_several(models: dict[str, Path], raw: Path, tm
     assert about.fingerprint != manifest.about(raw / manifest.NAME).fingerprint
 
 
-def test_a_killed_run_and_parts_say_the_same(
-    models: dict[str, Path], raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_and_parts_say_the_same(models: dict[str, Path], raw: Path, tmp_path: Path) -> None:
     how = Captioning(models["blip"], captions=2, max_tokens=8, shard_mb=0)
     caption(raw, tmp_path / "whole", how)
-    replace = os.replace
-
-    def killed(source: str | Path, target: str | Path) -> None:
-        if Path(target).name == "video-00001.tar":
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(os, "replace", killed)
+    with killed_before("video-00001.tar"):
         caption(raw, tmp_path / "killed", how)
     caption(raw, tmp_path / "killed", how)
     for number in (2, 1):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from footage_here import film, frames
 from PIL import Image
 
 from lingen.cli import main
@@ -29,6 +28,7 @@ from lingen.prepare.pack import Packing, find_footage, pack
 from lingen.prepare.stats import Measure, contact_sheet, histograms, measure
 from lingen.recipe import load_stages
 from lingen.recipe.registry import RecipeError
+from tests.helpers.footage import film, frames
 
 WANTED = Wanted((((32, 48),),), 8.0, (16, 8))
 OPEN = Filters(black=None, frozen=None, still=None, jerky=None)

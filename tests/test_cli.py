@@ -15,13 +15,9 @@ from lingen.cli import COMMANDS, main
 from lingen.recipe import load_recipe
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.registry import MIXERS, SCANS
+from tests.helpers.commands import ROOT, lingen_command, run_python
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_help_is_instant_and_imports_nothing_heavy():
@@ -30,11 +26,11 @@ def test_help_is_instant_and_imports_nothing_heavy():
         "heavy = {'torch', 'lightning', 'omegaconf', 'rich', 'numpy', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+    run_python("-c", code, cwd=ROOT)
 
     def seconds() -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "lingen", "--help"], check=True, capture_output=True, cwd=ROOT)
+        run_python("-m", "lingen", "--help", cwd=ROOT)
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) < 0.3
@@ -165,10 +161,7 @@ def test_a_terminal_gets_tables():
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "lingen", "show", "--recipe", "quickstart_cpu"],
-        stdout=follower,
-        cwd=ROOT,
-        env=environment,
+        lingen_command("show", "--recipe", "quickstart_cpu"), stdout=follower, cwd=ROOT, env=environment
     )
     os.close(follower)
     text = b""
@@ -187,18 +180,14 @@ def _read(leader: int) -> bytes:
 
 @pytest.mark.slow
 def test_recipes_are_found_in_a_wheel(tmp_path):
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", "dist"], check=True)
+    pip = ["-m", "pip", "--quiet"]
+    run_python(*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", "dist")
     (wheel,) = Path("dist").glob("lingen-*.whl")
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)], check=True
-    )
+    run_python(*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel))
     code = "import lingen, lingen.recipe.reading as r\n"
     code += "print(lingen.__file__, *r.shipped_recipes(), lingen.stages_of('t2v_68s'))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    ).stdout
+    out = run_python("-c", code, env=environment)
     assert (
         out.startswith(str(tmp_path / "site")) and all(name in out for name in shipped_recipes()) and "quality" in out
     )

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from convs_here import PaddedShortClips
 from torch import Tensor, nn
 
 from lingen.autoencoder.discriminator import Discriminator
@@ -14,6 +13,7 @@ from lingen.autoencoder.network import SpaceConv
 from lingen.autoencoder.perceptual import Trunk
 from lingen.autoencoder.tae import TAE, TAESmall
 from lingen.autoencoder.temporal import ClipConv, Stream, TimeConv
+from tests.helpers.convs import PaddedShortClips
 
 LIMIT = 0.01
 """Of the relative error in bfloat16, which keeps 8 bits: 0.002 is usual."""

@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from lingen.blocks.scan import permutation, zigzag
 from lingen.kernels.conv import conv_silu
 from lingen.recipe.registry import RecipeError
+from tests.helpers.closeness import assert_close
 
 conv_triton = pytest.importorskip("lingen.kernels.conv_triton", reason="Triton is not installed")
 
 LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2)}  # of tokens and of weights
-
-
-def relative(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
+PARTS = ("u", "weight", "bias")
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def twin(operands, grad, before, rows):
     *parts, index = operands
     parts = [part.detach().double().requires_grad_() for part in parts]
     y = conv_silu(*parts, index, before=before, rows=rows, kernel="reference")
-    return y, torch.autograd.grad(y, parts, grad.double())
+    return y, dict(zip(PARTS, torch.autograd.grad(y, parts, grad.double()), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -65,10 +63,9 @@ def test_outputs_and_every_gradient(grid, taps, before, extra, dtype, device, sm
     grad = torch.randn_like(y)
     want, wanted = twin(args, grad, before, rows)
     tokens, weights = LIMITS[dtype]
-    assert relative(y, want) < tokens
-    found = torch.autograd.grad(y, leaves, grad)
-    for name, got, want, limit in zip(("u", "weight", "bias"), found, wanted, (tokens, weights, weights), strict=True):
-        assert relative(got, want) < limit, name
+    assert_close("y", want, y, tokens)
+    found = dict(zip(PARTS, torch.autograd.grad(y, leaves, grad), strict=True))
+    assert_close("gradient of", wanted, found, {"u": tokens, "weight": weights, "bias": weights})
 
 
 def test_as_shipped_in_raster_order(device):
@@ -77,9 +74,8 @@ def test_as_shipped_in_raster_order(device):
     leaves = [part.requires_grad_() for part in args[:3]]
     y = conv_silu(*args, before=2, kernel="triton")
     want, wanted = twin(args, torch.ones_like(y), 2, None)
-    assert relative(y, want) < 1e-5
-    for name, got, want in zip(("u", "weight", "bias"), torch.autograd.grad(y.sum(), leaves), wanted, strict=True):
-        assert relative(got, want) < 1e-5, name
+    assert_close("y", want, y, 1e-5)
+    assert_close("gradient of", wanted, dict(zip(PARTS, torch.autograd.grad(y.sum(), leaves), strict=True)), 1e-5)
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -94,8 +90,8 @@ def test_the_gradient_goes_into_a_slice(add, device, small_programs):
         out.copy_(before)
     dweight, dbias = conv_triton.conv_silu_backward(grad, *parts, index, before=2, out=out, add=add)
     _, wanted = twin((*parts, index), grad[:, :27], 2, None)
-    assert relative(out - before if add else out, wanted[0]) < 1e-5
-    assert relative(dweight, wanted[1]) < 1e-5 and relative(dbias, wanted[2]) < 1e-5
+    found = {"u": out - before if add else out, "weight": dweight, "bias": dbias}
+    assert_close("gradient of", wanted, found, 1e-5)
     assert buffer[..., :8].isnan().all() and buffer[..., 48:].isnan().all()
     again = conv_triton.conv_silu_backward(grad, *parts, index, before=2, out=torch.empty_like(out))
     assert torch.equal(again[0], dweight) and torch.equal(again[1], dbias)
@@ -108,11 +104,11 @@ def test_rows_lie_more_than_two_to_the_31_elements_apart(device):
     weight, bias = torch.randn(8, 4, device=device), torch.randn(8, device=device)
     index = torch.tensor([2, 0, 1], device=device)
     got = conv_silu(u, weight, bias, index, before=2, kernel="triton")
-    assert relative(got, conv_silu(u.double(), weight.double(), bias.double(), index, before=2)) < 5e-3
+    assert_close("y", conv_silu(u.double(), weight.double(), bias.double(), index, before=2), got, 5e-3)
     grad = torch.randn(1, 3, 8, device=device)
     _, wanted = twin((u, weight, bias, index), grad, 2, None)
     conv_triton.conv_silu_backward(grad, u.clone(), weight, bias, index, before=2, out=u)
-    assert relative(u, wanted[0]) < 5e-3
+    assert_close("gradient of u", wanted["u"], u, 5e-3)
 
 
 @pytest.mark.parametrize("taps, before", [(4, 2), (4, 3), (1, 0), (7, 0)])
@@ -121,14 +117,14 @@ def test_the_twin_is_a_depthwise_conv1d(taps, before):
     weight, bias = weight.double(), bias.double()
     padded = F.pad(u[:, index].mT, (before, taps - 1 - before))
     want = F.silu(F.conv1d(padded, weight[:, None], bias, groups=40)).mT
-    assert relative(conv_silu(u, weight, bias, index, before=before), want) < 1e-12
+    assert_close("y", want, conv_silu(u, weight, bias, index, before=before), 1e-12)
 
 
 def test_on_meta_and_in_low_precision():
     args = operands((2, 3, 4), 4, "cpu", torch.bfloat16)
     got = conv_silu(*args, before=2, rows=30)
     assert got.dtype == torch.bfloat16
-    assert relative(got, conv_silu(args[0].double(), *args[1:], before=2, rows=30)) < 5e-3
+    assert_close("y", conv_silu(args[0].double(), *args[1:], before=2, rows=30), got, 5e-3)
     u, weight, bias, index = (part.to("meta") for part in args)
     assert conv_silu(u, weight, bias, index, before=2, rows=30).shape == (2, 30, 40)
 

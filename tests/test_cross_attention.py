@@ -6,6 +6,7 @@ import torch
 from lingen.kernels.choice import has_triton
 from lingen.kernels.cross_attention import cross_attention
 from lingen.recipe.registry import RecipeError
+from tests.helpers.closeness import assert_close
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 EPS = 1e-6
@@ -16,10 +17,6 @@ CASES = [
     (1, 150, 90, 1, 20, 0.8),
     (2, 7, 3, 1, 7, 1.0),
 ]
-
-
-def relative(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
 
 
 def operands(case, device, dtype=torch.float32):
@@ -63,8 +60,8 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_is_the_reference(case, device, small_blocks):
     got, want = run(case, torch.float32, device, "triton"), run(case, torch.float32, device, "reference")
-    for name in want:
-        assert got[name].dtype == torch.float32 and relative(got[name], want[name]) < 1e-5, name
+    assert {part.dtype for part in got.values()} == {torch.float32}
+    assert_close("triton", want, got, 1e-5)
 
 
 @needs_triton
@@ -74,22 +71,16 @@ def test_triton_in_16_bits(dtype, limit, device):
         # The interpreter cuts digits off where a GPU rounds, always towards zero: such errors add up.
         limit *= 3
     got, want = run(CASES[0], dtype, device, "triton"), run(CASES[0], dtype, device, "reference")
-    for name in want:
-        weight = name.endswith("weight")
-        assert got[name].dtype == (torch.float32 if weight else dtype)
-        assert relative(got[name], want[name]) < limit * (2 if weight else 1), name
-
-
-@pytest.fixture
-def poisoned_memory():
-    """Fresh buffers hold NaN: what is not written, or read where nothing was written, shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    weights = {name for name in want if name.endswith("weight")}
+    assert {name: part.dtype for name, part in got.items()} == {
+        name: torch.float32 if name in weights else dtype for name in want
+    }
+    assert_close("triton", want, got, {name: limit * (2 if name in weights else 1) for name in want})
 
 
 @needs_triton
-def test_masked_text_has_no_say_and_no_gradient(device, poisoned_memory):
+@pytest.mark.usefixtures("poisoned")
+def test_masked_text_has_no_say_and_no_gradient(device):
     assert torch.empty(3, device=device).isnan().all()
     case = (2, 20, 40, 2, 8, 0.3)
     wide, kv, gains, mask, seed = operands(case, device)
@@ -103,7 +94,7 @@ def test_masked_text_has_no_say_and_no_gradient(device, poisoned_memory):
                         kernel="reference")
         for i, real in enumerate(mask)
     ]  # fmt: skip
-    assert relative(out, torch.cat(alone).double()) < 1e-5
+    assert_close("output", torch.cat(alone), out, 1e-5)
     gradient = torch.autograd.grad(out, kv, seed)[0]
     assert (gradient[~mask] == 0).all() and gradient.isfinite().all() and (gradient[mask] != 0).any()
 
@@ -128,7 +119,7 @@ def test_the_same_bits_again_at_a_real_size(device):
     first, second = (run(case, torch.bfloat16, device, "triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     want = run(case, torch.bfloat16, device, "reference")
-    assert all(relative(first[name], want[name]) < 5e-3 for name in want)
+    assert_close("triton", want, first, 5e-3)
 
 
 def test_the_reference_is_the_formula():
@@ -140,7 +131,7 @@ def test_the_reference_is_the_formula():
     q, k = (u / (u.square().mean(-1, keepdim=True) + EPS).sqrt() * gain for u, gain in zip((q, k), gains, strict=True))
     weights = torch.einsum("bnke,bmke->bknm", q, k).div(8**0.5).exp() * mask[:, None, None, :]
     want = torch.einsum("bknm,bmke->bnke", weights / weights.sum(-1, keepdim=True), v)
-    assert relative(got, want) < 1e-12
+    assert_close("output", want, got, 1e-12)
 
 
 def test_runs_on_meta():

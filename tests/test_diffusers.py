@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from convs_here import PaddedShortClips
 from safetensors.torch import load_file, save_file
 
 from lingen.autoencoder.diffusers_known import KNOWN, UNFIT
 from lingen.autoencoder.diffusers_vae import DiffusersVAE
 from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
+from tests.helpers.convs import PaddedShortClips
 
 diffusers = pytest.importorskip("diffusers")
 

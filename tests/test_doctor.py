@@ -10,18 +10,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import chat_here
 import pytest
 import torch
 from packaging.requirements import Requirement
 
 from lingen import doctor
 from lingen.cli import main
+from tests.helpers.chat import untaught
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_every_missing_weight_of_the_main_recipe_has_one_line(capsys: pytest.CaptureFixture[str]):
@@ -69,7 +66,7 @@ def test_a_strategy_that_shards_is_a_note_and_no_failure(tiny_recipe: Path, caps
 
 
 def test_what_is_there_what_is_damaged_and_what_is_gone(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
-    chat = chat_here.untaught(Path("chat"))
+    chat = untaught(Path("chat"))
     words = ["doctor", "--recipe", str(tiny_recipe), "rewrite.path=chat"]
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines() == ["ok: llama chat"]

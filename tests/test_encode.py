@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import frozen_here
 import numpy as np
 import pytest
 import torch
-from footage_here import film
 
 from lingen.cli import main
 from lingen.data import manifest
@@ -38,11 +35,14 @@ from lingen.recipe.sections import Recipe
 from lingen.run import missing_parts
 from lingen.text import with_frame_rate
 from lingen.training.denoiser import LinGenModule
+from tests.helpers import frozen
+from tests.helpers.files import contents, killed_before
+from tests.helpers.footage import film
 
 RECIPE = """
 model: {{dim: 16, depth: 1, mixer: attention, patch: [1, 2, 2], gate_init: 1.0}}
-autoencoder: {{name: "frozen_here:Pooling"}}
-text: [{{name: "frozen_here:Letters", path: "{folder}/letters.f32"}}, {{name: words, dim: 8, buckets: 64}}]
+autoencoder: {{name: "tests.helpers.frozen:Pooling"}}
+text: [{{name: "tests.helpers.frozen:Letters", path: "{folder}/letters.f32"}}, {{name: words, dim: 8, buckets: 64}}]
 data:
   shards: {{image: "{folder}/raw/image-*.tar", video: "{folder}/raw/video-*.tar"}}
   mix: {{image: 1, video: 2}}
@@ -147,7 +147,8 @@ def test_losses_do_not_change(folder: Path, encoded: Path, stages: list[Recipe])
     for batch in islice(ClipData(recipe).batches(), 5):
         raw = batch._replace(clips=torch.stack([pixels[key.split(":")[1]] for key in batch.keys]), text={})
         losses = module.losses(batch, "long")[0]
-        assert torch.isfinite(losses).all() and torch.allclose(module.losses(raw, "long")[0], losses, rtol=1e-6)
+        assert torch.isfinite(losses).all()
+        torch.testing.assert_close(module.losses(raw, "long")[0], losses, rtol=1e-6, atol=1e-8)
 
 
 def test_no_text_is_stored_with_every_sample(folder: Path, encoded: Path) -> None:
@@ -205,25 +206,14 @@ def test_half_precision(folder: Path, stages: list[Recipe], encoded: Path, tmp_p
     one, other = (by_source(list(islice(ClipData(s[1]).batches(), 6))) for s in (half, encoded_stages(folder)))
     assert one.keys() == other.keys()
     for key, (latents, _, _) in one.items():
-        assert latents.dtype == torch.float16 and torch.allclose(latents.float(), other[key][0], atol=1e-3)
+        assert latents.dtype == torch.float16
+        torch.testing.assert_close(latents.float(), other[key][0], rtol=1e-5, atol=1e-3)
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}
-
-
-def test_a_killed_run_goes_on(stages: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on(stages: list[Recipe], tmp_path: Path) -> None:
     how = Encoding(precision="float32", shard_mb=0)
     encode(stages, tmp_path / "whole", how)
-    replace = os.replace
-
-    def killed(source: str | Path, target: str | Path) -> None:
-        if Path(target).name == "video-00005.tar":
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(os, "replace", killed)
+    with killed_before("video-00005.tar"):
         encode(stages, tmp_path / "killed", how)
     done = []
     encode(stages, tmp_path / "killed", how, lambda at, total: done.append((at, total)))
@@ -281,7 +271,7 @@ def test_training_needs_no_weights_of_text_encoders(
     """Where the weights are not, they are not compared and not read; all else is compared as ever."""
     recipe = encoded_stages(folder, "text.0.path=nowhere/letters.f32")[1]
     module = LinGenModule(recipe)
-    monkeypatch.setattr(frozen_here.Letters, "encode", lambda self, texts: pytest.fail("the encoder was asked"))
+    monkeypatch.setattr(frozen.Letters, "encode", lambda self, texts: pytest.fail("the encoder was asked"))
     for batch in islice(ClipData(recipe).batches(), 3):
         assert torch.isfinite(module.losses(batch, "long")[0]).all()
     with pytest.raises(RecipeError, match=r"something else .*: text.0.dim is 6 there and 12 here\. Encode"):
@@ -292,7 +282,7 @@ def test_fit_needs_the_frozen_parts_for_clips_alone(
     folder: Path, encoded: Path, stages: list[Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lacking = [Missing("letters", "nowhere", "Bring them.")]
-    monkeypatch.setattr(frozen_here.Letters, "missing", lambda self: lacking, raising=False)
+    monkeypatch.setattr(frozen.Letters, "missing", lambda self: lacking, raising=False)
     assert missing_parts(stages[0]) == lacking
     assert missing_parts(encoded_stages(folder, "sample.prompts=[]")[0]) == []
     (one,) = missing_parts(encoded_stages(folder, "sample.prompts=[x]")[0])
@@ -330,7 +320,7 @@ def test_what_cannot_be_encoded_is_counted_by_key(folder: Path, tmp_path: Path) 
 def test_all_that_is_missing_is_named_before_it_begins(
     stages: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for part in (frozen_here.Pooling, frozen_here.Letters):
+    for part in (frozen.Pooling, frozen.Letters):
         lacks = [Missing(part.__name__, "-", "Get it.")]
         monkeypatch.setattr(part, "missing", lambda self, lacks=lacks: lacks, raising=False)
     with pytest.raises(RecipeError, match=r"missing: Pooling -: Get it.\n.*missing: Letters -: Get it."):

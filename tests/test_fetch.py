@@ -24,13 +24,9 @@ from lingen.prepare.fetch import Fetched, fetch
 from lingen.prepare.packages import FetchError, Package, download
 from lingen.recipe.registry import RecipeError
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 USERS_CACHE = cache_folder()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture

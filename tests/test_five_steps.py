@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.tools import five_steps
+
 TOOLS = Path(__file__).parent / "tools"
-sys.path.insert(0, str(TOOLS))
-import five_steps  # noqa: E402
 
 KEPT = json.loads(five_steps.RECORD.read_text())
 SAME_MACHINE = KEPT["environment"] == five_steps.environment()

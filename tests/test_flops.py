@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from closed_forms import closed_form, triton_form
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +14,7 @@ from lingen.plan.forecast import plan
 from lingen.plan.loading import load_recipe
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import LinGenConfig
+from tests.helpers.closed_forms import closed_form, triton_form
 
 MATE = {"name": "mate", "state_dim": 16, "head_dim": 16, "window": (2, 2, 4)}
 MAMBA = {"state_dim": 16, "head_dim": 16}

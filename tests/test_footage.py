@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from footage_here import SIZE, film, frames, write_film
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,6 +27,7 @@ from lingen.prepare.filters import BANDS, LOOKS, Duplicates, Filters, frozen_sha
 from lingen.prepare.footage import Source, find_sources, read_frames, sample_key
 from lingen.prepare.shots import follow
 from lingen.recipe.registry import RecipeError
+from tests.helpers.footage import SIZE, film, frames, write_film
 
 WANTED = Wanted((((64, 64),),), 12.0, (24, 12))
 OPEN = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)

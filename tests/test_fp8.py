@@ -11,6 +11,7 @@ from lingen.kernels.fp8 import FP8, Fp8Linear, Quantized, product, quality, quan
 from lingen.kernels.modulate import add_norm, norm_modulate
 from lingen.kernels.swiglu import swiglu
 from lingen.recipe.registry import RecipeError
+from tests.helpers.closeness import assert_close, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +32,6 @@ def rounding_of_a_gpu(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
 
 
-def relative(got, want):
-    return ((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt()).item()
-
-
 def rows(*shape, dtype=torch.bfloat16, device="cpu"):
     """Rows of very different sizes."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
@@ -51,7 +48,7 @@ def test_each_row_keeps_three_bits_and_fills_the_range(kernel, dtype, device):
     torch.testing.assert_close(scale, x.float().abs().amax(-1, keepdim=True) / 448)
     # Half a step of the last of 3 bits, or of the smallest number.
     assert ((low.dequantize() - x.float()).abs() <= x.float().abs() / 16 + scale * 2**-10).all()
-    assert 0.01 < relative(low.dequantize(), x) < 0.04
+    assert 0.01 < relative_error(x, low.dequantize()) < 0.04
     assert torch.equal(values.float(), quantize(x, kernel="reference").values.float())
 
 
@@ -77,7 +74,7 @@ def test_norms_and_the_swiglu_hand_over_8_bits(kernel, device):
         torch.testing.assert_close(low.scale, twin.scale, rtol=1e-5, atol=0)
         # Numbers midway between two of the 8-bit ones may be rounded the other way.
         assert (low.values.float() != twin.values.float()).float().mean() < 0.01
-        assert relative(low.dequantize(), want) < 0.04
+        assert_close("values", want, low.dequantize(), 0.04)
     with pytest.raises(ValueError, match="8-bit results carry no gradient"):
         swiglu(gate_up.requires_grad_(), dtype=FP8, kernel=kernel)
 
@@ -86,16 +83,17 @@ def test_the_product_is_that_of_the_numbers_meant(device):
     x, weight, bias = quantize(rows(2, 3, 32, device=device)), quantize(rows(16, 32, device=device)), torch.randn(16)
     want = x.dequantize(torch.float64) @ weight.dequantize(torch.float64).T + bias.bfloat16().double().to(device)
     got = product(x, weight, bias.bfloat16().to(device))
-    assert got.dtype == torch.bfloat16 and got.shape == (2, 3, 16) and relative(got, want) < 5e-3
+    assert got.dtype == torch.bfloat16 and got.shape == (2, 3, 16)
+    assert_close("product", want, got, 5e-3)
 
 
 def test_a_layer_takes_tensors_and_quantized_ones(device):
     plain = nn.Linear(64, 48).to(device)
     low, x = Fp8Linear(plain), torch.randn(2, 3, 64, device=device)
-    assert relative(low(x), plain(x)) < 0.05
+    assert_close("layer", plain(x).double(), low(x), 0.05)
     assert torch.equal(low(quantize(x)), low(x))
     assert low.values.dtype == FP8 and low.scale.shape == (48, 1) and not list(low.parameters())
-    assert low.weight.dtype == torch.bfloat16 and 0.01 < relative(low.weight, plain.weight) < 0.04
+    assert low.weight.dtype == torch.bfloat16 and 0.01 < relative_error(plain.weight, low.weight) < 0.04
     with torch.device("meta"):
         assert Fp8Linear(nn.Linear(64, 48))(torch.empty(2, 64)).shape == (2, 48)
 

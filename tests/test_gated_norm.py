@@ -11,14 +11,12 @@ from lingen.blocks.scan import permutation, to_grid, zigzag
 from lingen.kernels.choice import interpreted
 from lingen.kernels.gated_norm import gated_norm
 from lingen.recipe.registry import RecipeError
+from tests.helpers.closeness import assert_close
 
 triton_twin = pytest.importorskip("lingen.kernels.gated_norm_triton", reason="Triton is not installed")
 
 LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2)}  # of tokens and of weights
-
-
-def relative(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
+PARTS = ("y", "z", "weight")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +45,7 @@ def twin(operands, grad, groups):
     parts = [part.detach().double().requires_grad_() for part in (y[:, :n], z, weight)]
     out = gated_norm(*parts, index, groups=groups, kernel="reference")
     dy, dz, dweight = torch.autograd.grad(out, parts, grad.double())
-    return out, (torch.nn.functional.pad(dy, (0, 0, 0, y.shape[1] - n)), dz, dweight)
+    return out, {"y": torch.nn.functional.pad(dy, (0, 0, 0, y.shape[1] - n)), "z": dz, "weight": dweight}
 
 
 @pytest.mark.parametrize(
@@ -68,12 +66,11 @@ def test_outputs_and_every_gradient(grid, channels, groups, dtype, order, device
     grad = torch.randn_like(out)
     want, wanted = twin(args, grad, groups)
     tokens, weights = LIMITS[dtype]
-    assert relative(out, want) < tokens
-    found = torch.autograd.grad(out, leaves, grad)
-    n = args[1].shape[1]
-    assert torch.equal(found[0][:, n:], torch.zeros_like(found[0][:, n:]))
-    for name, got, want, limit in zip(("y", "z", "weight"), found, wanted, (tokens, tokens, weights), strict=True):
-        assert relative(got, want) < limit, name
+    assert_close("output", want, out, tokens)
+    found = dict(zip(PARTS, torch.autograd.grad(out, leaves, grad), strict=True))
+    behind = found["y"][:, args[1].shape[1] :]
+    assert torch.equal(behind, torch.zeros_like(behind))
+    assert_close("gradient of", wanted, found, {"y": tokens, "z": tokens, "weight": weights})
 
 
 def test_the_gradient_goes_into_a_slice(device):
@@ -83,8 +80,7 @@ def test_the_gradient_goes_into_a_slice(device):
     backward = {"groups": 1, "eps": 1e-5}
     dy, dweight = triton_twin.gated_norm_backward(grad, *args, **backward, dz_out=buffer[..., 8:48])
     _, wanted = twin(args, grad, 1)
-    for name, got, want in zip(("y", "z", "weight"), (dy, buffer[..., 8:48], dweight), wanted, strict=True):
-        assert relative(got, want) < 1e-5, name
+    assert_close("gradient of", wanted, {"y": dy, "z": buffer[..., 8:48], "weight": dweight}, 1e-5)
     assert buffer[..., :8].isnan().all() and buffer[..., 48:].isnan().all()
     again = triton_twin.gated_norm_backward(grad, *args, **backward, dz_out=torch.empty_like(grad))
     assert torch.equal(again[0], dy) and torch.equal(again[1], dweight)
@@ -98,10 +94,10 @@ def test_rows_lie_more_than_two_to_the_31_elements_apart(device):
     args = (y, z, weight, torch.tensor([2, 0, 1], device=device))
     grad = torch.randn(1, 3, 8, device=device)
     want, wanted = twin(args, grad, 1)
-    assert relative(gated_norm(*args, kernel="triton"), want) < 1e-5
+    assert_close("output", want, gated_norm(*args, kernel="triton"), 1e-5)
     args = (y, z.clone(), *args[2:])
     triton_twin.gated_norm_backward(grad, *args, groups=1, eps=1e-5, dz_out=z)
-    assert relative(z, wanted[1]) < 5e-3
+    assert_close("gradient of z", wanted["z"], z, 5e-3)
 
 
 @pytest.mark.parametrize("channels, groups", [(80, 1), (60, 3)])
@@ -117,7 +113,7 @@ def test_float8_with_a_scale_for_each_row(channels, groups, device):
     )
     assert scale[:, index[5]].tolist() == pytest.approx([1e-12] * 2)
     assert (scale / wanted_scale - 1).abs().max() < 1e-6
-    assert relative(wanted.double() * wanted_scale[..., None], exact) < 0.03  # three bits of mantissa
+    assert_close("in 8 bits", exact, wanted.double() * wanted_scale[..., None], 0.03)  # three bits of mantissa
     same = values.float() == wanted.float()
     if interpreted():
         # Triton's interpreter rounds a mantissa of all ones up to 0 without raising the exponent.
@@ -132,14 +128,14 @@ def test_the_twin_is_the_layer_in_scan_order():
     for order in ("hwt", zigzag):
         index, _ = permutation(order, (3, 4, 5), torch.device("cpu"))
         want = layer(to_grid(y, order, (3, 4, 5)).flatten(1, 3), z)
-        assert relative(gated_norm(y, z, layer.weight, index, groups=2), want) < 1e-12
+        assert_close("output", want, gated_norm(y, z, layer.weight, index, groups=2), 1e-12)
 
 
 def test_on_meta_and_in_low_precision():
     args = operands((2, 3, 4), 24, "cpu", torch.bfloat16)
     got = gated_norm(*args)
     assert got.dtype == torch.bfloat16
-    assert relative(got, gated_norm(*(part.double() for part in args[:3]), args[3])) < 5e-3
+    assert_close("output", gated_norm(*(part.double() for part in args[:3]), args[3]), got, 5e-3)
     y, z, weight, index = (part.to("meta") for part in args)
     assert gated_norm(y, z, weight, index).shape == (2, 24, 24)
     values, scale = gated_norm(y, z, weight, index, quantize=True)

@@ -35,13 +35,9 @@ from lingen.prepare.index import index_folder
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 READER = Reader(Remote())
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @lru_cache

@@ -8,13 +8,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lingen.kernels import attention, ssd
+from tests.helpers.closeness import assert_close
 
 SHAPES = [(1, 1, 1), (7, 1, 4), (33, 2, 8), (40, 3, 16), (5, 1, 64)]
-
-
-def relative(got, want):
-    """RMS of the difference over RMS of what is wanted, the latter floored."""
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
 
 
 def operands(n, groups, *, batch=2, per_group=2, width=3, states=5, dtype=torch.float64):
@@ -50,10 +46,8 @@ def test_chunked_is_the_recurrence(n, groups, chunk, without):
     fast = ssd(**parts, return_state=True, kernel="chunked", chunk=chunk)
     slow = ssd(**parts, return_state=True, kernel="reference")
     wanted = gradients(slow, parts)
-    for got, want in zip(fast, slow, strict=True):
-        assert relative(got, want) < 1e-12
-    for name, got in gradients(fast, parts).items():
-        assert relative(got, wanted[name]) < 1e-12, name
+    assert_close("outputs", slow, fast, 1e-12)
+    assert_close("gradient of", wanted, gradients(fast, parts), 1e-12)
     assert torch.equal(ssd(**parts, kernel="chunked", chunk=chunk), fast[0])
 
 
@@ -63,9 +57,8 @@ def test_many_chunks_are_passed_on_in_groups(n, chunk):
     fast = ssd(**parts, return_state=True, chunk=chunk)
     slow = ssd(**parts, return_state=True, kernel="chunked", chunk=256)
     wanted = gradients(slow, parts)
-    assert max(map(relative, fast, slow)) < 1e-12
-    for name, got in gradients(fast, parts).items():
-        assert relative(got, wanted[name]) < 1e-12, name
+    assert_close("outputs", slow, fast, 1e-12)
+    assert_close("gradient of", wanted, gradients(fast, parts), 1e-12)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
@@ -76,7 +69,7 @@ def test_low_precision_keeps_its_distance(dtype, limit):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got, state = ssd(**given, return_state=True, chunk=16)
     assert got.dtype == dtype and state.dtype == torch.float32
-    assert relative(got.double(), want) < limit
+    assert_close("output", want, got, limit)
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 64])
@@ -85,7 +78,7 @@ def test_short_steps_keep_their_digits_after_long_ones(chunk):
     parts = operands(2000, 1, batch=1, dtype=torch.float32) | dict.fromkeys(("dt_bias", "d", "initial_state"))
     parts["dt"] = torch.exp(4 * parts["dt"].detach())
     want = ssd(**{name: part if part is None else part.double() for name, part in parts.items()}, chunk=chunk)
-    assert relative(ssd(**parts, chunk=chunk).double(), want) < 1e-6
+    assert_close("output", want, ssd(**parts, chunk=chunk), 1e-6)
 
 
 @pytest.mark.parametrize("step", [0.0, 1e-6, 30.0, 1e4])
@@ -128,7 +121,7 @@ def test_padding_is_seen_by_nobody():
     out = attention(q, k, v, real)
     for i, keep in enumerate(real):
         want = attention(q[i : i + 1, keep], k[i : i + 1, keep], v[i : i + 1, keep])
-        assert torch.allclose(out[i : i + 1, keep], want, atol=1e-6)
+        torch.testing.assert_close(out[i : i + 1, keep], want, rtol=1e-5, atol=1e-6)
 
 
 def fake_flash():
@@ -149,8 +142,9 @@ def test_flash_packs_what_is_real(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash())
     q, k, v = torch.randn(3, 3, 5, 2, 8).bfloat16()
     real = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
-    assert relative(attention(q, k, v, kernel="flash").float(), attention(q, k, v).float()) < 5e-3
+    assert_close("whole", attention(q, k, v), attention(q, k, v, kernel="flash"), 5e-3)
     got, want = attention(q, k, v, real, kernel="flash"), attention(q, k, v, real)
-    assert relative(got[real].float(), want[real].float()) < 5e-3 and (got[~real] == 0).all()
+    assert_close("what is real", want[real], got[real], 5e-3)
+    assert (got[~real] == 0).all()
     with pytest.raises(ValueError, match="float16 or bfloat16"):
         attention(q.float(), k.float(), v.float(), kernel="flash")

@@ -7,10 +7,7 @@ from torch.nn.functional import relu
 from lingen.blocks import linear_attention
 from lingen.blocks.linear_attention import LinearAttention, relu_attention
 from lingen.recipe.registry import SettingError
-
-
-def relative(got, want):
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
+from tests.helpers.closeness import assert_close
 
 
 def by_pairs(q, k, v, eps=1e-6):
@@ -26,11 +23,12 @@ def test_equals_the_quadratic_form_in_outputs_and_gradients(n, monkeypatch):
     torch.manual_seed(n)
     inputs = {name: torch.randn(2, n, 3, 8, dtype=torch.float64, requires_grad=True) for name in "qkv"}
     got, want = relu_attention(**inputs, eps=0.1), by_pairs(**inputs, eps=0.1)
-    assert relative(got, want) < 1e-12
+    assert_close("output", want, got, 1e-12)
     seed = torch.randn_like(got)
-    pairs = zip(*(torch.autograd.grad(y, list(inputs.values()), seed) for y in (got, want)), strict=True)
-    for name, (mine, theirs) in zip(inputs, pairs, strict=True):
-        assert relative(mine, theirs) < 1e-11, name
+    mine, theirs = (
+        dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), seed), strict=True)) for y in (got, want)
+    )
+    assert_close("gradient of", theirs, mine, 1e-11)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
@@ -39,7 +37,8 @@ def test_sums_over_long_sequences_keep_their_digits(dtype, limit):
     q, k, v = torch.randn(3, 1, 5000, 2, 8).to(dtype)
     v = v + 1  # else the mean of many values is nothing but rounding
     got = relu_attention(q, k, v)
-    assert got.dtype == dtype and relative(got.double(), by_pairs(q.double(), k.double(), v.double())) < limit
+    assert got.dtype == dtype
+    assert_close("output", by_pairs(q.double(), k.double(), v.double()), got, limit)
 
 
 def test_a_query_without_a_positive_channel_gets_zeros():

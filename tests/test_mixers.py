@@ -14,6 +14,7 @@ from lingen.kernels import ssd
 from lingen.kernels.pool import pool
 from lingen.recipe.registry import MIXERS, SettingError
 from lingen.recipe.signature import bare
+from tests.helpers.closeness import assert_close, relative_error
 
 DIM = 12
 SMALL = {"state_dim": 4, "head_dim": 6, "dt_max": 0.5}
@@ -21,10 +22,6 @@ SMALL = {"state_dim": 4, "head_dim": 6, "dt_max": 0.5}
 
 def tokens(*grid, dtype=torch.float64, batch=2):
     return torch.randn(batch, *grid, DIM, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
-
-
-def relative(got, want):
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
 
 
 def mamba2(layer=0, **settings):
@@ -90,12 +87,13 @@ def test_review_as_prefix_and_as_initial_state_agree(settings):
     for layer, grid in enumerate([(3, 5, 7), (1, 4, 3), (4, 2, 2), (1, 1, 1)]):
         mixer, x = mamba2(layer, **settings), tokens(*grid).requires_grad_()
         got, want = mixer(x), explicit(mixer, x)
-        assert relative(got, want) < 1e-12
+        assert_close("output", want, got, 1e-12)
         parts = {"input": x} | dict(mixer.named_parameters())
         seed = torch.randn_like(got)
-        pairs = zip(*(torch.autograd.grad(y, list(parts.values()), seed) for y in (got, want)), strict=True)
-        for name, (mine, theirs) in zip(parts, pairs, strict=True):
-            assert relative(mine, theirs) < 1e-11, name
+        mine, theirs = (
+            dict(zip(parts, torch.autograd.grad(y, list(parts.values()), seed), strict=True)) for y in (got, want)
+        )
+        assert_close("gradient of", theirs, mine, 1e-11)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -115,7 +113,7 @@ def test_causal_mode_is_the_mamba2_of_transformers(groups):
     weights = {names.get(name, name): weight for name, weight in theirs.state_dict().items()}
     ours.load_state_dict({name: weight.view_as(ours.state_dict()[name]) for name, weight in weights.items()})
     x = tokens(3, 5, 2, dtype=torch.float32)
-    assert relative(ours(x), theirs(x.flatten(1, 3)).view_as(x)) < 1e-5
+    assert_close("output", theirs(x.flatten(1, 3)).view_as(x), ours(x), 1e-5)
 
 
 def test_causal_mode_sees_no_later_token():
@@ -132,7 +130,7 @@ def test_both_directions_see_every_token():
 
 def test_kernels_agree_inside_the_mixer():
     x = tokens(3, 4, 5)
-    assert relative(mamba2(kernel="chunked")(x), mamba2(kernel="reference")(x)) < 1e-12
+    assert_close("output", mamba2(kernel="reference")(x), mamba2(kernel="chunked")(x), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +140,12 @@ def test_kernels_agree_inside_the_mixer():
     ids=str,
 )  # fmt: skip
 @pytest.mark.usefixtures("poisoned")
-def test_triton_inside_the_mixer(settings, device):
+def test_triton_inside_the_mixer(settings, device, monkeypatch):
     """All kernels together against plain float64: outputs and every gradient by name."""
+    if device == "cpu":  # the interpreter walks past the sequence's end, to the end of a program's run
+        conv_triton = pytest.importorskip("lingen.kernels.conv_triton", reason="Triton is not installed")
+        for launch in conv_triton.LAUNCH.values():
+            monkeypatch.setitem(launch, "POSITIONS", 16)
     settings = {"dt_max": 0.1} | settings  # float32 loses digits where a head forgets within a token
     exact = mamba2(1, **settings)
     fast = mamba2(1, **settings | {"kernel": "triton"}).float()
@@ -157,8 +159,7 @@ def test_triton_inside_the_mixer(settings, device):
         y = mixer(x)
         seed = torch.sin(torch.arange(y.numel(), device=device)).view_as(y).to(y.dtype)
         found.append({"y": y} | dict(zip(parts, torch.autograd.grad(y, list(parts.values()), seed), strict=True)))
-    for name, want in found[0].items():
-        assert relative(found[1][name].double(), want) < 1e-4, name
+    assert_close("triton", *found, 1e-4)
 
 
 def test_sizes_at_the_width_of_the_large_model():
@@ -192,7 +193,7 @@ def review_share(mixer, x, place):
     mixer.review = None
     without = mixer(x)
     mixer.review = review
-    return relative(*(y.flatten(1, 3)[:, place] for y in (without, with_review)))
+    return relative_error(*(y.flatten(1, 3)[:, place] for y in (with_review, without)))
 
 
 def test_how_far_the_review_reaches_depends_on_the_smallest_step():

@@ -1,8 +1,5 @@
 """The denoiser: shapes, conditions, positions, and what its start promises."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,6 +9,8 @@ from lingen.blocks.positions import Positions, resize_tables, sin_cos
 from lingen.model import LinGen, grid_of
 from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import LinGenConfig
+from tests.helpers.closeness import assert_close
+from tests.helpers.commands import run_python
 
 MATE = {"name": "mate", "state_dim": 8, "head_dim": 8, "window": (2, 2, 2)}
 ATTENTION = {"name": "attention"}
@@ -137,7 +136,7 @@ def test_masked_text_changes_nothing_whatever_it_holds(pool_text):
             for tokens, mask in text
         )
         got = model(latents, time, padded)
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        assert_close("velocity", want, got, 1e-12)
         model.zero_grad()
         got.sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -154,10 +153,10 @@ def test_the_null_token_speaks_only_where_there_is_no_text(pool_text):
     with torch.no_grad():
         model.text.null.add_(1)
     after = model(latents, time, text)
-    torch.testing.assert_close(after[1], before[1], rtol=1e-9, atol=1e-9)
+    assert_close("with text", before[1], after[1], 1e-12)
     assert (after[0] - before[0]).abs().max() > 1e-6
     empty = tuple((torch.zeros_like(tokens[:, :1]), torch.zeros_like(mask[:, :1])) for tokens, mask in text)
-    torch.testing.assert_close(model(latents, time, empty)[0], after[0], rtol=1e-9, atol=1e-9)
+    assert_close("without text", after[0], model(latents, time, empty)[0], 1e-12)
 
 
 def test_text_of_either_encoder_is_heard_also_where_the_other_has_none():
@@ -184,7 +183,7 @@ def test_samples_do_not_see_each_other(mixer):
     for row in range(3):
         one = slice(row, row + 1)
         alone = model(latents[one], time[one], tuple((tokens[one], mask[one]) for tokens, mask in text))
-        torch.testing.assert_close(together[one], alone, rtol=1e-9, atol=1e-9)
+        assert_close(f"clip {row}", alone, together[one], 1e-12)
 
 
 @pytest.mark.parametrize("predict", ["velocity", "clip"])
@@ -245,8 +244,7 @@ def test_checkpointing_changes_neither_output_nor_gradients():
     assert torch.equal(*outs)
     for out in outs:
         out.square().sum().backward()
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, msg=name)
+    assert_close("gradient of", *({name: p.grad for name, p in model.named_parameters()} for model in models), 1e-12)
 
 
 def test_predicting_the_clip_returns_the_velocity_that_leads_to_it():
@@ -424,4 +422,4 @@ def test_the_model_needs_none_of_the_libraries_of_data_and_recipes():
         "import sys, lingen.model, lingen.flow, lingen.text.small, lingen.autoencoder.pixels;"
         "print(*{'av', 'webdataset', 'omegaconf', 'lightning'} & {*sys.modules})"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+    assert run_python("-c", code).strip() == ""

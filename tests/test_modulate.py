@@ -5,6 +5,7 @@ import torch
 
 from lingen.kernels.fp8 import FP8
 from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
+from tests.helpers.closeness import assert_close
 
 SMALL, ODD = (3, 1, 2), (7, 5, 3)
 NAMES = ("x", "update", "weight", "gate", "shift", "scale", "positions")
@@ -24,10 +25,6 @@ def operands(grid, frames, device, width=20, batch=2, dtype=torch.float64, strea
     modulation = randn(batch, f, 3, width).unbind(2)
     found |= {"weight": 1 + randn(width) / 4, "positions": randn(*grid, width, dtype=stream)}
     return found | dict(zip(("gate", "shift", "scale"), modulation, strict=True))
-
-
-def relative(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
 
 
 def run(given, names, dtype, kernel):
@@ -68,9 +65,8 @@ def test_triton_in_float32_is_the_definition(use, grid, frames, batch, device):
     given = operands(grid, frames, device, batch=batch, dtype=torch.float32)
     wide = {name: value.double() for name, value in given.items()}
     (want, wanted), (got, grads) = run(wide, USES[use], None, "reference"), run(given, USES[use], None, "triton")
-    assert all(relative(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
-    for name, grad in grads.items():
-        assert relative(grad, wanted[name]) < 1e-5, name
+    assert_close("results", want, got, 1e-5)
+    assert_close("gradient of", wanted, grads, 1e-5)
 
 
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
@@ -80,9 +76,9 @@ def test_bfloat16_with_a_stream_in_either_precision(stream, kernel, device):
     wide = {name: value.double() for name, value in given.items()}
     (want, wanted), (got, grads) = run(wide, NAMES, None, "reference"), run(given, NAMES, torch.bfloat16, kernel)
     assert [y.dtype for y in got] == [stream, torch.bfloat16]
-    assert all(relative(a, b) < 5e-3 for a, b in zip(got, want, strict=True))
-    for name, grad in grads.items():
-        assert relative(grad, wanted[name]) < (5e-3 if name in ("x", "update", "positions") else 1e-2), name
+    assert_close("results", want, got, 5e-3)
+    limits = {name: 5e-3 if name in ("x", "update", "positions") else 1e-2 for name in NAMES}
+    assert_close("gradient of", wanted, grads, limits)
 
 
 def test_many_programs_share_the_tokens_and_only_the_asked_for_gradients_are_made(device, monkeypatch):
@@ -93,7 +89,7 @@ def test_many_programs_share_the_tokens_and_only_the_asked_for_gradients_are_mad
     wide = {name: value.double() for name, value in given.items()}
     for names in (NAMES, ("x", "update", "weight", "gate", "scale", "shift")):
         (_, wanted), (_, grads) = run(wide, names, None, "reference"), run(given, names, None, "triton")
-        assert all(relative(grad, wanted[name]) < 1e-5 for name, grad in grads.items())
+        assert_close("gradient of", wanted, grads, 1e-5)
     x = given["x"].detach().requires_grad_()
     norm_modulate(x, given["weight"], positions=given["positions"], kernel="triton").sum().backward()
     assert x.grad.isfinite().all()

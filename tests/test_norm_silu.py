@@ -4,12 +4,9 @@ import pytest
 import torch
 
 from lingen.kernels.norm_silu import norm_silu
+from tests.helpers.closeness import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def relative(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
 
 
 def run(x, weight, bias, seed, kernel):
@@ -34,8 +31,7 @@ def test_values_and_gradients(dtype, limit, kernel, shape, device, monkeypatch):
     want = run(x.double(), weight.double(), bias.double(), seed, "reference")
     got = run(x, weight, bias, seed, kernel)
     assert got["y"].dtype == got["x"].dtype == dtype and got["weight"].dtype == torch.float32
-    errors = {name: relative(value, want[name]) for name, value in got.items()}
-    assert max(errors.values()) < limit, errors
+    assert_close(kernel, want, got, limit)
 
 
 def test_a_row_of_zeros_stays_finite(device):

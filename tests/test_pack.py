@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from footage_here import explode, film, frames, write_film
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,6 +33,9 @@ from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe
+from tests.helpers.commands import ROOT
+from tests.helpers.files import contents, killed_before
+from tests.helpers.footage import explode, film, frames, write_film
 
 WANTED = Wanted((((48, 64),),), 12.0, (24, 12))
 SCENES = ("testsrc2", "mandelbrot", "testsrc", "rgbtestsrc", "life=seed=1", "gradients=seed=3:speed=0.1")
@@ -66,11 +67,6 @@ def packing(footage: Path, **how: object) -> Packing:
     sources = find_footage([footage / "films"], [footage / "pictures"], WANTED)
     filters = Filters(jerky=None, still=None, frozen=None)
     return Packing(sources, Captions(footage / "captions.csv"), WANTED, filters)._replace(**how)  # type: ignore[arg-type]
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a finished set but for the lock."""
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +126,9 @@ def test_one_shard_or_one_for_each_sample(footage: Path, packed: Path, tmp_path:
 KILLED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 if __name__ == "__main__":
-    import test_pack
+    import {module} as test_pack
 
     footage = Path({footage!r})
     job = test_pack.packing(footage, shard_mb=0, processes=2)
@@ -144,8 +140,7 @@ if __name__ == "__main__":
 def test_a_killed_run_loses_and_doubles_nothing(footage: Path, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = tmp_path / "run.py"
-    tests = str(Path(__file__).parent)
-    script.write_text(KILLED.format(tests=tests, footage=str(footage), out=str(out)))
+    script.write_text(KILLED.format(root=str(ROOT), module=__name__, footage=str(footage), out=str(out)))
     killed = 0
     for after in (2, 6, 100):  # lines it says before it is killed
         process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
@@ -159,18 +154,8 @@ def test_a_killed_run_loses_and_doubles_nothing(footage: Path, packed: Path, tmp
     assert contents(out) == contents(packed)
 
 
-def test_a_kill_between_a_record_and_its_shard(
-    footage: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replace = os.replace
-
-    def killed(source: str | Path, target: str | Path) -> None:
-        if Path(target).name == "video-00002.tar":
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(os, "replace", killed)
+def test_a_kill_between_a_record_and_its_shard(footage: Path, packed: Path, tmp_path: Path) -> None:
+    with killed_before("video-00002.tar"):
         pack(packing(footage, shard_mb=0), tmp_path)
     assert (tmp_path / ".parts/001-of-001/records/video-00002.json").is_file()
     pack(packing(footage, shard_mb=0), tmp_path)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lingen.kernels.pool import pool
 from lingen.recipe.registry import RecipeError
+from tests.helpers.closeness import assert_close
 
 pool_triton = pytest.importorskip("lingen.kernels.pool_triton", reason="Triton is not installed")
 
@@ -19,10 +20,6 @@ CASES = [
     ((5, 2, 4), (3, 1, 3), torch.float32),
     ((4, 4, 4), (1, 9, 4), torch.bfloat16),
 ]
-
-
-def relative(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +41,10 @@ def test_outputs_and_gradient(grid, size, dtype, device):
     exact = x.detach().double().requires_grad_()
     got, want = pool(x, size, kernel="triton"), pool(exact, size, kernel="reference")
     assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
-    assert relative(got, want) < LIMITS[dtype]
+    assert_close("output", want, got, LIMITS[dtype])
     grad = torch.randn_like(got)
     (dx,), (wanted,) = torch.autograd.grad(got, x, grad), torch.autograd.grad(want, exact, grad.double())
-    assert relative(dx, wanted) < LIMITS[dtype]
+    assert_close("gradient", wanted, dx, LIMITS[dtype])
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -62,7 +59,7 @@ def test_the_gradient_goes_into_a_slice(add, device):
     if add:
         out.copy_(before)
     pool_triton.pool_backward(grad, (2, 2, 2), out, add)
-    assert relative(out - before if add else out, wanted) < 1e-5
+    assert_close("gradient", wanted, out - before if add else out, 1e-5)
     assert buffer[..., :8].isnan().all() and buffer[..., 48:].isnan().all()
 
 
@@ -73,10 +70,10 @@ def test_tokens_lie_more_than_two_to_the_31_elements_apart(device):
     exact = x.double().requires_grad_()
     want = pool(exact, (2, 2, 2), kernel="reference")
     got = pool(x, (2, 2, 2), kernel="triton")
-    assert relative(got, want) < 5e-3
+    assert_close("output", want, got, 5e-3)
     (wanted,) = torch.autograd.grad(want, exact, got.double())
     pool_triton.pool_backward(got, (2, 2, 2), x, False)
-    assert relative(x, wanted) < 5e-3
+    assert_close("gradient", wanted, x, 5e-3)
 
 
 @pytest.mark.parametrize("grid, size", [case[:2] for case in CASES])
@@ -84,13 +81,14 @@ def test_the_twin_is_torch_s_pooling(grid, size):
     x = tokens(grid, "cpu", torch.float64)
     clamped = tuple(map(min, size, grid))
     want = F.avg_pool3d(x.movedim(-1, 1), clamped, ceil_mode=True, count_include_pad=False).movedim(1, -1)
-    assert relative(pool(x, size), want) < 1e-12
+    assert_close("output", want, pool(x, size), 1e-12)
 
 
 def test_on_meta_and_in_low_precision():
     x = tokens((3, 4, 5), "cpu", torch.bfloat16)
     got = pool(x, (2, 2, 2))
-    assert got.dtype == torch.bfloat16 and relative(got, pool(x.double(), (2, 2, 2))) < 5e-3
+    assert got.dtype == torch.bfloat16
+    assert_close("output", pool(x.double(), (2, 2, 2)), got, 5e-3)
     assert pool(x.to("meta"), (2, 2, 2)).shape == (2, 2, 2, 3, 40)
 
 

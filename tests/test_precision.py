@@ -17,6 +17,7 @@ from lingen.sampling.clips import clip_size, encode_prompts, sample_latents
 from lingen.sampling.precision import lower, precision_of, set_precision
 from lingen.training.average import AveragedWeights
 from lingen.training.denoiser import LinGenModule
+from tests.helpers.closeness import assert_close, relative_error
 
 PROMPTS = ["a red square", "a blue circle"]
 
@@ -37,16 +38,12 @@ def sample(module: LinGenModule, **settings: object) -> torch.Tensor:
     return sample_latents(module, words, clip, replace(module.recipe.sample, **settings))
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got - want).square().mean() / want.square().mean()).sqrt().item()
-
-
 def test_bfloat16_is_for_weights_that_only_multiply(module: LinGenModule):
     want = sample(module)
     assert precision_of(module.model) == "32-true"  # auto, on a CPU
     got = sample(module, precision="bf16-true")
     assert precision_of(module.model) == "bf16-true" and got.dtype == torch.float32
-    assert 0 < error(got, want) < 0.05
+    assert 0 < relative_error(want, got) < 0.05
     kept = {name for name, parameter in module.model.named_parameters() if parameter.dtype == torch.float32}
     parts = {name.rpartition(".")[2] if "blocks" in name else name.partition(".")[0] for name in kept}
     assert parts == {"a_log", "d", "dt_bias", "weight", "modulation", "norm", "positions", "time", "unpatchify"}
@@ -93,7 +90,7 @@ def test_eight_bits_from_the_norms_to_the_products(module: LinGenModule, monkeyp
     assert taken == {"mixer": torch.Tensor} | dict.fromkeys(
         ("ffn", "ffn.out_proj", "cross_attention.q_proj"), Quantized
     )
-    assert precision_of(module.model) == "fp8" and 0.001 < error(got, want) < 0.1
+    assert precision_of(module.model) == "fp8" and 0.001 < relative_error(want, got) < 0.1
     assert torch.equal(sample(module, precision="auto", guidance=1.0), got)
     with pytest.raises(RecipeError, match="in fp8 already"):
         sample(module, precision="bf16-true")
@@ -103,7 +100,8 @@ def test_guidance_in_one_batch_or_two_passes(module: LinGenModule, monkeypatch: 
     rows: list[int] = []
     module.model.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
     one, two = sample(module, guidance_batch=True), sample(module, guidance_batch=False)
-    assert rows == [4, 4, 2, 2, 2, 2] and error(two, one) < 1e-5
+    assert rows == [4, 4, 2, 2, 2, 2]
+    assert_close("latents", one, two, 1e-5)
     rows.clear()
     tokens = 2 * 2 * 2 * 2  # of two clips
     for limit, passes in ((tokens, [4, 4]), (tokens - 1, [2, 2, 2, 2])):

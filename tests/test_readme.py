@@ -6,16 +6,14 @@ import ast
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lingen
 from lingen.cli.command import parse
+from tests.helpers.commands import ROOT, run_command
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -25,11 +23,11 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in found if name == language]
 
 
-def here(line: str) -> list[str]:
-    """The words of a command, run with this interpreter instead of README's virtual environment."""
-    words = shlex.split(line)
-    assert words[0] == ".venv/bin/lingen", f"README's commands use its own virtual environment: {line}"
-    return [sys.executable, "-m", "lingen", *words[1:]]
+def words_of(line: str) -> list[str]:
+    """What follows `lingen` in a command, to be run with this interpreter instead of README's virtual environment."""
+    command, *words = shlex.split(line)
+    assert command == ".venv/bin/lingen", f"README's commands use its own virtual environment: {line}"
+    return words
 
 
 def test_the_first_two_blocks_install_fit_sample_and_test():
@@ -46,7 +44,7 @@ def test_the_other_commands_run(tmp_path: Path):
     mixer = next(block for block in blocks("python") if "my_mixers.py" in block)
     (tmp_path / "my_mixers.py").write_text(mixer)
     for line in (line for block in blocks("sh")[2:] for line in block.strip().splitlines()):
-        done = subprocess.run(here(line), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = run_command(*words_of(line), cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert done.stdout.strip(), line
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -19,6 +17,9 @@ from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, SettingError
 from lingen.recipe.signature import check_value, settings_of
 from lingen.recipe.sizes import check_frames
+from tests.helpers.commands import run_python
+
+pytestmark = pytest.mark.usefixtures("here")
 
 TINY = """\
 model:
@@ -36,12 +37,6 @@ stages:
   videos: {data: {frames: 8}, train: {steps: 5, lr: 1e-3}}
 """
 )
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write(text: str, name: str = "r.yaml") -> str:
@@ -449,7 +444,7 @@ def test_what_needs_no_torch_is_said_without_torch():
         "else: raise AssertionError\n"
         "assert not {'torch', 'lightning', 'av', 'webdataset'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
 
 
 def test_importing_lingen_needs_no_decoders():
@@ -457,7 +452,7 @@ def test_importing_lingen_needs_no_decoders():
         "import sys; import lingen, lingen.model, lingen.kernels, lingen.recipe\n"
         "assert not {'av', 'webdataset', 'omegaconf'} & set(sys.modules), 'too much is imported'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ from lingen.recipe.bounds import Above, AtLeast, Finite
 from lingen.recipe.reading import COMPONENTS
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError, Registry, SettingError
 from lingen.recipe.signature import bounds_of, settings_of
+from tests.helpers.commands import ROOT, run_command, run_python
 
 PLUGIN = '''\
 """A package of its own that brings a mixer and a scan order."""
@@ -164,12 +164,9 @@ def test_list_shows_broken_plugins_as_rows(site):
 
 
 def list_rows(what: str, site: Path) -> list[dict]:
-    root = str(Path(__file__).parent.parent)
-    code = f"import sys; sys.path[:0] = [{str(site)!r}, {root!r}]; from lingen.cli import main; main(sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "list", what, "--json"], check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout)
+    paths = [str(site), str(ROOT)]
+    code = f"import sys; sys.path[:0] = {paths}; from lingen.cli import main; main(sys.argv[1:])"
+    return json.loads(run_python("-c", code, "list", what, "--json"))
 
 
 def test_an_installed_package_brings_a_mixer_and_a_scan(site):
@@ -188,14 +185,14 @@ def test_a_package_installed_by_pip_brings_a_mixer_and_a_scan(site, tmp_path_fac
         '[project.entry-points."lingen.scans"]\nbackwards = "other_part:backwards"\n'
         '[tool.hatch.build.targets.wheel]\ninclude = ["other_part.py"]\n'
     )
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", str(site), str(source)], check=True)
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    run_python(*pip, "--target", str(site), str(source))
     importlib.invalidate_caches()
     check_plugin(site)
     mixers = "model.mixer=[{name: gain, gain: 0.5}, {name: mamba2, scan: backwards, state_dim: 4, head_dim: 8}]"
-    command = [sys.executable, "-m", "lingen", "fit", "--recipe", str(tiny_recipe), "--run", "run", mixers]
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, cwd=site, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    command = ["fit", "--recipe", str(tiny_recipe), "--run", "run", mixers]
+    done = run_command(*command, cwd=site, env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert (site / "run" / "stages" / "clips" / "weights.safetensors").is_file()
 

@@ -19,6 +19,7 @@ import pytest
 from lingen.data.shards import write_shards
 from lingen.media import encode_mp4, encode_png
 from lingen.prepare.index import index_folder
+from tests.helpers.commands import wait_for
 
 RECORDER = '''
 """Trains as `lingen fit` does, and notes the samples of every batch that is trained on."""
@@ -102,7 +103,8 @@ def test_a_run_that_is_killed_goes_on_with_other_ranks_and_workers(
     starts = [0]
     for part in range(2):
         process = begin(part, ranks=2, workers=2)
-        wait_for(run, starts[-1] + chance.randint(2, 8), process)
+        step = starts[-1] + chance.randint(2, 8)
+        wait_for(lambda step=step: checkpoint_of(run) >= step, process)
         time.sleep(chance.random() * 0.3)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -116,14 +118,6 @@ def test_a_run_that_is_killed_goes_on_with_other_ranks_and_workers(
         assert len(notes) == (last - first) * (2 if part < 2 else 1), "a step was trained twice or not at all"
         trained |= {(note["step"], note["slots"][0]): note for note in notes}
     check_nothing_lost_or_repeated([trained[key] for key in sorted(trained)])
-
-
-def wait_for(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 120
-    while checkpoint_of(run) < step:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def check_nothing_lost_or_repeated(notes: list[dict[str, Any]]) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import chat_here
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,14 +21,13 @@ from lingen.text import instruction, rewrite
 from lingen.text.instruction import INSTRUCTION, INSTRUCTION_VERSION, clean, fault_of, question
 from lingen.text.rewrite import Rewriter, Rewritten
 from lingen.weights import find_weights
+from tests.helpers import chat
+from tests.helpers.tiny import write_recipe
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 BALL, SIGN, CAT, DOG = "a red ball", 'a sign says "OPEN"', "a cat", "a dog runs"
 LONG = {BALL: "A red ball rolls slowly over green grass.", SIGN: 'A sign that says "OPEN" hangs on a door.'}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -52,12 +50,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if fault:
                 heard = " ".join(first.split()[:20])  # as much as it gets to say
                 talks.append((rewrite._ask(prompt) + rewrite._send_back(Rewritten(prompt, heard, fault)), second))
-        return chat_here.taught(tmp_path_factory.mktemp("chat") / "teacher", talks)
+        return chat.taught(tmp_path_factory.mktemp("chat") / "teacher", talks)
 
 
 @pytest.fixture(scope="module")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chat_here.untaught(tmp_path_factory.mktemp("chat") / "babbler")
+    return chat.untaught(tmp_path_factory.mktemp("chat") / "babbler")
 
 
 def how(path: Path, **settings) -> RewriteConfig:
@@ -216,7 +214,7 @@ def test_drawn_words_follow_from_seed_and_prompt(babbler: Path, monkeypatch: pyt
 
 
 def test_folders_that_cannot_rewrite_are_refused(tmp_path: Path, babbler: Path):
-    mute = chat_here.untaught(tmp_path / "mute", template=None)
+    mute = chat.untaught(tmp_path / "mute", template=None)
     empty = tmp_path / "empty"
     empty.mkdir()
     (lack,) = Rewriter(how(tmp_path / "nowhere")).missing()
@@ -226,7 +224,7 @@ def test_folders_that_cannot_rewrite_are_refused(tmp_path: Path, babbler: Path):
         with pytest.raises(RecipeError, match=f"missing: llama {path}: .*{said}"):
             Rewriter(how(path)).rewrite([BALL])
     assert Rewriter(how(babbler)).missing() == []
-    small = chat_here.untaught(tmp_path / "small", room=64)
+    small = chat.untaught(tmp_path / "small", room=64)
     with pytest.raises(RecipeError, match=r"takes 64 tokens. .* \(rewrite.max_tokens\)"):
         Rewriter(how(small)).rewrite([BALL])
     for name in ("file", "model.safetensors"):  # no folder is to be put where a file is, or has its name
@@ -283,12 +281,10 @@ def test_wrong_use(words, said, tiny_recipe: Path, tmp_path: Path, monkeypatch: 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, teacher: Path) -> Path:
     """Trained weights whose recipe names the teacher."""
-    from conftest import TINY
-
     folder = tmp_path_factory.mktemp("rewriting")
-    (folder / "tiny.yaml").write_text(TINY.format(folder=tiny_shards))
+    recipe = write_recipe(folder / "tiny.yaml", tiny_shards)
     words = [f"rewrite.path={teacher}", "rewrite.max_tokens=20", "sample.prompts=[]"]
-    return fit(folder / "tiny.yaml", words, run=folder / "run")
+    return fit(recipe, words, run=folder / "run")
 
 
 def sampled(run: Path, out: Path, prompt: str, *words: str) -> int:

@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,8 @@ from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.weights import load_module
 from lingen.weights import find_weights, read_metadata, read_weights
+from tests.helpers.closeness import assert_close
+from tests.helpers.commands import lingen_command, run_command, wait_for
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -40,24 +40,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {f"{copy}.{name}": value for copy in ("raw", "averaged") for name, value in read_weights(path, copy).items()}
 
 
-def lingen_command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "lingen", *words]
-
-
-def run_command(*words: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(lingen_command(*words), capture_output=True, text=True, timeout=300, **options)
-
-
-@pytest.fixture
-def straight(tiny_recipe: Path, tmp_path: Path) -> Path:
-    """A run of both stages without interruption."""
-    return fit(tiny_recipe, run=tmp_path / "straight")
-
-
-def test_fit_leaves_everything_in_the_run_folder(straight: Path):
-    assert {row["stage"] for row in rows(straight)} == {"images", "clips"}
-    assert [row["step"] for row in rows(straight) if row["stage"] == "clips" and row["loss"]] == ["2", "4", "6"]
-    columns = rows(straight)[0].keys()
+def test_fit_leaves_everything_in_the_run_folder(tiny_run: Path):
+    assert {row["stage"] for row in rows(tiny_run)} == {"images", "clips"}
+    assert [row["step"] for row in rows(tiny_run) if row["stage"] == "clips" and row["loss"]] == ["2", "4", "6"]
+    columns = rows(tiny_run)[0].keys()
     assert {
         "loss/video",
         "loss/image",
@@ -69,30 +55,30 @@ def test_fit_leaves_everything_in_the_run_folder(straight: Path):
     } <= columns
     assert any(name.startswith("loss/time_") for name in columns)
     assert {"mixer/00/ma_rms", "mixer/01/te_rms", "mixer/01/horizon_median"} <= columns
-    about = json.loads((straight / "run.json").read_text())
+    about = json.loads((tiny_run / "run.json").read_text())
     assert (
         about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"] == torch.__version__
     )
     for stage in ("images", "clips"):
-        metadata = read_metadata(straight / "stages" / stage / "weights.safetensors")
+        metadata = read_metadata(tiny_run / "stages" / stage / "weights.safetensors")
         assert metadata["stage"] == stage
-    assert (straight / "samples" / "clips-0000006" / "00.mp4").stat().st_size > 500
-    assert (straight / "samples" / "clips-0000006" / "sheet.png").is_file()
-    ledger = json.loads((straight / "ledger.json").read_text())
+    assert (tiny_run / "samples" / "clips-0000006" / "00.mp4").stat().st_size > 500
+    assert (tiny_run / "samples" / "clips-0000006" / "sheet.png").is_file()
+    ledger = json.loads((tiny_run / "ledger.json").read_text())
     assert ledger["seen"] >= 6
-    reloaded = lingen.load_recipe(straight / "recipe.yaml", stage="clips")
-    assert reloaded.model == load_module(straight).recipe.model
+    reloaded = lingen.load_recipe(tiny_run / "recipe.yaml", stage="clips")
+    assert reloaded.model == load_module(tiny_run).recipe.model
 
 
-def test_same_command_again_does_nothing_and_more_steps_go_on(tiny_recipe: Path, straight: Path, tmp_path: Path):
+def test_same_command_again_does_nothing_and_more_steps_go_on(tiny_recipe: Path, tiny_run: Path, tmp_path: Path):
     short = tmp_path / "short"
     fit(tiny_recipe, ["stages.clips.train.steps=2"], run=short)
     before = losses(short)
     fit(tiny_recipe, ["stages.clips.train.steps=2"], run=short)
     assert losses(short) == before
     fit(tiny_recipe, run=short)
-    assert losses(short) == losses(straight)
-    for name, value in weights(straight).items():
+    assert losses(short) == losses(tiny_run)
+    for name, value in weights(tiny_run).items():
         assert torch.equal(value, weights(short)[name]), name
 
 
@@ -120,14 +106,6 @@ def test_kill_and_the_same_command_give_the_same_run(tiny_recipe: Path, tmp_path
     assert losses(killed) == losses(tmp_path / "straight")
     for name, value in weights(tmp_path / "straight").items():
         assert torch.equal(value, weights(killed)[name]), name
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be stopped"
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_sample_keys_are_the_same_after_a_resume(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -182,8 +160,7 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(tiny_recipe: Path, tmp_path
         a, b = (
             read_weights(tmp_path / run / "stages" / stage / "weights.safetensors", "raw") for run in ("one", "two")
         )
-        for name, value in a.items():
-            assert torch.allclose(value, b[name], atol=1e-9, rtol=1e-9), name
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
     for key, value in losses(tmp_path / "one").items():
         assert float(value) == pytest.approx(float(losses(tmp_path / "two")[key]), rel=1e-6)
     ledgers = [json.loads((tmp_path / run / "ledger.json").read_text()) for run in ("one", "two")]
@@ -200,8 +177,7 @@ def test_accumulated_batches_equal_one_large_batch(tiny_recipe: Path, tmp_path: 
         stage="clips",
     )
     large, small = (read_weights(find_weights(tmp_path / run), "raw") for run in ("large", "small"))
-    for name, value in large.items():
-        assert torch.allclose(value, small[name], atol=1e-6, rtol=1e-6), name
+    torch.testing.assert_close(small, large, rtol=1e-6, atol=1e-6)
 
 
 def test_hand_over_takes_raw_weights_and_seeds_the_average(
@@ -234,22 +210,22 @@ def test_keep_optimizer_carries_the_moments_over(tiny_recipe: Path, tmp_path: Pa
     )
 
 
-def test_init_starts_from_given_weights(tiny_recipe: Path, straight: Path, tmp_path: Path):
+def test_init_starts_from_given_weights(tiny_recipe: Path, tiny_run: Path, tmp_path: Path):
     run = fit(
         tiny_recipe,
-        [f"init={straight}", "stages.images.train.steps=1", "train.lr=0"],
+        [f"init={tiny_run}", "stages.images.train.steps=1", "train.lr=0"],
         run=tmp_path / "tuned",
         stage="images",
     )
-    given, tuned = read_weights(find_weights(straight), "raw"), read_weights(RunFolder(run).weights("images"), "raw")
+    given, tuned = read_weights(find_weights(tiny_run), "raw"), read_weights(RunFolder(run).weights("images"), "raw")
     for name, value in given.items():
         assert torch.equal(value, tuned[name]), name
 
 
-def test_another_recipe_in_the_same_folder_is_refused(tiny_recipe: Path, straight: Path):
+def test_another_recipe_in_the_same_folder_is_refused(tiny_recipe: Path, tiny_run: Path):
     with pytest.raises(lingen.RecipeError, match="holds a run of another recipe"):
-        fit(tiny_recipe, ["model.depth=1"], run=straight)
-    refused = run_command("fit", "--recipe", str(tiny_recipe), "--run", str(straight), "seed=5")
+        fit(tiny_recipe, ["model.depth=1"], run=tiny_run)
+    refused = run_command("fit", "--recipe", str(tiny_recipe), "--run", str(tiny_run), "seed=5")
     assert refused.returncode == 2
     assert "holds a run of another recipe" in refused.stderr and "Traceback" not in refused.stderr
 
@@ -294,13 +270,14 @@ def test_average_warms_up_and_restores():
     with torch.no_grad():
         parameter.fill_(1.0)
     average.update()
-    assert torch.allclose(average.weights()["p"], torch.full((3,), 0.9))  # 1 - (1 + 0) / (10 + 0)
+    expected = torch.full((3,), 0.9)  # 1 - (1 + 0) / (10 + 0)
+    assert_close("average", expected, average.weights()["p"], 1e-6)
     with average.applied():
-        assert torch.allclose(parameter, torch.full((3,), 0.9))
+        assert_close("parameter", expected, parameter, 1e-6)
     assert torch.equal(parameter, torch.ones(3))
     for _ in range(2000):
         average.update()
-    assert torch.allclose(average.weights()["p"], torch.ones(3))
+    assert_close("average", torch.ones(3), average.weights()["p"], 5e-6)
 
 
 def test_decay_pulls_only_at_matrices(tiny_recipe: Path):

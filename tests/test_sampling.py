@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import stat
@@ -18,6 +19,7 @@ import lingen
 from lingen.cli import main
 from lingen.media import contact_sheet, read_about, save_video
 from lingen.run import fit
+from lingen.sampling import clips as sampling
 from lingen.sampling import files as output
 from lingen.sampling.clips import clip_size, decode_frames, encode_prompts, sample_latents
 from lingen.training.folder import RunFolder
@@ -25,13 +27,9 @@ from lingen.training.weights import load_module
 from lingen.weights import find_weights
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
-    from conftest import TINY
-
-    folder = tmp_path_factory.mktemp("sampling")
-    (folder / "tiny.yaml").write_text(TINY.format(folder=tiny_shards))
-    return fit(folder / "tiny.yaml", run=folder / "run")
+@pytest.fixture
+def run(tiny_run: Path) -> Path:
+    return tiny_run
 
 
 def test_a_clip_for_each_prompt(run: Path):
@@ -52,7 +50,7 @@ def test_a_batch_changes_nothing(run: Path):
     size, settings = clip_size(module), module.recipe.sample
     both = sample_latents(module, encode_prompts(module, ["a red square", "a blue circle"], size), size, settings)
     second = sample_latents(module, encode_prompts(module, ["a blue circle"], size), size, settings, first=1)
-    assert np.allclose(both[1], second[0], atol=1e-5)
+    torch.testing.assert_close(both[1], second[0], rtol=1e-5, atol=1e-5)
 
 
 def test_length_size_steps_and_guidance(run: Path, monkeypatch: pytest.MonkeyPatch):
@@ -86,7 +84,8 @@ def test_length_size_steps_and_guidance(run: Path, monkeypatch: pytest.MonkeyPat
         ({"size": (8,)}, "two whole numbers"),
     ],
 )
-def test_what_a_model_cannot_make(run: Path, asked: dict, words: str):
+def test_what_a_model_cannot_make(run: Path, asked: dict, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampling, "clip_size", inspect.unwrap(clip_size))  # the types watched would speak first
     with pytest.raises(ValueError, match=words):
         next(lingen.generate(run, "a red square", **asked))
 
@@ -159,12 +158,11 @@ def test_the_files_of_a_clip_are_for_whom_the_umask_says(run: Path, tmp_path: Pa
 def test_one_text_encoder_is_let_go_before_the_next_is_read(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import encoders_here
-
     from lingen.text.local import LocalEncoder
     from lingen.training.denoiser import LinGenModule
+    from tests.helpers import encoders as saved
 
-    t5, bert = encoders_here.t5(tmp_path / "t5"), encoders_here.bert(tmp_path / "bert")
+    t5, bert = saved.t5(tmp_path / "t5"), saved.bert(tmp_path / "bert")
     text = f"text=[{{name: t5, path: {t5}, dim: 16}}, words, {{name: bert, path: {bert}, dim: 16, max_tokens: 32}}]"
     module = LinGenModule(lingen.load_recipe(tiny_recipe, [text], stage="clips")).eval()
     encoders, events, ready = [module.text[0], module.text[2]], [], LocalEncoder._ready

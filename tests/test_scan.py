@@ -126,5 +126,5 @@ def test_pool_averages_real_tokens(grid, kernel):
     got = pool(x, kernel)
     for t, h, w in itertools.product(*map(range, got.shape[1:4])):
         window = x[:, *(slice(i * k, (i + 1) * k) for i, k in zip((t, h, w), kernel, strict=True))]
-        assert torch.allclose(got[:, t, h, w], window.mean((1, 2, 3)), atol=1e-14)
+        torch.testing.assert_close(got[:, t, h, w], window.mean((1, 2, 3)), rtol=1e-5, atol=1e-14)
     assert got.shape[1:4] == tuple(-(-n // min(n, k)) for n, k in zip(grid, kernel, strict=True))

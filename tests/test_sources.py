@@ -31,6 +31,7 @@ from lingen.data.sources import Reader
 from lingen.media import encode_png
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
+from tests.helpers.commands import wait_for
 
 PieceHandler, serve = yardstick("loopback").PieceHandler, yardstick("loopback").serve
 FAST = Remote(timeout=5.0, attempts=3)
@@ -248,7 +249,7 @@ def s3(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in settings.items():
                 patch.setenv(name, value)
-            _wait_for(settings["AWS_ENDPOINT_URL"], server)
+            wait_for(lambda: answers(settings["AWS_ENDPOINT_URL"]), server, 60)
             import boto3
 
             client = boto3.client("s3")
@@ -262,16 +263,12 @@ def s3(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         log.close()
 
 
-def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        assert server.poll() is None, "moto ended before it answered"
-        try:
-            urllib.request.urlopen(f"{address}/moto-api/", timeout=1)
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise AssertionError("moto does not answer")
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/moto-api/", timeout=1)
+    except OSError:
+        return False
+    return True
 
 
 def test_pieces_of_an_object(s3: Any, folder: Path) -> None:

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from lingen.kernels.swiglu import swiglu
-
-
-def relative(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
+from tests.helpers.closeness import assert_close
 
 
 def both(gate_up, dtype, kernel, seed):
@@ -32,7 +29,7 @@ def test_values_and_gradient(dtype, out, limit, kernel, shape, device, monkeypat
     want, d_want = both(gate_up.double(), None, "reference", seed)
     got, d_got = both(gate_up, out, kernel, seed)
     assert got.dtype == (out or dtype) and d_got.dtype == dtype
-    assert relative(got, want) < limit and relative(d_got, d_want) < limit
+    assert_close(kernel, {"y": want, "gradient": d_want}, {"y": got, "gradient": d_got}, limit)
 
 
 def test_a_gradient_with_equal_entries_and_rows_of_any_strides(device):
@@ -40,7 +37,7 @@ def test_a_gradient_with_equal_entries_and_rows_of_any_strides(device):
     swiglu(x, kernel="triton").sum().backward()
     twin = x.detach().double().requires_grad_()
     swiglu(twin, kernel="reference").sum().backward()
-    assert relative(x.grad, twin.grad) < 1e-5
+    assert_close("gradient", twin.grad, x.grad, 1e-5)
 
 
 def test_without_rows_there_is_nothing_to_do(device):

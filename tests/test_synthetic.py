@@ -21,16 +21,12 @@ from lingen.media import encode_mp4
 from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import DataConfig, Recipe
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 def recipe(size: tuple[int, int] = (24, 24), frames: int = 8, **settings: int) -> Recipe:
     component = {"name": "shapes", **{"clips": 10, "images": 6, "held_out": 4, **settings}}
     return Recipe(data=DataConfig(synthetic=component, size=size, frames=frames, fps=8.0))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def read(pattern: object) -> list[dict]:

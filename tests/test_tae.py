@@ -16,6 +16,7 @@ from lingen.autoencoder.network import Sizes, decoder, encoder
 from lingen.autoencoder.tae import TAE, TAESmall, regroup
 from lingen.autoencoder.temporal import Stream, TimeAttention, TimeBlock, TimeConv, _Ends
 from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
+from tests.helpers.closeness import assert_close
 
 TINY = {"width": 8, "multipliers": (1, 2), "blocks": 1, "channels": 4, "strides": (2, 2, 2), "chunk": 2}
 
@@ -30,11 +31,6 @@ def tiny(dtype=torch.float64, **changes) -> TAE:
         tae.mean.copy_(torch.randn_like(tae.mean))
         tae.std.copy_(torch.rand_like(tae.std) + 0.5)
     return tae
-
-
-def close(a, b, tolerance):
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert (a - b).norm() / (b.norm() + 1e-12) < tolerance
 
 
 # layers
@@ -59,7 +55,7 @@ def test_time_conv_is_a_padded_3d_convolution(stride, frames):
     twin = twin.double()
     x = torch.randn(2, frames, 3, 5, 4, dtype=torch.float64)
     even = torch.cat([x, x[:, -1:]], 1) if frames % stride else x
-    close(conv(x, Stream(last=True)), twin(even.movedim(-1, 1)).movedim(1, -1), 1e-12)
+    assert_close("output", twin(even.movedim(-1, 1)).movedim(1, -1), conv(x, Stream(last=True)), 1e-12)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -69,7 +65,7 @@ def test_repeated_ends_are_slices_side_by_side(after):
     ends = _Ends.apply(x, 1, after)
     seed = torch.randn_like(plain)
     assert torch.equal(ends, plain)
-    close(torch.autograd.grad(ends, x, seed)[0], torch.autograd.grad(plain, x, seed)[0], 1e-12)
+    assert_close("gradient", torch.autograd.grad(plain, x, seed)[0], torch.autograd.grad(ends, x, seed)[0], 1e-12)
 
 
 @pytest.mark.parametrize("phases", [1, 2])
@@ -78,7 +74,7 @@ def test_time_conv_takes_large_frames_in_strips(phases, monkeypatch):
     x = torch.randn(2, 5, 3, 5, 4)
     whole = conv(x, Stream(last=True))
     monkeypatch.setattr("lingen.autoencoder.temporal.LARGEST", 300)
-    close(conv(x, Stream(last=True)), whole, 1e-6)
+    assert_close("output", whole, conv(x, Stream(last=True)), 1e-6)
 
 
 def test_two_phases_can_be_what_repeating_and_convolving_are():
@@ -88,7 +84,7 @@ def test_two_phases_can_be_what_repeating_and_convolving_are():
     weight = torch.cat([torch.stack(even, 2), torch.stack(odd, 2)])
     phases.load_state_dict({"weight": weight})
     x = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64)
-    close(phases(x, Stream(last=True)), plain(x.repeat_interleave(2, 1), Stream(last=True)), 1e-12)
+    assert_close("output", plain(x.repeat_interleave(2, 1), Stream(last=True)), phases(x, Stream(last=True)), 1e-12)
 
 
 @pytest.mark.parametrize("reach", [0, 1, 3])
@@ -106,7 +102,7 @@ def test_time_attention_sees_its_reach_and_no_further(reach):
             [(q[:, i] * k[:, j]).sum(-1) / q.shape[-1] ** 0.5 + layer.bias[:, j - i + reach] for j in seen]
         )
         rows.append((scores.softmax(0)[..., None] * torch.stack([v[:, j] for j in seen])).sum(0).flatten(-2))
-    close(layer(x, Stream(last=True)), x + layer.out(torch.stack(rows, 1)), 1e-12)
+    assert_close("output", x + layer.out(torch.stack(rows, 1)), layer(x, Stream(last=True)), 1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -118,7 +114,7 @@ def test_each_layer_streams_exactly(lengths, reach):
             nn.init.normal_(parameter, std=0.3)
         x = torch.randn(1, sum(lengths), 2, 2, 8, dtype=torch.float64)
         with torch.no_grad():
-            close(pieces_through(layer, x, lengths), layer(x, Stream(last=True)), 1e-12)
+            assert_close("output", layer(x, Stream(last=True)), pieces_through(layer, x, lengths), 1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -143,10 +139,12 @@ def test_at_the_start_a_still_clip_gives_its_image_repeated(strides):
         latents = tae.encode(image)
         assert latents.shape == (2, 4, 1, 16 // strides[1], 16 // strides[2])
         frames = 2 * strides[0] + 1
-        close(tae.encode(image.expand(-1, -1, frames, -1, -1)), latents.expand(-1, -1, 3, -1, -1), 1e-12)
+        assert_close(
+            "latents", latents.expand(-1, -1, 3, -1, -1), tae.encode(image.expand(-1, -1, frames, -1, -1)), 1e-12
+        )
         video = tae.decode(latents)
         assert video.shape == (2, 3, strides[0], 16, 16)
-        close(video, video[:, :, :1].expand_as(video), 1e-12)
+        assert_close("video", video[:, :, :1].expand_as(video), video, 1e-12)
 
 
 def test_at_the_start_frames_do_not_touch_each_other_where_time_is_not_halved():
@@ -155,7 +153,7 @@ def test_at_the_start_frames_do_not_touch_each_other_where_time_is_not_halved():
     clip = torch.randn(1, 3, 4, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         one_by_one = torch.cat([tae.encode(clip[:, :, i : i + 1]) for i in range(4)], 2)
-        close(tae.encode(clip), one_by_one, 1e-12)
+        assert_close("latents", one_by_one, tae.encode(clip), 1e-12)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -169,10 +167,10 @@ def test_pieces_give_what_the_whole_clip_gives(frames, dtype, tolerance):
         video = tae.reconstruct(tae._raw(latents))
         assert video.shape[2] == 4 * latents.shape[2]
         for length in (1, 5, 64):
-            close(torch.cat(list(tae.encode_stream(clip.split(length, 2))), 2), latents, tolerance)
-        close(torch.cat(list(tae.decode_stream(latents)), 2), video, tolerance)
-        close(tae.encode(clip), latents, tolerance)
-        close(tae.decode(latents), video, tolerance)
+            assert_close("latents", latents, torch.cat(list(tae.encode_stream(clip.split(length, 2))), 2), tolerance)
+        assert_close("video", video, torch.cat(list(tae.decode_stream(latents)), 2), tolerance)
+        assert_close("latents", latents, tae.encode(clip), tolerance)
+        assert_close("video", video, tae.decode(latents), tolerance)
 
 
 @settings(max_examples=20, deadline=None)
@@ -187,8 +185,8 @@ def test_any_pieces_give_what_the_whole_clip_gives(lengths, chunk, reach, stride
     clip = torch.rand(2, 3, sum(lengths), 4, 8, dtype=torch.float64)
     with torch.no_grad():
         whole = tae._scaled(tae.posterior(clip)[0])
-        close(torch.cat(list(tae.encode_stream(clip.split(lengths, 2))), 2), whole, 1e-12)
-        close(torch.cat(list(tae.decode_stream(whole)), 2), tae.reconstruct(tae._raw(whole)), 1e-12)
+        assert_close("latents", whole, torch.cat(list(tae.encode_stream(clip.split(lengths, 2))), 2), 1e-12)
+        assert_close("video", tae.reconstruct(tae._raw(whole)), torch.cat(list(tae.decode_stream(whole)), 2), 1e-12)
 
 
 def test_what_a_stream_holds_does_not_grow():
@@ -244,7 +242,7 @@ def test_clips_of_a_batch_do_not_see_each_other():
     tae = tiny()
     clips = torch.randn(2, 3, 7, 8, 8, dtype=torch.float64)
     with torch.no_grad():
-        close(tae.encode(clips), torch.cat([tae.encode(clip[None]) for clip in clips]), 1e-12)
+        assert_close("latents", torch.cat([tae.encode(clip[None]) for clip in clips]), tae.encode(clips), 1e-12)
 
 
 def gradients(tae, clip):
@@ -262,14 +260,14 @@ def test_every_weight_gets_a_gradient_and_checkpointing_changes_none(frames):
         assert gradient is not None and gradient.isfinite().all(), name
         # One latent frame attends to itself alone, whatever its scores.
         assert gradient.any() or name.endswith("time.bias") and frames == 1, name
-        close(recomputed[name], gradient, 1e-12)
+    assert_close("gradient of", kept, recomputed, 1e-12, floor=1e-16)
 
 
 def test_with_gradients_on_the_clip_is_taken_whole():
     tae = tiny()
     clip = torch.randn(1, 3, 9, 8, 8, dtype=torch.float64, requires_grad=True)
     latents = tae.encode(clip)
-    close(latents.detach(), torch.cat(list(tae.encode_stream([clip.detach()])), 2), 1e-12)
+    assert_close("latents", torch.cat(list(tae.encode_stream([clip.detach()])), 2), latents.detach(), 1e-12)
     tae.decode(latents).sum().backward()
     assert clip.grad.isfinite().all() and torch.is_grad_enabled()
     assert not any(piece.requires_grad for piece in tae.decode_stream(latents)) and torch.is_grad_enabled()
@@ -280,8 +278,8 @@ def test_latents_are_scaled_by_what_was_measured():
     clip = torch.randn(1, 3, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         raw, scaled = tae.posterior(clip)[0], tae.encode(clip)
-        close(scaled[:, 1], (raw[:, 1] - tae.mean[1]) / tae.std[1], 1e-12)
-        close(tae.decode(scaled), tae.reconstruct(raw), 1e-12)
+        assert_close("latents", (raw[:, 1] - tae.mean[1]) / tae.std[1], scaled[:, 1], 1e-12)
+        assert_close("video", tae.reconstruct(raw), tae.decode(scaled), 1e-12)
 
 
 @pytest.mark.parametrize("frames", [1, 9])
@@ -291,10 +289,10 @@ def test_half_precision_is_near(frames):
     with torch.no_grad():
         latents, video = exact.encode(clip), exact.reconstruct(exact.posterior(clip)[0])
         with torch.autocast("cpu", torch.bfloat16):
-            close(exact.encode(clip).float(), latents, 5e-2)
-            close(exact.decode(latents).float(), video, 5e-2)
+            assert_close("latents", latents, exact.encode(clip).float(), 5e-2)
+            assert_close("video", video, exact.decode(latents).float(), 5e-2)
         half = copy.deepcopy(exact).bfloat16()
-        close(half.encode(clip).float(), latents, 5e-2)
+        assert_close("latents", latents, half.encode(clip).float(), 5e-2)
     assert half.last_layer.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert all(gradient.isfinite().all() for gradient in gradients(exact, clip).values())

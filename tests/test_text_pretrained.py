@@ -5,7 +5,6 @@ import logging
 import shutil
 import zipfile
 
-import encoders_here
 import pytest
 import torch
 
@@ -15,16 +14,17 @@ from lingen.recipe.registry import RecipeError, SettingError
 from lingen.text.metaclip import MetaCLIP
 from lingen.text.pretrained import BERT, T5, UL2, ByT5, Llama
 from lingen.text.quoted import quoted
+from tests.helpers import encoders
 
 BUILDERS = {
-    "t5": encoders_here.t5,
-    "mt5": lambda path: encoders_here.t5(path, "mt5"),
-    "umt5": lambda path: encoders_here.t5(path, "umt5"),
-    "byt5": encoders_here.byt5,
-    "bert": encoders_here.bert,
-    "llama": encoders_here.llama,
-    "metaclip": encoders_here.clip,
-    "clip": encoders_here.clip_of_transformers,
+    "t5": encoders.t5,
+    "mt5": lambda path: encoders.t5(path, "mt5"),
+    "umt5": lambda path: encoders.t5(path, "umt5"),
+    "byt5": encoders.byt5,
+    "bert": encoders.bert,
+    "llama": encoders.llama,
+    "metaclip": encoders.clip,
+    "clip": encoders.clip_of_transformers,
 }
 CLASSES = {"mt5": T5, "umt5": UL2, "t5": T5, "byt5": ByT5, "bert": BERT, "llama": Llama, "metaclip": MetaCLIP}
 SHORT, LONG = "a red ball", "the sign says open while a blue square moves slowly"
@@ -220,7 +220,7 @@ def test_a_clip_is_read_from_every_form_of_file(folders, tmp_path, file):
     import open_clip
 
     custom = file.endswith(".safetensors")
-    folder = encoders_here.clip(tmp_path / "tiny-tower", file=file, custom=custom)
+    folder = encoders.clip(tmp_path / "tiny-tower", file=file, custom=custom)
     want, _ = encoder({"metaclip": folder}, "metaclip").encode([SHORT])
     (tmp_path / "tiny-tower.json").write_text(
         json.dumps(json.loads((folder / "open_clip_config.json").read_text())["model_cfg"])
@@ -245,7 +245,7 @@ def test_a_decoders_layer_is_chosen(folders, tmp_path, layer):
 
 
 def test_a_tokenizer_that_pads_on_the_left_changes_nothing(folders, tmp_path):
-    left = encoders_here.llama(tmp_path / "left", padding_side="left", pad_token="</s>")
+    left = encoders.llama(tmp_path / "left", padding_side="left", pad_token="</s>")
     wanted = encoder(folders, "llama").encode([SHORT, LONG])
     given = encoder({"llama": left}, "llama", batch=8).encode([SHORT, LONG])
     torch.testing.assert_close(given[0], wanted[0], rtol=1e-5, atol=1e-5)
@@ -367,7 +367,7 @@ def test_a_width_that_config_json_does_not_tell_is_still_found(folders, tmp_path
 
 
 def test_a_pooled_embedding_of_another_width_is_told(tmp_path):
-    folder = encoders_here.clip(tmp_path / "it", embed_dim=8)
+    folder = encoders.clip(tmp_path / "it", embed_dim=8)
     assert "8 wide, its tokens 16" in encoder({"metaclip": folder}, "metaclip", pooled=True).missing()[0].cure
     assert not encoder({"metaclip": folder}, "metaclip").missing()
 

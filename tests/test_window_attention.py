@@ -9,6 +9,7 @@ from lingen.kernels.choice import has_triton
 from lingen.kernels.fp8 import Fp8Linear, quantize
 from lingen.kernels.window_attention import window_attention, window_rows
 from lingen.recipe.registry import RecipeError
+from tests.helpers.closeness import assert_close
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 EPS = 1e-6
@@ -19,10 +20,6 @@ CASES = [
     # Several blocks, the last one cut; in its first window two blocks of three are padding.
     ((4, 3, 3), (3, 3, 3), 1, 20, True, 16),
 ]
-
-
-def relative(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-8)).item()
 
 
 def arguments(grid, window, shifted, heads):
@@ -66,8 +63,8 @@ def set_block(monkeypatch, tokens):
 def test_triton_is_the_reference(case, device, monkeypatch):
     set_block(monkeypatch, case[-1])
     got, want = run(case, torch.float32, device, "triton"), run(case, torch.float32, device, "reference")
-    for name in want:
-        assert got[name].dtype == torch.float32 and relative(got[name], want[name]) < 1e-5, name
+    assert {part.dtype for part in got.values()} == {torch.float32}
+    assert_close("triton", want, got, 1e-5)
 
 
 @needs_triton
@@ -77,10 +74,11 @@ def test_triton_in_16_bits(dtype, limit, device):
         # The interpreter cuts digits off where a GPU rounds, always towards zero: such errors add up.
         limit *= 3
     got, want = run(CASES[0], dtype, device, "triton"), run(CASES[0], dtype, device, "reference")
-    for name in want:
-        weight = name.endswith("weight")
-        assert got[name].dtype == (torch.float32 if weight else dtype)
-        assert relative(got[name], want[name]) < limit * (2 if weight else 1), name
+    weights = {name for name in want if name.endswith("weight")}
+    assert {name: part.dtype for name, part in got.items()} == {
+        name: torch.float32 if name in weights else dtype for name in want
+    }
+    assert_close("triton", want, got, {name: limit * (2 if name in weights else 1) for name in want})
 
 
 @needs_triton
@@ -110,7 +108,7 @@ def test_the_same_bits_again_at_a_real_size(device):
     first, second = (run(case, torch.bfloat16, device, "triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     want = run(case, torch.bfloat16, device, "reference")
-    assert all(relative(first[name], want[name]) < 5e-3 for name in want)
+    assert_close("triton", want, first, 5e-3)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "auto"])
@@ -123,7 +121,7 @@ def test_the_plain_twins_agree(case, kernel):
         window_attention(wide[..., : 3 * heads * width], *gains.double().unbind(), **settings, kernel=one)
         for one in (kernel, "reference")
     )
-    assert relative(got, want) < 1e-12
+    assert_close("output", want, got, 1e-12)
 
 
 def test_the_reference_stays_exact_under_autocast():
@@ -162,8 +160,8 @@ def test_temporal_swin_with_triton(device):
     parts = {"x": x.detach().double().requires_grad_()} | dict(mixer.named_parameters())
     out = mixer(parts["x"])
     want = [out, *torch.autograd.grad(out, list(parts.values()), seed.double())]
-    for name, mine, theirs in zip(("out", *parts), got, want, strict=True):
-        assert relative(mine, theirs) < 1e-5, name
+    names = ("out", *parts)
+    assert_close("triton", dict(zip(names, want, strict=True)), dict(zip(names, got, strict=True)), 1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -177,12 +175,11 @@ def test_onto_is_the_sum(autocast):
             parts = [x.clone().requires_grad_(), torch.ones_like(x).requires_grad_(), *mixer.parameters()]
             other = torch.nn.functional.linear(parts[1], torch.eye(16) * 0.5)  # bfloat16 under autocast, as a branch is
             out = mixer(parts[0], other) if fused else other + mixer(parts[0])
-        return [out, *torch.autograd.grad(out.float().square().sum(), parts)]
+        return {"out": out} | dict(zip(names, torch.autograd.grad(out.float().square().sum(), parts), strict=True))
 
     got, want = compute(True), compute(False)
-    assert got[0].dtype == want[0].dtype == (torch.bfloat16 if autocast else torch.float32)
-    for name, mine, theirs in zip(("out", *names), got, want, strict=True):
-        assert relative(mine, theirs.double()) < (1e-2 if autocast else 1e-5), name
+    assert got["out"].dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert_close("the sum", want, got, 1e-2 if autocast else 1e-5)
 
 
 def test_onto_of_another_width_keeps_the_wider():
@@ -197,9 +194,10 @@ def test_onto_is_summed_in_place_without_autograd():
     with torch.no_grad():
         want = onto + mixer(x)
         out = mixer(x, onto)
-        assert out.data_ptr() == onto.data_ptr() and relative(out, want.double()) < 1e-6
+        assert out.data_ptr() == onto.data_ptr()
+        assert_close("the sum", want, out, 1e-6)
         strided = torch.randn(1, 16, 2, 3, 4).permute(0, 2, 3, 4, 1)
-        assert relative(mixer(x, strided), (strided + mixer(x)).double()) < 1e-6
+        assert_close("the sum", strided + mixer(x), mixer(x, strided), 1e-6)
     kept = onto.clone()
     mixer(x, onto)
     assert torch.equal(onto, kept)
@@ -216,7 +214,7 @@ def test_projections_in_8_bits(device):
     assert mixer.wants_fp8
     with torch.no_grad():
         got = mixer(quantize(x))
-        assert relative(got, want) < 0.1
+        assert_close("in 8 bits", want, got, 0.1)
         assert torch.equal(mixer(quantize(x), onto), onto + got)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lingen.autoencoder.temporal import Activation, Grid, Stream, TimeAttention, TimeBlock, TimeConv, add
+from lingen.autoencoder.temporal import Activation, Grid, Ready, Stream, TimeAttention, TimeBlock, TimeConv, add
 from lingen.blocks.layers import RMSNorm, head_count
 from lingen.recipe.registry import SettingError
 from lingen.recipe.sections import Triple
@@ -77,7 +77,9 @@ class SpaceConv(nn.Conv2d):
     def __init__(self, in_dim: int, out_dim: int, scale: tuple[int, int] = (1, 1), *, bias: bool = False):
         super().__init__(in_dim, out_dim, 3, scale, padding=1, bias=bias)
 
-    def forward(self, x: Grid, stream: Stream | None = None) -> Grid:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Grid, stream: Stream | None = None
+    ) -> Float[Tensor, "b t _h _w _d"]:
         frames = x.shape[:2]
         return super().forward(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, frames)
 
@@ -91,7 +93,7 @@ class SpaceBlock(nn.Module):
         self.conv1, self.conv2 = SpaceConv(in_dim, out_dim), SpaceConv(out_dim, out_dim)
         self.skip = nn.Linear(in_dim, out_dim, bias=False) if in_dim != out_dim else nn.Identity()
 
-    def forward(self, x: Grid) -> Grid:
+    def forward(self, x: Grid) -> Float[Tensor, "b t h w _d"]:
         return add(self.skip(x), self.conv2(self.activation2(self.conv1(self.activation1(x)))))
 
 
@@ -103,7 +105,7 @@ class Block(nn.Module):
         self.space = SpaceBlock(in_dim, out_dim)
         self.time = TimeBlock(out_dim)
 
-    def forward(self, x: Grid, stream: Stream) -> Grid:
+    def forward(self, x: Grid, stream: Stream) -> Float[Tensor, "b _t h w _d"]:
         return self.time(self.space(x), stream)
 
 
@@ -130,7 +132,7 @@ class Attention(nn.Module):
         super().__init__()
         self.space, self.time = SpaceAttention(dim), TimeAttention(dim, reach)
 
-    def forward(self, x: Grid, stream: Stream) -> Grid:
+    def forward(self, x: Grid, stream: Stream) -> Ready:
         return self.time(self.space(x), stream)
 
 
@@ -144,7 +146,7 @@ class Down(nn.Module):
         self.rate = 1 / scale[0]
         """Output frames for each input frame."""
 
-    def forward(self, x: Grid, stream: Stream) -> Grid:
+    def forward(self, x: Grid, stream: Stream) -> Float[Tensor, "b _t _h _w d"]:
         if self.space is not None:
             x = self.space(x)
         return x if self.time is None else self.time(x, stream)
@@ -160,13 +162,13 @@ class Up(nn.Module):
         self.time = TimeConv(dim, phases=2).start_as([0.0, 1.0, 0.0]) if scale[0] > 1 else None
         self.rate = scale[0]
 
-    def forward(self, x: Grid, stream: Stream) -> Grid:
+    def forward(self, x: Grid, stream: Stream) -> Float[Tensor, "b _t _h _w d"]:
         if self.space is not None:
             x = self.space(repeat(x, self.scale))
         return x if self.time is None else self.time(x, stream)
 
 
-def repeat(x: Grid, times: tuple[int, int]) -> Grid:
+def repeat(x: Grid, times: tuple[int, int]) -> Float[Tensor, "b t _h _w d"]:
     """Repeats every position `times` times along h and w, with one copy."""
     j, k = times
     return x[:, :, :, None, :, None].expand(-1, -1, -1, j, -1, k, -1).flatten(4, 5).flatten(2, 3)

@@ -23,6 +23,8 @@ LARGEST = 2**31 - 1
 """Elements of one image that cuDNN can count; PyTorch has slow convolutions of its own for larger ones."""
 
 Grid = Float[Tensor, "b t h w d"]
+Ready = Float[Tensor, "b _t h w d"]
+"""A grid of as many frames as have all that they need."""
 
 
 class Stream:
@@ -128,7 +130,7 @@ class TimeConv(nn.Conv3d):
         super().__init__(dim, dim * phases, (stride + 2, 1, 1), (stride, 1, 1), bias=False)
         self.phases = phases
 
-    def forward(self, x: Grid, stream: Stream) -> Grid:  # type: ignore[override]
+    def forward(self, x: Grid, stream: Stream) -> Ready:  # type: ignore[override]
         if not x.shape[1]:
             return x
         padded, frames = self._padded(x, stream)
@@ -137,7 +139,7 @@ class TimeConv(nn.Conv3d):
         y = self._convolved(padded.movedim(-1, 1)).movedim(1, -1)
         return y if self.phases == 1 else y.unflatten(-1, (self.phases, -1)).movedim(-2, 2).flatten(1, 2)
 
-    def _padded(self, x: Grid, stream: Stream) -> tuple[Grid, int]:
+    def _padded(self, x: Grid, stream: Stream) -> tuple[Ready, int]:
         """x behind the frames before it and, at the end, before those that follow; how often the taps fit into it."""
         stride = self.stride[0]
         held = stream.held.pop(self, None)
@@ -170,7 +172,7 @@ class TimeBlock(nn.Module):
         self.conv1 = TimeConv(dim)
         self.conv2 = TimeConv(dim).start_as([0.0, 0.0, 0.0])
 
-    def forward(self, x: Grid, stream: Stream) -> Grid:
+    def forward(self, x: Grid, stream: Stream) -> Ready:
         late = self.conv1(self.activation1(x), stream)
         late = self.conv2(self.activation2(late), stream)
         return stream.add(self, x, late)
@@ -193,7 +195,7 @@ class TimeAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Grid, stream: Stream) -> Grid:
+    def forward(self, x: Grid, stream: Stream) -> Ready:
         new = self.qkv(self.norm(x))
         line = stream.take(self.qkv, new)
         # Frames with results are still held, as many as later frames look back at.
@@ -202,7 +204,7 @@ class TimeAttention(nn.Module):
         stream.keep(self.qkv, line[:, max(0, ready - self.reach) :])
         return stream.add(self, x, self.out(self._attend(line, done, ready)))
 
-    def _attend(self, line: Float[Tensor, "b t h w qkv"], start: int, end: int) -> Grid:
+    def _attend(self, line: Float[Tensor, "b t h w qkv"], start: int, end: int) -> Float[Tensor, "b _t h w _d"]:
         """Results of the frames start..end of a line of frames. Every layout is [b h w k t e] inside."""
         q, k, v = line.unflatten(-1, (3, self.heads, -1)).permute(4, 0, 2, 3, 5, 1, 6)
         steps = torch.arange(line.shape[1], device=line.device)

@@ -114,7 +114,7 @@ def read_text(members: Mapping[str, bytes], captions: int) -> Tokens:
     return Tokens(each, nothing)
 
 
-def _read_npy(data: bytes, name: str, axes: int) -> Tensor:
+def _read_npy(data: bytes | memoryview, name: str, axes: int) -> Tensor:
     """Floating point numbers in NumPy's format. Nothing is allocated by what the header claims, nothing unpickled."""
     stream = io.BytesIO(data)
     try:

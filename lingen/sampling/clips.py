@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lingen import flow
 from lingen.autoencoder import Autoencoder, ways
 from lingen.autoencoder.ways import tiles_of, way_for
-from lingen.flow import Encoded
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device
 from lingen.media import as_frames
@@ -125,15 +125,19 @@ def nearest(length: int, unit: int) -> int:
     return max(1, round(length / unit)) * unit
 
 
+Tokens = tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]]
+"""What one text encoder makes of some prompts, and where it is real."""
+
+
 @dataclass(frozen=True)
 class Words:
     """Prompts, encoded: of each text encoder tokens [b n w] and their mask [b n]."""
 
     count: int
     """Number of prompts, b."""
-    null: list[Encoded]
+    null: list[Tokens]
     """Tokens and mask of no text, for each text encoder."""
-    text: list[Encoded]
+    text: list[Tokens]
 
     def rows(self, rows: slice) -> Words:
         """The encoded prompts of these rows."""

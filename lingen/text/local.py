@@ -6,7 +6,7 @@ import abc
 import gc
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,6 +41,7 @@ REMEMBERED = 256 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+@runtime_checkable
 class Reader(Protocol):
     """A network in memory with its tokenizer; no nn.Module, so that it is never part of what is trained and saved."""
 

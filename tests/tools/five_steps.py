@@ -1,7 +1,7 @@
 """Five CPU steps of three shrunken recipes, and what became of every trained tensor: a refactor changes no bit of it.
 
-python tests/tools/five_steps.py write     # renew five_steps.json, in a commit that says why the numbers changed
-python tests/tools/five_steps.py check
+python -m tests.tools.five_steps write     # renew five_steps.json, in a commit that says why the numbers changed
+python -m tests.tools.five_steps check
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What torch.compile makes of the yardsticks, in a process of its own: the types that tests check are unreadable to it.
 
-``python compiled_here.py twins|block|cuda``
+``python -m tests.helpers.compiled twins|block|cuda``, from the repository.
 """
 
 import sys
