@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from lingen.media import save_video
     from lingen.model import LinGen
     from lingen.recipe import load_recipe, stages_of
-    from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, RecipeError
+    from lingen.recipe.errors import RecipeError
+    from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS
     from lingen.run import fit
     from lingen.sampling.clips import generate
     from lingen.training.denoiser import LinGenModule
@@ -41,7 +42,8 @@ _HOMES = {
     "lingen.run": ("fit",),
     "lingen.training.denoiser": ("LinGenModule",),
     "lingen.recipe": ("load_recipe", "stages_of"),
-    "lingen.recipe.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS", "RecipeError"),
+    "lingen.recipe.errors": ("RecipeError",),
+    "lingen.recipe.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS"),
     "lingen.media": ("save_video",),
 }
 

@@ -25,7 +25,8 @@ from lingen.kernels.swiglu import SWIGLU_KERNELS
 from lingen.kernels.window_attention import WINDOW_KERNELS
 from lingen.plan.loading import sharding
 from lingen.provenance import version_of
-from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe
 
 LITTLE_DISK = 20.0

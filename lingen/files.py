@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 BUILDING = ".lingen-building-"
 """Start of the name of a folder that is not finished."""

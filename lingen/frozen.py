@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from lingen.recipe.registry import RecipeError, Registry
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import Registry
 
 
 class Missing(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lingen.files import check_target, whole_file
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 Copy = Literal["averaged", "raw"]
 """The two copies in a file: training continues from the raw one, the averaged one is for sampling."""

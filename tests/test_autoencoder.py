@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lingen.autoencoder.pixels import Pixels
-from lingen.recipe.registry import AUTOENCODERS, SettingError
+from lingen.recipe.errors import SettingError
+from lingen.recipe.registry import AUTOENCODERS
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("pixels", ((1, 1, 1), 3)), ("tae", ((8, 8, 8), 16))])

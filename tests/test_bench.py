@@ -21,7 +21,8 @@ from lingen.bench.scaling import GRIDS, QUICK_GRIDS
 from lingen.bench.timing import saved_bytes
 from lingen.cli import main
 from lingen.plan.flops import mixer_flops
-from lingen.recipe.registry import MIXERS, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import LinGenConfig
 from tests.helpers.closed_forms import closed_form
 

@@ -19,7 +19,8 @@ from lingen.bench.results import Results
 from lingen.bench.show import PAGE
 from lingen.cli import main
 from lingen.media import as_frames
-from lingen.recipe.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS
 
 CPU = torch.device("cpu")
 TINY = {"strides": (2, 2, 2), "width": 8, "multipliers": (1, 2), "blocks": 1, "channels": 4, "chunk": 2}

@@ -12,7 +12,7 @@ from lingen.blocks.block import Block
 from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.model import LinGen
 from lingen.plan.forecast import plan
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import LinGenConfig
 
 CONFIG = LinGenConfig(dim=16, depth=3, mixer={"name": "attention"}, channels=3, text_dims=(5,), max_grid=(4, 3, 5))

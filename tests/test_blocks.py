@@ -11,7 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from lingen.blocks.layers import GatedRMSNorm, RMSNorm, SwiGLU, head_count
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels.rotary import rotary_table, rotate
-from lingen.recipe.registry import MIXERS, SettingError
+from lingen.recipe.errors import SettingError
+from lingen.recipe.registry import MIXERS
 from tests.helpers.closeness import assert_close
 
 DIM = 16

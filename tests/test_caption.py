@@ -18,7 +18,7 @@ from lingen.prepare.cut import Wanted
 from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, find_footage, pack
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.captioners import blip, qwen
 from tests.helpers.files import killed_before
 from tests.helpers.footage import film, frames

@@ -27,7 +27,7 @@ from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, find_footage, pack
 from lingen.prepare.stats import Measure, contact_sheet, histograms, measure
 from lingen.recipe import load_stages
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.footage import film, frames
 
 WANTED = Wanted((((32, 48),),), 8.0, (16, 8))

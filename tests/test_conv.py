@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lingen.blocks.scan import permutation, zigzag
 from lingen.kernels.conv import conv_silu
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close
 
 conv_triton = pytest.importorskip("lingen.kernels.conv_triton", reason="Triton is not installed")

@@ -5,7 +5,7 @@ import torch
 
 from lingen.kernels.choice import has_triton
 from lingen.kernels.cross_attention import cross_attention
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")

@@ -30,7 +30,7 @@ from lingen.data.locations import Location, expand
 from lingen.data.shards import parse, write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_mp4, encode_png
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards, TrainConfig
 
 SIZE = (16, 16)

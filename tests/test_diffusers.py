@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from lingen.autoencoder.diffusers_known import KNOWN, UNFIT
 from lingen.autoencoder.diffusers_vae import DiffusersVAE
-from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS
 from tests.helpers.convs import PaddedShortClips
 
 diffusers = pytest.importorskip("diffusers")

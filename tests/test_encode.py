@@ -30,7 +30,7 @@ from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, find_footage, pack
 from lingen.recipe import load_stages
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.run import missing_parts
 from lingen.text import with_frame_rate

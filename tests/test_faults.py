@@ -23,7 +23,7 @@ from lingen.data.manifest import About, Row
 from lingen.data.shards import scan, write_shards
 from lingen.media import encode_mp4
 from lingen.recipe import load_curriculum, load_recipe
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.run import Reporter, fit, fit_curriculum
 

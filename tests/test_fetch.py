@@ -22,7 +22,7 @@ from lingen.files import cache_folder
 from lingen.prepare import fetch as room
 from lingen.prepare.fetch import Fetched, fetch
 from lingen.prepare.packages import FetchError, Package, download
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 pytestmark = pytest.mark.usefixtures("cache")
 

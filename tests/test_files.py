@@ -19,7 +19,7 @@ from lingen.files import (
     whole_folder,
     write_text,
 )
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 SPAWN = multiprocessing.get_context("spawn")
 PAGE = 1 << 16

@@ -26,7 +26,7 @@ from lingen.prepare.cut import Job, Outcome, Wanted, divide, make_samples, read_
 from lingen.prepare.filters import BANDS, LOOKS, Duplicates, Filters, frozen_share
 from lingen.prepare.footage import Source, find_sources, read_frames, sample_key
 from lingen.prepare.shots import follow
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.footage import SIZE, film, frames, write_film
 
 WANTED = Wanted((((64, 64),),), 12.0, (24, 12))

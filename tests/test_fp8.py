@@ -10,7 +10,7 @@ from lingen.kernels.choice import interpreted
 from lingen.kernels.fp8 import FP8, Fp8Linear, Quantized, product, quality, quantize, to_fp8, wants_fp8
 from lingen.kernels.modulate import add_norm, norm_modulate
 from lingen.kernels.swiglu import swiglu
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close, relative_error
 
 

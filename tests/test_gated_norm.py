@@ -10,7 +10,7 @@ from lingen.blocks.layers import GatedRMSNorm
 from lingen.blocks.scan import permutation, to_grid, zigzag
 from lingen.kernels.choice import interpreted
 from lingen.kernels.gated_norm import gated_norm
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close
 
 triton_twin = pytest.importorskip("lingen.kernels.gated_norm_triton", reason="Triton is not installed")

@@ -32,7 +32,7 @@ from lingen.data.shards import write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_mp4, encode_png, encode_webp
 from lingen.prepare.index import index_folder
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -6,7 +6,7 @@ from torch.nn.functional import relu
 
 from lingen.blocks import linear_attention
 from lingen.blocks.linear_attention import LinearAttention, relu_attention
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from tests.helpers.closeness import assert_close
 
 

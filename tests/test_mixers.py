@@ -12,7 +12,8 @@ from lingen.blocks.scan import permutation
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels import ssd
 from lingen.kernels.pool import pool
-from lingen.recipe.registry import MIXERS, SettingError
+from lingen.recipe.errors import SettingError
+from lingen.recipe.registry import MIXERS
 from lingen.recipe.signature import bare
 from tests.helpers.closeness import assert_close, relative_error
 

@@ -7,7 +7,7 @@ from lingen import flow
 from lingen.blocks.block import mixers_of
 from lingen.blocks.positions import Positions, resize_tables, sin_cos
 from lingen.model import LinGen, grid_of
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import LinGenConfig
 from tests.helpers.closeness import assert_close
 from tests.helpers.commands import run_python

@@ -31,7 +31,7 @@ from lingen.prepare.journal import Note, Part, SetFolder, ShardStream, part_of
 from lingen.prepare.pack import Packing, filters_for, find_footage, pack, wanted_by
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe
 from tests.helpers.commands import ROOT
 from tests.helpers.files import contents, killed_before

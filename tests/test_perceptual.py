@@ -21,7 +21,7 @@ from lingen.files import cache_folder
 from lingen.prepare import vgg
 from lingen.prepare.packages import FetchError, Package, download
 from lingen.prepare.vgg import fetch_vgg16
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 USERS_CACHE = cache_folder()
 RELU = (3, 8, 15, 22, 29)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lingen.kernels.pool import pool
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close
 
 pool_triton = pytest.importorskip("lingen.kernels.pool_triton", reason="Triton is not installed")

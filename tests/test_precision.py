@@ -10,7 +10,7 @@ from torch import nn
 import lingen
 from lingen.kernels import fp8
 from lingen.kernels.fp8 import Fp8Linear, Quantized
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.sampling import clips as sampling
 from lingen.sampling import precision
 from lingen.sampling.clips import clip_size, encode_prompts, sample_latents

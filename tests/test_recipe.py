@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 from lingen.plan.forecast import plan
 from lingen.recipe import load_recipe, load_stages, stages_of, to_yaml
+from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.json_schema import json_schema
 from lingen.recipe.reading import shipped_recipes
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS, RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, TEXT_ENCODERS
 from lingen.recipe.signature import check_value, settings_of
 from lingen.recipe.sizes import check_frames
 from tests.helpers.commands import run_python
@@ -437,7 +438,7 @@ def test_numbers_out_of_bounds_hide_no_other_mistake():
 def test_what_needs_no_torch_is_said_without_torch():
     write(STAGED)
     code = (
-        "import sys; from lingen.recipe import load_recipe, stages_of; from lingen.recipe.registry import RecipeError\n"
+        "import sys; from lingen.recipe import load_recipe, stages_of; from lingen.recipe.errors import RecipeError\n"
         "assert stages_of('r.yaml') == ['images', 'videos']\n"
         "try: load_recipe('r.yaml', ['model.detph=3', 'model.mixer=mamba'])\n"
         "except RecipeError as error: assert len(error.problems) == 2, error\n"

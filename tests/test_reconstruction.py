@@ -32,7 +32,8 @@ from lingen.metrics.reconstruction import (
     psnr,
 )
 from lingen.recipe import load_recipe, to_yaml
-from lingen.recipe.registry import AUTOENCODERS, SettingError
+from lingen.recipe.errors import SettingError
+from lingen.recipe.registry import AUTOENCODERS
 from lingen.weights import write_tensors
 
 HALVES_HERE = f"{__name__}:Halves"

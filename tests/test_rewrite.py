@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from lingen.cli import main
 from lingen.files import cache_folder
 from lingen.media import read_about
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
 from lingen.run import fit
 from lingen.text import instruction, rewrite

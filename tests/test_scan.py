@@ -17,7 +17,8 @@ from lingen.blocks.scan import (
     zigzag,
 )
 from lingen.kernels.pool import pool
-from lingen.recipe.registry import SCANS, SettingError
+from lingen.recipe.errors import SettingError
+from lingen.recipe.registry import SCANS
 
 GRIDS = [(1, 1, 1), (1, 4, 6), (3, 5, 7), (4, 4, 4), (9, 2, 1)]
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lingen.kernels.scan import rows_of, scan, scan_state
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close, relative_error
 
 CASES = [

@@ -12,7 +12,7 @@ import torch
 
 from lingen.cli import main
 from lingen.recipe import load_for_training, load_recipe, stages_of, to_yaml
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.run import fit
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder

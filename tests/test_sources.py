@@ -29,7 +29,7 @@ from lingen.data.remote import SourceError
 from lingen.data.shards import scan, write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_png
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
 from tests.helpers.commands import wait_for
 

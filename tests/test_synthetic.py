@@ -18,7 +18,7 @@ import webdataset
 from lingen.data.locations import expand
 from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, captions, draw, ensure, held_out_clips, parse
 from lingen.media import encode_mp4
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, Recipe
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lingen.autoencoder.network import Sizes, decoder, encoder
 from lingen.autoencoder.tae import TAE, TAESmall, regroup
 from lingen.autoencoder.temporal import Stream, TimeAttention, TimeBlock, TimeConv, _Ends
-from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS
 from tests.helpers.closeness import assert_close
 
 TINY = {"width": 8, "multipliers": (1, 2), "blocks": 1, "channels": 4, "strides": (2, 2, 2), "chunk": 2}

@@ -14,7 +14,7 @@ import torch
 from lingen.autoencoder import losses
 from lingen.data.batch import Batch
 from lingen.plan.trial import parts_of_autoencoder
-from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.sections import Recipe, ReconstructionConfig, TrainConfig
 from lingen.training.autoencoder import AutoencoderModule
 

@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from lingen.recipe.registry import TEXT_ENCODERS, RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.registry import TEXT_ENCODERS
 from lingen.text import with_frame_rate
 from lingen.text.small import Bytes, Words
 

@@ -10,7 +10,7 @@ import torch
 
 from lingen.frozen import check_ready
 from lingen.prepare.packages import Package, download
-from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
 from lingen.text.metaclip import MetaCLIP
 from lingen.text.pretrained import BERT, T5, UL2, ByT5, Llama
 from lingen.text.quoted import quoted

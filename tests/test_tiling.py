@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder.tae import TAE
 from lingen.autoencoder.tiling import Tiles, _spread, _trapezoid, _weights, decode_tiled, encode_tiled
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 
 
 class Tiny(nn.Module):

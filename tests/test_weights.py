@@ -15,7 +15,7 @@ from lingen.autoencoder.tae import TAE
 from lingen.cli import main
 from lingen.data.fingerprint import frozen_settings
 from lingen.recipe import load_curriculum, load_recipe
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.signature import settings_of
 from lingen.run import Reporter, fit, fit_curriculum, hand_over
 from lingen.sampling.clips import generate

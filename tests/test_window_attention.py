@@ -8,7 +8,7 @@ from lingen.blocks.temporal_swin import TemporalSwin, window_padding
 from lingen.kernels.choice import has_triton
 from lingen.kernels.fp8 import Fp8Linear, quantize
 from lingen.kernels.window_attention import window_attention, window_rows
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lingen.autoencoder.diffusers_known import KNOWN
-from lingen.recipe.registry import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, did_you_mean
 
 log = logging.getLogger(__name__)
 

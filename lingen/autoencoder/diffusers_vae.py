@@ -23,7 +23,7 @@ from lingen.autoencoder.diffusers_model import (
 from lingen.autoencoder.diffusers_stream import FRAMES, WanDecoder, WanEncoder, cut_for_wan
 from lingen.frozen import Missing
 from lingen.recipe.bounds import IDENTITY, Above, AtLeast
-from lingen.recipe.registry import RecipeError, SettingError, did_you_mean
+from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
 from lingen.recipe.signature import checked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

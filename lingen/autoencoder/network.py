@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lingen.autoencoder.temporal import Activation, Grid, Ready, Stream, TimeAttention, TimeBlock, TimeConv, add
 from lingen.blocks.layers import RMSNorm, head_count
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
 
 MULTIPLIERS = (1, 2, 4)

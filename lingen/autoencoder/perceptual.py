@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lingen.frozen import Missing
 from lingen.recipe.bounds import IDENTITY
-from lingen.recipe.registry import PERCEPTUAL, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import PERCEPTUAL
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of VGG16's convolutions (arXiv 1409.1556, configuration D); a max-pool stands between two blocks."""

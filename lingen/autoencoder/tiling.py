@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lingen.autoencoder import Autoencoder
 from lingen.recipe.bounds import AtLeast
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from lingen.recipe.signature import checked
 
 Clip = Float[Tensor, "b 3 _t h w"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lingen.autoencoder import Autoencoder, StreamingAutoencoder, streams
 from lingen.autoencoder.tiling import Tiles, decode_tiled, encode_tiled
-from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
 
 WAYS = ("exact", "tiled", "whole")
 """By its own streams; in tiles that are cross-faded; in one call, the only one whose memory grows with the pixels of

@@ -23,7 +23,8 @@ from lingen.bench.timing import costs, free, held
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_frames
 from lingen.metrics.reconstruction import psnr
-from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sizes import check_frames
 
 PIECE = 32

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lingen.bench.place import Place
 from lingen.model import LinGen, Text
 from lingen.plan.flops import forward_flops
-from lingen.recipe.registry import RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.sections import LinGenConfig, Triple
 
 Made = TypeVar("Made", bound=nn.Module)

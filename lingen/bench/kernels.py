@@ -20,7 +20,7 @@ from lingen.bench.results import Results, Row, Say
 from lingen.bench.timing import Work, costs, forward
 from lingen.kernels.choice import interpreted
 from lingen.kernels.stock import chunk_scan
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
 ODD_GRID: Triple = (9, 7, 5)

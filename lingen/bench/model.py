@@ -20,7 +20,8 @@ from lingen.bench.targets import FORWARDS, FP8, VARIANTS
 from lingen.bench.timing import Cost, costs, forward, free
 from lingen.kernels.fp8 import quality, to_fp8
 from lingen.model import LinGen, Text
-from lingen.recipe.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import LinGenConfig, Recipe, Triple
 from lingen.recipe.sizes import grids_of
 

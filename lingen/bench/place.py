@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lingen.kernels.choice import best_device
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Of a command's --precision; 8-bit products stand in a model of 16 bits."""

@@ -17,7 +17,7 @@ import torch
 from lingen.bench.place import device_name
 from lingen.files import write_json
 from lingen.provenance import git_commit, versions
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 Row = dict[str, Any]
 Say = Callable[[str], None]

@@ -18,7 +18,8 @@ from lingen.bench.results import GIB, Results, Row
 from lingen.bench.timing import Run, both_ways, forward, forward_backward, held, saved_bytes
 from lingen.blocks.layers import grid_of
 from lingen.plan.flops import mixer_flops
-from lingen.recipe.registry import MIXERS, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Triple
 
 GRIDS: tuple[Triple, ...] = (

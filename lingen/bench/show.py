@@ -11,7 +11,7 @@ from lingen.bench.receipt import EXPONENTS, MEASURED
 from lingen.bench.results import Row
 from lingen.bench.tables import Files, Table, as_markdown, every, named, show, source
 from lingen.bench.targets import PAPER_SIZES, TARGETS, VARIANTS, ratio, row_of
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 """Where a page holds a table: between these two comments."""

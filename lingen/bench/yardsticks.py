@@ -8,7 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 FOLDER = Path(__file__).parents[2] / "tests" / "yardsticks"
 PACKAGE = "lingen_yardsticks"

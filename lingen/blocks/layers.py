@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.swiglu import swiglu
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
 
 P = TypeVar("P", bound=Tensor)

@@ -17,7 +17,7 @@ from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
 from lingen.kernels.scan import rows_of, scan, scan_kernel, scan_state
 from lingen.recipe.bounds import FREE, IDENTITY, Above, AtLeast
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
 

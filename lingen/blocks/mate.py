@@ -12,7 +12,8 @@ from lingen.blocks.layers import clamp
 from lingen.kernels.choice import holds_numbers
 from lingen.kernels.fp8 import wants_fp8
 from lingen.recipe.bounds import FREE, IDENTITY
-from lingen.recipe.registry import MIXERS, SettingError
+from lingen.recipe.errors import SettingError
+from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import check_value, checked, settings_of
 

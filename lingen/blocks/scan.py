@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lingen.blocks.layers import grid_of
 from lingen.kernels.constants import constants
-from lingen.recipe.registry import SCANS, RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.registry import SCANS
 from lingen.recipe.sections import Triple
 
 Order = str | Callable[[int, int, int], Tensor]

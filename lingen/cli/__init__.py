@@ -12,7 +12,7 @@ from collections.abc import Sequence
 # Their commands register themselves.
 from lingen.cli import bench, bench_models, data, doctor, encode, evaluate, export, prompts, recipes, runs  # noqa: F401
 from lingen.cli.command import COMMANDS, DONE, INTERRUPTED, WRONG_USE, parse
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.cli.command import DONE, JSON, Argument, argument, command, positive, print_json, print_table, whole
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 def _grid(text: str) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lingen.cli.bench import GRIDS, RECIPE, WHERE, out, place_for, print_tables, results_for, say
 from lingen.cli.command import STAGE, argument, command, size_of, whole
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 DIT = ("cudnn", "flash", "sdpa", "best")
 TWINS: dict[str, tuple[str, ...]] = {"all": (), "dit": DIT} | {name: (name,) for name in (*DIT, "stock")}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import shipped_recipes
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, RecipeError, Registry
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
 from lingen.recipe.signature import REQUIRED, settings_of
 
 REGISTRIES = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lingen import __version__
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes; beside them `lingen.run.REQUEUE`."""

@@ -20,7 +20,7 @@ from lingen.cli.command import (
     print_table,
 )
 from lingen.cli.pack import split_overrides
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 @command(

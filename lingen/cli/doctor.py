@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, command, print_json
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 if TYPE_CHECKING:
     from lingen.doctor import Checkup

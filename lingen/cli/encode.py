@@ -6,7 +6,7 @@ import argparse
 
 from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, console, whole
 from lingen.cli.pack import print_report
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 DEVICE = argument("--device", metavar="D", help="cuda, cuda:1, cpu; default: cuda where there is one")
 

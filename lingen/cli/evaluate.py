@@ -25,7 +25,7 @@ from lingen.cli.command import (
     whole,
 )
 from lingen.cli.encode import DEVICE
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 @command(

@@ -20,7 +20,7 @@ from lingen.cli.command import (
     print_json,
     print_table,
 )
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 FILTERS = {
     "min_side": ("pixels of the shorter side", "those of the largest stage"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, console
 from lingen.cli.encode import DEVICE
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 if TYPE_CHECKING:
     from lingen.recipe.sections import RewriteConfig

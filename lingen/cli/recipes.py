@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from lingen.cli.command import DONE, JSON, RECIPE, STAGE, argument, command, print_json, print_table
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 @command(

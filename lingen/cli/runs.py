@@ -23,7 +23,7 @@ from lingen.cli.command import (
     ways_of_args,
 )
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.subjects import SUBJECTS, Subject
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from lingen.data.index import Index, Mapped, Numbers
 from lingen.data.order import Lane
 from lingen.files import cache_folder, whole_folder
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig
 
 CHUNK = 1 << 20

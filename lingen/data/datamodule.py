@@ -30,7 +30,8 @@ from lingen.data.locations import expand
 from lingen.data.order import Anchor, Order, Place
 from lingen.data.sources import Reader
 from lingen.frozen import is_trained
-from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.sizes import patch_of
 

@@ -12,7 +12,8 @@ from typing import Any
 from lingen.data.manifest import About
 from lingen.frozen import is_trained
 from lingen.recipe.bounds import FREE
-from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError, Registry
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, Registry
 from lingen.recipe.sections import Component, Recipe
 from lingen.recipe.signature import settings_of
 

@@ -28,7 +28,7 @@ from lingen.data.remote import is_remote
 from lingen.data.shards import scan
 from lingen.data.sources import Reader
 from lingen.files import cache_folder, whole_folder
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 FORMAT = 1
 """Raised whenever the files of an index change, so that an old one is not taken for a new one."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lingen.data.manifest import NAME
 from lingen.data.remote import is_remote, list_s3
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 class Location(NamedTuple):

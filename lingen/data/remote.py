@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 class SourceError(OSError):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lingen.kernels.choice import holds_numbers
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 log = logging.getLogger("lingen")
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.kernels.choice import choose
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 QUANTIZE_KERNELS = ("auto", "reference", "triton")
 PRODUCT_KERNELS = ("auto", "reference", "scaled_mm")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lingen.kernels.choice import choose, full_precision, holds_numbers, stands_for_cuda
 from lingen.kernels.ssd import ssd
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")
 

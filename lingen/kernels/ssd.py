@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import full_precision, holds_numbers
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 SSD_KERNELS = ("auto", "reference", "chunked", "stock")
 

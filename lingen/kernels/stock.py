@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from lingen.kernels.attention import attention
 from lingen.kernels.choice import choose, full_precision
 from lingen.kernels.constants import constants
 from lingen.kernels.rotary import rotary_table, rotate
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
 WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")

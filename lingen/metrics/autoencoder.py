@@ -34,7 +34,8 @@ from lingen.metrics.reconstruction import (
     psnr,
 )
 from lingen.provenance import git_commit, versions
-from lingen.recipe.registry import AUTOENCODERS, RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import PerKind, Recipe
 
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.plan.trial import Trial
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import Draft, Source, components_of, raise_all, read_draft, unknown_stage
-from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
 

@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lingen.frozen import on_meta
+from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import components_of
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError, SettingError
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import LinGenConfig, Recipe, Triple
 from lingen.recipe.signature import settings_of
 from lingen.recipe.sizes import all_grids

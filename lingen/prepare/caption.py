@@ -20,7 +20,7 @@ from lingen.data.order import digest
 from lingen.data.shards import parse
 from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
 from lingen.prepare.report import Report, close_set
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS
 
 SIDE = 448

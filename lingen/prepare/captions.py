@@ -14,7 +14,7 @@ from typing import Any
 
 from lingen.data.captions import captions_of, checked
 from lingen.prepare.footage import EXTENSIONS, Source
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 MEDIA = frozenset(extension for extensions in EXTENSIONS.values() for extension in extensions)
 

@@ -14,7 +14,7 @@ from lingen.data.manifest import ManifestError, Row, media_hash
 from lingen.data.shards import parse, scan
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 Depth = Literal["quick", "full", "decode"]
 """Depths of a check: headers and manifest; also every byte; also every frame."""

@@ -29,7 +29,7 @@ from lingen.data.sources import Reader
 from lingen.prepare.encoders import Encoders
 from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
 from lingen.prepare.report import Report, close_set
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS, Recipe
 
 

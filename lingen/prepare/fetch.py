@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
 from lingen.prepare.packages import Package, download
-from lingen.recipe.registry import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, did_you_mean
 
 BACKGROUND = (208, 214, 220)
 """Emoji are transparent; a light grey shows white and black ones alike."""

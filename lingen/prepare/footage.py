@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lingen.data.frames import MAX_PIXELS, refuse_bomb
 from lingen.data.pictures import open_picture, reported, webp_times
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 EXTENSIONS = {
     "video": tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .ts .gif .webp".split()),

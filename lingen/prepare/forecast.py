@@ -11,7 +11,7 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import Location, expand
 from lingen.data.order import count_before
 from lingen.data.remote import is_remote
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS, Recipe
 
 

@@ -16,7 +16,7 @@ from lingen.data.manifest import About, Row, media_hash
 from lingen.data.pictures import open_picture, reported, webp_size, webp_times
 from lingen.data.shards import parse, scan
 from lingen.prepare.workers import in_order
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 SUFFIXES = ("mp4", "webm", "webp", "jpg", "jpeg", "png")
 ROTATED = (5, 6, 7, 8)

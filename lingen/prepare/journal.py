@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from lingen.data.fingerprint import differences
 from lingen.data.manifest import Row
 from lingen.files import whole_file, write_json, write_text
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 
 class Part(NamedTuple):

@@ -20,7 +20,7 @@ from lingen.prepare.footage import Source, find_sources
 from lingen.prepare.journal import Entry, Note, Part, Record, SetFolder, ShardStream
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS, Recipe
 
 

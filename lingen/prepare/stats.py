@@ -11,7 +11,7 @@ import numpy as np
 
 from lingen.data import manifest
 from lingen.data.manifest import Row
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 QUANTILES = (0.05, 0.5, 0.95)
 PANEL = (390, 230)

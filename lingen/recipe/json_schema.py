@@ -9,8 +9,9 @@ from collections import ChainMap
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import COMPONENTS
-from lingen.recipe.registry import RecipeError, Registry
+from lingen.recipe.registry import Registry
 from lingen.recipe.sections import Component, Recipe
 from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, Setting, bare, bounds_of, settings_of
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
+from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_yaml, resolve
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, RecipeError, Registry, did_you_mean
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, Registry
 from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
 from lingen.recipe.signature import Path, as_plain, check_settings
 

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+from lingen.recipe.errors import RecipeError, did_you_mean
+
 T = TypeVar("T")
-
-
-class RecipeError(ValueError):
-    """One or more mistakes in a recipe, an override or a run folder; each is one plain sentence in `problems`."""
-
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-class SettingError(RecipeError):
-    """A constructor refuses a setting; `problems` may tell of others beside it."""
-
-    def __init__(self, setting: str, *problems: str):
-        super().__init__(*problems)
-        self.setting = setting
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` with a leading space, or nothing where no known word is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def import_object(path: str) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Above, AtLeast, Between, Finite
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from lingen.recipe.signature import checked
 from lingen.recipe.subjects import SUBJECTS, Subject
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from lingen.recipe.bounds import Bound, Mark
-from lingen.recipe.registry import SettingError, did_you_mean
+from lingen.recipe.errors import SettingError, did_you_mean
 
 REQUIRED = inspect.Parameter.empty
 """The default of a setting that has none."""

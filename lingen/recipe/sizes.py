@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lingen.recipe.registry import SettingError
+from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import DataConfig, Recipe, Triple
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from lingen.files import check_target
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device
 from lingen.media import contact_sheet, save_video, sheet_frames
-from lingen.recipe.registry import AUTOENCODERS, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS
 from lingen.sampling.clips import Progress, clip_size, decode_frames, encode_and_place, sample_latents, settings_with
 from lingen.training.weights import load_module
 from lingen.weights import find_weights, read_metadata, write_tensors

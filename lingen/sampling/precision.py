@@ -11,7 +11,7 @@ from lingen.blocks.layers import GatedRMSNorm, RMSNorm
 from lingen.blocks.positions import Positions
 from lingen.kernels.fp8 import SMALLEST_LAYER, Fp8Linear, to_fp8
 from lingen.model import LinGen, TimeEmbedding
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 
 if TYPE_CHECKING:
     from lingen.training.denoiser import LinGenModule

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
 from lingen.text.folder import TOKENIZERS, Lacking, check_file, check_folder, read_json, weight_files
 

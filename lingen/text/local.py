@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.text.folder import Lacking, names_file
 from lingen.text.quoted import quoted
 from lingen.text.rows import Cut

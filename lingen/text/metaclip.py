@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lingen.recipe.bounds import IDENTITY, AtLeast
-from lingen.recipe.registry import did_you_mean
+from lingen.recipe.errors import did_you_mean
 from lingen.recipe.signature import checked
 from lingen.text.folder import Lacking, check_file, check_model, read_json
 from lingen.text.local import BatchSetting, Device, Dim, LocalEncoder, Precision, Read, check_settings

@@ -13,7 +13,7 @@ from typing import Any
 
 from lingen.files import write_text
 from lingen.provenance import git_commit, versions
-from lingen.recipe.registry import RecipeError
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 
 IDENTITY = ("model", "data", "text", "autoencoder", "seed")

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lingen.recipe.registry import RecipeError, import_object
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import import_object
 from lingen.recipe.sections import Component, Recipe
 from lingen.training.folder import RunFolder
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lingen.plan.loading import load_recipe
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import Source
-from lingen.recipe.registry import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.recipe.subjects import SUBJECTS
 from lingen.training.base import Trained

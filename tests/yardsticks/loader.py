@@ -31,7 +31,8 @@ from lingen.data.locations import expand
 from lingen.data.manifest import About, Row
 from lingen.data.shards import read_shard, scan, write_shards
 from lingen.prepare.index import index_folder
-from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, RecipeError
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Shards
 
 from .pairs import Measured, Watch, measure
