@@ -79,7 +79,7 @@ def read_video(data: bytes) -> tuple[Frames, float]:
 
 
 def encode_mp4(
-    clip: Iterable[Picture],
+    clip: Any,
     fps: float,
     crf: int = 12,
     preset: str = "veryfast",

@@ -187,8 +187,10 @@ class Pieces:
         self.made: list[weakref.ref] = []
         self.held = 0
 
-    def encode_stream(self, pieces):
+    def encode(self, video):
         raise NotImplementedError
+
+    encode_stream = decode = encode
 
     def decode_stream(self, latents):
         for number in range(latents.shape[2]):

@@ -1,7 +1,7 @@
 """Video autoencoders: from pixels to latents and back."""
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -35,7 +35,6 @@ class Autoencoder(Protocol):
         ...
 
 
-@runtime_checkable
 class StreamingAutoencoder(Autoencoder, Protocol):
     """One that works piece by piece. Where not all of its settings let it, a property `streams` says whether it can."""
 
@@ -48,7 +47,6 @@ class StreamingAutoencoder(Autoencoder, Protocol):
         ...
 
 
-@runtime_checkable
 class TrainableAutoencoder(Autoencoder, Protocol):
     """One that `lingen fit` can train; but for `load`, nothing here reads a file."""
 
@@ -78,6 +76,15 @@ class TrainableAutoencoder(Autoencoder, Protocol):
         ...
 
 
-def streams(autoencoder: Autoencoder) -> TypeGuard[StreamingAutoencoder]:
+# Asked by their methods: a check of the whole protocol does not see a module's buffers (Python 3.12).
+
+
+def streams(autoencoder: Any) -> TypeGuard[StreamingAutoencoder]:
     """Whether the autoencoder can encode and decode a clip in pieces."""
-    return isinstance(autoencoder, StreamingAutoencoder) and getattr(autoencoder, "streams", True)
+    both = all(hasattr(autoencoder, name) for name in ("encode_stream", "decode_stream"))
+    return both and getattr(autoencoder, "streams", True)
+
+
+def can_be_trained(autoencoder: Any) -> TypeGuard[TrainableAutoencoder]:
+    """Whether `lingen fit` can train the autoencoder."""
+    return all(hasattr(autoencoder, name) for name in ("posterior", "reconstruct"))

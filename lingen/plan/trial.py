@@ -173,9 +173,9 @@ def _critic(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
 
 def trainable(autoencoder: Autoencoder, name: str) -> TrainableAutoencoder:
     """The autoencoder, if it is one that can be trained; SettingError else."""
-    from lingen.autoencoder import TrainableAutoencoder
+    from lingen.autoencoder import can_be_trained
 
-    if not isinstance(autoencoder, TrainableAutoencoder):
+    if not can_be_trained(autoencoder):
         raise SettingError("autoencoder", f"The autoencoder '{name}' cannot be trained; take 'tae'.")
     return autoencoder
 
