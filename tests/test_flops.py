@@ -1,11 +1,12 @@
 """What is counted on the meta device is what is multiplied: on the CPU, by the Triton kernels, and by formula."""
 
 import logging
+import math
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from lingen.model import LinGen
 from lingen.plan import flops
@@ -118,6 +119,24 @@ class Squares(torch.nn.Module):
         return x @ self.weight @ self.weight.mT
 
 
+@torch.library.custom_op("lingen_tests::gram", mutates_args=())
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """x x^T by a kernel of someone's own, of which torch sees nothing."""
+    return x @ x.mT
+
+
+gram.register_fake(lambda x: x.new_empty(*x.shape[:-1], x.shape[-2]))
+register_flop_formula(torch.ops.lingen_tests.gram)(lambda x, *_, out_shape=None, **__: 2 * math.prod(out_shape) * x[-1])
+
+
+class OwnKernel(torch.nn.Module):
+    def __init__(self, dim, layer):
+        super().__init__()
+
+    def forward(self, x):
+        return x + gram(x.flatten(1, 3)).sum()
+
+
 class Stubborn(torch.nn.Module):
     """Needs numbers."""
 
@@ -131,6 +150,10 @@ class Stubborn(torch.nn.Module):
 def test_a_third_partys_products_are_counted():
     grid, own = (2, 3, 4), {"name": f"{__name__}:Squares", "width": 3}
     assert mixer_flops(own, 32, 1, grid) == {"products": 2 * 2 * 24 * 32 * 6}
+
+
+def test_a_third_partys_kernel_is_counted_by_its_formula():
+    assert mixer_flops({"name": f"{__name__}:OwnKernel"}, 8, 0, (2, 3, 4)) == {"products": 2 * 24 * 24 * 8}
 
 
 def test_what_cannot_be_counted_is_said_and_left_out(caplog):

@@ -6,15 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lingen.blocks import Mixer
 from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.mate import MATE
 from lingen.blocks.scan import permutation
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels import ssd
 from lingen.kernels.pool import pool
+from lingen.recipe.bounds import FREE
 from lingen.recipe.errors import SettingError
+from lingen.recipe.passed_on import passes_on
 from lingen.recipe.registry import MIXERS
-from lingen.recipe.signature import bare
+from lingen.recipe.signature import bare, check_settings
 from tests.helpers.closeness import assert_close, relative_error
 
 DIM = 12
@@ -227,16 +230,61 @@ def test_mate_is_the_sum_of_its_branches():
 def test_mate_has_every_setting_of_its_branches():
     def settings(mixer):
         parameters = inspect.signature(mixer).parameters.values()
-        return {p.name: (p.default, bare(p.annotation)) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {p.name: (p.default, p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     mine, own = settings(MATE), {"ma", "te", "branch_gate"}
     branches = settings(Mamba2) | settings(TemporalSwin)
     assert mine.keys() == branches.keys() | own
     for name in branches.keys() - {"kernel"}:
         assert mine[name] == branches[name], name
-    offered = {kernel for branch in (Mamba2, TemporalSwin) for kernel in settings(branch)["kernel"][1].__args__}
-    assert set(mine["kernel"][1].__args__) == offered
+    offered = [kernel for branch in (Mamba2, TemporalSwin) for kernel in bare(settings(branch)["kernel"][1]).__args__]
+    assert bare(mine["kernel"][1]).__args__ == tuple(dict.fromkeys(offered))
+    assert mine["kernel"][1].__metadata__ == (FREE,)
+    assert list(mine)[:4] == ["ma", "te", "branch_gate", "scan"] and list(mine)[-1] == "kernel"
     assert mine["kernel"][0] == settings(Mamba2)["kernel"][0] == settings(TemporalSwin)["kernel"][0]
+
+
+def test_settings_that_are_passed_on_are_checked_as_if_they_were_its_own():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'wndow'"):
+        mate(wndow=(2, 2, 2))
+    with pytest.raises(SettingError, match=r"Expected at least 1, got 0. \(at window.1 of 'MATE'\)"):
+        mate(window=(2, 0, 2))
+    filled, found = check_settings(MATE, {"state_dim": 0, "window": [2, 2, 2], "kernel": "sdpa", "size": 3})
+    assert [one.key for one in found] == ["size", "state_dim"]
+    assert filled["window"] == (2, 2, 2) and filled["head_dim"] == 64 and filled["review"] == (2, 2, 2)
+
+
+def test_parts_that_disagree_cannot_pass_their_settings_on():
+    class One:
+        def __init__(self, *, size: int = 1, name: str = "a"): ...
+
+    class Other:
+        def __init__(self, *, size: int = 2): ...
+
+    class Third:
+        def __init__(self, *, name: int = "a"): ...
+
+    with pytest.raises(TypeError, match="'size' has several defaults: 1, 2"):
+        passes_on(One, Other)
+    with pytest.raises(TypeError, match="'name' has several types"):
+        passes_on(One, Third)
+
+
+@pytest.mark.parametrize("name", MIXERS.names())
+def test_what_a_mixer_says_of_itself_is_so(name):
+    mixer = MIXERS.build(name, 32, 0)
+    assert isinstance(mixer, Mixer)
+    takes_onto = "onto" in inspect.signature(mixer.forward).parameters
+    assert getattr(mixer, "adds_onto", False) is takes_onto
+    assert not getattr(mixer, "wants_fp8", False)
+    if hasattr(mixer, "tile"):
+        assert mixer.tile((3, 9, 9)) == (3, 4, 4) and mixer.tile((9, 3, 1)) == (8, 3, 1)
+
+
+def test_the_probe_is_of_the_te_branchs_own_window():
+    """Whether it is written flat or in the branch's own mapping."""
+    flat, own = mate(3), mate(3, window=(8, 4, 4), te={"name": "temporal_swin", "window": (2, 3, 4)})
+    assert torch.equal(flat.te.out_proj.weight, own.te.out_proj.weight)
 
 
 def test_settings_reach_their_branch():

@@ -110,10 +110,43 @@ def test_lists_of_components():
     path = write(TINY + "text: [words, {name: bytes, dim: 32}]\n")
     assert load_recipe(path).model.text_dims == (96, 32)
     assert load_recipe(path, ["text.0.dim=64"]).model.text_dims == (64, 32)
-    assert load_recipe(path, ["text=bytes"]).model.text_dims == (96,)
+    assert load_recipe(path, ["text=bytes"]).model.text_dims == (32,)  # the settings of the one that had the name
+    assert load_recipe(path, ["text={name: bytes, dim: 16}"]).model.text_dims == (16,)
     assert load_recipe(path, ["text=[]"]).model.text_dims == ()
     hybrid = load_recipe(path, ["model.mixer=[temporal_swin, attention]", "model.mixer.1.num_heads=4"]).model.mixer
     assert [one["name"] for one in hybrid] == ["temporal_swin", "attention"] and hybrid[1]["num_heads"] == 4
+
+
+MATE = "{name: mate, head_dim: 16, window: [2, 2, 2], ma: {name: mamba2, state_dim: 8, head_dim: 8}}"
+
+
+def test_a_list_of_mixers_keeps_the_settings_of_the_same_name():
+    path = write(TINY.replace("{name: attention, num_heads: 2}", MATE))
+    alone = load_recipe(path).model.mixer
+    assert load_recipe(path, ["model.mixer=[mate, attention]"]).model.mixer[0] == alone
+    two = load_recipe(path, ["model.mixer=[attention, mate, {name: mate, window: [1, 2, 2]}]"]).model.mixer
+    assert two[0]["num_heads"] is None and two[1] == alone and two[2] == {**alone, "window": (1, 2, 2)}
+    back = load_recipe(path, ["model.mixer=[attention, mate]", "model.mixer=mate"]).model.mixer
+    assert back == alone
+    staged = write(TINY.replace("{name: attention, num_heads: 2}", MATE) + "stages: {a: {model: {mixer: [mate]}}}\n")
+    assert load_recipe(staged, stage="a").model.mixer == [alone]
+
+
+def test_lists_in_which_a_name_has_several_settings_are_laid_over_one_another_in_order():
+    several = "[{name: attention, num_heads: 2}, {name: attention, num_heads: 4}, linear_attention]"
+    path = write(TINY.replace("{name: attention, num_heads: 2}", several))
+
+    def heads(override: str) -> list[int | None]:
+        return [one["num_heads"] for one in load_recipe(path, [override]).model.mixer]
+
+    assert heads("model.mixer=[attention, {name: attention, kernel: sdpa}]") == [2, 4]
+    assert heads("model.mixer=[linear_attention]") == [None] and heads("model.mixer.0.num_heads=1")[:2] == [1, 4]
+    # A filled recipe gives its lists whole.
+    filled = load_recipe(path)
+    assert load_recipe(write(to_yaml(filled), "filled.yaml")).model.mixer == filled.model.mixer
+    for override in ("model.mixer=attention", "model.mixer=[attention, linear_attention]"):
+        with pytest.raises(RecipeError, match="has 2 'attention' with different settings, and which stay is not said"):
+            load_recipe(path, [override])
 
 
 def test_interpolation_follows_the_stage():

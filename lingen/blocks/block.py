@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lingen.blocks import Mixer
 from lingen.blocks.layers import RMSNorm, SwiGLU, head_count, undecayed
 from lingen.kernels.cross_attention import TextKeys, cross_attention_to, text_keys
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
@@ -37,7 +38,7 @@ class Block(nn.Module):
         super().__init__()
         dim = config.dim
         self.mixer_norm, self.text_norm, self.ffn_norm = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim)
-        self.mixer = MIXERS.build(mixer, dim, layer)
+        self.mixer: Mixer = MIXERS.build(mixer, dim, layer)
         self.cross_attention = CrossAttention(dim, config.num_heads, config.gate_init)
         self.ffn = SwiGLU(dim, config.ffn_dim or max(64, 64 * round(2.7 * dim / 64)))
         gate = torch.tensor([0, 0, 1, 0, 0, 1]) * config.gate_init

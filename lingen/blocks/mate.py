@@ -1,34 +1,38 @@
 """MATE, LinGen's token mixer: an MA-branch and a TE-branch side by side (arXiv 2412.09856, Figure 2)."""
 
-import inspect
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import clamp
+from lingen.blocks import Mixer
+from lingen.blocks.mamba2 import Mamba2
+from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels.choice import holds_numbers
 from lingen.kernels.fp8 import wants_fp8
-from lingen.recipe.bounds import FREE, IDENTITY
+from lingen.recipe.bounds import IDENTITY
 from lingen.recipe.errors import SettingError
+from lingen.recipe.passed_on import passes_on
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import check_value, checked, settings_of
 
-# Largest grid of the probe: larger ones cost time and give the same scale.
-_PROBE_GRID = (8, 8, 8)
+# Largest grid of the probe, and that of a TE-branch without tiles: larger ones cost time and give the same scale.
+_PROBE_GRID, _UNTILED_GRID = (8, 8, 8), (8, 4, 4)
 # Random numbers in the probe: as many clips as it takes to know the RMS of a narrow model to a few per cent.
 _PROBE_NUMBERS = 65_536
 
 
 @checked
+@passes_on(Mamba2, TemporalSwin)
 class MATE(nn.Module):
     """mate(x) = mate.ma(x) + mate.te(x): bidirectional Mamba2 with review tokens, plus windowed attention; linear.
 
-    The settings are those of `Mamba2` and `TemporalSwin`, flat, with the same defaults; a branch is given those that
-    its signature names (`kernel`: only where it is one of the branch's choices, else the branch stays at its default).
+    Its settings are also those of `Mamba2` and `TemporalSwin`, declared there (`passes_on`) and written flat; a branch
+    is given those that its signature names (`kernel`: only where it is one of the branch's choices, else the branch
+    stays at its default).
     Both branches start at the same output RMS [ours; at init the MA-branch is else up to 10x the TE-branch]: the
     output projection of `te` is rescaled by a seeded probe. Not so where nothing is computed (meta, FakeTensorMode),
     where a branch is switched off, or where `te` has no `out_proj.weight`.
@@ -49,40 +53,24 @@ class MATE(nn.Module):
         ma: Annotated[str | dict[str, Any] | None, IDENTITY] = "mamba2",
         te: Annotated[str | dict[str, Any] | None, IDENTITY] = "temporal_swin",
         branch_gate: Annotated[Literal["shared", "each"], IDENTITY] = "shared",
-        scan: Annotated[str, IDENTITY] = "rotary_major",
-        state_dim: Annotated[int, IDENTITY] = 128,
-        head_dim: Annotated[int, IDENTITY] = 64,
-        groups: Annotated[int, IDENTITY] = 1,
-        expand: Annotated[int, IDENTITY] = 2,
-        dt_min: Annotated[float, IDENTITY] = 1e-3,
-        dt_max: Annotated[float, IDENTITY] = 0.1,
-        conv: Annotated[Literal["shared", "per_direction"], IDENTITY] = "shared",
-        conv_width: Annotated[int, IDENTITY] = 4,
-        review: Annotated[tuple[int, int, int] | None, IDENTITY] = (2, 2, 2),
-        review_reverse: Annotated[Literal["front", "plain"], IDENTITY] = "front",
-        bidirectional: Annotated[bool, IDENTITY] = True,
-        window: Annotated[tuple[int, int, int], IDENTITY] = (8, 4, 4),
-        num_heads: Annotated[int | None, IDENTITY] = None,
-        kernel: Annotated[Literal["auto", "reference", "chunked", "triton", "stock", "sdpa", "flash"], FREE] = "auto",
+        flat: dict[str, Any],
     ):
         super().__init__()
         if ma is None and te is None:
             raise SettingError("ma", "ma and te are both null: nothing is left of MATE. Switch off one branch at most.")
-        flat = {
-            "scan": scan, "state_dim": state_dim, "head_dim": head_dim, "groups": groups, "expand": expand,
-            "dt_min": dt_min, "dt_max": dt_max, "conv": conv, "conv_width": conv_width, "review": review,
-            "review_reverse": review_reverse, "bidirectional": bidirectional, "window": window, "kernel": kernel,
-        }  # fmt: skip
-        branches = {"ma": _component(ma, flat), "te": _component(te, flat | {"num_heads": num_heads})}
-        if kernel != "auto" and all(branch.get("kernel") != kernel for branch in branches.values()):
+        # `num_heads` is meant for the TE-branch, whatever the other one is.
+        of_ma = {setting: value for setting, value in flat.items() if setting != "num_heads"}
+        branches, kernel = [_component(ma, of_ma), _component(te, flat)], flat["kernel"]
+        if kernel != "auto" and all(branch.get("kernel") != kernel for branch in branches):
             raise SettingError("kernel", f"kernel={kernel!r} is offered by no branch that is switched on.")
-        self.ma, self.te = (MIXERS.build(branch, dim, layer) if branch else None for branch in branches.values())
+        self.ma: Mixer | None
+        self.te: Mixer | None
+        self.ma, self.te = (MIXERS.build(branch, dim, layer) if branch else None for branch in branches)
         self.ma_gain = self.te_gain = None
         if self.ma is not None and self.te is not None:
-            _equalise(self.ma, self.te, clamp(window, _PROBE_GRID), dim)
+            _equalise(cast(nn.Module, self.ma), cast(nn.Module, self.te), dim)
             if branch_gate == "each":
                 self.ma_gain, self.te_gain = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
-        self._te_adds = self.te is not None and "onto" in inspect.signature(self.te.forward).parameters
 
     def forward(self, x: Float[Tensor, "b t h w d"]) -> Float[Tensor, "b t h w d"]:
         if self.ma is None or self.te is None:
@@ -92,8 +80,8 @@ class MATE(nn.Module):
         ma = self.ma(x)
         if self.ma_gain is not None and self.te_gain is not None:
             return ma * self.ma_gain.to(ma.dtype) + self.te(x) * self.te_gain.to(ma.dtype)
-        if self._te_adds and not torch.is_grad_enabled():
-            return self.te(x, onto=ma)  # in training, callbacks log each branch's own output
+        if getattr(self.te, "adds_onto", False) and not torch.is_grad_enabled():
+            return cast(Any, self.te)(x, onto=ma)  # in training, callbacks log each branch's own output
         return ma + self.te(x)
 
     @property
@@ -114,12 +102,13 @@ def _component(component: str | dict[str, Any] | None, flat: dict[str, Any]) -> 
     return given | own
 
 
-def _equalise(ma: nn.Module, te: nn.Module, grid: Triple, dim: int) -> None:
+def _equalise(ma: nn.Module, te: nn.Module, dim: int) -> None:
     """Rescales te.out_proj so that both branches give the same RMS on random tokens of unit RMS."""
     weight = getattr(getattr(te, "out_proj", None), "weight", None)
     if weight is None or not all(map(holds_numbers, (*ma.parameters(), *te.parameters()))):
         return
-    device = weight.device
+    device, tile = weight.device, getattr(te, "tile", None)
+    grid: Triple = _UNTILED_GRID if tile is None else tile(_PROBE_GRID)
     generator = torch.Generator(device).manual_seed(0)
     clips = -(-_PROBE_NUMBERS // (math.prod(grid) * dim))
     probe = torch.randn(clips, *grid, dim, generator=generator, device=device, dtype=weight.dtype)

@@ -23,6 +23,8 @@ class TemporalSwin(nn.Module):
     and their sources: docs/facts.md, "TESA" and "TESA at the edges". Raises SettingError.
     """
 
+    adds_onto = True
+
     def __init__(
         self,
         dim: int,
@@ -47,16 +49,20 @@ class TemporalSwin(nn.Module):
         """Whether `forward` takes a `Quantized`, see `lingen.kernels.fp8`."""
         return wants_fp8(self.in_proj)
 
+    def tile(self, grid: Triple) -> Triple:
+        """The window on a grid, no larger than it in any axis."""
+        return clamp(self.window, grid)
+
     def forward(
         self, x: Float[Tensor, "b t h w d"] | Quantized, onto: Float[Tensor, "b t h w d"] | None = None
     ) -> Float[Tensor, "b t h w d"]:
         """Attends to x; the result is added to `onto`, whose memory may be overwritten where autograd is off."""
         qkv = self.in_proj(x)
         grid = grid_of(qkv)
-        window = clamp(self.window, grid)
+        tile = self.tile(grid)
         out = window_attention(
-            qkv, self.q_norm.weight, self.k_norm.weight, window=window,
-            padding=window_padding(grid, window, self.shifted), num_heads=self.num_heads, eps=self.q_norm.eps,
+            qkv, self.q_norm.weight, self.k_norm.weight, window=tile,
+            padding=window_padding(grid, tile, self.shifted), num_heads=self.num_heads, eps=self.q_norm.eps,
             kernel=self.kernel,
         )  # fmt: skip
         if onto is None:

@@ -114,13 +114,13 @@ class Fp8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def wants_fp8(module: nn.Module | None) -> bool:
+def wants_fp8(module: object) -> bool:
     """Whether the module takes a `Quantized` in place of a tensor: an `Fp8Linear`, or a module whose own `wants_fp8` is
     true because its first layers are such. A mixer without that property gets a plain tensor."""
     return isinstance(module, Fp8Linear) or getattr(module, "wants_fp8", False) is True
 
 
-def input_dtype(module: nn.Module | None, x: Tensor) -> torch.dtype:
+def input_dtype(module: object, x: Tensor) -> torch.dtype:
     """The dtype in which `module` wants its input: `FP8` for a `Quantized`, else autocast's dtype or that of x."""
     kind = x.device.type
     if wants_fp8(module):

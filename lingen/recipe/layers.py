@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -85,13 +86,14 @@ class Layered:
         """Lays `over` on top: mappings are merged, all else is replaced.
 
         A mapping with another ``name`` is another part, so it replaces the old one with its settings; a mapping with
-        numbers as keys changes entries of a list.
+        numbers as keys changes entries of a list. A list of parts replaces a part or a list of parts, and a part a
+        list: each keeps the settings of the one that had its name.
         """
         return list(self._merge((), over.tree, over, ()))
 
     def _merge(self, path: Path, value: Any, over: Layered, source: Path) -> Iterator[Problem]:
         base = self.get(path)
-        named = bool(path) and isinstance(value, dict) and isinstance(value.get("name"), str)
+        named = bool(path) and _is_part(value)
         same_part = not named or isinstance(base, dict) and value["name"] == base.get("name")
         if isinstance(value, dict) and isinstance(base, dict) and same_part:
             self.origins.setdefault(path, over.origin(source))
@@ -105,8 +107,43 @@ class Layered:
                     name = ".".join(map(str, path))
                     text = f"{name} is a list of {len(base)}; say {name}.0 for its first entry."
                     yield over.problem((*source, key), text)
+        elif (_are_parts(value) and (_is_part(base) or _are_parts(base))) or (named and _are_parts(base)):
+            yield from self._merge_parts(path, value, over, source)
         else:
             self.put(path, value, over, source)
+
+    def _merge_parts(self, path: Path, value: Any, over: Layered, source: Path) -> Iterator[Problem]:
+        """Puts parts where others were, each over the settings of the one that had its name; where several had it and
+        differ, one over the other in their order, and there must be as many."""
+        before, held, given = self.copy(), _numbered(self.get(path)), _numbered(value)
+        self.put(path, value, over, source)
+        seen: Counter[str] = Counter()
+        for key, part in given:
+            name, number = part["name"], seen[part["name"]]
+            seen[name] += 1
+            same = [one for one in held if one[1]["name"] == name]
+            differ = any(old != same[0][1] for _, old in same)
+            if differ and len(same) != sum(one["name"] == name for _, one in given):
+                dotted = ".".join(map(str, path))
+                text = f"{dotted} has {len(same)} '{name}' with different settings, and which stay is not said; "
+                yield over.problem((*source, *key), f"{text}give {len(same)}, or change one, as {dotted}.0.")
+            elif same:
+                place, old = same[number] if differ else same[0]
+                self.put((*path, *key), old, before, (*path, *place))
+                yield from self._merge((*path, *key), part, over, (*source, *key))
+
+
+def _numbered(parts: Any) -> list[tuple[Path, dict[str, Any]]]:
+    """The parts of a list with their numbers, or the one part with none."""
+    return [((), parts)] if isinstance(parts, dict) else [((number,), part) for number, part in enumerate(parts)]
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, dict) and isinstance(node.get("name"), str)
+
+
+def _are_parts(node: Any) -> bool:
+    return isinstance(node, list) and bool(node) and all(map(_is_part, node))
 
 
 def read_yaml(text: str, shown: str) -> tuple[Layered, list[Problem]]:

@@ -151,7 +151,8 @@ MIXERS = Registry(
         "mate": "lingen.blocks.mate:MATE",
     },
 )
-"""Token mixers: ``Mixer(dim, layer, *, settings...)`` with ``forward(x [b t h w d]) -> [b t h w d]``; no base class."""
+"""Token mixers: ``Mixer(dim, layer, *, settings...)`` with ``forward(x [b t h w d]) -> [b t h w d]``; no base class.
+The whole contract is `lingen.blocks.Mixer`."""
 
 SCANS = Registry(
     "scan order",
