@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lingen.bench import training
 from lingen.bench.cases import CASES, Sizes
 from lingen.bench.kernels import ODD_GRID, _able
+from lingen.bench.yardsticks import yardstick
 from lingen.kernels.scan import chunk_of
 from tests.helpers.commands import ROOT, run_python
 
@@ -53,6 +53,7 @@ def test_the_stock_block_is_itself_when_compiled_for_cuda():
 
 
 def test_a_share_of_the_peak_needs_one(monkeypatch: pytest.MonkeyPatch):
+    training = yardstick("training")
     assert training.share_of_peak(5e14, CPU) == {}
     monkeypatch.setattr(training, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     want = {"mfu": pytest.approx(5e14 / 989e12), "mfu_of": "989 TFLOP/s (dense bfloat16)"}

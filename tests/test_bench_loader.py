@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lingen.bench import index_scale
 from lingen.bench.yardsticks import yardstick
 from lingen.cli import main
 from lingen.data.decode import decode_video
@@ -18,7 +17,7 @@ from lingen.data.shards import write_shards
 from lingen.media import encode_mp4
 from lingen.recipe.sections import DataConfig, Recipe
 
-loader, rivals, pairs = (yardstick(name) for name in ("loader", "rivals", "pairs"))
+loader, rivals, pairs, index_scale = (yardstick(name) for name in ("loader", "rivals", "pairs", "index_scale"))
 
 
 def film(frames: int, height: int, width: int, fps: float) -> bytes:

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from lingen.bench.paper import VARIANTS
+from lingen.bench.place import FP8
 from lingen.bench.results import Results, command_line
 from lingen.bench.show import PAGE, fill, read
-from lingen.bench.targets import CUDNN, FP8, MA, TARGETS, TESA, VARIANTS
+from lingen.bench.yardsticks import yardstick
 from lingen.cli import main
 from lingen.kernels.choice import has_triton
 from tests.helpers.commands import ROOT
 
+TARGETS, MA, TESA, CUDNN = (getattr(yardstick("targets"), name) for name in ("TARGETS", "MA", "TESA", "CUDNN"))
 HEAD = {"device": "a GPU", "versions": {}, "date": "2026-01-02", "commit": "abc", "command": "lingen bench model"}
 CPU = torch.device("cpu")
 

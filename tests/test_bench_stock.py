@@ -17,6 +17,7 @@ from lingen.cli import main
 from lingen.model import LinGen
 from lingen.recipe.sections import LinGenConfig
 from tests.helpers.closeness import assert_close
+from tests.helpers.commands import ROOT
 
 PlainDenoiser = yardstick("plain").PlainDenoiser
 StockMamba2, StockSwin = yardstick("stock").StockMamba2, yardstick("stock").StockSwin
@@ -98,6 +99,7 @@ def test_yardsticks_are_those_of_the_checkout_from_any_folder(tmp_path):
         ["training", "--recipe", "quickstart_cpu"],
         ["model", "--recipe", "quickstart_cpu", "--twins", "all"],
         ["loader"],
+        ["show", "--results", str(ROOT / "docs" / "results")],
     ],
 )
 def test_without_a_checkout_a_comparison_is_refused(words, tmp_path, monkeypatch, capsys):

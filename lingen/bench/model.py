@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lingen import flow
 from lingen.bench.build import denoiser, name_of, sample_inputs, tflop_of
+from lingen.bench.paper import FORWARDS, VARIANTS
 from lingen.bench.parts import by_part
-from lingen.bench.place import Place, dtype_name
+from lingen.bench.place import FP8, Place, dtype_name
 from lingen.bench.results import Results, Row
-from lingen.bench.targets import FORWARDS, FP8, VARIANTS
 from lingen.bench.timing import Cost, costs, forward, free
 from lingen.kernels.fp8 import quality, to_fp8
 from lingen.model import LinGen, Text

@@ -11,6 +11,8 @@ from lingen.recipe.errors import RecipeError
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Of a command's --precision; 8-bit products stand in a model of 16 bits."""
+FP8 = "float8_e4m3fn"
+"""What the dtype of a row is called where the large products are in 8 bits."""
 
 
 class Place(NamedTuple):

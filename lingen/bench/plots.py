@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
+from lingen.bench.paper import FORWARDS, PAPER_DIM, PAPER_SIZES
 from lingen.bench.results import Row
 from lingen.bench.tables import show
-from lingen.bench.targets import FORWARDS, PAPER_DIM, PAPER_SIZES
 
 COLOURS = {
     "attention": "#c0392b",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lingen.bench.build import Component, name_of
 from lingen.bench.exponent import crossover, fit_exponent
+from lingen.bench.paper import PAPER_SIZES
 from lingen.bench.plots import plot_scaling
 from lingen.bench.results import Row
-from lingen.bench.tables import Files, Table, as_markdown, every, source
-from lingen.bench.targets import PAPER_SIZES, ratio, row_of
+from lingen.bench.tables import Files, Table, as_markdown, every, ratio, row_of, source
 from lingen.plan.flops import mixer_flops
 from lingen.recipe.sections import Triple
 

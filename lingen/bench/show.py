@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lingen.bench.paper import PAPER_SIZES, VARIANTS
 from lingen.bench.receipt import EXPONENTS, MEASURED
 from lingen.bench.results import Row
-from lingen.bench.tables import Files, Table, as_markdown, every, named, show, source
-from lingen.bench.targets import PAPER_SIZES, TARGETS, VARIANTS, ratio, row_of
+from lingen.bench.tables import Files, Table, as_markdown, every, named, ratio, row_of, source
+from lingen.bench.yardsticks import yardstick
 from lingen.recipe.errors import RecipeError
 
 MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -37,21 +38,6 @@ def fill(page: str, files: Files) -> str:
         return f"<!-- table: {name} -->\n{as_markdown(lines) if len(lines) > 1 else 'Not measured yet.'}\n<!-- end -->"
 
     return MARK.sub(made, page)
-
-
-def _targets(files: Files) -> Iterator[Row]:
-    """Each bar with the paper's, stock's and our number: that of the newest file that has one."""
-    for target in TARGETS:
-        found = {name: target.find(file) for name, file in files.items()}
-        dates = [(files[name].get("date", ""), name) for name, value in found.items() if value is not None]
-        file = max(dates)[1] if dates else ""
-        ours, sign = found.get(file), ">=" if target.more else "<="
-        reach, stretch = (None if bar is None else f"{sign} {show(bar)}" for bar in (target.reach, target.stretch))
-        yield {
-            "what": f"{target.name} ({target.unit})" if target.unit else target.name, "paper": target.paper,
-            "stock": target.stock, "reach": reach, "stretch": stretch, "ours": ours, "verdict": target.verdict(ours),
-            "file": file,
-        }  # fmt: skip
 
 
 def _ablation(files: Files) -> Iterator[Row]:
@@ -89,7 +75,10 @@ def _sources(files: Files) -> Iterator[Row]:
 
 
 PAGE = {
-    "targets": Table(_targets, "what | paper | stock parts=stock | to reach=reach | stretch | ours | =verdict | file"),
+    "targets": Table(
+        lambda files: yardstick("targets").targets(files),
+        "what | paper | stock parts=stock | to reach=reach | stretch | ours | =verdict | file",
+    ),
     "forwards": Table(
         named("forward"),
         "model | layers=depth | kernels=kernel | dtype | tokens | batch | s per 100=seconds_per_100 | GiB=gib | "

@@ -45,6 +45,17 @@ def every(files: Files) -> Iterator[Row]:
     return ({**row, "file": name} for name, file in files.items() for row in file.get("rows", []))
 
 
+def row_of(result: Row, **fields: Any) -> Row:
+    """The last row of a result file with these fields, or an empty one."""
+    rows = reversed(result.get("rows", []))
+    return next((row for row in rows if all(row.get(key) == value for key, value in fields.items())), {})
+
+
+def ratio(above: float | None, below: float | None) -> float | None:
+    """above / below where both are known."""
+    return above / below if above and below else None
+
+
 def show(value: Any, form: str = "") -> str:
     """Three digits of a number, or in another form; a size as 512x512; an exponent with its interval; nothing for
     None."""

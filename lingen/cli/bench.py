@@ -139,17 +139,16 @@ def bench_stock(args: argparse.Namespace) -> int:
     overrides=True,
 )
 def bench_training(args: argparse.Namespace) -> int:
-    from lingen.bench.training import bench_training
     from lingen.bench.yardsticks import yardstick
     from lingen.recipe import load_recipe
 
-    plain, model = yardstick("plain"), load_recipe(args.recipe, args.overrides).model
+    training, model = yardstick("training"), load_recipe(args.recipe, args.overrides).model
     layers = [int(word) for word in args.layers.split(",") if word.isdecimal()]
     if len(layers) < len(args.layers.split(",")) or max(layers) >= model.depth:
         raise RecipeError(f"--layers {args.layers}: say layers of 0 to {model.depth - 1}, e.g. --layers 0,1.")
     place = place_for(args)
     results = results_for(args, place, dim=model.dim, batch=1)
-    bench_training(model, plain.PlainBlock, args.grids, place, results, layers)
+    training.bench_training(model, args.grids, place, results, layers)
     return print_tables(results, "training")
 
 

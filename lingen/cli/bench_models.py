@@ -45,7 +45,7 @@ def _twins(text: str) -> tuple[str, ...]:
 )
 def bench_model(args: argparse.Namespace) -> int:
     from lingen.bench.model import bench_model, video_grid
-    from lingen.bench.targets import VARIANTS
+    from lingen.bench.paper import VARIANTS
     from lingen.bench.yardsticks import yardstick
     from lingen.recipe import load_recipe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -52,11 +52,6 @@ def _lines(console: Console, description: str) -> Callable[[int, int], None]:
             console.print(f"{description} {done:,}/{total:,}", markup=False, highlight=False)
 
     return tell
-
-
-def step_bar(console: Console) -> AbstractContextManager[Callable[[int, int], None]]:
-    """The bar of a sampler's steps."""
-    return count_bar(console, "sampling")
 
 
 class ConsoleReporter(Reporter):

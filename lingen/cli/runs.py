@@ -127,9 +127,9 @@ def sample(args: argparse.Namespace) -> int:
     if report_faults(rewritten):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return FAILED
-    from lingen.cli.progress import step_bar
+    from lingen.cli.progress import count_bar
 
-    with step_bar(console()) as progress:
+    with count_bar(console(), "sampling") as progress:
         files = sample_to_files(
             args.run or args.checkpoint, prompts, args.out, seed=args.seed, steps=args.steps,
             guidance=args.guidance, seconds=seconds, size=size, progress=progress,

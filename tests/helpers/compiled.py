@@ -12,7 +12,6 @@ from lingen.bench.build import built, compiled
 from lingen.bench.cases import CASES
 from lingen.bench.kernels import _made, _sizes
 from lingen.bench.place import Place
-from lingen.bench.training import block_inputs
 from lingen.bench.yardsticks import yardstick
 from lingen.blocks.block import Block
 from lingen.recipe.sections import LinGenConfig
@@ -38,7 +37,7 @@ def block(dim, grid, place, compiler, limit):
     mixer = {"name": "mate", "state_dim": 16, "head_dim": 16, "window": (2, 2, 2)}
     config = LinGenConfig(dim=dim, depth=2, mixer=mixer, channels=4, text_dims=(6,), max_grid=grid, gate_init=1.0)
     ours = built(partial(Block, config, mixer, 1), place)
-    plain, inputs = yardstick("plain").PlainBlock(ours), block_inputs(dim, grid, place)
+    plain, inputs = yardstick("plain").PlainBlock(ours), yardstick("training").block_inputs(dim, grid, place)
     inputs = [u.detach().requires_grad_(u.is_floating_point()) for u in inputs]
     names = ["x", "positions", "modulation", "text", *(name for name, _ in ours.named_parameters())]
     wanted = [u for u in (*inputs, *ours.parameters()) if u.requires_grad]

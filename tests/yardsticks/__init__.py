@@ -1,11 +1,13 @@
 """Yardsticks: what lingen is measured against, and nothing that lingen itself runs on.
 
 - `stock`: MATE's branches wired from stock parts (mamba_ssm's scan, torch's conv1d and SDPA), on the weights of ours.
-- `plain`: the whole denoiser in plain PyTorch, made of these; `lingen bench training` times its blocks.
+- `plain`: the whole denoiser in plain PyTorch, made of these.
+- `training`: ``lingen bench training``, layers of ours and plain blocks, forward and backward.
 - `branches`: ``lingen bench stock``, ours and stock branches without their projections.
+- `targets`: ``lingen bench show``, what of the paper and of these is to be reached, and whether it is.
 - `twins`: ``lingen bench model --twins``, a DiT of equal size and LinGen of stock parts.
 - `loader`: ``lingen bench loader``, lingen's loader on raw, encoded and remote shards, measured in `pairs` beside its
-  `rivals`: a bare PyAV loop and plain webdataset.
+  `rivals`: a bare PyAV loop and plain webdataset; beside them the cost of an index of very many samples, `index_scale`.
 - `loopback`: a web server on this machine, a stand-in for remote shards.
 
 `lingen.bench.yardsticks.yardstick` loads them by their place beside the package; an installed wheel does not hold them.

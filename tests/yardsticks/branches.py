@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lingen.bench.build import built
 from lingen.bench.place import Place
 from lingen.bench.results import Results
-from lingen.bench.targets import MA, TESA
-from lingen.bench.training import compared, on_cuda_compiled
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Triple
 
 from .stock import StockMamba2, StockSwin
+from .targets import MA, TESA
+from .training import compared, on_cuda_compiled
 
 
 class Core(nn.Module):

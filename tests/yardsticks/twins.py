@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lingen.bench.build import denoiser
 from lingen.bench.model import ModelBench
-from lingen.bench.targets import CUDNN, FLASH2
 from lingen.bench.timing import Work, costs, forward
 from lingen.kernels.attention import ATTENTION_KERNELS
 from lingen.model import LinGen
 from lingen.recipe.sections import LinGenConfig
 
 from .plain import PlainDenoiser, blocks_of, run_block
+from .targets import CUDNN, FLASH2
 
 DIT_DEPTH = 38 / 28
 """Layers of a DiT for one of LinGen's, at equal parameters [ours]."""

@@ -1,64 +1,18 @@
-"""The targets, what the paper and stock parts reach, and whether stored results reach the targets."""
+"""The targets, what stock parts reach, and whether stored results reach the targets: ``lingen bench show``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from lingen.bench.paper import FORWARDS, TOKENS_17S, TOKENS_68S
+from lingen.bench.place import FP8
 from lingen.bench.results import Row
-
-FORWARDS = 100
-"""Forwards of a clip: 50 steps, each with and without the text."""
-
-TOKENS_17S, TOKENS_68S = 34_816, 139_264
-"""Tokens of 512x512 for 17 and 68 seconds."""
+from lingen.bench.tables import Files, ratio, row_of, show
 
 FRAMES_17S, FRAMES_68S = 272, 1088
-"""Frames of such clips, at 16 a second."""
-
-PAPER_DIM = 2560
-"""Width of the 4B models [ours; the paper gives their parameters only]."""
-
-
-@dataclass(frozen=True)
-class PaperSize:
-    """LinGen's paper (arXiv 2412.09856) on one H100, 50 steps: seconds of the whole models, and its ratios."""
-
-    tokens: int
-    dit_seconds: float
-    lingen_seconds: float
-    latency_ratio: float
-    flops_ratio: float | None
-
-
-PAPER_SIZES = {
-    "256x256 17 s": PaperSize(8_704, 30, 28, 1.1, 2),
-    "512x512 17 s": PaperSize(TOKENS_17S, 209, 102, 2.0, 5),
-    "512x512 34 s": PaperSize(69_632, 830, 210, 3.9, 8),
-    "512x512 68 s": PaperSize(TOKENS_68S, 4930, 430, 11.5, 15),
-    "768x768 17 s": PaperSize(78_336, 830, 231, 3.6, None),
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the paper's latency table at 512x512, 17 s."""
-
-    name: str
-    paper_seconds: float
-    overrides: tuple[str, ...] = ()
-
-
-VARIANTS = (
-    Variant("default", 102),
-    Variant("without TESA", 94, ("model.mixer.te=null",)),
-    Variant("without rotary-major scan", 99, ("model.mixer.scan=thw",)),
-    Variant("zig-zag scan", 144, ("model.mixer.scan=zigzag",)),
-    Variant("without MA-branch", 65, ("model.mixer.ma=null",)),
-    Variant("without review tokens", 98, ("model.mixer.review=null",)),
-)
+"""Frames of clips of 17 and 68 seconds, at 16 a second."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +40,6 @@ class Target:
             return f"{word}missed by {abs(value / bar - 1):.1%}"
         both = self.reach is not None and self.stretch is not None and self.passes(value, self.stretch)
         return f"{word}reached{', stretch too' if both else ''}"
-
-
-def row_of(result: Row, **fields: Any) -> Row:
-    """The last row of a result file with these fields, or an empty one."""
-    rows = reversed(result.get("rows", []))
-    return next((row for row in rows if all(row.get(key) == value for key, value in fields.items())), {})
-
-
-def ratio(above: float | None, below: float | None) -> float | None:
-    """above / below where both are known."""
-    return above / below if above and below else None
 
 
 def lingen_forward(result: Row, tokens: int, dtype: str = "bfloat16") -> Row:
@@ -152,9 +95,6 @@ MA, TESA = "MA-branch without projections", "TESA without projections, shifted"
 CUDNN, FLASH2 = "cudnn, compiled", "flash-attention-2, eager"
 """The kernels of the DiT twins that LinGen is compared with."""
 
-FP8 = "float8_e4m3fn"
-"""What the dtype of a row is called where the large products are in 8 bits."""
-
 LENGTHS = {"17 s": TOKENS_17S, "68 s": TOKENS_68S}
 
 TARGETS = (
@@ -196,3 +136,18 @@ TARGETS = (
         for half in ("encode", "decode")
     ),
 )  # fmt: skip
+
+
+def targets(files: Files) -> Iterator[Row]:
+    """Each bar with the paper's, stock's and our number: that of the newest file that has one."""
+    for target in TARGETS:
+        found = {name: target.find(file) for name, file in files.items()}
+        dates = [(files[name].get("date", ""), name) for name, value in found.items() if value is not None]
+        file = max(dates)[1] if dates else ""
+        ours, sign = found.get(file), ">=" if target.more else "<="
+        reach, stretch = (None if bar is None else f"{sign} {show(bar)}" for bar in (target.reach, target.stretch))
+        yield {
+            "what": f"{target.name} ({target.unit})" if target.unit else target.name, "paper": target.paper,
+            "stock": target.stock, "reach": reach, "stretch": stretch, "ours": ours, "verdict": target.verdict(ours),
+            "file": file,
+        }  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from lingen.bench.yardsticks import yardstick
 from lingen.data import manifest
 from lingen.data.datamodule import ClipData
 from lingen.data.manifest import About
@@ -75,9 +76,14 @@ def lengthen(folder: Path, rows: int) -> None:
 
 def _fresh(work: Callable[[Path], T], folder: Path) -> T:
     """Done by a new process, whose memory holds nothing yet, with a cache beside the folder."""
-    cache = str(folder.parent / "cache")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _use_cache, (cache,)) as pool:
-        return pool.submit(work, folder).result()
+    # A new process finds this module, which is on no path, only after it has loaded it as a yardstick.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), yardstick, ("index_scale",)) as pool:
+        return pool.submit(_with_cache, work, folder).result()
+
+
+def _with_cache(work: Callable[[Path], T], folder: Path) -> T:
+    os.environ["LINGEN_CACHE"] = str(folder.parent / "cache")
+    return work(folder)
 
 
 def _make(folder: Path) -> float:
@@ -116,7 +122,3 @@ def _memory(process: int) -> dict[str, int]:
     """Memory of a process in bytes, under the kernel's names; Linux only."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in map(str.split, lines)}
-
-
-def _use_cache(folder: str) -> None:
-    os.environ["LINGEN_CACHE"] = folder

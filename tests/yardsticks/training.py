@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,13 +18,14 @@ from lingen.blocks.block import Block
 from lingen.plan.forecast import peak_flops
 from lingen.recipe.sections import LinGenConfig, Triple
 
+from .plain import PlainBlock
+
 AVERAGED = ("mixer", "kernel", "dtype", "tokens", "dim", "grid")
 """Fields of a mean that are those of each of its layers."""
 
 
 def bench_training(
     config: LinGenConfig,
-    stock: Callable[[Block], Run],
     grids: Sequence[Triple],
     place: Place,
     results: Results,
@@ -34,7 +35,6 @@ def bench_training(
     the tokens a second of the full depth, and MFU on a GPU whose peak is known.
 
     Args:
-        stock: a block of stock parts with the weights of ours.
         layers: which ones; even ones do not shift their windows, and each of four has its own scan order.
     """
     mixer = config.mixer[0] if isinstance(config.mixer, list) else config.mixer
@@ -44,7 +44,7 @@ def bench_training(
         torch.compiler.reset()
         for layer in layers:
             block = built(partial(Block, replace(config, gate_init=1.0), mixer, layer), place)
-            runs: dict[str, Run] = {"stock": on_cuda_compiled(stock(block), place), "auto": block}
+            runs: dict[str, Run] = {"stock": on_cuda_compiled(PlainBlock(block), place), "auto": block}
             results.say(f"layer {layer}, forward and backward")
             inputs = block_inputs(config.dim, grid, place)
             for kernel, row in compared(runs, inputs, block.parameters(), place).items():
