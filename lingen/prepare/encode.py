@@ -72,9 +72,7 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
         data = ClipData(recipe)
         if kind not in data.kinds:
             continue
-        data.setup()
         clips = data.validation if validation else data.train
-        assert clips is not None
         if kind not in clips.pools:
             continue
         pool = clips.pools[kind]
@@ -203,7 +201,6 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
         collate_fn=_as_it_is,
         num_workers=min(workers, len(tasks)),
         multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
-        worker_init_fn=_one_thread,
     )
     group: Group = []
     for task, loaded in zip(tasks, loader, strict=True):
@@ -217,10 +214,6 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
 
 def _as_it_is(loaded: Any) -> Any:
     return loaded
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None:
