@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from lingen.data.pictures import on_plain, webp_times
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
 from lingen.prepare.packages import Package, download
@@ -238,7 +239,7 @@ def _emoji(parts: int, limit: int | None) -> tuple[list[Item], list[Item]]:
         for item in _emoji_files(package, names):
             if limit is not None and len(videos) == limit:
                 break
-            if _frame_count(item.data) > 1:
+            if len(webp_times(item.data)) > 1:
                 videos.append(item)
     images = list(_emoji_files(EMOJI_IMAGE, names))
     if limit is not None:  # with a limit, stills of the chosen clips come first
@@ -301,26 +302,12 @@ def _sample(item: Item, extension: str, data: bytes) -> dict[str, Any]:
     return {"__key__": item.key, extension: data, "json": about}
 
 
-def _frame_count(data: bytes) -> int:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
-        return getattr(picture, "n_frames", 1)
-
-
 def _webp_frames(data: bytes) -> UInt8[np.ndarray, "t h w 3"]:
     """All frames on the plain background."""
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
-    frames = []
     with Image.open(io.BytesIO(data)) as picture:
-        for index in range(getattr(picture, "n_frames", 1)):
-            picture.seek(index)
-            shown = picture.convert("RGBA")
-            plain = Image.new("RGBA", shown.size, BACKGROUND)
-            plain.alpha_composite(shown)
-            frames.append(np.asarray(plain.convert("RGB")))
-    return np.stack(frames)
+        return np.stack([np.asarray(on_plain(shown, BACKGROUND)) for shown in ImageSequence.Iterator(picture)])
 
 
 def _encode_footage(data: bytes) -> bytes:
