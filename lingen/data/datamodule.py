@@ -285,7 +285,7 @@ def _loader(clips: Clips, places: Places, workers: int) -> DataLoader[Batch]:
         clips,
         batch_size=None,
         sampler=places,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=workers,
         worker_init_fn=partial(_start_worker, _closing()) if workers else None,
         multiprocessing_context="fork" if fork else None,
@@ -293,7 +293,8 @@ def _loader(clips: Clips, places: Places, workers: int) -> DataLoader[Batch]:
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """For a loader whose data set makes whole batches."""
     return batch
 
 

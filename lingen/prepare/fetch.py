@@ -189,7 +189,8 @@ def _build(work: Path, wanted: dict[str, Any], progress: Callable[[int, int], No
     used = [item.package for item in (*videos, *images)] + [EMOJI_NAMES] * (wanted["name"] == "emoji")
     packages = list(dict.fromkeys(used))
     (work / "LICENSES.md").write_text(_licences(packages), encoding="utf-8")
-    about = {"wanted": wanted, "counts": counts, "licences": [_line(package) for package in packages]}
+    licences = [f"{package.name} {package.version}: {package.licence}" for package in packages]
+    about = {"wanted": wanted, "counts": counts, "licences": licences}
     (work / "fetched.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -277,7 +278,8 @@ def _footage(limit: int | None) -> tuple[list[Item], list[Item]]:
 
 
 def _video_sample(item: Item) -> dict[str, Any]:
-    """An MP4 is taken as it is; the rest is encoded once, since decoding animated WebP is several times slower."""
+    """An MP4 is taken as it is; the rest is encoded once, since decoding animated WebP is several times slower.
+    An odd height or width of a film is cut by one."""
     if item.data[4:8] == b"ftyp":
         mp4 = item.data
     elif item.data[:4] == b"RIFF":
@@ -285,7 +287,8 @@ def _video_sample(item: Item) -> dict[str, Any]:
         rounds = -(-LOOP // len(frames))
         mp4 = encode_mp4(np.concatenate([frames] * rounds), 24, crf=20)
     else:
-        mp4 = _encode_footage(item.data)
+        frames, fps = read_video(item.data)
+        mp4 = encode_mp4(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2], fps, crf=20)
     return _sample(item, "mp4", mp4)
 
 
@@ -308,16 +311,6 @@ def _webp_frames(data: bytes) -> UInt8[np.ndarray, "t h w 3"]:
 
     with Image.open(io.BytesIO(data)) as picture:
         return np.stack([np.asarray(on_plain(shown, BACKGROUND)) for shown in ImageSequence.Iterator(picture)])
-
-
-def _encode_footage(data: bytes) -> bytes:
-    """Any video that PyAV reads as H.264, an odd height or width cut by one."""
-    frames, fps = read_video(data)
-    return encode_mp4(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2], fps, crf=20)
-
-
-def _line(package: Package) -> str:
-    return f"{package.name} {package.version}: {package.licence}"
 
 
 def _licences(packages: list[Package]) -> str:
