@@ -84,7 +84,7 @@ WIDE = {"sizes": [(16, 32)], "lengths": [8]}
 def test_a_manifest_keeps_its_rows(tmp_path: Path) -> None:
     path, rows = tmp_path / "m.parquet", [row(i, fps=23.976 if i % 2 else 24.0, key=f"ü{i}") for i in range(9)]
     assert manifest.write(path, iter(rows), About("abc", {"crf": 12})) == 9
-    assert manifest.about(path) == About("abc", {"crf": 12}, manifest.VERSION) and manifest.count(path) == 9
+    assert manifest.about(path) == About("abc", {"crf": 12}, manifest.VERSION)
     assert [one._replace(fps=round(one.fps, 3)) for one in manifest.rows(path)] == rows
 
 
@@ -98,21 +98,11 @@ def test_a_manifest_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_parts_are_merged_if_they_were_made_alike(tmp_path: Path) -> None:
-    parts = [tmp_path / f"{name}.parquet" for name in "abc"]
-    for number, path in enumerate(parts):
-        manifest.write(path, [row(number)], About("x" if number < 2 else "y"))
-    assert manifest.merge(parts[:2], tmp_path / "all.parquet") == 2
-    assert [one.key for one in manifest.rows(tmp_path / "all.parquet")] == ["k0", "k1"]
-    with pytest.raises(ManifestError, match=r"c.parquet was made in another way \(y\) than .*a.parquet \(x\)"):
-        manifest.merge(parts, tmp_path / "all.parquet")
-
-
 def test_what_is_no_manifest(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
     path.write_bytes(b"PAR1 it is not")
     with pytest.raises(ManifestError, match="is no manifest: .*Write it anew with `lingen data index`"):
-        manifest.count(path)
+        manifest.about(path)
     pa.parquet.write_table(pa.table({"key": ["a"]}), path)
     with pytest.raises(ManifestError, match="is no manifest of lingen's .shard, offset"):
         list(manifest.rows(path))

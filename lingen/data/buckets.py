@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 from lingen.data.index import Index, Mapped, Numbers
+from lingen.data.indexing import kept_folder
 from lingen.data.order import Lane
-from lingen.files import cache_folder, whole_folder
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig
 
@@ -104,16 +103,12 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
             f"{setting}: data.sizes and data.lengths need a manifest to sort the samples by; write it with "
             f"`lingen data index {index.shards[0].folder}`."
         )
+    chunks = _sorted(index, shapes, kind, data.fps)
     if index.mark:
         name = hashlib.sha256(repr((shapes, data.fps, kind)).encode()).hexdigest()[:8]
-        folder = cache_folder() / "indexes" / f"{index.mark}-{name}"
-        if not folder.is_dir():
-            with whole_folder(folder) as work:
-                _write(work, _sorted(index, shapes, kind, data.fps), len(shapes))
-        os.utime(folder)  # marks it as used
+        folder = kept_folder(f"{index.mark}-{name}", lambda work: _write(work, chunks, len(shapes)))
         parts: list[Numbers] = [Mapped(folder / str(part), np.uint32) for part in range(len(shapes) + len(REASONS))]
     else:
-        chunks = list(_sorted(index, shapes, kind, data.fps))
         parts = [np.concatenate(part) for part in zip(*chunks, strict=True)]
     rows, out = parts[: len(shapes)], parts[len(shapes) :]
     budget = getattr(data.batch, kind) * tokens(shapes[0])

@@ -15,12 +15,12 @@ class Cache(Generic[Key, Value]):
 
     Args:
         limit: what all values may come to; 0 keeps nothing.
-        size: what a value comes to, such as its bytes; by default each counts 1.
+        size: what a value comes to, such as its bytes.
     """
 
-    def __init__(self, limit: int, size: Callable[[Value], int] | None = None):
+    def __init__(self, limit: int, size: Callable[[Value], int]):
         self.limit, self.used = limit, 0
-        self._size = size
+        self.size = size
         self._kept: OrderedDict[Key, Value] = OrderedDict()
 
     def get(self, key: Key) -> Value | None:
@@ -32,11 +32,8 @@ class Cache(Generic[Key, Value]):
     def put(self, key: Key, value: Value) -> None:
         """Remembers a value, in place of the one that the key had."""
         if key in self._kept:
-            self.used -= self._size_of(self._kept.pop(key))
+            self.used -= self.size(self._kept.pop(key))
         self._kept[key] = value
-        self.used += self._size_of(value)
+        self.used += self.size(value)
         while self.used > self.limit:
-            self.used -= self._size_of(self._kept.popitem(last=False)[1])
-
-    def _size_of(self, value: Value) -> int:
-        return 1 if self._size is None else self._size(value)
+            self.used -= self.size(self._kept.popitem(last=False)[1])

@@ -52,8 +52,6 @@ class ClipData(lightning.LightningDataModule):
         self.recipe = recipe
         self.start_step = 0
         """Optimiser step of the first training batch; the trainer's, where that is further on."""
-        self.train: Clips | None = None
-        self.validation: Clips | None = None
         self._resumed: dict[str, Any] | None = None
 
     @property
@@ -74,8 +72,20 @@ class ClipData(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the indexes of all shards. RecipeError where a kind has none, DataError where no sample fits."""
-        if self.train is not None:
-            return
+        self._opened  # noqa: B018
+
+    @property
+    def train(self) -> Clips:
+        """The training samples; errors as for `setup`."""
+        return self._opened[0]
+
+    @property
+    def validation(self) -> Clips:
+        """The held-out samples; errors as for `setup`."""
+        return self._opened[1]
+
+    @cached_property
+    def _opened(self) -> tuple[Clips, Clips]:
         data, stream = self.recipe.data, (self.recipe.seed, self.recipe.stage or "main")
         shards, held_out = self._shards()
         if not self.kinds:
@@ -88,8 +98,10 @@ class ClipData(lightning.LightningDataModule):
                 )
         reader = Reader(data.remote)
         train, validation = self._open(shards, "data.shards", reader), self._open(held_out, "data.validation", reader)
-        self.train = Clips(data, train, stream, reader, self._wanted)
-        self.validation = Clips(data, validation, ("validation",), reader, self._wanted, shuffle=False)
+        return (
+            Clips(data, train, stream, reader, self._wanted),
+            Clips(data, validation, ("validation",), reader, self._wanted, shuffle=False),
+        )
 
     def _shards(self) -> tuple[Shards, Shards]:
         data = self.recipe.data
@@ -140,8 +152,6 @@ class ClipData(lightning.LightningDataModule):
     @property
     def needs_no_encoders(self) -> bool:
         """Whether all training and validation samples are encoded, with the tokens of the null text."""
-        self.setup()
-        assert self.train is not None and self.validation is not None
         indexes = [pool.index for clips in (self.train, self.validation) for pool in clips.pools.values()]
         return all(
             index.encoded and all(about.settings.get("null_text") for about in index.abouts) for index in indexes
@@ -152,22 +162,16 @@ class ClipData(lightning.LightningDataModule):
     @property
     def faults(self) -> list[Drop]:
         """Training shards and samples that were found to be broken when they were opened."""
-        self.setup()
-        assert self.train is not None
         return [drop for pool in self.train.pools.values() for drop in pool.index.faults]
 
     @property
     def held_out_faults(self) -> list[Drop]:
         """The same of the validation shards."""
-        self.setup()
-        assert self.validation is not None
         return [drop for pool in self.validation.pools.values() for drop in pool.index.faults]
 
     @property
     def left_out(self) -> dict[str, int]:
         """``kind: reason`` -> training samples that are in no bucket."""
-        self.setup()
-        assert self.train is not None
         return {
             f"{kind}: {reason}": out.number
             for kind, pool in self.train.pools.items()
@@ -176,8 +180,6 @@ class ClipData(lightning.LightningDataModule):
 
     def describe(self) -> list[str]:
         """A sentence for each kind: how many samples, in which buckets, and what was left out."""
-        self.setup()
-        assert self.train is not None
         lines = []
         for kind, pool in self.train.pools.items():
             buckets = ", ".join(
@@ -192,15 +194,11 @@ class ClipData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless; it begins at the step that training stands at whenever it is iterated anew."""
-        self.setup()
-        assert self.train is not None
         workers = self.recipe.data.workers
         return _loader(self.train, Places(self._places_from_here, workers=workers), workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """The first `train.validation_samples` held-out samples of each kind, in fixed order; equally many a rank."""
-        self.setup()
-        assert self.validation is not None
         rank, world = self._ranks()
         places: list[Place] = []
         for kind, pool in self.validation.pools.items():
@@ -216,8 +214,6 @@ class ClipData(lightning.LightningDataModule):
 
     def batches(self, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The training batches of one rank from an optimiser step on, without end and without a trainer or workers."""
-        self.setup()
-        assert self.train is not None
         for place in Places(lambda: self.places(start, rank=rank, world=world)):
             yield self.train[place]
 
@@ -227,8 +223,6 @@ class ClipData(lightning.LightningDataModule):
 
     def order(self, world: int = 1) -> Order:
         """The order of the stage's batches for this number of ranks, from where a loaded checkpoint leaves it."""
-        self.setup()
-        assert self.train is not None
         lanes = {kind: pool.lanes for kind, pool in self.train.pools.items()}
         ordered = partial(
             Order, lanes, self.recipe.data.mix, self.train.stream, accumulate=self.recipe.train.accumulate, world=world
@@ -273,8 +267,6 @@ class ClipData(lightning.LightningDataModule):
 
     def _samples(self) -> dict[str, dict[str, int]]:
         """Kind -> bucket -> samples."""
-        self.setup()
-        assert self.train is not None
         return {
             kind: {str(shape): len(rows) for shape, rows in zip(pool.shapes, pool.rows, strict=True)}
             for kind, pool in self.train.pools.items()
@@ -293,7 +285,7 @@ def _loader(clips: Clips, places: Places, workers: int) -> DataLoader[Batch]:
         clips,
         batch_size=None,
         sampler=places,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=workers,
         worker_init_fn=partial(_start_worker, _closing()) if workers else None,
         multiprocessing_context="fork" if fork else None,
@@ -301,7 +293,8 @@ def _loader(clips: Clips, places: Places, workers: int) -> DataLoader[Batch]:
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """For a loader whose data set makes whole batches."""
     return batch
 
 
@@ -314,12 +307,11 @@ def _closing() -> Any:
 
 
 def _start_worker(closing: Any, worker: int) -> None:
-    """One thread each; signals are for the training process, which ends its workers itself.
+    """Signals are for the training process, which ends its workers itself.
 
     A scheduler that stops a job signals all its processes. A worker that ended at once would break the step that is
     still to be saved, so it ends only with the training process.
     """
-    torch.set_num_threads(1)
     for number in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), signal.SIG_IGN)

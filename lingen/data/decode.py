@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from lingen.data.frames import MAX_PIXELS, fit_frame, refuse_bomb, resample
+from lingen.data.frames import fit_frame, opened_video, resample
 from lingen.data.pictures import fit_picture, open_picture, reported, webp_times
 
 VIDEO = ("mp4", "webm", "webp")
@@ -68,43 +67,10 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
         ShortClip: too few frames.
         ValueError: broken or refused bytes.
     """
-    import av
-
-    try:
-        opened: Any = av.open(io.BytesIO(data), format=container_of(data))
-        with opened as file:
-            stream = picture_stream(file)
-            codec = stream.codec_context
-            packets = [p for p in file.demux(stream) if p.pts is not None and p.size]
-            shown = np.array(sorted(p.pts for p in packets if not p.is_discard), np.int64)
-            chosen, starts = resample((shown - shown[:1]) * float(stream.time_base), frames, fps, start)
-            decoded = _decode(codec, packets, shown[chosen], size)
-    except av.FFmpegError as error:
-        raise ValueError(f"broken video: {error.strerror or error}") from error
+    with opened_video(data) as (stream, packets, shown):
+        chosen, starts = resample((shown - shown[:1]) * float(stream.time_base), frames, fps, start)
+        decoded = _decode(stream.codec_context, packets, shown[chosen], size)
     return Clip(torch.from_numpy(np.stack(decoded, 1)), starts)
-
-
-def picture_stream(file: Any) -> Any:
-    """The pictures of an opened video, to be decoded by one thread, as the workers share the cores.
-
-    Raises ValueError where there are none, or where they are too large to be decoded.
-    """
-    if not file.streams.video:
-        raise ValueError("broken video: there is no picture in it")
-    stream = file.streams.video[0]
-    refuse_bomb(stream.codec_context.width, stream.codec_context.height)
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    stream.codec_context.thread_count = 1
-    return stream
-
-
-def container_of(data: bytes) -> str:
-    """The only formats that FFmpeg may take the bytes for: others (playlists, say) can name other files."""
-    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
-        return "mp4"
-    if data[:4] == b"\x1a\x45\xdf\xa3":
-        return "matroska"
-    raise ValueError("broken video: neither an MP4 nor a WebM")
 
 
 def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size: tuple[int, int]) -> list[np.ndarray]:

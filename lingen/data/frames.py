@@ -5,8 +5,10 @@ No torch here: the processes that cut footage start quickly.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,47 @@ class ShortClip(ValueError):
 def refuse_bomb(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise Refused(f"too large: {width} x {height} pixels, at most {MAX_PIXELS // 1_000_000} million are read")
+
+
+def picture_stream(file: Any, reason: str) -> Any:
+    """The pictures of an opened video, to be decoded by one thread, as the processes share the cores.
+
+    Raises ValueError where there are none (with this `reason`), or where they are too large to be decoded.
+    """
+    if not file.streams.video:
+        raise ValueError(f"{reason}: there is no picture in it")
+    stream = file.streams.video[0]
+    refuse_bomb(stream.codec_context.width, stream.codec_context.height)
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+@contextlib.contextmanager
+def opened_video(data: bytes) -> Iterator[tuple[Any, list[Any], Int[np.ndarray, " n"]]]:
+    """The pictures of an MP4 or a WebM: the stream, its packets, and the time stamps of what is shown, ascending.
+
+    FFmpeg's errors inside the context are ValueErrors: ``broken video: ...``.
+    """
+    import av
+
+    try:
+        opened: Any = av.open(io.BytesIO(data), format=_container_of(data))
+        with opened as file:
+            stream = picture_stream(file, "broken video")
+            packets = [packet for packet in file.demux(stream) if packet.pts is not None and packet.size]
+            yield stream, packets, np.array(sorted(p.pts for p in packets if not p.is_discard), np.int64)
+    except av.FFmpegError as error:
+        raise ValueError(f"broken video: {error.strerror or error}") from error
+
+
+def _container_of(data: bytes) -> str:
+    """The only formats that FFmpeg may take the bytes for: others (playlists, say) can name other files."""
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        return "mp4"
+    if data[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    raise ValueError("broken video: neither an MP4 nor a WebM")
 
 
 def resample(

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,12 +76,17 @@ def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader
     mark = hashlib.sha256(
         json.dumps([FORMAT, kind, [(one.folder, one.version, one.shards) for one in sets]]).encode()
     ).hexdigest()[:16]
-    folder = cache_folder() / "indexes" / mark
+    return _open(kept_folder(mark, lambda work: _build(work, sets, kind, setting)))
+
+
+def kept_folder(name: str, write: Callable[[Path], None]) -> Path:
+    """A folder among the indexes in lingen's cache folder, written where it is missing, and marked as used."""
+    folder = cache_folder() / "indexes" / name
     if not folder.is_dir():
         with whole_folder(folder) as work:
-            _build(work, sets, kind, setting)
-    os.utime(folder)  # marks it as used, so that it is not deleted
-    return _open(folder)
+            write(work)
+    os.utime(folder)  # so that it is not deleted
+    return folder
 
 
 def _sort(locations: Sequence[str], setting: str, reader: Reader) -> tuple[list[Set], list[Location]]:

@@ -116,35 +116,10 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], about: About) -
     return count
 
 
-def merge(parts: Iterable[Path], path: Path) -> int:
-    """One manifest out of those of several parts, in their order; the parts stay. Returns the number of rows.
-
-    Raises:
-        ManifestError: the parts were made in different ways (their fingerprints differ), or there is none.
-    """
-    parts = list(parts)
-    if not parts:
-        raise ManifestError(f"There are no manifests to merge into {path}.")
-    abouts = {part: about(part) for part in parts}
-    first = abouts[parts[0]]
-    for part, one in abouts.items():
-        if one.fingerprint != first.fingerprint:
-            raise ManifestError(
-                f"{part} was made in another way ({one.fingerprint or 'no fingerprint'}) than {parts[0]} "
-                f"({first.fingerprint or 'no fingerprint'}); they are no parts of one set."
-            )
-    return write_batches(path, (batch for part in parts for batch in batches(part)), first)
-
-
 def about(path: Path) -> About:
     """What a manifest says of the whole set. ManifestError where it is none of ours or of a later version."""
     stored = json.loads((_open(path).schema_arrow.metadata or {}).get(b"lingen", b"{}"))
     return About(stored.get("fingerprint", ""), stored.get("settings", {}), stored.get("version", VERSION))
-
-
-def count(path: Path) -> int:
-    """The number of rows of a manifest."""
-    return _open(path).metadata.num_rows
 
 
 def batches(path: Path, size: int = GROUP) -> Iterator[pa.RecordBatch]:

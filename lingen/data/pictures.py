@@ -47,10 +47,16 @@ def fit_picture(picture: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3
 
     if picture.mode.startswith("I"):  # 16 bits
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(ImageOps.fit(picture.convert("RGB"), size[::-1], method=Image.Resampling.BICUBIC))
+    picture = on_plain(picture) if picture.has_transparency_data else picture.convert("RGB")
+    return np.asarray(ImageOps.fit(picture, size[::-1], method=Image.Resampling.BICUBIC))
+
+
+def on_plain(picture: Any, background: str | tuple[int, int, int] = "white") -> Any:
+    """A picture in RGB, on a plain background where it is transparent."""
+    from PIL import Image
+
+    shown = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", shown.size, background), shown).convert("RGB")
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

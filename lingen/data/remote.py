@@ -16,13 +16,12 @@ from lingen.recipe.errors import RecipeError
 class SourceError(OSError):
     """A piece that could not be read; the message begins with a reason and names the place."""
 
-    retries = 0
-    """Attempts after the first one."""
-
-    def __init__(self, message: str, *, missing: bool = False):
+    def __init__(self, message: str, *, missing: bool = False, retries: int = 0):
         super().__init__(message)
         self.missing = missing
         """There is no such file."""
+        self.retries = retries
+        """Attempts after the first one."""
 
 
 class Stat(NamedTuple):

@@ -11,14 +11,12 @@ import contextlib
 import errno
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from lingen.data.cache import Cache
 from lingen.data.pieces import PieceCache
 from lingen.data.remote import Passing, SourceError, Stat, is_remote, read_remote, stat_remote
 from lingen.files import cache_folder
@@ -78,8 +76,7 @@ class Reader:
         """Has the system read a piece of a local file into its cache, without waiting for it."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # the later read reports the error
-                file = _open_files(os.getpid()).get(location)
-                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(_open_file(location).fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def stat(self, location: str) -> Stat:
         """Size and version of a remote file. SourceError where there is none or it cannot be reached."""
@@ -98,46 +95,29 @@ class Reader:
             except OSError as error:
                 said = error.strerror or str(error)
                 if error.errno not in PASSING:
-                    raise _failed(f"unreadable shard: {location}: {said}", attempt) from error
+                    raise SourceError(f"unreadable shard: {location}: {said}", retries=attempt) from error
             if attempt + 1 < self.settings.attempts:
                 time.sleep(min(60.0, FIRST_WAIT * 2**attempt))
         times = f"{self.settings.attempts} attempts" if self.settings.attempts > 1 else "one attempt"
-        raise _failed(f"unreachable: {location} could not be read in {times} ({said})", self.settings.attempts - 1)
-
-
-def _failed(message: str, retries: int) -> SourceError:
-    error = SourceError(message)
-    error.retries = retries
-    return error
+        raise SourceError(
+            f"unreachable: {location} could not be read in {times} ({said})", retries=self.settings.attempts - 1
+        )
 
 
 # local files
 
 
-class _OpenFiles:
-    """The local shards that were read last, kept open; one that is dropped closes when its last reader is done."""
+@lru_cache(OPEN_FILES)
+def _open_file(path: str) -> BinaryIO:
+    """The local shards that were read last, kept open; one that is dropped closes when its last reader is done.
 
-    def __init__(self) -> None:
-        self._files = Cache[str, BinaryIO](OPEN_FILES)
-        self._lock = threading.Lock()
-
-    def get(self, path: str) -> BinaryIO:
-        with self._lock:
-            file = self._files.get(path)
-            if file is None:
-                file = open(path, "rb", buffering=0)  # noqa: SIM115
-                self._files.put(path, file)
-            return file
-
-
-@cache
-def _open_files(process: int) -> _OpenFiles:
-    """The open shards of this process: after a fork, the parent's lock may be held for ever."""
-    return _OpenFiles()
+    Threads and forked processes may share one, as every read says from where.
+    """
+    return open(path, "rb", buffering=0)
 
 
 def _read_file(path: str, offset: int, length: int) -> bytearray:
-    file = _open_files(os.getpid()).get(path)
+    file = _open_file(path)
     data, done = bytearray(length), 0
     while done < length and (more := os.preadv(file.fileno(), [memoryview(data)[done:]], offset + done)):
         done += more

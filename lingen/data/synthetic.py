@@ -171,11 +171,11 @@ def held_out_clips(
 
     How well the judge of `lingen.metrics.shapes` does on them is the most that a model can reach.
     """
-    import webdataset
+    from lingen.data.shards import read_shard
 
     clips, texts = [], []
-    paths = sorted(str(path) for path in (_folder(recipe) / split).glob("video-*.tar"))
-    for sample in itertools.islice(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False), count):
+    paths = sorted((_folder(recipe) / split).glob("video-*.tar"))
+    for sample in itertools.islice(itertools.chain.from_iterable(map(read_shard, paths)), count):
         clips.append(read_video(sample["mp4"])[0])
         texts.append(json.loads(sample["json"])["caption"])
     return clips, texts

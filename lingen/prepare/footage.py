@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingen.data.frames import MAX_PIXELS, refuse_bomb
-from lingen.data.pictures import open_picture, reported, webp_times
+from lingen.data.frames import picture_stream
+from lingen.data.pictures import on_plain, open_picture, reported, webp_times
 from lingen.recipe.errors import RecipeError
 
 EXTENSIONS = {
@@ -117,13 +117,8 @@ def _film(path: Path) -> Iterator[tuple[float, Any, Any]]:
 
     try:
         with av.open(str(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as file:
-            if not file.streams.video:
-                raise ValueError("unreadable: there is no picture in it")
-            stream = file.streams.video[0]
+            stream = picture_stream(file, "unreadable")
             codec = stream.codec_context
-            refuse_bomb(codec.width, codec.height)
-            codec.options = {"max_pixels": str(MAX_PIXELS)}
-            codec.thread_count = 1  # the processes share the cores
             interval = 1 / float(stream.average_rate or 25)
             time = -interval
             for packet in file.demux(stream):
@@ -151,13 +146,11 @@ def _pictures(codec: Any, packet: Any) -> Iterator[Any]:
 def _animation(path: Path) -> Iterator[tuple[float, Any, None]]:
     """The pictures of an animated WebP, on white; a still one has one."""
     import av
-    from PIL import Image
 
     data = path.read_bytes()
     animation = open_picture(data, ("WEBP",))
     for number, time in enumerate(webp_times(data)):
         with reported():
             animation.seek(number)
-            shown = animation.convert("RGBA")
-            shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
+            shown = on_plain(animation)
         yield float(time), av.VideoFrame.from_image(shown), None

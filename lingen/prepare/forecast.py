@@ -73,7 +73,6 @@ def ranks_of(recipe: Recipe) -> int:
 
 def _add(whole: Forecast, recipe: Recipe, data: ClipData, ranks: int) -> None:
     name = recipe.stage or "main"
-    assert data.train is not None
     whole.epochs[name] = {}
     for kind, pool in data.train.pools.items():
         own = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from lingen.data import manifest
 from lingen.data.batch import Drop
 from lingen.data.captions import captions_of
+from lingen.data.frames import opened_video
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.pictures import open_picture, reported, webp_size, webp_times
 from lingen.data.shards import parse, scan
@@ -110,27 +110,14 @@ def describe(members: dict[str, bytes]) -> dict[str, Any]:
 def _video(data: bytes) -> dict[str, Any]:
     """Size, frames and rate of a video by the time stamps of its frames, not its header; rotated as the first frame
     is."""
-    import av
-
-    from lingen.data.decode import container_of, picture_stream
-
-    try:
-        opened: Any = av.open(io.BytesIO(data), format=container_of(data))
-        with opened as file:
-            stream = picture_stream(file)
-            codec = stream.codec_context
-            packets = [packet for packet in file.demux(stream) if packet.pts is not None and packet.size]
-            shown = np.array(sorted(packet.pts for packet in packets if not packet.is_discard)) * float(
-                stream.time_base
-            )
-            first = next((frame for packet in [*packets, None] for frame in codec.decode(packet)), None)
-            if first is None or not len(shown):
-                raise ValueError("broken video: there is no frame in it")
-            size = first.height, round(first.width * float(codec.sample_aspect_ratio or 1))
-    except av.FFmpegError as error:
-        raise ValueError(f"broken video: {error.strerror or error}") from error
-    height, width = size if round(first.rotation / 90) % 2 == 0 else size[::-1]
-    return {"height": height, "width": width, "frames": len(shown), "fps": _rate(shown)}
+    with opened_video(data) as (stream, packets, shown):
+        codec = stream.codec_context
+        first = next((frame for packet in [*packets, None] for frame in codec.decode(packet)), None)
+        if first is None or not len(shown):
+            raise ValueError("broken video: there is no frame in it")
+        size = first.height, round(first.width * float(codec.sample_aspect_ratio or 1))
+        height, width = size if round(first.rotation / 90) % 2 == 0 else size[::-1]
+        return {"height": height, "width": width, "frames": len(shown), "fps": _rate(shown * float(stream.time_base))}
 
 
 def _rate(times: Sequence[float] | np.ndarray) -> float:

@@ -9,6 +9,7 @@ ledger.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from lingen.data.fingerprint import differences
 from lingen.data.manifest import Row
 from lingen.files import whole_file, write_json, write_text
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import KINDS
 
 
 class Part(NamedTuple):
@@ -29,8 +31,6 @@ class Part(NamedTuple):
 
     def holds(self, name: str) -> bool:
         """Whether this name is in the share. A name's share does not depend on the other names."""
-        import hashlib
-
         digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
         return int.from_bytes(digest, "big") % self.total == self.number - 1
 
@@ -139,17 +139,21 @@ class SetFolder:
         """Marks this part as done. True where all are."""
         shutil.rmtree(self.work, ignore_errors=True)
         write_text(self.own / "done", "")
-        parts = [self.parts / str(Part(number, self.part.total)) for number in range(1, self.part.total + 1)]
-        return all((part / "done").is_file() for part in parts)
+        return all((folder / "done").is_file() for folder in self._folders())
 
     def all_records(self, kind: str) -> Iterator[Record]:
         """The records of all parts, in order."""
-        for number in range(1, self.part.total + 1):
-            yield from _records(self.parts / str(Part(number, self.part.total)) / "records", kind)
+        for folder in self._folders():
+            yield from _records(folder / "records", kind)
 
-    def own_records(self, kind: str) -> Iterator[Record]:
-        """The records of this part."""
-        return _records(self.records, kind)
+    def own_records(self) -> Iterator[Record]:
+        """The records of this part, of all kinds."""
+        for kind in KINDS:
+            yield from _records(self.records, kind)
+
+    def _folders(self) -> list[Path]:
+        """Those of all parts, in order."""
+        return [self.parts / str(self.part._replace(number=number)) for number in range(1, self.part.total + 1)]
 
 
 @contextlib.contextmanager
@@ -164,11 +168,6 @@ def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def write_record(path: Path, record: Record) -> None:
-    entries = [[list(entry.row), list(entry.looks)] for entry in record.entries]
-    write_json(path, {"entries": entries, "notes": record.notes}, indent=None)
 
 
 def _records(folder: Path, kind: str) -> Iterator[Record]:
@@ -261,8 +260,7 @@ class ShardStream:
         """Writes the record and then renames the shard to its final name."""
         if not self._record.entries and not self._record.notes:
             return
-        path = self.folder.records / f"{self._stem}.json"
-        write_record(path, self._record)
+        write_json(self.folder.records / f"{self._stem}.json", self._record._asdict(), indent=None)
         self._open.close()
         for used in self._used:
             used.unlink(missing_ok=True)

@@ -105,7 +105,7 @@ def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda 
         complete = folder.finish()
     if complete:
         return finish(folder, job, fileless)
-    return Report(record for kind in KINDS for record in folder.own_records(kind))
+    return Report(folder.own_records())
 
 
 def _pack_kind(job: Packing, sources: list[Source], stream: ShardStream) -> Iterator[Source]:

@@ -9,7 +9,8 @@ from typing import Any
 from lingen.data import manifest
 from lingen.data.manifest import About, Row
 from lingen.files import write_json
-from lingen.prepare.journal import Note, Record, SetFolder
+from lingen.prepare.journal import Record, SetFolder
+from lingen.recipe.sections import KINDS
 
 LEDGER = "ledger.json"
 """Name of the report in the folder of a set."""
@@ -47,19 +48,15 @@ class Report:
             self.made[row.kind] += 1
             self.seconds += row.frames / row.fps if row.fps else 0.0
             self.size += row.length
-        for note in record.notes:
-            self.note(note)
-
-    def note(self, note: Note) -> None:
-        """Counts a finished source, or something that was left out."""
-        if not note.reason:
-            self.looked_at += 1
-            return
-        group = note.reason.partition(":")[0]
-        self.left_out[group] += 1
-        named = self.named.setdefault(group, [])
-        if len(named) < NAMED:
-            named.append(f"{note.name}: {note.reason}")
+        for name, reason in record.notes:
+            if not reason:
+                self.looked_at += 1
+                continue
+            group = reason.partition(":")[0]
+            self.left_out[group] += 1
+            named = self.named.setdefault(group, [])
+            if len(named) < NAMED:
+                named.append(f"{name}: {reason}")
 
     def rows(self) -> list[dict[str, str]]:
         """For a table: what was made, then what was left out, most frequent first, with an example."""
@@ -82,11 +79,11 @@ class Report:
         }
 
 
-def close_set(folder: SetFolder, kinds: Sequence[str], about: About, complete: bool) -> Report:
+def close_set(folder: SetFolder, about: About, complete: bool) -> Report:
     """The report of this part; once all parts are done, that of the whole set, which gets its manifest and ledger."""
     if not complete:
-        return Report(record for kind in kinds for record in folder.own_records(kind))
-    records = [record for kind in kinds for record in folder.all_records(kind)]
+        return Report(folder.own_records())
+    records = [record for kind in KINDS for record in folder.all_records(kind)]
     report = Report(records)
     write_set(folder, [entry.row for record in records for entry in record.entries], about, report.as_json())
     return report
