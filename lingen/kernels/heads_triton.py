@@ -30,6 +30,13 @@ def whole(x, row, real, stride, E: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
+def store_whole(x, y, row, real, stride, E: tl.constexpr, FULL: tl.constexpr):
+    c = tl.arange(0, FULL)
+    x += row[:, None] * stride + c[None, :]
+    tl.store(x, y.to(x.dtype.element_ty), mask=real[:, None] & (c < E)[None, :])
+
+
+@triton.jit
 def _channels(E: tl.constexpr, HALF: tl.constexpr):
     """Lanes, their channels in the first half, which of those exist, and which have a partner in the second half."""
     c = tl.arange(0, HALF)

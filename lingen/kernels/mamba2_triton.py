@@ -15,9 +15,9 @@ from torch import Tensor
 from lingen.kernels.conv_triton import conv_silu_backward, conv_silu_forward
 from lingen.kernels.gated_norm_triton import gated_norm_backward, gated_norm_forward
 from lingen.kernels.pool_triton import pool_backward, pool_forward
-from lingen.kernels.scan import chunk_of, rows_of, state_by_product
+from lingen.kernels.scan import chunk_of, rows_of, state_gradients
 from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
-from lingen.kernels.scan_triton import Scan, Sizes, scan_forward, step_sums
+from lingen.kernels.scan_triton import Scan, Sizes, scan_forward
 from lingen.recipe.sections import Triple
 
 
@@ -81,10 +81,10 @@ def _scan(xbc: Tensor, dt: Tensor, weights: Weights, plan: Plan, review: bool = 
     n, sizes, index = dt.shape[1], plan.sizes, plan.order
     if review:
         sizes, index = sizes._replace(ways=plan.review_ways, turns=False), plan.review_order
-    rows, chunk = rows_of(n, "triton", xbc.dtype), chunk_of(n, xbc.dtype)
+    rows = rows_of(n, "triton", xbc.dtype)
     u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, index, before=plan.before, rows=rows)
-    a, bias = weights.a[: sizes.ways].contiguous(), weights.dt_bias[: sizes.ways].contiguous()
-    return Scan(u, step_sums(dt, a, bias, index, rows, chunk, sizes.turns), sizes, chunk)
+    a, bias = weights.a[: sizes.ways], weights.dt_bias[: sizes.ways]
+    return Scan(u, dt, a, bias, index, sizes, chunk_of(n, xbc.dtype))
 
 
 def _review(projected: Tensor, weights: Weights, plan: Plan) -> Tensor | None:
@@ -147,10 +147,16 @@ def _review_backward(
     _, xbc, dt = plan.slices(pooled)
     rows, ways, sizes = dt.shape[1], plan.review_ways, plan.sizes
     u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, plan.review_order, before=plan.before, rows=rows)
-    parts = [part.detach().requires_grad_() for part in (u, dt, weights.a[:ways], weights.dt_bias[:ways])]
-    with torch.enable_grad():
-        state = state_by_product(parts[0], parts[1], parts[2], parts[3], plan.review_order, sizes.groups, sizes.state)
-    du, ddt, da, ddt_bias = torch.autograd.grad(state, parts, dbegin[:, :ways].mT)
+    du, ddt, da, ddt_bias = state_gradients(
+        dbegin[:, :ways].mT,
+        u,
+        dt,
+        weights.a[:ways],
+        weights.dt_bias[:ways],
+        plan.review_order,
+        sizes.groups,
+        sizes.state,
+    )
     dpooled = torch.empty_like(pooled)
     _, dxbc, ddt_out = plan.slices(dpooled)
     ddt_out.copy_(ddt)

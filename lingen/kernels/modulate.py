@@ -7,6 +7,8 @@ For each token, where gate, scale and shift are the rows of its frame (adaLN, Di
 Why positions enter here and not the stream: docs/facts.md, "Positional tables".
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -39,13 +41,7 @@ def norm_modulate(
         RecipeError: for a kernel that cannot run.
         ValueError: for 8 bits where a gradient is wanted, and where f is neither 1 nor t.
     """
-    _check(x, dtype, x, weight, shift, scale, positions)
-    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
-        from lingen.kernels import modulate_triton
-
-        operands = modulate_triton.Operands(x, None, None, weight, shift, scale, positions)
-        return modulate_triton.fused(operands, eps, dtype or x.dtype)[1]
-    return _normed(x, weight, shift, scale, positions, eps, dtype or x.dtype)
+    return _run((x, None, None, weight, shift, scale, positions), eps, dtype, None, kernel)[1]
 
 
 def add_norm(
@@ -69,14 +65,7 @@ def add_norm(
         out: where x_new is written, x itself allowed; only where no gradient is wanted.
     Otherwise as `norm_modulate`.
     """
-    _check(x, dtype, x, update, weight, gate, shift, scale, positions, out=out)
-    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
-        from lingen.kernels import modulate_triton
-
-        operands = modulate_triton.Operands(x, update, gate, weight, shift, scale, positions)
-        return modulate_triton.fused(operands, eps, dtype or x.dtype, out)
-    x_new = _added(x, update, gate, out)
-    return x_new, _normed(x_new, weight, shift, scale, positions, eps, dtype or x.dtype)
+    return _run((x, update, gate, weight, shift, scale, positions), eps, dtype, out, kernel)
 
 
 def gated_add(
@@ -88,12 +77,25 @@ def gated_add(
     kernel: str = "auto",
 ) -> Float[Tensor, "b t h w d"]:
     """x + gate * update, in x's dtype; arguments as in `add_norm`."""
-    _check(x, None, x, update, gate, out=out)
-    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
-        from lingen.kernels import modulate_triton
+    return _run((x, update, gate, None, None, None, None), 0.0, None, out, kernel)[0]
 
-        return modulate_triton.fused(modulate_triton.Operands(x, update, gate), 0.0, x.dtype, out)[0]
-    return _added(x, update, gate, out)
+
+def _run(
+    operands: tuple[Tensor | None, ...], eps: float, dtype: torch.dtype | None, out: Tensor | None, kernel: str
+) -> tuple[Any, Any]:
+    """(x_new, normed) by the twin that `kernel` names, from x, update, gate, weight, shift, scale and positions.
+
+    What takes no part is None. Without an update x_new means nothing, without a weight normed is None.
+    """
+    x, update, gate, weight, *moves = operands
+    assert x is not None
+    _check(x, dtype, *operands, out=out)
+    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
+        from lingen.kernels.modulate_triton import Operands, fused
+
+        return fused(Operands(*operands), eps, dtype or x.dtype, out)
+    x_new = x if update is None else _added(x, update, gate, out)
+    return x_new, None if weight is None else _normed(x_new, weight, *moves, eps=eps, dtype=dtype or x.dtype)
 
 
 def _normed(
@@ -102,6 +104,7 @@ def _normed(
     shift: Tensor | None,
     scale: Tensor | None,
     positions: Tensor | None,
+    *,
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor | Quantized:

@@ -27,9 +27,9 @@ def norm_silu(
         RecipeError: for a kernel that cannot run.
     """
     if choose("norm and SiLU", kernel, NORM_SILU_KERNELS, x) == "triton":
-        from lingen.kernels import norm_silu_triton
+        from lingen.kernels.norm_silu_triton import NormSiLU
 
-        return norm_silu_triton.norm_silu(x, weight, bias, eps)
+        return NormSiLU.apply(x, weight, bias, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps) + bias.to(wide.dtype)
     return F.silu(normed, inplace=True).to(x.dtype)

@@ -66,12 +66,6 @@ def _norm_silu_backward(
     tl.store(target + d, d_shift, mask=columns < d)
 
 
-def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`lingen.kernels.norm_silu.norm_silu` for tensors that Triton reads."""
-    wants_gradient = torch.is_grad_enabled() and any(one.requires_grad for one in (x, weight, bias))
-    return _NormSiLU.apply(x, weight, bias, eps) if wants_gradient else forward(x, weight, bias, eps)
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [*rows d] -> a contiguous result in x's dtype."""
     rows, y = _rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -101,7 +95,9 @@ def backward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Tensor) ->
     return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
 
-class _NormSiLU(torch.autograd.Function):
+class NormSiLU(torch.autograd.Function):
+    """Saves its inputs only."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight, bias)

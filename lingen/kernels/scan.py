@@ -204,3 +204,13 @@ def state_by_product(
         states = [x[:, :, :, g].flatten(2).mT @ keys[:, :, g] for g in range(groups)]
         state = torch.stack(states, 1).to(dtype).unflatten(2, (len(a), heads // groups, -1))
         return state.transpose(1, 2).reshape(b, len(a), heads, -1, state_dim)
+
+
+def state_gradients(
+    grad: Tensor, u: Tensor, dt: Tensor, a: Tensor, dt_bias: Tensor, index: Tensor | None, groups: int, state_dim: int
+) -> tuple[Tensor, ...]:
+    """Gradients of u, dt, a and dt_bias from that of `state_by_product`, which is computed again."""
+    u, dt, a, dt_bias = (part.detach().requires_grad_() for part in (u, dt, a, dt_bias))
+    with torch.enable_grad():
+        state = state_by_product(u, dt, a, dt_bias, index, groups, state_dim)
+    return torch.autograd.grad(state, (u, dt, a, dt_bias), grad)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lingen.kernels.scan_triton import Scan
 
-# (warps, stages) of each kernel; tuned on an H100 at heads of 64 and a state of 128.
-LAUNCH = {"pairs": (8, 2), "inter": (4, 2)}
+# Tuned on an H100 at heads of 64 and a state of 128.
+LAUNCH = {"pairs": {"num_warps": 8, "num_stages": 2}, "inter": {"num_warps": 4, "num_stages": 2}}
 
 
 @triton.jit
@@ -166,13 +166,12 @@ def _pairs_backward(scan: Scan, dy: Tensor, pairs: Tensor) -> tuple[Tensor, Tens
     own = torch.empty_like(scan.steps[:, 0])
     if sizes.ways == 1:
         dpairs[..., :half, half:] = 0
-    warps, stages = LAUNCH["pairs"]
     for side in (1, 2, 0) if sizes.ways == 2 else (1, 0):
         _scan_pairs[scan.chunks * (2 if side == 0 else 1), sizes.groups * split, scan.batch](
             scan.x, dy, pairs, scan.steps, scan.logs, dpairs, by_row, by_column, own, scan.rows, sizes.heads,
             scan.per_group, scan.x.stride(1), dy.stride(1), split,
             E=scan.shape["E"], E_PADDED=scan.shape["E_PADDED"], HALF=half, SIDE=side, **scan.common,
-            num_warps=warps, num_stages=stages,
+            **LAUNCH["pairs"],
         )  # fmt: skip
     return dpairs.sum(0).to(dy.dtype), by_row, by_column, own
 
@@ -182,14 +181,11 @@ def _inter_backward(scan: Scan, v: Tensor, states: Tensor, dpairs: Tensor, out: 
     by_token = torch.empty_like(scan.steps)
     block = min(64, scan.chunk)
     k, other = (scan.b, scan.c) if of_b else (scan.c, scan.b)
-    warps, stages = LAUNCH["inter"]
-    if scan.large:
-        stages = 1
     _scan_inter[scan.rows // block, scan.sizes.groups, scan.batch](
         v, k, other, dpairs, scan.steps, scan.logs, states, out, by_token, scan.rows, scan.sizes.heads,
         scan.per_group, v.stride(1), k.stride(1), out.stride(1),
         *((1, scan.chunk) if of_b else (scan.chunk, 1)),
-        CHUNK=scan.chunk, BLOCK=block, OF_B=of_b, **scan.shape, **scan.common, num_warps=warps, num_stages=stages,
+        CHUNK=scan.chunk, BLOCK=block, OF_B=of_b, **scan.shape, **scan.common, **scan.fitting(LAUNCH["inter"]),
     )  # fmt: skip
     return by_token
 

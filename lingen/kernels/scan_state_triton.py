@@ -4,8 +4,8 @@
 
 import torch
 
-from lingen.kernels.scan import state_by_product
-from lingen.kernels.scan_triton import Scan, step_sums
+from lingen.kernels.scan import state_gradients
+from lingen.kernels.scan_triton import Scan
 
 
 class FusedState(torch.autograd.Function):
@@ -15,16 +15,12 @@ class FusedState(torch.autograd.Function):
     def forward(ctx, u, dt, a, bias, index, sizes, chunk):
         ctx.save_for_backward(u, dt, a, bias, index)
         ctx.sizes = sizes
-        a, bias = a.contiguous(), bias.contiguous()
-        scan = Scan(u, step_sums(dt, a, bias, index, u.shape[1], chunk, turns=False), ctx.sizes, chunk)
+        scan = Scan(u, dt, a, bias, index, sizes, chunk)
         _, end, _ = scan.states(scan.x, scan.b, None)
         return end.mT.contiguous()
 
     @staticmethod
     def backward(ctx, grad):
-        *parts, index = ctx.saved_tensors
-        parts = [part.detach().requires_grad_() for part in parts]
-        with torch.enable_grad():
-            u, dt, a, bias = parts
-            state = state_by_product(u, dt, a, bias, index, ctx.sizes.groups, ctx.sizes.state)
-        return *torch.autograd.grad(state, parts, grad), None, None, None
+        u, dt, a, bias, index = ctx.saved_tensors
+        grads = state_gradients(grad, u, dt, a, bias, index, ctx.sizes.groups, ctx.sizes.state)
+        return *grads, None, None, None

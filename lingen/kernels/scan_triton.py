@@ -24,8 +24,13 @@ from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
-# (warps, stages) of each kernel; tuned on an H100 at heads of 64 and a state of 128.
-LAUNCH = {"sums": (8, 1), "states": (4, 3), "carry": (2, 1), "mix": (8, 2)}
+# Tuned on an H100 at heads of 64 and a state of 128.
+LAUNCH = {
+    "sums": {"num_warps": 8},
+    "states": {"num_warps": 4, "num_stages": 3},
+    "carry": {"num_warps": 2},
+    "mix": {"num_warps": 8, "num_stages": 2},
+}
 # Parts that the heads of a group are shared out to, so that there are programs enough to fill a GPU.
 SPLIT = 8
 
@@ -271,8 +276,8 @@ class Sizes(NamedTuple):
         return self.heads * self.width, self.groups * self.state, self.groups * self.state
 
 
-def step_sums(
-    dt: Tensor, a: Tensor, bias: Tensor, index: Tensor | None, rows: int, chunk: int, turns: bool = True
+def _step_sums(
+    dt: Tensor, a: Tensor, bias: Tensor, index: Tensor | None, rows: int, chunk: int, turns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raw steps [b n k] in raster order -> what `_scan_sums` writes, each [b r k rows], float32, in scan order."""
     batch, n, heads = dt.shape
@@ -280,10 +285,9 @@ def step_sums(
     steps = torch.empty(batch, ways, heads, rows, device=dt.device, dtype=torch.float32)
     logs, columns = torch.empty_like(steps), torch.empty_like(steps)
     block = min(16, triton.next_power_of_2(heads))
-    warps, _ = LAUNCH["sums"]
     _scan_sums[batch * rows // chunk, triton.cdiv(heads, block), ways](
         dt, a, bias, dt if index is None else index, steps, logs, columns, n, rows, heads, dt.stride(0), dt.stride(1),
-        CHUNK=chunk, HEADS=block, INDEXED=index is not None, REVERSED=turns, num_warps=warps,
+        CHUNK=chunk, HEADS=block, INDEXED=index is not None, REVERSED=turns, **LAUNCH["sums"],
     )  # fmt: skip
     return steps, logs, columns
 
@@ -293,13 +297,16 @@ class Scan:
 
     Args:
         u: x | b | c [b rows c] in scan order, zeros behind the last token.
-        sums: of `step_sums`.
+        dt: raw steps [b n k] in raster order, of which position i of the scan reads row index[i].
+        a, bias: of each direction [r k].
     """
 
-    def __init__(self, u: Tensor, sums: tuple[Tensor, Tensor, Tensor], sizes: Sizes, chunk: int):
+    def __init__(self, u: Tensor, dt: Tensor, a: Tensor, bias: Tensor, index: Tensor | None, sizes: Sizes, chunk: int):
         self.u, self.sizes, self.chunk = u, sizes, chunk
-        self.steps, self.logs, self.columns = sums
         self.batch, self.rows, _ = u.shape
+        self.steps, self.logs, self.columns = _step_sums(
+            dt, a.contiguous(), bias.contiguous(), index, self.rows, chunk, sizes.turns
+        )
         self.chunks = self.rows // chunk
         self.x, self.b, self.c = u.split(sizes.parts, -1)
         self.per_group = sizes.heads // sizes.groups
@@ -309,9 +316,12 @@ class Scan:
             "E_PADDED": max(16, triton.next_power_of_2(sizes.width)),
             "S_PADDED": max(16, triton.next_power_of_2(sizes.state)),
         }
-        # Two stages of larger states do not fit into shared memory.
-        self.large = self.shape["E_PADDED"] * self.shape["S_PADDED"] > 8192
         self.common = {"DIRECTIONS": sizes.ways, "PRECISION": "ieee" if u.dtype == torch.float32 else "tf32"}
+
+    def fitting(self, launch: dict[str, int]) -> dict[str, int]:
+        """`launch` with one stage where the states are larger: two do not fit into shared memory."""
+        large = self.shape["E_PADDED"] * self.shape["S_PADDED"] > 8192
+        return launch | {"num_stages": 1} if large else launch
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """left right^T inside each chunk: [b chunks g q q]."""
@@ -327,43 +337,32 @@ class Scan:
         With `forward`, the states of the forward pass, it is the adjoint: also the products of both, [b r k chunks].
         """
         sizes, adjoint = self.sizes, forward is not None
-        states = torch.empty(
-            self.batch, self.chunks, sizes.ways, sizes.heads, sizes.state, sizes.width,
-            device=v.device, dtype=v.dtype,
-        )  # fmt: skip
-        warps, stages = LAUNCH["states"]
+        states = v.new_empty(self.batch, self.chunks, sizes.ways, sizes.heads, sizes.state, sizes.width)
         _scan_states[sizes.heads, self.chunks, self.batch](
             v, k, self.logs, self.columns, states, self.rows, sizes.heads, self.per_group, v.stride(1), k.stride(1),
             CHUNK=self.chunk, BLOCK=min(64, self.chunk), REVERSED=sizes.turns, ADJOINT=adjoint,
-            **self.shape, **self.common, num_warps=warps, num_stages=stages,
+            **self.shape, **self.common, **LAUNCH["states"],
         )  # fmt: skip
         size = sizes.state * sizes.width
         block = min(512, triton.next_power_of_2(size))
         blocks = triton.cdiv(size, block)
         end = torch.empty(states.shape[:1] + states.shape[2:], device=v.device, dtype=torch.float32)
-        met = torch.empty(
-            (self.batch, sizes.ways, sizes.heads, self.chunks, blocks) if adjoint else (1,),
-            device=v.device, dtype=torch.float32,
-        )  # fmt: skip
-        warps, _ = LAUNCH["carry"]
+        met = end.new_empty((self.batch, sizes.ways, sizes.heads, self.chunks, blocks) if adjoint else (1,))
         _scan_carry[blocks, sizes.heads, self.batch * sizes.ways](
             states, self.logs, end if begin is None else begin, end, states if forward is None else forward, met,
             self.chunks, sizes.heads, size,
             CHUNK=self.chunk, BLOCK=block, DIRECTIONS=sizes.ways, REVERSED=sizes.turns, ADJOINT=adjoint,
-            HAS_BEGIN=begin is not None, num_warps=warps,
+            HAS_BEGIN=begin is not None, **LAUNCH["carry"],
         )  # fmt: skip
         return states, end, met.sum(-1) if adjoint else None
 
     def mix(self, v: Tensor, k: Tensor, pairs: Tensor, states: Tensor, d: Tensor, out: Tensor, adjoint: bool) -> None:
         """`_scan_mix` over the whole sequence; d [k] is what a head adds of v itself."""
-        warps, stages = LAUNCH["mix"]
-        if self.large:
-            stages = 1
         split = min(self.per_group, SPLIT)
         _scan_mix[self.sizes.groups * split, 2 * self.chunks, self.batch](
             v, k, pairs, self.steps, self.logs, self.columns, states, d, out, self.rows, self.sizes.heads,
             self.per_group, split, v.stride(1), k.stride(1), out.stride(1),
-            HALF=self.chunk // 2, ADJOINT=adjoint, **self.shape, **self.common, num_warps=warps, num_stages=stages,
+            HALF=self.chunk // 2, ADJOINT=adjoint, **self.shape, **self.common, **self.fitting(LAUNCH["mix"]),
         )  # fmt: skip
 
 
@@ -380,18 +379,16 @@ class FusedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, dt, a, d, bias, index, begin, sizes, chunk):  # noqa: D102
-        a, bias = a.contiguous(), bias.contiguous()
         ctx.save_for_backward(u, dt, a, d, bias, index, begin)
         ctx.sizes, ctx.chunk = sizes, chunk
-        scan = Scan(u, step_sums(dt, a, bias, index, u.shape[1], chunk), sizes, chunk)
-        return scan_forward(scan, d.sum(0), begin)
+        return scan_forward(Scan(u, dt, a, bias, index, sizes, chunk), d.sum(0), begin)
 
     @staticmethod
     def backward(ctx, dy):  # noqa: D102
         from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
 
         u, dt, a, d, bias, index, begin = ctx.saved_tensors
-        scan = Scan(u, step_sums(dt, a, bias, index, u.shape[1], ctx.chunk), ctx.sizes, ctx.chunk)
+        scan = Scan(u, dt, a, bias, index, ctx.sizes, ctx.chunk)
         found = scan_backward(scan, dy.contiguous(), d.sum(0), begin)
         ddt = torch.empty(dt.shape, device=dt.device, dtype=dt.dtype)
         da, dbias = step_gradients(scan, found, a, index, ddt)

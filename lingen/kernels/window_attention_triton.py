@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lingen.kernels.heads_triton import halves, turned, turned_back, whole
+from lingen.kernels.heads_triton import halves, store_whole, turned, turned_back, whole
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Numbers that change from grid to grid: no reason to compile again.
@@ -122,10 +122,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _start(tokens, windows, heads, N: tl.constexpr):
-    """This program's head, the first row of its clip, and the first of its window's numbers in the list of rows."""
-    window = tl.program_id(0) // heads
-    return tl.program_id(0) % heads, (window // windows).to(tl.int64) * tokens, (window % windows) * N
+def _start(qkv, rows, tokens, windows, heads, N: tl.constexpr, E: tl.constexpr):
+    """This program's head, its q, k and v in the first token of all, the first row of its clip, its window's rows."""
+    window, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    q = qkv + head * E
+    k, v = q + heads * E, q + 2 * heads * E
+    return head, q, k, v, (window // windows).to(tl.int64) * tokens, rows + (window % windows) * N
 
 
 @triton.jit
@@ -133,6 +135,19 @@ def _places(rows, i, first_row, N: tl.constexpr):
     """Rows of the window's tokens i, and which of them are no padding."""
     row = tl.load(rows + i, mask=i < N, other=-1)
     return first_row + row.to(tl.int64), row >= 0
+
+
+@triton.jit
+def _block_of(
+    x, y, rows, i, first_row, cos, sin, weight, stride, y_stride, eps,
+    N: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Of the window's tokens i: x, normed and turned, in halves; y as it is; their rows, and which are no padding."""
+    row, real = _places(rows, i, first_row, N)
+    a, b = halves(x, row, real, stride, E, HALF)
+    whole_rows = whole(y, row, real, y_stride, E, FULL)
+    a, b = turned(a, b, i, cos, sin, weight, eps, N, E, HALF)
+    return a, b, whole_rows, row, real
 
 
 @triton.jit
@@ -146,10 +161,7 @@ def _window_forward(
     qkv, out, rows, cos, sin, q_weight, k_weight, stride, out_stride, tokens, windows, heads, eps,
     N: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    head, first_row, number = _start(tokens, windows, heads, N)
-    rows += number
-    q = qkv + head * E
-    k, v = q + heads * E, q + 2 * heads * E
+    head, q, k, v, first_row, rows = _start(qkv, rows, tokens, windows, heads, N, E)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     row, real = _places(rows, i, first_row, N)
     qa, qb = halves(q, row, real, stride, E, HALF)
@@ -161,10 +173,9 @@ def _window_forward(
     y = tl.zeros((TILE, FULL), tl.float32)
     for start in range(0, N, TILE):
         j = start + tl.arange(0, TILE)
-        other, seen = _places(rows, j, first_row, N)
-        ka, kb = halves(k, other, seen, stride, E, HALF)
-        values = whole(v, other, seen, stride, E, FULL)
-        ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
+        ka, kb, values, _, seen = _block_of(
+            k, v, rows, j, first_row, cos, sin, k_weight, stride, stride, eps, N, E, HALF, FULL
+        )  # fmt: skip
         scores = _product(qa, qb, tl.trans(ka), tl.trans(kb)) * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -173,9 +184,7 @@ def _window_forward(
         total = total * shrink + tl.sum(p, 1)
         y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision="ieee")
         top = new_top
-    c = tl.arange(0, FULL)
-    out += head * E + row[:, None] * out_stride + c[None, :]
-    tl.store(out, (y / total[:, None]).to(out.dtype.element_ty), mask=real[:, None] & (c < E)[None, :])
+    store_whole(out + head * E, y / total[:, None], row, real, out_stride, E, FULL)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -185,13 +194,12 @@ def _window_backward(
     N: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Windows of one block."""
-    head, first_row, number = _start(tokens, windows, heads, N)
-    q, dq = qkv + head * E, dqkv + head * E
-    k, dk = q + heads * E, dq + heads * E
-    v, dv = k + heads * E, dk + heads * E
+    head, q, k, v, first_row, rows = _start(qkv, rows, tokens, windows, heads, N, E)
+    dq = dqkv + head * E
+    dk, dv = dq + heads * E, dq + 2 * heads * E
     partial += tl.program_id(0).to(tl.int64) * 2 * E
     i = tl.arange(0, TILE)
-    row, real = _places(rows + number, i, first_row, N)
+    row, real = _places(rows, i, first_row, N)
     scale = E**-0.5
     # All loads first: they wait together.
     qa, qb = halves(q, row, real, stride, E, HALF)
@@ -205,9 +213,7 @@ def _window_backward(
     p = tl.exp2(scores - tl.max(scores, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
     dvalues = tl.dot(tl.trans(p.to(dy.dtype)), dy, input_precision="ieee")
-    c = tl.arange(0, FULL)
-    dv += row[:, None] * dstride + c[None, :]
-    tl.store(dv, dvalues.to(dv.dtype.element_ty), mask=real[:, None] & (c < E)[None, :])
+    store_whole(dv, dvalues, row, real, dstride, E, FULL)
     dp = tl.dot(dy, tl.trans(values), input_precision="ieee")
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(qa.dtype)
     da, db = tl.dot(ds, ka, input_precision="ieee"), tl.dot(ds, kb, input_precision="ieee")
@@ -226,10 +232,7 @@ def _window_backward_queries(
     N: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """A block of queries against all keys, twice: for the softmax and its pull, which are kept, then for dq."""
-    head, first_row, number = _start(tokens, windows, heads, N)
-    rows += number
-    q = qkv + head * E
-    k, v = q + heads * E, q + 2 * heads * E
+    head, q, k, v, first_row, rows = _start(qkv, rows, tokens, windows, heads, N, E)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     row, real = _places(rows, i, first_row, N)
     qa, qb = halves(q, row, real, stride, E, HALF)
@@ -241,10 +244,9 @@ def _window_backward_queries(
     pull = tl.zeros((TILE,), tl.float32)
     for start in range(0, N, TILE):
         j = start + tl.arange(0, TILE)
-        other, seen = _places(rows, j, first_row, N)
-        ka, kb = halves(k, other, seen, stride, E, HALF)
-        values = whole(v, other, seen, stride, E, FULL)
-        ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
+        ka, kb, values, _, seen = _block_of(
+            k, v, rows, j, first_row, cos, sin, k_weight, stride, stride, eps, N, E, HALF, FULL
+        )  # fmt: skip
         scores = _product(qa, qb, tl.trans(ka), tl.trans(kb)) * (scale * _LOG2E)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -263,10 +265,9 @@ def _window_backward_queries(
     db = tl.zeros((TILE, HALF), tl.float32)
     for start in range(0, N, TILE):
         j = start + tl.arange(0, TILE)
-        other, seen = _places(rows, j, first_row, N)
-        ka, kb = halves(k, other, seen, stride, E, HALF)
-        values = whole(v, other, seen, stride, E, FULL)
-        ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
+        ka, kb, values, _, seen = _block_of(
+            k, v, rows, j, first_row, cos, sin, k_weight, stride, stride, eps, N, E, HALF, FULL
+        )  # fmt: skip
         scores = _product(qa, qb, tl.trans(ka), tl.trans(kb)) * (scale * _LOG2E)
         p = tl.where(seen[None, :], tl.exp2(scores - top[:, None]), 0.0)
         dp = tl.dot(dy, tl.trans(values), input_precision="ieee")
@@ -286,27 +287,22 @@ def _window_backward_keys(
     N: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against all queries; scores are held as [keys, queries]."""
-    head, first_row, number = _start(tokens, windows, heads, N)
-    rows += number
-    q = qkv + head * E
-    k, v = q + heads * E, q + 2 * heads * E
+    head, q, k, v, first_row, rows = _start(qkv, rows, tokens, windows, heads, N, E)
     dk, dv = dqkv + (heads + head) * E, dqkv + (2 * heads + head) * E
     softmax += tl.program_id(0).to(tl.int64) * 2 * N
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    row, real = _places(rows, j, first_row, N)
-    ka, kb = halves(k, row, real, stride, E, HALF)
-    values = whole(v, row, real, stride, E, FULL)
-    ka, kb = turned(ka, kb, j, cos, sin, k_weight, eps, N, E, HALF)
+    ka, kb, values, row, real = _block_of(
+        k, v, rows, j, first_row, cos, sin, k_weight, stride, stride, eps, N, E, HALF, FULL
+    )  # fmt: skip
     scale = E**-0.5
     da = tl.zeros((TILE, HALF), tl.float32)
     db = tl.zeros((TILE, HALF), tl.float32)
     dvalues = tl.zeros((TILE, FULL), tl.float32)
     for start in range(0, N, TILE):
         i = start + tl.arange(0, TILE)
-        other, asks = _places(rows, i, first_row, N)
-        qa, qb = halves(q, other, asks, stride, E, HALF)
-        dy = whole(dout + head * E, other, asks, dout_stride, E, FULL)
-        qa, qb = turned(qa, qb, i, cos, sin, q_weight, eps, N, E, HALF)
+        qa, qb, dy, _, _ = _block_of(
+            q, dout + head * E, rows, i, first_row, cos, sin, q_weight, stride, dout_stride, eps, N, E, HALF, FULL
+        )  # fmt: skip
         top = tl.load(softmax + i, mask=i < N, other=0.0)
         pull = tl.load(softmax + N + i, mask=i < N, other=0.0)
         scores = _product(ka, kb, tl.trans(qa), tl.trans(qb)) * (scale * _LOG2E)
@@ -316,9 +312,7 @@ def _window_backward_keys(
         ds = (p * (dp - pull[None, :]) * scale).to(qa.dtype)
         da = tl.dot(ds, qa, da, input_precision="ieee")
         db = tl.dot(ds, qb, db, input_precision="ieee")
-    c = tl.arange(0, FULL)
-    dv += row[:, None] * dstride + c[None, :]
-    tl.store(dv, dvalues.to(dv.dtype.element_ty), mask=real[:, None] & (c < E)[None, :])
+    store_whole(dv, dvalues, row, real, dstride, E, FULL)
     partial += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * 2 * E
     turned_back(
         da, db, k, dk, partial + E, row, real, stride, dstride, j, cos, sin, k_weight, eps, N, E, HALF
