@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +29,12 @@ class Clip(NamedTuple):
 
 
 def decode_sample(
-    sample: dict[str, bytes], kind: str, *, frames: int, size: tuple[int, int], fps: float, start: float
+    sample: Mapping[str, Any], kind: str, *, frames: int, size: tuple[int, int], fps: float, start: float
 ) -> Clip:
     """The clip (or the picture: t = 1) of a sample.
 
     Args:
-        sample: extension -> content.
+        sample: extension -> content; what else it holds, such as webdataset's ``__key__``, is not read.
         kind: ``image`` or ``video``; a webp is a picture in the one and an animation in the other.
         frames, size, fps, start: see `decode_video`.
     Raises:
