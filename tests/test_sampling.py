@@ -187,6 +187,12 @@ class Pieces:
         self.made: list[weakref.ref] = []
         self.held = 0
 
+    def encode(self, video):
+        raise NotImplementedError
+
+    def decode(self, latents):
+        raise NotImplementedError
+
     def encode_stream(self, pieces):
         raise NotImplementedError
 
