@@ -79,7 +79,7 @@ def read_video(data: bytes) -> tuple[Frames, float]:
 
 
 def encode_mp4(
-    clip: Any,
+    clip: Iterable[Any],
     fps: float,
     crf: int = 12,
     preset: str = "veryfast",
@@ -89,7 +89,7 @@ def encode_mp4(
     """Frames as H.264 (yuv420p) in an MP4: a member of a shard.
 
     Args:
-        clip: frames, taken one by one; an odd height or width is padded as `save_video` does.
+        clip: uint8 frames [h w 3], taken one by one; an odd height or width is padded as `save_video` does.
         key_seconds: the most time between key frames, in seconds; None: x264's default, 250 frames.
         exact: the same bytes for the same frames, always. The file may become a fifth larger.
     Raises:

@@ -33,7 +33,7 @@ def decode_sample(
     """The clip (or the picture: t = 1) of a sample.
 
     Args:
-        sample: extension -> content.
+        sample: extension -> content; what else it holds, such as webdataset's ``__key__``, is not read.
         kind: ``image`` or ``video``; a webp is a picture in the one and an animation in the other.
         frames, size, fps, start: see `decode_video`.
     Raises:
