@@ -158,10 +158,7 @@ class DiffusersVAE(nn.Module):
         return self._class() == "AutoencoderKLWan" and self.strides[0] == FRAMES and not self.tiling
 
     def encode_stream(self, pieces: Iterable[Float[Tensor, "b 3 _t h w"]]) -> Iterator[Float[Tensor, "b c _t _h _w"]]:
-        """`encode` of a clip that comes in pieces; they are put together first where it does not stream (`streams`)."""
-        if not self.streams:
-            yield self.encode(torch.cat(list(pieces), 2))
-            return
+        """`encode` of a clip that comes in pieces, where it can (`streams`)."""
         frames, encoder = 0, None
         for video in cut_for_wan(pieces):
             frames += video.shape[2]
@@ -171,10 +168,7 @@ class DiffusersVAE(nn.Module):
             yield (self._run(encoder, video) - mean) / std
 
     def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
-        """`decode`, piece by piece; in one piece where it does not stream (`streams`)."""
-        if not self.streams:
-            yield self.decode(latents)
-            return
+        """`decode`, piece by piece, where it can (`streams`)."""
         vae, mean, std = self._ready(latents.device)
         decoder = WanDecoder(vae)
         for latent in latents.split(1, 2):

@@ -73,7 +73,7 @@ WAYS = (
     argument(
         "--stream",
         choices=["exact", "tiled", "whole"],
-        help="by the autoencoder's own streams, in tiles of 32 frames that are cross-faded, or in one call; default: "
+        help="by the autoencoder's own streams, the same in cross-faded tiles of a frame, or in one call; default: "
         "exact where it has streams, else whole",
     ),
     argument(

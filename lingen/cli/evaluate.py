@@ -39,7 +39,7 @@ from lingen.recipe.errors import RecipeError
     argument("--frames", type=whole, metavar="T", help="of a clip; default: the recipe's"),
     argument("--size", type=size_of, metavar="HxW", help="default: the recipe's"),
     *WAYS,
-    argument("--compare", action="store_true", help="also how far the three ways are apart"),
+    argument("--compare", action="store_true", help="also how far the ways are apart, tiles where there is a --tile"),
     argument("--out", default="eval/tae", metavar="DIR", help="default: eval/tae"),
     DEVICE,
     JSON,
