@@ -9,7 +9,7 @@ import torch
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
-from lingen.text.folder import TOKENIZERS, Lacking, check_file, check_folder, read_json, weight_files
+from lingen.text.folder import Lacking, check_model, read_json
 
 NO_CHAT = "it has no chat template: it goes on with a text, but follows no instruction"
 FIXED: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
@@ -72,12 +72,7 @@ class Chat:
 
 def inspect(path: Path) -> None:
     """Lacking where a folder does not hold a chat model and its tokenizer; reads no weights."""
-    check_folder(path)
-    read_json(path / "config.json")
-    for file in weight_files(path):
-        check_file(file)
-    if not any((path / name).is_file() for name in TOKENIZERS):
-        raise Lacking("it holds no tokenizer")
+    check_model(path, None)
     if any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return
     settings = path / "tokenizer_config.json"
