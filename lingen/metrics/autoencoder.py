@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
-from lingen.autoencoder.perceptual import build_perceptual
 from lingen.autoencoder.tiling import Tiles, tiles_of
 from lingen.autoencoder.ways import decode, encode, way_for, ways_of
 from lingen.data import synthetic as drawn
@@ -35,7 +34,7 @@ from lingen.metrics.reconstruction import (
 )
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.registry import AUTOENCODERS
+from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL
 from lingen.recipe.sections import PerKind, Recipe
 
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
@@ -110,14 +109,11 @@ def evaluate(
 
 def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
     """Single clips of ``data.frames`` and ``data.size``, and so many held-out ones."""
-    synthetic = recipe.data.synthetic and _few(recipe.data.synthetic, clips)
+    synthetic = recipe.data.synthetic
+    if synthetic:  # as many as are evaluated, which are the first of the held-out ones
+        synthetic = {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
     data = replace(recipe.data, lengths=[], sizes=[], batch=PerKind(), workers=0, synthetic=synthetic)
     return replace(recipe, data=data, train=replace(recipe.train, validation_samples=clips))
-
-
-def _few(synthetic: dict[str, Any], clips: int) -> dict[str, Any]:
-    """The same synthetic clips, but only as many as are evaluated, which are the first of the held-out ones."""
-    return {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
 
 
 def _build(recipe: Recipe, asked: Request) -> tuple[Autoencoder, str, Tiles | None]:
@@ -201,7 +197,7 @@ class _Judge:
 
     def _perceptual(self, recipe: Recipe) -> nn.Module | None:
         component = recipe.reconstruction.features
-        network = build_perceptual(component)
+        network = PERCEPTUAL.build(component)
         missing = missing_of([network])
         if component["name"] == "none" or missing:
             why = (
