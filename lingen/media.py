@@ -60,14 +60,6 @@ def save_video(
     return path
 
 
-def read_about(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """The title and the JSON that `save_video` stored in an MP4."""
-    import av
-
-    with av.open(str(path)) as file:
-        return file.metadata.get("title", ""), json.loads(file.metadata.get("comment", "") or "{}")
-
-
 def read_video(data: bytes) -> tuple[Frames, float]:
     """All frames of a small video file, and how many there are a second."""
     import av

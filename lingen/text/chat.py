@@ -24,10 +24,8 @@ class Chat:
     """A model and its tokenizer, loaded. RecipeError where the folder holds no chat model."""
 
     def __init__(self, how: RewriteConfig, device: torch.device, dtype: torch.dtype):
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-        except ImportError as error:
-            raise RecipeError("Prompts are rewritten by a model of transformers: pip install transformers.") from error
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
         logging.set_verbosity_error()  # its progress bars and hints would mix with ours
         logging.disable_progress_bar()
         path = Path(str(how.path))
