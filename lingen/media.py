@@ -9,8 +9,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
+from PIL import Image, ImageDraw
 
 from lingen.files import whole_file
 
@@ -50,8 +53,6 @@ def save_video(
     Raises:
         ValueError: for no frames, or frames that are not uint8 [h w 3].
     """
-    import av
-
     path, fast = Path(path), {"movflags": "+faststart"}
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=fast) as file:
         file.metadata["title"] = title
@@ -60,18 +61,8 @@ def save_video(
     return path
 
 
-def read_about(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """The title and the JSON that `save_video` stored in an MP4."""
-    import av
-
-    with av.open(str(path)) as file:
-        return file.metadata.get("title", ""), json.loads(file.metadata.get("comment", "") or "{}")
-
-
 def read_video(data: bytes) -> tuple[Frames, float]:
     """All frames of a small video file, and how many there are a second."""
-    import av
-
     with av.open(io.BytesIO(data), "r") as file:
         stream = file.streams.video[0]
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(stream)])
@@ -95,8 +86,6 @@ def encode_mp4(
     Raises:
         ValueError: for no frames, or frames that are not uint8 [h w 3].
     """
-    import av
-
     buffer = io.BytesIO()
     options = {"crf": str(crf), "preset": preset, "threads": "1"} | (EXACT if exact else {})
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as file:
@@ -111,9 +100,6 @@ EXACT = {"x264-params": "no-mbtree=1"}
 def _encode(
     file: Any, clip: Iterable[Any], fps: float, options: dict[str, str], key_seconds: float | None = None
 ) -> None:
-    import av
-    from av.video.reformatter import VideoReformatter
-
     stream, scaler = None, VideoReformatter()
     for frame in map(_checked, clip):
         if stream is None:
@@ -155,8 +141,6 @@ def encode_webp(image: Picture, quality: int = 92) -> bytes:
 
 
 def _encode_picture(image: Picture, form: str, **options: int) -> bytes:
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, form, **options)
     return buffer.getvalue()
@@ -170,8 +154,6 @@ def contact_sheet(
     Args:
         clips: uint8 [t h w 3] each; small frames are enlarged by whole factors so that a person can see them.
     """
-    from PIL import Image, ImageDraw
-
     rows = [_row(np.asarray(clip), columns) for clip in clips]
     line = 16 if captions else 0
     width = max(row.width for row in rows)
@@ -195,8 +177,6 @@ def sheet_frames(count: int, columns: int = 8) -> set[int]:
 
 
 def _row(clip: np.ndarray, columns: int) -> Any:
-    from PIL import Image
-
     shown = _enlarged(clip[sorted(sheet_frames(len(clip), columns))])
     shown = np.pad(shown, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)
     return Image.fromarray(np.concatenate(list(shown), axis=1))

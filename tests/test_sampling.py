@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import lingen
 from lingen.cli import main
-from lingen.media import contact_sheet, read_about, save_video
+from lingen.media import contact_sheet, save_video
 from lingen.run import fit
 from lingen.sampling import clips as sampling
 from lingen.sampling import files as output
@@ -25,6 +25,7 @@ from lingen.sampling.clips import clip_size, decode_frames, encode_prompts, samp
 from lingen.training.folder import RunFolder
 from lingen.training.weights import load_module
 from lingen.weights import find_weights
+from tests.helpers.media import read_about
 
 
 @pytest.fixture

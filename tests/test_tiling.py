@@ -1,9 +1,9 @@
-"""Tiles: the whole clip, whatever the sizes; faded, never torn; and no more memory for a longer clip."""
+"""Tiles: the whole frame, whatever its size; faded, never torn; exact in time, and no more memory for a longer clip."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder.tae import TAE
 from lingen.autoencoder.tiling import Tiles, _spread, _trapezoid, _weights, decode_tiled, encode_tiled
-from lingen.recipe.errors import SettingError
+from lingen.bench.build import draw
 
 
 class Tiny(nn.Module):
@@ -42,7 +42,6 @@ class Tiny(nn.Module):
 
 
 STRIDES = [(8, 8, 8), (4, 8, 8), (1, 1, 1)]
-TILES = Tiles(frames=32, overlap=16, size=(48, 32), size_overlap=16)
 
 
 def clip(frames: int, height: int = 16, width: int = 16, b: int = 1) -> Tensor:
@@ -61,42 +60,24 @@ def joined(pieces: Iterator[Tensor]) -> Tensor:
     return torch.cat(list(pieces), 2)
 
 
-@pytest.mark.parametrize("strides", STRIDES)
-@pytest.mark.parametrize("frames", [1, 2, 7, 33, 100])
-@torch.no_grad()
-def test_any_length_gives_its_latents_and_its_frames(strides, frames):
-    autoencoder = Tiny(strides)
-    latents = joined(encode_tiled(autoencoder, [clip(frames)], Tiles()))
-    assert latents.shape == autoencoder.encode(clip(frames)).shape
-    decoded = joined(decode_tiled(autoencoder, latents, Tiles()))
-    assert decoded.shape == autoencoder.decode(latents).shape
-    assert torch.isfinite(decoded).all()
-
-
 @settings(max_examples=12, deadline=None)
 @given(
     strides=st.sampled_from(STRIDES),
-    frames=st.integers(1, 90),
+    frames=st.integers(1, 40),
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=4),
-    batch=st.integers(2, 9),
-    encoder_overlap=st.sampled_from([0, 8]),
 )
 @torch.no_grad()
-def test_neither_the_pieces_nor_the_tiles_in_a_call_change_the_result(
-    strides, frames, rows, columns, sizes, batch, encoder_overlap
-):
+def test_any_size_gives_its_latents_and_its_frames_whatever_the_pieces(strides, frames, rows, columns, sizes):
     autoencoder = Tiny(strides).double()
     video = clip(frames, rows * 8, columns * 8, b=2).double()
-    tiles = Tiles(frames=16, overlap=8, encoder_overlap=encoder_overlap, size=(32, 24), size_overlap=8)
+    tiles = Tiles((4, 3), (1, 1))
     one = joined(encode_tiled(autoencoder, [video], tiles))
-    other = joined(encode_tiled(autoencoder, cut(video, sizes), tiles, batch=batch))
     assert one.shape == autoencoder.encode(video).shape
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert torch.equal(one, joined(encode_tiled(autoencoder, cut(video, sizes), tiles)))
     back = joined(decode_tiled(autoencoder, one, tiles))
-    assert back.shape == autoencoder.decode(one).shape
-    torch.testing.assert_close(back, joined(decode_tiled(autoencoder, one, tiles, batch=batch)), rtol=0, atol=1e-12)
+    assert back.shape == autoencoder.decode(one).shape and torch.isfinite(back).all()
 
 
 def far_from_edges(length: int, starts: list[int], tile: int, reach: int) -> Tensor:
@@ -113,18 +94,14 @@ def far_from_edges(length: int, starts: list[int], tile: int, reach: int) -> Ten
 @pytest.mark.parametrize("strides", [(8, 8, 8), (4, 8, 8)])
 @torch.no_grad()
 def test_where_no_tile_ends_within_reach_it_is_the_untiled_clip(strides):
-    """The network reaches one latent beyond its own, the tiles share two and more."""
+    """The network reaches one latent beyond its own, the tiles share three."""
     autoencoder = Tiny(strides).double()
     latents = torch.randn(1, 4, 100 // strides[0], 10, 9, generator=torch.Generator().manual_seed(1)).double()
-    tiles = Tiles(frames=32, overlap=16, size=(48, 32), size_overlap=24)
-    whole, tiled = autoencoder.decode(latents), joined(decode_tiled(autoencoder, latents, tiles))
-    n, step = 32, 16
-    starts = [0] + [s for s in range(step, whole.shape[2], step) if s + step < whole.shape[2]]
+    whole, tiled = autoencoder.decode(latents), joined(decode_tiled(autoencoder, latents, Tiles((6, 4), (3, 3))))
     good = (
-        far_from_edges(whole.shape[2], starts, n, strides[0])[:, None, None]
-        & far_from_edges(80, [8 * s for s in _spread(10, 6, 3)[0]], 48, 8)[:, None]
-        & far_from_edges(72, [8 * s for s in _spread(9, 4, 3)[0]], 32, 8)
-    )
+        far_from_edges(80, [8 * s for s in _spread(10, 6, 3).starts], 48, 8)[:, None]
+        & far_from_edges(72, [8 * s for s in _spread(9, 4, 3).starts], 32, 8)
+    ).expand(whole.shape[2], -1, -1)
     difference = (whole - tiled).abs().amax((0, 1))
     assert 0.02 < good.float().mean() < 1
     assert difference[good].max() < 1e-12
@@ -135,8 +112,8 @@ def test_where_no_tile_ends_within_reach_it_is_the_untiled_clip(strides):
 def test_a_network_that_reaches_nowhere_is_the_same_everywhere():
     autoencoder = Tiny((4, 8, 8)).double()
     autoencoder.mix = nn.Conv3d(4, 4, 1).double()
-    video = clip(77, 80, 72).double()
-    tiles = Tiles(frames=16, overlap=12, encoder_overlap=8, size=(32, 24), size_overlap=16)
+    video = clip(21, 80, 72).double()
+    tiles = Tiles((4, 3), (2, 2))
     latents = joined(encode_tiled(autoencoder, [video], tiles))
     torch.testing.assert_close(latents, autoencoder.encode(video), rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -162,21 +139,21 @@ def test_a_fade_is_linear_and_two_of_them_are_one():
 
 
 @torch.no_grad()
-def test_time_is_faded_linearly():
+def test_tiles_are_faded_linearly():
     """Tiles that decode to constants: what comes out is the line between them."""
     autoencoder = Tiny((1, 1, 1))
     numbers = iter(range(10))
     autoencoder.decode = lambda latents: torch.full((1, 3, *latents.shape[2:]), float(next(numbers)))
-    decoded = joined(decode_tiled(autoencoder, torch.zeros(1, 4, 12, 1, 1), Tiles(frames=8, overlap=4)))
+    decoded = joined(decode_tiled(autoencoder, torch.zeros(1, 4, 1, 1, 12), Tiles((1, 8), (0, 4))))
     expected = torch.tensor([0, 0, 0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1, 1, 1])
-    torch.testing.assert_close(decoded[0, 0, :, 0, 0], expected)
+    torch.testing.assert_close(decoded[0, 0, 0, 0], expected)
 
 
+@pytest.mark.parametrize("tiles", [Tiles((6, 6), (2, 2)), None])
 @pytest.mark.parametrize(("frames", "size"), [(1, 16), (7, 32), (32, 48)])
 @torch.no_grad()
-def test_a_clip_no_larger_than_a_tile_is_one_call_and_untouched(frames, size):
+def test_a_frame_no_larger_than_a_tile_is_one_call_and_untouched(frames, size, tiles):
     autoencoder = Tiny()
-    tiles = Tiles(size=(48, 48), size_overlap=16)
     latents = joined(encode_tiled(autoencoder, [clip(frames, size, size)], tiles))
     decoded = joined(decode_tiled(autoencoder, latents, tiles))
     assert len(autoencoder.calls) == 2
@@ -184,27 +161,24 @@ def test_a_clip_no_larger_than_a_tile_is_one_call_and_untouched(frames, size):
     assert torch.equal(decoded, autoencoder.decode(latents))
 
 
-@torch.no_grad()
-def test_the_calls_are_movie_gens_tiles():
-    """Encoder: 32 frames side by side. Decoder: 32 frames that share 16."""
-    autoencoder = Tiny()
-    latents = joined(encode_tiled(autoencoder, [clip(100)]))
-    assert [shape[2] for shape in autoencoder.calls] == [32, 32, 32, 4]
-    autoencoder.calls.clear()
-    joined(decode_tiled(autoencoder, latents))
-    assert [shape[2] for shape in autoencoder.calls] == [4, 4, 4, 4, 4, 3]
-    autoencoder.calls.clear()
-    joined(decode_tiled(autoencoder, latents, batch=4))
-    assert [shape[0] for shape in autoencoder.calls] == [4, 1, 1]
+class Streaming(Tiny):
+    """Takes and gives as many frames at a time as a latent has; nothing reaches beyond them."""
+
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        for piece in pieces:
+            yield self.encode(piece)
+
+    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+        for latent in latents.split(1, 2):
+            yield self.decode(latent)
 
 
 @torch.no_grad()
 def test_memory_does_not_grow_with_the_length():
-    """Frames that are alive at once: those that went in, and those that came out and were dropped by the reader."""
-    autoencoder = Tiny((4, 8, 8))
+    """Pieces that are alive at once: those that went in, and those that came out and were dropped by the reader."""
 
     def peak(frames: int) -> int:
-        alive, most = set(), 0
+        autoencoder, alive, most = Streaming((4, 8, 8)), set(), 0
 
         def watched(tensor: Tensor) -> Tensor:
             alive.add(id(tensor))
@@ -212,92 +186,47 @@ def test_memory_does_not_grow_with_the_length():
             return tensor
 
         def pieces() -> Iterator[Tensor]:
-            for start in range(0, frames, 4):
-                yield watched(torch.full((1, 3, min(4, frames - start), 16, 16), 0.1))
+            for _ in range(0, frames, 4):
+                yield watched(torch.full((1, 3, 4, 32, 32), 0.1))
 
         made = 0
-        for latents in encode_tiled(autoencoder, pieces(), Tiles(encoder_overlap=16), batch=2):
+        for latents in encode_tiled(autoencoder, pieces(), Tiles((3, 3), (1, 1))):
             watched(latents)
             made += latents.shape[2]
             most = max(most, len(alive))
             del latents
-        assert made == -(-frames // 4) and max(shape[2] for shape in autoencoder.calls) <= 32
+        assert made == frames // 4 and {shape[2] for shape in autoencoder.calls} == {4}
         return most
 
-    assert peak(600) == peak(200) <= 8
+    assert peak(400) == peak(80) <= 4
 
 
 @torch.no_grad()
 def test_half_precision_is_faded_in_full_and_stays_half():
     autoencoder = Tiny((4, 8, 8)).bfloat16()
-    latents = torch.randn(1, 4, 20, 6, 6).bfloat16()
-    tiles = Tiles(frames=16, overlap=8, size=(32, 32), size_overlap=8)
-    tiled = joined(decode_tiled(autoencoder, latents, tiles))
+    tiled = joined(decode_tiled(autoencoder, torch.randn(1, 4, 20, 6, 6).bfloat16(), Tiles((4, 4), (1, 1))))
     assert tiled.dtype == torch.bfloat16 and torch.isfinite(tiled).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "setting"),
-    [
-        ({"frames": 16, "overlap": 16}, "overlap"),
-        ({"frames": 16, "overlap": 8, "encoder_overlap": 16}, "encoder_overlap"),
-        ({"overlap": -1}, "overlap"),
-        ({"frames": 0, "overlap": 0}, "frames"),
-        ({"size": (64, 32), "size_overlap": 32}, "size_overlap"),
-    ],
-)
-def test_senseless_tiles_are_refused(arguments, setting):
-    with pytest.raises(SettingError) as error:
-        Tiles(**arguments)
-    assert error.value.setting == setting
-
-
-@pytest.mark.parametrize(
-    ("tiles", "setting"),
-    [
-        (Tiles(frames=36), "frames"),
-        (Tiles(overlap=12), "overlap"),
-        (Tiles(size=(36, 32), size_overlap=8), "size"),
-        (Tiles(size=(32, 36), size_overlap=8), "size"),
-        (Tiles(size=(32, 32), size_overlap=4), "size_overlap"),
-    ],
-)
-def test_tiles_are_multiples_of_the_strides(tiles, setting):
-    with pytest.raises(SettingError, match="multiple of the autoencoder's stride 8") as error:
-        decode_tiled(Tiny(), torch.zeros(1, 4, 4, 2, 2), tiles)
-    assert error.value.setting == setting
-
-
-def test_what_cannot_be_tiled_is_said():
-    with pytest.raises(ValueError, match="height of 12 pixels is no multiple"):
-        joined(encode_tiled(Tiny(), [clip(4, 12, 16)]))
+def test_no_frames_are_said():
     with pytest.raises(ValueError, match="no frames"):
-        joined(encode_tiled(Tiny(), []))
-    with pytest.raises(ValueError, match="batch=0"):
-        joined(encode_tiled(Tiny(), [clip(4)], batch=0))
-
-
-@torch.no_grad()
-def test_an_autoencoder_that_decodes_other_lengths_is_left_whole_in_time():
-    causal = Tiny((4, 8, 8))
-    decode = causal.decode
-    causal.decode = lambda latents: decode(latents)[:, :, 3:]
-    latents = torch.randn(1, 4, 10, 6, 6)
-    with pytest.raises(ValueError, match=r"become 32 frames.*Tiles\(frames=None\)"):
-        joined(decode_tiled(causal, latents))
-    tiles = Tiles(frames=None, size=(32, 32), size_overlap=16)
-    assert joined(decode_tiled(causal, latents, tiles)).shape == causal.decode(latents).shape
+        encode_tiled(Tiny(), [], None)
 
 
 @pytest.mark.parametrize("frames", [1, 19, 40])
 @torch.no_grad()
-def test_the_temporal_autoencoder_in_tiles(frames):
+def test_tiles_of_the_temporal_autoencoder_are_exact_in_time(frames):
+    """Piece by piece in step, the tiles give what each of them gives for the whole clip at once."""
     torch.manual_seed(0)
-    autoencoder = TAE(strides=(4, 8, 8), channels=4, width=8, blocks=1, attention=False).eval()
-    video = clip(frames, 32, 24)
-    tiles = Tiles(frames=16, overlap=8, size=(16, 16), size_overlap=8)
+    autoencoder = TAE(strides=(4, 8, 8), channels=4, width=8, blocks=1).double().eval()
+    draw(autoencoder)
+    video = clip(frames, 32, 24).double()
+    tiles = Tiles((2, 2), (1, 1))
     latents = joined(encode_tiled(autoencoder, video.split(7, 2), tiles))
-    decoded = joined(decode_tiled(autoencoder, latents, tiles, batch=3))
-    assert latents.shape == autoencoder.encode(video).shape
-    assert decoded.shape == autoencoder.decode(latents).shape
-    assert torch.isfinite(latents).all() and torch.isfinite(decoded).all()
+    decoded = list(decode_tiled(autoencoder, latents, tiles))
+    assert frames < 20 or len(decoded) > 1
+    at_once = Tiny((4, 8, 8))  # without streams
+    at_once.encode = lambda part: autoencoder.posterior(part)[0]
+    at_once.decode = autoencoder.reconstruct
+    torch.testing.assert_close(latents, joined(encode_tiled(at_once, [video], tiles)), rtol=0, atol=1e-11)
+    torch.testing.assert_close(torch.cat(decoded, 2), joined(decode_tiled(at_once, latents, tiles)), rtol=0, atol=1e-11)

@@ -16,39 +16,33 @@ FRAMES = 4
 """Frames after the first that Wan's encoder takes at a time, and its stride in time."""
 
 
-class WanEncoder:
-    """Encodes a clip: call it with the pieces of `cut_for_wan`, in order."""
-
-    def __init__(self, vae: Any):
-        self.vae = vae
-        self.past: dict[int, Any] = defaultdict(lambda: None)
-
-    def __call__(self, video: Tensor) -> Tensor:
-        """[b 3 t h w] -> the posterior's mode [b c 1 h w]."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
-        if self.vae.config.patch_size is not None:
-            video = patchify(video, self.vae.config.patch_size)
-        moments = self.vae.quant_conv(self.vae.encoder(video, feat_cache=self.past, feat_idx=[0]))
-        return moments.chunk(2, 1)[0]
+Past = dict[int, Any]
+"""What each convolution remembers of past frames."""
 
 
-class WanDecoder:
-    """Decodes a clip: call it with one latent frame after the other."""
+def no_past() -> Past:
+    """At the beginning of a clip."""
+    return defaultdict(lambda: None)
 
-    def __init__(self, vae: Any):
-        self.vae = vae
-        self.past: dict[int, Any] = defaultdict(lambda: None)
 
-    def __call__(self, latents: Tensor) -> Tensor:
-        """[b c 1 h w] -> pixels [b 3 t h w], one frame for the first, then four."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+def encode_piece(vae: Any, past: Past, video: Tensor) -> Tensor:
+    """The next piece of `cut_for_wan` [b 3 t h w] -> the posterior's mode [b c 1 h w]."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
-        latents = self.vae.post_quant_conv(latents)
-        video = self.vae.decoder(latents, feat_cache=self.past, feat_idx=[0], first_chunk=not self.past)
-        if self.vae.config.patch_size is not None:
-            video = unpatchify(video, self.vae.config.patch_size)
-        return video.clamp(-1, 1)
+    if vae.config.patch_size is not None:
+        video = patchify(video, vae.config.patch_size)
+    return vae.quant_conv(vae.encoder(video, feat_cache=past, feat_idx=[0])).chunk(2, 1)[0]
+
+
+def decode_piece(vae: Any, past: Past, latents: Tensor) -> Tensor:
+    """The next latent frame [b c 1 h w] -> pixels [b 3 t h w], one frame for the first, then four."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    latents = vae.post_quant_conv(latents)
+    video = vae.decoder(latents, feat_cache=past, feat_idx=[0], first_chunk=not past)
+    if vae.config.patch_size is not None:
+        video = unpatchify(video, vae.config.patch_size)
+    return video.clamp(-1, 1)
 
 
 def cut_for_wan(pieces: Iterable[Tensor]) -> Iterator[Tensor]:

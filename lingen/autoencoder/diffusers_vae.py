@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from lingen.autoencoder.diffusers_model import (
     spread_of,
     switch_on_tiles,
 )
-from lingen.autoencoder.diffusers_stream import FRAMES, WanDecoder, WanEncoder, cut_for_wan
+from lingen.autoencoder.diffusers_stream import FRAMES, cut_for_wan, decode_piece, encode_piece, no_past
 from lingen.frozen import Missing
 from lingen.recipe.bounds import IDENTITY, Above, AtLeast
 from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
@@ -133,7 +134,8 @@ class DiffusersVAE(nn.Module):
         vae, mean, std = self._ready(video.device)
         self._check_size(video, video.shape[2])
         latents = self._run(lambda clips: mode_of(vae.encode(clips)), video)
-        self._check_shape("encode", latents, self._latent_shape(video))
+        size = (-(-n // stride) for n, stride in zip(video.shape[2:], self.strides, strict=True))
+        self._check_shape("encode", latents, (len(video), self.channels, *size))
         return (latents - frames_of(mean, latents)) / frames_of(std, latents)
 
     def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
@@ -158,27 +160,20 @@ class DiffusersVAE(nn.Module):
         return self._class() == "AutoencoderKLWan" and self.strides[0] == FRAMES and not self.tiling
 
     def encode_stream(self, pieces: Iterable[Float[Tensor, "b 3 _t h w"]]) -> Iterator[Float[Tensor, "b c _t _h _w"]]:
-        """`encode` of a clip that comes in pieces; they are put together first where it does not stream (`streams`)."""
-        if not self.streams:
-            yield self.encode(torch.cat(list(pieces), 2))
-            return
-        frames, encoder = 0, None
+        """`encode` of a clip that comes in pieces, where it can (`streams`)."""
+        frames, past = 0, no_past()
         for video in cut_for_wan(pieces):
             frames += video.shape[2]
             vae, mean, std = self._ready(video.device)
             self._check_size(video, frames)
-            encoder = encoder or WanEncoder(vae)
-            yield (self._run(encoder, video) - mean) / std
+            yield (self._run(partial(encode_piece, vae, past), video) - mean) / std
 
     def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
-        """`decode`, piece by piece; in one piece where it does not stream (`streams`)."""
-        if not self.streams:
-            yield self.decode(latents)
-            return
+        """`decode`, piece by piece, where it can (`streams`)."""
         vae, mean, std = self._ready(latents.device)
-        decoder = WanDecoder(vae)
+        decode = partial(decode_piece, vae, no_past())
         for latent in latents.split(1, 2):
-            yield self._run(decoder, latent.float() * std + mean)
+            yield self._run(decode, latent.float() * std + mean)
 
     def _decode(self, vae: Any, latents: Tensor) -> Any:
         if vae.config.get("timestep_conditioning"):  # LTX's decoder also denoises: nothing is noised here, so time is 0
@@ -212,9 +207,6 @@ class DiffusersVAE(nn.Module):
     def _frames(self, latent_frames: int) -> int:
         alone = self.first_frame_alone
         return 1 + self.strides[0] * (latent_frames - 1) if alone else self.strides[0] * latent_frames
-
-    def _latent_shape(self, video: Tensor) -> tuple[int, ...]:
-        return (len(video), self.channels, *(-(-n // s) for n, s in zip(video.shape[2:], self.strides, strict=True)))
 
     def _check_size(self, video: Tensor, frames: int) -> None:
         self.check_frames(frames)

@@ -3,17 +3,16 @@
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.frozen import Missing
+from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import IDENTITY
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.registry import PERCEPTUAL
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of VGG16's convolutions (arXiv 1409.1556, configuration D); a max-pool stands between two blocks."""
@@ -88,8 +87,7 @@ class VGG16Distance(nn.Module):
     def _load(self) -> Trunk:
         from safetensors.torch import load_file
 
-        for one in self.missing():
-            raise RecipeError(f"missing: {one.name} {one.path}: {one.cure}")
+        check_ready([self])
         trunk = Trunk(ceil=True)  # as HED's pools do
         trunk.load_state_dict(load_file(self.path))
         return trunk
@@ -151,8 +149,7 @@ class LPIPS(nn.Module):
         return torch.stack([(head * unit_difference(x, y)).sum(1).mean((1, 2)) for x, y, head in pairs]).sum(0)
 
     def _load(self) -> tuple[Trunk, nn.ParameterList]:
-        for one in self.missing():
-            raise RecipeError(f"missing: {one.name} {one.path}: {one.cure}")
+        check_ready([self])
         trunk = Trunk(ceil=False)
         saved = torch.load(self.file, map_location="cpu", weights_only=True)
         convolutions = [value for name, value in saved.items() if name.startswith("features.")]
@@ -173,8 +170,3 @@ class NoDistance(nn.Module):
 
     def forward(self, a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n"]:
         return a.new_zeros(len(a))
-
-
-def build_perceptual(component: str | dict[str, Any]) -> nn.Module:
-    """The perceptual distance of a recipe's ``reconstruction.features``. RecipeError for an unknown one or setting."""
-    return PERCEPTUAL.build(component)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from lingen.weights import WeightsError, find_weights, read_metadata
@@ -88,16 +89,12 @@ def _plain(value: Any) -> str:
 
 def read_shapes(file: Path) -> Shapes:
     """Shapes of the autoencoder's weights in a file, by name; empty where it has none."""
-    from safetensors import safe_open
-
     with safe_open(str(file), "pt") as opened:
         return {name: tuple(opened.get_slice(key).get_shape()) for key, name in _keys(opened).items()}
 
 
 def read_part(path: Path) -> dict[str, Tensor]:
     """name -> weight (CPU) of the autoencoder in a weights file or run folder: the averaged copy where there is one."""
-    from safetensors import safe_open
-
     with safe_open(str(find_weights(path)), "pt") as opened:
         return {name: opened.get_tensor(key) for key, name in _keys(opened).items()}
 

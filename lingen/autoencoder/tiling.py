@@ -1,248 +1,168 @@
-"""Long and large clips through any autoencoder in tiles, with memory that does not grow with the length.
+"""Frames that are too large for the memory, through any autoencoder in tiles of height and width (ours).
 
-Movie Gen (arXiv 2410.13720, section 3.1.1) cuts time into tiles of 32 frames: those of the encoder lie side by side,
-those of the decoder overlap by 16 frames and are cross-faded linearly. Tiles in space, for clips of which a single tile
-of time is too large, are ours. A tile does not see what lies beyond its edge: near an edge, within the network's reach,
-the result differs from an untiled one, and there its weight is lower.
+Time is not cut: each tile is a stream of its own where the autoencoder has exact ones, and all tiles go on in step. A
+tile does not see what lies beyond its edge: near an edge, within the network's reach, the result differs from that of
+the whole frame, and there its weight is lower.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
-from typing import Annotated, NamedTuple
+from functools import partial
+from itertools import chain, pairwise, product
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lingen.autoencoder import Autoencoder
-from lingen.recipe.bounds import AtLeast
+from lingen.autoencoder import Autoencoder, streams
 from lingen.recipe.errors import SettingError
-from lingen.recipe.signature import checked
 
 Clip = Float[Tensor, "b 3 _t h w"]
 Latents = Float[Tensor, "b c _t _h _w"]
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How a clip is cut, in frames and pixels of the clip, for the encoder and the decoder alike.
+class Tiles(NamedTuple):
+    """How a frame is cut, counted in latents."""
 
-    Raises SettingError for what makes no sense by itself; `cells` for what does not fit an autoencoder.
+    size: tuple[int, int]
+    """Height and width of a tile."""
+    shared: tuple[int, int]
+    """Rows and columns that two neighbours share at least; tiles are spread evenly and so may share more."""
+
+
+def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Tiles | None:
+    """The tiles that are asked for, of which neighbours share a quarter (ours).
+
+    Args:
+        tile: height and width in pixels; None: space is not cut.
+        strides: the autoencoder's.
+    Raises:
+        SettingError: sides that the strides do not divide, or of which a quarter is less than a latent: without
+            overlap, the edges of tiles would be visible.
     """
+    if tile is None:
+        return None
+    (height, width), (_, stride_h, stride_w) = tile, strides
+    if height % stride_h or width % stride_w:
+        raise SettingError(
+            "tile",
+            f"tile={height}x{width}: height and width must be multiples of {stride_h} and {stride_w}, the "
+            "autoencoder's strides.",
+        )
+    latent = math.lcm(stride_h, stride_w)
+    shared = min(tile) // 4 // latent * latent
+    if not shared:
+        raise SettingError(
+            "tile",
+            f"tile={height}x{width} is too small: neighbours share a quarter of a tile, which must be a latent or "
+            f"more; take {4 * latent} pixels a side or more.",
+        )
+    return Tiles((height // stride_h, width // stride_w), (shared // stride_h, shared // stride_w))
 
-    frames: Annotated[int | None, AtLeast(1)] = 32
-    """Frames of a tile; None: time is not cut."""
-    overlap: Annotated[int, AtLeast(0)] = 16
-    """Frames that two neighbours of the decoder share."""
-    encoder_overlap: Annotated[int, AtLeast(0)] = 0
-    """The same of the encoder."""
-    size: Annotated[tuple[int, int] | None, AtLeast(1)] = None
-    """Height and width of a tile; None: space is not cut."""
-    size_overlap: Annotated[int, AtLeast(0)] = 64
-    """Pixels that two neighbours share at least, both ways; they are spread evenly and so may share more."""
 
-    def __post_init__(self) -> None:
-        if self.frames is not None:
-            _check_overlap("overlap", self.overlap, "frames", self.frames)
-            _check_overlap("encoder_overlap", self.encoder_overlap, "frames", self.frames)
-        for side in self.size or ():
-            _check_overlap("size_overlap", self.size_overlap, "size", side)
+def encode_tiled(autoencoder: Autoencoder, pieces: Iterable[Clip], tiles: Tiles | None) -> Iterator[Latents]:
+    """A clip in -1..1 that comes piece by piece -> its latents, piece by piece; in one where it has no streams.
 
-    def cells(self, strides: tuple[int, int, int], overlap: str) -> _Cut:
-        """The tiles counted in latents; `overlap` names the setting of the encoder or of the decoder.
+    Raises ValueError where there are no pieces.
+    """
+    pieces = iter(pieces)
+    first = next(pieces, None)
+    if first is None:
+        raise ValueError("There are no frames to cut into tiles.")
+    across = autoencoder.strides[1:]
+    # A frame that is no multiple of the strides goes on whole: the autoencoder says what it takes.
+    cuts = _cuts([-(-side // stride) for side, stride in zip(first.shape[3:], across, strict=True)], tiles)
+    places = _places(cuts, across)
+    clips = map(map, places, _copies(chain([first], pieces), len(places)))
+    encode = autoencoder.encode_stream if streams(autoencoder) else partial(_at_once, autoencoder.encode)
+    return _faded([encode(clip) for clip in clips], cuts, (1, 1))
 
-        Raises:
-            SettingError: names the number that is no multiple of its stride.
-        """
-        asked = {"frames": [self.frames], "size": [*(self.size or (None, None))]}
-        lengths = [(name, length) for name, each in asked.items() for length in each]
-        overlaps = [overlap, "size_overlap", "size_overlap"]
-        found = [
-            None if length is None else (_cells(name, length, stride), _cells(shared, getattr(self, shared), stride))
-            for (name, length), shared, stride in zip(lengths, overlaps, strides, strict=True)
-        ]
-        return _Cut(*(one or (None, 0) for one in found))
+
+def _copies(pieces: Iterator[Tensor], count: int) -> list[Iterator[Tensor]]:
+    """Iterators over the same pieces. Only those are held that one iterator took and another one did not yet;
+    itertools.tee holds up to 57 more."""
+    waiting: list[deque[Tensor]] = [deque() for _ in range(count)]
+
+    def copy(own: deque[Tensor]) -> Iterator[Tensor]:
+        while True:
+            if not own:
+                piece = next(pieces, None)
+                if piece is None:
+                    return
+                for each in waiting:
+                    each.append(piece)
+                del piece
+            yield own.popleft()
+
+    return [copy(own) for own in waiting]
+
+
+def decode_tiled(autoencoder: Autoencoder, latents: Latents, tiles: Tiles | None) -> Iterator[Clip]:
+    """Latents -> the clip, piece by piece, in one where it has no streams; with the surplus frames that `decode`
+    gives."""
+    cuts = _cuts(latents.shape[3:], tiles)
+    decode = autoencoder.decode_stream if streams(autoencoder) else partial(_at_once, autoencoder.decode)
+    return _faded([decode(place(latents)) for place in _places(cuts, (1, 1))], cuts, autoencoder.strides[1:])
+
+
+def _at_once(call: Callable[[Tensor], Tensor], clip: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    yield call(clip if isinstance(clip, Tensor) else torch.cat(list(clip), 2))
 
 
 class _Cut(NamedTuple):
-    """Latents of a tile (None: all) and those that neighbours share, by axis."""
+    """How an axis is cut, in latents."""
 
-    t: tuple[int | None, int]
-    h: tuple[int | None, int]
-    w: tuple[int | None, int]
-
-
-def _check_overlap(name: str, overlap: int, of: str, length: int) -> None:
-    if overlap >= length:
-        raise SettingError(name, f"{name}={overlap} must be less than the tile it is part of, {of}={length}.")
+    starts: list[int]
+    length: int
 
 
-def _cells(name: str, length: int, stride: int) -> int:
-    if length % stride:
-        raise SettingError(name, f"{name}={length} is no multiple of the autoencoder's stride {stride}.")
-    return length // stride
+def _cuts(size: Sequence[int], tiles: Tiles | None) -> list[_Cut]:
+    """The cuts of height and width."""
+    length, shared = tiles or (size, (0, 0))
+    return [_spread(*axis) for axis in zip(size, length, shared, strict=True)]
 
 
-def encode_tiled(
-    autoencoder: Autoencoder, pieces: Iterable[Clip], tiles: Tiles | None = None, *, batch: int = 1
-) -> Iterator[Latents]:
-    """A clip that comes piece by piece -> its latents, piece by piece.
-
-    Args:
-        pieces: in -1..1, of any number of frames each; their sizes do not change the result.
-        tiles: None is Movie Gen's.
-        batch: tiles in one call of the autoencoder: as many clips as it holds times as many as there are.
-    Yields:
-        latents whose concatenation in time has ceil(frames / strides[0]) latent frames. A clip that is no larger than
-        a tile is one call.
-    Raises:
-        SettingError: tiles that do not fit the strides.
-        ValueError: no frames, a size that is no multiple of the strides, an autoencoder that breaks its contract.
-    """
-    tiles = tiles or Tiles()
-    strides = autoencoder.strides
-    cut = tiles.cells(strides, "encoder_overlap")
-    return _tiled(autoencoder.encode, pieces, cut, strides, (1, 1, 1), batch)
+def _spread(size: int, length: int, shared: int) -> _Cut:
+    """Tiles that cover `size` latents evenly and share `shared` or more."""
+    if length >= size:
+        return _Cut([0], size)
+    count = -(-(size - shared) // (length - shared))
+    return _Cut([number * (size - length) // (count - 1) for number in range(count)], length)
 
 
-def decode_tiled(
-    autoencoder: Autoencoder, latents: Latents, tiles: Tiles | None = None, *, batch: int = 1
-) -> Iterator[Clip]:
-    """Latents -> the clip, piece by piece, with the surplus frames that `decode` gives; arguments as `encode_tiled`."""
-    tiles = tiles or Tiles()
-    cut = tiles.cells(autoencoder.strides, "overlap")
-    return _tiled(autoencoder.decode, [latents], cut, (1, 1, 1), autoencoder.strides, batch)
+def _places(cuts: Sequence[_Cut], strides: Sequence[int]) -> list[Callable[[Tensor], Tensor]]:
+    """What takes each tile out of a frame, row by row."""
+
+    def place(y: int, x: int) -> Callable[[Tensor], Tensor]:
+        down, across = (
+            slice(start * stride, (start + cut.length) * stride)
+            for start, cut, stride in zip((y, x), cuts, strides, strict=True)
+        )
+        return lambda frames: frames[..., down, across]
+
+    return [place(y, x) for y, x in product(*(cut.starts for cut in cuts))]
 
 
-def _tiled(
-    call: Callable[[Tensor], Tensor],
-    pieces: Iterable[Tensor],
-    cut: _Cut,
-    before: tuple[int, int, int],
-    after: tuple[int, int, int],
-    batch: int,
-) -> Iterator[Tensor]:
-    """Cuts a stream into tiles, calls the network on each, joins the results. `before` and `after`: frames, rows and
-    columns of the input and of the output for one latent."""
-    if batch < 1:
-        raise ValueError(f"batch={batch} tiles in a call; it must be 1 or more.")
-    length, overlap = cut.t
-    windows = _windows(pieces, None if length is None else length * before[0], overlap * before[0])
-    expected = None if length is None else length * after[0]
-    done = _call(call, (tile for window in windows for tile in _crops(*window, cut, before)), batch)
-    yield from _fade(_joined(done, expected, after), overlap * after[0])
-
-
-def _windows(pieces: Iterable[Tensor], length: int | None, overlap: int) -> Iterator[tuple[Tensor, bool]]:
-    """Yields (window of `length` frames, is it the last); a window begins with the last `overlap` frames of the one
-    before."""
-    held: Tensor | None = None
-    for piece in pieces:
-        held = piece if held is None else torch.cat([held, piece], 2)
-        while length is not None and held.shape[2] > length:
-            yield held[:, :, :length], False
-            held = held[:, :, length - overlap :]
-    if held is None or not held.shape[2]:
-        raise ValueError("There are no frames to cut into tiles.")
-    yield held, True
-
-
-class _Grid(NamedTuple):
-    """How a window is cut in space."""
-
-    last: bool
-    """Whether the window ends the clip."""
-    clips: int
-    rows: tuple[list[int], int]
-    """First latents of the tiles, and latents of each."""
-    columns: tuple[list[int], int]
-
-
-class _Tile(NamedTuple):
-    """A tile on its way through the network."""
-
-    values: Tensor
-    grid: _Grid
-
-
-def _crops(window: Tensor, last: bool, cut: _Cut, before: tuple[int, int, int]) -> Iterator[_Tile]:
-    """The tiles of a window, row by row."""
-    sizes = []
-    for axis, pixels, stride in zip(("height", "width"), window.shape[3:], before[1:], strict=True):
-        if pixels % stride:
-            raise ValueError(f"The {axis} of {pixels} pixels is no multiple of the autoencoder's stride {stride}.")
-        sizes.append(pixels // stride)
-    grid = _Grid(last, len(window), _spread(sizes[0], *cut.h), _spread(sizes[1], *cut.w))
-    (ys, height), (xs, width) = grid.rows, grid.columns
-    for y, x in product(ys, xs):
-        rows = slice(y * before[1], (y + height) * before[1])
-        columns = slice(x * before[2], (x + width) * before[2])
-        yield _Tile(window[..., rows, columns], grid)
-
-
-def _spread(size: int, length: int | None, overlap: int) -> tuple[list[int], int]:
-    """First latents of tiles that cover `size` latents evenly and share `overlap` or more, and a tile's length."""
-    if length is None or length >= size:
-        return [0], size
-    count = -(-(size - overlap) // (length - overlap))
-    return [number * (size - length) // (count - 1) for number in range(count)], length
-
-
-def _call(call: Callable[[Tensor], Tensor], tiles: Iterable[_Tile], batch: int) -> Iterator[_Tile]:
-    """Up to `batch` tiles of one shape in a call."""
-    group: list[_Tile] = []
-
-    def flush() -> Iterator[_Tile]:
-        if not group:
-            return
-        values = call(torch.cat([tile.values for tile in group]) if len(group) > 1 else group[0].values)
-        parts = values.split([tile.grid.clips for tile in group])
-        found = [tile._replace(values=part) for tile, part in zip(group, parts, strict=True)]
-        group.clear()
-        yield from found
-
-    for tile in tiles:
-        if group and (len(group) == batch or group[0].values.shape != tile.values.shape):
-            yield from flush()
-        group.append(tile)
-    yield from flush()
-
-
-def _joined(done: Iterator[_Tile], expected: int | None, after: tuple[int, int, int]) -> Iterator[tuple[Tensor, bool]]:
-    """Windows of which the tiles in space are cross-faded."""
-    for first in done:
-        _check(first, expected, after)
-        if len(first.grid.rows[0]) == len(first.grid.columns[0]) == 1:
-            yield first.values, first.grid.last
-            continue
-        wide = first.values.to(torch.promote_types(first.values.dtype, torch.float32))
+def _faded(tiles: Sequence[Iterator[Tensor]], cuts: Sequence[_Cut], strides: Sequence[int]) -> Iterator[Tensor]:
+    """The pieces of whole frames, from those of each tile."""
+    if len(tiles) == 1:
+        yield from tiles[0]
+        return
+    for first in tiles[0]:
+        wide = first.to(torch.promote_types(first.dtype, torch.float32))
         rows, columns = (
-            _weights([start * stride for start in starts], length * stride, wide)
-            for (starts, length), stride in zip((first.grid.rows, first.grid.columns), after[1:], strict=True)
+            _weights([start * stride for start in cut.starts], cut.length * stride, wide)
+            for cut, stride in zip(cuts, strides, strict=True)
         )
-        sizes = [axis[-1][0] + len(axis[-1][1]) for axis in (rows, columns)]
-        whole = wide.new_zeros(*wide.shape[:3], *sizes)
-        for number, ((y, row), (x, column)) in enumerate(product(rows, columns)):
-            values = next(done).values if number else wide
+        whole = wide.new_zeros(*wide.shape[:3], *(axis[-1][0] + len(axis[-1][1]) for axis in (rows, columns)))
+        for tile, ((y, row), (x, column)) in zip(tiles, product(rows, columns), strict=True):
+            values = wide if tile is tiles[0] else next(tile)
             whole[..., y : y + len(row), x : x + len(column)] += values * (row[:, None] * column)
-        yield whole.to(first.values.dtype), first.grid.last
-
-
-def _check(tile: _Tile, expected: int | None, after: tuple[int, int, int]) -> None:
-    """ValueError where the network's output has another size than its strides say."""
-    frames, *size = tile.values.shape[2:]
-    promised = [tile.grid.rows[1] * after[1], tile.grid.columns[1] * after[2]]
-    if size != promised:
-        raise ValueError(f"The autoencoder's strides promise {promised} pixels or latents of a tile, it gave {size}.")
-    if not tile.grid.last and frames != expected:
-        raise ValueError(
-            f"A tile should have become {expected} frames, as the autoencoder's stride says, it gave {frames}: such an "
-            "autoencoder cannot be cut in time; leave time whole with Tiles(frames=None)."
-        )
+        yield whole.to(first.dtype)
 
 
 def _weights(starts: Sequence[int], length: int, like: Tensor) -> list[tuple[int, Tensor]]:
@@ -260,22 +180,3 @@ def _trapezoid(length: int, up: int, down: int, like: Tensor) -> Tensor:
     place = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
     ones = torch.ones_like(place)
     return torch.minimum(place / up if up else ones, (length - place) / down if down else ones).clamp(max=1)
-
-
-def _fade(windows: Iterable[tuple[Tensor, bool]], overlap: int) -> Iterator[Tensor]:
-    """Cross-fades windows in time; yields each piece as soon as no later window overlaps it."""
-    total: Tensor | None = None
-    weights: Tensor | None = None
-    for window, last in windows:
-        if not overlap or (last and total is None):
-            yield window
-            continue
-        wide = window.to(torch.promote_types(window.dtype, torch.float32))
-        ramp = _trapezoid(wide.shape[2], 0 if total is None else overlap, 0 if last else overlap, wide)
-        wide = wide * ramp[:, None, None]
-        if total is not None and weights is not None:
-            wide[:, :, :overlap] += total
-            ramp[:overlap] += weights
-        ready = wide.shape[2] - (0 if last else overlap)
-        yield (wide[:, :, :ready] / ramp[:ready, None, None]).to(window.dtype)
-        total, weights = wide[:, :, ready:].clone(), ramp[ready:].clone()

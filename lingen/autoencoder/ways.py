@@ -1,28 +1,26 @@
-"""The ways through an autoencoder: exactly piece by piece, in tiles, or in one call."""
+"""The ways through an autoencoder: exactly piece by piece, in tiles of its frames, or in one call."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lingen.autoencoder import Autoencoder, StreamingAutoencoder, streams
+from lingen.autoencoder import Autoencoder, streams
 from lingen.autoencoder.tiling import Tiles, decode_tiled, encode_tiled
-from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.errors import RecipeError
 
 WAYS = ("exact", "tiled", "whole")
-"""By its own streams; in tiles that are cross-faded; in one call, the only one whose memory grows with the pixels of
-the whole clip. The weights must be frozen: else one call keeps what a backward pass would need."""
+"""By its own streams; by its own streams, where it has them, in tiles of height and width that are cross-faded; in one
+call, whose memory always grows with the pixels of the whole clip. The weights must be frozen: else one call keeps what
+a backward pass would need."""
 
 
 def ways_of(autoencoder: Autoencoder) -> list[str]:
-    """The entries of `WAYS` that an autoencoder supports."""
-    tiled = not getattr(autoencoder, "first_frame_alone", False)
-    return [way for way, has in zip(WAYS, (streams(autoencoder), tiled, True), strict=True) if has]
+    """The entries of `WAYS` that an autoencoder supports: ``exact`` needs streams."""
+    return list(WAYS if streams(autoencoder) else WAYS[1:])
 
 
 def way_for(autoencoder: Autoencoder, asked: str | None, name: str) -> str:
@@ -35,39 +33,11 @@ def way_for(autoencoder: Autoencoder, asked: str | None, name: str) -> str:
     if asked in (None, "auto"):
         return "exact" if "exact" in ways else "whole"
     if asked not in ways:
-        why = "it has no streams of its own" if asked == "exact" else "its first latent holds one frame alone"
-        raise RecipeError(f"The autoencoder '{name}' cannot go the way '{asked}': {why}; take {' or '.join(ways)}.")
+        raise RecipeError(
+            f"The autoencoder '{name}' cannot go the way '{asked}': it has no streams of its own; take "
+            f"{' or '.join(ways)}."
+        )
     return str(asked)
-
-
-def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Tiles:
-    """Movie Gen's tiles in time; in space those that are asked for, of which neighbours share a quarter (ours).
-
-    Args:
-        tile: height and width in pixels; None: space is not cut.
-        strides: the autoencoder's.
-    Raises:
-        SettingError: sides that the strides do not divide, or of which a quarter is less than a latent: without
-            overlap, the edges of tiles would be visible.
-    """
-    if tile is None:
-        return Tiles()
-    (height, width), (_, stride_h, stride_w) = tile, strides
-    if height % stride_h or width % stride_w:
-        raise SettingError(
-            "tile",
-            f"tile={height}x{width}: height and width must be multiples of {stride_h} and {stride_w}, the "
-            "autoencoder's strides.",
-        )
-    latent = math.lcm(stride_h, stride_w)
-    shared = min(tile) // 4 // latent * latent
-    if not shared:
-        raise SettingError(
-            "tile",
-            f"tile={height}x{width} is too small: neighbours share a quarter of a tile, which must be a latent or "
-            f"more; take {4 * latent} pixels a side or more.",
-        )
-    return Tiles(size=tile, size_overlap=shared)
 
 
 def encode(
@@ -77,9 +47,7 @@ def encode(
     if way == "whole":
         with torch.enable_grad():  # without gradients, one that has streams takes them
             return autoencoder.encode(torch.cat(list(pieces), 2))
-    if way == "exact":
-        return torch.cat(list(cast(StreamingAutoencoder, autoencoder).encode_stream(pieces)), 2)
-    return torch.cat(list(encode_tiled(autoencoder, pieces, tiles)), 2)
+    return torch.cat(list(encode_tiled(autoencoder, pieces, tiles if way == "tiled" else None)), 2)
 
 
 def decode(
@@ -90,7 +58,5 @@ def decode(
         with torch.enable_grad():
             video = autoencoder.decode(latents)
         yield video
-    elif way == "exact":
-        yield from cast(StreamingAutoencoder, autoencoder).decode_stream(latents)
     else:
-        yield from decode_tiled(autoencoder, latents, tiles)
+        yield from decode_tiled(autoencoder, latents, tiles if way == "tiled" else None)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
-from lingen.autoencoder.tiling import Tiles
+from lingen.autoencoder.tiling import Tiles, tiles_of
 from lingen.autoencoder.ways import WAYS, decode, encode, ways_of
 from lingen.bench.build import draw
 from lingen.bench.place import Place, dtype_name
@@ -31,8 +32,6 @@ PIECE = 32
 """Frames in a piece that an encoder gets."""
 WARM_UP = 64
 """Frames that go through unmeasured first, at most: pieces from the start, the middle and the end of a clip."""
-TILES = Tiles()
-"""The tiles of Movie Gen."""
 
 
 class Scale(NamedTuple):
@@ -47,7 +46,7 @@ class Scale(NamedTuple):
 
 
 FULL = Scale((272, 1088), (512, 512), (1, 2, 7, 33, 100), 128)
-QUICK = Scale((16, 64), (64, 64), (1, 2, 7, 33), 32)
+QUICK = Scale((16, 64), (64, 64), (1, 2, 7, 33), 64)
 """The defaults on a CPU."""
 
 
@@ -68,6 +67,13 @@ class ClipBench:
     def settings(self) -> dict[str, Any]:
         """The component as a result file names it: not where its weights lie."""
         return {key: value for key, value in self.component.items() if key != "path"}
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """Tiles of half a frame's height and width, where those are 4 latents or more; else frames are not cut."""
+        _, down, across = self.autoencoder.strides
+        half = self.size[0] // 2 // down * down, self.size[1] // 2 // across * across
+        return tiles_of(half, self.autoencoder.strides) if min(half) >= 4 * math.lcm(down, across) else None
 
     def row(self, name: str, frames: int) -> Row:
         """Begins a row."""
@@ -112,11 +118,8 @@ def _built(component: dict[str, Any], device: torch.device, say: Say) -> tuple[A
     Raises RecipeError where these are missing and it has no layers without them.
     """
     torch.manual_seed(0)
-    try:
-        with device:
-            autoencoder: Any = AUTOENCODERS.build(component)
-    except SettingError as error:
-        raise RecipeError(f"{error} (at autoencoder.{error.setting})") from error
+    with device:
+        autoencoder: Any = AUTOENCODERS.build(component)
     autoencoder.to(device).eval().requires_grad_(False)
     missing = missing_of([autoencoder])
     if not missing:
@@ -143,13 +146,8 @@ def _ways(bench: ClipBench, asked: Sequence[str], lengths: Sequence[int]) -> lis
     if wrong:
         raise RecipeError(f"The autoencoder '{name}' cannot go the way '{wrong[0]}'; it has {', '.join(able)}.")
     ways = [way for way in able if way in (asked or WAYS)]
-    try:
-        for frames in lengths:
-            check_frames(frames, autoencoder)
-        if "tiled" in ways:
-            TILES.cells(autoencoder.strides, "overlap")
-    except SettingError as error:
-        raise RecipeError(f"{error} (autoencoder '{name}')") from error
+    for frames in lengths:
+        check_frames(frames, autoencoder)
     return ways
 
 
@@ -179,11 +177,11 @@ def _measured(bench: ClipBench, way: str, frames: int) -> Row:
     device = bench.place.device
 
     def encoding() -> None:
-        kept["latents"] = encode(bench.autoencoder, clip(frames, bench.size, device), way, TILES).cpu()
+        kept["latents"] = encode(bench.autoencoder, clip(frames, bench.size, device), way, bench.tiles).cpu()
 
     def decoding() -> None:
         left = frames
-        for piece in decode(bench.autoencoder, kept["latents"].to(device), way, TILES):
+        for piece in decode(bench.autoencoder, kept["latents"].to(device), way, bench.tiles):
             left -= len(as_frames(piece[:, :, :left])) if left else 0
         if left:
             raise ValueError(f"{left} of {frames} frames are missing from what the autoencoder decoded.")
@@ -263,8 +261,8 @@ def _agreement(bench: ClipBench, ways: Sequence[str], frames: int) -> Row:
     for way in ("whole", *ways):
         with _modes(bench, way):
             pieces = clip(frames, bench.size, bench.place.device, given)
-            latents[way] = encode(bench.autoencoder, pieces, way, TILES)
-            video = torch.cat(list(decode(bench.autoencoder, latents["whole"], way, TILES)), 2)
+            latents[way] = encode(bench.autoencoder, pieces, way, bench.tiles)
+            video = torch.cat(list(decode(bench.autoencoder, latents["whole"], way, bench.tiles)), 2)
         decoded[way] = video[:, :, :frames].double().clamp(-1, 1)
     row = bench.row("agreement", frames)
     for way in ways:

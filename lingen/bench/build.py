@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lingen.bench.place import Place
 from lingen.model import LinGen, Text
 from lingen.plan.flops import forward_flops
-from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.sections import LinGenConfig, Triple
 
 Made = TypeVar("Made", bound=nn.Module)
@@ -31,19 +30,16 @@ def built(make: Callable[[], Made], place: Place) -> Made:
     one that holds buffers is constructed where it belongs. Parameters that it keeps in float32 by itself stay so.
 
     Raises:
-        RecipeError: for a setting that it does not take.
+        SettingError: for a setting that it does not take.
     """
     torch.manual_seed(0)
-    try:
-        if place.cuda:
-            empty = _constructed(make, torch.device("meta"), place.dtype)
-            if not list(empty.buffers()):
-                empty.to_empty(device=place.device)
-                draw(empty)
-                return empty
-        return _constructed(make, place.device, place.dtype)
-    except SettingError as error:
-        raise RecipeError(f"{error} (at {error.setting})") from error
+    if place.cuda:
+        empty = _constructed(make, torch.device("meta"), place.dtype)
+        if not list(empty.buffers()):
+            empty.to_empty(device=place.device)
+            draw(empty)
+            return empty
+    return _constructed(make, place.device, place.dtype)
 
 
 def _constructed(make: Callable[[], Made], device: torch.device, dtype: torch.dtype) -> Made:

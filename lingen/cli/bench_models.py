@@ -74,7 +74,7 @@ def bench_model(args: argparse.Namespace) -> int:
     argument("--size", type=size_of, metavar="HxW", help="default: 512x512"),
     argument(
         "--ways", nargs="+", choices=["exact", "tiled", "whole"],
-        help="by its own streams, in tiles of 32 frames, in one call; default: all that it has",
+        help="by its own streams, the same in tiles of half a frame's sides, in one call; default: all that it has",
     ),
     argument("--precision", choices=["bf16", "fp32"], help="of products; default: bf16, on a CPU fp32"),
     argument("--quick", action="store_true", help="16 and 64 frames of 64x64 on the CPU; a CPU's default"),

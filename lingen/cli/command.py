@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from lingen import __version__
@@ -73,7 +74,7 @@ WAYS = (
     argument(
         "--stream",
         choices=["exact", "tiled", "whole"],
-        help="by the autoencoder's own streams, in tiles of 32 frames that are cross-faded, or in one call; default: "
+        help="by the autoencoder's own streams, the same in cross-faded tiles of a frame, or in one call; default: "
         "exact where it has streams, else whole",
     ),
     argument(
@@ -154,6 +155,13 @@ def console() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def count_bar(description: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """A bar on stderr, to be called with (done, total)."""
+    from lingen.cli import progress
+
+    return progress.count_bar(console(), description)
 
 
 def print_table(rows: Sequence[dict[str, str]]) -> None:

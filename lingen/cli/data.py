@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from lingen.cli.command import (
@@ -15,7 +16,7 @@ from lingen.cli.command import (
     RECIPE,
     argument,
     command,
-    console,
+    count_bar,
     print_json,
     print_table,
 )
@@ -42,19 +43,16 @@ from lingen.recipe.errors import RecipeError
 )
 def data_fetch(args: argparse.Namespace) -> int:
     _check_fetch(args)
-    from pathlib import Path
-
     from lingen.files import check_place
 
     out = args.out or ("weights" if args.set == "vgg16" else f"data/{args.set}")
     check_place(Path(out))
     if args.set == "vgg16":
         return _fetch_vgg16(out)
-    from lingen.cli.progress import count_bar
     from lingen.prepare.fetch import fetch
     from lingen.prepare.packages import FetchError
 
-    with count_bar(console(), f"fetching {args.set}") as progress:
+    with count_bar(f"fetching {args.set}") as progress:
         try:
             fetched = fetch(args.set, out, parts=args.parts or 1, limit=args.limit, progress=progress)
         except FetchError as error:
@@ -106,9 +104,6 @@ def data_check(args: argparse.Namespace) -> int:
     folders = split_overrides(args.folders, args)
     if args.recipe is None and not folders:
         raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
-    from pathlib import Path
-
-    from lingen.cli.progress import count_bar
     from lingen.prepare.check import Depth, check_folders
     from lingen.prepare.forecast import forecast, local_folders
     from lingen.prepare.workers import processes_here
@@ -118,7 +113,7 @@ def data_check(args: argparse.Namespace) -> int:
     local, remote = ([Path(folder) for folder in folders], list[str]()) if folders else local_folders(stages)
     processes = processes_here() if args.processes is None else args.processes
     depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"
-    with count_bar(console(), "checking") as progress:
+    with count_bar("checking") as progress:
         checked = check_folders(local, depth, processes, progress)
     foreseen = forecast(stages, args.ranks)
     if args.json:
@@ -171,8 +166,6 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
     JSON,
 )
 def data_stats(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from lingen.prepare.stats import contact_sheet, histograms, measure
 
     folders, out = [Path(folder) for folder in args.folders], Path(args.out)
@@ -196,14 +189,11 @@ def data_stats(args: argparse.Namespace) -> int:
     PROCESSES,
 )
 def data_index(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from lingen.cli.progress import count_bar
     from lingen.prepare.index import index_folder
     from lingen.prepare.workers import processes_here
 
     for folder in args.folders:
-        with count_bar(console(), f"reading {folder}") as progress:
+        with count_bar(f"reading {folder}") as progress:
             processes = processes_here() if args.processes is None else args.processes
             found = index_folder(Path(folder), processes, progress)
         for drop in found.drops:
@@ -221,12 +211,9 @@ def data_index(args: argparse.Namespace) -> int:
     argument("--rows", type=int, default=1_000_000, metavar="N", help="of a synthetic manifest; 0: none"),
 )
 def bench_loader(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from lingen.bench.yardsticks import yardstick
-    from lingen.cli.progress import count_bar
 
-    with count_bar(console(), "measuring") as progress:
+    with count_bar("measuring") as progress:
         result = yardstick("loader").bench(
             args.shards, Path(args.out), pairs=args.pairs, seconds=args.seconds, rows=args.rows, progress=progress
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, console, whole
+from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, count_bar, whole
 from lingen.cli.pack import print_report
 from lingen.recipe.errors import RecipeError
 
@@ -27,9 +28,6 @@ DEVICE = argument("--device", metavar="D", help="cuda, cuda:1, cpu; default: cud
 def encode(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say with which recipe: --recipe R; it names the shards, the autoencoder and the encoders.")
-    from pathlib import Path
-
-    from lingen.cli.progress import count_bar
     from lingen.kernels.choice import best_device
     from lingen.prepare.encode import Encoding
     from lingen.prepare.encode import encode as encode_shards
@@ -40,7 +38,7 @@ def encode(args: argparse.Namespace) -> int:
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     workers = max(stage.data.workers for stage in stages)
     how = Encoding(str(best_device(args.device)), args.precision, part, workers, args.shard_mb, args.validation)
-    with count_bar(console(), "encoding") as progress:
+    with count_bar("encoding") as progress:
         report = encode_shards(stages, Path(args.out), how, progress)
     return print_report(report, args)
 
@@ -61,9 +59,6 @@ def encode(args: argparse.Namespace) -> int:
     JSON,
 )
 def data_caption(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from lingen.cli.progress import count_bar
     from lingen.kernels.choice import best_device
     from lingen.prepare.caption import Captioning, caption
     from lingen.prepare.journal import part_of
@@ -72,6 +67,6 @@ def data_caption(args: argparse.Namespace) -> int:
         Path(args.model), args.prompt, args.captions, args.frames, args.max_tokens, args.replace,
         str(best_device(args.device)), part_of(args.part), args.shard_mb,
     )  # fmt: skip
-    with count_bar(console(), "captioning") as progress:
+    with count_bar("captioning") as progress:
         report = caption(Path(args.folder), Path(args.out), how, progress)
     return print_report(report, args)

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lingen.cli.command import (
@@ -17,7 +18,7 @@ from lingen.cli.command import (
     WAYS,
     argument,
     command,
-    console,
+    count_bar,
     print_json,
     print_table,
     size_of,
@@ -39,7 +40,7 @@ from lingen.recipe.errors import RecipeError
     argument("--frames", type=whole, metavar="T", help="of a clip; default: the recipe's"),
     argument("--size", type=size_of, metavar="HxW", help="default: the recipe's"),
     *WAYS,
-    argument("--compare", action="store_true", help="also how far the three ways are apart"),
+    argument("--compare", action="store_true", help="also how far the ways are apart, tiles where there is a --tile"),
     argument("--out", default="eval/tae", metavar="DIR", help="default: eval/tae"),
     DEVICE,
     JSON,
@@ -48,16 +49,13 @@ from lingen.recipe.errors import RecipeError
 def eval_tae(args: argparse.Namespace) -> int:
     way, tile = ways_of_args(args)
     recipe = _recipe(args)
-    from pathlib import Path
-
-    from lingen.cli.progress import count_bar
     from lingen.kernels.choice import best_device
     from lingen.metrics.autoencoder import Request, evaluate
 
     asked = Request(
         clips=args.clips, way=way, tile=tile, compare=args.compare, device=str(best_device(args.device)),
     )  # fmt: skip
-    with count_bar(console(), "reconstructing") as progress:
+    with count_bar("reconstructing") as progress:
         try:
             result = evaluate(recipe, asked, Path(args.out), progress)
         except RecipeError:
@@ -94,8 +92,6 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Overrides that name the autoencoder and that what is typed may change, and those that it may not."""
-    from pathlib import Path
-
     if args.run and args.checkpoint:
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
     source = _folder(args.run) if args.run else args.checkpoint and Path(args.checkpoint)
@@ -132,8 +128,6 @@ def _trained(source: Any) -> dict[str, Any]:
 
 
 def _folder(run: str) -> Any:
-    from pathlib import Path
-
     path = Path(run)
     if not path.is_dir():
         raise RecipeError(f"--run {run} is no run folder; name one, or give --recipe R --checkpoint F.")

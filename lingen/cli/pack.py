@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from lingen.cli.command import (
@@ -16,7 +17,7 @@ from lingen.cli.command import (
     SHARD_MB,
     argument,
     command,
-    console,
+    count_bar,
     print_json,
     print_table,
 )
@@ -36,8 +37,6 @@ FILTERS = {
 
 def split_overrides(words: list[str], args: argparse.Namespace) -> list[str]:
     """The folders among the words behind an argument that takes several; ``key=value`` words join the overrides."""
-    from pathlib import Path
-
     folders = [word for word in words if "=" not in word or Path(word).exists()]
     args.overrides = [*args.overrides, *(word for word in words if word not in folders)]
     return folders
@@ -84,9 +83,6 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
 def data_pack(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say for which recipe: --recipe R; its stages say which sizes and lengths are wanted.")
-    from pathlib import Path
-
-    from lingen.cli.progress import count_bar
     from lingen.prepare.captions import Captions
     from lingen.prepare.journal import part_of
     from lingen.prepare.pack import Packing, filters_for, find_footage, pack, wanted_by
@@ -101,7 +97,7 @@ def data_pack(args: argparse.Namespace) -> int:
         find_footage(videos, images, wanted), Captions(args.captions), wanted, filters, part,
         processes_here() if args.processes is None else args.processes, args.shard_mb, args.keep_uncaptioned,
     )  # fmt: skip
-    with count_bar(console(), "packing") as progress:
+    with count_bar("packing") as progress:
         report = pack(job, Path(args.out), progress)
     return print_report(report, args)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, console
+from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, count_bar
 from lingen.cli.encode import DEVICE
 from lingen.recipe.errors import RecipeError
 
@@ -72,11 +72,10 @@ def _settings(args: argparse.Namespace) -> RewriteConfig:
 
 def rewrite(prompts: Sequence[str], how: RewriteConfig, device: str) -> list[Rewritten]:
     """Rewrites each prompt, then frees the model's memory."""
-    from lingen.cli.progress import count_bar
     from lingen.text.rewrite import Rewriter
 
     rewriter = Rewriter(how, device)
-    with count_bar(console(), "rewriting prompts") as progress:
+    with count_bar("rewriting prompts") as progress:
         found = rewriter.rewrite(prompts, progress)
     rewriter.release()
     if not all(prompt.strip() for prompt in prompts):

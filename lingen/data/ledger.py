@@ -172,11 +172,3 @@ class Ledger:
         for own, others in ((self.shards, state["shards"]), (self.sources, state["sources"])):
             for name, counts in others.items():
                 own.setdefault(name, Counter()).update(counts)
-
-    @classmethod
-    def merged(cls, states: Iterable[dict[str, Any]]) -> Ledger:
-        """One ledger from several `state_dict`s."""
-        ledger = cls()
-        for state in states:
-            ledger.add(state)
-        return ledger

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
-from lingen.autoencoder.perceptual import build_perceptual
-from lingen.autoencoder.tiling import Tiles
-from lingen.autoencoder.ways import WAYS, decode, encode, tiles_of, way_for, ways_of
+from lingen.autoencoder.tiling import Tiles, tiles_of
+from lingen.autoencoder.ways import decode, encode, way_for, ways_of
 from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool
@@ -34,8 +33,8 @@ from lingen.metrics.reconstruction import (
     psnr,
 )
 from lingen.provenance import git_commit, versions
-from lingen.recipe.errors import RecipeError, SettingError
-from lingen.recipe.registry import AUTOENCODERS
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL
 from lingen.recipe.sections import PerKind, Recipe
 
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
@@ -110,19 +109,15 @@ def evaluate(
 
 def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
     """Single clips of ``data.frames`` and ``data.size``, and so many held-out ones."""
-    synthetic = recipe.data.synthetic and _few(recipe.data.synthetic, clips)
+    synthetic = recipe.data.synthetic
+    if synthetic:  # as many as are evaluated, which are the first of the held-out ones
+        synthetic = {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
     data = replace(recipe.data, lengths=[], sizes=[], batch=PerKind(), workers=0, synthetic=synthetic)
     return replace(recipe, data=data, train=replace(recipe.train, validation_samples=clips))
 
 
-def _few(synthetic: dict[str, Any], clips: int) -> dict[str, Any]:
-    """The same synthetic clips, but only as many as are evaluated, which are the first of the held-out ones."""
-    return {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
-
-
-def _build(recipe: Recipe, asked: Request) -> tuple[Autoencoder, str, Tiles]:
+def _build(recipe: Recipe, asked: Request) -> tuple[Autoencoder, str, Tiles | None]:
     """The autoencoder on its device, and its way; all settings are checked here."""
-    name = recipe.autoencoder["name"]
     autoencoder = AUTOENCODERS.build(recipe.autoencoder)
     if min(recipe.data.size) < LEAST_SIDE:
         height, width = recipe.data.size
@@ -130,14 +125,8 @@ def _build(recipe: Recipe, asked: Request) -> tuple[Autoencoder, str, Tiles]:
             f"Frames of {height}x{width} are too small to be compared: {LEAST_SIDE} pixels a side are the least (at "
             "data.size)."
         )
-    way = way_for(autoencoder, asked.way, name)
-    try:
-        tiles = tiles_of(asked.tile, autoencoder.strides)
-        if way == "tiled" or (asked.compare and "tiled" in ways_of(autoencoder)):
-            for overlap in ("overlap", "encoder_overlap"):
-                tiles.cells(autoencoder.strides, overlap)
-    except SettingError as error:
-        raise RecipeError(f"{error} (tiles of autoencoder '{name}')") from error
+    way = way_for(autoencoder, asked.way, recipe.autoencoder["name"])
+    tiles = tiles_of(asked.tile, autoencoder.strides)
     check_ready([autoencoder])
     return autoencoder.to(asked.device).eval().requires_grad_(False), way, tiles
 
@@ -189,7 +178,9 @@ class _Source:
 class _Judge:
     """Collects the scores, clip by clip."""
 
-    def __init__(self, recipe: Recipe, autoencoder: Autoencoder, way: str, tiles: Tiles, asked: Request, out: Path):
+    def __init__(
+        self, recipe: Recipe, autoencoder: Autoencoder, way: str, tiles: Tiles | None, asked: Request, out: Path
+    ):
         self.name = recipe.autoencoder["name"]
         self.fps = recipe.data.fps
         self.autoencoder, self.way, self.tiles = autoencoder, way, tiles
@@ -206,7 +197,7 @@ class _Judge:
 
     def _perceptual(self, recipe: Recipe) -> nn.Module | None:
         component = recipe.reconstruction.features
-        network = build_perceptual(component)
+        network = PERCEPTUAL.build(component)
         missing = missing_of([network])
         if component["name"] == "none" or missing:
             why = (
@@ -282,8 +273,9 @@ class _Judge:
 
     def _compare_ways(self, kind: str, clip: Tensor) -> None:
         """Differences between the ways: PSNR of decodes of the same latents, relative RMS of latents of the same
-        clip."""
-        ways = [way for way in reversed(WAYS) if way in ways_of(self.autoencoder)]
+        clip. Without a tile, nothing is cut and ``tiled`` is left out."""
+        skipped = () if self.tiles else ("tiled",)
+        ways = [way for way in reversed(ways_of(self.autoencoder)) if way not in skipped]
         encoded = {way: encode(self.autoencoder, self._pieces(clip), way, self.tiles).float() for way in ways}
         decoded = {way: torch.cat([*decode(self.autoencoder, encoded["whole"], way, self.tiles)], 2) for way in ways}
         decoded = {way: video[:, :, : clip.shape[2]].float().clamp(-1, 1) / 2 for way, video in decoded.items()}

@@ -141,13 +141,13 @@ def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what
 
 def _decoding(draft: Layered, recipe: Recipe, autoencoder: Autoencoder) -> Iterator[Problem]:
     """A mistake where the autoencoder cannot decode as `sample` says; found before anything is trained."""
-    from lingen.autoencoder.ways import tiles_of, way_for
+    from lingen.autoencoder.tiling import tiles_of
+    from lingen.autoencoder.ways import way_for
 
     settings = recipe.sample
     try:
-        way = "tiled" if settings.tile is not None else settings.decode
-        if way_for(autoencoder, way, recipe.autoencoder["name"]) == "tiled":
-            tiles_of(settings.tile, autoencoder.strides).cells(autoencoder.strides, "overlap")
+        way_for(autoencoder, settings.decode, recipe.autoencoder["name"])
+        tiles_of(settings.tile, autoencoder.strides)
     except SettingError as error:
         yield draft.problem(("sample", "tile"), str(error))
     except RecipeError as error:

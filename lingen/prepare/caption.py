@@ -71,14 +71,12 @@ class Captioner:
     takes no instructions either, the frame in the middle.
 
     Raises:
-        RecipeError: transformers is missing, or the folder holds no such model.
+        RecipeError: the folder holds no such model.
     """
 
     def __init__(self, how: Captioning):
-        try:
-            from transformers import AutoModelForImageTextToText, AutoProcessor, logging
-        except ImportError as error:
-            raise RecipeError("Captions are written by a model of transformers: pip install transformers.") from error
+        from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+
         logging.set_verbosity_error()  # its progress bars and hints would mix with ours
         logging.disable_progress_bar()
         if not how.model.is_dir():

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from jaxtyping import Int, UInt8
+from PIL import ImageOps
 
 from lingen.data.frames import covering, fit_frame
 from lingen.data.pictures import fit_picture, open_picture, reported
@@ -105,8 +108,6 @@ Sample = tuple[Made, bytes, dict[str, Any]]
 
 
 def _make(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
-    import av
-
     try:
         yield from (_film if job.source.kind == "video" else _picture)(job, drops)
     except (ValueError, av.FFmpegError, OSError, MemoryError) as error:
@@ -206,8 +207,6 @@ class _Reel:
     """Frames of a film by ascending number, decoded once and fitted to a size."""
 
     def __init__(self, path: Path, size: tuple[int, int]):
-        from av.video.reformatter import VideoReformatter
-
         self.size = size
         self._frames = read_frames(path)
         self._scaler = VideoReformatter()
@@ -231,8 +230,6 @@ class _Reel:
 
 def _picture(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
     """The picture, its own bytes where it need not be scaled down."""
-    from PIL import ImageOps
-
     data = job.source.path.read_bytes()
     picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
     with reported():

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from scenedetect import AdaptiveDetector, FrameTimecode
 
 from lingen.prepare.footage import Frame
 
@@ -48,9 +50,6 @@ class Track(NamedTuple):
 
 def follow(frames: Iterable[Frame]) -> Track:
     """Measures all frames in one pass. ValueError ``unreadable: ...`` where there are none."""
-    import cv2
-    from scenedetect import AdaptiveDetector, FrameTimecode
-
     cv2.setNumThreads(1)  # the processes share the cores
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
     detector = AdaptiveDetector(min_scene_len=1)  # a flash counts as a cut, too, so that no clip holds a cut
@@ -109,8 +108,6 @@ def _motion(before: Any, grey: Any, flow: Any, pace: float) -> tuple[float, ...]
 def look(grey: UInt8[np.ndarray, "h w"]) -> int:
     """64 bits of which pictures that look alike share almost all: whether each of the 63 lowest frequencies is above
     their median (the pHash of Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010)."""
-    import cv2
-
     small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8].ravel()[1:]
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from lingen.data import manifest
 from lingen.data.manifest import Row
 from lingen.recipe.errors import RecipeError
 
 QUANTILES = (0.05, 0.5, 0.95)
-PANEL = (390, 230)
-"""Width and height of a histogram in pixels."""
-BINS = 30
-INK, BAR, FAINT = (40, 44, 52), (76, 120, 168), (225, 228, 232)
+BINS, BAR = 30, "#4c78a8"
+"""Bars of a histogram, and their colour."""
 
 
 class Measure(NamedTuple):
@@ -92,53 +91,18 @@ def _measures(table: dict[str, np.ndarray]) -> Iterator[Measure]:
 
 
 def histograms(measures: Sequence[Measure], path: Path) -> Path:
-    """A PNG with a histogram of each measure that has values, three in a row."""
-    from PIL import Image
-
+    """A PNG with a histogram of each measure that has values, three in a row; the largest 1% stand in the last bar."""
     shown = [one for one in measures if len(one.values)]
-    sheet = Image.new("RGB", (3 * PANEL[0], -(-len(shown) // 3) * PANEL[1]), "white")
-    for number, one in enumerate(shown):
-        sheet.paste(_histogram(one), (number % 3 * PANEL[0], number // 3 * PANEL[1]))
-    sheet.save(path)
+    figure = Figure(figsize=(11.7, 2.3 * -(-len(shown) // 3)), dpi=100, layout="constrained")
+    for number, one in enumerate(shown, start=1):
+        values = one.values.astype(float)
+        high = np.quantile(values, 0.99) if len(values) > 100 else values.max()
+        axes = figure.add_subplot(-(-len(shown) // 3), 3, number)
+        axes.hist(np.minimum(values, high), BINS, color=BAR)
+        axes.set_title(one.name + (f", the last bar: {high:.3g} or more" if values.max() > high else ""), fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
     return path
-
-
-def _histogram(one: Measure) -> Any:
-    from PIL import Image, ImageDraw, ImageFont
-
-    values = one.values.astype(float)
-    low, high = float(values.min()), float(np.quantile(values, 0.99) if len(values) > 100 else values.max())
-    counts, labels = _bins(values, low, high)
-    panel = Image.new("RGB", PANEL, "white")
-    draw = ImageDraw.Draw(panel)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    left, top, right, bottom = 46, 34, PANEL[0] - 24, PANEL[1] - 36
-    draw.text((left, 8), one.name, INK, font)
-    draw.text((left - 6, top), f"{counts.max():,}", INK, small, anchor="rt")
-    draw.line((left, top, right, top), FAINT)
-    step = (right - left) / BINS
-    for number, count in enumerate(counts):
-        tall = (bottom - top) * count / counts.max()
-        if count:
-            draw.rectangle((left + number * step, bottom - max(1, tall), left + (number + 1) * step - 2, bottom), BAR)
-    draw.line((left, bottom, right, bottom), INK)
-    for share, text in labels.items():
-        at = left + (right - left) * share
-        draw.line((at, bottom, at, bottom + 4), INK)
-        draw.text((at, bottom + 7), text, INK, small, anchor="mt")
-    return panel
-
-
-def _bins(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, dict[float, str]]:
-    """Counts from `low` to `high`, larger values in the last one, and labels at shares of the axis. Values that are all
-    the same are one bar in the middle."""
-    if high - low < 1e-3 * max(1.0, abs(high)):
-        counts = np.zeros(BINS, int)
-        counts[BINS // 2] = len(values)
-        return counts, {(BINS // 2 + 0.45) / BINS: f"{low:.4g}"}
-    counts, _ = np.histogram(np.minimum(values, high), BINS, (low, high))
-    more = "+" if values.max() > high else ""
-    return counts, {0.0: f"{low:.3g}", 0.5: f"{(low + high) / 2:.3g}", 1.0: f"{high:.3g}{more}"}
 
 
 def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Path, Row]]:

@@ -228,8 +228,8 @@ class SampleConfig:
     ] = "auto"
     decode: Annotated[
         Literal["auto", "exact", "tiled", "whole"],
-        "latents to pixels piece by piece, by the autoencoder's own streams; in cross-faded tiles of 32 frames (Movie "
-        "Gen); or in one call; auto: exact where it has streams, else whole",
+        "latents to pixels piece by piece, by the autoencoder's own streams; the same in cross-faded tiles of `tile` "
+        "pixels; or in one call; auto: exact where it has streams, else whole",
     ] = "auto"
     tile: Annotated[
         tuple[int, int] | None, "height and width in pixels of the tiles, where a frame is too large for the memory"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lingen import flow
 from lingen.autoencoder import Autoencoder, ways
-from lingen.autoencoder.ways import tiles_of, way_for
+from lingen.autoencoder.tiling import tiles_of
+from lingen.autoencoder.ways import way_for
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device
 from lingen.media import as_frames

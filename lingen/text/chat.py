@@ -9,7 +9,7 @@ import torch
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
-from lingen.text.folder import TOKENIZERS, Lacking, check_file, check_folder, read_json, weight_files
+from lingen.text.folder import Lacking, check_model, read_json
 
 NO_CHAT = "it has no chat template: it goes on with a text, but follows no instruction"
 FIXED: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
@@ -24,10 +24,8 @@ class Chat:
     """A model and its tokenizer, loaded. RecipeError where the folder holds no chat model."""
 
     def __init__(self, how: RewriteConfig, device: torch.device, dtype: torch.dtype):
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-        except ImportError as error:
-            raise RecipeError("Prompts are rewritten by a model of transformers: pip install transformers.") from error
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
         logging.set_verbosity_error()  # its progress bars and hints would mix with ours
         logging.disable_progress_bar()
         path = Path(str(how.path))
@@ -72,12 +70,7 @@ class Chat:
 
 def inspect(path: Path) -> None:
     """Lacking where a folder does not hold a chat model and its tokenizer; reads no weights."""
-    check_folder(path)
-    read_json(path / "config.json")
-    for file in weight_files(path):
-        check_file(file)
-    if not any((path / name).is_file() for name in TOKENIZERS):
-        raise Lacking("it holds no tokenizer")
+    check_model(path, None)
     if any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return
     settings = path / "tokenizer_config.json"

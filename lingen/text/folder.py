@@ -44,18 +44,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_model(path: Path, families: Collection[str], *, tokenizer: bool = True) -> dict[str, Any]:
+def check_model(path: Path, families: Collection[str] | None, *, tokenizer: bool = True) -> dict[str, Any]:
     """The config.json of a folder as `save_pretrained` writes it.
 
     Args:
-        families: `model_type`s that will do.
+        families: `model_type`s that will do; None: any.
         tokenizer: its files must be there, too.
     Raises:
         Lacking: the folder, one of its files, a part of its weights, or the right kind of model.
     """
-    check_folder(path)
+    if not path.is_dir():
+        raise Lacking("it is a file, not a folder" if path.is_file() else "there is no such folder")
     config = read_json(path / "config.json")
-    if config.get("model_type") not in families:
+    if families is not None and config.get("model_type") not in families:
         told = f"its config.json says model_type={config.get('model_type')}, wanted is {' or '.join(families)}"
         raise Lacking(told, elsewhere=True)
     for file in weight_files(path):
@@ -63,12 +64,6 @@ def check_model(path: Path, families: Collection[str], *, tokenizer: bool = True
     if tokenizer and not any((path / name).is_file() for name in TOKENIZERS):
         raise Lacking(f"it holds no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)")
     return config
-
-
-def check_folder(path: Path) -> None:
-    """Lacking where there is no folder."""
-    if not path.is_dir():
-        raise Lacking("it is a file, not a folder" if path.is_file() else "there is no such folder")
 
 
 def names_file(path: str) -> bool:

@@ -185,32 +185,22 @@ class LocalEncoder(nn.Module, abc.ABC):
         except Exception as error:  # what a damaged file makes a library raise cannot be listed
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise RecipeError(f"The text encoder '{self.name}' cannot read {path}: {said}; {self._cure()}.") from error
-        if reader.width != self.dim:
-            lacking = width_differs(reader.width, self.dim)
-            raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.")
-        if self.max_tokens <= reader.special:
-            lacking = no_room(reader.special, self.max_tokens)
-            raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.")
+        try:
+            check_settings(reader.width, self.dim, None, self.max_tokens, reader.special)
+        except Lacking as lacking:
+            raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.") from lacking
         self._reader, self._opened = reader, (device, dtype)
         return reader
-
-
-def width_differs(found: int, dim: int) -> Lacking:
-    return Lacking(f"its tokens are {found} wide, not dim={dim}", f"set dim={found} in this text encoder")
-
-
-def no_room(special: int, max_tokens: int) -> Lacking:
-    told = f"it puts {special} of its own tokens around a text, so max_tokens={max_tokens} has no room for one"
-    return Lacking(told, f"set max_tokens to {special + 1} or more in this text encoder")
 
 
 def check_settings(found: int, dim: int, longest: int | None, max_tokens: int, special: int = 0) -> None:
     """Lacking where the weights have another width (`found`), read at most `longest` tokens, or have `special` ones of
     their own and so no room for a text."""
     if max_tokens <= special:
-        raise no_room(special, max_tokens)
+        told = f"it puts {special} of its own tokens around a text, so max_tokens={max_tokens} has no room for one"
+        raise Lacking(told, f"set max_tokens to {special + 1} or more in this text encoder")
     if found != dim:
-        raise width_differs(found, dim)
+        raise Lacking(f"its tokens are {found} wide, not dim={dim}", f"set dim={found} in this text encoder")
     if longest is not None and max_tokens > longest:
         told = f"it reads at most {longest} tokens, not max_tokens={max_tokens}"
         raise Lacking(told, f"set max_tokens={longest} in this text encoder")

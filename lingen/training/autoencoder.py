@@ -14,12 +14,12 @@ from torch.func import functional_call
 from lingen import flow
 from lingen.autoencoder import losses
 from lingen.autoencoder.discriminator import Discriminator
-from lingen.autoencoder.perceptual import NoDistance, build_perceptual
+from lingen.autoencoder.perceptual import NoDistance
 from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
 from lingen.media import as_floats
 from lingen.plan.trial import features_of, trainable
-from lingen.recipe.registry import AUTOENCODERS
+from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL
 from lingen.recipe.sections import Recipe
 from lingen.training.base import Trained
 
@@ -48,7 +48,7 @@ class AutoencoderModule(Trained):
         super().__init__(recipe)
         self.settings = recipe.reconstruction
         self.autoencoder = trainable(AUTOENCODERS.build(recipe.autoencoder), recipe.autoencoder["name"])
-        self.perceptual = build_perceptual(features_of(recipe))
+        self.perceptual = PERCEPTUAL.build(features_of(recipe))
         self.discriminator: Discriminator | None = None
         if self.settings.adversarial:
             self.discriminator = Discriminator(self.settings.discriminator_width, self.settings.discriminator_layers)
