@@ -77,7 +77,7 @@ class Draws(NamedTuple):
     """In [0, 1), for the choice whether the text is left out."""
 
 
-def draw(
+def sample_draws(
     shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[int, str], config: TimeConfig, shift: float
 ) -> Draws:
     """The random numbers of training or sampling for each sample: a function of (stream, slot) alone.
@@ -198,10 +198,10 @@ def guided(
     return out * (rescale * factor + 1 - rescale)
 
 
-Encoded = tuple[Float[Tensor, "_ _ w"], Bool[Tensor, "_ _"]]
+MaskedTokens = tuple[Float[Tensor, "_ _ w"], Bool[Tensor, "_ _"]]
 
 
-def stack_text(first: Encoded, second: Encoded) -> Encoded:
+def stack_text(first: MaskedTokens, second: MaskedTokens) -> MaskedTokens:
     """Two batches of one encoder's (tokens [b n w], mask [b n]) as one, the shorter padded with masked tokens: the
     null and the prompted half of guidance in one evaluation."""
     length = max(first[0].shape[1], second[0].shape[1])

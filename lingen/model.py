@@ -25,7 +25,7 @@ from lingen.recipe.sections import LinGenConfig, Triple
 
 log = logging.getLogger("lingen")
 
-__all__ = ["LinGen", "Text", "grid_of", "resize_tables"]
+__all__ = ["LinGen", "Text", "token_grid", "resize_tables"]
 
 TIME_FEATURES = 256
 SMALLEST_TIME_LEFT = 0.05
@@ -113,7 +113,7 @@ class LinGen(nn.Module):
 
     def grid_of(self, size: Sequence[int]) -> Triple:
         """Tokens (t, h, w) of latents of size (t, h, w). ValueError where the patch does not divide them."""
-        return grid_of(size, self.config.patch)
+        return token_grid(size, self.config.patch)
 
     def parameters_by_part(self) -> dict[str, int]:
         """Part -> number of parameters; the blocks' parts (mixer, cross_attention, ffn, ...) are summed over depth."""
@@ -209,7 +209,7 @@ def _say(recomputed: int, depth: int, size: int) -> None:
     )
 
 
-def grid_of(size: Sequence[int], patch: Sequence[int]) -> Triple:
+def token_grid(size: Sequence[int], patch: Sequence[int]) -> Triple:
     """Tokens (t, h, w) of latents of size (t, h, w); fewer frames than a patch has, such as an image, are one token.
 
     ValueError names the axis that the patch does not divide.

@@ -18,7 +18,7 @@ from lingen.data.ledger import Ledger
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.sections import Recipe
-from lingen.sampling.samples import sample_prompts, sample_reconstructions, score
+from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
@@ -121,7 +121,7 @@ def fit_curriculum(
             reporter.say(f"the score stands in {folder.score}")
         else:
             reporter.say(f"judging {stages[-1].score.clips} clips of held-out captions")
-            score(folder, stages[-1])
+            score_samples(folder, stages[-1])
     return Outcome(folder)
 
 

@@ -16,6 +16,9 @@ from lingen.recipe.errors import RecipeError
 Copy = Literal["averaged", "raw"]
 """The two copies in a file: training continues from the raw one, the averaged one is for sampling."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a recipe calls the precision of weights."""
+
 
 class WeightsError(RecipeError):
     """Raised where a path holds no weights of lingen; `what` is the sentence without the path, with the cure."""

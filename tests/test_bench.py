@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lingen.bench import timing
 from lingen.bench.build import built, denoiser, sample_inputs, tflop_of
 from lingen.bench.exponent import crossover, fit_exponent
-from lingen.bench.parts import by_part, part_of, triton_kernels
+from lingen.bench.parts import milliseconds_by_part, part_of_kernel, triton_kernels
 from lingen.bench.place import Place
 from lingen.bench.receipt import by_flops, by_time, meets, part_fits, says
 from lingen.bench.scaling import GRIDS, QUICK_GRIDS
@@ -167,14 +167,14 @@ def test_kernels_are_grouped_by_what_they_are_for():
         "triton_poi_fused_add_mul_0": "compiled elementwise",
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>": "elementwise",
     }.items():
-        assert part_of(name) == part, name
+        assert part_of_kernel(name) == part, name
     own = triton_kernels()
-    assert own and all(part_of(name) == part for name, part in own.items())
+    assert own and all(part_of_kernel(name) == part for name, part in own.items())
 
 
 def test_time_is_split_into_parts():
     layer, x = MIXERS.build("attention", 32, 0), torch.randn(1, 8, 8, 8, 32)
-    parts = by_part(lambda: layer(x), CPU)
+    parts = milliseconds_by_part(lambda: layer(x), CPU)
     assert {"attention", "matrix products"} <= set(parts) and min(parts.values()) >= 0
 
 
@@ -208,10 +208,10 @@ def test_weights_are_drawn_on_the_device_in_their_dtype():
     )
     with torch.device("meta"):
         empty = MIXERS.build({"name": "mate", "state_dim": 4, "head_dim": 8}, 16, 0)
-    from lingen.bench.build import draw
+    from lingen.bench.build import draw_weights
 
     empty.to_empty(device=CPU)
-    draw(empty)
+    draw_weights(empty)
     assert {name for name, p in mixer.named_parameters() if p.dtype == torch.float32} == {
         "ma.a_log", "ma.d", "ma.dt_bias",
     }  # fmt: skip

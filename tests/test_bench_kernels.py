@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lingen.bench.cases import CASES, Sizes
+from lingen.bench.cases import CASES, LayerSizes
 from lingen.bench.kernels import ODD_GRID, _able
 from lingen.bench.yardsticks import yardstick
 from lingen.kernels.scan import chunk_of
@@ -28,7 +28,7 @@ def test_plain_twins_compile_without_a_break_or_a_warning():
 
 def test_errors_are_measured_over_more_than_one_chunk():
     for dtype in (torch.float32, torch.bfloat16):
-        n = Sizes(ODD_GRID, 32).n
+        n = LayerSizes(ODD_GRID, 32).n
         assert n > chunk_of(n, dtype) and n % chunk_of(n, dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import lingen
 from lingen.bench import yardsticks
-from lingen.bench.build import draw
+from lingen.bench.build import draw_weights
 from lingen.bench.yardsticks import yardstick
 from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.temporal_swin import TemporalSwin
@@ -68,7 +68,7 @@ def test_the_plain_denoiser_is_ours(mixer):
     config = LinGenConfig(dim=16, depth=2, mixer=component, **sizes)
     torch.manual_seed(0)
     model = LinGen(config)
-    draw(model)
+    draw_weights(model)
     tokens, mask = torch.randn(2, 5, 6), torch.arange(5) < torch.tensor([[5], [3]])
     inputs = torch.randn(2, 4, 3, 6, 4), torch.tensor([0.2, 0.8]), ((tokens, mask),)
     with torch.no_grad():

@@ -12,8 +12,8 @@ import torch
 from lingen.autoencoder.pixels import Pixels
 from lingen.autoencoder.tae import TAE
 from lingen.bench import autoencoder as bench
-from lingen.bench.autoencoder import PIECE, bench_autoencoder, clip, prepared
-from lingen.bench.build import draw
+from lingen.bench.autoencoder import PIECE_FRAMES, bench_autoencoder, clip, prepared
+from lingen.bench.build import draw_weights
 from lingen.bench.place import place_of
 from lingen.bench.results import Results
 from lingen.bench.show import PAGE
@@ -49,12 +49,12 @@ def rows_of(rows, name):
 
 
 def test_the_clip_moves_and_every_frame_is_of_its_number_alone():
-    pieces = list(clip(2 * PIECE + 3, (8, 10), CPU))
-    assert [piece.shape[2] for piece in pieces] == [PIECE, PIECE, 3]
+    pieces = list(clip(2 * PIECE_FRAMES + 3, (8, 10), CPU))
+    assert [piece.shape[2] for piece in pieces] == [PIECE_FRAMES, PIECE_FRAMES, 3]
     video = torch.cat(pieces, 2)
-    assert video.shape == (1, 3, 2 * PIECE + 3, 8, 10) and video.abs().max() <= 1
+    assert video.shape == (1, 3, 2 * PIECE_FRAMES + 3, 8, 10) and video.abs().max() <= 1
     assert (video.diff(dim=2).abs().mean((0, 1, 3, 4)) > 0.01).all()  # no two frames are equal
-    assert torch.equal(torch.cat(list(clip(PIECE + 5, (8, 10), CPU)), 2), video[:, :, : PIECE + 5])
+    assert torch.equal(torch.cat(list(clip(PIECE_FRAMES + 5, (8, 10), CPU)), 2), video[:, :, : PIECE_FRAMES + 5])
 
 
 class Watched(Pixels):
@@ -80,7 +80,13 @@ def test_the_frames_that_are_timed_are_the_clips(monkeypatch: pytest.MonkeyPatch
     watched = Watched()
     monkeypatch.setattr(AUTOENCODERS, "build", lambda component: watched)
     row = measured(tmp_path, {"name": "pixels"}, frames=(71,), ways=("exact",))[0]
-    assert watched.seen[:5] == [PIECE, PIECE, PIECE, PIECE, 7]  # a warm-up of 64, then the clip
+    assert watched.seen[:5] == [
+        PIECE_FRAMES,
+        PIECE_FRAMES,
+        PIECE_FRAMES,
+        PIECE_FRAMES,
+        7,
+    ]  # a warm-up of 64, then the clip
     expected = np.concatenate([as_frames(piece) for piece in clip(71, GIVEN["size"], CPU)])
     assert np.array_equal(np.concatenate(shown)[64 : 64 + 71], expected)
     assert row["weights"] == "own" and row["latents"] == [3, 71, 16, 24]
@@ -129,7 +135,7 @@ def test_agreement_is_exact_and_tiles_differ(tmp_path: Path):
 def test_whole_is_one_call_and_keeps_nothing_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Without gradients TAE would go piece by piece of itself, and the ways would be compared with themselves."""
     tae, seen = TAE(**TINY), []
-    draw(tae)
+    draw_weights(tae)
     tae.load_state_dict(tae.state_dict())
     tae.encoder.register_forward_hook(lambda one, given, out: seen.append((given[0].shape[2], out)))
     monkeypatch.setattr(AUTOENCODERS, "build", lambda component: tae)

@@ -14,7 +14,7 @@ from lingen.data import manifest
 from lingen.data.shards import read_shard
 from lingen.prepare.caption import Captioner, Captioning, caption
 from lingen.prepare.captions import Captions
-from lingen.prepare.cut import Wanted
+from lingen.prepare.cut import ClipRequirements
 from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, find_footage, pack
@@ -24,7 +24,7 @@ from tests.helpers.files import killed_before
 from tests.helpers.footage import film, frames
 
 pytest.importorskip("transformers")
-WANTED = Wanted((((32, 48),),), 8.0, (8,))
+WANTED = ClipRequirements((((32, 48),),), 8.0, (8,))
 
 
 @pytest.fixture(scope="module")

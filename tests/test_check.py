@@ -20,17 +20,17 @@ from lingen.data.shards import write_shards
 from lingen.media import encode_mp4
 from lingen.prepare.captions import Captions
 from lingen.prepare.check import check_folders
-from lingen.prepare.cut import Wanted
+from lingen.prepare.cut import ClipRequirements
 from lingen.prepare.filters import Filters
 from lingen.prepare.forecast import forecast, ranks_of
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, find_footage, pack
-from lingen.prepare.stats import Measure, contact_sheet, histograms, measure
+from lingen.prepare.stats import Measure, histograms, measure_folders, sample_sheet
 from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
 from tests.helpers.footage import film, frames
 
-WANTED = Wanted((((32, 48),),), 8.0, (16, 8))
+WANTED = ClipRequirements((((32, 48),),), 8.0, (16, 8))
 OPEN = Filters(black=None, frozen=None, still=None, jerky=None)
 
 
@@ -233,10 +233,10 @@ def test_stats(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["data", "stats", str(packed), "--out", str(tmp_path), "--clips", "3"]) == 0
     shown = capsys.readouterr().out
     assert "video" in shown and "films" in shown and str(tmp_path / "histograms.png") in shown
-    found = {row["kind"]: row for row in measure([packed]).rows}
+    found = {row["kind"]: row for row in measure_folders([packed]).rows}
     assert found["video"]["samples"] == "4" and found["image"]["captions"] == "2"
-    assert measure([packed]).sources == {"films": 4, "pictures": 2}
-    by_name = {one.name: one.values for one in measure([packed]).measures}
+    assert measure_folders([packed]).sources == {"films": 4, "pictures": 2}
+    by_name = {one.name: one.values for one in measure_folders([packed]).measures}
     assert sorted(by_name["seconds of a clip"]) == pytest.approx([1.0, 1.0, 2.0, 2.5])
     sheet = Image.open(tmp_path / "samples.jpg")
     assert sheet.width > 700 and sheet.height == 4 * (96 + 16)  # three clips and a row of pictures
@@ -262,16 +262,16 @@ def test_a_sample_that_cannot_be_shown_is_told_not_left_out(copy: Path, tmp_path
     with (copy / row.shard).open("r+b") as file:
         file.seek(row.offset + 1500)
         file.write(b"\x5a" * (row.length - 2000))
-    sheet = contact_sheet([copy], tmp_path / "s.jpg")
+    sheet = sample_sheet([copy], tmp_path / "s.jpg")
     assert sheet is not None and Image.open(sheet).height == 5 * (96 + 16)
 
 
 def test_stats_need_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has no manifest.parquet; write it with `lingen data index"):
-        measure([tmp_path])
+        measure_folders([tmp_path])
     manifest.write(tmp_path / manifest.NAME, [], About())
     with pytest.raises(RecipeError, match="have no row"):
-        measure([tmp_path])
+        measure_folders([tmp_path])
 
 
 def test_the_hash_vouches_for_the_media(packed: Path) -> None:

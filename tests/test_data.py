@@ -27,7 +27,7 @@ from lingen.data.index import Index
 from lingen.data.indexing import scan_shards
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.locations import Location, expand
-from lingen.data.shards import parse, write_shards
+from lingen.data.shards import parse_sample, write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_mp4, encode_png
 from lingen.recipe.errors import RecipeError
@@ -87,7 +87,7 @@ def index(paths: list[Any]) -> Index:
 
 
 def read(found: Index, number: int) -> dict[str, bytes]:
-    return parse(Ahead(found, Reader(Remote())).get(number).data, found.key(number))
+    return parse_sample(Ahead(found, Reader(Remote())).get(number).data, found.key(number))
 
 
 # finding shards

@@ -18,13 +18,13 @@ from lingen.data import manifest
 from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
 from lingen.data.fingerprint import frozen_settings, hash_weights
-from lingen.data.latents import Wanted as EncodedSample
+from lingen.data.latents import LatentRequirements as EncodedSample
 from lingen.data.latents import read_encoded
 from lingen.doctor import examine
 from lingen.frozen import Missing
 from lingen.prepare.captions import Captions
-from lingen.prepare.cut import Wanted
-from lingen.prepare.encode import Encoding, _Clips, encode, tasks_of
+from lingen.prepare.cut import ClipRequirements
+from lingen.prepare.encode import Encoding, _Clips, encode_shards, tasks_of
 from lingen.prepare.encoders import Encoders
 from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Part
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         film(folder / "films" / f"{name}.mp4", scene, fps=8, size=(32, 48))
     rows = [{"key": key, "captions": [f"{key} moves", f"this is {key}"][: 1 + (key == "a")]} for key in scenes]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wanted = Wanted((((16, 16),),), 8.0, (24, 8, 4))
+    wanted = ClipRequirements((((16, 16),),), 8.0, (24, 8, 4))
     filters = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)
     sources = find_footage([folder / "films"], [], wanted)
     pack(Packing(sources, Captions(folder / "captions.jsonl"), wanted, filters), folder / "raw")
@@ -86,7 +86,7 @@ def stages(folder: Path) -> list[Recipe]:
 
 @pytest.fixture(scope="module")
 def encoded(folder: Path, stages: list[Recipe]) -> Path:
-    encode(stages, folder / "encoded", Encoding(precision="float32"))
+    encode_shards(stages, folder / "encoded", Encoding(precision="float32"))
     return folder / "encoded"
 
 
@@ -189,7 +189,7 @@ def test_sets_of_before_load(
         return {**members, "text0.npy": stream.getvalue(), "json": json.dumps(about).encode()}
 
     monkeypatch.setattr(Encoders, "members", members_then)
-    encode(stages, tmp_path, Encoding(precision="float32"))
+    encode_shards(stages, tmp_path, Encoding(precision="float32"))
     recipes = [encoded_stages(folder)[1], encoded_stages(folder, f"data.shards.video={tmp_path}/video-*.tar")[1]]
     module = LinGenModule(recipes[0])
     now, then = (list(islice(ClipData(recipe).batches(), 3)) for recipe in recipes)
@@ -199,7 +199,7 @@ def test_sets_of_before_load(
 
 
 def test_half_precision(folder: Path, stages: list[Recipe], encoded: Path, tmp_path: Path) -> None:
-    encode(stages, tmp_path, Encoding())
+    encode_shards(stages, tmp_path, Encoding())
     sizes = [sum(row.length for row in manifest.rows(out / manifest.NAME)) for out in (tmp_path, encoded)]
     assert sizes[0] < sizes[1]
     half = load_stages(folder / "r.yaml", [VIDEO, f"data.shards.video={tmp_path}/video-*.tar"])
@@ -212,18 +212,18 @@ def test_half_precision(folder: Path, stages: list[Recipe], encoded: Path, tmp_p
 
 def test_a_killed_run_goes_on(stages: list[Recipe], tmp_path: Path) -> None:
     how = Encoding(precision="float32", shard_mb=0)
-    encode(stages, tmp_path / "whole", how)
+    encode_shards(stages, tmp_path / "whole", how)
     with killed_before("video-00005.tar"):
-        encode(stages, tmp_path / "killed", how)
+        encode_shards(stages, tmp_path / "killed", how)
     done = []
-    encode(stages, tmp_path / "killed", how, lambda at, total: done.append((at, total)))
+    encode_shards(stages, tmp_path / "killed", how, lambda at, total: done.append((at, total)))
     assert done[-1] == (16, 16) and done[0][0] > 5
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_parts_and_workers_make_the_same_set(stages: list[Recipe], encoded: Path, tmp_path: Path) -> None:
     for number in (2, 1, 3):
-        encode(stages, tmp_path, Encoding(precision="float32", part=Part(number, 3), workers=2 * (number == 2)))
+        encode_shards(stages, tmp_path, Encoding(precision="float32", part=Part(number, 3), workers=2 * (number == 2)))
     whole, parts = ({row.key: row.hash for row in manifest.rows(out / manifest.NAME)} for out in (encoded, tmp_path))
     assert parts == whole
 
@@ -309,12 +309,12 @@ def test_shards_that_say_nothing_of_their_encoder(folder: Path, encoded: Path, t
 
 def test_what_cannot_be_encoded_is_counted_by_key(folder: Path, tmp_path: Path) -> None:
     bright = load_stages(folder / "r.yaml", [VIDEO, "autoencoder.nan_above=0.0"])
-    report = encode(bright, tmp_path / "nan", Encoding())
+    report = encode_shards(bright, tmp_path / "nan", Encoding())
     assert 0 < report.left_out["latents not finite"] < 16 == report.looked_at
     assert sum(report.made.values()) + report.left_out["latents not finite"] == 16
     assert ": latents not finite: as float16 they hold NaN" in report.named["latents not finite"][0]
     large = load_stages(folder / "r.yaml", [VIDEO, "autoencoder.gain=1e6"])
-    assert not encode(large, tmp_path / "large", Encoding()).made
+    assert not encode_shards(large, tmp_path / "large", Encoding()).made
 
 
 def test_all_that_is_missing_is_named_before_it_begins(
@@ -324,14 +324,14 @@ def test_all_that_is_missing_is_named_before_it_begins(
         lacks = [Missing(part.__name__, "-", "Get it.")]
         monkeypatch.setattr(part, "missing", lambda self, lacks=lacks: lacks, raising=False)
     with pytest.raises(RecipeError, match=r"missing: Pooling -: Get it.\n.*missing: Letters -: Get it."):
-        encode(stages, tmp_path / "out", Encoding())
+        encode_shards(stages, tmp_path / "out", Encoding())
     assert not (tmp_path / "out").exists()
 
 
 def test_stages_must_agree(folder: Path, tmp_path: Path) -> None:
     other = load_stages(folder / "r.yaml", [VIDEO, "stages.long.data.fps_prefix=false"])
     with pytest.raises(RecipeError, match="Stages 'short' and 'long' encode in different ways: fps_prefix"):
-        encode(other, tmp_path, Encoding())
+        encode_shards(other, tmp_path, Encoding())
 
 
 @pytest.mark.slow

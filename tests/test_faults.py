@@ -16,11 +16,11 @@ import torch
 
 from lingen.cli.progress import ConsoleReporter
 from lingen.data import manifest
-from lingen.data.fingerprint import fingerprint, frozen_settings
-from lingen.data.latents import LATENTS
+from lingen.data.fingerprint import frozen_settings, hash_settings
+from lingen.data.latents import LATENTS_NPY
 from lingen.data.ledger import DataError
 from lingen.data.manifest import About, Row
-from lingen.data.shards import scan, write_shards
+from lingen.data.shards import scan_shard, write_shards
 from lingen.media import encode_mp4
 from lingen.recipe import load_curriculum, load_recipe
 from lingen.recipe.errors import RecipeError
@@ -52,16 +52,28 @@ def npy(value: float) -> bytes:
 
 def write_latents(folder: Path, recipe: Recipe, values: dict[str, float]) -> None:
     """Pictures that were encoded as `lingen encode` does it."""
-    samples = [{"__key__": key, LATENTS: npy(value), "json": {"captions": ["a"]}} for key, value in values.items()]
+    samples = [{"__key__": key, LATENTS_NPY: npy(value), "json": {"captions": ["a"]}} for key, value in values.items()]
     (path,) = write_shards(samples, f"{folder}/image-%d.tar")
     rows = [
         Row(
-            one.key, path.name, one.start, one.end - one.start, "latents", 8, 8, 1, 0.0, 1, 1, LATENTS, source="encoded"
+            one.key,
+            path.name,
+            one.start,
+            one.end - one.start,
+            "latents",
+            8,
+            8,
+            1,
+            0.0,
+            1,
+            1,
+            LATENTS_NPY,
+            source="encoded",
         )
-        for one in scan(path)
+        for one in scan_shard(path)
     ]
     settings = frozen_settings(recipe)
-    manifest.write(folder / manifest.NAME, rows, About(fingerprint(settings), settings))
+    manifest.write(folder / manifest.NAME, rows, About(hash_settings(settings), settings))
 
 
 @pytest.fixture
@@ -77,7 +89,7 @@ def faulty(tiny_recipe: Path, tmp_path: Path) -> list[str]:
     good = [{"__key__": f"v{i}", "mp4": mp4(16 * i), "txt": "a"} for i in range(6)]
     write_shards([*good[:4], *({"__key__": key, **members} for key, members in bad.items())], f"{folder}/video-%d.tar")
     (cut,) = write_shards(good[4:], f"{folder}/video-cut-%d.tar")
-    cut.write_bytes(cut.read_bytes()[: list(scan(cut))[1].start + 700])
+    cut.write_bytes(cut.read_bytes()[: list(scan_shard(cut))[1].start + 700])
     (folder / "video-zero.tar").write_bytes(b"")
     recipe = load_recipe(tiny_recipe, stage="clips")
     write_latents(

@@ -72,8 +72,10 @@ def test_mean_and_std_of_the_normal():
 
 
 def test_what_a_sample_draws_depends_on_its_slot_alone():
-    every = flow.draw((2, 3, 4, 4), torch.arange(6), (7, "t2v"), LOGIT_NORMAL, 2.0)
-    parts = [flow.draw((2, 3, 4, 4), slots, (7, "t2v"), LOGIT_NORMAL, 2.0) for slots in torch.arange(6).view(3, 2)]
+    every = flow.sample_draws((2, 3, 4, 4), torch.arange(6), (7, "t2v"), LOGIT_NORMAL, 2.0)
+    parts = [
+        flow.sample_draws((2, 3, 4, 4), slots, (7, "t2v"), LOGIT_NORMAL, 2.0) for slots in torch.arange(6).view(3, 2)
+    ]
     for whole, pieces in zip(every, zip(*parts, strict=True), strict=True):
         assert torch.equal(whole, torch.cat(pieces))
     assert every.noise.shape == (6, 2, 3, 4, 4) and every.times.shape == every.uniform.shape == (6,)
@@ -82,13 +84,13 @@ def test_what_a_sample_draws_depends_on_its_slot_alone():
 
 @pytest.mark.parametrize("stream", [(8, "t2v"), (7, "t2i")])
 def test_another_seed_or_stage_draws_other_numbers(stream):
-    first = flow.draw((2, 1, 2, 2), torch.arange(2), (7, "t2v"), LOGIT_NORMAL, 1.0)
-    other = flow.draw((2, 1, 2, 2), torch.arange(2), stream, LOGIT_NORMAL, 1.0)
+    first = flow.sample_draws((2, 1, 2, 2), torch.arange(2), (7, "t2v"), LOGIT_NORMAL, 1.0)
+    other = flow.sample_draws((2, 1, 2, 2), torch.arange(2), stream, LOGIT_NORMAL, 1.0)
     assert all((a != b).all() for a, b in zip(first, other, strict=True))
 
 
 def test_noise_is_standard_normal_and_independent_of_the_drop():
-    draws = flow.draw((1, 1, 2, 2), torch.arange(3000), (0, "x"), LOGIT_NORMAL, 1.0)
+    draws = flow.sample_draws((1, 1, 2, 2), torch.arange(3000), (0, "x"), LOGIT_NORMAL, 1.0)
     assert abs(draws.noise.mean()) < 0.04 and abs(draws.noise.std() - 1) < 0.03
     assert abs((draws.uniform < 0.1).float().mean() - 0.1) < 0.02
     pairs = torch.stack([draws.uniform, draws.times, draws.noise[:, 0, 0, 0, 0]])

@@ -22,23 +22,23 @@ from lingen.data.decode import decode_image, decode_video
 from lingen.data.frames import covering
 from lingen.data.shards import META
 from lingen.prepare.captions import Captions
-from lingen.prepare.cut import Job, Outcome, Wanted, divide, make_samples, read_outcome, read_samples
+from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, divide, make_samples, read_outcome, read_samples
 from lingen.prepare.filters import BANDS, LOOKS, Duplicates, Filters, frozen_share
-from lingen.prepare.footage import Source, find_sources, read_frames, sample_key
+from lingen.prepare.footage import MediaSource, find_sources, read_frames, sample_key
 from lingen.prepare.shots import follow
 from lingen.recipe.errors import RecipeError
 from tests.helpers.footage import SIZE, film, frames, write_film
 
-WANTED = Wanted((((64, 64),),), 12.0, (24, 12))
+WANTED = ClipRequirements((((64, 64),),), 12.0, (24, 12))
 OPEN = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)
 
 
-def cut(path: Path, filters: Filters = OPEN, wanted: Wanted = WANTED, kind: str = "video") -> Outcome:
-    source = Source(kind, path.stem, path, "films")
-    return make_samples(Job(source, ["a caption"], "", wanted, filters, path.parent / "work" / f"{path.name}.tar"))
+def cut(path: Path, filters: Filters = OPEN, wanted: ClipRequirements = WANTED, kind: str = "video") -> CutResult:
+    source = MediaSource(kind, path.stem, path, "films")
+    return make_samples(CutJob(source, ["a caption"], "", wanted, filters, path.parent / "work" / f"{path.name}.tar"))
 
 
-def reasons(outcome: Outcome) -> list[str]:
+def reasons(outcome: CutResult) -> list[str]:
     return [reason.partition(":")[0] for _, reason in outcome.drops]
 
 
@@ -65,7 +65,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     os.link(film(tmp_path / "a.mp4", ("testsrc2", 2)), os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4"))
     one, other = find_sources([tmp_path], "video")
     assert one.key == "a" and other.key == "caf\\xe9"
-    made = make_samples(Job(other, ["a"], "", WANTED, OPEN, tmp_path / "out.tar")).samples
+    made = make_samples(CutJob(other, ["a"], "", WANTED, OPEN, tmp_path / "out.tar")).samples
     assert [sample.key for sample in made] == ["caf\\xe9-0000"]
 
 
@@ -168,7 +168,7 @@ def test_scaled_down_to_cover_and_never_up(height: int, width: int, wanted: tupl
 def test_clips_show_what_the_film_shows(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", ("testsrc2", 2.5), ("mandelbrot", 1))
     half = (SIZE[0] // 2, SIZE[1] // 2)
-    outcome = cut(path, wanted=Wanted(((half,),), 12.0, (24, 12)))
+    outcome = cut(path, wanted=ClipRequirements(((half,),), 12.0, (24, 12)))
     made = [(made.key, made.frames, made.fps, made.height, made.width) for made in outcome.samples]
     assert made == [("a-0000", 30, 12.0, *half), ("a-0001", 12, 12.0, *half)]
     assert read_outcome(tmp_path / "work" / "a.mp4.tar") == outcome
@@ -296,7 +296,7 @@ def test_the_same_film_in_another_quality_is_a_near_duplicate(tmp_path: Path) ->
 
 # captions
 
-SOURCES = [Source("video", key, Path(f"{key}.mp4"), "f") for key in ("one", "deep/two", "three")]
+SOURCES = [MediaSource("video", key, Path(f"{key}.mp4"), "f") for key in ("one", "deep/two", "three")]
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -344,7 +344,7 @@ def test_an_empty_caption_is_none() -> None:
 
 
 def test_sidecars(tmp_path: Path) -> None:
-    sources = [Source("video", name, tmp_path / f"{name}.mp4", "f") for name in ("a", "b", "c", "d")]
+    sources = [MediaSource("video", name, tmp_path / f"{name}.mp4", "f") for name in ("a", "b", "c", "d")]
     (tmp_path / "a.txt").write_text(" a red ball\n")
     (tmp_path / "b.json").write_text('{"captions": ["one", "two"]}')
     (tmp_path / "c.txt").write_bytes("caf\u00e9".encode("latin-1"))

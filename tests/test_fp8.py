@@ -7,7 +7,7 @@ from torch import nn
 
 from lingen.kernels import fp8
 from lingen.kernels.choice import interpreted
-from lingen.kernels.fp8 import FP8, Fp8Linear, Quantized, product, quality, quantize, to_fp8, wants_fp8
+from lingen.kernels.fp8 import FLOAT8, Fp8Linear, Quantized, product, quality, quantize, to_fp8, wants_fp8
 from lingen.kernels.modulate import add_norm, norm_modulate
 from lingen.kernels.swiglu import swiglu
 from lingen.recipe.errors import RecipeError
@@ -26,7 +26,7 @@ def rounding_of_a_gpu(monkeypatch):
     def create_fp_to_fp(self, source, kind, rounding):
         if kind.scalar != tl.float8e4nv:
             return plain(self, source, kind, rounding)
-        values = torch.from_numpy(np.ascontiguousarray(source.data)).to(FP8).view(torch.uint8)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).to(FLOAT8).view(torch.uint8)
         return TensorHandle(values.numpy(), kind.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
@@ -43,7 +43,7 @@ def rows(*shape, dtype=torch.bfloat16, device="cpu"):
 def test_each_row_keeps_three_bits_and_fills_the_range(kernel, dtype, device):
     x = rows(2, 5, 41, dtype=dtype, device=device)[..., 3:-5]
     values, scale = low = quantize(x, kernel=kernel)
-    assert values.dtype == FP8 and low.shape == x.shape and scale.shape == (2, 5, 1)
+    assert values.dtype == FLOAT8 and low.shape == x.shape and scale.shape == (2, 5, 1)
     assert (values.float().abs().amax(-1) == 448).all()
     torch.testing.assert_close(scale, x.float().abs().amax(-1, keepdim=True) / 448)
     # Half a step of the last of 3 bits, or of the smallest number.
@@ -64,19 +64,19 @@ def test_norms_and_the_swiglu_hand_over_8_bits(kernel, device):
     weight, gate, scale = torch.rand(20, device=device), *torch.randn(2, 2, 3, 20, device=device).unbind(0)
     positions = torch.randn(3, 1, 5, 20, device=device)
     x_new, normed = add_norm(
-        x, update, weight, gate=gate, scale=scale, shift=gate, positions=positions, dtype=FP8, kernel=kernel
+        x, update, weight, gate=gate, scale=scale, shift=gate, positions=positions, dtype=FLOAT8, kernel=kernel
     )
     exact = norm_modulate(x_new.double(), weight, scale=scale, shift=gate, positions=positions)
     gate_up = rows(3, 4, 22, device=device) / 100
-    for low, want in [(normed, exact), (swiglu(gate_up, dtype=FP8, kernel=kernel), swiglu(gate_up.double()))]:
+    for low, want in [(normed, exact), (swiglu(gate_up, dtype=FLOAT8, kernel=kernel), swiglu(gate_up.double()))]:
         twin = quantize(want, kernel="reference")
-        assert isinstance(low, Quantized) and low.values.dtype == FP8
+        assert isinstance(low, Quantized) and low.values.dtype == FLOAT8
         torch.testing.assert_close(low.scale, twin.scale, rtol=1e-5, atol=0)
         # Numbers midway between two of the 8-bit ones may be rounded the other way.
         assert (low.values.float() != twin.values.float()).float().mean() < 0.01
         assert_close("values", want, low.dequantize(), 0.04)
     with pytest.raises(ValueError, match="8-bit results carry no gradient"):
-        swiglu(gate_up.requires_grad_(), dtype=FP8, kernel=kernel)
+        swiglu(gate_up.requires_grad_(), dtype=FLOAT8, kernel=kernel)
 
 
 def test_the_product_is_that_of_the_numbers_meant(device):
@@ -92,7 +92,7 @@ def test_a_layer_takes_tensors_and_quantized_ones(device):
     low, x = Fp8Linear(plain), torch.randn(2, 3, 64, device=device)
     assert_close("layer", plain(x).double(), low(x), 0.05)
     assert torch.equal(low(quantize(x)), low(x))
-    assert low.values.dtype == FP8 and low.scale.shape == (48, 1) and not list(low.parameters())
+    assert low.values.dtype == FLOAT8 and low.scale.shape == (48, 1) and not list(low.parameters())
     assert low.weight.dtype == torch.bfloat16 and 0.01 < relative_error(plain.weight, low.weight) < 0.04
     with torch.device("meta"):
         assert Fp8Linear(nn.Linear(64, 48))(torch.empty(2, 64)).shape == (2, 48)

@@ -471,9 +471,9 @@ def test_mapped_numbers_open_anew_in_another_process(mixed: Path) -> None:
 
 def test_indexing_reads_manifests_in_chunks(mixed: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     whole = [opened(str(mixed)).where(i) for i in range(30)]
-    monkeypatch.setattr(indexing, "CHUNK", 7)
-    monkeypatch.setattr(buckets, "CHUNK", 7)
-    monkeypatch.setattr(indexing, "FORMAT", 99)
+    monkeypatch.setattr(indexing, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(buckets, "SORTED_AT_ONCE", 7)
+    monkeypatch.setattr(indexing, "INDEX_FORMAT", 99)
     found = opened(str(mixed))
     assert [found.where(i) for i in range(30)] == whole
     data = data_of(Shards(video=str(mixed)), **WIDE)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lingen.data.latents import LATENTS, Tokens, pad_text, pad_tokens, read_latents, read_text
+from lingen.data.latents import LATENTS_NPY, StoredTokens, pad_text, pad_tokens, read_sample_latents, read_text
 from lingen.text import replace_rows
 
 
@@ -31,7 +31,7 @@ GOOD = np.arange(8, dtype=np.float16).reshape(2, 1, 2, 2)
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_latents_come_as_they_were(dtype: type) -> None:
-    found = read_latents({LATENTS: npy(GOOD.astype(dtype))})
+    found = read_sample_latents({LATENTS_NPY: npy(GOOD.astype(dtype))})
     assert found.tolist() == GOOD.tolist() and found.numpy().dtype == dtype
     found[0] = 1  # they are the reader's own
 
@@ -53,18 +53,18 @@ def test_latents_come_as_they_were(dtype: type) -> None:
 ])  # fmt: skip
 def test_what_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_latents({LATENTS: data})
+        read_sample_latents({LATENTS_NPY: data})
 
 
 def test_the_largest_numbers_are_finite() -> None:
     for dtype in (np.float16, np.float32):
         largest = np.full((1, 1, 2, 2), np.finfo(dtype).max, dtype)
-        assert read_latents({LATENTS: npy(-largest)}).numpy().max() == -np.finfo(dtype).max
+        assert read_sample_latents({LATENTS_NPY: npy(-largest)}).numpy().max() == -np.finfo(dtype).max
 
 
 def test_no_latents() -> None:
     with pytest.raises(ValueError, match="no latents: no latents.npy among mp4, txt"):
-        read_latents({"mp4": b"", "txt": b""})
+        read_sample_latents({"mp4": b"", "txt": b""})
 
 
 def test_the_tokens_of_each_caption() -> None:
@@ -102,9 +102,9 @@ def test_tokens_of_no_text_that_do_not_add_up(lengths: list[int], null: int | No
     assert str(caught.value) == f"broken latents: text0.npy holds 6 tokens, {told}"
 
 
-def tokens_of(length: int, null: int | None) -> Tokens:
+def tokens_of(length: int, null: int | None) -> StoredTokens:
     """One caption of this length and, where it is not None, no text of that one."""
-    return Tokens({0: [torch.ones(length, 3)]}, {} if null is None else {0: torch.full((null, 3), 7.0)})
+    return StoredTokens({0: [torch.ones(length, 3)]}, {} if null is None else {0: torch.full((null, 3), 7.0)})
 
 
 def test_a_batch_has_no_text_where_all_samples_have() -> None:

@@ -6,7 +6,7 @@ import torch
 from lingen import flow
 from lingen.blocks.block import mixers_of
 from lingen.blocks.positions import Positions, resize_tables, sin_cos
-from lingen.model import LinGen, grid_of
+from lingen.model import LinGen, token_grid
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import LinGenConfig
 from tests.helpers.closeness import assert_close
@@ -278,10 +278,10 @@ def test_what_does_not_fit_is_named(change, message):
 
 
 def test_grid_of_counts_a_short_clip_as_one_token():
-    assert grid_of((1, 8, 6), (4, 2, 2)) == (1, 4, 3)
-    assert grid_of((8, 8, 6), (4, 2, 2)) == (2, 4, 3)
+    assert token_grid((1, 8, 6), (4, 2, 2)) == (1, 4, 3)
+    assert token_grid((8, 8, 6), (4, 2, 2)) == (2, 4, 3)
     with pytest.raises(ValueError, match="frames 6 is no multiple of the patch's 4"):
-        grid_of((6, 8, 6), (4, 2, 2))
+        token_grid((6, 8, 6), (4, 2, 2))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lingen.kernels.fp8 import FP8
+from lingen.kernels.fp8 import FLOAT8
 from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
 from tests.helpers.closeness import assert_close
 
@@ -114,6 +114,6 @@ def test_mistakes_are_named(device):
     with pytest.raises(ValueError, match="has 2 frames and x has 3; give one, or one for each"):
         norm_modulate(x, weight, scale=scale.repeat(1, 2, 1))
     with pytest.raises(ValueError, match="8-bit results carry no gradient"):
-        norm_modulate(x.requires_grad_(), weight, dtype=FP8)
+        norm_modulate(x.requires_grad_(), weight, dtype=FLOAT8)
     with pytest.raises(ValueError, match="cannot be written over"):
         gated_add(x, update, out=torch.empty_like(update))

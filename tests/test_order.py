@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lingen.data import order
-from lingen.data.order import Anchor, Lane, Order, Place
+from lingen.data.order import Anchor, BatchOrder, Lane, RankBatch
 from lingen.recipe.sections import KINDS, PerKind
 
 mixes = st.builds(PerKind, image=st.integers(0, 7), video=st.integers(0, 120)).filter(lambda m: m.image + m.video > 0)
@@ -124,7 +124,7 @@ def test_blocks_keep_neighbours_near_and_differ_from_epoch_to_epoch() -> None:
 # all of it
 
 
-def taken_by_all(ordered: Order, steps: range) -> list[Place]:
+def taken_by_all(ordered: BatchOrder, steps: range) -> list[RankBatch]:
     """What all ranks take in some steps: micro batch by micro batch, rank by rank."""
     return [
         ordered.place(step, micro, rank)
@@ -139,7 +139,7 @@ def taken_by_all(ordered: Order, steps: range) -> list[Place]:
 def test_all_ranks_agree_on_kind_and_bucket(
     mix: PerKind, kinds: dict[str, list[Lane]], accumulate: int, world: int, start: int
 ) -> None:
-    ordered = Order(kinds, mix, (0, "main"), accumulate=accumulate, world=world)
+    ordered = BatchOrder(kinds, mix, (0, "main"), accumulate=accumulate, world=world)
     for step in range(start, start + 10):
         places = taken_by_all(ordered, range(step, step + 1))
         assert len({(place.kind, place.bucket, len(place.numbers), len(place.slots)) for place in places}) == 1
@@ -152,7 +152,7 @@ def test_all_ranks_agree_on_kind_and_bucket(
 def test_every_number_and_slot_is_taken_once_and_in_order(
     mix: PerKind, kinds: dict[str, list[Lane]], accumulate: int, world: int, steps: int
 ) -> None:
-    ordered = Order(kinds, mix, (0, "main"), accumulate=accumulate, world=world)
+    ordered = BatchOrder(kinds, mix, (0, "main"), accumulate=accumulate, world=world)
     places = taken_by_all(ordered, range(steps))
     slots = [slot for place in places for slot in place.slots]
     assert slots == list(range(len(slots)))
@@ -167,7 +167,7 @@ def test_every_number_and_slot_is_taken_once_and_in_order(
 def test_an_epoch_of_all_buckets_visits_every_sample_once_up_to_less_than_a_step(
     of_kind: list[Lane], world: int, epochs: int
 ) -> None:
-    ordered = Order({"video": of_kind}, PerKind(image=0, video=1), (0, "main"), world=world)
+    ordered = BatchOrder({"video": of_kind}, PerKind(image=0, video=1), (0, "main"), world=world)
     steps = sum(epochs * lane.samples // (lane.batch * world) for lane in of_kind)
     assert steps == sum(int(epochs * lane.samples / (lane.batch * world)) for lane in of_kind)
     for lane, taken in zip(of_kind, ordered.taken(steps)["video"], strict=True):
@@ -176,14 +176,14 @@ def test_an_epoch_of_all_buckets_visits_every_sample_once_up_to_less_than_a_step
 
 def test_buckets_take_turns_in_proportion_and_shuffled() -> None:
     of_kind = [Lane(60_000, 4), Lane(30_000, 8), Lane(10_000, 2)]
-    ordered = Order({"video": of_kind}, PerKind(image=0, video=1), (0, "main"), world=2)
+    ordered = BatchOrder({"video": of_kind}, PerKind(image=0, video=1), (0, "main"), world=2)
     turns = [ordered.place(step).bucket for step in range(2000)]
     share = Counter(turns)
     steps = [lane.samples / lane.batch for lane in of_kind]
     for bucket, count in enumerate(steps):
         assert share[bucket] == pytest.approx(2000 * count / sum(steps), abs=20)
     assert max(len(list(run)) for _, run in groupby(turns)) < 25 and turns[:500] != turns[500:1000]
-    other = Order({"video": of_kind}, PerKind(image=0, video=1), (1, "main"), world=2)
+    other = BatchOrder({"video": of_kind}, PerKind(image=0, video=1), (1, "main"), world=2)
     assert [other.place(step).bucket for step in range(50)] != turns[:50]
 
 
@@ -195,8 +195,8 @@ def test_ranks_share_what_one_rank_would_take(
     scale, world = case
     small = {k: [Lane(lane.samples, scale * lane.batch) for lane in of] for k, of in kinds.items()}
     large = {k: [Lane(lane.samples, world * lane.batch) for lane in of] for k, of in small.items()}
-    alone = Order(large, mix, (0, "main"), accumulate=accumulate)
-    shared = Order(small, mix, (0, "main"), accumulate=accumulate, world=world)
+    alone = BatchOrder(large, mix, (0, "main"), accumulate=accumulate)
+    shared = BatchOrder(small, mix, (0, "main"), accumulate=accumulate, world=world)
     for micro in range(accumulate):
         one, parts = alone.place(step, micro), [shared.place(step, micro, rank) for rank in range(world)]
         assert {(part.kind, part.bucket) for part in parts} == {(one.kind, one.bucket)}
@@ -212,11 +212,11 @@ def test_resuming_with_other_ranks_and_batches_loses_and_repeats_nothing(
     mix: PerKind, kinds: dict[str, list[Lane]], parts: list[tuple[int, int, int]]
 ) -> None:
     """Parts of a run: steps, ranks, and batches that are so many times as large."""
-    places: list[Place] = []
+    places: list[RankBatch] = []
     step, anchor = 0, None
     for steps, world, scale in parts:
         scaled = {kind: [Lane(lane.samples, scale * lane.batch) for lane in of] for kind, of in kinds.items()}
-        ordered = Order(scaled, mix, (0, "main"), world=world, anchor=anchor)
+        ordered = BatchOrder(scaled, mix, (0, "main"), world=world, anchor=anchor)
         places += taken_by_all(ordered, range(step, step + steps))
         step += steps
         anchor = Anchor(step, ordered.taken(step))
@@ -234,23 +234,23 @@ def test_resuming_with_other_ranks_and_batches_loses_and_repeats_nothing(
 def test_resuming_at_any_step_goes_on_where_it_stood(
     mix: PerKind, kinds: dict[str, list[Lane]], accumulate: int, resumed: int
 ) -> None:
-    ordered = Order(kinds, mix, (0, "main"), accumulate=accumulate)
+    ordered = BatchOrder(kinds, mix, (0, "main"), accumulate=accumulate)
     whole = list(islice(ordered.places(0), 40 * accumulate))
     rest = list(
-        islice(Order(kinds, mix, (0, "main"), accumulate=accumulate).places(resumed), (40 - resumed) * accumulate)
+        islice(BatchOrder(kinds, mix, (0, "main"), accumulate=accumulate).places(resumed), (40 - resumed) * accumulate)
     )
     assert rest == whole[resumed * accumulate :]
 
 
 @given(kinds, st.integers(0, 10**5))
 def test_the_mixed_stream_holds_one_image_step_in_any_101(kinds: dict[str, list[Lane]], start: int) -> None:
-    ordered = Order(kinds, PerKind(image=1, video=100), (0, "main"))
+    ordered = BatchOrder(kinds, PerKind(image=1, video=100), (0, "main"))
     assert Counter(ordered.place(s).kind for s in range(start, start + 101)) == {"image": 1, "video": 100}
 
 
 def test_a_far_step_of_a_large_run_is_found_at_once() -> None:
     kinds = {"image": [Lane(10**8, 64)] * 5, "video": [Lane(10**7, 4)] * 12}
-    ordered = Order(kinds, PerKind(image=1, video=100), (0, "main"), world=1024)
+    ordered = BatchOrder(kinds, PerKind(image=1, video=100), (0, "main"), world=1024)
     begin = time.perf_counter()
     place = ordered.place(10**9, rank=1023)
     assert time.perf_counter() - begin < 0.5

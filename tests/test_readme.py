@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lingen
-from lingen.cli.command import parse
+from lingen.cli.command import parse_arguments
 from tests.helpers.commands import ROOT, run_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_commands_for_gpus_and_clusters_are_understood():
     for line in lines:
         words = shlex.split(line)
         assert words[0] == "lingen"
-        args = parse(words[1:])
+        args = parse_arguments(words[1:])
         if getattr(args, "recipe", None):
             lingen.stages_of(args.recipe, args.overrides)
 

@@ -30,7 +30,7 @@ from lingen.metrics.reconstruction import (
     average,
     bicubic,
     bicubic_shape,
-    psnr,
+    mse_to_psnr,
 )
 from lingen.recipe import load_recipe, to_yaml
 from lingen.recipe.errors import SettingError
@@ -139,7 +139,7 @@ def test_what_cannot_be_compared_is_said(clip, rebuilt, message):
 
 
 def test_psnr_has_an_end():
-    assert psnr(0.0) == 100 and psnr(1.0) == 0 and psnr(1e-3) == pytest.approx(30)
+    assert mse_to_psnr(0.0) == 100 and mse_to_psnr(1.0) == 0 and mse_to_psnr(1e-3) == pytest.approx(30)
 
 
 @settings(max_examples=50, deadline=None)

@@ -10,9 +10,9 @@ import av
 import numpy as np
 import pytest
 
-from lingen.data.synthetic import captions, draw
+from lingen.data.synthetic import captions, draw_clip
 from lingen.media import encode_mp4
-from lingen.metrics.shapes import judge, score, wilson
+from lingen.metrics.shapes import judge, score_clips, wilson
 
 
 def real(size: tuple[int, int], frames: int = 8) -> tuple[list[np.ndarray], list[str]]:
@@ -21,13 +21,13 @@ def real(size: tuple[int, int], frames: int = 8) -> tuple[list[np.ndarray], list
     texts = [*captions("tune"), *captions("report")] * 4
     clips = []
     for text in texts:
-        with av.open(io.BytesIO(encode_mp4(draw(text, size, frames, rng), 8))) as file:
+        with av.open(io.BytesIO(encode_mp4(draw_clip(text, size, frames, rng), 8))) as file:
             clips.append(np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]))
     return clips, texts
 
 
 def shares(clips: list[np.ndarray], texts: list[str]) -> tuple[float, float, float]:
-    result = score(clips, texts)
+    result = score_clips(clips, texts)
     assert result.empty == 0
     return result.colour.share, result.shape.share, result.motion.share
 
@@ -66,7 +66,7 @@ def test_wrong_clips_are_judged_wrong():
     clips, texts = real((24, 24))
     for attribute, index in (("colour", 0), ("shape", 1), ("motion", 2)):
         other = [_swap(text, index) for text in texts]
-        result = score(clips, other)
+        result = score_clips(clips, other)
         assert getattr(result, attribute).share <= 0.03
         assert all(getattr(result, name).share >= 0.97 for name in {"colour", "shape", "motion"} - {attribute})
         assert result.all.share <= 0.03
@@ -95,26 +95,26 @@ def test_a_clip_that_shows_no_object_is_empty(kind: str):
     }[kind]
     verdict = judge(as_clip(clip))
     assert verdict == (None, None, None, True), verdict
-    result = score([as_clip(clip)], ["a red circle grows"])
+    result = score_clips([as_clip(clip)], ["a red circle grows"])
     assert result.empty == 1 and result.all.share == 0 and result.motion.share == 0
 
 
 def test_still_clips_images_grey_and_vanishing_objects():
     rng = np.random.default_rng(2)
-    clip = draw("a yellow square", (24, 24), 8, rng)
+    clip = draw_clip("a yellow square", (24, 24), 8, rng)
     assert judge(clip) == ("yellow", "square", None, False)
     assert judge(clip[:1]) == ("yellow", "square", None, False)
     grey = clip.mean(-1, keepdims=True).repeat(3, -1)
     assert judge(as_clip(grey)).colour is None
-    moving = draw("a yellow square moves left", (24, 24), 8, rng)
+    moving = draw_clip("a yellow square moves left", (24, 24), 8, rng)
     moving[5:] = moving[0, 0, 0]
     assert judge(moving).motion is None
-    assert score([clip[:1]], ["a yellow square"]).all.share == 1
+    assert score_clips([clip[:1]], ["a yellow square"]).all.share == 1
 
 
 def test_score_rows_and_intervals():
     clips, texts = real((24, 24))
-    result = score(clips[:8], [*texts[:6], _swap(texts[6], 0), _swap(texts[7], 0)])
+    result = score_clips(clips[:8], [*texts[:6], _swap(texts[6], 0), _swap(texts[7], 0)])
     assert [row["attribute"] for row in result.rows()] == ["colour", "shape", "motion", "all"]
     assert result.colour.share == 0.75 and (result.colour.low, result.colour.high) == wilson(6, 8)
     assert result.colour.chance == 1 / 6 and result.all.chance == pytest.approx(1 / 108)
@@ -131,7 +131,7 @@ def test_wilson_agrees_with_the_literature():
 
 def test_wrong_calls_say_so():
     with pytest.raises(ValueError, match="got 0 clips and 0 captions"):
-        score([], [])
+        score_clips([], [])
     unchecked = inspect.unwrap(judge)  # the types that the tests watch would speak first
     with pytest.raises(ValueError, match=r"A clip is uint8 \[t h w 3\], got float64 \[8, 24, 24, 3\]"):
         unchecked(np.zeros((8, 24, 24, 3)))

@@ -26,7 +26,7 @@ from lingen.data.ledger import Ledger
 from lingen.data.locations import Location, expand
 from lingen.data.pieces import PieceCache
 from lingen.data.remote import SourceError
-from lingen.data.shards import scan, write_shards
+from lingen.data.shards import scan_shard, write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_png
 from lingen.recipe.errors import RecipeError
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         manifest.Row(one.key, path.name, one.start, one.end - one.start, "image", 16, 16, 1, captions=1, media="png")
         for path in paths
-        for one in scan(path)
+        for one in scan_shard(path)
     ]
     manifest.write(folder / manifest.NAME, rows, manifest.About())
     return folder

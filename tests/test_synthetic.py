@@ -16,7 +16,7 @@ import pytest
 import webdataset
 
 from lingen.data.locations import expand
-from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, captions, draw, ensure, held_out_clips, parse
+from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, captions, draw_clip, ensure, held_out_clips, parse_caption
 from lingen.media import encode_mp4
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, Recipe
@@ -39,34 +39,34 @@ def test_splits_never_share_a_caption_and_cover_all():
     assert (len(train), len(tune), len(report)) == (84, 12, 12)
     assert len({*train, *tune, *report}) == 108
     for held_out in (tune, report):
-        words = [parse(caption) for caption in held_out]
+        words = [parse_caption(caption) for caption in held_out]
         assert all(sum(w.colour == colour for w in words) == 2 for colour in COLOURS)
         assert all(sum(w.motion == motion for w in words) == 2 for motion in MOTIONS)
         assert all(sum(w.shape == shape for w in words) == 4 for shape in SHAPES)
 
 
 def test_training_keeps_every_pair_of_attributes():
-    words = [parse(caption) for caption in captions("train")]
+    words = [parse_caption(caption) for caption in captions("train")]
     values = (tuple(COLOURS), SHAPES, MOTIONS)
     for i, j in combinations(range(3), 2):
         assert {(w[i], w[j]) for w in words} == {(a, b) for a in values[i] for b in values[j]}
 
 
 def test_captions_are_read_back():
-    assert parse("a red circle moves right") == ("red", "circle", "moves right")
-    assert parse("a blue square") == ("blue", "square", None)
-    assert all(str(parse(text)) == text for text in [*captions("train"), *captions("tune", "image")])
+    assert parse_caption("a red circle moves right") == ("red", "circle", "moves right")
+    assert parse_caption("a blue square") == ("blue", "square", None)
+    assert all(str(parse_caption(text)) == text for text in [*captions("train"), *captions("tune", "image")])
     with pytest.raises(ValueError, match="'a pink circle' is not a caption of the shapes data set"):
-        parse("a pink circle")
+        parse_caption("a pink circle")
 
 
 def test_drawing_is_reproducible_and_every_motion_shows_on_every_shape():
     for shape in SHAPES:
-        still = draw(f"a cyan {shape}", (24, 32), 8, np.random.default_rng(3))
+        still = draw_clip(f"a cyan {shape}", (24, 32), 8, np.random.default_rng(3))
         assert still.shape == (8, 24, 32, 3) and (still == still[0]).all()
         for motion in MOTIONS:
-            clip = draw(f"a cyan {shape} {motion}", (24, 32), 8, np.random.default_rng(3))
-            assert (clip == draw(f"a cyan {shape} {motion}", (24, 32), 8, np.random.default_rng(3))).all()
+            clip = draw_clip(f"a cyan {shape} {motion}", (24, 32), 8, np.random.default_rng(3))
+            assert (clip == draw_clip(f"a cyan {shape} {motion}", (24, 32), 8, np.random.default_rng(3))).all()
             changes = np.abs(clip[1:].astype(int) - clip[:-1]).max((1, 2, 3))
             assert (changes > 8).all(), (shape, motion, changes)
 
@@ -92,7 +92,7 @@ def test_held_out_clips_are_those_of_the_split():
 
 
 def test_h264_keeps_the_picture():
-    clip = draw("a magenta triangle turns", (24, 24), 8, np.random.default_rng(0))
+    clip = draw_clip("a magenta triangle turns", (24, 24), 8, np.random.default_rng(0))
     with av.open(io.BytesIO(encode_mp4(clip, 8))) as file:
         back = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
     away = np.sqrt(((back.astype(float) - clip) ** 2).mean())

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lingen.autoencoder.network import Sizes, decoder, encoder
+from lingen.autoencoder.network import NetworkSizes, decoder, encoder
 from lingen.autoencoder.tae import TAE, TAESmall, regroup
 from lingen.autoencoder.temporal import Stream, TimeAttention, TimeBlock, TimeConv, _Ends
 from lingen.recipe.errors import RecipeError, SettingError
@@ -74,7 +74,7 @@ def test_time_conv_takes_large_frames_in_strips(phases, monkeypatch):
     conv = TimeConv(4, phases=phases)
     x = torch.randn(2, 5, 3, 5, 4)
     whole = conv(x, Stream(last=True))
-    monkeypatch.setattr("lingen.autoencoder.temporal.LARGEST", 300)
+    monkeypatch.setattr("lingen.autoencoder.temporal.LARGEST_IMAGE", 300)
     assert_close("output", whole, conv(x, Stream(last=True)), 1e-6)
 
 
@@ -312,9 +312,9 @@ def test_strides_and_channels_are_settings(strides):
 
 def test_space_is_halved_first_and_time_last():
     sizes = {"channels": 4, "width": 8, "multipliers": None, "blocks": 1, "attention": True, "reach": 1}
-    assert Sizes((2, 8, 4), **sizes).scales == [(1, 2, 2), (1, 2, 2), (2, 2, 1)]
-    assert Sizes((4, 8, 8), **sizes).widths == [8, 16, 32, 32]
-    assert len(encoder(Sizes((1, 1, 1), **sizes)).layers) < len(decoder(Sizes((2, 1, 1), **sizes)).layers)
+    assert NetworkSizes((2, 8, 4), **sizes).scales == [(1, 2, 2), (1, 2, 2), (2, 2, 1)]
+    assert NetworkSizes((4, 8, 8), **sizes).widths == [8, 16, 32, 32]
+    assert len(encoder(NetworkSizes((1, 1, 1), **sizes)).layers) < len(decoder(NetworkSizes((2, 1, 1), **sizes)).layers)
 
 
 @pytest.mark.parametrize(

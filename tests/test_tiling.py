@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder.tae import TAE
 from lingen.autoencoder.tiling import Tiles, _spread, _trapezoid, _weights, decode_tiled, encode_tiled
-from lingen.bench.build import draw
+from lingen.bench.build import draw_weights
 
 
 class Tiny(nn.Module):
@@ -219,7 +219,7 @@ def test_tiles_of_the_temporal_autoencoder_are_exact_in_time(frames):
     """Piece by piece in step, the tiles give what each of them gives for the whole clip at once."""
     torch.manual_seed(0)
     autoencoder = TAE(strides=(4, 8, 8), channels=4, width=8, blocks=1).double().eval()
-    draw(autoencoder)
+    draw_weights(autoencoder)
     video = clip(frames, 32, 24).double()
     tiles = Tiles((2, 2), (1, 1))
     latents = joined(encode_tiled(autoencoder, video.split(7, 2), tiles))

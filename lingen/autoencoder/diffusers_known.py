@@ -18,7 +18,7 @@ from lingen.recipe.sections import Triple
 Config = Mapping[str, Any]
 CHANNELS = ("latent_channels", "z_dim", "z_channels")
 """What the classes call the channels of a latent in their configs."""
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Known(NamedTuple):
@@ -126,7 +126,7 @@ UNFIT = {
 """Class of diffusers -> why it cannot keep the contract."""
 
 
-def unfit(class_name: str) -> str | None:
+def unusable_class(class_name: str) -> str | None:
     """A sentence where a class cannot be used."""
     reason = UNFIT.get(class_name)
     return reason and f"'{class_name}' cannot be used: {reason}. Known: {', '.join(KNOWN)}."
@@ -162,13 +162,13 @@ def read_config(folder: Path, class_name: str | None) -> Config:
     return config
 
 
-def differences(config: Config, class_name: str | None, strides: Triple, channels: int) -> Iterator[str]:
+def config_differences(config: Config, class_name: str | None, strides: Triple, channels: int) -> Iterator[str]:
     """How a config differs from a recipe's settings, each with the right value."""
     found = config["_class_name"]
     if class_name is not None and found != class_name:
         yield f"the folder holds a '{found}', the recipe says class_name: {class_name}. Set class_name: {found}."
         return
-    refusal = unfit(found)
+    refusal = unusable_class(found)
     if refusal:
         yield refusal
         return
@@ -184,8 +184,8 @@ def differences(config: Config, class_name: str | None, strides: Triple, channel
 
 def fault_of_weights(folder: Path, class_name: str | None) -> str | None:
     """A sentence where the weights are not all there; only their headers are read."""
-    index = folder / f"{WEIGHTS}.index.json"
-    names = [WEIGHTS]
+    index = folder / f"{DIFFUSERS_WEIGHTS}.index.json"
+    names = [DIFFUSERS_WEIGHTS]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

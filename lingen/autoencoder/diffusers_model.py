@@ -15,7 +15,7 @@ from lingen.recipe.errors import RecipeError, did_you_mean
 log = logging.getLogger(__name__)
 
 
-class Loaded(NamedTuple):
+class LoadedVae(NamedTuple):
     """A model, and the spread of its own latents."""
 
     vae: Any
@@ -23,9 +23,9 @@ class Loaded(NamedTuple):
     """[1 c t 1 1]; t is 1 where every frame has the same."""
     std: Tensor
 
-    def to(self, device: torch.device) -> Loaded:
+    def to(self, device: torch.device) -> LoadedVae:
         """The same on a device."""
-        return Loaded(self.vae.to(device), self.mean.to(device), self.std.to(device))
+        return LoadedVae(self.vae.to(device), self.mean.to(device), self.std.to(device))
 
 
 def spread_of(vae: Any, channels: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder import diffusers_known as known
 from lingen.autoencoder.diffusers_model import (
-    Loaded,
+    LoadedVae,
     frames_of,
     from_pretrained,
     mode_of,
@@ -26,8 +26,7 @@ from lingen.frozen import Missing
 from lingen.recipe.bounds import IDENTITY, Above, AtLeast
 from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
 from lingen.recipe.signature import checked
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from lingen.weights import DTYPES
 
 
 @checked
@@ -69,7 +68,7 @@ class DiffusersVAE(nn.Module):
         precision: Annotated[Literal["fp32", "bf16", "fp16"], IDENTITY, "of the weights"] = "fp32",
     ):
         super().__init__()
-        refusal = known.unfit(class_name or "")
+        refusal = known.unusable_class(class_name or "")
         if refusal:
             raise SettingError("class_name", refusal)
         model = known.KNOWN.get(class_name or "")
@@ -81,7 +80,7 @@ class DiffusersVAE(nn.Module):
         self.first_frame_alone, self.scale, self.tiling = first_frame_alone, scale, tiling
         self.dtype = DTYPES[precision]
         # In a list, so that no checkpoint holds it and no cast of the module around it reaches it.
-        self._loaded: list[Loaded] = []
+        self._loaded: list[LoadedVae] = []
 
     # before a run
 
@@ -101,7 +100,7 @@ class DiffusersVAE(nn.Module):
         except RecipeError as error:
             yield from error.problems
             return
-        different = list(known.differences(config, self.class_name, self.strides, self.channels))
+        different = list(known.config_differences(config, self.class_name, self.strides, self.channels))
         yield from different
         fault = None if different else known.fault_of_weights(folder, config["_class_name"])
         if fault:
@@ -228,7 +227,7 @@ class DiffusersVAE(nn.Module):
 
     # the model
 
-    def _ready(self, device: torch.device) -> Loaded:
+    def _ready(self, device: torch.device) -> LoadedVae:
         """The model on a device, loaded once."""
         if not self._loaded:
             self._loaded = [self._load()]
@@ -237,7 +236,7 @@ class DiffusersVAE(nn.Module):
             self._loaded[0] = now = now.to(device)
         return now
 
-    def _load(self) -> Loaded:
+    def _load(self) -> LoadedVae:
         problems = list(self._problems())
         if problems or self.path is None:
             raise RecipeError(*(f"autoencoder 'diffusers': {problem}" for problem in problems))
@@ -246,7 +245,7 @@ class DiffusersVAE(nn.Module):
         vae = from_pretrained(folder, name, self.dtype)
         if self.tiling:
             switch_on_tiles(vae)
-        return Loaded(vae, *spread_of(vae, self.channels, self.scale))
+        return LoadedVae(vae, *spread_of(vae, self.channels, self.scale))
 
 
 def _given(setting: str, value: Any, class_name: str | None) -> Any:

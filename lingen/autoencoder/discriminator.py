@@ -8,7 +8,7 @@ from lingen.autoencoder.temporal import ClipConv
 from lingen.blocks.layers import RMSNorm
 
 SLOPE = 0.2
-WIDEST = 8
+WIDEST_LAYER = 8
 """Largest width of a layer, in units of the first one's width."""
 
 
@@ -26,7 +26,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
-        widths = [width * min(2**layer, WIDEST) for layer in range(layers + 1)]
+        widths = [width * min(2**layer, WIDEST_LAYER) for layer in range(layers + 1)]
         self.first = ClipConv(3, width, 4, (1, 2, 2))
         self.halving = nn.ModuleList(
             ClipConv(a, b, 4, (2, 2, 2), bias=False) for a, b in zip(widths[:-2], widths[1:-1], strict=True)

@@ -27,7 +27,7 @@ MULTIPLIERS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class NetworkSizes:
     """What a temporal autoencoder's weights depend on. Raises SettingError for strides or multipliers that do not fit.
 
     Bounds of single numbers stand where they are declared, in `TAE`.
@@ -97,7 +97,7 @@ class SpaceBlock(nn.Module):
         return add(self.skip(x), self.conv2(self.activation2(self.conv1(self.activation1(x)))))
 
 
-class Block(nn.Module):
+class SpaceTimeBlock(nn.Module):
     """A residual block of each frame, then one along time."""
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -125,7 +125,7 @@ class SpaceAttention(nn.Module):
         return x + self.out(y.transpose(1, 2).reshape(x.shape))
 
 
-class Attention(nn.Module):
+class SpaceTimeAttention(nn.Module):
     """Attention within each frame, then along time."""
 
     def __init__(self, dim: int, reach: int):
@@ -174,10 +174,10 @@ def repeat(x: Grid, times: tuple[int, int]) -> Float[Tensor, "b t _h _w d"]:
     return x[:, :, :, None, :, None].expand(-1, -1, -1, j, -1, k, -1).flatten(4, 5).flatten(2, 3)
 
 
-def middle(dim: int, sizes: Sizes) -> dict[str, nn.Module]:
+def middle(dim: int, sizes: NetworkSizes) -> dict[str, nn.Module]:
     """The layers between the last level of the encoder and the first of the decoder: blocks and attention."""
-    attention = {"middle_attention": Attention(dim, sizes.reach)} if sizes.attention else {}
-    return {"middle_block0": Block(dim, dim), **attention, "middle_block1": Block(dim, dim)}
+    attention = {"middle_attention": SpaceTimeAttention(dim, sizes.reach)} if sizes.attention else {}
+    return {"middle_block0": SpaceTimeBlock(dim, dim), **attention, "middle_block1": SpaceTimeBlock(dim, dim)}
 
 
 class Network(nn.Module):
@@ -201,7 +201,7 @@ class Network(nn.Module):
         """A whole clip."""
         grid, stream = self._grid(x), Stream(last=True)
         for layer in self.layers.values():
-            if self.checkpointing and torch.is_grad_enabled() and isinstance(layer, Block):
+            if self.checkpointing and torch.is_grad_enabled() and isinstance(layer, SpaceTimeBlock):
                 grid = checkpoint(layer, grid, stream, use_reentrant=False)
             else:
                 grid = layer(grid, stream)
@@ -242,14 +242,14 @@ class Network(nn.Module):
         return self.leave(self.activation(grid)).movedim(-1, 1)
 
 
-def encoder(sizes: Sizes, checkpointing: bool = False) -> Network:
+def encoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
     """Video [b 3 t h w] -> mean and log variance of the latents [b 2*channels _t _h _w]; _t is ceil(t / stride)."""
     widths = sizes.widths
     layers: dict[str, nn.Module] = {"enter": SpaceConv(3, widths[0])}
     before = widths[0]
     for i, width in enumerate(widths):
         for j in range(sizes.blocks):
-            layers[f"level{i}_block{j}"] = Block(before, width)
+            layers[f"level{i}_block{j}"] = SpaceTimeBlock(before, width)
             before = width
         if i < len(sizes.scales):
             layers[f"level{i}_down"] = Down(width, sizes.scales[i])
@@ -257,14 +257,14 @@ def encoder(sizes: Sizes, checkpointing: bool = False) -> Network:
     return Network(layers, before, 2 * sizes.channels, checkpointing)
 
 
-def decoder(sizes: Sizes, checkpointing: bool = False) -> Network:
+def decoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
     """Latents [b channels t h w] -> video [b 3 _t _h _w]. Each level has one block more than the encoder's."""
     widths = sizes.widths
     before = widths[-1]
     layers: dict[str, nn.Module] = {"enter": SpaceConv(sizes.channels, before), **middle(before, sizes)}
     for i, width in reversed(list(enumerate(widths))):
         for j in range(sizes.blocks + 1):
-            layers[f"level{i}_block{j}"] = Block(before, width)
+            layers[f"level{i}_block{j}"] = SpaceTimeBlock(before, width)
             before = width
         if i > 0:
             layers[f"level{i}_up"] = Up(width, sizes.scales[i - 1])

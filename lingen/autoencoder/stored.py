@@ -15,10 +15,10 @@ from lingen.weights import WeightsError, find_weights, read_metadata
 PREFIXES = ("averaged.autoencoder.", "raw.autoencoder.")
 """Prefixes under which `lingen.weights` stores an autoencoder's weights; the first that occurs in a file is read."""
 
-Shapes = dict[str, tuple[int, ...]]
+TensorShapes = dict[str, tuple[int, ...]]
 
 
-def unfit(path: Path, own: Shapes) -> str | None:
+def unfit_weights(path: Path, own: TensorShapes) -> str | None:
     """A sentence with the cure where the weights at `path` are missing or have other shapes; reads headers only.
 
     Args:
@@ -35,7 +35,7 @@ def unfit(path: Path, own: Shapes) -> str | None:
         return None
     if not stored:
         return f"it holds no autoencoder. {_cure(path)}"
-    told, wanted = settings_of(stored), settings_of(own)
+    told, wanted = settings_from_shapes(stored), settings_from_shapes(own)
     wrong = {key: value for key, value in told.items() if value != wanted.get(key, value)}
     if "strides" in wrong:
         wrong.pop("multipliers", None)  # they follow from the strides, unless a recipe gives them
@@ -59,7 +59,7 @@ def _cure(path: Path) -> str:
     return f"Train one with {fit} --run {path}`, or set autoencoder.path to another."
 
 
-def settings_of(shapes: Shapes) -> dict[str, Any]:
+def settings_from_shapes(shapes: TensorShapes) -> dict[str, Any]:
     """The settings with which a TAE has weights of these shapes; empty where no TAE has them."""
 
     def found(pattern: str) -> list[tuple[int, ...]]:
@@ -87,7 +87,7 @@ def _plain(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def read_shapes(file: Path) -> Shapes:
+def read_shapes(file: Path) -> TensorShapes:
     """Shapes of the autoencoder's weights in a file, by name; empty where it has none."""
     with safe_open(str(file), "pt") as opened:
         return {name: tuple(opened.get_slice(key).get_shape()) for key, name in _keys(opened).items()}

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.autoencoder.network import Sizes, decoder, encoder
-from lingen.autoencoder.stored import read_part, unfit
+from lingen.autoencoder.network import NetworkSizes, decoder, encoder
+from lingen.autoencoder.stored import read_part, unfit_weights
 from lingen.autoencoder.temporal import Stream
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
@@ -61,7 +61,7 @@ class TAE(nn.Module):
         ] = False,
     ):
         super().__init__()
-        self.sizes = Sizes(strides, channels, width, multipliers, blocks, attention, reach)
+        self.sizes = NetworkSizes(strides, channels, width, multipliers, blocks, attention, reach)
         self.path, self.chunk = path, chunk
         self.strides, self.channels = self.sizes.strides, channels
         self.encoder = encoder(self.sizes, checkpointing)
@@ -161,7 +161,7 @@ class TAE(nn.Module):
                 )
             ]
         shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        cure = unfit(Path(self.path), shapes)
+        cure = unfit_weights(Path(self.path), shapes)
         return [Missing(self.name, self.path, cure)] if cure else []
 
     def load(self) -> None:

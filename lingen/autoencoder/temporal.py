@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lingen.blocks.layers import RMSNorm, Triple, head_count, undecayed
 from lingen.kernels.norm_silu import norm_silu
 
-LARGEST = 2**31 - 1
+LARGEST_IMAGE = 2**31 - 1
 """Elements of one image that cuDNN can count; PyTorch has slow convolutions of its own for larger ones."""
 
 Grid = Float[Tensor, "b t h w d"]
@@ -151,7 +151,7 @@ class TimeConv(nn.Conv3d):
         return padded, frames
 
     def _convolved(self, x: Float[Tensor, "b d t h w"]) -> Float[Tensor, "b e _t h w"]:
-        strips = x.tensor_split(math.ceil(x[0].numel() * self.phases / LARGEST), 3)
+        strips = x.tensor_split(math.ceil(x[0].numel() * self.phases / LARGEST_IMAGE), 3)
         done = [nn.Conv3d.forward(self, strip) for strip in strips]
         return done[0] if len(done) == 1 else torch.cat(done, 3)
 

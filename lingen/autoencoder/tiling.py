@@ -21,7 +21,7 @@ from torch import Tensor
 from lingen.autoencoder import Autoencoder, streams
 from lingen.recipe.errors import SettingError
 
-Clip = Float[Tensor, "b 3 _t h w"]
+Video = Float[Tensor, "b 3 _t h w"]
 Latents = Float[Tensor, "b c _t _h _w"]
 
 
@@ -64,7 +64,7 @@ def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Til
     return Tiles((height // stride_h, width // stride_w), (shared // stride_h, shared // stride_w))
 
 
-def encode_tiled(autoencoder: Autoencoder, pieces: Iterable[Clip], tiles: Tiles | None) -> Iterator[Latents]:
+def encode_tiled(autoencoder: Autoencoder, pieces: Iterable[Video], tiles: Tiles | None) -> Iterator[Latents]:
     """A clip in -1..1 that comes piece by piece -> its latents, piece by piece; in one where it has no streams.
 
     Raises ValueError where there are no pieces.
@@ -101,7 +101,7 @@ def _copies(pieces: Iterator[Tensor], count: int) -> list[Iterator[Tensor]]:
     return [copy(own) for own in waiting]
 
 
-def decode_tiled(autoencoder: Autoencoder, latents: Latents, tiles: Tiles | None) -> Iterator[Clip]:
+def decode_tiled(autoencoder: Autoencoder, latents: Latents, tiles: Tiles | None) -> Iterator[Video]:
     """Latents -> the clip, piece by piece, in one where it has no streams; with the surplus frames that `decode`
     gives."""
     cuts = _cuts(latents.shape[3:], tiles)

@@ -17,6 +17,9 @@ WAYS = ("exact", "tiled", "whole")
 call, whose memory always grows with the pixels of the whole clip. The weights must be frozen: else one call keeps what
 a backward pass would need."""
 
+PIECE_FRAMES = 32
+"""Frames in a piece that an autoencoder's stream gets."""
+
 
 def ways_of(autoencoder: Autoencoder) -> list[str]:
     """The entries of `WAYS` that an autoencoder supports: ``exact`` needs streams."""

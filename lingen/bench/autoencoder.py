@@ -16,20 +16,18 @@ from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
 from lingen.autoencoder.tiling import Tiles, tiles_of
-from lingen.autoencoder.ways import WAYS, decode, encode, ways_of
-from lingen.bench.build import draw
+from lingen.autoencoder.ways import PIECE_FRAMES, WAYS, decode, encode, ways_of
+from lingen.bench.build import draw_weights
 from lingen.bench.place import Place, dtype_name
-from lingen.bench.results import GIB, Results, Row, Say
+from lingen.bench.results import GIB, Fields, Results, Say
 from lingen.bench.timing import costs, free, held
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_frames
-from lingen.metrics.reconstruction import psnr
+from lingen.metrics.reconstruction import mse_to_psnr
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sizes import check_frames
 
-PIECE = 32
-"""Frames in a piece that an encoder gets."""
 WARM_UP = 64
 """Frames that go through unmeasured first, at most: pieces from the start, the middle and the end of a clip."""
 
@@ -75,7 +73,7 @@ class ClipBench:
         half = self.size[0] // 2 // down * down, self.size[1] // 2 // across * across
         return tiles_of(half, self.autoencoder.strides) if min(half) >= 4 * math.lcm(down, across) else None
 
-    def row(self, name: str, frames: int) -> Row:
+    def row(self, name: str, frames: int) -> Fields:
         """Begins a row."""
         about = {"name": name, "autoencoder": self.component["name"], "weights": self.weights}
         return about | {"frames": frames, "size": self.size, "dtype": dtype_name(self.place.dtype)}
@@ -126,7 +124,7 @@ def _built(component: dict[str, Any], device: torch.device, say: Say) -> tuple[A
         return autoencoder, "own"
     if not any(True for _ in autoencoder.parameters()):
         check_ready([autoencoder])
-    draw(autoencoder)
+    draw_weights(autoencoder)
     # An autoencoder into which weights were loaded reads none.
     autoencoder.load_state_dict(autoencoder.state_dict())
     say(f"Random weights, which change nothing about speed and memory; missing: {missing[0].name}: {missing[0].cure}")
@@ -166,7 +164,7 @@ def _clips(bench: ClipBench, way: str, lengths: Sequence[int], results: Results)
             return
 
 
-def _measured(bench: ClipBench, way: str, frames: int) -> Row:
+def _measured(bench: ClipBench, way: str, frames: int) -> Fields:
     """Fields of a row: milliseconds of encoding and decoding, the seconds and the GiB above the weights of each, the
     latents' size; without `ms`, and with a note, where the GPU has not enough memory.
 
@@ -186,7 +184,7 @@ def _measured(bench: ClipBench, way: str, frames: int) -> Row:
         if left:
             raise ValueError(f"{left} of {frames} frames are missing from what the autoencoder decoded.")
 
-    row: Row = {}
+    row: Fields = {}
     for half, work in (("encode", encoding), ("decode", decoding)):
         before = held(device)
         with _modes(bench, way):
@@ -215,12 +213,12 @@ def _modes(bench: ClipBench, way: str) -> Iterator[None]:
 def clip(
     frames: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Iterator[Float[Tensor, "1 3 _t h w"]]:
-    """Moving waves in -1..1, different for each colour, in pieces of `PIECE` frames; each frame depends on its number
+    """Moving waves in -1..1, different for each colour, in pieces of `PIECE_FRAMES`; each frame depends on its number
     alone and is made when it is needed."""
     y, x = (torch.arange(side, device=device, dtype=dtype) for side in size)
     colour = torch.arange(3, device=device, dtype=dtype).view(3, 1, 1, 1)
-    for start in range(0, frames, PIECE):
-        t = torch.arange(start, min(start + PIECE, frames), device=device, dtype=dtype).view(-1, 1, 1)
+    for start in range(0, frames, PIECE_FRAMES):
+        t = torch.arange(start, min(start + PIECE_FRAMES, frames), device=device, dtype=dtype).view(-1, 1, 1)
         across, down = 0.07 * x + (0.2 + 0.1 * colour) * t, 0.05 * y[:, None] - 0.13 * t + colour
         yield (across.sin() * down.cos())[None]
 
@@ -252,7 +250,7 @@ def _takes(autoencoder: Autoencoder, frames: int) -> bool:
     return True
 
 
-def _agreement(bench: ClipBench, ways: Sequence[str], frames: int) -> Row:
+def _agreement(bench: ClipBench, ways: Sequence[str], frames: int) -> Fields:
     """Against the clip in one call: the largest difference of a latent; of decodes of that call's latents the largest
     difference of a colour, of -1..1, and PSNR."""
     given = torch.float64 if bench.place.dtype == torch.float64 else torch.float32
@@ -269,5 +267,5 @@ def _agreement(bench: ClipBench, ways: Sequence[str], frames: int) -> Row:
         difference = decoded[way] - decoded["whole"]
         row[f"{way}_latents"] = float((latents[way].double() - latents["whole"].double()).abs().max())
         row[f"{way}_pixels"] = float(difference.abs().max())
-        row[f"{way}_psnr"] = psnr(float((difference / 2).square().mean()))
+        row[f"{way}_psnr"] = mse_to_psnr(float((difference / 2).square().mean()))
     return row

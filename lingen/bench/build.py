@@ -17,16 +17,16 @@ from lingen.recipe.sections import LinGenConfig, Triple
 
 Made = TypeVar("Made", bound=nn.Module)
 Result = TypeVar("Result")
-Component = str | dict[str, Any]
+MixerChoice = str | dict[str, Any]
 
-TEXT_TOKENS = 512
+TEXT_LENGTH = 512
 """Text tokens of all encoders together."""
 
 
 def built(make: Callable[[], Made], place: Place) -> Made:
     """What `make` constructs, on the device and in the dtype from the start: 4B weights never exist in float32.
 
-    On a GPU it is constructed on `meta`, which runs none of its own code there, and its weights are drawn by `draw`;
+    On a GPU it is constructed on `meta`, which runs none of its own code there, and `draw_weights` draws its weights;
     one that holds buffers is constructed where it belongs. Parameters that it keeps in float32 by itself stay so.
 
     Raises:
@@ -37,7 +37,7 @@ def built(make: Callable[[], Made], place: Place) -> Made:
         empty = _constructed(make, torch.device("meta"), place.dtype)
         if not list(empty.buffers()):
             empty.to_empty(device=place.device)
-            draw(empty)
+            draw_weights(empty)
             return empty
     return _constructed(make, place.device, place.dtype)
 
@@ -53,7 +53,7 @@ def _constructed(make: Callable[[], Made], device: torch.device, dtype: torch.dt
 
 
 @torch.no_grad()
-def draw(module: nn.Module) -> None:
+def draw_weights(module: nn.Module) -> None:
     """Draws all weights: matrices that keep the size of what they multiply, norms of 1, biases of 0, the scan's own
     numbers in the ranges that they start in (arXiv 2405.21060). None is zero: zeros take less power, so run faster."""
     for path, parameter in module.named_parameters():
@@ -73,14 +73,14 @@ def draw(module: nn.Module) -> None:
 def denoiser(config: LinGenConfig, place: Place) -> LinGen:
     """A denoiser for sampling, with random weights of which none switches a part off."""
     model = built(partial(LinGen, replace(config, gate_init=1.0, checkpointing=False)), place)
-    draw(model)
+    draw_weights(model)
     return model.eval().requires_grad_(False)
 
 
 def sample_inputs(
     config: LinGenConfig, grid: Triple, device: torch.device, batch: int = 1
 ) -> tuple[Tensor, Tensor, Text]:
-    """Latents [b c t h w] that make a grid of tokens, times [b], and `TEXT_TOKENS` tokens of text in all encoders."""
+    """Latents [b c t h w] that make a grid of tokens, times [b], and `TEXT_LENGTH` tokens of text in all encoders."""
     size = [n * part for n, part in zip(grid, config.patch, strict=True)]
     latents = torch.randn(batch, config.channels, *size, device=device)
     text = tuple(
@@ -91,9 +91,9 @@ def sample_inputs(
 
 
 def text_counts(config: LinGenConfig) -> list[int]:
-    """`TEXT_TOKENS`, shared out to the encoders."""
+    """`TEXT_LENGTH`, shared out to the encoders."""
     encoders = len(config.text_dims)
-    return [len(range(first, TEXT_TOKENS, encoders)) for first in range(encoders)]
+    return [len(range(first, TEXT_LENGTH, encoders)) for first in range(encoders)]
 
 
 def tflop_of(config: LinGenConfig, grid: Triple, place: Place) -> float:
@@ -112,7 +112,7 @@ def compiled(run: Callable[..., Result]) -> Callable[..., Result]:
     return made
 
 
-def name_of(component: Component) -> str:
+def name_of(component: MixerChoice) -> str:
     """The registered name of a component."""
     return component if isinstance(component, str) else str(component["name"])
 

@@ -33,7 +33,7 @@ ORDER = "twh"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LayerSizes:
     """A layer on a grid, batch 1; numbers that are no arguments are those of LinGen-4B's recipe."""
 
     grid: Triple
@@ -79,11 +79,11 @@ class Case:
     """One operation."""
 
     name: str
-    make: Callable[[Sizes, Normal], Inputs]
+    make: Callable[[LayerSizes, Normal], Inputs]
     """Every input, also one that the operation makes of another input: a compiler does not see how it is made."""
-    call: Callable[[Inputs, Sizes, str], Any]
+    call: Callable[[Inputs, LayerSizes, str], Any]
     """(inputs, sizes, kernel) -> outputs."""
-    flops: Callable[[Sizes], float] = lambda sizes: 0.0
+    flops: Callable[[LayerSizes], float] = lambda sizes: 0.0
     """FLOPs of the matrix products in a forward; elementwise work is bounded by its bytes."""
     backward: float = 2.0
     """FLOPs of the backward as a multiple of the forward's."""
@@ -92,22 +92,22 @@ class Case:
     """The twin that is run in float64 to compare with."""
 
 
-def _plain(operation: Callable[..., Any], **settings: Any) -> Callable[[Inputs, Sizes, str], Any]:
+def _plain(operation: Callable[..., Any], **settings: Any) -> Callable[[Inputs, LayerSizes, str], Any]:
     """The call of an operation that takes the inputs by their names."""
     return lambda inputs, sizes, kernel: operation(**inputs, **settings, kernel=kernel)
 
 
-def _row(sizes: Sizes, normal: Normal) -> tuple[Tensor, ...]:
+def _row(sizes: LayerSizes, normal: Normal) -> tuple[Tensor, ...]:
     """z | x, B, C | dt as slices of one projection, as the layer has them."""
     row = normal(1, sizes.n, sizes.inner + sizes.channels + sizes.heads)
     return row.split([sizes.inner, sizes.channels, sizes.heads], -1)
 
 
-def _order(sizes: Sizes, like: Tensor) -> Inputs:
+def _order(sizes: LayerSizes, like: Tensor) -> Inputs:
     return {"index": permutation(ORDER, sizes.grid, like.device)[0]}
 
 
-def _make_scan(sizes: Sizes, normal: Normal) -> Inputs:
+def _make_scan(sizes: LayerSizes, normal: Normal) -> Inputs:
     _, u, dt = _row(sizes, normal)
     heads = normal(2, sizes.heads).float()
     state = 0.1 * normal(1, 2, sizes.heads, sizes.head_dim, sizes.state_dim).float()
@@ -115,61 +115,61 @@ def _make_scan(sizes: Sizes, normal: Normal) -> Inputs:
     return made | {"dt_bias": -4 + heads, "state": state} | _order(sizes, u)
 
 
-def _scan(inputs: Inputs, sizes: Sizes, kernel: str) -> Tensor:
+def _scan(inputs: Inputs, sizes: LayerSizes, kernel: str) -> Tensor:
     u, *more = (inputs[name] for name in ("u", "dt", "a", "d", "dt_bias", "index", "state"))
     missing = rows_of(sizes.n, kernel, u.dtype) - sizes.n
     u = F.pad(u, (0, 0, 0, missing)) if missing else u  # in the layer, the conv writes these zeros
     return scan(u, *more, state_dim=sizes.state_dim, kernel=kernel)[:, : sizes.n]
 
 
-def _scan_flops(sizes: Sizes) -> float:
+def _scan_flops(sizes: LayerSizes) -> float:
     """Both directions share C B^T and the product inside of a chunk; states are made and used for each."""
     inside = 2 * sizes.chunk * (sizes.state_dim + sizes.inner)
     return sizes.n * (inside + 2 * 4 * sizes.state_dim * sizes.inner)
 
 
-def _make_conv(sizes: Sizes, normal: Normal) -> Inputs:
+def _make_conv(sizes: LayerSizes, normal: Normal) -> Inputs:
     u = _row(sizes, normal)[1]
     return {"u": u, "weight": normal(sizes.channels, 4), "bias": normal(sizes.channels)} | _order(sizes, u)
 
 
-def _make_gated_norm(sizes: Sizes, normal: Normal) -> Inputs:
+def _make_gated_norm(sizes: LayerSizes, normal: Normal) -> Inputs:
     y = normal(1, sizes.n, sizes.inner)
     return {"y": y, "z": _row(sizes, normal)[0], "weight": 1 + normal(sizes.inner)} | _order(sizes, y)
 
 
-def _make_pool(sizes: Sizes, normal: Normal) -> Inputs:
+def _make_pool(sizes: LayerSizes, normal: Normal) -> Inputs:
     row = normal(1, sizes.n, sizes.inner + sizes.channels + sizes.heads)
     return {"x": row[..., sizes.inner :].unflatten(1, sizes.grid)}
 
 
-def _gains(sizes: Sizes, normal: Normal) -> Inputs:
+def _gains(sizes: LayerSizes, normal: Normal) -> Inputs:
     width = sizes.dim // sizes.num_heads
     return {"q_weight": 1 + 0.1 * normal(width), "k_weight": 1 + 0.1 * normal(width)}
 
 
-def _make_window(sizes: Sizes, normal: Normal) -> Inputs:
+def _make_window(sizes: LayerSizes, normal: Normal) -> Inputs:
     return {"qkv": normal(1, *sizes.grid, 3 * sizes.dim)} | _gains(sizes, normal)
 
 
-def _window(inputs: Inputs, sizes: Sizes, kernel: str, shifted: bool) -> Tensor:
+def _window(inputs: Inputs, sizes: LayerSizes, kernel: str, shifted: bool) -> Tensor:
     window = clamp(sizes.window, sizes.grid)
     padding, heads = window_padding(sizes.grid, window, shifted), sizes.num_heads
     return window_attention(**inputs, window=window, padding=padding, num_heads=heads, eps=1e-6, kernel=kernel)
 
 
-def _make_cross(sizes: Sizes, normal: Normal) -> Inputs:
+def _make_cross(sizes: LayerSizes, normal: Normal) -> Inputs:
     heads = (sizes.num_heads, sizes.dim // sizes.num_heads)
     k, v = normal(1, sizes.text, 2, *heads).unbind(2)
     return {"q": normal(1, sizes.n, *heads), "k": k, "v": v} | _gains(sizes, normal)
 
 
-def _cross(inputs: Inputs, sizes: Sizes, kernel: str) -> Tensor:
+def _cross(inputs: Inputs, sizes: LayerSizes, kernel: str) -> Tensor:
     mask = torch.ones(1, sizes.text, dtype=torch.bool, device=inputs["q"].device)
     return cross_attention(**inputs, mask=mask, eps=1e-6, kernel=kernel)
 
 
-def _make_modulate(sizes: Sizes, normal: Normal, names: str) -> Inputs:
+def _make_modulate(sizes: LayerSizes, normal: Normal, names: str) -> Inputs:
     """x, update and positions for each token; gate, scale and shift for all."""
     made = {"x": normal(1, *sizes.grid, sizes.dim), "weight": 1 + 0.1 * normal(sizes.dim)}
     made |= {"update": normal(1, *sizes.grid, sizes.dim), "positions": normal(*sizes.grid, sizes.dim)}
@@ -177,7 +177,7 @@ def _make_modulate(sizes: Sizes, normal: Normal, names: str) -> Inputs:
     return {name: made[name] for name in names.split()}
 
 
-def _window_flops(sizes: Sizes) -> float:
+def _window_flops(sizes: LayerSizes) -> float:
     return 4.0 * sizes.n * math.prod(clamp(sizes.window, sizes.grid)) * sizes.dim
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lingen.bench.build import compiled
-from lingen.bench.cases import CASES, Case, Inputs, Sizes
+from lingen.bench.cases import CASES, Case, Inputs, LayerSizes
 from lingen.bench.place import Place, dtype_name
-from lingen.bench.results import Results, Row, Say
-from lingen.bench.timing import Work, costs, forward
+from lingen.bench.results import Fields, Results, Say
+from lingen.bench.timing import Work, costs, forward_work
 from lingen.kernels.choice import interpreted
 from lingen.kernels.stock import chunk_scan
 from lingen.recipe.errors import RecipeError
@@ -29,7 +29,7 @@ READY_LIMIT = 90.0
 """Seconds after which a twin is left out if it has not run once, forward and backward, compilation included."""
 
 
-def ceilings(place: Place) -> Row:
+def ceilings(place: Place) -> Fields:
     """What this machine reaches: TFLOP/s of a square matrix product, GB/s of a copy, read and written bytes counted."""
     size = 8192 if place.cuda else 512
     make = partial(torch.randn, device=place.device, dtype=place.dtype)
@@ -68,12 +68,12 @@ def bench_kernels(grids: Sequence[Triple], dim: int, place: Place, results: Resu
                 results.add(row | accurate[twin])
 
 
-def _sizes(grid: Triple, dim: int) -> Sizes:
+def _sizes(grid: Triple, dim: int) -> LayerSizes:
     """Of LinGen-4B, or smaller ones where the layer is narrower than a state."""
-    return Sizes(grid, dim) if dim >= 256 else Sizes(grid, dim, state_dim=16, head_dim=16, text=24)
+    return LayerSizes(grid, dim) if dim >= 256 else LayerSizes(grid, dim, state_dim=16, head_dim=16, text=24)
 
 
-def _made(case: Case, sizes: Sizes, place: Place) -> Inputs:
+def _made(case: Case, sizes: LayerSizes, place: Place) -> Inputs:
     torch.manual_seed(0)
     normal = partial(torch.randn, device=place.device, dtype=place.dtype)
     # A slice of a wider tensor stays one: detached, it is a leaf with the strides of the slice.
@@ -85,7 +85,9 @@ def _wanting(inputs: Inputs) -> Inputs:
     return {name: u for name, u in inputs.items() if u.requires_grad}
 
 
-def _times(case: Case, twins: Sequence[str], sizes: Sizes, top: Row, place: Place, say: Say) -> list[tuple[str, Row]]:
+def _times(
+    case: Case, twins: Sequence[str], sizes: LayerSizes, top: Fields, place: Place, say: Say
+) -> list[tuple[str, Fields]]:
     """Times of all twins in the same rounds, and the least possible time: every input read and every output written
     once, or all matrix products at the measured peak; in the backward pass gradients are read and written, too."""
     inputs = _made(case, sizes, place)
@@ -93,7 +95,7 @@ def _times(case: Case, twins: Sequence[str], sizes: Sizes, top: Row, place: Plac
         outputs = _several(case.call(inputs, sizes, twins[0]))
     seeds = [torch.randn_like(one) for one in outputs]
     runs = {twin: _run(case, twin, sizes, place) for twin in twins}
-    works = {twin: (forward(run, [inputs]), _backward(run, inputs, seeds)) for twin, run in runs.items()}
+    works = {twin: (forward_work(run, [inputs]), _backward(run, inputs, seeds)) for twin, run in runs.items()}
     able = [twin for twin in twins if _able(f"{case.name}, {sizes.n} tokens: {twin}", works[twin], say)]
     alone, both = (costs({twin: works[twin][i] for twin in able}, place) for i in (0, 1))
     read, changed, written = (sum(map(_bytes, us)) for us in (inputs.values(), _wanting(inputs).values(), outputs))
@@ -158,7 +160,7 @@ def _is_compiled(twin: str, place: Place) -> bool:
     return twin in ("reference", "sdpa") and place.cuda
 
 
-def _run(case: Case, twin: str, sizes: Sizes, place: Place) -> Any:
+def _run(case: Case, twin: str, sizes: LayerSizes, place: Place) -> Any:
     """inputs -> outputs with one twin."""
 
     def run(inputs: Inputs) -> Any:
@@ -181,7 +183,7 @@ def _bytes(u: Tensor) -> int:
     return u.numel() * u.element_size()
 
 
-def errors(case: Case, twin: str, dim: int, place: Place, say: Say) -> Row | None:
+def errors(case: Case, twin: str, dim: int, place: Place, say: Say) -> Fields | None:
     """Relative RMS against float64 on an odd grid, of the outputs and of each gradient; None where it cannot run."""
     if twin == "triton" and not place.cuda and not interpreted():
         say(f"{case.name}: triton runs on CUDA, not on {place.device}")
@@ -202,7 +204,7 @@ def errors(case: Case, twin: str, dim: int, place: Place, say: Say) -> Row | Non
     return {"error": max(outputs), "gradient_errors": off, "error_grid": list(ODD_GRID)}
 
 
-def _gradients(case: Case, twin: str, inputs: Inputs, sizes: Sizes) -> dict[str, Tensor]:
+def _gradients(case: Case, twin: str, inputs: Inputs, sizes: LayerSizes) -> dict[str, Tensor]:
     """Outputs, and gradients by the inputs' names, for seeds that are the same in every precision."""
     outputs = _several(case.call(inputs, sizes, twin))
     generator = torch.Generator().manual_seed(1)

@@ -14,10 +14,10 @@ from torch import Tensor
 from lingen import flow
 from lingen.bench.build import denoiser, name_of, sample_inputs, tflop_of
 from lingen.bench.paper import FORWARDS, VARIANTS
-from lingen.bench.parts import by_part
+from lingen.bench.parts import milliseconds_by_part
 from lingen.bench.place import FP8, Place, dtype_name
-from lingen.bench.results import Results, Row
-from lingen.bench.timing import Cost, costs, forward, free
+from lingen.bench.results import Fields, Results
+from lingen.bench.timing import Cost, costs, forward_work, free
 from lingen.kernels.fp8 import quality, to_fp8
 from lingen.model import LinGen, Text
 from lingen.recipe.errors import RecipeError
@@ -57,14 +57,14 @@ class ModelBench:
     def inputs(self, batch: int = 1) -> tuple[Tensor, Tensor, Text]:
         return sample_inputs(self.config, self.grid, self.place.device, batch)
 
-    def add(self, name: str, ms: float | None, **more: object) -> Row:
+    def add(self, name: str, ms: float | None, **more: object) -> Fields:
         """A row of the result file; `more` wins."""
         dtype = FP8 if self.fp8 else dtype_name(self.place.dtype)
         own = {"name": name, "mixer": self.mixer, "kernel": "auto", "dtype": dtype, "tokens": math.prod(self.grid)}
         own |= {"ms": ms, "grid": list(self.grid), "dim": self.config.dim, "depth": self.config.depth}
         return self.results.add(own | more)
 
-    def add_forward(self, cost: Cost, batch: int = 1, **more: object) -> Row:
+    def add_forward(self, cost: Cost, batch: int = 1, **more: object) -> Fields:
         """A row named `forward`, with the seconds that 100 of them take for each clip."""
         seconds, tflop = _seconds(cost.ms / batch), batch * self.tflop
         own = {"gib": cost.gib, "tflop": tflop, "batch": batch, "runs": cost.runs, "seconds_per_100": seconds}
@@ -119,22 +119,22 @@ def video_grid(recipe: Recipe) -> Triple:
     return grids.get("video") or next(iter(grids.values()))
 
 
-def bench_forward(bench: ModelBench, model: LinGen) -> dict[int, Row]:
+def bench_forward(bench: ModelBench, model: LinGen) -> dict[int, Fields]:
     """Rows of the forward at batch 1 and 2 (guidance in one pass), and of its parts. Returns batch -> its row."""
     tokens = math.prod(bench.grid)
     bench.results.say(f"{bench.mixer}, {bench.config.depth} layers, {tokens:,} tokens: first forward")
     with torch.no_grad():
         finite = bool(model(*bench.inputs()).isfinite().all())
-    works = {str(batch): forward(model, bench.inputs(batch)) for batch in (1, 2)}
+    works = {str(batch): forward_work(model, bench.inputs(batch)) for batch in (1, 2)}
     found = costs(works, bench.place, cold=["1"])
     rows = {int(batch): bench.add_forward(cost, int(batch), finite=finite) for batch, cost in found.items()}
-    parts = by_part(works["1"], bench.place.device)
+    parts = milliseconds_by_part(works["1"], bench.place.device)
     for part, took in parts.items():
         bench.add("part", took, part=part, share=took / sum(parts.values()))
     return rows
 
 
-def bench_sampling(bench: ModelBench, model: LinGen, recipe: Recipe, forwards: dict[int, Row]) -> None:
+def bench_sampling(bench: ModelBench, model: LinGen, recipe: Recipe, forwards: dict[int, Fields]) -> None:
     """One real sampling with guidance, in the faster of two ways: one pass of batch 2, or two of batch 1."""
     settings = recipe.sample
     shift = flow.resolve_shift(recipe.time.shift, math.prod(bench.grid))
@@ -170,7 +170,7 @@ def bench_variants(bench: ModelBench, model: LinGen, configs: Sequence[LinGenCon
     for variant, config in zip(VARIANTS, configs, strict=False):
         bench.results.say(f"variant: {variant.name}")
         other = replace(bench, config=config).make() if variant.overrides else model
-        works = {"default": forward(model, bench.inputs()), "variant": forward(other, bench.inputs())}
+        works = {"default": forward_work(model, bench.inputs()), "variant": forward_work(other, bench.inputs())}
         ms = {name: cost.ms for name, cost in costs(works, bench.place).items()}
         seconds = {"seconds_per_100": _seconds(ms["variant"]), "paper_seconds": variant.paper_seconds}
         bench.add("variant", ms["variant"], variant=variant.name, default_ms=ms["default"], **seconds)

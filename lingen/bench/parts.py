@@ -27,7 +27,7 @@ PATTERNS = (
 """Part -> patterns of the names of its kernels or operators; the first match counts, without one "elementwise"."""
 
 
-def part_of(kernel: str) -> str:
+def part_of_kernel(kernel: str) -> str:
     """The part that a CUDA kernel or an operator of torch belongs to: lingen's own by their files' names."""
     own = triton_kernels().get(kernel.split("(")[0])
     if own:
@@ -51,7 +51,7 @@ def triton_kernels() -> dict[str, str]:
     return {name: " / ".join(dict.fromkeys(operations)) for name, operations in owners.items()}
 
 
-def by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]:
+def milliseconds_by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]:
     """Milliseconds of each part, most first: mean of the runs.
 
     A part's time is that of its CUDA kernels, on the CPU of its operators without those inside of them.
@@ -69,7 +69,7 @@ def by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]
     for event in profiled.key_averages():
         if not cuda or _is_kernel(event):
             microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-            parts[part_of(event.key)] += microseconds / 1e3 / runs
+            parts[part_of_kernel(event.key)] += microseconds / 1e3 / runs
     return dict(parts.most_common())
 
 

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
 from lingen.bench.paper import FORWARDS, PAPER_DIM, PAPER_SIZES
-from lingen.bench.results import Row
-from lingen.bench.tables import show
+from lingen.bench.results import Fields
+from lingen.bench.tables import as_text
 
-COLOURS = {
+MIXER_COLOURS = {
     "attention": "#c0392b",
     "mate": "#1f5fa8",
     "mamba2": "#17a2a2",
@@ -30,7 +30,7 @@ PANELS = (
 """Field of the rows, name of its fit, title."""
 
 
-def plot_scaling(result: Row, path: Path) -> None:
+def plot_scaling(result: Fields, path: Path) -> None:
     """Draws the three panels into a PNG."""
     figure = Figure(figsize=(15, 5.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -45,22 +45,22 @@ def plot_scaling(result: Row, path: Path) -> None:
     figure.savefig(path)
 
 
-def _curves(axes: Axes, result: Row, field: str, fit: str) -> None:
+def _curves(axes: Axes, result: Fields, field: str, fit: str) -> None:
     for mixer, fits in result["fits"].items():
         rows = [row for row in result["rows"] if row["mixer"] == mixer and row.get(field)]
         points = sorted((row["tokens"], row[field]) for row in rows)
-        label = f"{mixer}  ~ n^ {show(fits[fit])}" if fit in fits else mixer
+        label = f"{mixer}  ~ n^ {as_text(fits[fit])}" if fit in fits else mixer
         width = 2.4 if mixer in ("mate", "attention") else 1.5
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=label, color=COLOURS.get(mixer), linewidth=width)
+            axes.plot(*zip(*points, strict=True), "o-", label=label, color=MIXER_COLOURS.get(mixer), linewidth=width)
 
 
-def _paper(axes: Axes, result: Row) -> None:
+def _paper(axes: Axes, result: Fields) -> None:
     """Where attention takes as long as mate; the paper's latencies as milliseconds of one whole layer, at the width at
     which that says something."""
     at = result["crossover"].get("mate", {}).get("tokens")
     if at:
-        axes.axvline(at, color=COLOURS["mate"], linestyle=":", label=f"attention = mate at {at:,} tokens")
+        axes.axvline(at, color=MIXER_COLOURS["mate"], linestyle=":", label=f"attention = mate at {at:,} tokens")
     if result["dim"] != PAPER_DIM:
         return
     for name, field, depth, mixer in (  # depths: ours
@@ -69,10 +69,10 @@ def _paper(axes: Axes, result: Row) -> None:
     ):
         points = [(size.tokens, 1e3 * getattr(size, field) / FORWARDS / depth) for size in PAPER_SIZES.values()]
         label = f"paper: {name}, a whole layer with FFN"
-        axes.plot(*zip(*points, strict=True), "D", label=label, color=COLOURS[mixer], markerfacecolor="none")
+        axes.plot(*zip(*points, strict=True), "D", label=label, color=MIXER_COLOURS[mixer], markerfacecolor="none")
 
 
-def _dress(axes: Axes, result: Row, title: str) -> None:
+def _dress(axes: Axes, result: Fields, title: str) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xscale("log")
     axes.set_yscale("log")

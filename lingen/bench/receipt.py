@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lingen.bench.build import Component, name_of
+from lingen.bench.build import MixerChoice, name_of
 from lingen.bench.exponent import crossover, fit_exponent
 from lingen.bench.paper import PAPER_SIZES
 from lingen.bench.plots import plot_scaling
-from lingen.bench.results import Row
+from lingen.bench.results import Fields
 from lingen.bench.tables import Files, Table, as_markdown, every, ratio, row_of, source
 from lingen.plan.flops import mixer_flops
 from lingen.recipe.sections import Triple
@@ -27,7 +27,7 @@ FORWARD = {"flops": "tflop", "time": "ms", "memory": "gib"}
 TRAINING = {"time": "train_ms", "memory": "train_gib"}
 """Name of a fit -> field of the rows that it fits."""
 
-Split = dict[str, float]
+PartTimes = dict[str, float]
 """Part -> milliseconds."""
 
 
@@ -35,12 +35,12 @@ Split = dict[str, float]
 
 
 def findings(
-    rows: Sequence[Row],
-    mixers: Sequence[Component],
+    rows: Sequence[Fields],
+    mixers: Sequence[MixerChoice],
     dim: int,
     grids: Sequence[Triple],
-    splits: Mapping[str, Sequence[tuple[int, Split]]],
-) -> Row:
+    splits: Mapping[str, Sequence[tuple[int, PartTimes]]],
+) -> Fields:
     """All of it, as fields of the result file.
 
     Args:
@@ -61,19 +61,19 @@ def findings(
     }
 
 
-def _fit(points: Iterable[tuple[float, float | None]]) -> Row | None:
+def _fit(points: Iterable[tuple[float, float | None]]) -> Fields | None:
     """Exponent and interval through (tokens, cost), as fields; None for fewer than three costs."""
     known = [(tokens, cost) for tokens, cost in points if cost]
     return fit_exponent(*zip(*known, strict=True))._asdict() if len(known) >= 3 else None
 
 
-def fits_of(rows: Sequence[Row], costs: Mapping[str, str]) -> dict[str, Row]:
+def fits_of(rows: Sequence[Fields], costs: Mapping[str, str]) -> dict[str, Fields]:
     """Name of a cost -> its fit over the rows that have the field; costs with fewer than three rows are left out."""
     fits = {cost: _fit((row["tokens"], row.get(field)) for row in rows) for cost, field in costs.items()}
     return {cost: fit for cost, fit in fits.items() if fit}
 
 
-def meets(attention: Sequence[Row], other: Sequence[Row]) -> Row:
+def meets(attention: Sequence[Fields], other: Sequence[Fields]) -> Fields:
     """Where attention starts to take longer than the other mixer, in tokens, and in words."""
     mine = {tuple(row["grid"]): row.get("ms") for row in other}
     both = [
@@ -91,10 +91,10 @@ def meets(attention: Sequence[Row], other: Sequence[Row]) -> Row:
     return {"says": f"attention takes {'longer' if longer else 'less'} at all sizes, from {tokens[0]:,} tokens on"}
 
 
-def part_fits(splits: Sequence[tuple[int, Split]]) -> dict[str, Row]:
+def part_fits(splits: Sequence[tuple[int, PartTimes]]) -> dict[str, Fields]:
     """Part -> exponent of its time with interval, and its share of the time on the largest grid."""
     largest = splits[-1][1] if splits else {}
-    found: dict[str, Row] = {}
+    found: dict[str, Fields] = {}
     for part, ms in largest.items():
         fit, share = _fit((tokens, split.get(part)) for tokens, split in splits), ms / sum(largest.values())
         if fit and share >= SMALL_SHARE:
@@ -102,7 +102,7 @@ def part_fits(splits: Sequence[tuple[int, Split]]) -> dict[str, Row]:
     return found
 
 
-def by_time(parts: Mapping[str, Mapping[str, Row]]) -> list[Row]:
+def by_time(parts: Mapping[str, Mapping[str, Fields]]) -> list[Fields]:
     """Parts whose measured time grows faster than linearly."""
     return [
         _called_out(mixer, part, "time", fit)
@@ -112,7 +112,7 @@ def by_time(parts: Mapping[str, Mapping[str, Row]]) -> list[Row]:
     ]
 
 
-def by_flops(mixers: Sequence[Component], dim: int, grids: Sequence[Triple]) -> list[Row]:
+def by_flops(mixers: Sequence[MixerChoice], dim: int, grids: Sequence[Triple]) -> list[Fields]:
     """Parts whose counted FLOPs grow faster than linearly."""
     found = []
     for one in mixers:
@@ -126,12 +126,12 @@ def by_flops(mixers: Sequence[Component], dim: int, grids: Sequence[Triple]) -> 
     return found
 
 
-def _called_out(mixer: str, part: str, cost: str, fit: Row) -> Row:
+def _called_out(mixer: str, part: str, cost: str, fit: Fields) -> Fields:
     """A finding; it is not `sure` where the confidence interval reaches down to linear growth."""
     return {"mixer": mixer, "part": part, "cost": cost, **fit, "sure": fit["low"] > LINEAR}
 
 
-def says(called_out: Row) -> str:
+def says(called_out: Fields) -> str:
     """One of `faster_than_linear` as a sentence."""
     return (
         f"{called_out['mixer']}: {called_out['cost']} of {called_out['part']} ~ tokens^{called_out['exponent']:.2f} "
@@ -143,7 +143,7 @@ def says(called_out: Row) -> str:
 # tables
 
 
-def _exponents(files: Files) -> Iterator[Row]:
+def _exponents(files: Files) -> Iterator[Fields]:
     """Of each mixer, in the last file that has them."""
     result = [file for file in files.values() if "fits" in file][-1:]
     for mixer, fits in result[0]["fits"].items() if result else ():
@@ -151,13 +151,13 @@ def _exponents(files: Files) -> Iterator[Row]:
         yield {"mixer": mixer, **fits, "training": training.get("time"), "says": met.get("says")}
 
 
-def _parts(files: Files) -> Iterator[Row]:
+def _parts(files: Files) -> Iterator[Fields]:
     for file in files.values():
         for mixer, own in file["parts"].items():
             yield from ({"mixer": mixer, "part": part, "fit": fit, "share": fit["share"]} for part, fit in own.items())
 
 
-def _beside_the_paper(files: Files) -> Iterator[Row]:
+def _beside_the_paper(files: Files) -> Iterator[Fields]:
     """Ratios of attention to mate on the paper's sizes, next to the paper's of its whole models."""
     for file in files.values():
         for size, paper in PAPER_SIZES.items():
@@ -189,7 +189,7 @@ BESIDE_THE_PAPER = Table(
 # files to read
 
 
-def write_receipt(result: Row, out: Path) -> list[Path]:
+def write_receipt(result: Fields, out: Path) -> list[Path]:
     """scaling.csv, .png and .md beside scaling.json. Returns the paths of all four."""
     files = [out / f"scaling.{kind}" for kind in ("json", "csv", "png", "md")]
     with files[1].open("w", newline="", encoding="utf-8") as file:
@@ -201,7 +201,7 @@ def write_receipt(result: Row, out: Path) -> list[Path]:
     return files
 
 
-def page(result: Row) -> str:
+def page(result: Fields) -> str:
     """The receipt in Markdown."""
     sure, perhaps = (
         "\n".join(f"- {says(one)}" for one in result["faster_than_linear"] if one["sure"] == known) or "None."

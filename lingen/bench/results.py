@@ -19,7 +19,7 @@ from lingen.files import write_json
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
 
-Row = dict[str, Any]
+Fields = dict[str, Any]
 Say = Callable[[str], None]
 
 FIRST = ("name", "mixer", "kernel", "dtype", "tokens", "ms", "gib", "tflop")
@@ -41,10 +41,10 @@ class Results:
         RecipeError: the file cannot be written there.
     """
 
-    def __init__(self, path: Path, about: Row, device: torch.device, say: Say, commit: str | None = None):
+    def __init__(self, path: Path, about: Fields, device: torch.device, say: Say, commit: str | None = None):
         self.path, self.say = path, say
         cuda = {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
-        self.data: Row = {"device": device_name(device), **head(cuda, commit), **about, "rows": []}
+        self.data: Fields = {"device": device_name(device), **head(cuda, commit), **about, "rows": []}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(path.parent, os.W_OK):
@@ -54,12 +54,12 @@ class Results:
         _twins().results = self
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Fields]:
         """Those that were added."""
-        rows: list[Row] = self.data["rows"]
+        rows: list[Fields] = self.data["rows"]
         return rows
 
-    def add(self, row: Row) -> Row:
+    def add(self, row: Fields) -> Fields:
         """Appends a row, fields that are None left out and numbers rounded to five digits, and writes the file."""
         kept = {key: _rounded(row[key]) for key in (*FIRST, *row) if row.get(key) is not None}
         self.rows.append(kept)
@@ -72,7 +72,7 @@ class Results:
         write_json(self.path, self.data, indent=1, end="\n")
 
 
-def head(more_versions: dict[str, str], commit: str | None = None) -> Row:
+def head(more_versions: dict[str, str], commit: str | None = None) -> Fields:
     """What every result file says of where its numbers come from."""
     return {
         "versions": versions() | more_versions,

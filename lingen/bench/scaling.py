@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lingen.bench.build import Component, built, kernel_of, name_of
-from lingen.bench.parts import by_part
+from lingen.bench.build import MixerChoice, built, kernel_of, name_of
+from lingen.bench.parts import milliseconds_by_part
 from lingen.bench.place import Place, dtype_name
-from lingen.bench.receipt import Split, findings
-from lingen.bench.results import GIB, Results, Row
-from lingen.bench.timing import Run, both_ways, forward, forward_backward, held, saved_bytes
+from lingen.bench.receipt import PartTimes, findings
+from lingen.bench.results import GIB, Fields, Results
+from lingen.bench.timing import Operation, both_ways, forward_backward, forward_work, held, saved_bytes
 from lingen.blocks.layers import grid_of
 from lingen.plan.flops import mixer_flops
 from lingen.recipe.errors import RecipeError
@@ -45,7 +45,7 @@ def check_grids(grids: Sequence[Triple]) -> None:
         raise RecipeError(f"An exponent needs at least three sizes, got {[list(grid) for grid in grids]}.")
 
 
-def scaling(mixers: Sequence[Component], dim: int, grids: Sequence[Triple], place: Place, results: Results) -> Row:
+def scaling(mixers: Sequence[MixerChoice], dim: int, grids: Sequence[Triple], place: Place, results: Results) -> Fields:
     """Measures every mixer on every grid, smallest first, and fits exponents; the file grows row by row.
 
     Returns:
@@ -54,22 +54,22 @@ def scaling(mixers: Sequence[Component], dim: int, grids: Sequence[Triple], plac
     """
     memory = "activation peak above weights" if place.cuda else "activations kept for the backward pass"
     results.data["memory"] = memory
-    splits = measure(mixers, dim, grids, place, results)
+    splits = measure_scaling(mixers, dim, grids, place, results)
     # FLOPs are counted without computing: on the real grids, whatever was measured.
     results.data |= findings(results.rows, mixers, dim, GRIDS, splits)
     results.write()
     return results.data
 
 
-def measure(
-    mixers: Sequence[Component], dim: int, grids: Sequence[Triple], place: Place, results: Results
-) -> dict[str, list[tuple[int, Split]]]:
+def measure_scaling(
+    mixers: Sequence[MixerChoice], dim: int, grids: Sequence[Triple], place: Place, results: Results
+) -> dict[str, list[tuple[int, PartTimes]]]:
     """A row for each mixer and grid. Returns mixer -> (tokens, milliseconds of the parts) for each grid."""
     layers = {name_of(one): built(partial(MIXERS.build, one, dim, 1), place) for one in mixers}
     normal = partial(torch.randn, device=place.device, dtype=place.dtype)
     _warm_up(layers, normal(1, *min(grids, key=math.prod), dim))
     weights = held(place.device)
-    splits: dict[str, list[tuple[int, Split]]] = defaultdict(list)
+    splits: dict[str, list[tuple[int, PartTimes]]] = defaultdict(list)
     for grid in sorted(grids, key=math.prod):
         results.say(f"{label(grid)}: {math.prod(grid):,} tokens")
         tflop = {name_of(one): _tflop(one, dim, grid, place) for one in mixers}
@@ -79,24 +79,24 @@ def measure(
     return splits
 
 
-def _tflop(component: Component, dim: int, grid: Triple, place: Place) -> float:
+def _tflop(component: MixerChoice, dim: int, grid: Triple, place: Place) -> float:
     return sum(mixer_flops(component, dim, 1, grid, place.sixteen_bit, place.device.type).values()) / 1e12
 
 
 def _warm_up(layers: Mapping[str, nn.Module], x: Tensor) -> None:
     """Compiles kernels and lets the libraries take their workspace, which else counts as memory of the first size."""
     for layer in layers.values():
-        forward(layer, [x])()
+        forward_work(layer, [x])()
         forward_backward(layer, [x.detach().requires_grad_()], layer.parameters(), torch.randn_like(x))()
 
 
 def _on_grid(
     layers: Mapping[str, nn.Module], tflop: Mapping[str, float], x: Tensor, weights: float, place: Place
-) -> list[tuple[Row, Split | None]]:
+) -> list[tuple[Fields, PartTimes | None]]:
     """A row for each mixer, and the forward's time by part where it is short enough to be run again."""
     # A CPU compiles nothing, so that the first run counts.
     cold, cold_training = ({name for name in layers if not place.cuda or n * tflop[name] > ONCE_TFLOP} for n in (1, 3))
-    runs: dict[str, tuple[Run, list[nn.Parameter]]] = {
+    runs: dict[str, tuple[Operation, list[nn.Parameter]]] = {
         name: (layer, list(layer.parameters())) for name, layer in layers.items()
     }
     rows = both_ways(runs, [x], partial(torch.randn_like, x), place, (cold, cold_training), weights)
@@ -110,5 +110,7 @@ def _on_grid(
             "grid": list(grid),
         }  # fmt: skip
         again = "ms" in rows[name] and tflop[name] <= ONCE_TFLOP
-        found.append((about | rows[name], by_part(forward(layer, [x]), place.device, 3) if again else None))
+        found.append(
+            (about | rows[name], milliseconds_by_part(forward_work(layer, [x]), place.device, 3) if again else None)
+        )
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lingen.bench.paper import PAPER_SIZES, VARIANTS
 from lingen.bench.receipt import EXPONENTS, MEASURED
-from lingen.bench.results import Row
+from lingen.bench.results import Fields
 from lingen.bench.tables import Files, Table, as_markdown, every, named, ratio, row_of, source
 from lingen.bench.yardsticks import yardstick
 from lingen.recipe.errors import RecipeError
@@ -40,7 +40,7 @@ def fill(page: str, files: Files) -> str:
     return MARK.sub(made, page)
 
 
-def _ablation(files: Files) -> Iterator[Row]:
+def _ablation(files: Files) -> Iterator[Fields]:
     """The paper's variants at 512x512, 17 s, with our last row of each; nothing where none was measured."""
     wanted = {"name": "variant", "tokens": PAPER_SIZES["512x512 17 s"].tokens}
     found = [row_of(file, **wanted, variant=one.name) for file in files.values() for one in VARIANTS]
@@ -52,7 +52,7 @@ def _ablation(files: Files) -> Iterator[Row]:
         yield {"variant": variant.name, **row, **paper, **change}
 
 
-def _branches(files: Files) -> Iterator[Row]:
+def _branches(files: Files) -> Iterator[Fields]:
     """Our parts without projections, with stock's times of the same file."""
     for row in every(files):
         if "without projections" in row["name"] and row["kernel"] == "auto":
@@ -62,12 +62,12 @@ def _branches(files: Files) -> Iterator[Row]:
             yield row
 
 
-def _worst_gradient(row: Row) -> str:
+def _worst_gradient(row: Fields) -> str:
     error, name = max((error, name) for name, error in row["gradient_errors"].items())
     return f"{error:.1e} ({name})"
 
 
-def _sources(files: Files) -> Iterator[Row]:
+def _sources(files: Files) -> Iterator[Fields]:
     """Files of measurements of tokens or frames."""
     for name, file in files.items():
         if any({"tokens", "frames"} & row.keys() for row in file["rows"]):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lingen.bench.results import Row
+from lingen.bench.results import Fields
 
-Files = Mapping[str, Row]
+Files = Mapping[str, Fields]
 """Name of a result file -> what it holds."""
 Lines = list[list[str]]
 """Rows of cells, the head first."""
@@ -16,12 +16,12 @@ Lines = list[list[str]]
 class Table(NamedTuple):
     """Which rows of the result files, and which columns.
 
-    ``tokens | GiB=gib | share=share:.1%``: a field that is its own heading; heading and field; with a format (`show`).
+    ``tokens | GiB=gib | share=share:.1%``: a field that is its own heading; heading and field; with a form (`as_text`).
     """
 
-    rows: Callable[[Files], Iterable[Row]]
+    rows: Callable[[Files], Iterable[Fields]]
     columns: str
-    computed: Mapping[str, Callable[[Row], object]] = {}
+    computed: Mapping[str, Callable[[Fields], object]] = {}
     """Fields that a row does not hold, but that are made of others."""
 
     def lines(self, files: Files) -> Lines:
@@ -30,22 +30,22 @@ class Table(NamedTuple):
         body = [[self._cell(row, field or heading) for heading, _, field in columns] for row in self.rows(files)]
         return [[heading for heading, _, _ in columns], *body]
 
-    def _cell(self, row: Row, cell: str) -> str:
+    def _cell(self, row: Fields, cell: str) -> str:
         field, _, form = cell.partition(":")
-        return show(self.computed.get(field, lambda row: row.get(field))(row), form)
+        return as_text(self.computed.get(field, lambda row: row.get(field))(row), form)
 
 
-def named(name: str) -> Callable[[Files], Iterator[Row]]:
+def named(name: str) -> Callable[[Files], Iterator[Fields]]:
     """The rows of that name, each with its file's."""
     return lambda files: (row for row in every(files) if row["name"] == name)
 
 
-def every(files: Files) -> Iterator[Row]:
+def every(files: Files) -> Iterator[Fields]:
     """All rows, each with the name of its file."""
     return ({**row, "file": name} for name, file in files.items() for row in file.get("rows", []))
 
 
-def row_of(result: Row, **fields: Any) -> Row:
+def row_of(result: Fields, **fields: Any) -> Fields:
     """The last row of a result file with these fields, or an empty one."""
     rows = reversed(result.get("rows", []))
     return next((row for row in rows if all(row.get(key) == value for key, value in fields.items())), {})
@@ -56,7 +56,7 @@ def ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above and below else None
 
 
-def show(value: Any, form: str = "") -> str:
+def as_text(value: Any, form: str = "") -> str:
     """Three digits of a number, or in another form; a size as 512x512; an exponent with its interval; nothing for
     None."""
     if value is None or isinstance(value, str):
@@ -68,7 +68,7 @@ def show(value: Any, form: str = "") -> str:
     return format(value, form) if form else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def source(file: Row) -> str:
+def source(file: Fields) -> str:
     """Where a file's numbers come from: device, date, commit and command."""
     commit = f"commit {file['commit'][:12]}, " if file.get("commit") else ""
     return f"{file['device']}, {file['date']}, {commit}`{file['command']}`"

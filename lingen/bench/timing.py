@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lingen.bench.place import Place
-from lingen.bench.results import GIB, Row
+from lingen.bench.results import GIB, Fields
 
 Work = Callable[[], object]
-Run = Callable[..., Tensor]
+Operation = Callable[..., Tensor]
 T = TypeVar("T")
 
 MOST_RUNS = 20
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
     """The most that tensors held on the GPU, all that was there before included; None on a CPU."""
     runs: int
 
-    def fields(self, before: str = "", below: float = 0.0) -> Row:
+    def fields(self, before: str = "", below: float = 0.0) -> Fields:
         """``ms`` and ``gib`` of a row, with a word before their names; `below` GiB do not count."""
         return {f"{before}ms": self.ms, f"{before}gib": None if self.gib is None else self.gib - below}
 
@@ -94,13 +94,13 @@ def _with_peak(work: Work, device: torch.device) -> tuple[float, float | None]:
 
 
 def both_ways(
-    runs: Mapping[str, tuple[Run, Iterable[Tensor]]],
+    runs: Mapping[str, tuple[Operation, Iterable[Tensor]]],
     inputs: Sequence[Tensor],
     seed: Callable[[], Tensor],
     place: Place,
     cold: tuple[Collection[str], Collection[str]] = ((), ()),
     below: float = 0.0,
-) -> dict[str, Row]:
+) -> dict[str, Fields]:
     """Forward without gradients, and forward and backward: fields of a row for each, as far as the memory goes.
 
     Args:
@@ -109,18 +109,18 @@ def both_ways(
         cold: as in `costs`, of the forward and of both.
         below: GiB that do not count.
     """
-    alone = costs({name: forward(run, inputs) for name, (run, _) in runs.items()}, place, cold[0])
+    alone = costs({name: forward_work(run, inputs) for name, (run, _) in runs.items()}, place, cold[0])
     wanting, out = [u.detach().requires_grad_(u.is_floating_point()) for u in inputs], seed()
     works = {name: forward_backward(run, wanting, weights, out) for name, (run, weights) in runs.items()}
     both = costs(works, place, cold[1])
-    rows: dict[str, Row] = {name: {} for name in runs}
+    rows: dict[str, Fields] = {name: {} for name in runs}
     for before, found in (("", alone), ("train_", both)):
         for name, cost in found.items():
             rows[name] |= cost.fields(before, below)
     return rows
 
 
-def forward(run: Callable[..., object], inputs: Sequence[Any]) -> Work:
+def forward_work(run: Callable[..., object], inputs: Sequence[Any]) -> Work:
     """One forward without gradients; its output is dropped."""
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ def forward(run: Callable[..., object], inputs: Sequence[Any]) -> Work:
     return work
 
 
-def forward_backward(run: Run, inputs: Sequence[Tensor], weights: Iterable[Tensor], seed: Tensor) -> Work:
+def forward_backward(run: Operation, inputs: Sequence[Tensor], weights: Iterable[Tensor], seed: Tensor) -> Work:
     """Forward and backward, with the gradients of the inputs and weights that want one, which are dropped at once."""
     wanted = [u for u in (*inputs, *weights) if u.requires_grad]
 
@@ -140,7 +140,7 @@ def forward_backward(run: Run, inputs: Sequence[Tensor], weights: Iterable[Tenso
     return work
 
 
-def saved_bytes(run: Run, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> int:
+def saved_bytes(run: Operation, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward: each storage once, weights left out."""
     left_out = {p.untyped_storage()._cdata for p in weights}
     sizes: dict[int, int] = {}

@@ -120,17 +120,17 @@ class Mamba2(nn.Module):
 
     def _fused(self, projected: Float[Tensor, "b t h w c"]) -> Float[Tensor, "b t h w d"]:
         """Everything between the projections in Triton."""
-        from lingen.kernels.mamba2_triton import Mamba2Core, Plan, Weights, forward
-        from lingen.kernels.scan_triton import Sizes
+        from lingen.kernels.mamba2_triton import Mamba2Core, Mamba2Plan, Weights, forward
+        from lingen.kernels.scan_triton import ScanSizes
 
         grid, device = grid_of(projected), projected.device
-        sizes = Sizes(self.sizes[2], self.head_dim, self.groups, self.state_dim, self.directions)
+        sizes = ScanSizes(self.sizes[2], self.head_dim, self.groups, self.state_dim, self.directions)
         review_index, ways = None, 0
         if self.review is not None:
             _, windows = windows_of(projected, self.review)
             review_index = self._index(windows, device)
             ways = self.directions if self.review_reverse == "front" else 1
-        plan = Plan(
+        plan = Mamba2Plan(
             sizes, self._index(grid, device), self.review, review_index, ways, self._before, self.norm.groups,
             self.norm.eps,
         )  # fmt: skip

@@ -18,8 +18,8 @@ from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.registry import SCANS
 from lingen.recipe.sections import Triple
 
-Order = str | Callable[[int, int, int], Tensor]
-Entry = Order | tuple
+ScanOrder = str | Callable[[int, int, int], Tensor]
+ScanEntry = ScanOrder | tuple
 
 AXES = ("thw", "twh", "htw", "hwt", "wth", "wht")
 
@@ -60,7 +60,7 @@ def hilbert(t: int, h: int, w: int) -> Int[Tensor, "n"]:
     return key.argsort()
 
 
-def order_of(scan: str | Entry, layer: int) -> Order:
+def order_of(scan: str | ScanEntry, layer: int) -> ScanOrder:
     """The order that `layer` takes from an entry or from the name of one.
 
     Raises SettingError for an unknown name and for what is not a scan order, and where a function gives no bijection.
@@ -68,7 +68,7 @@ def order_of(scan: str | Entry, layer: int) -> Order:
     entry: Any = scan
     for _ in range(8):  # a cycle may hold names and cycles, nested at most 8 deep
         if entry in AXES or callable(entry):
-            order = cast(Order, entry)
+            order = cast(ScanOrder, entry)
             permutation(order, (2, 3, 4), torch.device("cpu"))  # refuses what is no bijection
             return order
         if isinstance(entry, str):
@@ -80,14 +80,14 @@ def order_of(scan: str | Entry, layer: int) -> Order:
     raise SettingError("scan", f"scan={scan!r} is no scan order: neither an axis string nor a function nor a cycle.")
 
 
-def _looked_up(name: str) -> Entry:
+def _looked_up(name: str) -> ScanEntry:
     try:
         return SCANS[name]
     except RecipeError as error:
         raise SettingError("scan", str(error)) from error
 
 
-def to_sequence(x: Shaped[Tensor, "b t h w d"], order: Order) -> Shaped[Tensor, "b n d"]:
+def to_sequence(x: Shaped[Tensor, "b t h w d"], order: ScanOrder) -> Shaped[Tensor, "b n d"]:
     """The grid's tokens in scan order."""
     if isinstance(order, str):
         return x.permute(0, *(1 + "thw".index(axis) for axis in order), 4).flatten(1, 3)
@@ -95,7 +95,7 @@ def to_sequence(x: Shaped[Tensor, "b t h w d"], order: Order) -> Shaped[Tensor, 
     return x.flatten(1, 3).index_select(1, index)
 
 
-def to_grid(sequence: Shaped[Tensor, "b n d"], order: Order, grid: Triple) -> Shaped[Tensor, "b t h w d"]:
+def to_grid(sequence: Shaped[Tensor, "b n d"], order: ScanOrder, grid: Triple) -> Shaped[Tensor, "b t h w d"]:
     """Inverse of `to_sequence`."""
     if isinstance(order, str):
         sizes = [grid["thw".index(axis)] for axis in order]
@@ -105,7 +105,7 @@ def to_grid(sequence: Shaped[Tensor, "b n d"], order: Order, grid: Triple) -> Sh
 
 
 @constants(maxsize=128)
-def permutation(order: Order, grid: Triple, device: torch.device) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+def permutation(order: ScanOrder, grid: Triple, device: torch.device) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
     """Raster index of each position in the sequence, and the position of each raster index. Kept per device."""
     if device.type == "meta":
         index = torch.empty(grid[0] * grid[1] * grid[2], dtype=torch.int64, device=device)
@@ -114,7 +114,7 @@ def permutation(order: Order, grid: Triple, device: torch.device) -> tuple[Int[T
     return index.to(device), index.argsort().to(device)
 
 
-def _raster_index(order: Order, grid: Triple) -> Int[Tensor, "n"]:
+def _raster_index(order: ScanOrder, grid: Triple) -> Int[Tensor, "n"]:
     raster = torch.arange(grid[0] * grid[1] * grid[2])
     if isinstance(order, str):
         return to_sequence(raster.view(1, *grid, 1), order).flatten()
@@ -127,7 +127,7 @@ def _raster_index(order: Order, grid: Triple) -> Int[Tensor, "n"]:
     return index.long()
 
 
-def adjacency(scan: str | Entry, grid: Triple, layer: int = 0) -> tuple[float, float, float]:
+def adjacency(scan: str | ScanEntry, grid: Triple, layer: int = 0) -> tuple[float, float, float]:
     """Mean distance in the sequence between tokens that are neighbours in t, in h and in w (0 where an axis is 1)."""
     _, inverse = permutation(order_of(scan, layer), grid, torch.device("cpu"))
     position = inverse.view(grid).double()

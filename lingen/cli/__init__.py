@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 # Their commands register themselves.
 from lingen.cli import bench, bench_models, data, doctor, encode, evaluate, export, prompts, recipes, runs  # noqa: F401
-from lingen.cli.command import COMMANDS, DONE, INTERRUPTED, WRONG_USE, parse
+from lingen.cli.command import COMMANDS, DONE, INTERRUPTED, WRONG_USE, parse_arguments
 from lingen.recipe.errors import RecipeError
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is imported: OpenMP threads that spin while they wait slow a busy machine down.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        args = parse(argv)
+        args = parse_arguments(argv)
         return COMMANDS[args.command].run(args)
     except SystemExit as stop:  # argparse has printed the reason
         return int(stop.code or DONE)

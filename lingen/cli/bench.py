@@ -9,24 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lingen.cli.command import DONE, JSON, Argument, argument, command, positive, print_json, print_table, whole
+from lingen.cli.command import DONE, JSON, Argument, argument, command, natural, positive, print_json, print_table
 from lingen.recipe.errors import RecipeError
 
 
 def _grid(text: str) -> tuple[int, int, int]:
     try:
-        t, h, w = map(whole, text.split("x"))
+        t, h, w = map(natural, text.split("x"))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"'{text}' is no grid; say tokens in t, h and w, e.g. 34x32x32") from None
     return t, h, w
 
 
-MIXERS = argument(
+BENCH_MIXERS = argument(
     "--mixers", nargs="+", default=["attention", "temporal_swin", "mamba2", "mate", "linear_attention"], metavar="M"
 )
-RECIPE = argument("--recipe", default="t2v_68s", metavar="R", help="a YAML file or a name (default: t2v_68s)")
-DIM = argument("--dim", type=whole, help="width of a token; default: 2560, on a CPU 64")
-GRIDS = argument(
+BENCH_RECIPE = argument("--recipe", default="t2v_68s", metavar="R", help="a YAML file or a name (default: t2v_68s)")
+DIM = argument("--dim", type=natural, help="width of a token; default: 2560, on a CPU 64")
+BENCH_GRIDS = argument(
     "--grid", dest="grids", type=_grid, action="append", metavar="TxHxW",
     help="tokens in t, h, w, e.g. 34x32x32, which is 512x512 for 17 s; may be given again",
 )  # fmt: skip
@@ -44,7 +44,7 @@ def out(path: str) -> Argument:
 
 @command(
     "how FLOPs, time and memory of mixers grow with the tokens: scaling.json, .csv, .png and .md",
-    MIXERS,
+    BENCH_MIXERS,
     DIM,
     argument(
         "--sizes", type=_grid, nargs="+", metavar="TxHxW", help="three or more; default: 256x256 17 s to 512x512 136 s"
@@ -75,18 +75,18 @@ def bench_scaling(args: argparse.Namespace) -> int:
 
 @command(
     "mixers at equal width: parameters, FLOPs, time and memory of a layer",
-    MIXERS,
+    BENCH_MIXERS,
     DIM,
-    GRIDS,
+    BENCH_GRIDS,
     out("bench/mixers.json"),
     *WHERE,
 )
 def bench_mixers(args: argparse.Namespace) -> int:
-    from lingen.bench.scaling import measure
+    from lingen.bench.scaling import measure_scaling
 
     place = place_for(args)
     results = results_for(args, place, dim=args.dim, batch=1)
-    measure(args.mixers, args.dim, args.grids, place, results)
+    measure_scaling(args.mixers, args.dim, args.grids, place, results)
     return print_tables(results, "mixers")
 
 
@@ -94,7 +94,7 @@ def bench_mixers(args: argparse.Namespace) -> int:
     "each kernel against its twins and its roofline, forward and backward, and how exact it is",
     argument("--only", nargs="+", default=[], metavar="NAME", help="operations; default: all"),
     DIM,
-    GRIDS,
+    BENCH_GRIDS,
     out("bench/kernels.json"),
     *WHERE,
 )
@@ -110,8 +110,8 @@ def bench_kernels(args: argparse.Namespace) -> int:
 
 @command(
     "MATE's branches without their projections against stock parts, forward and backward",
-    RECIPE,
-    GRIDS,
+    BENCH_RECIPE,
+    BENCH_GRIDS,
     out("bench/stock.json"),
     *WHERE,
     overrides=True,
@@ -131,8 +131,8 @@ def bench_stock(args: argparse.Namespace) -> int:
 
 @command(
     "forward and backward of the denoiser's layers: tokens a second and MFU, against stock parts",
-    RECIPE,
-    GRIDS,
+    BENCH_RECIPE,
+    BENCH_GRIDS,
     argument("--layers", default="0,1", help="which ones (default: 0,1)"),
     out("bench/training.json"),
     *WHERE,

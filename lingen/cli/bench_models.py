@@ -6,8 +6,8 @@ import argparse
 from functools import partial
 from typing import Any
 
-from lingen.cli.bench import GRIDS, RECIPE, WHERE, out, place_for, print_tables, results_for, say
-from lingen.cli.command import STAGE, argument, command, size_of, whole
+from lingen.cli.bench import BENCH_GRIDS, BENCH_RECIPE, WHERE, out, place_for, print_tables, results_for, say
+from lingen.cli.command import STAGE, argument, command, natural, size_of
 from lingen.recipe.errors import RecipeError
 
 DIT = ("cudnn", "flash", "sdpa", "best")
@@ -25,9 +25,9 @@ def _twins(text: str) -> tuple[str, ...]:
 
 @command(
     "the whole denoiser with random weights: seconds of 100 forwards, memory, parts, sampling, its DiT twin",
-    RECIPE,
+    BENCH_RECIPE,
     STAGE,
-    GRIDS,
+    BENCH_GRIDS,
     argument("--precision", choices=["bf16", "fp8", "fp32"], help="default: bf16, on a CPU fp32"),
     argument("--run50", action="store_true", help="one real sampling with guidance, of the recipe's steps"),
     argument(
@@ -36,7 +36,7 @@ def _twins(text: str) -> tuple[str, ...]:
         metavar="WHICH",
         help="in the same rounds: dit (cudnn,flash,best), stock (stock LinGen), or all",
     ),
-    argument("--dit-depth", type=whole, help="layers of the DiT (default: 38/28 of the recipe's)"),
+    argument("--dit-depth", type=natural, help="layers of the DiT (default: 38/28 of the recipe's)"),
     argument("--variants", action="store_true", help="the paper's latency table: without TESA, review tokens, ..."),
     argument("--quality", action="store_true", help="how far 8-bit products are from 16 bits"),
     out("bench/model.json"),
@@ -70,7 +70,7 @@ def bench_model(args: argparse.Namespace) -> int:
         "--autoencoder", metavar="NAME",
         help="or one with its default settings (default: tae_small); where its weights are missing they are random",
     ),
-    argument("--frames", type=whole, action="append", metavar="T", help="may be given again; default: 272 and 1088"),
+    argument("--frames", type=natural, action="append", metavar="T", help="may be given again; default: 272 and 1088"),
     argument("--size", type=size_of, metavar="HxW", help="default: 512x512"),
     argument(
         "--ways", nargs="+", choices=["exact", "tiled", "whole"],

@@ -20,17 +20,17 @@ REGISTRIES = {
 GRID = (8, 16, 16)
 """Tokens (t, h, w) on which scan orders are compared."""
 
-Row = dict[str, Any]
+CatalogueRow = dict[str, Any]
 
 
-def parts(what: str) -> list[Row]:
+def parts(what: str) -> list[CatalogueRow]:
     """A row for each part of a registry (``mixers``, ``scans``, ``autoencoders``, ``text``), plugins included."""
     registry = REGISTRIES[what]
     rows = [_row(registry, name) for name in registry.names()]
     return rows + [{"name": name, "origin": origin, "error": error} for name, origin, error in registry.refused()]
 
 
-def recipes() -> list[Row]:
+def recipes() -> list[CatalogueRow]:
     """A row for each recipe that comes with lingen: its stages, and the first line that says what it is."""
     from lingen.recipe import stages_of
 
@@ -45,8 +45,8 @@ def recipes() -> list[Row]:
     return rows
 
 
-def _row(registry: Registry, name: str) -> Row:
-    row: Row = {"name": name, "origin": registry.origin(name)}
+def _row(registry: Registry, name: str) -> CatalogueRow:
+    row: CatalogueRow = {"name": name, "origin": registry.origin(name)}
     try:
         part = registry[name]
         if registry is SCANS:

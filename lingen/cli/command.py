@@ -15,14 +15,14 @@ from lingen.recipe.errors import RecipeError
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes; beside them `lingen.run.REQUEUE`."""
 
-Run = Callable[[argparse.Namespace], int]
+CommandFunction = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
 class Command(NamedTuple):
     """A subcommand: its function, and the arguments it takes."""
 
-    run: Run
+    run: CommandFunction
     help: str
     arguments: tuple[Argument, ...]
     takes_overrides: bool
@@ -38,7 +38,7 @@ def argument(*flags: str, **options: Any) -> Argument:
     return flags, options
 
 
-def whole(text: str) -> int:
+def natural(text: str) -> int:
     """A whole number above 0, as an argument's `type`."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
@@ -59,7 +59,7 @@ def positive(text: str) -> float:
 def size_of(text: str) -> tuple[int, int]:
     """HxW as an argument's `type`."""
     try:
-        height, width = map(whole, text.lower().split("x"))
+        height, width = map(natural, text.lower().split("x"))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"'{text}' is no height x width in pixels, such as 256x256") from None
     return height, width
@@ -70,7 +70,7 @@ STAGE = argument("--stage", metavar="S", help="one stage of the recipe")
 JSON = argument("--json", action="store_true", help="for machines")
 PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
 PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
-WAYS = (
+STREAM_FLAGS = (
     argument(
         "--stream",
         choices=["exact", "tiled", "whole"],
@@ -84,11 +84,11 @@ WAYS = (
         help="--stream tiled in tiles of this height and width; default: of the whole frame",
     ),
 )
-SHARD_MB = argument("--shard-mb", type=whole, default=1000, metavar="N", help="size of a shard; default: 1000")
+SHARD_MB = argument("--shard-mb", type=natural, default=1000, metavar="N", help="size of a shard; default: 1000")
 
 
 def ways_of_args(args: argparse.Namespace) -> tuple[str | None, tuple[int, int] | None]:
-    """The way through the autoencoder that `WAYS` ask for (None: its own), and the tile; a tile means tiled.
+    """The way through the autoencoder that `STREAM_FLAGS` ask for (None: its own), and the tile; a tile means tiled.
 
     Raises:
         RecipeError: a tile with another way.
@@ -100,20 +100,20 @@ def ways_of_args(args: argparse.Namespace) -> tuple[str | None, tuple[int, int] 
     return "tiled", args.tile
 
 
-def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[Run], Run]:
+def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[CommandFunction], CommandFunction]:
     """Makes a function the command of its name, `data_fetch` that of ``lingen data fetch``.
 
     With `overrides`, ``key=value`` words arrive in ``args.overrides``.
     """
 
-    def add(run: Run) -> Run:
+    def add(run: CommandFunction) -> CommandFunction:
         COMMANDS[run.__name__.rstrip("_").replace("_", " ")] = Command(run, help, arguments, overrides)
         return run
 
     return add
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the command; what argparse leaves over are overrides, wherever they stand between the flags."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -161,7 +161,7 @@ def count_bar(description: str) -> AbstractContextManager[Callable[[int, int], N
     """A bar on stderr, to be called with (done, total)."""
     from lingen.cli import progress
 
-    return progress.count_bar(console(), description)
+    return progress.count_progress(console(), description)
 
 
 def print_table(rows: Sequence[dict[str, str]]) -> None:

@@ -85,7 +85,7 @@ def _fetch_vgg16(out: str) -> int:
     return DONE
 
 
-SHOWN = 10
+FAULTS_SHOWN = 10
 """Faults of a kind that are named."""
 
 
@@ -133,10 +133,10 @@ def _print_check(checked: Any, foreseen: Any, remote: list[str], depth: str) -> 
         print(f"not read, only its manifest: {folder}")
     by_reason = groupby(sorted(checked.faults, key=lambda one: one.reason), lambda one: one.reason.partition(":")[0])
     for reason, faults in ((reason, list(faults)) for reason, faults in by_reason):
-        for fault in faults[:SHOWN]:
+        for fault in faults[:FAULTS_SHOWN]:
             print(f"{fault.where}: {fault.reason}", file=sys.stderr)
-        if len(faults) > SHOWN:
-            print(f"... and {len(faults) - SHOWN:,} more of '{reason}' (all of them: --json)", file=sys.stderr)
+        if len(faults) > FAULTS_SHOWN:
+            print(f"... and {len(faults) - FAULTS_SHOWN:,} more of '{reason}' (all of them: --json)", file=sys.stderr)
     for problem in foreseen.problems:
         print(problem, file=sys.stderr)
     read = {"quick": "headers", "full": "bytes", "decode": "frames"}[depth]
@@ -166,13 +166,13 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
     JSON,
 )
 def data_stats(args: argparse.Namespace) -> int:
-    from lingen.prepare.stats import contact_sheet, histograms, measure
+    from lingen.prepare.stats import histograms, measure_folders, sample_sheet
 
     folders, out = [Path(folder) for folder in args.folders], Path(args.out)
-    stats = measure(folders)
+    stats = measure_folders(folders)
     out.mkdir(parents=True, exist_ok=True)
     files = [histograms(stats.measures, out / "histograms.png")]
-    sheet = contact_sheet(folders, out / "samples.jpg", args.clips, args.seed)
+    sheet = sample_sheet(folders, out / "samples.jpg", args.clips, args.seed)
     files += [sheet] if sheet is not None else []
     if args.json:
         print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})

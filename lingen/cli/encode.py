@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, count_bar, whole
+from lingen.cli.command import JSON, PART, RECIPE, SHARD_MB, STAGE, argument, command, count_bar, natural
 from lingen.cli.pack import print_report
 from lingen.recipe.errors import RecipeError
 
@@ -29,12 +29,11 @@ def encode(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say with which recipe: --recipe R; it names the shards, the autoencoder and the encoders.")
     from lingen.kernels.choice import best_device
-    from lingen.prepare.encode import Encoding
-    from lingen.prepare.encode import encode as encode_shards
-    from lingen.prepare.journal import part_of
+    from lingen.prepare.encode import Encoding, encode_shards
+    from lingen.prepare.journal import parse_part
     from lingen.recipe import load_curriculum
 
-    part = part_of(args.part)
+    part = parse_part(args.part)
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     workers = max(stage.data.workers for stage in stages)
     how = Encoding(str(best_device(args.device)), args.precision, part, workers, args.shard_mb, args.validation)
@@ -48,10 +47,10 @@ def encode(args: argparse.Namespace) -> int:
     argument("folder", metavar="DIR", help="shards with a manifest, from `lingen data pack --keep-uncaptioned`"),
     argument("--model", required=True, metavar="DIR", help="a folder that holds the model and its processor"),
     argument("--out", required=True, metavar="DIR"),
-    argument("--captions", type=whole, default=1, metavar="N", help="of each sample; default: 1"),
+    argument("--captions", type=natural, default=1, metavar="N", help="of each sample; default: 1"),
     argument("--prompt", default="", metavar="TEXT", help="what a model that follows instructions is asked"),
-    argument("--frames", type=whole, default=8, metavar="N", help="of a clip that the model is shown; default: 8"),
-    argument("--max-tokens", type=whole, default=120, metavar="N", help="of a caption; default: 120"),
+    argument("--frames", type=natural, default=8, metavar="N", help="of a clip that the model is shown; default: 8"),
+    argument("--max-tokens", type=natural, default=120, metavar="N", help="of a caption; default: 120"),
     argument("--replace", action="store_true", help="also what has captions already"),
     DEVICE,
     SHARD_MB,
@@ -61,11 +60,11 @@ def encode(args: argparse.Namespace) -> int:
 def data_caption(args: argparse.Namespace) -> int:
     from lingen.kernels.choice import best_device
     from lingen.prepare.caption import Captioning, caption
-    from lingen.prepare.journal import part_of
+    from lingen.prepare.journal import parse_part
 
     how = Captioning(
         Path(args.model), args.prompt, args.captions, args.frames, args.max_tokens, args.replace,
-        str(best_device(args.device)), part_of(args.part), args.shard_mb,
+        str(best_device(args.device)), parse_part(args.part), args.shard_mb,
     )  # fmt: skip
     with count_bar("captioning") as progress:
         report = caption(Path(args.folder), Path(args.out), how, progress)

@@ -15,15 +15,15 @@ from lingen.cli.command import (
     JSON,
     RECIPE,
     STAGE,
-    WAYS,
+    STREAM_FLAGS,
     argument,
     command,
     count_bar,
+    natural,
     print_json,
     print_table,
     size_of,
     ways_of_args,
-    whole,
 )
 from lingen.cli.encode import DEVICE
 from lingen.recipe.errors import RecipeError
@@ -36,10 +36,10 @@ from lingen.recipe.errors import RecipeError
     argument("--run", metavar="DIR", help="the autoencoder of a run's last finished stage; it also is the recipe"),
     argument("--checkpoint", metavar="F", help="the autoencoder of a weights file of such a run"),
     argument("--autoencoder", metavar="NAME", help="another one than the recipe's, e.g. pixels"),
-    argument("--clips", type=whole, default=8, metavar="N", help="of each kind; default: 8"),
-    argument("--frames", type=whole, metavar="T", help="of a clip; default: the recipe's"),
+    argument("--clips", type=natural, default=8, metavar="N", help="of each kind; default: 8"),
+    argument("--frames", type=natural, metavar="T", help="of a clip; default: the recipe's"),
     argument("--size", type=size_of, metavar="HxW", help="default: the recipe's"),
-    *WAYS,
+    *STREAM_FLAGS,
     argument("--compare", action="store_true", help="also how far the ways are apart, tiles where there is a --tile"),
     argument("--out", default="eval/tae", metavar="DIR", help="default: eval/tae"),
     DEVICE,
@@ -108,7 +108,7 @@ def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def _trained(source: Any) -> dict[str, Any]:
     """The autoencoder of a run folder or weights file, as a recipe that names these weights says it."""
-    from lingen.autoencoder.stored import read_shapes, settings_of
+    from lingen.autoencoder.stored import read_shapes, settings_from_shapes
     from lingen.recipe.subjects import SUBJECTS
     from lingen.training.weights import recipe_of
     from lingen.weights import find_weights
@@ -123,7 +123,7 @@ def _trained(source: Any) -> dict[str, Any]:
         )
     component = recipe.autoencoder
     if "path" not in component:  # an autoencoder that comes with its weights, trained further
-        component = {"name": "tae", **settings_of(read_shapes(file))}
+        component = {"name": "tae", **settings_from_shapes(read_shapes(file))}
     return {**component, "path": str(file)}
 
 

@@ -84,12 +84,12 @@ def data_pack(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say for which recipe: --recipe R; its stages say which sizes and lengths are wanted.")
     from lingen.prepare.captions import Captions
-    from lingen.prepare.journal import part_of
+    from lingen.prepare.journal import parse_part
     from lingen.prepare.pack import Packing, filters_for, find_footage, pack, wanted_by
     from lingen.prepare.workers import processes_here
     from lingen.recipe import load_stages
 
-    part = part_of(args.part)
+    part = parse_part(args.part)
     videos, images = split_overrides(args.videos, args), split_overrides(args.images, args)
     wanted = wanted_by(load_stages(args.recipe, args.overrides))
     filters = filters_for(wanted, _filters(args))

@@ -32,7 +32,7 @@ def bar(console: Console) -> Progress:
 
 
 @contextmanager
-def count_bar(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
+def count_progress(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
     """A bar to be called with (done, total); where there is no terminal, a line every `LINE_SECONDS`."""
     if not console.is_terminal:
         yield _lines(console, description)

@@ -13,10 +13,11 @@ from lingen.cli.command import (
     FAILED,
     INTERRUPTED,
     RECIPE,
-    WAYS,
+    STREAM_FLAGS,
     argument,
     command,
     console,
+    count_bar,
     positive,
     print_table,
     size_of,
@@ -127,9 +128,7 @@ def sample(args: argparse.Namespace) -> int:
     if report_faults(rewritten):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return FAILED
-    from lingen.cli.progress import count_bar
-
-    with count_bar(console(), "sampling") as progress:
+    with count_bar("sampling") as progress:
         files = sample_to_files(
             args.run or args.checkpoint, prompts, args.out, seed=args.seed, steps=args.steps,
             guidance=args.guidance, seconds=seconds, size=size, progress=progress,
@@ -178,7 +177,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     "latents that `lingen sample` saved -> MP4 and contact sheet",
     argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
     argument("--out", default="clip.mp4", metavar="x.mp4"),
-    *WAYS,
+    *STREAM_FLAGS,
 )
 def decode(args: argparse.Namespace) -> int:
     from lingen.sampling.files import decode_file

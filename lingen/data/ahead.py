@@ -22,7 +22,7 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
 
 
-class Place(NamedTuple):
+class SampleSpan(NamedTuple):
     """Where a sample lies, see `Reader.read`."""
 
     shard: str
@@ -77,13 +77,13 @@ class Ahead:
         if self._process != os.getpid():
             self._coming, self._process = {}, os.getpid()
 
-    def _place(self, number: int) -> Place:
+    def _place(self, number: int) -> SampleSpan:
         record = self.index.records[number]
         version = f"{record['hash']:016x}" if record["hash"] else self.index.mark
         shard = str(self.index.shards[record["shard"]])
-        return Place(shard, int(record["offset"]), int(record["length"]), version)
+        return SampleSpan(shard, int(record["offset"]), int(record["length"]), version)
 
-    def _read(self, place: Place) -> Piece:
+    def _read(self, place: SampleSpan) -> Piece:
         piece = self.reader.read(*place)
         if len(piece.data) < place.length:
             missing = f"{place.length - len(piece.data)} of {place.length} bytes at {place.offset} are missing"

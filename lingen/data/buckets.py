@@ -19,7 +19,7 @@ from lingen.data.order import Lane
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig
 
-CHUNK = 1 << 20
+SORTED_AT_ONCE = 1 << 20
 """Samples that are sorted at a time."""
 REASONS = ("short clip: fewer than {frames} frames at {fps:g} fps", "other size: encoded for another clip")
 """Why a sample can be in no bucket."""
@@ -149,8 +149,8 @@ def _write(folder: Path, chunks: Iterator[list[np.ndarray]], shapes: int) -> Non
 def _sorted(index: Index, shapes: Sequence[Shape], kind: str, fps: float) -> Iterator[list[np.ndarray]]:
     """For some samples at a time: the numbers of those of each shape, then of those left out for each reason."""
     sort = _sort_encoded if index.encoded else _sort_media
-    for start in range(0, len(index), CHUNK) or [0]:
-        records = index.records[start : start + CHUNK]
+    for start in range(0, len(index), SORTED_AT_ONCE) or [0]:
+        records = index.records[start : start + SORTED_AT_ONCE]
         found = sort(records, shapes, kind, fps)
         yield [
             (np.flatnonzero(found == part) + start).astype(np.uint32)

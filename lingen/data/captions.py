@@ -20,14 +20,14 @@ def captions_of(sample: dict[str, bytes]) -> list[str]:
         found = about.get("captions") or about.get("caption")
         if found is None and "txt" in sample:
             found = sample["txt"].decode()
-        return checked([] if found is None else found)
+        return clean_captions([] if found is None else found)
     except UnicodeError as error:
         raise ValueError("caption is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON: {error}") from error
 
 
-def checked(found: Any) -> list[str]:
+def clean_captions(found: Any) -> list[str]:
     """One caption or several, stripped, each once. Errors as for `captions_of`."""
     captions = [
         text.strip() if isinstance(text, str) else "" for text in (found if isinstance(found, list) else [found])

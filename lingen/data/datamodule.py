@@ -24,10 +24,10 @@ from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
 from lingen.data.fingerprint import check_encoded
 from lingen.data.indexing import open_index
-from lingen.data.latents import Wanted
+from lingen.data.latents import LatentRequirements
 from lingen.data.ledger import DataError
 from lingen.data.locations import expand
-from lingen.data.order import Anchor, Order, Place
+from lingen.data.order import Anchor, BatchOrder, RankBatch
 from lingen.data.sources import Reader
 from lingen.frozen import is_trained
 from lingen.recipe.errors import RecipeError
@@ -142,12 +142,12 @@ class ClipData(lightning.LightningDataModule):
         return math.prod(math.ceil(n / side) for n, side in zip(latents, patch_of(self.recipe), strict=True))
 
     @cached_property
-    def _wanted(self) -> Wanted:
+    def _wanted(self) -> LatentRequirements:
         with torch.device("meta"):  # only their sizes are needed
             autoencoder = AUTOENCODERS.build(self.recipe.autoencoder)
             encoders = [TEXT_ENCODERS.build(component) for component in self.recipe.text]
         frozen = [number for number, encoder in enumerate(encoders) if not is_trained(encoder)]
-        return Wanted(autoencoder.channels, tuple(autoencoder.strides), frozenset(frozen))
+        return LatentRequirements(autoencoder.channels, tuple(autoencoder.strides), frozenset(frozen))
 
     @property
     def needs_no_encoders(self) -> bool:
@@ -200,7 +200,7 @@ class ClipData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """The first `train.validation_samples` held-out samples of each kind, in fixed order; equally many a rank."""
         rank, world = self._ranks()
-        places: list[Place] = []
+        places: list[RankBatch] = []
         for kind, pool in self.validation.pools.items():
             samples = min(self.recipe.train.validation_samples, len(pool))
             last = np.sort(np.concatenate([rows[:samples] for rows in pool.rows]))[samples - 1]
@@ -217,22 +217,27 @@ class ClipData(lightning.LightningDataModule):
         for place in Places(lambda: self.places(start, rank=rank, world=world)):
             yield self.train[place]
 
-    def places(self, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[Place]:
+    def places(self, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[RankBatch]:
         """The places of those batches."""
         return self.order(world).places(start, rank)
 
-    def order(self, world: int = 1) -> Order:
+    def order(self, world: int = 1) -> BatchOrder:
         """The order of the stage's batches for this number of ranks, from where a loaded checkpoint leaves it."""
         lanes = {kind: pool.lanes for kind, pool in self.train.pools.items()}
         ordered = partial(
-            Order, lanes, self.recipe.data.mix, self.train.stream, accumulate=self.recipe.train.accumulate, world=world
+            BatchOrder,
+            lanes,
+            self.recipe.data.mix,
+            self.train.stream,
+            accumulate=self.recipe.train.accumulate,
+            world=world,
         )
         if self._resumed is None:
             return ordered()
         same = self._resumed["sizes"] == ordered().sizes
         return ordered(anchor=Anchor(*self._resumed["anchor" if same else "here"]))
 
-    def _places_from_here(self) -> Iterator[Place]:
+    def _places_from_here(self) -> Iterator[RankBatch]:
         rank, world = self._ranks()
         return self.places(self._step(), rank=rank, world=world)
 

@@ -19,10 +19,10 @@ from lingen.data.buckets import Pool, Shape
 from lingen.data.cache import Cache
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
-from lingen.data.latents import Tokens, Wanted, pad_tokens, read_encoded
+from lingen.data.latents import LatentRequirements, StoredTokens, pad_tokens, read_encoded
 from lingen.data.ledger import DataError
-from lingen.data.order import Place, Stream
-from lingen.data.shards import parse
+from lingen.data.order import RankBatch, StreamKey
+from lingen.data.shards import parse_sample
 from lingen.data.sources import Reader
 from lingen.recipe.sections import DataConfig
 
@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     starts: int
     """How many clips of this length the video holds: the number of different first frames."""
     captions: list[str]
-    text: Tokens = Tokens({}, {})
+    text: StoredTokens = StoredTokens({}, {})
     """Tokens of the text encoders, for an encoded sample."""
 
 
@@ -77,7 +77,7 @@ class Choice(NamedTuple):
     number: int
     """Number of the sample in the index."""
     shape: Shape
-    stream: Stream
+    stream: StreamKey
     epoch: int
 
 
@@ -97,9 +97,9 @@ class Clips(Dataset[Batch]):
         self,
         data: DataConfig,
         pools: Mapping[str, Pool],
-        stream: Stream,
+        stream: StreamKey,
         reader: Reader,
-        encoded: Wanted,
+        encoded: LatentRequirements,
         *,
         shuffle: bool = True,
     ):
@@ -111,7 +111,7 @@ class Clips(Dataset[Batch]):
         self.cache = ClipCache(data.cache_mb << 20)
         self.ahead = {kind: Ahead(pool.index, reader) for kind, pool in pools.items()}
 
-    def __getitem__(self, place: Place) -> Batch:
+    def __getitem__(self, place: RankBatch) -> Batch:
         """The samples of a place. DataError where no spare can fill a slot."""
         drops: list[Drop] = []
         retries: list[str] = []
@@ -136,7 +136,7 @@ class Clips(Dataset[Batch]):
             null=null,
         )
 
-    def _read_ahead(self, place: Place) -> None:
+    def _read_ahead(self, place: RankBatch) -> None:
         """Starts reading this batch and the next one in threads, unless decoded clips are cached."""
         if self.cache.limit:
             return
@@ -147,7 +147,7 @@ class Clips(Dataset[Batch]):
         for kind, numbers in coming.items():
             self.ahead[kind].ask(numbers)
 
-    def _choose(self, place: Place, number: int, attempt: int = 0) -> Choice:
+    def _choose(self, place: RankBatch, number: int, attempt: int = 0) -> Choice:
         """The sample of a number in its bucket, or its `attempt`-th spare of the same bucket."""
         pool = self.pools[place.kind]
         shape, rows = pool.shapes[place.bucket], pool.rows[place.bucket]
@@ -158,7 +158,7 @@ class Clips(Dataset[Batch]):
             position = order.spare_for(number, attempt, len(rows), stream)
         return Choice(place.kind, int(rows[position]), shape, stream, epoch)
 
-    def _fill(self, place: Place, number: int, drops: list[Drop], retries: list[str]) -> tuple[Sample, Choice]:
+    def _fill(self, place: RankBatch, number: int, drops: list[Drop], retries: list[str]) -> tuple[Sample, Choice]:
         """The sample of this number, or its first spare that can be used."""
         index = self.pools[place.kind].index
         for attempt in range(ATTEMPTS):
@@ -179,7 +179,7 @@ class Clips(Dataset[Batch]):
         def read() -> Sample:
             piece = self.ahead[kind].get(number)
             retries.extend([where] * piece.retries)
-            members = parse(piece.data, self.pools[kind].index.key(number))
+            members = parse_sample(piece.data, self.pools[kind].index.key(number))
             if self.pools[kind].index.encoded:
                 latents, captions, text = read_encoded(members, choice.shape, self.encoded)
                 return Sample(latents, 1, captions, text)
@@ -205,12 +205,12 @@ class Places(DistributedSampler):
         workers: processes that take turns; each is told what it gets next.
     """
 
-    def __init__(self, places: Callable[[], Iterator[Place]], length: int | None = None, workers: int = 0):
+    def __init__(self, places: Callable[[], Iterator[RankBatch]], length: int | None = None, workers: int = 0):
         self.places = places
         self.length = length
         self.workers = workers
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[RankBatch]:
         places = self.places()
         coming = deque(islice(places, max(1, self.workers)))
         for place in places:

@@ -20,7 +20,7 @@ from lingen.recipe.signature import settings_of
 MADE_BY = "lingen encode"
 SAMPLED = 64
 """Pieces of a weights file that are hashed: enough to tell any two trainings apart, in a second for 30 GB."""
-PIECE = 1 << 16
+PIECE_BYTES = 1 << 16
 
 
 def frozen_settings(recipe: Recipe) -> dict[str, Any]:
@@ -68,14 +68,14 @@ def hash_weights(path: Path) -> str:
         digest.update(f"{file.relative_to(path).as_posix() if path.is_dir() else ''} {size}".encode())
         with file.open("rb") as opened:
             for number in range(SAMPLED):
-                opened.seek(max(0, size - PIECE) * number // (SAMPLED - 1))
-                digest.update(opened.read(PIECE))
-                if size <= PIECE:
+                opened.seek(max(0, size - PIECE_BYTES) * number // (SAMPLED - 1))
+                digest.update(opened.read(PIECE_BYTES))
+                if size <= PIECE_BYTES:
                     break
     return digest.hexdigest()
 
 
-def fingerprint(settings: dict[str, Any]) -> str:
+def hash_settings(settings: dict[str, Any]) -> str:
     """16 hex digits of plain values."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -101,7 +101,7 @@ def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None
             told = "; ".join(differences(_named(held), _named(wanted)))
             raise RecipeError(
                 f"{setting}: these samples were encoded by something else ({about.fingerprint}) than the recipe has "
-                f"({fingerprint(wanted)}): {told}. Encode them anew with `lingen encode --recipe`, or train with the "
+                f"({hash_settings(wanted)}): {told}. Encode them anew with `lingen encode --recipe`, or train with the "
                 "recipe that they were encoded with."
             )
 

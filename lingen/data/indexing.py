@@ -25,14 +25,14 @@ from lingen.data.batch import Drop
 from lingen.data.index import RECORD, Index, Mapped
 from lingen.data.locations import Location
 from lingen.data.remote import is_remote
-from lingen.data.shards import scan
+from lingen.data.shards import scan_shard
 from lingen.data.sources import Reader
 from lingen.files import cache_folder, whole_folder
 from lingen.recipe.errors import RecipeError
 
-FORMAT = 1
+INDEX_FORMAT = 1
 """Raised whenever the files of an index change, so that an old one is not taken for a new one."""
-CHUNK = 1 << 20
+ROWS_AT_ONCE = 1 << 20
 """Rows of a manifest that are taken at a time."""
 UNUSED_DAYS = 30
 """An index that nobody opened for so long is deleted when another one is made."""
@@ -74,7 +74,7 @@ def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader
     if not sets:
         return scan_shards(bare)
     mark = hashlib.sha256(
-        json.dumps([FORMAT, kind, [(one.folder, one.version, one.shards) for one in sets]]).encode()
+        json.dumps([INDEX_FORMAT, kind, [(one.folder, one.version, one.shards) for one in sets]]).encode()
     ).hexdigest()[:16]
     return _open(kept_folder(mark, lambda work: _build(work, sets, kind, setting)))
 
@@ -143,7 +143,7 @@ def _build(work: Path, sets: Sequence[Set], kind: str, setting: str) -> None:
     with (work / "records").open("wb") as records, (work / "keys").open("wb") as keys:
         for one in sets:
             before = len(shards)
-            for batch in manifest.batches(one.path, CHUNK):
+            for batch in manifest.batches(one.path, ROWS_AT_ONCE):
                 batch = _chosen(batch, one, kind, setting)
                 kinds |= {"latents" if found == "latents" else "media" for found in batch["kind"].unique().to_pylist()}
                 rows, text = _records(batch, one.folder, shards, sources)
@@ -277,7 +277,7 @@ def scan_shards(shards: Iterable[Location]) -> Index:
     keys: list[bytes] = []
     for number, (shard, name) in enumerate(zip(shards, index.names, strict=True)):
         try:
-            for entry in scan(Path(str(shard))):
+            for entry in scan_shard(Path(str(shard))):
                 where = f"{name}:{entry.key}" if entry.key else name
                 if entry.fault:
                     index.faults.append(Drop(where, entry.fault))

@@ -24,24 +24,24 @@ from torch.utils.data import default_collate
 
 from lingen.data.captions import captions_of
 
-LATENTS = "latents.npy"
+LATENTS_NPY = "latents.npy"
 TEXT = "text{}.npy"
-EXPONENTS = {np.dtype("<f2"): ("<u2", 0x7C00), np.dtype("<f4"): ("<u4", 0x7F800000)}
+EXPONENT_BITS = {np.dtype("<f2"): ("<u2", 0x7C00), np.dtype("<f4"): ("<u4", 0x7F800000)}
 """The types that are read: as whole numbers, and the bits that are all set where a number is not finite (IEEE 754)."""
 
-Text = Mapping[int, Sequence[Tensor]]
+CaptionTokens = Mapping[int, Sequence[Tensor]]
 """Number of a text encoder -> its tokens [n w] of each caption."""
 
 
-class Tokens(NamedTuple):
+class StoredTokens(NamedTuple):
     """The tokens that frozen text encoders made of a sample's captions."""
 
-    captions: Text
+    captions: CaptionTokens
     null: Mapping[int, Tensor]
     """Number of a text encoder -> its tokens [n w] of no text; encoders without stored ones are absent."""
 
 
-class Wanted(NamedTuple):
+class LatentRequirements(NamedTuple):
     """What the encoded samples of a recipe must hold."""
 
     channels: int
@@ -56,22 +56,22 @@ class Wanted(NamedTuple):
         return self.channels, t, h, w
 
 
-class Encoded(NamedTuple):
+class EncodedSample(NamedTuple):
     """An encoded sample."""
 
     latents: Tensor
     """[c t h w]"""
     captions: list[str]
-    text: Tokens
+    text: StoredTokens
 
 
-def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted: Wanted) -> Encoded:
+def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted: LatentRequirements) -> EncodedSample:
     """A sample of a clip of this many frames, this height and width.
 
     Raises:
         ValueError: ``no latents``, ``broken latents``, ``latents not finite``, and as `captions_of`.
     """
-    latents, captions = read_latents(members), captions_of(members)
+    latents, captions = read_sample_latents(members), captions_of(members)
     text = read_text(members, len(captions))
     if tuple(latents.shape) != wanted.latents(shape):
         size = list(wanted.latents(shape))
@@ -79,17 +79,19 @@ def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted:
     if missing := wanted.text - text.captions.keys():
         raise ValueError(f"no latents: the text of encoder {min(missing)} is missing")
     null = {number: tokens for number, tokens in text.null.items() if number in wanted.text}
-    return Encoded(latents, captions, Tokens({number: text.captions[number] for number in wanted.text}, null))
+    return EncodedSample(
+        latents, captions, StoredTokens({number: text.captions[number] for number in wanted.text}, null)
+    )
 
 
-def read_latents(members: Mapping[str, bytes]) -> Tensor:
+def read_sample_latents(members: Mapping[str, bytes]) -> Tensor:
     """The latents [c t h w] of a sample. ValueError: ``no latents``, ``broken latents``, ``latents not finite``."""
-    if LATENTS not in members:
-        raise ValueError(f"no latents: no {LATENTS} among {', '.join(sorted(members)) or 'nothing'}")
-    return _read_npy(members[LATENTS], LATENTS, axes=4)
+    if LATENTS_NPY not in members:
+        raise ValueError(f"no latents: no {LATENTS_NPY} among {', '.join(sorted(members)) or 'nothing'}")
+    return _read_npy(members[LATENTS_NPY], LATENTS_NPY, axes=4)
 
 
-def read_text(members: Mapping[str, bytes], captions: int) -> Tokens:
+def read_text(members: Mapping[str, bytes], captions: int) -> StoredTokens:
     """The tokens of each of its `captions`, for those encoders that it holds tokens of. ValueError as above."""
     about = json.loads(members.get("json", b"{}"))
     nulls = about.get("null") or {}
@@ -111,7 +113,7 @@ def read_text(members: Mapping[str, bytes], captions: int) -> Tokens:
         each[int(number)] = parts[:captions]
         if null is not None:
             nothing[int(number)] = parts[captions]
-    return Tokens(each, nothing)
+    return StoredTokens(each, nothing)
 
 
 def _read_npy(data: bytes | memoryview, name: str, axes: int) -> Tensor:
@@ -124,9 +126,9 @@ def _read_npy(data: bytes | memoryview, name: str, axes: int) -> Tensor:
     except ValueError as error:
         raise ValueError(f"broken latents: {name}: {error}") from error
     size = len(data) - stream.tell()
-    if dtype not in EXPONENTS or is_fortran or len(shape) != axes or math.prod(shape) * dtype.itemsize != size:
+    if dtype not in EXPONENT_BITS or is_fortran or len(shape) != axes or math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"broken latents: {name} claims {dtype} {list(shape)} and has {size} bytes")
-    bits, exponent = EXPONENTS[dtype]
+    bits, exponent = EXPONENT_BITS[dtype]
     numbers = np.frombuffer(data, bits, offset=stream.tell())
     if len(numbers) and (numbers & exponent).max() == exponent:  # ten times as fast as isfinite on each number
         raise ValueError(f"latents not finite: {name} holds NaN or infinity")
@@ -146,7 +148,7 @@ Padded = dict[int, tuple[Tensor, Tensor]]
 """Number of a text encoder -> tokens [b n w] and mask [b n]."""
 
 
-def pad_tokens(samples: Sequence[Tokens], told: Sequence[int]) -> tuple[Padded, Padded]:
+def pad_tokens(samples: Sequence[StoredTokens], told: Sequence[int]) -> tuple[Padded, Padded]:
     """The tokens of a batch: of the chosen caption of each sample, and of no text.
 
     An encoder whose tokens of no text are missing in any sample is not in the second.

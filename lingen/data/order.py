@@ -32,7 +32,7 @@ WINDOW = 64
 TURNS = 6
 WORD = (1 << 64) - 1
 
-Stream = tuple[object, ...]
+StreamKey = tuple[object, ...]
 """What an order depends on, e.g. the seed, the stage and the kind."""
 
 
@@ -78,7 +78,7 @@ def _scramble(value: int, key: int, turn: int) -> int:
 # the samples of one bucket
 
 
-def sample_at(number: int, size: int, stream: Stream, block: int = 1) -> tuple[int, int]:
+def sample_at(number: int, size: int, stream: StreamKey, block: int = 1) -> tuple[int, int]:
     """The `number`-th sample of an endless stream over `size` samples: (epoch, index).
 
     An epoch holds each sample exactly once, each epoch in another order. With a `block` above 1, the order is one of
@@ -102,11 +102,11 @@ def _in_blocks(position: int, size: int, key: int, block: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _epoch_key(stream: Stream, epoch: int) -> int:
+def _epoch_key(stream: StreamKey, epoch: int) -> int:
     return digest("epoch", stream, epoch)
 
 
-def spare_for(number: int, attempt: int, size: int, stream: Stream) -> int:
+def spare_for(number: int, attempt: int, size: int, stream: StreamKey) -> int:
     """Index of the sample that stands in for the `number`-th one, at the `attempt`-th try (1, 2, ...)."""
     return digest("spare", stream, number, attempt) % size
 
@@ -157,7 +157,7 @@ class Turns:
         stream: what the order depends on.
     """
 
-    def __init__(self, lanes: Sequence[Lane], per_batch: int, stream: Stream):
+    def __init__(self, lanes: Sequence[Lane], per_batch: int, stream: StreamKey):
         self.lanes = lanes
         self.sizes = [lane.batch * per_batch for lane in lanes]
         """Samples in a step of each bucket."""
@@ -198,7 +198,7 @@ class Turns:
 # kinds, buckets and samples together
 
 
-class Place(NamedTuple):
+class RankBatch(NamedTuple):
     """What one rank takes for one batch."""
 
     kind: str
@@ -209,7 +209,7 @@ class Place(NamedTuple):
     """Numbers of its samples in this bucket's endless stream."""
     slots: Sequence[int]
     """Numbers of the same samples in the stream of all kinds and buckets."""
-    ahead: Place | None = None
+    ahead: RankBatch | None = None
     """The batch that the same process makes next."""
 
 
@@ -220,7 +220,7 @@ class Anchor(NamedTuple):
     taken: Mapping[str, Sequence[int]]
 
 
-class Order:
+class BatchOrder:
     """The places of a stage's batches.
 
     Ranks of one micro batch stand next to each other: 2 ranks with batch B see at each step what 1 rank with batch 2B
@@ -239,7 +239,7 @@ class Order:
         self,
         lanes: Mapping[str, Sequence[Lane]],
         mix: PerKind,
-        stream: Stream,
+        stream: StreamKey,
         *,
         accumulate: int = 1,
         world: int = 1,
@@ -251,7 +251,7 @@ class Order:
         self.anchor = anchor or Anchor(0, {kind: [0] * len(of_kind) for kind, of_kind in lanes.items()})
         self.turns = {kind: Turns(of_kind, accumulate * world, (*stream, kind)) for kind, of_kind in lanes.items()}
 
-    def place(self, step: int, micro: int = 0, rank: int = 0) -> Place:
+    def place(self, step: int, micro: int = 0, rank: int = 0) -> RankBatch:
         """The samples that `rank` takes for batch `micro` of an optimiser step."""
         kind = kind_of(step, self.mix)
         bucket, _ = self.turns[kind].at(self._steps_before(kind, step))
@@ -259,9 +259,9 @@ class Order:
         batch = self.turns[kind].lanes[bucket].batch
         offset = (micro * self.world + rank) * batch
         number, slot = taken[kind][bucket] + offset, sum(map(sum, taken.values())) + offset
-        return Place(kind, step, bucket, range(number, number + batch), range(slot, slot + batch))
+        return RankBatch(kind, step, bucket, range(number, number + batch), range(slot, slot + batch))
 
-    def places(self, start: int, rank: int = 0) -> Iterator[Place]:
+    def places(self, start: int, rank: int = 0) -> Iterator[RankBatch]:
         """One rank's batches from optimiser step `start` on, without end."""
         step = start
         while True:
@@ -288,7 +288,7 @@ class Order:
 
 def held_out_places(
     kind: str, count: int, batch: int, *, bucket: int = 0, rank: int = 0, world: int = 1
-) -> list[Place]:
+) -> list[RankBatch]:
     """One rank's share of the first `count` held-out samples of a bucket in their fixed order, in batches of up to
     `batch`.
 
@@ -297,4 +297,4 @@ def held_out_places(
     """
     share = -(-count // world)
     own = [(position * world + rank) % count for position in range(share)]
-    return [Place(kind, 0, bucket, own[i : i + batch], own[i : i + batch]) for i in range(0, share, batch)]
+    return [RankBatch(kind, 0, bucket, own[i : i + batch], own[i : i + batch]) for i in range(0, share, batch)]

@@ -19,16 +19,16 @@ from lingen.files import whole_file
 
 META = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset does not take for samples."""
-LARGEST = 3_000_000_000
+LARGEST_SHARD = 3_000_000_000
 """Bytes after which `write_shards` begins another shard, however few samples there are in it."""
 
 
-def parse(data: bytes | bytearray, key: str) -> dict[str, bytes]:
+def parse_sample(data: bytes | bytearray, key: str) -> dict[str, bytes]:
     """The members of the one sample in a piece of a tar file: extension in lower case -> content.
 
     Args:
         data: from its first header to the end of its last member's content.
-        key: its name, as a manifest or `scan` tells it.
+        key: its name, as a manifest or `scan_shard` tells it.
     Raises:
         ValueError: ``damaged sample`` (no tar, or another sample), ``cut off``, ``unsafe member``.
     """
@@ -56,7 +56,7 @@ def parse(data: bytes | bytearray, key: str) -> dict[str, bytes]:
     return members
 
 
-class Entry(NamedTuple):
+class ScannedSample(NamedTuple):
     """A sample in a shard, or, with an empty key, the shard itself."""
 
     key: str
@@ -68,7 +68,7 @@ class Entry(NamedTuple):
     """``reason: detail`` where it cannot be used."""
 
 
-def scan(path: Path) -> Iterator[Entry]:
+def scan_shard(path: Path) -> Iterator[ScannedSample]:
     """The samples of a shard in order, each with its fault if it has one; last, with an empty key, the shard's own
     fault if it has one. tarfile and webdataset both end silently at a cut: here the archive must end in a block of
     zeros.
@@ -78,9 +78,9 @@ def scan(path: Path) -> Iterator[Entry]:
     """
     size = path.stat().st_size
     if size == 0:
-        yield Entry("", fault="empty shard: zero bytes")
+        yield ScannedSample("", fault="empty shard: zero bytes")
         return
-    sample: Entry | None = None
+    sample: ScannedSample | None = None
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in _members(tar, size):
@@ -94,14 +94,14 @@ def scan(path: Path) -> Iterator[Entry]:
                 yield sample
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                yield Entry(
+                yield ScannedSample(
                     "", fault=f"truncated shard: no end-of-archive block at byte {min(tar.offset, size)} of {size}"
                 )
     except (tarfile.TarError, ValueError) as error:
-        yield Entry("", fault=f"not a tar: {error}")
+        yield ScannedSample("", fault=f"not a tar: {error}")
 
 
-def _members(tar: tarfile.TarFile, size: int) -> Iterator[Entry]:
+def _members(tar: tarfile.TarFile, size: int) -> Iterator[ScannedSample]:
     """Each member that belongs to a sample, as an entry of its own."""
     from webdataset.tariterators import base_plus_ext
 
@@ -116,7 +116,7 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[Entry]:
         key, _ = base_plus_ext(member.name)
         if key is None or member.isdir() or META.match(member.name):
             continue
-        yield Entry(key, member.offset, member.offset_data + member.size, _fault_of(member, size))
+        yield ScannedSample(key, member.offset, member.offset_data + member.size, _fault_of(member, size))
 
 
 def _fault_of(member: tarfile.TarInfo, size: int) -> str:
@@ -132,10 +132,10 @@ def _fault_of(member: tarfile.TarInfo, size: int) -> str:
 def read_shard(path: Path) -> Iterator[dict[str, Any]]:
     """The whole samples of a local shard in order: extension -> content, and the name under ``__key__``."""
     with path.open("rb") as file:
-        for entry in scan(path):
+        for entry in scan_shard(path):
             if entry.key and not entry.fault:
                 file.seek(entry.start)
-                yield {"__key__": entry.key, **parse(file.read(entry.end - entry.start), entry.key)}
+                yield {"__key__": entry.key, **parse_sample(file.read(entry.end - entry.start), entry.key)}
 
 
 def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: int = 1000) -> list[Path]:
@@ -157,7 +157,7 @@ def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: 
     tar, count = None, 0
     with contextlib.ExitStack() as shard:
         for sample in samples:
-            if tar is None or count == per_shard or tar.tarstream.offset >= LARGEST:
+            if tar is None or count == per_shard or tar.tarstream.offset >= LARGEST_SHARD:
                 shard.close()
                 written.append(Path(pattern % len(written)))
                 file = shard.enter_context(shard.enter_context(whole_file(written[-1])).open("wb"))

@@ -24,7 +24,7 @@ from lingen.recipe.sections import Remote
 
 T = TypeVar("T")
 
-LARGEST = 1 << 31
+LARGEST_READ = 1 << 31
 """Bytes that are read at once; a sample that claims to be larger is refused before it is allocated (ours)."""
 FIRST_WAIT = 0.25
 """Seconds before the second attempt; doubled for each further one, up to a minute."""
@@ -61,8 +61,8 @@ class Reader:
         Raises:
             SourceError: it cannot be read.
         """
-        if length > LARGEST:
-            raise SourceError(f"too large: {length} bytes of {location}, at most {LARGEST} are read at once")
+        if length > LARGEST_READ:
+            raise SourceError(f"too large: {length} bytes of {location}, at most {LARGEST_READ} are read at once")
         if not is_remote(location):
             return Piece(*self._retry(location, lambda: _read_file(location, offset, length)))
         name = hashlib.sha256(repr((location, offset, length, version)).encode()).hexdigest()

@@ -40,7 +40,7 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "turn
 
 Split = Literal["train", "tune", "report"]
 SPLITS: tuple[Split, ...] = ("train", "tune", "report")
-FORMAT = 5
+DRAWING_FORMAT = 5
 """Raised whenever the drawing changes, so that an old cache is not taken for a new one."""
 
 
@@ -66,7 +66,7 @@ class Caption(NamedTuple):
         return " ".join(("a", *(word for word in self if word)))
 
 
-def parse(caption: str) -> Caption:
+def parse_caption(caption: str) -> Caption:
     """``"a red circle moves right"`` -> ``("red", "circle", "moves right")``; ValueError for any other wording."""
     _, colour, shape, motion = (*caption.split(" ", 3), "", "", "")[:4]
     if colour not in COLOURS or shape not in SHAPES or motion not in (*MOTIONS, ""):
@@ -99,14 +99,16 @@ def _split(colour: int, shape: int, motion: int) -> str:
     return "tune" if place < 2 else "report"
 
 
-def draw(caption: str, size: tuple[int, int], frames: int, rng: np.random.Generator) -> UInt8[np.ndarray, "t h w 3"]:
+def draw_clip(
+    caption: str, size: tuple[int, int], frames: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "t h w 3"]:
     """Draws a caption: dark grey background, random place, size and speed; the motion fills the clip.
 
     Args:
-        caption: as `parse` reads it; without a motion the shape stands still.
+        caption: as `parse_caption` reads it; without a motion the shape stands still.
         size: height and width in pixels.
     """
-    colour, shape, motion = parse(caption)
+    colour, shape, motion = parse_caption(caption)
     height, width = size
     side = min(height, width)
     s = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
@@ -196,7 +198,13 @@ def _folder(recipe: Recipe) -> Path:
     shapes = settings(recipe.data.synthetic)
     height, width = (extent + extent % 2 for extent in recipe.data.size)  # yuv420p needs even sizes
     frames = recipe.data.frames if recipe.data.frames > 1 else 8
-    what = {**asdict(shapes), "size": [height, width], "frames": frames, "fps": recipe.data.fps, "format": FORMAT}
+    what = {
+        **asdict(shapes),
+        "size": [height, width],
+        "frames": frames,
+        "fps": recipe.data.fps,
+        "format": DRAWING_FORMAT,
+    }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"shapes-{digest}"
     if folder.is_dir():
@@ -224,7 +232,7 @@ def _samples(
     """`count` samples for the shards."""
     rng = np.random.default_rng([seed, SPLITS.index(split), KINDS.index(kind), 1])
     for index, caption in enumerate(_texts(seed, split, kind, count)):
-        clip = draw(caption, size, frames if kind == "video" else 1, rng)
+        clip = draw_clip(caption, size, frames if kind == "video" else 1, rng)
         data = {"mp4": encode_mp4(clip, fps, exact=True)} if kind == "video" else {"png": encode_png(clip[0])}
         yield {"__key__": f"{split}-{index:06d}", **data, "json": {"caption": caption}}
 

@@ -43,9 +43,9 @@ def text_keys(
         or choose("cross-attention", kernel, twins_of(k.shape[-1], kernel, CROSS_KERNELS), k) != "triton"
     ):
         return TextKeys(k, v, mask, None)
-    from lingen.kernels.cross_attention_triton import pack
+    from lingen.kernels.cross_attention_triton import pack_text
 
-    return TextKeys(k, v, mask, tuple(pack(k, v, mask, k_weight, eps, k.dtype)))
+    return TextKeys(k, v, mask, tuple(pack_text(k, v, mask, k_weight, eps, k.dtype)))
 
 
 def cross_attention_to(
@@ -86,9 +86,9 @@ def cross_attention(
     of at most 256, else "reference". Raises RecipeError for a kernel that is unknown or cannot run.
     """
     if choose("cross-attention", kernel, twins_of(q.shape[-1], kernel, CROSS_KERNELS), q) == "triton":
-        from lingen.kernels.cross_attention_triton import CrossAttention
+        from lingen.kernels.cross_attention_triton import CrossAttentionFunction
 
-        return CrossAttention.apply(q, k, v, mask, q_weight, k_weight, eps)
+        return CrossAttentionFunction.apply(q, k, v, mask, q_weight, k_weight, eps)
     q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :]).transpose(1, 2)

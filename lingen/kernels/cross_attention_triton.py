@@ -64,12 +64,12 @@ class Packed(NamedTuple):
     """Running count of real ones [b m], int32."""
 
 
-class CrossAttention(torch.autograd.Function):
+class CrossAttentionFunction(torch.autograd.Function):
     """`cross_attention` of its Triton twin; saves what goes in, what comes out and the softmax's logarithms."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, q_weight, k_weight, eps):
-        out, logs = forward(q, pack(k, v, mask, k_weight, eps, q.dtype), q_weight, eps)
+        out, logs = forward(q, pack_text(k, v, mask, k_weight, eps, q.dtype), q_weight, eps)
         ctx.save_for_backward(q, k, v, mask, q_weight, k_weight, out, logs)
         ctx.settings = (eps,)
         return out
@@ -81,7 +81,7 @@ class CrossAttention(torch.autograd.Function):
         return dq, dk, dv, None, dq_weight, dk_weight, None
 
 
-def pack(k: Tensor, v: Tensor, mask: Tensor, k_weight: Tensor, eps: float, dtype: torch.dtype) -> Packed:
+def pack_text(k: Tensor, v: Tensor, mask: Tensor, k_weight: Tensor, eps: float, dtype: torch.dtype) -> Packed:
     """What `forward` reads of the text [b m k e], in the queries' dtype."""
     k, v = map(_last_contiguous, (k, v))
     return _gather(k, v, mask, k_weight, eps, _Sizes.of(k.new_empty(0, dtype=dtype), k.shape, 0), dtype)

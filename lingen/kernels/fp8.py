@@ -18,8 +18,8 @@ from lingen.recipe.errors import RecipeError
 QUANTIZE_KERNELS = ("auto", "reference", "triton")
 PRODUCT_KERNELS = ("auto", "reference", "scaled_mm")
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
+FLOAT8 = torch.float8_e4m3fn
+LARGEST_FLOAT8 = 448.0
 """Largest number of float8_e4m3fn."""
 SMALLEST_ROW = 1e-12
 """Floor of a row's largest value: a row of zeros stays zeros."""
@@ -55,8 +55,8 @@ def quantize(x: Float[Tensor, "*rows d"], *, kernel: str = "auto") -> Quantized:
 
         return Quantized(*fp8_triton.quantize(x))
     high = x.float()
-    scale = high.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW) / LARGEST
-    return Quantized((high / scale).to(FP8), scale)
+    scale = high.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW) / LARGEST_FLOAT8
+    return Quantized((high / scale).to(FLOAT8), scale)
 
 
 def product(
@@ -121,10 +121,10 @@ def wants_fp8(module: object) -> bool:
 
 
 def input_dtype(module: object, x: Tensor) -> torch.dtype:
-    """The dtype in which `module` wants its input: `FP8` for a `Quantized`, else autocast's dtype or that of x."""
+    """The dtype in which `module` wants its input: `FLOAT8` for a `Quantized`, else autocast's dtype or that of x."""
     kind = x.device.type
     if wants_fp8(module):
-        return FP8
+        return FLOAT8
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
@@ -156,7 +156,7 @@ def to_fp8(model: nn.Module) -> list[str]:
 
 def check_no_gradient(dtype: torch.dtype | None, *tensors: Tensor | None) -> None:
     """ValueError where 8-bit results of tensors that require a gradient are asked for: no gradient passes through."""
-    if dtype == FP8 and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if dtype == FLOAT8 and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise ValueError("8-bit results carry no gradient; ask for them under torch.no_grad().")
 
 
@@ -172,7 +172,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-class Quality(NamedTuple):
+class Fp8Quality(NamedTuple):
     """How far a model in 8 bits is from its plain twin."""
 
     layers: dict[str, float]
@@ -184,7 +184,7 @@ class Quality(NamedTuple):
 
 
 @torch.no_grad()
-def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> Quality:
+def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> Fp8Quality:
     """Runs both models on the same inputs; `low` is `plain` after `to_fp8`."""
     twins = {name: layer for name, layer in low.named_modules() if isinstance(layer, Fp8Linear)}
     layers: dict[str, float] = {}
@@ -201,7 +201,7 @@ def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> Quality:
     finally:
         for handle in handles:
             handle.remove()
-    return Quality(layers, _relative(got, want), F.cosine_similarity(got.flatten(), want.flatten(), 0).item())
+    return Fp8Quality(layers, _relative(got, want), F.cosine_similarity(got.flatten(), want.flatten(), 0).item())
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Triton twin of `lingen.kernels.fp8.quantize`, and `to_fp8`, with which other kernels quantise a row they hold.
+"""Triton twin of `lingen.kernels.fp8.quantize`, and `row_to_fp8`, with which other kernels quantise a row they hold.
 
 Names, beside those of `lingen.kernels`: width, numbers of a row; BLOCK, width as a power of two.
 """
@@ -16,7 +16,7 @@ WARPS = 8
 
 
 @triton.jit
-def to_fp8(y):
+def row_to_fp8(y):
     """A row in float32 (zeros beyond its end) -> 8-bit values and its scale; `SMALLEST_ROW` and 448 as in the twin."""
     scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / 448.0
     return (y / scale).to(tl.float8e4nv), scale
@@ -28,7 +28,7 @@ def _fp8_quantize(x, x_row, values, scales, width, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     y = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
-    value, scale = to_fp8(y)
+    value, scale = row_to_fp8(y)
     tl.store(values + row * width + columns, value, mask=inside)
     tl.store(scales + row, scale)
 

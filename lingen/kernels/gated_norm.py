@@ -8,7 +8,7 @@ from torch import Tensor
 from lingen.kernels.choice import choose
 
 GATED_NORM_KERNELS = ("auto", "reference", "triton")
-WIDEST = 8192
+WIDEST_ROW = 8192
 
 
 def gated_norm(
@@ -43,8 +43,8 @@ def gated_norm(
     if choose("gated norm", kernel, GATED_NORM_KERNELS, y) == "reference":
         out = _reference(y, z, weight, index, groups, eps)
         return _quantized(out) if quantize else out.to(y.dtype)
-    if y.shape[-1] > WIDEST:
-        raise ValueError(f"kernel='triton' of the gated norm takes up to {WIDEST} channels, not {y.shape[-1]}.")
+    if y.shape[-1] > WIDEST_ROW:
+        raise ValueError(f"kernel='triton' of the gated norm takes up to {WIDEST_ROW} channels, not {y.shape[-1]}.")
     for name, x in (("y", y), ("z", z)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"gated_norm needs the channels of {name} side by side, but its strides are {x.stride()}.")

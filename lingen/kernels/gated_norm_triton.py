@@ -23,14 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lingen.kernels.fp8 import FLOAT8, LARGEST_FLOAT8
+
 # PROGRAMS of the backward pass share the rows, and each sums a gradient of the weight of its own.
 # 32 * num_warps threads with 4 lanes each read float32 weights and bfloat16 tokens alike, without a shuffle.
 LAUNCH = {
     "forward": {"LANES": 1024, "num_warps": 8},
     "backward": {"LANES": 1024, "num_warps": 4, "PROGRAMS": 1056},
 }
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max
 # Floor of a row's scale: a row of zeros is divided by it.
 SMALLEST_SCALE = 1e-12
 
@@ -47,7 +47,7 @@ def gated_norm_forward(
     out = torch.empty(b, n, c, dtype=FLOAT8 if quantize else y.dtype, device=y.device)
     scale = torch.empty(b, n, dtype=torch.float32, device=y.device) if quantize else None
     _gated_norm_forward[(n, b)](
-        y, z, weight.contiguous(), index, out, scale, n, groups, c // groups, eps, 1 / LARGEST, SMALLEST_SCALE,
+        y, z, weight.contiguous(), index, out, scale, n, groups, c // groups, eps, 1 / LARGEST_FLOAT8, SMALLEST_SCALE,
         y.stride(0), y.stride(1), z.stride(0), z.stride(1),
         INDEXED=index is not None, QUANTIZE=quantize, **_tiles(c, groups, LAUNCH["forward"]),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from lingen.kernels.gated_norm_triton import gated_norm_backward, gated_norm_for
 from lingen.kernels.pool_triton import pool_backward, pool_forward
 from lingen.kernels.scan import chunk_of, rows_of, state_gradients
 from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
-from lingen.kernels.scan_triton import Scan, Sizes, scan_forward
+from lingen.kernels.scan_triton import Scan, ScanSizes, scan_forward
 from lingen.recipe.sections import Triple
 
 
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
     """[k e]"""
 
 
-class Plan(NamedTuple):
+class Mamba2Plan(NamedTuple):
     """What does not change from one clip to the next.
 
     order and review_order: raster row of each position of the scan, over the grid and over the pooled grid; None for
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     before: taps of the conv that lie in the past. norm_groups, eps: of the gated norm.
     """
 
-    sizes: Sizes
+    sizes: ScanSizes
     order: Tensor | None
     review: Triple | None
     review_order: Tensor | None
@@ -62,7 +62,9 @@ class Plan(NamedTuple):
         return z, xbc, dt
 
 
-def forward(projected: Tensor, weights: Weights, plan: Plan, quantize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward(
+    projected: Tensor, weights: Weights, plan: Mamba2Plan, quantize: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The normed result [b n k*e] in raster order; the scales of its rows where it is quantized; the scan's result.
 
     projected: [b t h w z | x | b | c | dt], dt raw.
@@ -76,7 +78,7 @@ def forward(projected: Tensor, weights: Weights, plan: Plan, quantize: bool) -> 
     return out, scale, y
 
 
-def _scan(xbc: Tensor, dt: Tensor, weights: Weights, plan: Plan, review: bool = False) -> Scan:
+def _scan(xbc: Tensor, dt: Tensor, weights: Weights, plan: Mamba2Plan, review: bool = False) -> Scan:
     """The scan over the conv's result. Over the review tokens, every direction reads forwards."""
     n, sizes, index = dt.shape[1], plan.sizes, plan.order
     if review:
@@ -87,7 +89,7 @@ def _scan(xbc: Tensor, dt: Tensor, weights: Weights, plan: Plan, review: bool = 
     return Scan(u, dt, a, bias, index, sizes, chunk_of(n, xbc.dtype))
 
 
-def _review(projected: Tensor, weights: Weights, plan: Plan) -> Tensor | None:
+def _review(projected: Tensor, weights: Weights, plan: Mamba2Plan) -> Tensor | None:
     """States [b r k s e] that the review leaves; a direction that does not read it first starts from zero."""
     if plan.review is None:
         return None
@@ -98,7 +100,7 @@ def _review(projected: Tensor, weights: Weights, plan: Plan) -> Tensor | None:
     return torch.cat([end, torch.zeros_like(end)], 1) if missing else end
 
 
-def _pooled(projected: Tensor, plan: Plan) -> Tensor:
+def _pooled(projected: Tensor, plan: Mamba2Plan) -> Tensor:
     """Pooled streams, without z: [b n2 channels]."""
     assert plan.review is not None
     inner = plan.sizes.heads * plan.sizes.width
@@ -139,7 +141,7 @@ class Mamba2Core(torch.autograd.Function):
 
 
 def _review_backward(
-    projected: Tensor, weights: Weights, plan: Plan, dbegin: Tensor, dprojected: Tensor, grads: Weights
+    projected: Tensor, weights: Weights, plan: Mamba2Plan, dbegin: Tensor, dprojected: Tensor, grads: Weights
 ) -> Weights:
     """Adds what the review's states pass on to the gradients of the projection and of the weights."""
     assert plan.review is not None

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import choose
-from lingen.kernels.fp8 import FP8, Quantized, check_no_gradient, quantize
+from lingen.kernels.fp8 import FLOAT8, Quantized, check_no_gradient, quantize
 
 MODULATE_KERNELS = ("auto", "reference", "triton")
 
@@ -116,7 +116,7 @@ def _normed(
         y = y * (1 + scale[:, :, None, None])
     if shift is not None:
         y = y + shift[:, :, None, None]
-    return quantize(y, kernel="reference") if dtype == FP8 else y.to(dtype)
+    return quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype)
 
 
 def _added(x: Tensor, update: Tensor, gate: Tensor | None, out: Tensor | None) -> Tensor:

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lingen.kernels.fp8 import FP8, Quantized
-from lingen.kernels.fp8_triton import to_fp8
+from lingen.kernels.fp8 import FLOAT8, Quantized
+from lingen.kernels.fp8_triton import row_to_fp8
 
 
 class Tuning(NamedTuple):
@@ -100,7 +100,7 @@ def _modulate_forward(
             if shift is not None:
                 normed += moved
             if y_scale is not None:
-                values, size = to_fp8(tl.where(inside, normed, 0.0))
+                values, size = row_to_fp8(tl.where(inside, normed, 0.0))
                 tl.store(y_scale + i, size)
                 tl.store(y + i * width + columns, values, mask=inside)
             else:
@@ -210,7 +210,7 @@ def forward(
         x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None or not out.is_contiguous() else out
     if weight is not None:
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        y_scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device) if dtype == FP8 else None
+        y_scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device) if dtype == FLOAT8 else None
     split = _Split.of(operands, "forward")
     if x.numel():
         _modulate_forward[split.grid](

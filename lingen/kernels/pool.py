@@ -28,9 +28,9 @@ def pool(x: Float[Tensor, "b t h w c"], size: Size, *, kernel: str = "auto") -> 
         return _reference(x, size)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"pool needs the channels of x side by side, but its strides are {x.stride()}.")
-    from lingen.kernels.pool_triton import Pool
+    from lingen.kernels.pool_triton import PoolFunction
 
-    return Pool.apply(x, size)
+    return PoolFunction.apply(x, size)
 
 
 def windows_of(x: Float[Tensor, "b t h w c"], size: Size) -> tuple[Size, Size]:

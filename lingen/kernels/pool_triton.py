@@ -47,7 +47,7 @@ def pool_backward(grad: Tensor, size: Size, out: Tensor, add: bool = False) -> N
     _launch(_pool_backward, "backward", grad, out, out, size, windows, {"ADD": add})
 
 
-class Pool(torch.autograd.Function):
+class PoolFunction(torch.autograd.Function):
     """Saves nothing but the shape."""
 
     @staticmethod

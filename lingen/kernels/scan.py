@@ -89,10 +89,10 @@ def scan(
     if kernel == "triton" and not holds_numbers(u):
         return _products_of_triton(u, chunk_of(n, u.dtype), len(a), heads, groups, state_dim)
     if kernel == "triton":
-        from lingen.kernels.scan_triton import FusedScan, Sizes
+        from lingen.kernels.scan_triton import FusedScan, ScanSizes
 
         begin = None if initial_state is None else initial_state.float().mT.contiguous()
-        sizes = Sizes(heads, width, groups, state_dim, len(a))
+        sizes = ScanSizes(heads, width, groups, state_dim, len(a))
         return FusedScan.apply(u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk_of(n, u.dtype))
     return _by_flips(u, dt if index is None else dt[:, index], a, d, dt_bias, initial_state, groups, state_dim, kernel)
 
@@ -175,9 +175,9 @@ def scan_state(
         return states.unflatten(0, (len(u), -1)).sum(1, dtype=torch.float32)
     if kernel == "triton":
         from lingen.kernels.scan_state_triton import FusedState
-        from lingen.kernels.scan_triton import Sizes
+        from lingen.kernels.scan_triton import ScanSizes
 
-        sizes = Sizes(dt.shape[2], width, groups, state_dim, len(a), turns=False)
+        sizes = ScanSizes(dt.shape[2], width, groups, state_dim, len(a), turns=False)
         return FusedState.apply(u, dt, a.float(), dt_bias.float(), index, sizes, chunk_of(dt.shape[1], u.dtype))
     return state_by_product(u, dt, a, dt_bias, index, groups, state_dim)
 

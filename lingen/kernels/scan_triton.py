@@ -259,7 +259,7 @@ def _scan_mix(
         )  # fmt: skip
 
 
-class Sizes(NamedTuple):
+class ScanSizes(NamedTuple):
     """Sizes of a scan: `heads` of `width`, `groups` of b and c with `state` numbers each, `ways` directions; with
     `turns` the second one reads from the end."""
 
@@ -301,7 +301,9 @@ class Scan:
         a, bias: of each direction [r k].
     """
 
-    def __init__(self, u: Tensor, dt: Tensor, a: Tensor, bias: Tensor, index: Tensor | None, sizes: Sizes, chunk: int):
+    def __init__(
+        self, u: Tensor, dt: Tensor, a: Tensor, bias: Tensor, index: Tensor | None, sizes: ScanSizes, chunk: int
+    ):
         self.u, self.sizes, self.chunk = u, sizes, chunk
         self.batch, self.rows, _ = u.shape
         self.steps, self.logs, self.columns = _step_sums(

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import choose
-from lingen.kernels.fp8 import FP8, Quantized, check_no_gradient, quantize
+from lingen.kernels.fp8 import FLOAT8, Quantized, check_no_gradient, quantize
 
 SWIGLU_KERNELS = ("auto", "reference", "triton")
 
@@ -29,4 +29,4 @@ def swiglu(
         return swiglu_triton.swiglu(gate_up, dtype or gate_up.dtype)
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
     y = F.silu(gate) * up
-    return quantize(y, kernel="reference") if dtype == FP8 else y.to(dtype or gate_up.dtype)
+    return quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype or gate_up.dtype)

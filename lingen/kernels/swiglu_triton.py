@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lingen.kernels.fp8 import FP8, Quantized
-from lingen.kernels.fp8_triton import to_fp8
+from lingen.kernels.fp8 import FLOAT8, Quantized
+from lingen.kernels.fp8_triton import row_to_fp8
 
 
 class Tuning(NamedTuple):
@@ -39,7 +39,7 @@ def _swiglu_forward(gate_up, gate_up_row, y, scales, half, BLOCK: tl.constexpr):
     up = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up
     if scales is not None:
-        out, scale = to_fp8(out)
+        out, scale = row_to_fp8(out)
         tl.store(scales + row, scale)
     tl.store(y + row * half + columns, out.to(y.dtype.element_ty), mask=inside)
 
@@ -71,7 +71,7 @@ def forward(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
     rows, half = _rows(gate_up), gate_up.shape[-1] // 2
     y = torch.empty(*gate_up.shape[:-1], half, dtype=dtype, device=gate_up.device)
     scale = None
-    if dtype == FP8:
+    if dtype == FLOAT8:
         scale = torch.empty(*gate_up.shape[:-1], 1, dtype=torch.float32, device=gate_up.device)
     grid, options = _grid(rows, half, "forward" if scale is None else "quantized")
     if len(rows):

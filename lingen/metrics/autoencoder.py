@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
 from lingen.autoencoder.tiling import Tiles, tiles_of
-from lingen.autoencoder.ways import decode, encode, way_for, ways_of
+from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for, ways_of
 from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool
@@ -30,7 +30,7 @@ from lingen.metrics.reconstruction import (
     average,
     bicubic,
     bicubic_shape,
-    psnr,
+    mse_to_psnr,
 )
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
@@ -39,9 +39,7 @@ from lingen.recipe.sections import PerKind, Recipe
 
 PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
 """Movie Gen's TAE (arXiv 2410.13720, section 3.1.1) on its authors' clips of 512 pixels: for scale only."""
-PIECE = 32
-"""Frames in a piece that an autoencoder's stream gets."""
-SHOWN, COLUMNS = 3, 8
+CLIPS_SHOWN, COLUMNS = 3, 8
 """Clips of each kind in the picture, and frames of each clip."""
 
 
@@ -232,7 +230,7 @@ class _Judge:
 
     def _pieces(self, clip: Tensor) -> Iterator[Tensor]:
         """uint8 [1 3 t h w] -> pieces in -1..1 on the device."""
-        return (as_floats(piece.to(self.asked.device)) for piece in clip.split(PIECE, 2))
+        return (as_floats(piece.to(self.asked.device)) for piece in clip.split(PIECE_FRAMES, 2))
 
     def _score(self, clip: Tensor, rebuilt: Iterator[Tensor]) -> Quality:
         comparison = Comparison(self.perceptual)
@@ -243,7 +241,7 @@ class _Judge:
     def _compare(self, kind: str, clip: Tensor, latents: Tensor) -> Quality:
         """The score; the first clips also go into the picture and the film."""
         comparison = Comparison(self.perceptual)
-        shown = len(self.shown[kind]) < 3 * SHOWN
+        shown = len(self.shown[kind]) < 3 * CLIPS_SHOWN
         film = kind == "video" and not self.shown[kind]
         picks = sorted(sheet_frames(clip.shape[2], COLUMNS))
         stills: list[tuple[np.ndarray, np.ndarray]] = []
@@ -282,7 +280,7 @@ class _Judge:
         for number, way in enumerate(ways):
             for other in ways[:number]:
                 held = self.between.setdefault(f"{kind}: {way} against {other}", {"psnr": [], "latents": []})
-                held["psnr"].append(psnr(float((decoded[way] - decoded[other]).square().mean())))
+                held["psnr"].append(mse_to_psnr(float((decoded[way] - decoded[other]).square().mean())))
                 difference = (encoded[way] - encoded[other]).square().mean() / encoded[other].square().mean()
                 held["latents"].append(math.sqrt(float(difference)))
 

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
+
+from lingen.autoencoder.tiling import Video
 
 MOST_PSNR = 100.0
 """Largest PSNR in dB, that of equal clips: float32 cannot tell smaller errors from none (ours)."""
@@ -17,8 +18,6 @@ LEAST_SIDE = 11
 """Pixels: SSIM looks through a window of 11 x 11."""
 AT_ONCE = 8
 """Frames that are compared at once."""
-
-Pixels = Float[Tensor, "b 3 _t h w"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Comparison:
         self._last: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def add(self, clip: Pixels, rebuilt: Pixels) -> None:
+    def add(self, clip: Video, rebuilt: Video) -> None:
         """The next frames of one clip, in -1..1.
 
         Raises:
@@ -98,7 +97,7 @@ class Comparison:
         if not self.frames:
             raise ValueError("No frames were compared.")
         mean = {name: total / self.frames for name, total in self._sums.items()}
-        return Quality(psnr(mean["squares"]), mean["ssim"], mean.get("perceptual"), *self._flicker())
+        return Quality(mse_to_psnr(mean["squares"]), mean["ssim"], mean.get("perceptual"), *self._flicker())
 
     def _flicker(self) -> tuple[float | None, float | None, float | None]:
         if not self.steps:
@@ -107,7 +106,7 @@ class Comparison:
         return after - before, (after - before) / before if before else None, math.sqrt(error)
 
 
-def psnr(squares: float) -> float:
+def mse_to_psnr(squares: float) -> float:
     """Mean squared error of numbers in 0..1 -> dB, at most `MOST_PSNR`."""
     return -10 * math.log10(max(squares, 10 ** (-MOST_PSNR / 10)))
 
@@ -134,7 +133,7 @@ def bicubic_shape(clip: Sequence[int], numbers: int, *, in_time: bool) -> tuple[
     return frames, height, max(1, min(w, round(numbers / (3 * frames * height))))
 
 
-def bicubic(pieces: Iterable[Pixels], shape: Sequence[int], piece: int = AT_ONCE) -> Iterator[Pixels]:
+def bicubic(pieces: Iterable[Video], shape: Sequence[int], piece: int = AT_ONCE) -> Iterator[Video]:
     """A clip scaled down and up again: the loss of storing as few numbers as the latents have, without learning.
 
     Space: bicubic, antialiased on the way down. Time: means of frames on the way down, lines between them on the way

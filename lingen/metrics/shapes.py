@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Complex, Float, UInt8
 
-from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, parse
+from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, parse_caption
 
 EMPTY = 0.15
 """A clip whose farthest pixels lie closer to the background than this (RGB distance; white to black: 1.7) is empty."""
@@ -64,7 +64,7 @@ class Score:
         return [{"attribute": name, **asdict(getattr(self, name))} for name in ("colour", "shape", "motion", "all")]
 
 
-def score(clips: Sequence[UInt8[np.ndarray, "t h w 3"]], captions: Sequence[str]) -> Score:
+def score_clips(clips: Sequence[UInt8[np.ndarray, "t h w 3"]], captions: Sequence[str]) -> Score:
     """Judges each clip against its caption. A caption without a motion (an image's) is right with any.
 
     Raises:
@@ -75,7 +75,7 @@ def score(clips: Sequence[UInt8[np.ndarray, "t h w 3"]], captions: Sequence[str]
             f"A score needs clips and one caption for each, got {len(clips)} clips and {len(captions)} captions."
         )
     verdicts = [judge(clip) for clip in clips]
-    asked = [parse(caption) for caption in captions]
+    asked = [parse_caption(caption) for caption in captions]
     right = np.array(
         [
             [v.colour == a.colour, v.shape == a.shape, not v.empty and a.motion in (None, v.motion)]

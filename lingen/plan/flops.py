@@ -53,13 +53,15 @@ def forward_flops(
 def mixer_flops(
     component: str | Component, dim: int, layer: int, grid: Triple, sixteen_bit: bool = False, device: str = "cpu"
 ) -> dict[str, int]:
-    """FLOPs of a mixer's forward for one sample by part, see `by_part`."""
+    """FLOPs of a mixer's forward for one sample by part, see `flops_by_part`."""
     with torch.device("meta"):
         mixer = MIXERS.build(component, dim, layer)
-    return by_part(mixer, (1, *grid, dim), sixteen_bit, device)
+    return flops_by_part(mixer, (1, *grid, dim), sixteen_bit, device)
 
 
-def by_part(module: nn.Module, size: Sequence[int], sixteen_bit: bool = False, device: str = "cpu") -> dict[str, int]:
+def flops_by_part(
+    module: nn.Module, size: Sequence[int], sixteen_bit: bool = False, device: str = "cpu"
+) -> dict[str, int]:
     """FLOPs of a module on the meta device for an input of this size.
 
     Returns:
@@ -117,7 +119,7 @@ def _of_model(key: _Key, grid: Triple, text_tokens: tuple[int, ...], sixteen_bit
     whole = _totals(model, inputs, sixteen_bit, device)
     block, first = whole.get("blocks.0", 0), whole.get("blocks.0.mixer", 0)
     mixing = sum(
-        times * sum(by_part(mixer, (1, *grid, config.dim), sixteen_bit, device).values())
+        times * sum(flops_by_part(mixer, (1, *grid, config.dim), sixteen_bit, device).values())
         for mixer, times in mixers.values()
     )
     return whole[""] - block + config.depth * (block - first) + mixing

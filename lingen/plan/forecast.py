@@ -15,7 +15,7 @@ from lingen.recipe.sizes import grids_of, patch_of
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bfloat16 FLOP/s by the makers' data sheets, for the share of it that training reaches (MFU)."""
-TEXT_TOKENS = 256
+DEFAULT_TEXT_TOKENS = 256
 """Tokens of a text encoder that does not say `max_tokens` [ours]."""
 
 
@@ -140,6 +140,6 @@ def _flops(recipe: Recipe, grids: dict[str, Triple]) -> dict[str, float]:
     """Of a forward over one sample of each kind; without those that cannot be counted."""
     from lingen.plan.flops import forward_flops
 
-    text = [component.get("max_tokens") or TEXT_TOKENS for component in recipe.text]
+    text = [component.get("max_tokens") or DEFAULT_TEXT_TOKENS for component in recipe.text]
     counted = {kind: forward_flops(recipe.model, grid, text, *_where(recipe)) for kind, grid in grids.items()}
     return {kind: float(count) for kind, count in counted.items() if count is not None}

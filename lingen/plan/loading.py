@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lingen.plan.trial import Trial
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.layers import Layered, Problem
-from lingen.recipe.reading import Draft, Source, components_of, raise_all, read_draft, unknown_stage
+from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, read_draft, unknown_stage
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
 
@@ -56,7 +56,7 @@ class Curriculum(NamedTuple):
         return [self.stages[self.names.index(stage)]]
 
 
-def load_curriculum(recipe: str | Path | Source, overrides: Sequence[str] = ()) -> Curriculum:
+def load_curriculum(recipe: str | Path | RecipeText, overrides: Sequence[str] = ()) -> Curriculum:
     """Loads a recipe with all of its stages, as `load_recipe` does one.
 
     Args:
@@ -78,7 +78,7 @@ def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: 
     return _complete(draft)
 
 
-def load_recipe(recipe: str | Path | Source, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
+def load_recipe(recipe: str | Path | RecipeText, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
     """Loads a recipe with every default filled in; nothing that it names has to exist on disk.
 
     Strength: defaults < `extends` < recipe < stage < ``key=value`` < ``stages.NAME.key=value``. All stages are checked

@@ -14,10 +14,10 @@ from torch import Tensor
 from lingen.data import manifest
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
-from lingen.data.fingerprint import fingerprint, hash_weights
+from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.data.manifest import About, Row
 from lingen.data.order import digest
-from lingen.data.shards import parse
+from lingen.data.shards import parse_sample
 from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.errors import RecipeError
@@ -176,14 +176,14 @@ def caption(
                 progress(done, total)
             stream.commit()
         complete = own.finish()
-    return close_set(own, About(fingerprint(settings), settings), complete)
+    return close_set(own, About(hash_settings(settings), settings), complete)
 
 
 def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStream) -> None:
     try:
         with (folder / row.shard).open("rb") as file:
             file.seek(row.offset)
-            members = parse(file.read(row.length), row.key)
+            members = parse_sample(file.read(row.length), row.key)
         captions = captions_of(members) if row.captions and not captioner.how.replace else []
         if not captions:
             captions = captioner.describe(_frames(members, row, captioner.how.frames), digest("caption", row.key))

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lingen.data.captions import captions_of, checked
-from lingen.prepare.footage import EXTENSIONS, Source
+from lingen.data.captions import captions_of, clean_captions
+from lingen.prepare.footage import EXTENSIONS, MediaSource
 from lingen.recipe.errors import RecipeError
 
 MEDIA = frozenset(extension for extensions in EXTENSIONS.values() for extension in extensions)
@@ -36,17 +36,17 @@ class Captions:
         for key, caption in read_table(self.table) if self.table is not None else ():
             self._found.setdefault(_plain(key), []).extend(caption if isinstance(caption, list) else [caption])
 
-    def of(self, source: Source) -> list[str]:
+    def of(self, source: MediaSource) -> list[str]:
         """At least one caption; errors as for `captions_of`."""
         if source.key in self._found:
             try:
-                return checked(self._found[source.key])
+                return clean_captions(self._found[source.key])
             except UnicodeError as error:
                 raise ValueError("caption is not UTF-8") from error
         beside = {name: source.path.with_suffix(f".{name}") for name in ("json", "txt")}
         return captions_of({name: path.read_bytes() for name, path in beside.items() if path.is_file()})
 
-    def unused(self, sources: Iterable[Source]) -> list[str]:
+    def unused(self, sources: Iterable[MediaSource]) -> list[str]:
         """Keys of the table that none of the sources has. RecipeError where that is all of them."""
         keys = {source.key for source in sources}
         left = [key for key in self._found if key not in keys]

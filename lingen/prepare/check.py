@@ -11,7 +11,7 @@ from lingen.data import manifest
 from lingen.data.batch import Drop
 from lingen.data.captions import captions_of
 from lingen.data.manifest import ManifestError, Row, media_hash
-from lingen.data.shards import parse, scan
+from lingen.data.shards import parse_sample, scan_shard
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
@@ -20,7 +20,7 @@ Depth = Literal["quick", "full", "decode"]
 """Depths of a check: headers and manifest; also every byte; also every frame."""
 
 
-class Job(NamedTuple):
+class CheckJob(NamedTuple):
     """A shard to check."""
 
     path: Path
@@ -66,11 +66,11 @@ def check_folders(
     return Checked(samples, faults)
 
 
-def _crashed(job: Job) -> Checked:
+def _crashed(job: CheckJob) -> Checked:
     return Checked(0, [Drop(job.path.name, "unreadable shard: the process that read it ended")])
 
 
-def _jobs(folder: Path, depth: Depth) -> tuple[list[Job], list[Drop]]:
+def _jobs(folder: Path, depth: Depth) -> tuple[list[CheckJob], list[Drop]]:
     paths = {path.name: path for path in sorted(folder.glob("*.tar"))}
     if not folder.is_dir() or not paths:
         raise RecipeError(f"'{folder}' is no folder that holds tar files. Correct the path.")
@@ -88,10 +88,12 @@ def _jobs(folder: Path, depth: Depth) -> tuple[list[Job], list[Drop]]:
     ledger = folder / LEDGER
     left = json.loads(ledger.read_text()).get("not_in_manifest", []) if ledger.is_file() else []
     out = frozenset(left)
-    return [Job(path, rows[name] if rows is not None else None, out, depth) for name, path in paths.items()], faults
+    return [
+        CheckJob(path, rows[name] if rows is not None else None, out, depth) for name, path in paths.items()
+    ], faults
 
 
-def check_shard(job: Job) -> Checked:
+def check_shard(job: CheckJob) -> Checked:
     """Checks one shard; faults name ``shard:key`` and what is wrong."""
     try:
         samples = 0
@@ -99,7 +101,7 @@ def check_shard(job: Job) -> Checked:
         known = {row.key: row for row in job.rows or ()}
         seen: set[str] = set()
         with job.path.open("rb") as file:
-            for entry in scan(job.path):
+            for entry in scan_shard(job.path):
                 where = f"{job.path.name}:{entry.key}" if entry.key else job.path.name
                 samples += bool(entry.key)
                 row = known.get(entry.key)
@@ -133,7 +135,7 @@ def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator
     """Reads a sample as training would; decodes it where the manifest holds no hash of it, or where that is asked
     for."""
     try:
-        members = parse(data, key)
+        members = parse_sample(data, key)
         captions = captions_of(members)
         if row is not None:
             if row.captions and (row.captions, row.caption_length) != (len(captions), len(captions[0])):
@@ -150,14 +152,14 @@ def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator
 def _decode(members: dict[str, bytes], row: Row | None) -> None:
     """Decodes every frame. ValueError where one cannot be."""
     from lingen.data.decode import decode_sample
-    from lingen.data.latents import LATENTS, read_latents, read_text
-    from lingen.prepare.index import describe
+    from lingen.data.latents import LATENTS_NPY, read_sample_latents, read_text
+    from lingen.prepare.index import describe_sample
 
-    if LATENTS in members:
-        read_latents(members)
+    if LATENTS_NPY in members:
+        read_sample_latents(members)
         read_text(members, len(captions_of(members)))
         return
-    told = describe(members)
+    told = describe_sample(members)
     frames, fps = told["frames"], told["fps"] or 1.0
     decode_sample(members, told["kind"], frames=frames, size=(16, 16), fps=fps, start=0.0)
     if row is not None and row.frames and row.frames != frames:

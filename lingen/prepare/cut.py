@@ -24,14 +24,14 @@ from lingen.prepare.filters import (
     BLACK_FRAME,
     LOOKS,
     Filters,
-    Verdict,
+    Rejection,
     judge_clip,
     judge_film,
     judge_size,
     looks_of,
     motion_of,
 )
-from lingen.prepare.footage import Source, read_frames, sample_key
+from lingen.prepare.footage import MediaSource, read_frames, sample_key
 from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
 
 CRF = 18
@@ -41,7 +41,7 @@ KEY_SECONDS = 1.0
 OUTCOME = "__outcome__.json"
 
 
-class Wanted(NamedTuple):
+class ClipRequirements(NamedTuple):
     """The sizes, frame rate and lengths that the stages of a recipe ask for."""
 
     sizes: tuple[tuple[tuple[int, int], ...], ...]
@@ -53,20 +53,20 @@ class Wanted(NamedTuple):
     """Frames of a clip, at `fps`, longest first; empty where no stage wants clips."""
 
 
-class Job(NamedTuple):
+class CutJob(NamedTuple):
     """A source and everything that making its samples depends on."""
 
-    source: Source
+    source: MediaSource
     captions: list[str]
     fault: str
     """``reason: detail`` where the captions alone leave it out."""
-    wanted: Wanted
+    wanted: ClipRequirements
     filters: Filters
     out: Path
     """A tar file that the samples go to, and the outcome as its last member; it appears whole."""
 
 
-class Made(NamedTuple):
+class WrittenSample(NamedTuple):
     """A sample that was written to the tar."""
 
     key: str
@@ -79,21 +79,21 @@ class Made(NamedTuple):
     looks: tuple[int, ...]
 
 
-class Outcome(NamedTuple):
+class CutResult(NamedTuple):
     """The samples made of a source, and what was dropped."""
 
-    samples: list[Made]
+    samples: list[WrittenSample]
     drops: list[tuple[str, str]]
     """(the source's key, or a clip's, and ``reason: detail``)"""
 
 
-def make_samples(job: Job) -> Outcome:
+def make_samples(job: CutJob) -> CutResult:
     """Makes the samples of a source and writes them to ``job.out``, unless an earlier run has done so."""
     if job.fault:
-        return Outcome([], [(job.source.key, job.fault)])
+        return CutResult([], [(job.source.key, job.fault)])
     if job.out.is_file():
         return read_outcome(job.out)
-    outcome = Outcome([], [])
+    outcome = CutResult([], [])
     with whole_file(job.out, durable=False) as partial, tarfile.open(partial, "w") as tar:
         for made, media, about in _make(job, outcome.drops):
             _add(tar, f"{made.key}.{made.media}", media)
@@ -103,11 +103,11 @@ def make_samples(job: Job) -> Outcome:
     return outcome
 
 
-Sample = tuple[Made, bytes, dict[str, Any]]
+SampleFiles = tuple[WrittenSample, bytes, dict[str, Any]]
 """A sample, its media, and its JSON."""
 
 
-def _make(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
+def _make(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
     try:
         yield from (_film if job.source.kind == "video" else _picture)(job, drops)
     except (ValueError, av.FFmpegError, OSError, MemoryError) as error:
@@ -115,12 +115,12 @@ def _make(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
         drops.append((job.source.key, str(error) if told else f"unreadable: {error}"))
 
 
-def read_outcome(path: Path) -> Outcome:
+def read_outcome(path: Path) -> CutResult:
     """The outcome that `make_samples` stored in this file."""
     with tarfile.open(path) as tar:
         held = json.loads(tar.extractfile(OUTCOME).read())  # type: ignore[union-attr]
-    samples = [Made(*made)._replace(looks=tuple(made[-1])) for made in held[0]]
-    return Outcome(samples, [(name, reason) for name, reason in held[1]])
+    samples = [WrittenSample(*made)._replace(looks=tuple(made[-1])) for made in held[0]]
+    return CutResult(samples, [(name, reason) for name, reason in held[1]])
 
 
 def read_samples(path: Path) -> Iterator[dict[str, bytes]]:
@@ -140,7 +140,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 # films
 
 
-def _film(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
+def _film(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
     """The pieces of a film that no filter leaves out. The film is decoded twice, to measure it and to cut it."""
     track = follow(read_frames(job.source.path))
     verdict = judge_film(track, job.filters)
@@ -165,10 +165,10 @@ def _film(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
         start = float(track.times[first])
         about = _about(job) | {"start": round(start, 3), "seconds": round(len(frames) / fps, 3)}
         about |= {"motion": round(motion, 4), "jerk": round(jerk, 4)}
-        yield Made(key, "mp4", *size, len(frames), fps, looks_of(track, first, end)), media, about
+        yield WrittenSample(key, "mp4", *size, len(frames), fps, looks_of(track, first, end)), media, about
 
 
-def _pieces(job: Job, track: Track, fps: float, drops: list[tuple[str, str]]) -> Iterator[Int[np.ndarray, " t"]]:
+def _pieces(job: CutJob, track: Track, fps: float, drops: list[tuple[str, str]]) -> Iterator[Int[np.ndarray, " t"]]:
     """Of each piece of each shot, which source frames show it at `fps`; repeats where the film has fewer."""
     bounds = [0, *track.cuts, len(track.times)]
     for first, end in itertools.pairwise(bounds):
@@ -228,7 +228,7 @@ class _Reel:
 # pictures
 
 
-def _picture(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
+def _picture(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
     """The picture, its own bytes where it need not be scaled down."""
     data = job.source.path.read_bytes()
     picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
@@ -240,17 +240,17 @@ def _picture(job: Job, drops: list[tuple[str, str]]) -> Iterator[Sample]:
     black = float((grey > BLACK).mean()) < BLACK_FRAME
     verdict = judge_size((height, width), job.filters)
     if verdict is None and black and job.filters.black is not None:
-        verdict = Verdict("black", "the picture")
+        verdict = Rejection("black", "the picture")
     if verdict is not None:
         drops.append((job.source.key, str(verdict)))
         return
     media = job.source.path.suffix.lower().removeprefix(".")
     if size != (height, width):
         media, data = "webp", encode_webp(fit_picture(upright, size), quality=95)
-    yield Made(sample_key(job.source.key), media, *size, 1, 0.0, (look(grey),) * LOOKS), data, _about(job)
+    yield WrittenSample(sample_key(job.source.key), media, *size, 1, 0.0, (look(grey),) * LOOKS), data, _about(job)
 
 
-def _about(job: Job) -> dict[str, Any]:
+def _about(job: CutJob) -> dict[str, Any]:
     """The sample's JSON: its captions, and where it comes from."""
     named = {"caption": job.captions[0]} if len(job.captions) == 1 else {"captions": job.captions}
     return (named if job.captions else {}) | {"source": f"{job.source.folder}/{job.source.key}"}

@@ -20,11 +20,11 @@ from lingen.data.buckets import Shape
 from lingen.data.captions import captions_of
 from lingen.data.datamodule import ClipData, as_it_is
 from lingen.data.decode import decode_sample
-from lingen.data.fingerprint import differences, fingerprint, frozen_settings
+from lingen.data.fingerprint import differences, frozen_settings, hash_settings
 from lingen.data.index import Index
-from lingen.data.latents import LATENTS
+from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import About, Row, media_hash
-from lingen.data.shards import parse
+from lingen.data.shards import parse_sample
 from lingen.data.sources import Reader
 from lingen.prepare.encoders import Encoders
 from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
@@ -51,7 +51,7 @@ class Task(NamedTuple):
         return f"{self.samples.key(self.number)}-{self.shape}-{self.window:02d}"
 
 
-class Loaded(NamedTuple):
+class LoadedClip(NamedTuple):
     """A clip before it is encoded."""
 
     pixels: Tensor
@@ -97,7 +97,7 @@ def _windows(index: Index, number: int, shape: Shape, fps: float) -> int:
     return max(1, int(record["frames"] / float(record["fps"]) * fps + 1e-3) // shape.frames)
 
 
-class _Clips(Dataset[Loaded]):
+class _Clips(Dataset[LoadedClip]):
     """Decodes the clips of tasks; what cannot be used comes with its reason."""
 
     def __init__(self, tasks: list[Task], recipe: Recipe):
@@ -109,15 +109,15 @@ class _Clips(Dataset[Loaded]):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, at: int) -> Loaded:
+    def __getitem__(self, at: int) -> LoadedClip:
         task = self.tasks[at]
         try:
             piece = self.readers[self.of[at]].get(task.number)
-            members = parse(piece.data, task.samples.key(task.number))
+            members = parse_sample(piece.data, task.samples.key(task.number))
             captions = captions_of(members)
-            return Loaded(_decode(members, task), captions)
+            return LoadedClip(_decode(members, task), captions)
         except (OSError, ValueError) as error:
-            return Loaded(torch.empty(0), [], str(error))
+            return LoadedClip(torch.empty(0), [], str(error))
 
 
 def _decode(members: dict[str, bytes], task: Task) -> Tensor:
@@ -143,7 +143,7 @@ class Encoding(NamedTuple):
     """The held-out shards instead of the training shards."""
 
 
-def encode(
+def encode_shards(
     stages: Sequence[Recipe], out: Path, how: Encoding, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
     """Encodes this part of what the stages train on; writes the manifest once all parts are done.
@@ -173,7 +173,7 @@ def encode(
                 progress(done, total)
             stream.commit()
         complete = folder.finish()
-    return close_set(folder, About(fingerprint(settings), settings), complete)
+    return close_set(folder, About(hash_settings(settings), settings), complete)
 
 
 def _common(stages: Sequence[Recipe]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _common(stages: Sequence[Recipe]) -> dict[str, Any]:
     return first
 
 
-Group = list[tuple[Task, Loaded]]
+Group = list[tuple[Task, LoadedClip]]
 
 
 def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iterator[Group]:
@@ -228,7 +228,7 @@ def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None
         frames, height, width = task.shape
         row = Row(
             task.key, "", 0, 0, "latents", height, width, frames, task.fps, len(loaded.captions),
-            len(loaded.captions[0]), LATENTS, media_hash(members[LATENTS]), task.samples.source(task.number),
+            len(loaded.captions[0]), LATENTS_NPY, media_hash(members[LATENTS_NPY]), task.samples.source(task.number),
         )  # fmt: skip
         stream.note([Note(task.key)])  # before the sample is written: both belong to one record
         stream.write({"__key__": task.key, **members}, row)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lingen.data.latents import LATENTS, TEXT
+from lingen.data.latents import LATENTS_NPY, TEXT
 from lingen.frozen import check_ready, is_trained
 from lingen.media import as_floats
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe
 from lingen.text import TextEncoder, with_frame_rate
 
-PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
+STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class Encoders:
@@ -27,13 +27,13 @@ class Encoders:
     Args:
         recipe: any of the stages.
         device: where they run.
-        precision: of what is kept, one of `PRECISIONS`; half is enough for latents of a spread near 1 (ours).
+        precision: of what is kept, one of `STORED_DTYPES`; half is enough for latents of a spread near 1 (ours).
     Raises:
         RecipeError: a part lacks something; all of them are named.
     """
 
     def __init__(self, recipe: Recipe, device: str, precision: str):
-        self.dtype = PRECISIONS[precision]
+        self.dtype = STORED_DTYPES[precision]
         self.prefix = recipe.data.fps_prefix
         self.device = torch.device(device)
         self.autoencoder = AUTOENCODERS.build(recipe.autoencoder)
@@ -83,7 +83,11 @@ class Encoders:
         about["null"] = {str(number): len(nothing) for number, nothing in null.items()}
         told = {number: torch.cat([*each, null[number]]) for number, each in tokens.items()}
         text = {TEXT.format(number): self._npy(each, "text") for number, each in told.items()}
-        return {LATENTS: self._npy(latents, "latents"), **text, "json": json.dumps(about, ensure_ascii=False).encode()}
+        return {
+            LATENTS_NPY: self._npy(latents, "latents"),
+            **text,
+            "json": json.dumps(about, ensure_ascii=False).encode(),
+        }
 
     def _npy(self, tensor: Tensor, what: str) -> bytes:
         tensor = tensor.to(self.dtype).cpu().contiguous()

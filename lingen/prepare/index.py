@@ -14,7 +14,7 @@ from lingen.data.captions import captions_of
 from lingen.data.frames import opened_video
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.pictures import open_picture, reported, webp_size, webp_times
-from lingen.data.shards import parse, scan
+from lingen.data.shards import parse_sample, scan_shard
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
 
@@ -73,14 +73,14 @@ def index_shard(path: Path) -> tuple[list[Row], list[Drop]]:
     drops: list[Drop] = []
     try:
         with path.open("rb") as file:
-            for entry in scan(path):
+            for entry in scan_shard(path):
                 where = f"{path.name}:{entry.key}" if entry.key else path.name
                 try:
                     if entry.fault:
                         raise ValueError(entry.fault)
                     file.seek(entry.start)
-                    members = parse(file.read(entry.end - entry.start), entry.key)
-                    row = Row(entry.key, path.name, entry.start, entry.end - entry.start, **describe(members))
+                    members = parse_sample(file.read(entry.end - entry.start), entry.key)
+                    row = Row(entry.key, path.name, entry.start, entry.end - entry.start, **describe_sample(members))
                     rows.append(row._replace(source=path.parent.name))
                 except ValueError as error:
                     drops.append(Drop(where, str(error)))
@@ -89,7 +89,7 @@ def index_shard(path: Path) -> tuple[list[Row], list[Drop]]:
     return rows, drops
 
 
-def describe(members: dict[str, bytes]) -> dict[str, Any]:
+def describe_sample(members: dict[str, bytes]) -> dict[str, Any]:
     """What a row of a manifest says of a sample, but for where it lies. ValueError where it cannot be used."""
     suffix = next((suffix for suffix in SUFFIXES if suffix in members), None)
     if suffix is None:

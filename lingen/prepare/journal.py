@@ -42,7 +42,7 @@ class Part(NamedTuple):
         return f"{self.number:03d}-of-{self.total:03d}"
 
 
-def part_of(text: str | None) -> Part:
+def parse_part(text: str | None) -> Part:
     """``3/64`` -> the third of 64. RecipeError for anything else."""
     if text is None:
         return Part()
@@ -64,7 +64,7 @@ class Note(NamedTuple):
     """``reason: detail`` of what was left out; empty: used."""
 
 
-class Entry(NamedTuple):
+class JournalEntry(NamedTuple):
     """A sample in a shard."""
 
     row: Row
@@ -75,7 +75,7 @@ class Entry(NamedTuple):
 class Record(NamedTuple):
     """A shard, and the outcome of everything since the shard before. A record without `entries` has no shard."""
 
-    entries: list[Entry]
+    entries: list[JournalEntry]
     notes: list[Note]
 
 
@@ -176,7 +176,7 @@ def _records(folder: Path, kind: str) -> Iterator[Record]:
 
 def read_record(path: Path) -> Record:
     held = json.loads(path.read_text(encoding="utf-8"))
-    entries = [Entry(Row(*row), tuple(looks)) for row, looks in held["entries"]]
+    entries = [JournalEntry(Row(*row), tuple(looks)) for row, looks in held["entries"]]
     return Record(entries, [Note(*note) for note in held["notes"]])
 
 
@@ -228,7 +228,7 @@ class ShardStream:
         """Everything that earlier runs are done with."""
         return {note.name for record in self.committed for note in record.notes if not note.reason}
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[JournalEntry]:
         """The samples in the shards of earlier runs."""
         return (entry for record in self.committed for entry in record.entries)
 
@@ -247,7 +247,7 @@ class ShardStream:
         row = row._replace(
             shard=self._shard(self._stem).name, offset=start, length=end - start - -len(sample[last]) % 512
         )
-        self._record.entries.append(Entry(row, looks))
+        self._record.entries.append(JournalEntry(row, looks))
         if end >= self.limit:
             self.commit()
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.data.captions import NO_CAPTION
-from lingen.data.fingerprint import fingerprint
+from lingen.data.fingerprint import hash_settings
 from lingen.data.manifest import About, Row, media_hash
 from lingen.prepare.captions import Captions
-from lingen.prepare.cut import Job, Made, Outcome, Wanted, make_samples, read_samples
+from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, WrittenSample, make_samples, read_samples
 from lingen.prepare.filters import Duplicates, Filters
-from lingen.prepare.footage import Source, find_sources
-from lingen.prepare.journal import Entry, Note, Part, Record, SetFolder, ShardStream
+from lingen.prepare.footage import MediaSource, find_sources
+from lingen.prepare.journal import JournalEntry, Note, Part, Record, SetFolder, ShardStream
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
@@ -27,9 +27,9 @@ from lingen.recipe.sections import KINDS, Recipe
 class Packing(NamedTuple):
     """What to pack, and how."""
 
-    sources: list[Source]
+    sources: list[MediaSource]
     captions: Captions
-    wanted: Wanted
+    wanted: ClipRequirements
     filters: Filters
     part: Part = Part()
     processes: int = 0
@@ -50,17 +50,17 @@ class Packing(NamedTuple):
         }
 
 
-def wanted_by(stages: Sequence[Recipe]) -> Wanted:
+def wanted_by(stages: Sequence[Recipe]) -> ClipRequirements:
     """The sizes of all stages, their largest frame rate, and each length of a clip, in frames at that rate."""
     data = [stage.data for stage in stages]
     fps = max(one.fps for one in data)
     seconds = {frames / one.fps for one in data if one.mix.video for frames in (one.frames, *one.lengths)}
     lengths = sorted({math.ceil(length * fps - 1e-6) for length in seconds}, reverse=True)
     groups = [tuple((height, width) for height, width in dict.fromkeys([one.size, *one.sizes])) for one in data]
-    return Wanted(tuple(dict.fromkeys(groups)), fps, tuple(lengths))
+    return ClipRequirements(tuple(dict.fromkeys(groups)), fps, tuple(lengths))
 
 
-def filters_for(wanted: Wanted, given: dict[str, Any]) -> Filters:
+def filters_for(wanted: ClipRequirements, given: dict[str, Any]) -> Filters:
     """Fills in limits that were not given, from the wanted sizes: nothing is enlarged, no frame is repeated.
 
     Raises:
@@ -70,7 +70,9 @@ def filters_for(wanted: Wanted, given: dict[str, Any]) -> Filters:
     return Filters(**{"min_side": side, "min_fps": round(0.99 * wanted.fps, 3), **given})
 
 
-def find_footage(videos: Sequence[str | Path], images: Sequence[str | Path], wanted: Wanted) -> list[Source]:
+def find_footage(
+    videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements
+) -> list[MediaSource]:
     """All files of the folders. RecipeError where none are named, or where no stage wants what they hold."""
     if not videos and not images:
         raise RecipeError("Say where the footage is: --videos DIR, --images DIR, or both.")
@@ -108,7 +110,7 @@ def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda 
     return Report(folder.own_records())
 
 
-def _pack_kind(job: Packing, sources: list[Source], stream: ShardStream) -> Iterator[Source]:
+def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) -> Iterator[MediaSource]:
     """Processes the sources that no earlier run has processed; yields every source, those of earlier runs too."""
     finished = stream.names()
     written: set[str] = set()
@@ -134,7 +136,7 @@ def _pack_kind(job: Packing, sources: list[Source], stream: ShardStream) -> Iter
         yield one.source
 
 
-def _job(job: Packing, source: Source, stream: ShardStream) -> Job:
+def _job(job: Packing, source: MediaSource, stream: ShardStream) -> CutJob:
     captions: list[str] = []
     fault = ""
     try:
@@ -142,14 +144,14 @@ def _job(job: Packing, source: Source, stream: ShardStream) -> Job:
     except (ValueError, OSError) as error:
         fault = "" if str(error) == NO_CAPTION and job.keep_uncaptioned else str(error)
     told = hashlib.blake2b(json.dumps([source.key, captions]).encode(), digest_size=8).hexdigest()
-    return Job(source, captions, fault, job.wanted, job.filters, stream.folder.work / f"{stream.kind}-{told}.tar")
+    return CutJob(source, captions, fault, job.wanted, job.filters, stream.folder.work / f"{stream.kind}-{told}.tar")
 
 
-def _crashed(one: Job) -> Outcome:
-    return Outcome([], [(one.source.key, "unreadable: it ended the process that decoded it")])
+def _crashed(one: CutJob) -> CutResult:
+    return CutResult([], [(one.source.key, "unreadable: it ended the process that decoded it")])
 
 
-def _row(made: Made, one: Job, media: bytes) -> Row:
+def _row(made: WrittenSample, one: CutJob, media: bytes) -> Row:
     return Row(
         made.key, "", 0, 0, one.source.kind, made.height, made.width, made.frames, made.fps,
         len(one.captions), len(one.captions[0]) if one.captions else 0, made.media, media_hash(media),
@@ -167,7 +169,7 @@ def finish(folder: SetFolder, job: Packing, notes: list[Note]) -> Report:
     for kind in KINDS:
         seen = Duplicates(job.filters.duplicates if job.part.total > 1 else None)
         for record in folder.all_records(kind):
-            kept: list[Entry] = []
+            kept: list[JournalEntry] = []
             for entry in record.entries:
                 twin = seen.find(entry.looks)
                 if twin is None:
@@ -180,6 +182,6 @@ def finish(folder: SetFolder, job: Packing, notes: list[Note]) -> Report:
             report.add(Record(kept, record.notes))
     report.add(Record([], notes))
     write_set(
-        folder, rows, About(fingerprint(job.settings), job.settings), {**report.as_json(), "not_in_manifest": twins}
+        folder, rows, About(hash_settings(job.settings), job.settings), {**report.as_json(), "not_in_manifest": twins}
     )
     return report

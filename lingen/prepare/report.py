@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lingen.data import manifest
+from lingen.data.ledger import NAMED
 from lingen.data.manifest import About, Row
 from lingen.files import write_json
 from lingen.prepare.journal import Record, SetFolder
@@ -14,8 +15,6 @@ from lingen.recipe.sections import KINDS
 
 LEDGER = "ledger.json"
 """Name of the report in the folder of a set."""
-NAMED = 20
-"""Left out ones that are kept by name for each reason; all are counted, and all are in the records."""
 
 
 class Report:

@@ -36,7 +36,7 @@ class Stats(NamedTuple):
     measures: list[Measure]
 
 
-def measure(folders: Sequence[Path]) -> Stats:
+def measure_folders(folders: Sequence[Path]) -> Stats:
     """Reads the manifests of the folders. RecipeError where one has none."""
     columns: dict[str, list[np.ndarray]] = {}
     for folder in folders:
@@ -120,7 +120,7 @@ def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Pat
     return [(folder, row) for of_kind in ordered for _, folder, row in of_kind]
 
 
-def contact_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int = 0) -> Path | None:
+def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int = 0) -> Path | None:
     """Some samples to look at: a row of frames for each clip, eight pictures in a row. None where there are none.
 
     What cannot be decoded is black, with the reason above it.
@@ -141,7 +141,7 @@ def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:
     """Small frames [t h w 3], and a line: the key, its measures, the caption."""
     from lingen.data.captions import captions_of
     from lingen.data.decode import decode_sample
-    from lingen.data.shards import parse
+    from lingen.data.shards import parse_sample
 
     moving = row.kind == "video" and row.width
     size = (96, max(16, round(96 * row.width / max(1, row.height)))) if moving else (96, 96)
@@ -150,7 +150,7 @@ def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:
     try:
         with (folder / row.shard).open("rb") as file:
             file.seek(row.offset)
-            members = parse(file.read(row.length), row.key)
+            members = parse_sample(file.read(row.length), row.key)
         frames, fps = (row.frames, row.fps) if row.kind == "video" else (1, 1.0)
         pixels = decode_sample(members, row.kind, frames=frames, size=size, fps=fps, start=0.0).pixels
         caption = captions_of(members)[0] if row.captions else "no caption yet"

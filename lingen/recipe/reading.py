@@ -28,7 +28,7 @@ COMPONENTS: dict[Path, Registry] = {
 NOT_IN_A_STAGE = ("name", "stage", "stages", "extends")
 
 
-class Source(NamedTuple):
+class RecipeText(NamedTuple):
     """A recipe's text, and what is known of it beside."""
 
     text: str
@@ -58,9 +58,9 @@ def shipped_recipes() -> dict[str, File]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def read_draft(recipe: str | File | Source, overrides: Sequence[str] = ()) -> Draft:
+def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -> Draft:
     """Reads and merges: defaults < `extends` < recipe < stage < command line. RecipeError with every mistake found."""
-    base = _read(recipe if isinstance(recipe, Source) else _find(recipe, File()), None)
+    base = _read(recipe if isinstance(recipe, RecipeText) else _find(recipe, File()), None)
     problems: list[Problem] = []
     plain, of_stage = _read_overrides(overrides, problems)
     stages = base.pop("stages")
@@ -126,7 +126,7 @@ def _spell_out_word(layered: Layered, path: Path, word: Any) -> None:
         layered.origins[(*path, "name")] = origin
 
 
-def _find(recipe: str | File, folder: File) -> Source:
+def _find(recipe: str | File, folder: File) -> RecipeText:
     """A recipe by its name, or by its path from a folder. RecipeError where there is none, or it cannot be read."""
     file = folder / recipe
     shipped = shipped_recipes()
@@ -140,10 +140,10 @@ def _find(recipe: str | File, folder: File) -> Source:
     raise RecipeError(f"There is no recipe called '{name}'.{did_you_mean(name, shipped)} Known: {', '.join(shipped)}.")
 
 
-def _read_file(file: File) -> Source:
+def _read_file(file: File) -> RecipeText:
     shown = _shown(file)
     try:
-        return Source(file.read_text(encoding="utf-8"), shown, file.stem, file.parent)
+        return RecipeText(file.read_text(encoding="utf-8"), shown, file.stem, file.parent)
     except UnicodeDecodeError:
         raise RecipeError(str(Problem(shown, "This is not a text file in UTF-8."))) from None
     except OSError as error:
@@ -156,7 +156,7 @@ def _shown(file: File) -> str:
     return str(file) if relative.startswith("..") else relative
 
 
-def _read(source: Source, child: str | None) -> Layered:
+def _read(source: RecipeText, child: str | None) -> Layered:
     """A recipe over the one that it extends over the defaults. `child` is where another one extends this one."""
     shown = source.shown
     layer, problems = read_yaml(source.text, shown)

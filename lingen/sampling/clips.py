@@ -131,7 +131,7 @@ Tokens = tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]]
 
 
 @dataclass(frozen=True)
-class Words:
+class EncodedPrompts:
     """Prompts, encoded: of each text encoder tokens [b n w] and their mask [b n]."""
 
     count: int
@@ -140,14 +140,14 @@ class Words:
     """Tokens and mask of no text, for each text encoder."""
     text: list[Tokens]
 
-    def rows(self, rows: slice) -> Words:
+    def rows(self, rows: slice) -> EncodedPrompts:
         """The encoded prompts of these rows."""
         null, text = ([(tokens[rows], mask[rows]) for tokens, mask in each] for each in (self.null, self.text))
-        return Words(len(range(self.count)[rows]), null, text)
+        return EncodedPrompts(len(range(self.count)[rows]), null, text)
 
 
 @torch.no_grad()
-def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize) -> Words:
+def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize) -> EncodedPrompts:
     """Encodes prompts with one text encoder after the other. A frozen one is freed before the next is read: memory must
     hold the largest of them, not their sum."""
     fps = clip.fps if clip.frames > 1 else 0.0
@@ -157,10 +157,12 @@ def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize)
         text.append(module.encode_with(number, list(prompts), fps))
         if hasattr(encoder, "release"):
             cast(Any, encoder).release()
-    return Words(len(prompts), null, text)
+    return EncodedPrompts(len(prompts), null, text)
 
 
-def encode_and_place(module: LinGenModule, prompts: Sequence[str], clip: ClipSize, device: torch.device) -> Words:
+def encode_and_place(
+    module: LinGenModule, prompts: Sequence[str], clip: ClipSize, device: torch.device
+) -> EncodedPrompts:
     """Encodes prompts on the device and then moves the denoiser there, so that both need not fit at once.
 
     Raises:
@@ -176,7 +178,7 @@ def encode_and_place(module: LinGenModule, prompts: Sequence[str], clip: ClipSiz
 @torch.no_grad()
 def sample_latents(
     module: LinGenModule,
-    words: Words,
+    words: EncodedPrompts,
     clip: ClipSize,
     settings: SampleConfig,
     *,
@@ -196,7 +198,9 @@ def sample_latents(
     times = flow.schedule(settings.steps, settings.schedule, settings.emulated_steps, shift)
     warn_untrained(module, times, shift)
     slots = torch.arange(first, first + words.count)
-    noise = flow.draw(shape, slots, (settings.seed, "sample"), module.recipe.time, shift).noise.to(module.device)
+    noise = flow.sample_draws(shape, slots, (settings.seed, "sample"), module.recipe.time, shift).noise.to(
+        module.device
+    )
     null, text = tuple(words.null), tuple(words.text)
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
     tokens = words.count * math.prod(module.model.grid_of(shape[1:]))

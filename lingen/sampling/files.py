@@ -72,7 +72,7 @@ def sample_to_files(
             "stage": module.recipe.stage,
         }
         kept = save_latents(
-            path.with_suffix(LATENTS),
+            path.with_suffix(LATENTS_SUFFIX),
             latents[0],
             module.recipe.autoencoder,
             clip.frames,
@@ -83,11 +83,11 @@ def sample_to_files(
         yield decode_file(kept, path)
 
 
-LATENTS = ".latents.safetensors"
-FORMAT = "lingen-latents"
+LATENTS_SUFFIX = ".latents.safetensors"
+LATENTS_FORMAT = "lingen-latents"
 
 
-def clip_paths(out: str | Path, count: int, beside: Sequence[str] = (".png", LATENTS)) -> list[Path]:
+def clip_paths(out: str | Path, count: int, beside: Sequence[str] = (".png", LATENTS_SUFFIX)) -> list[Path]:
     """The MP4 of each of `count` clips: ``x.mp4`` for a single one, else ``x-00.mp4``, ``x-01.mp4``, ...
 
     Args:
@@ -116,7 +116,7 @@ def save_latents(
     """Writes latents [c t h w] with everything that decoding needs to know; `decoding`: the arguments of
     `decode_frames` behind the frames."""
     metadata = {
-        "format": FORMAT,
+        "format": LATENTS_FORMAT,
         "autoencoder": autoencoder,
         "frames": frames,
         "fps": fps,
@@ -159,9 +159,9 @@ def read_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != json.dumps(FORMAT):
+            if metadata.get("format") != json.dumps(LATENTS_FORMAT):
                 what = "weights, not" if metadata.get("format") == "lingen" else "no"
-                raise RecipeError(f"{path} holds {what} latents of `lingen sample`; those end with {LATENTS}.")
+                raise RecipeError(f"{path} holds {what} latents of `lingen sample`; those end with {LATENTS_SUFFIX}.")
             return file.get_tensor("latents"), {name: json.loads(value) for name, value in metadata.items()}
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{path} cannot be read as latents of `lingen sample`: {error}.") from error

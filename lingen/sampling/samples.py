@@ -88,12 +88,12 @@ def log_sheet(module: Trained, sheet: Path, step: int) -> None:
             logger.log_image(tag, [str(sheet)], step=step)
 
 
-def score(folder: RunFolder, recipe: Recipe) -> None:
+def score_samples(folder: RunFolder, recipe: Recipe) -> None:
     """Judges colour, shape and motion of clips sampled for held-out captions, and of real ones to measure the judge
     itself."""
     from lingen.data.synthetic import captions as captions_of
     from lingen.data.synthetic import held_out_clips
-    from lingen.metrics.shapes import score as judge
+    from lingen.metrics.shapes import score_clips as judge
 
     module = load_module(folder.weights(str(recipe.stage)), device=best_device())
     captions = list(itertools.islice(itertools.cycle(captions_of(recipe.score.split)), recipe.score.clips))

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 """Names of weights files, in the order in which transformers looks for them."""
 FILES_END = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 TORCH = (b"PK", b"\x80")
@@ -73,9 +78,9 @@ def names_file(path: str) -> bool:
 
 def weight_files(path: Path) -> list[Path]:
     """The one file of weights, or all that the index names. Lacking where there is neither."""
-    first = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    first = next((path / name for name in WEIGHTS_NAMES if (path / name).is_file()), None)
     if first is None:
-        raise Lacking(f"it holds no weights ({', '.join(WEIGHTS)})")
+        raise Lacking(f"it holds no weights ({', '.join(WEIGHTS_NAMES)})")
     if first.suffix != ".json":
         return [first]
     return [path / name for name in sorted(set(read_json(first).get("weight_map", {}).values()))]

@@ -19,10 +19,11 @@ from lingen.recipe.errors import RecipeError
 from lingen.text.folder import Lacking, names_file
 from lingen.text.quoted import quoted
 from lingen.text.rows import Cut
+from lingen.weights import DTYPES
 
 PathSetting = Annotated[str | None, IDENTITY, "the local folder that holds it; nothing is ever downloaded"]
 Dim = Annotated[int, AtLeast(1), IDENTITY, "width of a token, as the weights have it"]
-Tokens = Annotated[int, AtLeast(1), IDENTITY, "tokens that are read; the rest is cut, with a warning (ours)"]
+MaxTokens = Annotated[int, AtLeast(1), IDENTITY, "tokens that are read; the rest is cut, with a warning (ours)"]
 Precision = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
     IDENTITY,
@@ -38,11 +39,10 @@ BatchSetting = Annotated[
 
 REMEMBERED = 256 * 2**20
 """Bytes of an encoder's cache of tokens (ours): some 300 prompts of UL2, thousands of a small encoder."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @runtime_checkable
-class Reader(Protocol):
+class TextReader(Protocol):
     """A network in memory with its tokenizer; no nn.Module, so that it is never part of what is trained and saved."""
 
     width: int
@@ -81,7 +81,7 @@ class LocalEncoder(nn.Module, abc.ABC):
         self.precision, self.reads, self.device, self.batch = precision, read, device, batch
         self.cut = Cut(self.unit, max_tokens)
         self.register_buffer("place", torch.zeros(1), persistent=False)  # moves with the module, so it knows the device
-        self._reader: Reader | None = None
+        self._reader: TextReader | None = None
         self._opened: tuple[torch.device, torch.dtype] | None = None
         self._memory = Cache[tuple[torch.dtype, str], Tensor](REMEMBERED, attrgetter("nbytes"))
 
@@ -90,7 +90,7 @@ class LocalEncoder(nn.Module, abc.ABC):
         """Lacking where `path` does not hold what the settings need; reads no weights."""
 
     @abc.abstractmethod
-    def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> Reader:
+    def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> TextReader:
         """The network of this dtype on this device."""
 
     def missing(self) -> list[Missing]:
@@ -170,7 +170,7 @@ class LocalEncoder(nn.Module, abc.ABC):
             raise RecipeError(f"The text encoder '{self.name}' gives NaN or infinity in {told}: set precision=fp32.")
         self._memory.put((dtype, text), kept)
 
-    def _ready(self, device: torch.device, dtype: torch.dtype) -> Reader:
+    def _ready(self, device: torch.device, dtype: torch.dtype) -> TextReader:
         if self._reader is not None and self._opened == (device, dtype):
             return self._reader
         check_ready([self])
@@ -186,14 +186,14 @@ class LocalEncoder(nn.Module, abc.ABC):
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise RecipeError(f"The text encoder '{self.name}' cannot read {path}: {said}; {self._cure()}.") from error
         try:
-            check_settings(reader.width, self.dim, None, self.max_tokens, reader.special)
+            check_text_weights(reader.width, self.dim, None, self.max_tokens, reader.special)
         except Lacking as lacking:
             raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.") from lacking
         self._reader, self._opened = reader, (device, dtype)
         return reader
 
 
-def check_settings(found: int, dim: int, longest: int | None, max_tokens: int, special: int = 0) -> None:
+def check_text_weights(found: int, dim: int, longest: int | None, max_tokens: int, special: int = 0) -> None:
     """Lacking where the weights have another width (`found`), read at most `longest` tokens, or have `special` ones of
     their own and so no room for a text."""
     if max_tokens <= special:

@@ -14,7 +14,7 @@ from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.errors import did_you_mean
 from lingen.recipe.signature import checked
 from lingen.text.folder import Lacking, check_file, check_model, read_json
-from lingen.text.local import BatchSetting, Device, Dim, LocalEncoder, Precision, Read, check_settings
+from lingen.text.local import BatchSetting, Device, Dim, LocalEncoder, Precision, Read, check_text_weights
 from lingen.text.rows import Cut, padded
 from lingen.text.transformers_reader import load
 
@@ -68,7 +68,7 @@ class MetaCLIP(LocalEncoder):
             config = self._open_clip_config(path)
             width, longest = config["text_cfg"].get("width", 512), config["text_cfg"].get("context_length", 77)
             projection = config["embed_dim"]
-        check_settings(width, self.dim, longest, self.max_tokens, ClipReader.special)
+        check_text_weights(width, self.dim, longest, self.max_tokens, ClipReader.special)
         if self.pooled and projection != width:
             told = f"its pooled embedding is {projection} wide, its tokens {width}, so they make no sequence"
             raise Lacking(told, "set pooled=false in this text encoder")

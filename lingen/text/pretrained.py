@@ -15,11 +15,11 @@ from lingen.text.local import (
     Device,
     Dim,
     LocalEncoder,
+    MaxTokens,
     PathSetting,
     Precision,
     Read,
-    Tokens,
-    check_settings,
+    check_text_weights,
 )
 from lingen.text.transformers_reader import TransformersReader, load, load_tokenizer
 
@@ -39,7 +39,7 @@ class _T5Family(LocalEncoder):
         *,
         path: PathSetting = None,
         dim: Dim = 4096,
-        max_tokens: Tokens = 512,
+        max_tokens: MaxTokens = 512,
         precision: Precision = "auto",
         read: Read = "prompt",
         device: Device = "auto",
@@ -51,7 +51,7 @@ class _T5Family(LocalEncoder):
         config = check_model(path, T5_FAMILY, tokenizer=False)
         if not _reads_bytes(config):
             check_model(path, T5_FAMILY)
-        check_settings(config.get("d_model", 512), self.dim, None, self.max_tokens, special=1)
+        check_text_weights(config.get("d_model", 512), self.dim, None, self.max_tokens, special=1)
 
     def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> TransformersReader:
         import transformers
@@ -120,7 +120,7 @@ class Llama(LocalEncoder):
         layer: Annotated[
             int, IDENTITY, "whose states are read: -1 the last, after the final norm; 0 the embeddings"
         ] = -1,
-        max_tokens: Tokens = 256,
+        max_tokens: MaxTokens = 256,
         precision: Precision = "auto",
         read: Read = "prompt",
         device: Device = "auto",
@@ -155,7 +155,7 @@ class BERT(LocalEncoder):
         *,
         path: PathSetting = None,
         dim: Dim = 384,
-        max_tokens: Tokens = 256,
+        max_tokens: MaxTokens = 256,
         precision: Precision = "auto",
         read: Read = "prompt",
         device: Device = "auto",
@@ -181,4 +181,4 @@ def _check_fits(config: dict[str, Any], encoder: LocalEncoder, special: int) -> 
     if longest is not None and config["model_type"] in COUNTS_FROM_PADDING:
         longest -= config.get("pad_token_id", 1) + 1
     width = config.get("hidden_size", config.get("dim", encoder.dim))
-    check_settings(width, encoder.dim, longest, encoder.max_tokens, special)
+    check_text_weights(width, encoder.dim, longest, encoder.max_tokens, special)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lingen.data.fingerprint import fingerprint, hash_weights
+from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.files import cache_folder, write_json
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.sections import RewriteConfig
@@ -158,7 +158,7 @@ class _Kept:
 
     def __init__(self, settings: dict[str, Any]):
         self.settings = settings
-        self.folder = cache_folder() / "rewritten" / fingerprint(settings)
+        self.folder = cache_folder() / "rewritten" / hash_settings(settings)
 
     def get(self, prompt: str) -> str | None:
         try:

@@ -25,7 +25,7 @@ from lingen.training.base import Trained
 
 FRAMES_AT_ONCE = 8
 """Frames of a clip that validation passes to the perceptual distance at once."""
-MEASURED = 32
+STATISTICS_BATCHES = 32
 """Batches that the latents' mean and spread are measured on at the end of a stage."""
 
 
@@ -72,7 +72,7 @@ class AutoencoderModule(Trained):
         self.note(batch)
         clips = as_floats(batch.clips)
         mean, logvar = self.posterior(clips)
-        draws = flow.draw(mean.shape[1:], batch.slots, self._stream, self.recipe.time, 1.0)
+        draws = flow.sample_draws(mean.shape[1:], batch.slots, self._stream, self.recipe.time, 1.0)
         latents = mean + (0.5 * logvar).exp() * draws.noise.to(mean)
         video = self.reconstruct(latents, clips.shape[2])
 
@@ -225,7 +225,7 @@ class AutoencoderModule(Trained):
     def before_saving(self, data: ClipData) -> None:
         """Measures the latents of the averaged weights on the training batches that would come next."""
         with self.averaged_weights():
-            self.measure_latents(data.batches(self.global_step), MEASURED)
+            self.measure_latents(data.batches(self.global_step), STATISTICS_BATCHES)
 
     @torch.no_grad()
     def measure_latents(self, batches: Iterable[Batch], count: int) -> None:

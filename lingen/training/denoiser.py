@@ -20,7 +20,7 @@ from lingen.recipe.sections import Recipe
 from lingen.text import TextEncoder, replace_rows, with_frame_rate
 from lingen.training.base import Trained
 
-Tokens = Mapping[int, tuple[Tensor, Tensor]]
+TokensByEncoder = Mapping[int, tuple[Tensor, Tensor]]
 """Number of a text encoder -> tokens [b n w] and their mask [b n]."""
 TIME_BINS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Edges of the bins of the logged loss: narrow at low times, where clips are decided and training is sparse (ours)."""
@@ -66,8 +66,8 @@ class LinGenModule(Trained):
         self,
         captions: list[str],
         fps: float,
-        stored: Tokens = MappingProxyType({}),
-        null: Tokens = MappingProxyType({}),
+        stored: TokensByEncoder = MappingProxyType({}),
+        null: TokensByEncoder = MappingProxyType({}),
     ) -> tuple[tuple[Tensor, Tensor], ...]:
         """Captions -> one (tokens [b n w], mask [b n]) per encoder; fps 0 is an image. An empty caption is no text.
 
@@ -115,7 +115,7 @@ class LinGenModule(Trained):
         dtype = torch.promote_types(self.model.patchify.weight.dtype, torch.float32)
         latents = self.encode_clips(batch.clips).to(dtype)
         shift = flow.resolve_shift(self.recipe.time.shift, math.prod(self.model.grid_of(latents.shape[2:])))
-        draws = flow.draw(latents.shape[1:], batch.slots, (self.recipe.seed, purpose), self.recipe.time, shift)
+        draws = flow.sample_draws(latents.shape[1:], batch.slots, (self.recipe.seed, purpose), self.recipe.time, shift)
         noise, times = draws.noise.to(latents), draws.times.to(latents)
         drop = draws.uniform < (0.0 if purpose == "validation" else self.recipe.train.text_drop)
         captions = [
@@ -138,7 +138,7 @@ class LinGenModule(Trained):
             return  # reported by the guard below
         self.meter.add("loss", losses)
         self.meter.add(f"loss/{batch.kind}", losses)
-        for name, picked in by_time(losses, times):
+        for name, picked in losses_by_time(losses, times):
             self.meter.add(name, picked)
         self.meter.count("flop", self.flop_of_training(batch.kind) * len(losses))
         size = batch.clips.shape[2:]
@@ -153,11 +153,11 @@ class LinGenModule(Trained):
         losses, times = self.losses(batch, "validation")
         self.validation_meter.add("validation/loss", losses)
         self.validation_meter.add(f"validation/loss/{batch.kind}", losses)
-        for name, picked in by_time(losses, times):
+        for name, picked in losses_by_time(losses, times):
             self.validation_meter.add(f"validation/{name}", picked)
 
 
-def by_time(losses: Tensor, times: Tensor) -> Iterator[tuple[str, Tensor]]:
+def losses_by_time(losses: Tensor, times: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The losses of each bin of times, under the name they are logged by."""
     for low, high in zip(TIME_BINS, TIME_BINS[1:], strict=False):
         yield f"loss/time_{low:g}_{high:g}", losses[(times >= low) & (times < high)]

@@ -16,21 +16,21 @@ from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 
-IDENTITY = ("model", "data", "text", "autoencoder", "seed")
+IDENTITY_SECTIONS = ("model", "data", "text", "autoencoder", "seed")
 """Sections that identify a run; the others (steps, learning rate, devices, ...) may change while it continues."""
 
 FREE_DATA = {"workers", "cache_mb", "max_dropped"}
 """Data settings that change nothing about what is learned."""
 
 
-def fingerprint(stages: Sequence[Recipe]) -> str:
+def run_fingerprint(stages: Sequence[Recipe]) -> str:
     """8 hex digits of the identity of all stages."""
     parts = [[stage.stage, _identity(stage)] for stage in stages]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _identity(stage: Recipe) -> dict[str, Any]:
-    sections = {name: value for name, value in asdict(stage).items() if name in IDENTITY}
+    sections = {name: value for name, value in asdict(stage).items() if name in IDENTITY_SECTIONS}
     sections["data"] = {name: value for name, value in sections["data"].items() if name not in FREE_DATA}
     return sections | stage.subject.identity(stage)
 
@@ -87,7 +87,7 @@ class RunFolder:
         Raises:
             RecipeError: the folder holds another run, or something that is no run.
         """
-        mark = fingerprint(stages)
+        mark = run_fingerprint(stages)
         if self.about.is_file():
             held = json.loads(self.about.read_text())
             if held["fingerprint"] != mark:
@@ -136,4 +136,4 @@ class RunFolder:
 
 def default_path(stages: Sequence[Recipe]) -> Path:
     """``runs/<recipe>-<fingerprint>`` in the current folder."""
-    return Path("runs") / f"{stages[0].name}-{fingerprint(stages)}"
+    return Path("runs") / f"{stages[0].name}-{run_fingerprint(stages)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lingen.plan.loading import load_recipe
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.reading import Source
+from lingen.recipe.reading import RecipeText
 from lingen.recipe.sections import Recipe
 from lingen.recipe.subjects import SUBJECTS
 from lingen.training.base import Trained
@@ -86,4 +86,4 @@ def load_module(source: str | Path, copy: Copy = "averaged", device: str | torch
 def recipe_of(path: Path) -> Recipe:
     """The loaded stage whose weights a file holds, from the recipe inside."""
     metadata = read_metadata(path)
-    return load_recipe(Source(metadata["recipe"], f"the recipe in {path}", path.stem), stage=metadata["stage"])
+    return load_recipe(RecipeText(metadata["recipe"], f"the recipe in {path}", path.stem), stage=metadata["stage"])

@@ -25,10 +25,10 @@ from lingen.bench.results import head
 from lingen.data import latents, manifest
 from lingen.data.datamodule import ClipData
 from lingen.data.dataset import Clips
-from lingen.data.fingerprint import fingerprint, frozen_settings
+from lingen.data.fingerprint import frozen_settings, hash_settings
 from lingen.data.locations import expand
 from lingen.data.manifest import About, Row
-from lingen.data.shards import read_shard, scan, write_shards
+from lingen.data.shards import read_shard, scan_shard, write_shards
 from lingen.prepare.index import index_folder
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
@@ -133,7 +133,9 @@ def _write_encoded(folder: Path) -> int:
     with torch.device("meta"):
         autoencoder = AUTOENCODERS.build(ENCODED.autoencoder)
         encoders = [TEXT_ENCODERS.build(component) for component in ENCODED.text]
-    size = latents.Wanted(autoencoder.channels, autoencoder.strides, frozenset()).latents((data.frames, *data.size))
+    size = latents.LatentRequirements(autoencoder.channels, autoencoder.strides, frozenset()).latents(
+        (data.frames, *data.size)
+    )
 
     def npy(shape: Sequence[int]) -> bytes:
         stream = io.BytesIO()
@@ -143,16 +145,16 @@ def _write_encoded(folder: Path) -> int:
     def sample(number: int) -> dict[str, Any]:
         text = {latents.TEXT.format(i): npy((TOKENS, encoder.dim)) for i, encoder in enumerate(encoders)}
         about = {"captions": ["a clip"], "tokens": {str(i): [TOKENS] for i in range(len(encoders))}}
-        return {"__key__": f"{number:04d}", latents.LATENTS: npy(size), **text, "json": about}
+        return {"__key__": f"{number:04d}", latents.LATENTS_NPY: npy(size), **text, "json": about}
 
     paths = write_shards(map(sample, range(SAMPLES)), str(folder / "video-%03d.tar"), per_shard=SAMPLES // 4)
     rows = [
         Row(one.key, path.name, one.start, one.end - one.start, "latents", *data.size, data.frames, data.fps)
         for path in paths
-        for one in scan(path)
+        for one in scan_shard(path)
     ]
     settings = frozen_settings(ENCODED)
-    manifest.write(folder / manifest.NAME, rows, About(fingerprint(settings), settings))
+    manifest.write(folder / manifest.NAME, rows, About(hash_settings(settings), settings))
     return rows[0].length
 
 

@@ -8,8 +8,8 @@ from functools import partial
 
 from lingen.bench.paper import FORWARDS, TOKENS_17S, TOKENS_68S
 from lingen.bench.place import FP8
-from lingen.bench.results import Row
-from lingen.bench.tables import Files, ratio, row_of, show
+from lingen.bench.results import Fields
+from lingen.bench.tables import Files, as_text, ratio, row_of
 
 FRAMES_17S, FRAMES_68S = 272, 1088
 """Frames of clips of 17 and 68 seconds, at 16 a second."""
@@ -21,7 +21,7 @@ class Target:
 
     name: str
     unit: str
-    find: Callable[[Row], float | None]
+    find: Callable[[Fields], float | None]
     reach: float | None
     stretch: float | None = None
     paper: float | None = None
@@ -42,7 +42,7 @@ class Target:
         return f"{word}reached{', stretch too' if both else ''}"
 
 
-def lingen_forward(result: Row, tokens: int, dtype: str = "bfloat16") -> Row:
+def lingen_forward(result: Fields, tokens: int, dtype: str = "bfloat16") -> Fields:
     """The row of LinGen's full depth at batch 1 with lingen's kernels."""
     return row_of(result, name="forward", mixer="mate", kernel="auto", tokens=tokens, dtype=dtype, batch=1)
 
@@ -50,42 +50,42 @@ def lingen_forward(result: Row, tokens: int, dtype: str = "bfloat16") -> Row:
 # How a target finds its value in one result file, which is of one run; None where it is not there.
 
 
-def _seconds(result: Row, tokens: int, dtype: str = "bfloat16") -> float | None:
+def _seconds(result: Fields, tokens: int, dtype: str = "bfloat16") -> float | None:
     """Seconds of 100 forwards of LinGen's full depth."""
     ms = lingen_forward(result, tokens, dtype).get("ms")
     return None if ms is None else ms * FORWARDS / 1e3
 
 
-def _over_dit(result: Row, kernel: str) -> float | None:
+def _over_dit(result: Fields, kernel: str) -> float | None:
     """Latency of the DiT twin over LinGen's in bfloat16 at 68 s."""
     twin = row_of(result, name="forward", mixer="attention", tokens=TOKENS_68S, kernel=kernel)
     return ratio(twin.get("ms"), lingen_forward(result, TOKENS_68S).get("ms"))
 
 
-def _peak(result: Row) -> float | None:
+def _peak(result: Fields) -> float | None:
     return lingen_forward(result, TOKENS_68S).get("gib")
 
 
-def _over_stock(result: Row, name: str, tokens: int, field: str) -> float | None:
+def _over_stock(result: Fields, name: str, tokens: int, field: str) -> float | None:
     """Stock's time over ours of a part without its projections."""
     stock, ours = (row_of(result, name=name, tokens=tokens, kernel=kernel) for kernel in ("stock", "auto"))
     return ratio(stock.get(field), ours.get(field))
 
 
-def _review_share(result: Row) -> float | None:
+def _review_share(result: Fields) -> float | None:
     """What the review tokens add to a forward, in per cent of it; both forwards of the same rounds."""
     row = row_of(result, name="variant", variant="without review tokens", tokens=TOKENS_17S)
     return 100 * (1 - row["ms"] / row["default_ms"]) if row else None
 
 
-def _growth(result: Row, cost: str) -> float | None:
+def _growth(result: Fields, cost: str) -> float | None:
     """Exponent of mate's cost over tokens, where it was measured on the long clips."""
     tokens = [row.get("tokens", 0) for row in result.get("rows", [])]
     fit = result.get("fits", {}).get("mate", {}).get(cost)
     return fit["exponent"] if fit and max(tokens) >= 2 * TOKENS_68S else None
 
 
-def _longer_clip(result: Row, half: str) -> float | None:
+def _longer_clip(result: Fields, half: str) -> float | None:
     """Memory above the weights that a clip of 68 s takes over that of one of 17 s, both of 512x512."""
     rows = (row_of(result, name="clip", way="exact", frames=n, size=[512, 512]) for n in (FRAMES_68S, FRAMES_17S))
     return ratio(*(row.get(f"{half}_gib") for row in rows))
@@ -137,14 +137,14 @@ TARGETS = (
 )  # fmt: skip
 
 
-def targets(files: Files) -> Iterator[Row]:
+def targets(files: Files) -> Iterator[Fields]:
     """Each bar with the paper's, stock's and our number: that of the newest file that has one."""
     for target in TARGETS:
         found = {name: target.find(file) for name, file in files.items()}
         dates = [(files[name].get("date", ""), name) for name, value in found.items() if value is not None]
         file = max(dates)[1] if dates else ""
         ours, sign = found.get(file), ">=" if target.more else "<="
-        reach, stretch = (None if bar is None else f"{sign} {show(bar)}" for bar in (target.reach, target.stretch))
+        reach, stretch = (None if bar is None else f"{sign} {as_text(bar)}" for bar in (target.reach, target.stretch))
         yield {
             "what": f"{target.name} ({target.unit})" if target.unit else target.name, "paper": target.paper,
             "stock": target.stock, "reach": reach, "stretch": stretch, "ours": ours, "verdict": target.verdict(ours),

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lingen.bench.build import TEXT_TOKENS, built, compiled, tflop_of
+from lingen.bench.build import TEXT_LENGTH, built, compiled, tflop_of
 from lingen.bench.place import Place, device_name, dtype_name
-from lingen.bench.results import GIB, Results, Row
-from lingen.bench.timing import Run, both_ways, saved_bytes
+from lingen.bench.results import GIB, Fields, Results
+from lingen.bench.timing import Operation, both_ways, saved_bytes
 from lingen.blocks.block import Block
 from lingen.plan.forecast import peak_flops
 from lingen.recipe.sections import LinGenConfig, Triple
@@ -40,11 +40,11 @@ def bench_training(
     mixer = config.mixer[0] if isinstance(config.mixer, list) else config.mixer
     about = {"name": "layer", "mixer": mixer["name"], "dim": config.dim}
     for grid in grids:
-        rows: dict[str, list[Row]] = {}
+        rows: dict[str, list[Fields]] = {}
         torch.compiler.reset()
         for layer in layers:
             block = built(partial(Block, replace(config, gate_init=1.0), mixer, layer), place)
-            runs: dict[str, Run] = {"stock": on_cuda_compiled(PlainBlock(block), place), "auto": block}
+            runs: dict[str, Operation] = {"stock": on_cuda_compiled(PlainBlock(block), place), "auto": block}
             results.say(f"layer {layer}, forward and backward")
             inputs = block_inputs(config.dim, grid, place)
             for kernel, row in compared(runs, inputs, block.parameters(), place).items():
@@ -53,14 +53,14 @@ def bench_training(
             results.add(_mean(own, config, grid, place))
 
 
-def on_cuda_compiled(run: Run, place: Place) -> Run:
+def on_cuda_compiled(run: Operation, place: Place) -> Operation:
     """Stock parts as one runs them: through torch.compile on a GPU, as they are on a CPU."""
     return compiled(run) if place.cuda else run
 
 
 def compared(
-    runs: Mapping[str, Run], inputs: Sequence[Tensor], weights: Iterable[Tensor], place: Place
-) -> dict[str, Row]:
+    runs: Mapping[str, Operation], inputs: Sequence[Tensor], weights: Iterable[Tensor], place: Place
+) -> dict[str, Fields]:
     """Forward, and forward and backward, of several ways to compute the same, in rounds; fields of a row for each."""
     weights = list(weights)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def compared(
     return {name: about | row for name, row in rows.items()}
 
 
-def _mean(rows: Sequence[Row], config: LinGenConfig, grid: Triple, place: Place) -> Row:
+def _mean(rows: Sequence[Fields], config: LinGenConfig, grid: Triple, place: Place) -> Fields:
     """Of the layers: the row of one in training, times the depth."""
     first, ms = rows[0], statistics.fmean(row["train_ms"] for row in rows)
     layers = [row["layer"] for row in rows]
@@ -87,7 +87,7 @@ def _mean(rows: Sequence[Row], config: LinGenConfig, grid: Triple, place: Place)
     }
 
 
-def share_of_peak(rate: float, device: torch.device) -> Row:
+def share_of_peak(rate: float, device: torch.device) -> Fields:
     """MFU and the peak that it refers to, for these FLOP/s; empty where the device's peak is not known."""
     peak = peak_flops(device_name(device))
     return {} if peak is None else {"mfu": rate / peak, "mfu_of": f"{peak / 1e12:g} TFLOP/s (dense bfloat16)"}
@@ -97,5 +97,5 @@ def block_inputs(dim: int, grid: Triple, place: Place) -> list[Tensor]:
     """A block's inputs: tokens, positions, modulation, text and its mask."""
     make = partial(torch.randn, device=place.device, dtype=place.dtype)
     modulation = torch.randn(1, 1, 6, dim, device=place.device) * 0.1
-    mask = torch.ones(1, TEXT_TOKENS + 1, dtype=torch.bool, device=place.device)
-    return [make(1, *grid, dim), make(*grid, dim), modulation, make(1, TEXT_TOKENS + 1, dim), mask]
+    mask = torch.ones(1, TEXT_LENGTH + 1, dtype=torch.bool, device=place.device)
+    return [make(1, *grid, dim), make(*grid, dim), modulation, make(1, TEXT_LENGTH + 1, dim), mask]

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lingen.bench.build import denoiser
 from lingen.bench.model import ModelBench
-from lingen.bench.timing import Work, costs, forward
+from lingen.bench.timing import Work, costs, forward_work
 from lingen.kernels.attention import ATTENTION_KERNELS
 from lingen.model import LinGen
 from lingen.recipe.sections import LinGenConfig
@@ -63,7 +63,7 @@ def bench_twins(
         name, work = best_kernel(bench, dit)
         twins[name] = Twin(work, work, config)
     bench.results.say("  all of them, in rounds")
-    ours = forward(model, bench.inputs())
+    ours = forward_work(model, bench.inputs())
     everyone = {"": Twin(ours, ours, bench.config)} | twins
     benches = {name: replace(bench, config=twin.config, fp8=bench.fp8 and not name) for name, twin in everyone.items()}
     long = {name for name in twins if benches[name].tflop > LONG_TFLOP}
@@ -131,9 +131,9 @@ def _pair(
 
     def few() -> None:
         with blocks_of(model, list(model.blocks)[:warm_blocks]):
-            forward(model, inputs)()
+            forward_work(model, inputs)()
 
-    return limited(forward(model, inputs)), limited(few)
+    return limited(forward_work(model, inputs)), limited(few)
 
 
 def best_kernel(bench: ModelBench, twin: LinGen) -> tuple[str, Work]:
@@ -147,7 +147,7 @@ def best_kernel(bench: ModelBench, twin: LinGen) -> tuple[str, Work]:
 
     def one_block(kernel: str) -> None:
         with blocks_of(twin, list(twin.blocks)[:1]):
-            with_kernel(kernel, forward(twin, inputs))
+            with_kernel(kernel, forward_work(twin, inputs))
 
     usable = {}
     for kernel in ATTENTION_KERNELS:
@@ -162,4 +162,4 @@ def best_kernel(bench: ModelBench, twin: LinGen) -> tuple[str, Work]:
     ms = {kernel: cost.ms for kernel, cost in costs(usable, bench.place._replace(budget=0.2)).items()}
     bench.results.say("  one block: " + ", ".join(f"{kernel} {one:.1f} ms" for kernel, one in ms.items()))
     fastest = min(ms, key=lambda kernel: ms[kernel])
-    return f"best: {fastest}, eager", partial(with_kernel, fastest, forward(twin, inputs))
+    return f"best: {fastest}, eager", partial(with_kernel, fastest, forward_work(twin, inputs))
