@@ -67,7 +67,7 @@ def test_a_number_of_gib_recomputes_the_first_blocks_that_it_takes(caplog):
         model(*inputs).square().sum().backward()
         assert calls == [0, 1, 2, *reversed(range(recomputed))]
         grads.append([parameter.grad for parameter in model.parameters()])
-        assert f"the first {recomputed} of 3 blocks are recomputed" in caplog.messages[-1]
+        assert any(f"the first {recomputed} of 3 blocks are recomputed" in message for message in caplog.messages)
         with torch.no_grad():
             calls.clear()
             model(*inputs)

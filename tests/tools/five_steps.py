@@ -118,7 +118,8 @@ def main(what: str) -> int:
         os.environ["LINGEN_CACHE"] = str(Path(folder) / "cache")
         found = {name: trained(name, Path(folder) / name) for name in RUNS}
     if what == "write":
-        RECORD.write_text(as_text({"environment": environment(), **found}))
+        old_run = json.loads(RECORD.read_text())["old_run"]  # made once, by the commit that made the folder
+        RECORD.write_text(as_text({"environment": environment(), **found, "old_run": old_run}))
         return 0
     kept = json.loads(RECORD.read_text())
     bits = kept["environment"] == environment()
