@@ -5,7 +5,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,20 +19,13 @@ from tests.helpers.commands import ROOT, lingen_command, run_python
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def test_help_is_instant_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys; from lingen.cli import main; assert main(['--help']) == 0\n"
         "heavy = {'torch', 'lightning', 'omegaconf', 'rich', 'numpy', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     run_python("-c", code, cwd=ROOT)
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        run_python("-m", "lingen", "--help", cwd=ROOT)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.3
 
 
 @pytest.mark.parametrize("name", COMMANDS)
