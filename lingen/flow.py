@@ -91,17 +91,14 @@ def sample_draws(
     """
     noise, times, uniform = [], [], []
     for slot in slots.tolist():
-        generator = torch.Generator().manual_seed(_hashed(*stream, slot))
+        # A CPU generator keeps 32 bits of its seed: among a million samples some hundred pairs share their noise, which
+        # is harmless.
+        digest = hashlib.blake2b(repr((*stream, slot)).encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         uniform.append(torch.rand(1, generator=generator))
         times.append(sample_times(1, config, shift, generator))
         noise.append(torch.randn(1, *shape, generator=generator))
     return Draws(torch.cat(noise), torch.cat(times), torch.cat(uniform))
-
-
-def _hashed(*words: int | str) -> int:
-    # A CPU generator keeps 32 bits of its seed: among a million samples some hundred pairs share their noise, which is
-    # harmless.
-    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=4).digest(), "big")
 
 
 def schedule(steps: int, kind: str, emulated_steps: int, shift: float) -> Float[Tensor, "n"]:

@@ -168,7 +168,7 @@ def test_no_text_of_images_has_no_tokens(stages: list[Recipe], monkeypatch: pyte
     wanted = EncodedSample(3, (2, 4, 4), frozenset({0}))
     for fps, expected in ((0.0, ""), (8.0, "FPS-8."), (0.0, ""), (8.0, "FPS-8.")):
         members = encoders.members(torch.zeros(3, 1, 4, 4), ["one", "three"], fps, "here")
-        found = read_encoded(members, (1, 16, 16), wanted).text
+        found = read_encoded(members, (1, 16, 16), wanted)[2]
         texts = [with_frame_rate(caption, fps) for caption in ("one", "three")]
         assert [len(one) for one in (*found.captions[0], found.null[0])] == [*map(len, texts), len(expected)]
     assert [texts for texts in asked if len(texts) == 1] == [[""], ["FPS-8."]]  # asked once for each frame rate

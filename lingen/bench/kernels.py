@@ -98,7 +98,7 @@ def _times(
     works = {twin: (forward_work(run, [inputs]), _backward(run, inputs, seeds)) for twin, run in runs.items()}
     able = [twin for twin in twins if _able(f"{case.name}, {sizes.n} tokens: {twin}", works[twin], say)]
     alone, both = (costs({twin: works[twin][i] for twin in able}, place) for i in (0, 1))
-    read, changed, written = (sum(map(_bytes, us)) for us in (inputs.values(), _wanting(inputs).values(), outputs))
+    read, changed, written = (sum(u.nbytes for u in us) for us in (inputs.values(), _wanting(inputs).values(), outputs))
     tflop = case.flops(sizes) / 1e12
     floors = [
         max(count / top["gb_per_s"] / 1e6, 1e3 * work / top["tflops"])
@@ -176,11 +176,6 @@ def _backward(run: Any, inputs: Inputs, seeds: Sequence[Tensor]) -> Work:
         torch.autograd.grad(_several(run(inputs)), wanted, seeds, allow_unused=True)
 
     return work
-
-
-def _bytes(u: Tensor) -> int:
-    """Bytes of the tensors' own numbers, not of larger tensors that they are slices of."""
-    return u.numel() * u.element_size()
 
 
 def errors(case: Case, twin: str, dim: int, place: Place, say: Say) -> Fields | None:

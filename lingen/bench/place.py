@@ -32,18 +32,15 @@ class Place(NamedTuple):
 
 
 def place_of(device: str | None, precision: str | None = None, budget: float | None = None) -> Place:
-    """The place that is asked for; by default the GPU where there is one, in bfloat16, else the CPU in float32."""
-    found = measuring_device(device)
+    """The place that is asked for; by default the GPU where there is one, in bfloat16, else the CPU in float32.
+
+    RecipeError for a device that is not here, or on which nothing is measured.
+    """
+    if device and device.partition(":")[0] not in ("cpu", "cuda"):
+        raise RecipeError(f"There is no device '{device}' to measure on; say cpu or cuda.")
+    found = best_device(device)
     dtype, seconds = (torch.bfloat16, 0.5) if found.type == "cuda" else (torch.float32, 0.1)
     return Place(found, PRECISIONS[precision] if precision else dtype, budget or seconds)
-
-
-def measuring_device(name: str | None = None) -> torch.device:
-    """The device of that name; by default the GPU where there is one. RecipeError for one that is not here, or on which
-    nothing is measured."""
-    if name and name.partition(":")[0] not in ("cpu", "cuda"):
-        raise RecipeError(f"There is no device '{name}' to measure on; say cpu or cuda.")
-    return best_device(name)
 
 
 def device_name(device: torch.device) -> str:

@@ -51,7 +51,10 @@ def _row(registry: Registry, name: str) -> CatalogueRow:
         part = registry[name]
         if registry is SCANS:
             return row | {f"steps between neighbours at {GRID}": _distances(part), "about": _about(part)}
-        settings = {key: _default(setting.default) for key, setting in settings_of(part).items()}
+        settings = {
+            key: "required" if setting.default is REQUIRED else setting.default
+            for key, setting in settings_of(part).items()
+        }
         return row | {"settings": settings, "about": _about(part)}
     except Exception as error:  # a plugin may raise anything; other rows are still shown
         return row | {"error": " ".join(str(error).split())}
@@ -65,10 +68,6 @@ def _distances(scan: Any) -> dict[str, float]:
     scores = [adjacency(scan, GRID, layer) for layer in layers]
     means = [sum(values) / len(scores) for values in zip(*scores, strict=True)]
     return {axis: round(mean, 1) for axis, mean in zip("thw", means, strict=True)}
-
-
-def _default(value: Any) -> Any:
-    return "required" if value is REQUIRED else value
 
 
 def _about(part: Any) -> str:

@@ -72,7 +72,13 @@ def _print_outcome(outcome: Any, subject: Subject) -> None:
     folder = outcome.folder
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
-        print_table([_score_row(what, rate) for what in ("sampled", "real") for rate in _rates(score[what], what)])
+        print_table(
+            [
+                _score_row(what, name, score[what][name])
+                for what in ("sampled", "real")
+                for name in ("colour", "shape", "motion")
+            ]
+        )
         print(
             f"\n{score['sampled']['clips']} clips of held-out captions, {score['sampled']['empty']} of them empty; "
             "95% intervals."
@@ -85,13 +91,9 @@ def _print_outcome(outcome: Any, subject: Subject) -> None:
         print(f"lingen sample --run {folder.path} --prompt '...' --out clip.mp4")
 
 
-def _rates(score: dict[str, Any], what: str) -> list[dict[str, Any]]:
-    return [{"attribute": name, **score[name]} for name in ("colour", "shape", "motion")]
-
-
-def _score_row(what: str, rate: dict[str, Any]) -> dict[str, str]:
+def _score_row(what: str, attribute: str, rate: dict[str, Any]) -> dict[str, str]:
     share = f"{rate['share']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})"
-    return {"clips": what, "attribute": rate["attribute"], "right": share, "by chance": f"{rate['chance']:.0%}"}
+    return {"clips": what, "attribute": attribute, "right": share, "by chance": f"{rate['chance']:.0%}"}
 
 
 SAMPLING = (

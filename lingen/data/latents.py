@@ -56,17 +56,10 @@ class LatentRequirements(NamedTuple):
         return self.channels, t, h, w
 
 
-class EncodedSample(NamedTuple):
-    """An encoded sample."""
-
-    latents: Tensor
-    """[c t h w]"""
-    captions: list[str]
-    text: StoredTokens
-
-
-def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted: LatentRequirements) -> EncodedSample:
-    """A sample of a clip of this many frames, this height and width.
+def read_encoded(
+    members: dict[str, bytes], shape: tuple[int, int, int], wanted: LatentRequirements
+) -> tuple[Tensor, list[str], StoredTokens]:
+    """Latents [c t h w], captions and their tokens of a clip of this many frames, this height and width.
 
     Raises:
         ValueError: ``no latents``, ``broken latents``, ``latents not finite``, and as `captions_of`.
@@ -79,9 +72,7 @@ def read_encoded(members: dict[str, bytes], shape: tuple[int, int, int], wanted:
     if missing := wanted.text - text.captions.keys():
         raise ValueError(f"no latents: the text of encoder {min(missing)} is missing")
     null = {number: tokens for number, tokens in text.null.items() if number in wanted.text}
-    return EncodedSample(
-        latents, captions, StoredTokens({number: text.captions[number] for number in wanted.text}, null)
-    )
+    return latents, captions, StoredTokens({number: text.captions[number] for number in wanted.text}, null)
 
 
 def read_sample_latents(members: Mapping[str, bytes]) -> Tensor:

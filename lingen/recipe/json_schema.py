@@ -43,7 +43,7 @@ def _part_schema(part: Callable[..., Any], path: Path | None, limits: Schema | N
         one = _component_use(registry, bare(setting.hint)) if registry else _hint_schema(setting.hint, below, limits)
         properties[name] = one | _notes(setting)
     section = {"type": "object", "properties": properties, "additionalProperties": False}
-    return section | {"description": _first_line(part)}
+    return section | {"description": (inspect.getdoc(part) or "").partition("\n")[0]}
 
 
 def _notes(setting: Setting) -> Schema:
@@ -111,7 +111,3 @@ def _mapping_schema(hint: Any) -> Schema:
 
 def _key(registry: Registry) -> str:
     return registry.kind.replace(" ", "_")
-
-
-def _first_line(part: Any) -> str:
-    return (inspect.getdoc(part) or "").partition("\n")[0]

@@ -72,7 +72,8 @@ class AutoencoderModule(Trained):
         self.note(batch)
         clips = as_floats(batch.clips)
         mean, logvar = self.posterior(clips)
-        draws = flow.sample_draws(mean.shape[1:], batch.slots, self._stream, self.recipe.time, 1.0)
+        stream = self.recipe.seed, self.recipe.stage or "main"
+        draws = flow.sample_draws(mean.shape[1:], batch.slots, stream, self.recipe.time, 1.0)
         latents = mean + (0.5 * logvar).exp() * draws.noise.to(mean)
         video = self.reconstruct(latents, clips.shape[2])
 
@@ -158,10 +159,6 @@ class AutoencoderModule(Trained):
         (pushed,) = torch.autograd.grad(video, last, push, retain_graph=True)
         terms["adaptive_weight"] = losses.adaptive_weight(pulled, pushed, self.settings.adaptive_max)
         return terms["adaptive_weight"]
-
-    @property
-    def _stream(self) -> tuple[int, str]:
-        return self.recipe.seed, self.recipe.stage or "main"
 
     def _record(self, loss: Tensor, terms: dict[str, Tensor], batch: Batch, positions: int) -> None:
         """Into the next row: every term, by kind too; tokens are the latents' positions."""
