@@ -51,7 +51,7 @@ def run(case, dtype, device, kernel):
 def small_blocks(monkeypatch):
     from lingen.kernels import cross_attention_triton as triton_twin
 
-    small = {name: triton_twin.Launch(64, 64, 4, 1) for name in triton_twin.LAUNCH}
+    small = {name: (64, 64, 4, 1) for name in triton_twin.LAUNCH}
     monkeypatch.setattr(triton_twin, "LAUNCH", small)
     monkeypatch.setattr(triton_twin, "PROGRAMS", 4)
 

@@ -32,21 +32,9 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _SIZES = ["n", "m", "rows", "heads", "splits"]
 
 
-class Launch(NamedTuple):
-    """Queries and keys of a block, warps and stages of a kernel; for 16-bit heads of 128, less where they are wider."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# With these, next to nothing spills out of the registers of an H100 (as compiled for sm_90).
-LAUNCH = {
-    "forward": Launch(64, 64, 4, 3),
-    "backward_queries": Launch(128, 64, 8, 2),
-    "backward_keys": Launch(64, 128, 8, 2),
-}
+# Queries and keys of a block, warps and stages of each kernel; for 16-bit heads of 128, less where they are wider. With
+# these, next to nothing spills out of the registers of an H100 (as compiled for sm_90).
+LAUNCH = {"forward": (64, 64, 4, 3), "backward_queries": (128, 64, 8, 2), "backward_keys": (64, 128, 8, 2)}
 # Programs that the gradient of the keys is shared out to, at least: enough to fill a GPU.
 PROGRAMS = 640
 # Text tokens that one program of the small kernels takes.
@@ -150,7 +138,7 @@ class _Sizes(NamedTuple):
     def of(cls, q: Tensor, text: tuple[int, ...], n: int) -> "_Sizes":
         """For n queries of q's dtype and text of the shape [b m k e]."""
         b, m, heads, width = text
-        most = max(launch.keys for launch in LAUNCH.values())
+        most = max(keys for _, keys, _, _ in LAUNCH.values())
         return cls(b, n, m, triton.cdiv(m, most) * most, heads, width, q.element_size())
 
     @property

@@ -33,10 +33,15 @@ def _fp8_quantize(x, x_row, values, scales, width, BLOCK: tl.constexpr):
     tl.store(scales + row, scale)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x as [n d], a view where one stride leads from row to row and columns lie side by side, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [*rows d] -> float8_e4m3fn values of x's shape and float32 scales [*rows 1]; x is read once."""
-    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = as_rows(x)
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     if len(rows):

@@ -29,17 +29,9 @@ from torch import Tensor
 from lingen.kernels.fp8 import FLOAT8, Quantized
 from lingen.kernels.fp8_triton import row_to_fp8
 
-
-class Tuning(NamedTuple):
-    """The most programs that share the tokens, the warps of each, and the tokens that it loads ahead."""
-
-    programs: int
-    warps: int
-    stages: int
-
-
-TUNING = {"forward": Tuning(2112, 16, 3), "backward": Tuning(528, 16, 2)}
-"""Programs: 16 and 4 for each multiprocessor of an H100."""
+TUNING = {"forward": (2112, 16, 3), "backward": (528, 16, 2)}
+"""The most programs that share the tokens (16 and 4 for each multiprocessor of an H100), the warps of each, and the
+tokens that it loads ahead."""
 
 
 @triton.jit
@@ -310,9 +302,9 @@ class _Split(NamedTuple):
         modulation = (operands.gate, operands.shift, operands.scale)
         frames = max((rows.shape[1] for rows in modulation if rows is not None), default=1)
         rows = t * h * w // frames
-        run = max(1, triton.cdiv(b * t * h * w, TUNING[kind].programs))
-        tuning = TUNING[kind]
-        options = {"BLOCK": triton.next_power_of_2(width), "STAGES": tuning.stages, "num_warps": tuning.warps}
+        programs, warps, stages = TUNING[kind]
+        run = max(1, triton.cdiv(b * t * h * w, programs))
+        options = {"BLOCK": triton.next_power_of_2(width), "STAGES": stages, "num_warps": warps}
         return cls((triton.cdiv(rows, run), b * frames), (width, frames, rows, run), options)
 
 

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lingen.kernels.fp8_triton import as_rows
+
 TILE = {"forward": 4096, "backward": 2048}
 """Numbers that a program holds at a time: rows times the channels, padded to a power of two."""
 WARPS = 4
@@ -68,7 +70,7 @@ def _norm_silu_backward(
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [*rows d] -> a contiguous result in x's dtype."""
-    rows, y = _rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, y = as_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     height, width = _tile(x.shape[-1], "forward")
     if len(rows):
         grid = (triton.cdiv(len(rows), height),)
@@ -81,7 +83,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def backward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, contiguous and in its dtype, of the weight and of the bias."""
-    rows, grads = _rows(x), _rows(dy)
+    rows, grads = as_rows(x), as_rows(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     height, width = _tile(x.shape[-1], "backward")
     tiles = triton.cdiv(len(rows), height)
@@ -108,12 +110,6 @@ class NormSiLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         return *backward(x, weight, bias, ctx.eps, grads[0]), None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as [n d], a view where one stride leads from row to row and columns lie side by side, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _tile(d: int, kind: str) -> tuple[int, int]:

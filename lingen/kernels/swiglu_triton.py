@@ -7,7 +7,7 @@ rows of an 8-bit result, else None.
 # Kernels are written in Triton's language, of which mypy understands the functions around them.
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,18 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lingen.kernels.fp8 import FLOAT8, Quantized
-from lingen.kernels.fp8_triton import row_to_fp8
+from lingen.kernels.fp8_triton import as_rows, row_to_fp8
 
-
-class Tuning(NamedTuple):
-    """Largest number of columns of a program, and its warps."""
-
-    block: int
-    warps: int
-
-
-TUNING = {"forward": Tuning(8192, 16), "backward": Tuning(8192, 16), "quantized": Tuning(1 << 20, 16)}
-"""8-bit rows need their largest value, so there one program has the whole row."""
+TUNING = {"forward": (8192, 16), "backward": (8192, 16), "quantized": (1 << 20, 16)}
+"""Largest number of columns of a program, and its warps. 8-bit rows need their largest value, so there one program has
+the whole row."""
 
 
 @triton.jit
@@ -68,7 +61,7 @@ def swiglu(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
 
 def forward(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
     """gate_up [*rows 2h] -> [*rows h]."""
-    rows, half = _rows(gate_up), gate_up.shape[-1] // 2
+    rows, half = as_rows(gate_up), gate_up.shape[-1] // 2
     y = torch.empty(*gate_up.shape[:-1], half, dtype=dtype, device=gate_up.device)
     scale = None
     if dtype == FLOAT8:
@@ -81,7 +74,7 @@ def forward(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
 
 def backward(gate_up: Tensor, dy: Tensor) -> Tensor:
     """Gradient of gate_up, contiguous, in its dtype."""
-    rows, grads, half = _rows(gate_up), _rows(dy), dy.shape[-1]
+    rows, grads, half = as_rows(gate_up), as_rows(dy), dy.shape[-1]
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     grid, options = _grid(rows, half, "backward")
     if len(rows):
@@ -100,13 +93,7 @@ class _SwiGLU(torch.autograd.Function):
         return backward(ctx.saved_tensors[0], grads[0]), None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as [n d], a view where one stride leads from row to row and columns lie side by side, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 def _grid(rows: Tensor, half: int, kind: str) -> tuple[tuple[int, int], dict[str, int]]:
-    tuning = TUNING[kind]
-    block = min(tuning.block, triton.next_power_of_2(half))
-    return (len(rows), triton.cdiv(half, block)), {"BLOCK": block, "num_warps": tuning.warps}
+    most, warps = TUNING[kind]
+    block = min(most, triton.next_power_of_2(half))
+    return (len(rows), triton.cdiv(half, block)), {"BLOCK": block, "num_warps": warps}
