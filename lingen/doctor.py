@@ -1,7 +1,5 @@
 """What a recipe or this machine lacks: `lingen doctor`. Parts are built on the meta device, no weights are read."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """A file or a folder appears whole or not at all; whether it can be written is asked before the work."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Parts that are used as they are, with weights on disk: autoencoders, text encoders, perceptual distances."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from functools import lru_cache

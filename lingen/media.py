@@ -1,7 +1,5 @@
 """Pictures and clips: pixels to floats and back, H.264 that a browser plays, contact sheets. No torch here."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """What numbers and weights were made with: versions and the commit."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import subprocess

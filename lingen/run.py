@@ -1,7 +1,5 @@
 """A curriculum: ordered stages, each one Trainer; the same command goes on where it was stopped."""
 
-from __future__ import annotations
-
 import json
 import signal
 import warnings

@@ -1,7 +1,5 @@
 """Rows of strings as the text of a table."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Files of weights: safetensors with a recipe inside, written, read and found; no module is known here."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Nothing here imports diffusers or reads weights: a recipe is checked before a run, on a machine that may have neither.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

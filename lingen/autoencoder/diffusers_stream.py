@@ -3,8 +3,6 @@
 Its convolutions see the past only, and its encoder and decoder take their memory of past frames as an argument.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Video autoencoders of diffusers (Wan, HunyuanVideo, CogVideoX, LTX, Cosmos, ...) as lingen's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec

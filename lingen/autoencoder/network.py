@@ -5,8 +5,6 @@ Normalisation over channels alone is Wan's (arXiv 2503.20314). Between layers th
 which is a batch of channels-last images, b * t of them, in memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The weights of a temporal autoencoder on disk: whether they fit, and if not, which settings they were made with."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Movie Gen's temporal autoencoder (TAE), which streams clips of any length in constant memory, exactly."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path

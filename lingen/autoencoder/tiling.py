@@ -5,8 +5,6 @@ tile does not see what lies beyond its edge: near an edge, within the network's 
 the whole frame, and there its weight is lower.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

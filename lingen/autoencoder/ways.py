@@ -1,7 +1,5 @@
 """The ways through an autoencoder: exactly piece by piece, in tiles of its frames, or in one call."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

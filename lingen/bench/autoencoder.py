@@ -1,8 +1,6 @@
 """``lingen bench tae``: encoding and decoding clips of any length, and how far the results of an autoencoder's ways
 (see `lingen.autoencoder.ways`) are apart."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Modules with random weights, made on the device on which they are measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

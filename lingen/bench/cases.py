@@ -1,7 +1,5 @@
 """The operations of `lingen.kernels` at the sizes of a layer: inputs, call, FLOPs. A new one is an entry of CASES."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Exponents of costs over tokens with their confidence, and where two costs cross."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

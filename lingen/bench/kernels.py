@@ -1,7 +1,5 @@
 """Each kernel against its twins and against its roofline, forward and backward, and how exact it is."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

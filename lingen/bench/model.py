@@ -1,8 +1,6 @@
 """``lingen bench model``: the whole denoiser with random weights. 100 forwards, memory, parts, a real sampling, the
 paper's table."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence

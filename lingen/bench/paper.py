@@ -1,7 +1,5 @@
 """What the paper reports of its models."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 FORWARDS = 100

@@ -1,7 +1,5 @@
 """The time of a piece of work by part: kernels on CUDA, operators on the CPU, grouped by their purpose."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

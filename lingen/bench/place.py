@@ -1,7 +1,5 @@
 """Where things are measured, how precisely, and for how long."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

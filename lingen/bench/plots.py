@@ -1,7 +1,5 @@
 """The receipt's plots: time, memory and FLOPs over tokens, log-log, with the slopes in the legend."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib.axes import Axes

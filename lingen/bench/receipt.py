@@ -1,8 +1,6 @@
 """The complexity receipt: exponents, where attention is overtaken, parts that grow faster than the tokens; as fields of
 the result file, a table, a page and plots."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Result files: one format for all measurements, written row by row, so that an interrupted run loses nothing."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

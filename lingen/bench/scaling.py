@@ -1,7 +1,5 @@
 """The complexity receipt: FLOPs, time and memory of one layer of each mixer, from short clips to long ones."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

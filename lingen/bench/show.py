@@ -1,7 +1,5 @@
 """Stored results beside the targets, and the tables of docs/performance.md."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

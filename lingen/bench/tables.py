@@ -1,7 +1,5 @@
 """A table as a line of columns: what its rows are, and which cells each row gets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Not torch.utils.benchmark or triton.testing.do_bench: those measure one piece of
 that slows down on the way slows the last ones, and neither measures memory.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time

@@ -1,7 +1,5 @@
 """What lingen is measured against (stock parts, DiT twins, other loaders) lies beside the tests: tests/yardsticks."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from importlib.util import module_from_spec, spec_from_file_location

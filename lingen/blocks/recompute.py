@@ -1,7 +1,5 @@
 """What blocks keep for the backward pass, and which of them are computed again instead."""
 
-from __future__ import annotations
-
 from lingen.blocks.block import mixer_name, mixers_of
 from lingen.recipe.sections import LinGenConfig
 

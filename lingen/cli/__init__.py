@@ -3,8 +3,6 @@
 Heavy imports are made inside the commands, so that ``lingen --help`` is instant.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Measurements: ``lingen bench ...``. Every command says what it does as it goes, and writes after each number."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

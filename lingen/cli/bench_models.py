@@ -1,7 +1,5 @@
 """Measurements of whole models: ``lingen bench model`` and ``lingen bench tae``."""
 
-from __future__ import annotations
-
 import argparse
 from functools import partial
 from typing import Any

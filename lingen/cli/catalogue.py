@@ -1,7 +1,5 @@
 """What `lingen list` shows: parts with their settings, and shipped recipes. A broken part shows its error."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

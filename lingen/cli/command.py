@@ -1,7 +1,5 @@
 """How a subcommand of ``lingen`` is declared, parsed and shown."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

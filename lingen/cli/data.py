@@ -1,7 +1,5 @@
 """Data sets: ``lingen data ...``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from itertools import groupby

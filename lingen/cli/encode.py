@@ -1,7 +1,5 @@
 """Models run over whole data sets: ``lingen encode`` and ``lingen data caption``."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Evaluation: ``lingen eval ...``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """``lingen export``: one file of weights to use and to share."""
 
-from __future__ import annotations
-
 import argparse
 
 from lingen.cli.command import DONE, argument, command

@@ -1,7 +1,5 @@
 """From folders of footage to shards: ``lingen data pack``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The parts that recipes can name, and a recipe with all defaults filled in: ``lingen list`` and ``lingen show``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Samples read ahead of time, so that decoding does not wait for a disk or a server."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """What the datamodule gives to the LightningModule: tensors and strings, nothing else."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

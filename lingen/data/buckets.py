@@ -1,7 +1,5 @@
 """Buckets: the samples of a kind sorted by length and aspect ratio, from what the manifest says, without decoding."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """What was used last, kept in memory within a bound."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar

@@ -1,7 +1,5 @@
 """The captions inside a sample: never its file name, and never made up."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The LightningDataModule: shards in, batches of clips and captions out."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import math

@@ -1,7 +1,5 @@
 """From a place in the order to a batch: read, decode, and fill the slots of samples that cannot be used."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice

@@ -1,7 +1,5 @@
 """From the bytes of a sample to a clip of the size, length and frame rate that a stage wants, and its caption."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """What encoded samples depend on: the frozen parts of a recipe, their weights and settings, as plain values."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

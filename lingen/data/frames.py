@@ -3,8 +3,6 @@
 No torch here: the processes that cut footage start quickly.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

@@ -1,7 +1,5 @@
 """The index: the place of every sample of a kind and its row in the manifest, for fast look-up."""
 
-from __future__ import annotations
-
 import mmap
 import os
 from dataclasses import dataclass, field

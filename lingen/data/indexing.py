@@ -5,8 +5,6 @@ take seconds to open and no memory of a process's own. Of local shards without a
 time; then only the media themselves tell their size and length.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -8,8 +8,6 @@ with the denoiser has none: it reads the captions. Older sets have no ``null``. 
 (ours).
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

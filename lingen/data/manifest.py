@@ -4,8 +4,6 @@ Whoever writes shards writes it (`lingen data pack`, `lingen encode`, `lingen da
 and finds samples by it and never opens a tar to learn what is in it. The format is ours.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator

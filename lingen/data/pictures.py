@@ -1,7 +1,5 @@
 """Still and animated pictures through Pillow: checked before decoding, turned upright, on white, scaled to a size."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import warnings

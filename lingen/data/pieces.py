@@ -1,7 +1,5 @@
 """Pieces of remote shards kept on the local disk, within a bound."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Pieces of files at ``https://``, ``http://`` and ``s3://``: one request each; retries are up to the caller."""
 
-from __future__ import annotations
-
 import fnmatch
 import os
 from collections.abc import Mapping

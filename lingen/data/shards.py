@@ -4,8 +4,6 @@ Members that stand next to each other and share the name up to its first dot are
 WebDataset). Headers alone tell where each sample lies, so that any one is one contiguous read away, in any order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

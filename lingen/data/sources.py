@@ -5,8 +5,6 @@ after a longer wait; one that cannot succeed (no such file, no permission) is no
 the local disk, up to a limit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

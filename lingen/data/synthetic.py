@@ -5,8 +5,6 @@ to report on. Every shape is brighter on one side, and that side turns with it, 
 All of it is ours; the paper has no such set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Evaluates an autoencoder on a recipe's clips, beside bicubic scaling to as many numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """How close a reconstruction is to its clip: scores, a baseline with as many numbers, and pictures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass

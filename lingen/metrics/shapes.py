@@ -4,8 +4,6 @@ It looks at how far a pixel lies from the background towards the object's colour
 noisy clips of a small model are judged by the same measures as drawn ones. All thresholds are ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt

@@ -1,7 +1,5 @@
 """What training an autoencoder will take: counted on the meta device, where nothing is computed."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

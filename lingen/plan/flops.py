@@ -4,8 +4,6 @@ What is counted are matrix products, 2 FLOPs for each multiplication and additio
 width, is not. Nobody keeps a table beside the mixers: whatever a mixer multiplies is counted, a third party's included.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Forecast of a stage: tokens, parameters and FLOPs are counted, memory is estimated."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass

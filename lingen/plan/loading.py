@@ -1,7 +1,5 @@
 """Recipes: YAML + stage + overrides -> a checked, frozen `Recipe`, and back to YAML."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

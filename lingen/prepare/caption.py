@@ -1,7 +1,5 @@
 """Captions for footage that has none, by a local image- or video-text model: `lingen data caption`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ A list whose lines have to match the order of files shifts all later captions as
 name is no caption. So both are refused, and a source without a caption is dropped and counted.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Checks that shards are complete and that their manifest is right: `lingen data check`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One file of footage -> its samples: shots, pieces of the lengths that are wanted, filters, H.264. No torch here."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

@@ -3,8 +3,6 @@
 One set holds the samples of all stages; each stage takes those of its own shapes.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

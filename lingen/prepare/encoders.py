@@ -1,7 +1,5 @@
 """Runs the frozen parts of a recipe on clips, and packs the results as the members of a sample."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The packages are only carriers, pinned by their SHA-256 and read as archives (`l
 are not part of lingen: their licences are written beside the shards.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import itertools

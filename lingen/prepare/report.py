@@ -1,7 +1,5 @@
 """A report of what a command did with a data set: counts by reason, as a table and as JSON."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any

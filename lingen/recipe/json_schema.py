@@ -1,7 +1,5 @@
 """A JSON Schema of recipes for editors, from the same signatures that the loader checks."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import types

@@ -1,7 +1,5 @@
 """What a change of each setting of a recipe does to its run: the marks that stand where the settings are declared."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

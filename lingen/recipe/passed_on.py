@@ -1,7 +1,5 @@
 """Settings that a part passes on to the parts inside of it: declared in their signatures, and read from its own."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

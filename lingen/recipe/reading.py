@@ -1,7 +1,5 @@
 """First half of loading a recipe: YAML, `extends`, stages and overrides, merged and checked without importing torch."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path as File

@@ -1,7 +1,5 @@
 """Registries of interchangeable parts. Nothing heavy is imported until a part is asked for."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import os

@@ -6,8 +6,6 @@ inside goes before the section's.
 Plain dataclasses: neither torch nor omegaconf is imported. Every number that the paper does not give is ours.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """The files of sampling: latents first, then MP4 and contact sheet, so that a failed decode loses no sampled clip."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence

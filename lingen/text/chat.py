@@ -1,7 +1,5 @@
 """A chat model of transformers in a local folder: whether it is complete, and what it answers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a local folder of a published model holds, told from names, JSON and headers: no weights are read."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """Frozen text encoders with weights in a local folder: loaded when first needed, with a cache of texts, released."""
 
-from __future__ import annotations
-
 import abc
 import gc
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """Text encoders that transformers reads from a local folder: the T5 family, decoders such as Llama, the BERT family."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

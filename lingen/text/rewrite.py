@@ -1,7 +1,5 @@
 """Long prompts out of the user's short ones, by a local chat model (paper: a Llama-3.1 does it before the encoders)."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json

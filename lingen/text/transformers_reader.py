@@ -1,7 +1,5 @@
 """Networks of the transformers library, read from a local folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

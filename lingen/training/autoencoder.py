@@ -1,7 +1,5 @@
 """The LightningModule of an autoencoder: reconstruction and adversarial losses in one backward pass."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from itertools import islice

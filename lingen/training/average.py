@@ -1,7 +1,5 @@
 """Averaged weights (EMA), with which clips are sampled and validation losses computed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

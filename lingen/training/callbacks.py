@@ -1,7 +1,5 @@
 """What happens between optimiser steps: checkpoints, signals, the ledger, samples, the metrics file."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import signal

@@ -1,7 +1,5 @@
 """The LightningModule of the denoiser: what one training step does."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """The folder of a run: recipe, checkpoints, weights, metrics, ledger and samples of every stage."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

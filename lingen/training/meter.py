@@ -1,7 +1,5 @@
 """Running means and counts between two lines of the log."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

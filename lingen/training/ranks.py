@@ -1,7 +1,5 @@
 """Helpers for runs of several processes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The lightning.Trainer of a stage: the recipe's arguments and those that lingen sets."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Weights of a module: written when a stage is finished, read again with the recipe inside the file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
