@@ -24,6 +24,7 @@ from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
+from lingen.training.identity import Stage, describe
 from lingen.training.ranks import is_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
@@ -74,13 +75,13 @@ def fit(
     Args:
         recipe: path or name.
         overrides: ``key=value`` and ``stages.NAME.key=value``.
-        run: run folder; default ``runs/<recipe>-<fingerprint>`` in the current folder.
+        run: run folder; default ``runs/<recipe>-<fingerprint>`` in the current folder, by identity and first course.
         stage: train only this one.
     Returns:
         The run folder.
     Raises:
-        RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, or a folder of another
-            run.
+        RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, a folder that holds
+            another run or a finished stage of another course, or one that another process trains in.
         IncompleteError: a rank holds only a part of what is to be written.
         DataError: too many broken samples.
         NonFiniteError: too many steps without a finite gradient.
@@ -102,39 +103,37 @@ def fit_curriculum(
     """Trains a loaded recipe; arguments and errors of `fit`, but a signal is told in what is returned."""
     reporter = reporter or Reporter()
     stages, chosen = curriculum.stages, curriculum.chosen(stage)
+    told = describe(stages) if is_first_rank() or not run else {}
     say = reporter.say if is_first_rank() else Reporter().say
-    folder = RunFolder(Path(run) if run else record.default_path(stages, say))
+    folder = RunFolder(Path(run) if run else record.default_path(stages[0].name, told, say))
     check_inputs(chosen, folder)
     if not is_first_rank():
         return _train(folder, curriculum, chosen, reporter)
-    with _on_record(folder, curriculum, chosen, reporter) as (written, alone):
+    with _on_record(folder, curriculum, told, chosen, reporter) as (written, alone):
         return _train(folder, written, chosen, alone)
 
 
 @contextmanager
 def _on_record(
-    folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], reporter: Reporter
+    folder: RunFolder, curriculum: Curriculum, told: dict[str, Stage], chosen: Sequence[Recipe], reporter: Reporter
 ) -> Iterator[tuple[Curriculum, Reporter]]:
     """Inside the block the folder is this process's alone and says what is trained. Where nothing is left to do,
     nothing is written. Gives the recipe as it is on record, and a reporter that stops a run which another one took."""
     lock.check_unlocked(folder.path)
-    record.start(folder, curriculum)  # refuses before anything is written
-    if not _work_left(folder, curriculum.stages, chosen):
+    unfinished = [str(one.stage) for one in chosen if folder.finished_steps(str(one.stage)) < one.train.steps]
+    begins = (unfinished or [str(chosen[-1].stage)])[0]
+    record.start(folder, curriculum, told, begins)  # refuses before anything is written
+    if not unfinished and not _is_score_due(folder, curriculum.stages[-1]):
         yield curriculum, reporter
         return
     with lock.locked(folder.path) as held:
         if held.was:
             reporter.say(f"goes on in {folder.path}: {held.was}")
-        begun = record.start(folder, curriculum)  # anew: another process may have been here a moment ago
+        begun = record.start(folder, curriculum, told, begins)  # anew: another process may have been here a moment ago
         record.write(folder, begun)
         for line in begun.lines:
             reporter.say(line)
         yield curriculum._replace(base=begun.base), _Alone(reporter, held)
-
-
-def _work_left(folder: RunFolder, stages: Sequence[Recipe], chosen: Sequence[Recipe]) -> bool:
-    unfinished = any(folder.finished_steps(str(one.stage)) < one.train.steps for one in chosen)
-    return unfinished or _is_score_due(folder, stages[-1])
 
 
 def _is_score_due(folder: RunFolder, last: Recipe) -> bool:

@@ -21,7 +21,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.run import Reporter, fit, fit_curriculum
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.identity import alike, describe, identity_of, other_course
+from lingen.training.identity import alike, describe, fingerprint, identity_of, other_course
 from lingen.training.weights import recipe_of
 from tests.helpers.files import times_of
 
@@ -155,8 +155,8 @@ def test_a_setting_that_the_record_does_not_know_is_that_of_its_recipe(tiny_reci
     """A later version has a setting more: what was trained before had its default."""
     folder, _ = trained(tiny_recipe, run=tmp_path / "run")
     about = json.loads(folder.about.read_text())
-    for stage in about["identity"].values():
-        del stage["model.gate_init"]
+    for stage in STAGES:
+        del about["identity"][stage]["model.gate_init"], about["course"][stage]["train.clip_grad"]
     folder.about.write_text(json.dumps(about))
     trained(tiny_recipe, run=folder.path)
     with pytest.raises(RecipeError, match=r"model.gate_init is 0.5 here"):
@@ -213,6 +213,42 @@ def test_a_stage_that_has_not_begun_takes_its_new_course_without_a_word(tiny_rec
     folder, said = trained(tiny_recipe, "stages.clips.train.lr=1e-3", run=run)
     assert not any("goes on" in line for line in said) and group(folder, 2)["initial_lr"] == 1e-3
     assert history(folder)[-1] == ("clips", 0, {"train.lr": [0.01, 0.001]})
+
+
+def test_steps_below_those_that_are_trained_are_refused(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    step = LinGenModule.training_step
+
+    def stopped(self: LinGenModule, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(LinGenModule, "training_step", stopped)
+        fit(tiny_recipe, ["train.checkpoint_every=1"], run=tmp_path / "run", stage="clips")
+    before = times_of(tmp_path / "run")
+    with pytest.raises(RecipeError, match="'clips' has been trained for 4 steps, more than train.steps=3"):
+        fit(tiny_recipe, ["stages.clips.train.steps=3"], run=tmp_path / "run", stage="clips")
+    assert times_of(tmp_path / "run") == before
+    assert history(RunFolder(tmp_path / "run")) == [("clips", 0, {})]
+
+
+def test_a_finished_run_is_finished_on_a_machine_with_other_devices(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    auto = ["trainer.devices=auto", "trainer.accelerator=auto"]
+    stages = load_stages(tiny_recipe, auto)
+    usual = describe(stages)
+    folder, _ = trained(tiny_recipe, "trainer.devices=auto", run=tmp_path / "run")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert fingerprint(describe(stages)) == fingerprint(usual)
+    change = other_course(usual["clips"].course, describe(stages)["clips"].course)
+    assert change == {"samples.image": [2, 16], "samples.video": [2, 16]}
+    before = times_of(folder.path)
+    fit_curriculum(load_curriculum(tiny_recipe, [*ONE, *auto]), run=folder.path)
+    assert times_of(folder.path) == before
 
 
 def test_free_settings_change_while_a_run_goes_on(tiny_recipe: Path, tmp_path: Path):

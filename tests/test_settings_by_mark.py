@@ -22,6 +22,7 @@ from lingen.recipe.marks import TRAINER, marks_of
 from lingen.run import fit
 from lingen.training import record
 from lingen.training.folder import RunFolder
+from lingen.training.identity import describe
 from lingen.weights import read_weights
 from tests.helpers.closeness import assert_close
 
@@ -198,7 +199,7 @@ def test_another_identity_is_refused_by_name(begun: Path, name: str):
     for key in tried:
         curriculum = load_curriculum(name, [*small_of(name, begun), *overrides_of(key, begun, name)])
         try:
-            record.start(RunFolder(begun / name), curriculum)
+            record.start(RunFolder(begun / name), curriculum, describe(curriculum.stages), LAST[name])
             accepted.append(key)
         except RecipeError as error:
             if f"{key} is " not in str(error) and " more" not in str(error):
@@ -210,7 +211,7 @@ def test_other_stages_are_another_run(begun: Path):
     (begun / "fewer.yaml").write_text("extends: quickstart_cpu\nstages: {videos: {}, more: {}}\n")
     words = [word for word in small_of("quickstart_cpu", begun) if not word.startswith("stages.")]
     with pytest.raises(RecipeError, match="stages is "):
-        record.start(RunFolder(begun / "quickstart_cpu"), load_curriculum(begun / "fewer.yaml", words))
+        fit(begun / "fewer.yaml", words, run=begun / "quickstart_cpu")
 
 
 @pytest.mark.slow

@@ -84,13 +84,9 @@ def content_of_shards(locations: Sequence[str], setting: str, reader: Reader) ->
     """12 hex digits of what the shards hold, wherever they lie: of their manifests and the names that are wanted of
     them, or where there is none of the shards themselves. Arguments and errors as for `open_index`."""
     sets, bare = _sort(locations, setting, reader)
-    told = [[content_of(one.path), one.shards] for one in sets] + [[one.name, _of_tar(str(one))] for one in bare]
+    told = [[content_of(one.path), one.shards] for one in sets]
+    told += [[one.name, hash_weights(Path(str(one)), TAR_PIECES)] for one in bare if not is_remote(str(one))]
     return hashlib.blake2b(repr(told).encode(), digest_size=6).hexdigest()
-
-
-def _of_tar(path: str) -> str | None:
-    """A shard is looked at in a few places only: there may be thousands."""
-    return hash_weights(Path(path), TAR_PIECES) if os.path.isfile(path) else None
 
 
 def kept_folder(name: str, write: Callable[[Path], None]) -> Path:

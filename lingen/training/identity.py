@@ -32,6 +32,8 @@ SAMPLES = "samples."
 """Start of the keys of a course that count the samples of all ranks in a step: they follow from `PER_STEP`."""
 PER_STEP = ("data.batch.image", "data.batch.video", "train.accumulate", "trainer.devices", "trainer.num_nodes")
 """Settings that are no change of course as long as a step holds as many samples: only rounding differs."""
+BY_MACHINE = ("auto", "-1")
+"""Numbers of devices that say: as many as there are."""
 PRECISIONS = {None: "32-true", 32: "32-true", 64: "64-true", "32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
 PRECISIONS |= {16: "16-mixed", "16": "16-mixed"}
 """Other spellings that Lightning knows."""
@@ -116,7 +118,7 @@ def ranks_of(recipe: Recipe) -> int:
         devices = [one for one in devices.split(",") if one.strip()]
     if isinstance(devices, (list, tuple)):
         return len(devices) * nodes
-    if str(devices) in ("auto", "-1"):
+    if str(devices) in BY_MACHINE:
         return max(1, torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1) * nodes
     return int(devices) * nodes
 
@@ -154,12 +156,18 @@ def other_course(held: Values, here: Values) -> dict[str, list[Any]]:
 
 
 def fingerprint(stages: dict[str, Stage]) -> str:
-    """8 hex digits of identity and course of all stages, however many ranks share a step."""
+    """8 hex digits of identity and course of all stages, however many ranks share the samples of a step. Where the
+    machine decides how many ranks there are, they are the same on every machine."""
     parts = [
-        [name, one.identity, {key: value for key, value in one.course.items() if key not in PER_STEP}]
+        [name, one.identity, {key: value for key, value in one.course.items() if not _is_idle(key, one.course)}]
         for name, one in stages.items()
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _is_idle(key: str, course: Values) -> bool:
+    counted = str(course["trainer.devices"]) not in BY_MACHINE
+    return key in PER_STEP if counted else key.startswith(SAMPLES)
 
 
 def shown(value: Any) -> str:

@@ -98,7 +98,7 @@ def _place(owner: Owner) -> str:
 def check_unlocked(folder: Path) -> None:
     """RecipeError where a living process trains in a folder. Writes nothing."""
     lock = folder / NAME
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         owner = _read(lock)
         silent = time.time() - lock.stat().st_mtime
         if owner is not None and owner.get("host") == _host() and death_of(owner, silent) is None:
@@ -147,7 +147,7 @@ class Lock:
         """RecipeError where a living process holds it."""
         own = self.path.with_name(f"{self.path.name}.{self.owner['mark']}.partial")
         try:
-            while not self._appear(own):
+            while not (self._appear(own) or self._is_mine()):  # a network file system may tell of a link's failure late
                 self._replace_dead(own)
                 if self._is_mine():
                     return

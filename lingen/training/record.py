@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.training.folder import RunFolder
-from lingen.training.identity import Stage, Values, describe, fingerprint, other_course, other_identity, shown
+from lingen.training.identity import SAMPLES, Stage, Values, describe, fingerprint, other_course, other_identity, shown
 
+OLD_TRIED = 8
+"""Runs of an earlier version that are looked at, where a default folder is about to be made."""
 NAMED = 8
 """Settings that a message names."""
 
@@ -51,12 +54,12 @@ def read_held(folder: RunFolder) -> Held:
     RecipeError where it cannot be read."""
     try:
         about = json.loads(folder.about.read_text(encoding="utf-8"))
-        names = list(about["stages"])
+        kept = about["stages"] if "identity" in about else []
+        stages = {name: Stage(about["identity"][name], about["course"][name]) for name in kept}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{folder.about} cannot be read ({error}). Name another folder with --run.") from error
     if "identity" not in about:
         return Held(about, describe(_curriculum_of(folder).stages))
-    stages = {name: Stage(about["identity"][name], about["course"][name]) for name in names}
     return Held(about, stages, about.get("asked", {}))
 
 
@@ -70,41 +73,38 @@ def _curriculum_of(folder: RunFolder) -> Curriculum:
         ) from error
 
 
-def start(folder: RunFolder, curriculum: Curriculum) -> Start:
+def start(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], begins: str) -> Start:
     """What training this recipe makes of a folder; nothing is written.
 
+    Args:
+        here: the recipe's stages, as `describe` gives them.
+        begins: the stage that is trained first.
     Raises:
-        RecipeError: the folder holds another run, something that is no run, or a finished stage of which another
-            course is asked for.
+        RecipeError: the folder holds another run, something that is no run, a finished stage of which another course
+            is asked for, or one that is further on than it is to go.
     """
-    here, first = describe(curriculum.stages), curriculum.stages[0]
     if not folder.about.is_file():
-        if folder.path.exists() and (not folder.path.is_dir() or any(map(_is_no_leftover, folder.path.iterdir()))):
-            raise RecipeError(f"{folder.path} exists and is no run folder. Name a new or empty folder with --run.")
-        about = {"recipe": first.name, "fingerprint": fingerprint(here), "stages": list(here), **_now()}
-        about["identity"] = {name: stage.identity for name, stage in here.items()}
-        about["first_course"] = about["course"] = {name: stage.course for name, stage in here.items()}
-        return Start(about | {"history": [_entry(next(iter(here)), 0, {})]}, curriculum.base, [])
-
-    held = read_held(folder)
-    here = _check_identity(folder, held, here, first.name)
+        return _first(folder, curriculum, here, begins)
+    held = _completed(folder, read_held(folder), here)
+    _check_identity(folder, held, here, curriculum.stages[0].name)
+    _check_steps(folder, curriculum.stages)
     finished = {str(one.stage) for one in curriculum.stages if folder.finished_steps(str(one.stage)) >= one.train.steps}
-    changes = _changes(held, here)
+    changes = _changes(held, here, finished)
     acting = {name: change for name, change in changes.items() if name not in finished}
     if changes and not acting:
         raise RecipeError(_refusal(folder, changes))
     course = {name: held.stages[name].course if name in finished else stage.course for name, stage in here.items()}
     asked = {name: stage.course for name, stage in here.items() if stage.course != course[name]}
     entries = [_entry(name, folder.last_step(name), change) for name, change in acting.items()]
-    if not entries:
-        stage = next((name for name in here if name not in finished), list(here)[-1])
-        entries = [_entry(stage, folder.last_step(stage), {})]
     about = held.about | {
-        "identity": {name: stage.identity for name, stage in here.items()},
+        "identity": {name: _known(held.stages[name].identity, stage.identity) for name, stage in here.items()},
         "first_course": held.about.get("first_course", {name: one.course for name, one in held.stages.items()}),
         "course": course,
         "asked": asked,
-        "history": [*held.about.get("history", [_first_entry(held.about)]), *entries],
+        "history": [
+            *held.about.get("history", [_first_entry(held.about)]),
+            *(entries or [_entry(begins, folder.last_step(begins), {})]),
+        ],
     }
     lines = [
         f"stage {name} goes on from step {folder.last_step(name)} with {told(change)}"
@@ -114,33 +114,53 @@ def start(folder: RunFolder, curriculum: Curriculum) -> Start:
     return Start(about, _true_recipe(folder, curriculum, set(asked)), lines)
 
 
+def _first(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], begins: str) -> Start:
+    """The record of a new run."""
+    if folder.path.exists() and (not folder.path.is_dir() or any(map(_is_no_leftover, folder.path.iterdir()))):
+        raise RecipeError(f"{folder.path} exists and is no run folder. Name a new or empty folder with --run.")
+    course = {name: stage.course for name, stage in here.items()}
+    about = {"recipe": curriculum.stages[0].name, "fingerprint": fingerprint(here), "stages": list(here), **_now()}
+    about |= {"identity": {name: stage.identity for name, stage in here.items()}}
+    about |= {"first_course": course, "course": course, "asked": {}, "history": [_entry(begins, 0, {})]}
+    return Start(about, curriculum.base, [])
+
+
 def _is_no_leftover(path: Path) -> bool:
     """Of a first start that was killed before it wrote its record."""
     return not path.name.startswith(("lock.json", "run.json."))
 
 
-def _check_identity(folder: RunFolder, held: Held, here: dict[str, Stage], name: str) -> dict[str, Stage]:
-    """The stages here, with what the record knows of files that are not on this machine."""
-    found = other_identity(held.stages, here)
-    new = {key for _, (key, old, _) in found.items() if old is None}
-    if new and new == {key for key, _, _ in found.values()}:
-        # Settings that the version which wrote the record did not know: it trained as their defaults say.
+def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
+    """With the settings that the version which wrote the record did not know: it trained as their defaults say."""
+    both = [(held.stages[name], one) for name, one in here.items() if name in held.stages]
+    if all(one.identity.keys() <= old.identity.keys() and one.course.keys() <= old.course.keys() for old, one in both):
+        return held
+    try:
         known = describe(_curriculum_of(folder).stages)
-        held.stages = {n: Stage(known[n].identity | one.identity, one.course) for n, one in held.stages.items()}
-        found = other_identity(held.stages, here)
+    except RecipeError:
+        return held  # what differs is told
+    for name, old in held.stages.items():
+        held.stages[name] = Stage(known[name].identity | old.identity, known[name].course | old.course)
+    return held
+
+
+def _check_identity(folder: RunFolder, held: Held, here: dict[str, Stage], name: str) -> None:
+    found = other_identity(held.stages, here)
     if found:
         raise RecipeError(
             f"{folder.path} holds a run of another recipe ('{held.about.get('recipe')}'; this one is '{name}'): "
             f"{_named(found.values())}. Name another folder with --run, or none, to train it as a run of its own."
         )
-    for stage, one in held.stages.items():
-        unknown = {key for key, value in here[stage].identity.items() if value == {"content": None}}
-        here[stage].identity.update({key: one.identity[key] for key in unknown if key in one.identity})
-    return here
 
 
-def _named(found: Iterator[Any] | Any) -> str:
-    """``model.depth is 1 here and was 2`` of each setting, once."""
+def _known(held: Values, here: Values) -> Values:
+    """What a run is, with what its record knows of files that are not on this machine."""
+    unknown = [key for key, value in here.items() if value == {"content": None} and key in held]
+    return here | {key: held[key] for key in unknown}
+
+
+def _named(found: Iterable[tuple[str, Any, Any]]) -> str:
+    """``model.depth is 1 here and 2 there`` of each setting, once."""
     lines = list(dict.fromkeys(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found))
     return ", ".join(lines[:NAMED]) + (f" and {len(lines) - NAMED} more" if len(lines) > NAMED else "")
 
@@ -151,11 +171,22 @@ def told(changes: dict[str, list[Any]]) -> str:
     return ", ".join(parts[:NAMED]) + (f" and {len(parts) - NAMED} more" if len(parts) > NAMED else "")
 
 
-def _changes(held: Held, here: dict[str, Stage]) -> Changes:
+def _check_steps(folder: RunFolder, stages: Sequence[Recipe]) -> None:
+    for name, steps in ((str(one.stage), one.train.steps) for one in stages):
+        if not folder.finished_steps(name) and folder.last_step(name) > steps:
+            raise RecipeError(
+                f"{folder.path}: stage '{name}' has been trained for {folder.last_step(name)} steps, more than "
+                f"train.steps={steps}. Ask for as many or more, or name another folder with --run."
+            )
+
+
+def _changes(held: Held, here: dict[str, Stage], finished: set[str]) -> Changes:
     found = {}
     for name, stage in here.items():
         change = other_course(held.stages[name].course, stage.course)
-        if change and other_course(held.asked.get(name, {}), stage.course):
+        if name in finished:  # how many ranks this machine would make is no wish
+            change = {key: pair for key, pair in change.items() if not key.startswith(SAMPLES)}
+        if change and other_course(held.stages[name].course | held.asked.get(name, {}), stage.course):
             found[name] = change
     return found
 
@@ -208,14 +239,13 @@ def write(folder: RunFolder, begun: Start) -> None:
 # default folders
 
 
-def default_path(stages: Sequence[Recipe], say: Callable[[str], None]) -> Path:
+def default_path(name: str, here: dict[str, Stage], say: Callable[[str], None]) -> Path:
     """``runs/<recipe>-<fingerprint>`` in the current folder: that of a run with this identity which began with this
     course. Where there is none, a run of the same identity with another course is named."""
-    here = describe(stages)
-    path = Path("runs") / f"{stages[0].name}-{fingerprint(here)}"
+    path = Path("runs") / f"{name}-{fingerprint(here)}"
     if (path / "run.json").is_file():
         return path
-    kin = list(_kin(path.parent, here, stages[0].name))
+    kin = list(_kin(path.parent, here, name))
     for folder, held in kin:
         first = held.about.get("first_course")
         if first and not any(other_course(first[name], one.course) for name, one in here.items()):
@@ -223,9 +253,9 @@ def default_path(stages: Sequence[Recipe], say: Callable[[str], None]) -> Path:
     if kin:
         folder, held = kin[-1]
         change = {
-            f"{name}: {key}" if len(here) > 1 else key: pair
-            for name, one in here.items()
-            for key, pair in other_course(held.stages[name].course, one.course).items()
+            f"{stage}: {key}" if len(here) > 1 else key: pair
+            for stage, one in here.items()
+            for key, pair in other_course(held.stages[stage].course, one.course).items()
         }
         more = f" (and {len(kin) - 1} more)" if len(kin) > 1 else ""
         say(
@@ -236,13 +266,17 @@ def default_path(stages: Sequence[Recipe], say: Callable[[str], None]) -> Path:
 
 
 def _kin(runs: Path, here: dict[str, Stage], name: str) -> Iterator[tuple[RunFolder, Held]]:
-    """The runs of the same identity, the newest last."""
-    abouts = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    """The runs of the same identity, the newest last. Of those without an identity a few of the same name are tried,
+    since each has to have its recipe loaded."""
+    abouts = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found, loaded = [], 0
     for folder in (RunFolder(path.parent) for path in abouts):
-        try:
-            if folder.path.name.startswith(f"{name}-") or '"identity"' in folder.about.read_text():
-                held = read_held(folder)
-                if not other_identity(held.stages, here):
-                    yield folder, held
-        except (OSError, RecipeError):
-            continue  # something else, or of a version that cannot be read: it is in nobody's way
+        with suppress(OSError, ValueError):  # something else is in nobody's way
+            if '"identity"' not in folder.about.read_text(encoding="utf-8"):
+                loaded += 1
+                if loaded > OLD_TRIED or not folder.path.name.startswith(f"{name}-"):
+                    continue
+            held = read_held(folder)
+            if not other_identity(held.stages, here):
+                found.append((folder, held))
+    yield from reversed(found)
