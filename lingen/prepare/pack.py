@@ -14,7 +14,7 @@ from lingen.data.manifest import About, Row, media_hash
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, WrittenSample, make_samples, read_samples
 from lingen.prepare.filters import Duplicates, Filters
-from lingen.prepare.footage import MediaSource, find_sources
+from lingen.prepare.footage import Found, MediaSource, look_through
 from lingen.prepare.journal import JournalEntry, Note, Part, Record, SetFolder, ShardStream
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
@@ -36,6 +36,8 @@ class Packing(NamedTuple):
     keep_uncaptioned: bool = False
     """Whether samples without a caption are kept, for `lingen data caption`; those with a broken or empty one are
     dropped."""
+    unseen: Sequence[tuple[str, str]] = ()
+    """What lies among the sources and is none, with the reason, for the ledger."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,12 +73,18 @@ def filters_for(wanted: ClipRequirements, given: dict[str, Any]) -> Filters:
 def find_footage(
     videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements
 ) -> list[MediaSource]:
+    """The sources of `look_for_footage`."""
+    return look_for_footage(videos, images, wanted).sources
+
+
+def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements) -> Found:
     """All files of the folders. RecipeError where none are named, or where no stage wants what they hold."""
     if not videos and not images:
         raise RecipeError("Say where the footage is: --videos DIR, --images DIR, or both.")
     if videos and not wanted.lengths:
         raise RecipeError("No stage of the recipe trains on videos (data.mix.video is 0); leave --videos away.")
-    return find_sources(images, "image") + find_sources(videos, "video")
+    pictures, films = look_through(images, "image", videos), look_through(videos, "video", images)
+    return Found(pictures.sources + films.sources, sorted({*pictures.unseen, *films.unseen}))
 
 
 def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
@@ -92,6 +100,7 @@ def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda 
         RecipeError: see `SetFolder` and `Captions.unused`.
     """
     fileless = [Note(key, "caption without a file: a row of the table") for key in job.captions.unused(job.sources)]
+    fileless += [Note(name, reason) for name, reason in job.unseen]
     folder = SetFolder(out, job.part, job.settings)
     with folder.locked():
         own = [source for source in job.sources if job.part.holds(f"{source.kind}:{source.key}")]

@@ -1,0 +1,170 @@
+"""Nothing that a user wrote or named is lost silently: text of every editor, files of every extension, links."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lingen.cli import main
+from lingen.cli.prompts import lines_of
+from lingen.data import manifest
+from lingen.data.captions import captions_of
+from lingen.prepare.captions import Captions, read_table
+from lingen.prepare.footage import MediaSource, find_sources, look_through
+from lingen.recipe import load_recipe
+from lingen.recipe.errors import RecipeError
+from tests.helpers.footage import frames, write_film
+
+ENCODINGS = {
+    "plain": lambda text: text.encode(),
+    "utf-8": lambda text: codecs.BOM_UTF8 + text.encode(),
+    "utf-16-le": lambda text: codecs.BOM_UTF16_LE + text.encode("utf-16-le"),
+    "utf-16-be": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    "utf-32": lambda text: codecs.BOM_UTF32_LE + text.encode("utf-32-le"),
+}
+RECIPE = """
+extends: footage_64
+data: {frames: 8, size: [32, 32], fps: 8}
+"""
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, encoding: str) -> None:
+    write = ENCODINGS[encoding]
+    assert captions_of({"txt": write("ein Drache \u00fcber\r\ndem Haus\r\n")}) == ["ein Drache \u00fcber\ndem Haus"]
+    assert captions_of({"json": write('{"caption": "\u00fc"}')}) == ["\u00fc"]
+    for name, text in (
+        ("t.csv", "key,caption\r\na,\u00fc\r\n"),
+        ("t.jsonl", '{"key": "a", "caption": "\u00fc"}\r\n'),
+        ("t.json", '{"a": "\u00fc"}'),
+    ):
+        (tmp_path / name).write_bytes(write(text))
+        assert list(read_table(tmp_path / name)) == [("a", "\u00fc")], name
+    (tmp_path / "p.txt").write_bytes(write("one \u00fc\r\n\r\ntwo"))
+    assert lines_of(str(tmp_path / "p.txt")) == ["one \u00fc", "two"]
+    (tmp_path / "r.yaml").write_bytes(write("extends: quickstart_cpu\r\nseed: 5\r\n"))
+    assert load_recipe(tmp_path / "r.yaml", stage=None).seed == 5
+
+
+def test_bytes_that_are_no_text_are_named_with_their_place(tmp_path: Path) -> None:
+    bad = "one\ncaf\u00e9\n".encode("latin-1")
+    place = r"line 2, byte 7 \(0xe9\) is no UTF-8; save the file as UTF-8"
+    with pytest.raises(ValueError, match="caption is not UTF-8: " + place):
+        captions_of({"txt": bad})
+    for name, read in (("p.txt", lines_of), ("r.yaml", load_recipe), ("t.csv", Captions)):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(RecipeError, match=f"{name}.*{place}"):
+            read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "{", '{"caption": nope}'])
+def test_json_that_is_none_is_told(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match="^broken JSON: "):
+        captions_of({"json": text.encode()})
+    (tmp_path / "t.json").write_text(text)
+    (tmp_path / "t.jsonl").write_text(f"\n{text}\n")
+    with pytest.raises(RecipeError, match="t.json' cannot be read: broken JSON"):
+        Captions(tmp_path / "t.json")
+    with pytest.raises(RecipeError, match="t.jsonl:2' cannot be read: broken JSON"):
+        Captions(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("first", ["", "sep={}\n"])
+def test_columns_are_found_whatever_stands_between_them(tmp_path: Path, mark: str, first: str) -> None:
+    rows = [["Caption ", "KEY"], ['"a, b; c"', "x"]]
+    (tmp_path / "t.csv").write_text(first.format(mark) + "\r\n".join(mark.join(row) for row in rows))
+    assert list(read_table(tmp_path / "t.csv")) == [("x", "a, b; c")]
+
+
+def test_other_columns_are_said(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file;description\na;b\n")
+    with pytest.raises(RecipeError, match="its columns are 'file', 'description'.* columns 'key' and 'caption'"):
+        Captions(tmp_path / "t.csv")
+    (tmp_path / "t.jsonl").write_text('{"file": "a", "text": "b"}\n')
+    with pytest.raises(RecipeError, match="t.jsonl:1: a row needs 'key' and 'caption'.* it has 'file', 'text'"):
+        Captions(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.TXT", "a.Txt", "a.JSON"])
+def test_an_extension_counts_however_it_is_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"caption": "a dog"}' if "J" in name else "a dog")
+    assert Captions().of(MediaSource("video", "a", tmp_path / "a.MP4", "f")) == ["a dog"]
+
+
+# files
+
+
+def test_films_of_other_containers_and_linked_folders_are_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    films, elsewhere = tmp_path / "films", tmp_path / "elsewhere"
+    names = {
+        "a.wmv": "wmv2", "b.flv": "flv1", "c.3gp": "libx264", "d.m2ts": "mpeg2video", "e.MTS": "mpeg2video",
+        "f.vob": "mpeg2video", "g.ogv": "libtheora",
+    }  # fmt: skip
+    for number, (name, codec) in enumerate(names.items()):
+        shown = frames(f"life=seed={number}:mold=10", 1.5, 24, (48, 64))
+        try:
+            write_film(films / name, shown, 24, codec)
+        except ValueError:  # this FFmpeg was built without the encoder
+            (films / name).unlink(missing_ok=True)
+            continue
+        (films / name).with_suffix(".txt").write_text(name)
+    packed = len(list(films.glob("*.txt")))
+    assert packed >= 5
+    write_film(elsewhere / "z.mp4", frames("mandelbrot", 1.5, 24, (48, 64)))
+    (elsewhere / "z.txt").write_text("linked")
+    (films / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(films)
+    (films / "loop").symlink_to(films)
+    (films / "gone.mp4").symlink_to(films / "nowhere.mp4")
+    (films / "clip.xyz").write_bytes(b"?")
+    (films / "notes.txt").write_text("of nothing")
+    (films / ".hidden.mp4").write_bytes(b"?")
+    Image.new("RGB", (64, 64)).save(films / "cover.jpg")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    words = ["data", "pack", "--recipe", str(tmp_path / "r.yaml"), "--videos", str(films), "--processes", "0"]
+    off = [word for name in ("still", "jerky", "frozen", "duplicates", "black") for word in (f"--{name}", "off")]
+    assert main([*words, *off, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert ledger["made"] == {"video": packed + 1}
+    assert "linked/z-0000" in [row.key for row in manifest.rows(tmp_path / "out" / manifest.NAME)]
+    assert ledger["left_out"] == {
+        "linked folder": 2, "unreadable": 1, "other file": 1, "caption without a file": 1, "hidden": 1,
+        "picture among films": 1,
+    }  # fmt: skip
+    assert all(f"left out: {reason}" in told for reason in ledger["left_out"])
+    assert ledger["named"]["other file"][0].startswith("clip.xyz: other file: .xyz, ")
+    assert ledger["named"]["caption without a file"][0].startswith("notes.txt: ")
+
+
+def test_a_folder_of_the_other_kind_is_told_as_that(tmp_path: Path) -> None:
+    for number in range(2):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.bmp")
+    with pytest.raises(RecipeError, match="holds no video file, but 2 pictures: name it with --images"):
+        find_sources([tmp_path], "video")
+    assert [source.key for source in find_sources([tmp_path], "image")] == ["0", "1"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "f.mkv").touch()
+    with pytest.raises(RecipeError, match="holds no image file, but 1 film: name it with --videos"):
+        find_sources([tmp_path / "a"], "image")
+    assert look_through([tmp_path], "video", [tmp_path]).unseen == []
+
+
+def test_pictures_of_other_formats_become_what_training_reads(tmp_path: Path) -> None:
+    from tests.test_footage import cut, media_of, reasons
+
+    picture = Image.fromarray(next(frames("testsrc2", 1, 24, (64, 64))))
+    for name in ("a.bmp", "b.tiff", "c.jfif", "d.avif", "e.gif", "f.tga", "g.ppm", "wrong.png"):
+        picture.save(tmp_path / name, "JPEG" if name in ("wrong.png", "c.jfif") else None)
+        (made,) = cut(tmp_path / name, kind="image").samples
+        assert made.media == ("jpg" if name in ("c.jfif", "wrong.png") else "webp"), name
+        assert list(media_of(tmp_path / name)[0])[0] == made.media
+    picture.save(tmp_path / "moving.gif", save_all=True, append_images=[picture.rotate(90)])
+    assert reasons(cut(tmp_path / "moving.gif", kind="image")) == ["film among pictures"]
