@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
+import shutil
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,8 +17,12 @@ from lingen.cli import main
 from lingen.cli.prompts import lines_of
 from lingen.data import manifest
 from lingen.data.captions import captions_of
+from lingen.data.indexing import scan_shards
+from lingen.data.locations import Location, expand
 from lingen.prepare.captions import Captions, read_table
+from lingen.prepare.check import check_folders
 from lingen.prepare.footage import MediaSource, find_sources, look_through
+from lingen.prepare.index import index_folder
 from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
 from tests.helpers.footage import frames, write_film
@@ -168,3 +176,91 @@ def test_pictures_of_other_formats_become_what_training_reads(tmp_path: Path) ->
         assert list(media_of(tmp_path / name)[0])[0] == made.media
     picture.save(tmp_path / "moving.gif", save_all=True, append_images=[picture.rotate(90)])
     assert reasons(cut(tmp_path / "moving.gif", kind="image")) == ["film among pictures"]
+
+
+# shards
+
+
+def tar_of(path: Path, names: list[str], media: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            member, data = tarfile.TarInfo(name), media if name.endswith("png") else b"a caption"
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SORTED = [f"{number}.{end}" for number in range(3) for end in ("png", "txt")]
+
+
+def test_an_unsorted_tar_is_told_with_its_cure(tmp_path: Path, png: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    tar_of(tmp_path / "a.tar", sorted(SORTED, key=lambda name: name[2:]), png)
+    assert main(["data", "index", str(tmp_path), "--processes", "0"]) == 2
+    told = capsys.readouterr().err
+    assert "a.tar: unsorted tar: the files of 3 samples do not stand beside each other, such as 0.png and 0.txt" in told
+    assert main(["data", "check", str(tmp_path), "--processes", "0"]) == 1
+    assert "a.tar: unsorted tar: " in capsys.readouterr().err
+    (index,) = scan_shards([Location(str(tmp_path), "a.tar")]).faults
+    assert index.reason in told
+    subprocess.run(index.reason.split("`")[1], shell=True, check=True, cwd=tmp_path)
+    shutil.rmtree(tmp_path / "sorted")
+    assert main(["data", "index", str(tmp_path), "--processes", "0"]) == 0
+    assert len(list(manifest.rows(tmp_path / manifest.NAME))) == 3
+
+
+def test_index_and_check_find_the_same(tmp_path: Path, png: bytes) -> None:
+    """Without a manifest, and with the one that the index writes."""
+    tar_of(tmp_path / "a.TAR", [*SORTED, "3.png", "4.txt", "0.png", "0.txt", "9.png", "9.txt"], png)
+    with (tmp_path / "a.TAR").open("r+b") as file:
+        where = (tmp_path / "a.TAR").read_bytes().rindex(b"IHDR")
+        file.seek(where)
+        file.write(b"IXXR")
+    (tmp_path / "b.tar.gz").write_bytes(b"?")
+    (tmp_path / "zero.tar").touch()
+    before = check_folders([tmp_path], "full").faults
+    found = index_folder(tmp_path, 0)
+    assert set(before) == set(found.drops) and found.rows == 3
+    reasons = [drop.reason.partition(":")[0] for drop in found.drops]
+    assert sorted(reasons) == [
+        "broken picture", "compressed tar", "empty shard", "no caption", "no media", "same key twice"
+    ]  # fmt: skip
+    assert set(check_folders([tmp_path], "full").faults) == set(before)
+
+
+def test_check_plans_for_the_folders_that_are_named(
+    tmp_path: Path, png: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "extends: quickstart_cpu\nstages: null\n"
+        "data: {synthetic: null, shards: {image: nowhere.tar, video: nowhere.tar}, "
+        "mix: {image: 1, video: 0}, batch: {image: 2}, size: [32, 32]}\n"
+    )
+    tar_of(tmp_path / "set" / "a.tar", SORTED, png)
+    words = ["data", "check", "--recipe", str(tmp_path / "r.yaml"), str(tmp_path / "set"), "--processes", "0"]
+    assert main(words) == 1
+    cure = f"has no manifest.parquet; write it with `lingen data index {tmp_path / 'set'}`"
+    assert cure in capsys.readouterr().err
+    assert main(["data", "stats", str(tmp_path / "set")]) == 2 and cure in capsys.readouterr().err
+    assert main(["data", "index", str(tmp_path / "set"), "--processes", "0"]) == 0
+    assert main([*words, "--json"]) == 0
+    (bucket,) = json.loads(capsys.readouterr().out.partition("\n")[2])["buckets"]
+    assert bucket[1:4] == ["image", "1x32x32", 3]
+
+
+@pytest.mark.parametrize("name", ["set[1]", "set{1,2}", "set*", "a=b"])
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path, png: bytes, name: str) -> None:
+    one = tar_of(tmp_path / name / "x[0].tar", SORTED, png)
+    other = tar_of(tmp_path / "set1" / "x0.tar", SORTED, png)
+    assert expand(str(one), "x") == [str(one)] and expand(str(tmp_path / "set1" / "x[0].tar"), "x") == [str(other)]
+    index_folder(tmp_path / name, 0)
+    assert expand(str(tmp_path / name), "x") == [str(tmp_path / name / manifest.NAME)]
+    assert expand(f"{tmp_path / name}/*.tar", "x") == [str(one)]
+    assert expand(f"{tmp_path / name}/x[[]{{0,0}}].tar", "x") == [str(one)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, count_bar
 from lingen.cli.encode import DEVICE
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.text import read_text
+from lingen.recipe.text import read_text_file
 
 if TYPE_CHECKING:
     from lingen.recipe.sections import RewriteConfig
@@ -115,4 +115,4 @@ def _write(path: str, text: str) -> None:
 
 def lines_of(path: str) -> list[str]:
     """The lines of a file that are not empty. RecipeError where it cannot be read."""
-    return [line.strip() for line in read_text(Path(path)).split("\n") if line.strip()]
+    return [line.strip() for line in read_text_file(Path(path)).split("\n") if line.strip()]

@@ -155,7 +155,7 @@ def caption(
     """
     path = folder / manifest.NAME
     if not path.is_file():
-        raise RecipeError(f"'{folder}' has no {manifest.NAME}: name a folder that `lingen data pack` wrote.")
+        raise RecipeError(manifest.without_manifest(folder))
     before = manifest.about(path)
     settings = {**before.settings, "captioner": how.settings}
     own = SetFolder(out, how.part, settings)

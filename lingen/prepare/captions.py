@@ -15,7 +15,7 @@ from lingen.data.captions import captions_of, clean_captions
 from lingen.prepare.footage import MediaSource
 from lingen.prepare.formats import CAPTIONS, extensions
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.text import decode_json, read_text
+from lingen.recipe.text import decode_json, read_text_file
 
 DELIMITERS = ",;\t|"
 """What may stand between the columns of a CSV file."""
@@ -85,7 +85,7 @@ def read_table(table: Path) -> Iterator[tuple[Any, Any]]:
         yield from _parquet(table)
         return
     try:
-        yield from readers[table.suffix.lower()](table, read_text(table))
+        yield from readers[table.suffix.lower()](table, read_text_file(table))
     except csv.Error as error:
         raise RecipeError(f"'{table}' cannot be read: {error}.") from error
 

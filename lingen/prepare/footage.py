@@ -29,7 +29,7 @@ class MediaSource(NamedTuple):
     """Name of that folder."""
 
 
-class Found(NamedTuple):
+class Footage(NamedTuple):
     """What lies in some folders."""
 
     sources: list[MediaSource]
@@ -43,7 +43,7 @@ def find_sources(folders: Iterable[str | Path], kind: str) -> list[MediaSource]:
     return look_through(folders, kind).sources
 
 
-def look_through(folders: Iterable[str | Path], kind: str, others: Iterable[str | Path] = ()) -> Found:
+def look_through(folders: Iterable[str | Path], kind: str, others: Iterable[str | Path] = ()) -> Footage:
     """All files of a kind below the folders, hidden ones left out; linked folders are followed, each folder once.
 
     Args:
@@ -80,7 +80,7 @@ def look_through(folders: Iterable[str | Path], kind: str, others: Iterable[str 
             if suffix in CAPTIONS and _key(path, folder) in media or suffix in elsewhere:
                 continue
             unseen.append((_text(path.relative_to(folder).as_posix()), _why_unseen(path, other)))
-    return Found([found[key] for key in sorted(found)], sorted(unseen))
+    return Footage([found[key] for key in sorted(found)], sorted(unseen))
 
 
 def _key(path: Path, folder: Path) -> str:

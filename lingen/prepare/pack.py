@@ -14,7 +14,7 @@ from lingen.data.manifest import About, Row, media_hash
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, WrittenSample, make_samples, read_samples
 from lingen.prepare.filters import Duplicates, Filters
-from lingen.prepare.footage import Found, MediaSource, look_through
+from lingen.prepare.footage import Footage, MediaSource, look_through
 from lingen.prepare.journal import JournalEntry, Note, Part, Record, SetFolder, ShardStream
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
@@ -77,14 +77,14 @@ def find_footage(
     return look_for_footage(videos, images, wanted).sources
 
 
-def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements) -> Found:
+def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements) -> Footage:
     """All files of the folders. RecipeError where none are named, or where no stage wants what they hold."""
     if not videos and not images:
         raise RecipeError("Say where the footage is: --videos DIR, --images DIR, or both.")
     if videos and not wanted.lengths:
         raise RecipeError("No stage of the recipe trains on videos (data.mix.video is 0); leave --videos away.")
     pictures, films = look_through(images, "image", videos), look_through(videos, "video", images)
-    return Found(pictures.sources + films.sources, sorted({*pictures.unseen, *films.unseen}))
+    return Footage(pictures.sources + films.sources, sorted({*pictures.unseen, *films.unseen}))
 
 
 def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:

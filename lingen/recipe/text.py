@@ -48,7 +48,7 @@ def decode_json(data: bytes) -> Any:
         raise ValueError(f"broken JSON: {error}") from error
 
 
-def read_text(path: Path) -> str:
+def read_text_file(path: Path) -> str:
     """The text of a file, as `decode_text` gives it. RecipeError, naming the file, where it cannot be read."""
     try:
         return decode_text(path.read_bytes())
