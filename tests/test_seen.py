@@ -5,27 +5,36 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from lingen.cli import main
 from lingen.cli.prompts import lines_of
 from lingen.data import manifest
+from lingen.data.ahead import Ahead
 from lingen.data.captions import captions_of
-from lingen.data.indexing import scan_shards
+from lingen.data.indexing import open_index, scan_shards
 from lingen.data.locations import Location, expand
+from lingen.data.manifest import About
+from lingen.data.shards import parse_sample, write_shards
+from lingen.data.sources import Reader
+from lingen.media import encode_png
 from lingen.prepare.captions import Captions, read_table
 from lingen.prepare.check import check_folders
 from lingen.prepare.footage import MediaSource, find_sources, look_through
 from lingen.prepare.index import index_folder
 from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import Remote
 from tests.helpers.footage import frames, write_film
+from tests.yardsticks.loopback import serve
 
 ENCODINGS = {
     "plain": lambda text: text.encode(),
@@ -264,3 +273,74 @@ def test_a_path_that_exists_is_no_pattern(tmp_path: Path, png: bytes, name: str)
     assert expand(str(tmp_path / name), "x") == [str(tmp_path / name / manifest.NAME)]
     assert expand(f"{tmp_path / name}/*.tar", "x") == [str(one)]
     assert expand(f"{tmp_path / name}/x[[]{{0,0}}].tar", "x") == [str(one)]
+
+
+# caches: the same path with other content never gives old data
+
+
+def shades(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (shade, 0, 0)).save(buffer, "BMP")  # BMPs of one size are of one length
+    return buffer.getvalue()
+
+
+def replaced(path: Path, content: bytes) -> None:
+    """Another file at the same path, of the same length and time."""
+    about = path.stat()
+    assert about.st_size == len(content)
+    path.with_name("new").write_bytes(content)
+    path.with_name("new").replace(path)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def test_a_shard_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"old")
+    reader = Reader(Remote())
+    assert bytes(reader.read(str(path), 0, 3).data) == b"old"
+    replaced(path, b"new")
+    assert bytes(reader.read(str(path), 0, 3).data) == b"new"
+
+
+def test_an_index_is_that_of_the_manifest_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
+    path, other = tmp_path / manifest.NAME, tmp_path / "other" / manifest.NAME
+    for where, key in ((path, "a"), (other, "b")):
+        manifest.write(where, [manifest.Row(key, "a.tar", 0, 512, "image", 8, 8, 1)], About())
+    assert open_index([str(path)], "image", "x", Reader(Remote())).key(0) == "a"
+    replaced(path, other.read_bytes())
+    assert open_index([str(path)], "image", "x", Reader(Remote())).key(0) == "b"
+
+
+def test_a_remote_caption_that_changes_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The media, and so the hash, the offset and the length of the sample, stay what they were."""
+    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    with serve(tmp_path / "set") as address:
+        for caption in (b"a red cat", b"a tall dog"):
+            shutil.rmtree(tmp_path / "set", ignore_errors=True)
+            sample = {"__key__": "a", "png": encode_png(np.zeros((8, 8, 3), np.uint8)), "txt": caption}
+            write_shards([sample], str(tmp_path / "set" / "%d.tar"))
+            index_folder(tmp_path / "set", 0)
+            index = open_index([f"{address}/{manifest.NAME}"], "image", "x", Reader(Remote()))
+            piece = Ahead(index, Reader(Remote(cache_gb=0.1))).get(0)
+            assert captions_of(parse_sample(piece.data, "a")) == [caption.decode()]
+
+
+def test_footage_that_changes_is_not_packed_from_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text(
+        RECIPE.replace("fps: 8", "fps: 8, mix: {image: 1, video: 0}, shards: {image: nowhere.tar}")
+    )
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.bmp").write_bytes(shades(200))
+    (pictures / "a.txt").write_text("a shade")
+    words = ["data", "pack", "--recipe", str(tmp_path / "r.yaml"), "--images", str(pictures), "--processes", "0"]
+    words += ["--out", str(tmp_path / "out"), "--black", "off"]
+    assert main(words) == 0
+    assert main(words) == 0  # nothing has changed
+    replaced(pictures / "a.bmp", shades(90))
+    capsys.readouterr()
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert f"'a' has changed since it went into '{tmp_path / 'out'}'" in told and "Name a new folder (--out)" in told
