@@ -20,7 +20,7 @@ from lingen.run import fit
 from lingen.training import lock
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.lock import NAME, SILENCE, Lock, locked, myself
+from lingen.training.lock import LOCK_NAME, SILENCE, Lock, locked, myself
 from lingen.training.ranks import is_first_rank
 from tests.helpers.commands import ROOT, lingen_command, run_command, wait_for
 
@@ -32,13 +32,13 @@ def write_lock(folder: Path, age: float = 0.0, **changes: Any) -> dict[str, Any]
     """A lock of another owner, last touched so many seconds ago."""
     owner = myself() | changes
     folder.mkdir(exist_ok=True)
-    (folder / NAME).write_text(json.dumps(owner))
-    os.utime(folder / NAME, (time.time() - age,) * 2)
+    (folder / LOCK_NAME).write_text(json.dumps(owner))
+    os.utime(folder / LOCK_NAME, (time.time() - age,) * 2)
     return owner
 
 
 def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(NAME))
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(LOCK_NAME))
 
 
 def test_a_second_fit_is_refused_with_owner_and_cure(
@@ -49,7 +49,7 @@ def test_a_second_fit_is_refused_with_owner_and_cure(
         assert main(["fit", "--recipe", str(tiny_recipe), *ONE, "--run", str(run)]) == 2
         said = capsys.readouterr().err
         assert f"process {os.getpid()} on" in said and "Wait for its end" in said and "Traceback" not in said
-        assert left(run) == [NAME] == [path.name for path in run.iterdir()]
+        assert left(run) == [LOCK_NAME] == [path.name for path in run.iterdir()]
     assert fit(tiny_recipe, ONE, run=run) == run and left(run) == []
 
 
@@ -94,19 +94,21 @@ def test_who_is_dead(
             locked(tmp_path),
         ):
             pass
-        assert json.loads((tmp_path / NAME).read_text()) == owner and left(tmp_path) == [NAME]
+        assert json.loads((tmp_path / LOCK_NAME).read_text()) == owner and left(tmp_path) == [LOCK_NAME]
         return
     with locked(tmp_path) as held:
         assert held.was and why in held.was
-        assert json.loads((tmp_path / NAME).read_text())["mark"] == held.owner["mark"] and left(tmp_path) == [NAME]
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["mark"] == held.owner["mark"] and left(tmp_path) == [
+            LOCK_NAME
+        ]
     assert left(tmp_path) == []
 
 
 def test_a_cut_lock_counts_by_its_age(tmp_path: Path):
-    (tmp_path / NAME).write_text('{"host": ')
+    (tmp_path / LOCK_NAME).write_text('{"host": ')
     with pytest.raises(RecipeError, match="in use"), locked(tmp_path):
         pass
-    os.utime(tmp_path / NAME, (time.time() - 2 * SILENCE,) * 2)
+    os.utime(tmp_path / LOCK_NAME, (time.time() - 2 * SILENCE,) * 2)
     with locked(tmp_path) as held:
         assert held.was
 
@@ -131,7 +133,7 @@ except RecipeError as error:
 def test_of_many_claimants_exactly_one_wins(tmp_path: Path):
     """Eight processes find a dead owner at the same time; who wanted its place before them had died on the way."""
     owner = write_lock(tmp_path, process_started="long ago")
-    (tmp_path / f"{NAME}.{owner['mark']}").write_text(json.dumps(myself() | {"process_started": "long ago"}))
+    (tmp_path / f"{LOCK_NAME}.{owner['mark']}").write_text(json.dumps(myself() | {"process_started": "long ago"}))
     words = [sys.executable, "-c", CLAIMANT, str(tmp_path), str(time.time() + 3)]
     claimants = [
         subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(8)
@@ -147,10 +149,10 @@ def test_a_late_claimant_does_not_replace_the_winner(tmp_path: Path, monkeypatch
     """Both saw the dead owner; the second one comes to act after the first has replaced it and let its claim go."""
     write_lock(tmp_path, process_started="long ago")
     claimed = Lock._claimed
-    winner = Lock(tmp_path / NAME)
+    winner = Lock(tmp_path / LOCK_NAME)
 
     def late(self: Lock, owner: Any) -> Any:
-        if self is not winner and not winner._is_mine() and self.path.name == NAME:
+        if self is not winner and not winner._is_mine() and self.path.name == LOCK_NAME:
             winner.take()
         return claimed(self, owner)
 
@@ -175,15 +177,15 @@ def test_a_run_that_was_taken_over_stops(tiny_recipe: Path, tmp_path: Path, monk
     monkeypatch.setattr(LinGenModule, "training_step", taken)
     with pytest.raises(RecipeError, match="on elsewhere has taken this run over"):
         fit(tiny_recipe, ONE, run=tmp_path / "run")
-    assert json.loads((tmp_path / "run" / NAME).read_text())["host"] == "elsewhere"
+    assert json.loads((tmp_path / "run" / LOCK_NAME).read_text())["host"] == "elsewhere"
 
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
     with locked(tmp_path) as held:
-        os.utime(tmp_path / NAME, (0, 0))
+        os.utime(tmp_path / LOCK_NAME, (0, 0))
         end = time.monotonic() + 20
-        while (tmp_path / NAME).stat().st_mtime == 0:
+        while (tmp_path / LOCK_NAME).stat().st_mtime == 0:
             assert time.monotonic() < end
             time.sleep(0.005)
         held.check()
@@ -197,7 +199,7 @@ def test_a_signal_leaves_the_folder_free(tiny_recipe: Path, tmp_path: Path, numb
     wait_for(lambda: RunFolder(run).checkpoints("clips"), process)
     process.send_signal(number)
     process.wait(60)
-    assert left(run) == ([NAME] if number == signal.SIGKILL else [])
+    assert left(run) == ([LOCK_NAME] if number == signal.SIGKILL else [])
     again = run_command(*words, f"stages.clips.train.steps={RunFolder(run).last_step('clips') + 1}")
     assert again.returncode == 0, again.stderr
     assert ("has ended" in again.stderr) == (number == signal.SIGKILL) and left(run) == []
@@ -220,7 +222,7 @@ def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with locked(tmp_path):
         with pytest.raises(RecipeError, match="is in use"), locked(tmp_path):
             pass
-        assert left(tmp_path) == [NAME]
+        assert left(tmp_path) == [LOCK_NAME]
     assert left(tmp_path) == []
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from lingen.files import check_place, remove_left
 from lingen.recipe.errors import RecipeError
 
-NAME = "lock.json"
+LOCK_NAME = "lock.json"
 HEARTBEAT = 20.0
 """Seconds between two touches of a lock by its owner."""
 SILENCE = 6 * HEARTBEAT
@@ -97,7 +97,7 @@ def _place(owner: Owner) -> str:
 
 def check_unlocked(folder: Path) -> None:
     """RecipeError where a living process trains in a folder. Writes nothing."""
-    lock = folder / NAME
+    lock = folder / LOCK_NAME
     with contextlib.suppress(OSError):
         owner = _read(lock)
         silent = time.time() - lock.stat().st_mtime
@@ -115,9 +115,9 @@ def locked(folder: Path) -> Iterator["Lock"]:
     check_place(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder / NAME)
+        lock = Lock(folder / LOCK_NAME)
         lock.take()
-        remove_left(folder, f"{NAME}.*")
+        remove_left(folder, f"{LOCK_NAME}.*")
     except OSError as error:
         raise RecipeError(f"Nothing can be written into {folder} ({error.strerror}). Name another one.") from error
     lock.beat()
@@ -189,7 +189,7 @@ class Lock:
     @contextlib.contextmanager
     def _claimed(self, owner: Owner | None) -> Iterator[None]:
         """Holds the right to replace or remove this owner's lock."""
-        claim = Lock(self.path.with_name(f"{NAME}.{(owner or {}).get('mark', 'unreadable')}"))
+        claim = Lock(self.path.with_name(f"{LOCK_NAME}.{(owner or {}).get('mark', 'unreadable')}"))
         claim.take()
         try:
             yield
