@@ -19,7 +19,7 @@ from lingen.training.identity import SAMPLES, Stage, Values, describe, fingerpri
 
 OLD_TRIED = 8
 """Runs of an earlier version that are looked at, where a default folder is about to be made."""
-NAMED = 8
+SETTINGS_NAMED = 8
 """Settings that a message names."""
 
 Changes = dict[str, dict[str, list[Any]]]
@@ -162,13 +162,17 @@ def _known(held: Values, here: Values) -> Values:
 def _named(found: Iterable[tuple[str, Any, Any]]) -> str:
     """``model.depth is 1 here and 2 there`` of each setting, once."""
     lines = list(dict.fromkeys(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found))
-    return ", ".join(lines[:NAMED]) + (f" and {len(lines) - NAMED} more" if len(lines) > NAMED else "")
+    return ", ".join(lines[:SETTINGS_NAMED]) + (
+        f" and {len(lines) - SETTINGS_NAMED} more" if len(lines) > SETTINGS_NAMED else ""
+    )
 
 
 def told(changes: dict[str, list[Any]]) -> str:
     """``train.lr 0.002 -> 1e-05`` of each setting."""
     parts = [f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items()]
-    return ", ".join(parts[:NAMED]) + (f" and {len(parts) - NAMED} more" if len(parts) > NAMED else "")
+    return ", ".join(parts[:SETTINGS_NAMED]) + (
+        f" and {len(parts) - SETTINGS_NAMED} more" if len(parts) > SETTINGS_NAMED else ""
+    )
 
 
 def _check_steps(folder: RunFolder, stages: Sequence[Recipe]) -> None:
