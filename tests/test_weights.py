@@ -218,9 +218,9 @@ def test_a_run_says_what_it_starts_from_and_goes_on_without_it(tae_recipe: Path,
 
 
 def test_a_run_of_another_critic_is_another_run(tae_recipe: Path, tae_run: Path):
-    with pytest.raises(RecipeError, match="another reconstruction. Name another folder"):
+    with pytest.raises(RecipeError, match="reconstruction.discriminator_width is 8 here and 4 there"):
         fit(tae_recipe, ["reconstruction.discriminator_width=8"], run=tae_run)
-    with pytest.raises(RecipeError, match="another autoencoder. Name another folder"):
+    with pytest.raises(RecipeError, match="autoencoder.width is 16 here and 8 there"):
         fit(tae_recipe, ["autoencoder.width=16"], run=tae_run)
 
 
