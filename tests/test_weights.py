@@ -22,7 +22,7 @@ from lingen.sampling.clips import generate
 from lingen.training.autoencoder import AutoencoderModule
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.weights import load_into, load_module
+from lingen.training.weights import load_denoiser, load_into
 from lingen.weights import export_weights, find_weights, read_metadata, read_weights, write_tensors
 
 SIZES = "strides: [2, 4, 4], channels: 4, width: 8, blocks: 1"
@@ -95,7 +95,7 @@ def test_a_stage_with_a_critic_starts_from_one_without_and_the_other_way_round(t
 
 def test_an_autoencoders_weights_make_no_clips(tae_run: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(RecipeError, match="holds the weights of an autoencoder"):
-        load_module(tae_run)
+        load_denoiser(tae_run)
     assert main(["sample", "--run", str(tae_run), "--prompt", "x"]) == 2
     assert f"Train a denoiser with autoencoder.path={tae_run}" in capsys.readouterr().err
 

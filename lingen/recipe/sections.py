@@ -321,7 +321,7 @@ class RewriteConfig:
 class ScoreConfig:
     """The score at the end of the quickstart: does a sampled clip show the colour, shape and motion of its caption?"""
 
-    clips: Annotated[int, Between(0, 40), "clips to sample and judge at the end, at most 40; 0: none"] = 0
+    clips: Annotated[int, Between(0, 300), "clips to sample and judge at the end, at most 300; 0: none"] = 0
     split: Annotated[
         Literal["tune", "report"], "held-out captions: those to tune settings on, or those to report on"
     ] = "report"
