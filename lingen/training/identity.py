@@ -53,7 +53,7 @@ class Stage(NamedTuple):
     course: Values
 
 
-def describe(stages: Sequence[Recipe]) -> dict[str, Stage]:
+def described(stages: Sequence[Recipe]) -> dict[str, Stage]:
     """Identity and course of each stage by its name. Files are read to tell what they hold; they are cached by size and
     time for the life of the process."""
     found = {str(one.stage or "main"): [identity_of(one), course_of(one)] for one in stages}
