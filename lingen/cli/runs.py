@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lingen.cli.command import (
     DONE,
     FAILED,
+    IMPORT,
     INTERRUPTED,
     RECIPE,
     STREAM_FLAGS,
@@ -115,6 +116,7 @@ SAMPLING = (
     REWRITER,
     argument("--out", default="clip.mp4", metavar="x.mp4", help="several prompts give x-00.mp4, x-01.mp4, ..."),
     *SAMPLING,
+    IMPORT,
 )
 def sample(args: argparse.Namespace) -> int:
     prompts = args.prompt + (lines_of(args.prompts) if args.prompts else [])
@@ -180,6 +182,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
     argument("--out", default="clip.mp4", metavar="x.mp4"),
     *STREAM_FLAGS,
+    IMPORT,
 )
 def decode(args: argparse.Namespace) -> int:
     from lingen.sampling.files import decode_file
