@@ -1,9 +1,10 @@
 """Files of weights: safetensors with a recipe inside, written, read and found; no module is known here."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -72,6 +73,16 @@ def export_weights(source: str | Path, out: str | Path, precision: str = "bf16")
         kept = {name: v.bfloat16() if v.ndim > 1 and v.is_floating_point() else v for name, v in kept.items()}
     write_tensors(out, {f"averaged.{name}": value for name, value in kept.items()}, metadata)
     return out
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """64 hex digits of the names, types, shapes and numbers of tensors: the same whatever file or device holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(cast(Any, value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -104,7 +104,7 @@ def test_patterns(shards: Path) -> None:
 @pytest.mark.parametrize(("pattern", "message"), [
     ("{}/film-*.tar", "data.shards.video: no file matches '{}/film-*.tar'; correct the pattern"),
     ("{}/video-{{000..003}}.tar", "data.shards.video: there is no file '{}/video-003.tar'; correct the path"),
-    ("{}", "data.shards.video: '{}' is a folder without a manifest.parquet; name the tar files in it: '{}/*.tar'"),
+    ("{}", "data.shards.video: '{}' has no manifest.parquet; write it with `lingen data index {}`"),
     ("gs://bucket/video.tar", "'gs://bucket/video.tar' is neither a path nor an address at https:// or s3://; copy"),
     ("https://host/folder/", "'https://host/folder/' is a folder; name its manifest: 'https://host/folder/manifest"),
     ("pipe:cat {}", "is neither a path nor an address"),

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,13 @@ def data_check(args: argparse.Namespace) -> int:
     if args.recipe is None and not folders:
         raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
     from lingen.prepare.check import Depth, check_folders
-    from lingen.prepare.forecast import forecast, local_folders
+    from lingen.prepare.forecast import forecast, local_folders, stages_on
     from lingen.prepare.workers import processes_here
     from lingen.recipe import load_stages
 
     stages = load_stages(args.recipe, args.overrides) if args.recipe else []
     local, remote = ([Path(folder) for folder in folders], list[str]()) if folders else local_folders(stages)
+    stages = stages_on(stages, local) if folders else stages
     processes = processes_here() if args.processes is None else args.processes
     depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"
     with count_bar("checking") as progress:
@@ -129,17 +131,22 @@ def _print_check(checked: Any, foreseen: Any, remote: list[str], depth: str) -> 
         print(f"left out: {count:,} x {reason}")
     for folder in remote:
         print(f"not read, only its manifest: {folder}")
-    by_reason = groupby(sorted(checked.faults, key=lambda one: one.reason), lambda one: one.reason.partition(":")[0])
-    for reason, faults in ((reason, list(faults)) for reason, faults in by_reason):
-        for fault in faults[:FAULTS_SHOWN]:
-            print(f"{fault.where}: {fault.reason}", file=sys.stderr)
-        if len(faults) > FAULTS_SHOWN:
-            print(f"... and {len(faults) - FAULTS_SHOWN:,} more of '{reason}' (all of them: --json)", file=sys.stderr)
+    _print_faults(checked.faults, " (all of them: --json)")
     for problem in foreseen.problems:
         print(problem, file=sys.stderr)
     read = {"quick": "headers", "full": "bytes", "decode": "frames"}[depth]
     wrong = len(checked.faults) + len(foreseen.problems)
     print(f"{checked.samples:,} samples: {read} checked, {wrong or 'nothing'} wrong")
+
+
+def _print_faults(faults: Sequence[Any], more: str) -> None:
+    """The first faults of each reason; how many more there are, and how to see them."""
+    by_reason = groupby(sorted(faults, key=lambda one: one.reason), lambda one: one.reason.partition(":")[0])
+    for reason, found in ((reason, list(found)) for reason, found in by_reason):
+        for fault in found[:FAULTS_SHOWN]:
+            print(f"{fault.where}: {fault.reason}", file=sys.stderr)
+        if len(found) > FAULTS_SHOWN:
+            print(f"... and {len(found) - FAULTS_SHOWN:,} more of '{reason}'{more}", file=sys.stderr)
 
 
 def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, str]:
@@ -194,8 +201,7 @@ def data_index(args: argparse.Namespace) -> int:
         with count_bar(f"reading {folder}") as progress:
             processes = processes_here() if args.processes is None else args.processes
             found = index_folder(Path(folder), processes, progress)
-        for drop in found.drops:
-            print(f"{drop.where}: {drop.reason}", file=sys.stderr)
+        _print_faults(found.drops, f" (all of them: lingen data check {folder} --json)")
         print(f"{folder}: {found.rows:,} samples, {len(found.drops):,} left out")
     return DONE
 

@@ -83,7 +83,7 @@ def data_pack(args: argparse.Namespace) -> int:
         raise RecipeError("Say for which recipe: --recipe R; its stages say which sizes and lengths are wanted.")
     from lingen.prepare.captions import Captions
     from lingen.prepare.journal import parse_part
-    from lingen.prepare.pack import Packing, filters_for, find_footage, pack, wanted_by
+    from lingen.prepare.pack import Packing, filters_for, look_for_footage, pack, wanted_by
     from lingen.prepare.workers import processes_here
     from lingen.recipe import load_stages
 
@@ -91,9 +91,11 @@ def data_pack(args: argparse.Namespace) -> int:
     videos, images = split_overrides(args.videos, args), split_overrides(args.images, args)
     wanted = wanted_by(load_stages(args.recipe, args.overrides))
     filters = filters_for(wanted, _filters(args))
+    found = look_for_footage(videos, images, wanted)
     job = Packing(
-        find_footage(videos, images, wanted), Captions(args.captions), wanted, filters, part,
+        found.sources, Captions(args.captions), wanted, filters, part,
         processes_here() if args.processes is None else args.processes, args.shard_mb, args.keep_uncaptioned,
+        found.unseen,
     )  # fmt: skip
     with count_bar("packing") as progress:
         report = pack(job, Path(args.out), progress)

@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, count_bar
 from lingen.cli.encode import DEVICE
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.text import read_text_file
 
 if TYPE_CHECKING:
     from lingen.recipe.sections import RewriteConfig
@@ -113,8 +115,4 @@ def _write(path: str, text: str) -> None:
 
 def lines_of(path: str) -> list[str]:
     """The lines of a file that are not empty. RecipeError where it cannot be read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The prompts in {path} cannot be read: {error}") from error
+    return [line.strip() for line in read_text_file(Path(path)).split("\n") if line.strip()]

@@ -77,7 +77,8 @@ class Ahead:
 
     def _place(self, number: int) -> SampleSpan:
         record = self.index.records[number]
-        version = f"{record['hash']:016x}" if record["hash"] else self.index.mark
+        # The hash is that of the media alone: captions may change beside them.
+        version = f"{record['hash']:016x} {self.index.versions[record['shard']]}" if self.index.versions else ""
         shard = str(self.index.shards[record["shard"]])
         return SampleSpan(shard, int(record["offset"]), int(record["length"]), version)
 

@@ -1,7 +1,8 @@
 """The captions inside a sample: never its file name, and never made up."""
 
-import json
 from typing import Any
+
+from lingen.recipe.text import NoText, decode_json, decode_text
 
 NO_CAPTION = "no caption"
 
@@ -13,16 +14,16 @@ def captions_of(sample: dict[str, bytes]) -> list[str]:
         ValueError: ``no caption`` (none, or one of them empty), ``broken JSON``, ``caption is not UTF-8``.
     """
     try:
-        about = json.loads(sample["json"].decode()) if "json" in sample else None
+        about = decode_json(sample["json"]) if "json" in sample else None
         about = about if isinstance(about, dict) else {}
         found = about.get("captions") or about.get("caption")
         if found is None and "txt" in sample:
-            found = sample["txt"].decode()
+            found = decode_text(sample["txt"])
         return clean_captions([] if found is None else found)
-    except UnicodeError as error:
-        raise ValueError("caption is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error}") from error
+    except NoText as error:
+        raise ValueError(f"caption is not UTF-8: {error}") from error
+    except UnicodeError as error:  # half of a pair of surrogates, which JSON can hold
+        raise ValueError("caption is not UTF-8: it holds half of a surrogate pair") from error
 
 
 def clean_captions(found: Any) -> list[str]:

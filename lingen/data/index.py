@@ -92,6 +92,8 @@ class Index:
     """Shards that are cut or unreadable, and samples that cannot be used because of it."""
     mark: str = ""
     """Hex digits that change whenever any sample does; empty where there is no manifest."""
+    versions: list[str] = field(default_factory=list)
+    """For each shard the version of its manifest, which changes when the manifest does; empty without manifests."""
 
     def __len__(self) -> int:
         return len(self.records)

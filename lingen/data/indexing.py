@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from lingen.data import manifest
 from lingen.data.batch import Drop
+from lingen.data.fingerprint import content_of, hash_weights
 from lingen.data.index import RECORD, Index, Mapped
 from lingen.data.locations import Location
 from lingen.data.remote import is_remote
@@ -28,12 +29,14 @@ from lingen.data.sources import Reader
 from lingen.files import cache_folder, whole_folder
 from lingen.recipe.errors import RecipeError
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 """Raised whenever the files of an index change, so that an old one is not taken for a new one."""
 ROWS_AT_ONCE = 1 << 20
 """Rows of a manifest that are taken at a time."""
 UNUSED_DAYS = 30
 """An index that nobody opened for so long is deleted when another one is made."""
+TAR_PIECES = 8
+"""Pieces of a shard without a manifest that tell what it holds, beside its length."""
 LOOKED_AT = 20_000
 """The most local shards whose length is checked when they are opened; among more, a cut shard shows only when read."""
 
@@ -77,6 +80,15 @@ def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader
     return _open(kept_folder(mark, lambda work: _build(work, sets, kind, setting)))
 
 
+def content_of_shards(locations: Sequence[str], setting: str, reader: Reader) -> str:
+    """12 hex digits of what the shards hold, wherever they lie: of their manifests and the names that are wanted of
+    them, or where there is none of the shards themselves. Arguments and errors as for `open_index`."""
+    sets, bare = _sort(locations, setting, reader)
+    told = [[content_of(one.path), one.shards] for one in sets]
+    told += [[one.name, hash_weights(Path(str(one)), TAR_PIECES)] for one in bare if not is_remote(str(one))]
+    return hashlib.blake2b(repr(told).encode(), digest_size=6).hexdigest()
+
+
 def kept_folder(name: str, write: Callable[[Path], None]) -> Path:
     """A folder among the indexes in lingen's cache folder, written where it is missing, and marked as used."""
     folder = cache_folder() / "indexes" / name
@@ -110,20 +122,23 @@ def _fetch(place: Location, needed: bool, setting: str, reader: Reader) -> tuple
         path = Path(str(place))
         if not path.is_file():
             return None
-        about = path.stat()
-        return path.absolute(), f"{about.st_size} {about.st_mtime_ns}"
+        return path.absolute(), f"{hash_weights(path)} {path.stat().st_mtime_ns}"
     try:
         size, version = reader.stat(str(place))
     except OSError as error:
         if needed or not getattr(error, "missing", False):
             raise RecipeError(f"{setting}: {error}") from error
         return None
+    spans = ((start, min(1 << 26, size - start)) for start in range(0, size, 1 << 26))
+    content: Iterable[bytes | bytearray] = (reader.read(str(place), *span, version).data for span in spans)
+    if not version:  # the server does not tell when the file changes: it is fetched each time
+        whole = b"".join(content)
+        content, version = [whole], hashlib.sha256(whole).hexdigest()
     name = hashlib.sha256(repr((str(place), size, version)).encode()).hexdigest()[:16]
     folder = cache_folder() / "manifests" / name
     if not folder.is_dir():
         with whole_folder(folder) as work, (work / manifest.NAME).open("wb") as file:
-            for start in range(0, size, 1 << 26):
-                file.write(reader.read(str(place), start, min(1 << 26, size - start), version).data)
+            file.writelines(content)
     return folder / manifest.NAME, version
 
 
@@ -154,11 +169,13 @@ def _build(work: Path, sets: Sequence[Set], kind: str, setting: str) -> None:
             _check_known(one, list(shards)[before:], setting)
     if len(kinds) > 1:
         raise RecipeError(f"{setting}: some shards hold latents and some do not; name those of one sort.")
+    version_of = {one.folder: one.version for one in sets}
     about = {
         "shards": list(shards),
         "ends": ends.tolist(),
         "sources": list(sources),
         "encoded": kinds == {"latents"},
+        "versions": [version_of[shard.folder] for shard in shards],
         "abouts": [manifest.about(one.path) for one in sets],
     }
     (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
@@ -236,6 +253,7 @@ def _open(folder: Path) -> Index:
         [manifest.About(*one) for one in about["abouts"]],
         _cut(shards, about["ends"]),
         folder.name,
+        about["versions"],
     )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from glob import glob, has_magic
-from pathlib import Path
 from typing import NamedTuple
 
-from lingen.data.manifest import NAME
+from lingen.data.manifest import NAME, without_manifest
 from lingen.data.remote import is_remote, list_s3
 from lingen.recipe.errors import RecipeError
 
@@ -42,7 +41,7 @@ def expand(patterns: str | list[str] | None, setting: str, timeout: float = 30.0
 
     Args:
         patterns: a path, an address, a glob (``s3://`` and local only), a brace pattern (``clips-{000..127}.tar``), or
-            a list of them.
+            a list of them. A path that exists is that one, whatever signs of a pattern stand in it.
         setting: where it stands in the recipe, for messages, e.g. ``data.shards.video``.
         timeout: seconds until a server that is asked for a list counts as silent.
     Raises:
@@ -61,14 +60,17 @@ def _expand_one(pattern: str, setting: str, timeout: float) -> list[str]:
             f"{setting}: '{pattern}' is neither a path nor an address at https:// or s3://; copy the shards to where "
             "pieces of them can be read, and name them there."
         )
+    folder, rest = ("", pattern) if is_remote(pattern) else _literal(os.path.expanduser(pattern))
     try:
-        names = list(braceexpand.braceexpand(pattern))
+        names = list(braceexpand.braceexpand(rest)) if rest else [""]
     except ValueError as error:
         raise RecipeError(
             f"{setting}: '{pattern}' has unbalanced braces; write e.g. 'clips-{{000..127}}.tar'."
         ) from error
-    one = _remote if is_remote(pattern) else _local
-    found = [match for name in names for match in one(name, setting, timeout)]
+    if is_remote(pattern):
+        found = [match for name in names for match in _remote(name, setting, timeout)]
+    else:
+        found = [match for name in names for match in _local(folder, name, setting)]
     if not found:
         raise RecipeError(
             f"{setting}: no file matches '{pattern}'; correct the pattern, or the folder that lingen is started in. "
@@ -88,9 +90,23 @@ def _remote(name: str, setting: str, timeout: float) -> list[str]:
         raise RecipeError(f"{setting}: {error}") from error
 
 
-def _local(name: str, setting: str, timeout: float) -> list[str]:
-    name = os.path.expanduser(name)
-    return [_checked(match, setting) for match in (glob(name, recursive=True) if has_magic(name) else [name])]
+def _literal(pattern: str) -> tuple[str, str]:
+    """The longest beginning of a pattern that is a path there is, whatever signs stand in its names; and the rest."""
+    folder, rest = pattern, ""
+    while folder and not os.path.exists(folder):
+        folder, slash, name = folder.rpartition("/")
+        folder, rest = folder + slash if not folder else folder, f"{name}/{rest}" if rest else name
+        if folder == "/":
+            break
+    return folder, rest
+
+
+def _local(folder: str, name: str, setting: str) -> list[str]:
+    if has_magic(name) and not os.path.exists(os.path.join(folder, name)):
+        matched = glob(name, root_dir=folder or None, recursive=True)
+    else:
+        matched = [name]
+    return [_checked(os.path.join(folder, one) if one else folder, setting) for one in matched]
 
 
 def _checked(name: str, setting: str) -> str:
@@ -98,9 +114,7 @@ def _checked(name: str, setting: str) -> str:
     if os.path.isfile(manifest):
         return manifest
     if os.path.isdir(name):
-        raise RecipeError(
-            f"{setting}: '{name}' is a folder without a {NAME}; name the tar files in it: '{Path(name) / '*.tar'}'."
-        )
+        raise RecipeError(f"{setting}: {without_manifest(name)}")
     if not os.path.isfile(name):
         raise RecipeError(
             f"{setting}: there is no file '{name}'; correct the path, or the folder that lingen is started in."

@@ -6,6 +6,7 @@ and finds samples by it and never opens a tar to learn what is in it. The format
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lingen.files import whole_file
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.text import decode_json
 
 NAME = "manifest.parquet"
 """Its name in the folder of the shards."""
@@ -73,8 +76,13 @@ class About(NamedTuple):
     version: int = VERSION
 
 
-class ManifestError(ValueError):
+class ManifestError(RecipeError):
     """A manifest that cannot be used; the message names it and the cure."""
+
+
+def without_manifest(folder: str | Path) -> str:
+    """The sentence for a folder that has no manifest, with the cure."""
+    return f"'{folder}' has no {NAME}; write it with `lingen data index {shlex.quote(str(folder))}`."
 
 
 def media_hash(content: bytes) -> str:
@@ -116,14 +124,17 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], about: About) -
 
 def about(path: Path) -> About:
     """What a manifest says of the whole set. ManifestError where it is none of ours or of a later version."""
-    stored = json.loads((_open(path).schema_arrow.metadata or {}).get(b"lingen", b"{}"))
+    stored = _stored(_open(path))
     return About(stored.get("fingerprint", ""), stored.get("settings", {}), stored.get("version", VERSION))
 
 
 def batches(path: Path, size: int = GROUP) -> Iterator[pa.RecordBatch]:
     """The rows of a manifest as columns of `SCHEMA`, at most `size` at a time, in order."""
-    for batch in _open(path).iter_batches(size, columns=SCHEMA.names):
-        yield batch.cast(SCHEMA)
+    try:
+        for batch in _open(path).iter_batches(size, columns=SCHEMA.names):
+            yield batch.cast(SCHEMA)
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise _damaged(path, error) from error
 
 
 def rows(path: Path) -> Iterator[Row]:
@@ -135,12 +146,26 @@ def rows(path: Path) -> Iterator[Row]:
 def _open(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        raise ManifestError(f"{path} is no manifest: {error}. Write it anew with `lingen data index`.") from error
-    version = json.loads((file.schema_arrow.metadata or {}).get(b"lingen", b"{}")).get("version", 0)
-    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
-    if not version or missing:
+        stored, names = _stored(file), file.schema_arrow.names
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    version = stored.get("version", 0)
+    missing = [name for name in SCHEMA.names if name not in names]
+    if not version or missing or not isinstance(version, int):
         raise ManifestError(f"{path} is no manifest of lingen's ({', '.join(missing) or 'no version'}).")
     if version > VERSION:
         raise ManifestError(f"{path} is of version {version}, this lingen reads up to {VERSION}; install a newer one.")
     return file
+
+
+def _stored(file: pq.ParquetFile) -> dict[str, Any]:
+    """What is stored beside the rows; empty where it is nothing of ours. ValueError where it is broken."""
+    stored = decode_json((file.schema_arrow.metadata or {}).get(b"lingen", b"{}"))
+    if not isinstance(stored, dict) or not isinstance(stored.get("settings", {}), dict):
+        raise ValueError("what it says of the whole set is no mapping")
+    return stored
+
+
+def _damaged(path: Path, error: Exception) -> ManifestError:
+    said = " ".join(str(error).split())
+    return ManifestError(f"{path} is no manifest: {said}. Write it anew with `lingen data index`.")

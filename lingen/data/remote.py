@@ -1,6 +1,7 @@
 """Pieces of files at ``https://``, ``http://`` and ``s3://``: one request each; retries are up to the caller."""
 
 import fnmatch
+import hashlib
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -9,6 +10,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from lingen.recipe.errors import RecipeError
+
+FIRST_LOOK = 1 << 16
+"""Bytes that are read to learn the size of a file; one that is not longer is known by them."""
 
 
 class SourceError(OSError):
@@ -27,7 +31,7 @@ class Stat(NamedTuple):
 
     size: int
     version: str
-    """Changes when the file does."""
+    """Changes when the file does; empty where the server does not tell."""
 
 
 class Passing(Exception):
@@ -115,11 +119,14 @@ def _read_http(url: str, offset: int, length: int, timeout: float) -> bytes:
 
 
 def _stat_http(url: str, timeout: float) -> Stat:
-    headers = _get(url, 0, 1, timeout)[1]
+    data, headers = _get(url, 0, FIRST_LOOK, timeout)
     end = headers.get("Content-Range", "").rpartition("/")[2]
     if not end.isdigit():
         raise SourceError(f"unreadable shard: {url}: the server does not tell its size")
-    return Stat(int(end), headers.get("ETag", "") + headers.get("Last-Modified", ""))
+    version = headers.get("ETag", "") + headers.get("Last-Modified", "")
+    if not version and len(data) == int(end):
+        version = hashlib.sha256(data).hexdigest()
+    return Stat(int(end), version)
 
 
 # s3

@@ -8,8 +8,9 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -64,6 +65,19 @@ class ScannedSample(NamedTuple):
     """One past the last byte of the last member's content."""
     fault: str = ""
     """``reason: detail`` where it cannot be used."""
+    suffixes: frozenset[str] = frozenset()
+    """Extensions of its members, in lower case."""
+
+
+def tar_files(folder: Path) -> list[Path]:
+    """The tar files of a folder, sorted, however their extension is written."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() == ".tar")
+
+
+def compressed(folder: Path) -> list[Path]:
+    """The compressed tar files of a folder, of which no single sample can be read."""
+    endings = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst", ".tar.lz4")
+    return sorted(path for path in folder.glob("*") if path.name.lower().endswith(endings))
 
 
 def scan_shard(path: Path) -> Iterator[ScannedSample]:
@@ -74,6 +88,37 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
     Raises:
         OSError: the file cannot be read.
     """
+    entries = list(_scan(path))
+    places: dict[str, list[ScannedSample]] = {}
+    for entry in entries:
+        places.setdefault(entry.key, []).append(entry)
+    apart = {key for key, found in places.items() if key and len(found) > 1 and _disjoint(found)}
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.key in apart:
+            continue
+        if entry.key and entry.key in seen:
+            entry = entry._replace(fault=entry.fault or "same key twice: in one shard")
+        seen.add(entry.key)
+        yield entry
+    if apart:
+        first, *_, last = places[next(key for key in places if key in apart)]
+        one, other = (f"{entry.key}.{min(entry.suffixes)}" for entry in (first, last))
+        name = shlex.quote(path.name)
+        yield ScannedSample(
+            "",
+            fault=f"unsorted tar: the files of {len(apart)} samples do not stand beside each other, such as {one} and "
+            f"{other}. Sort it: `mkdir sorted && tar -xf {name} -C sorted && tar --sort=name -cf {name} -C sorted .`",
+        )
+
+
+def _disjoint(found: Sequence[ScannedSample]) -> bool:
+    """Whether entries of one key have no extension in common: they are pieces of one sample, not several samples."""
+    return len(frozenset().union(*(one.suffixes for one in found))) == sum(len(one.suffixes) for one in found)
+
+
+def _scan(path: Path) -> Iterator[ScannedSample]:
+    """Members of one name beside each other as an entry; last, with an empty key, the shard's own fault."""
     size = path.stat().st_size
     if size == 0:
         yield ScannedSample("", fault="empty shard: zero bytes")
@@ -86,7 +131,13 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
                     yield sample
                     sample = None
                 sample = (
-                    member if sample is None else sample._replace(end=member.end, fault=sample.fault or member.fault)
+                    member
+                    if sample is None
+                    else sample._replace(
+                        end=member.end,
+                        fault=sample.fault or member.fault,
+                        suffixes=sample.suffixes | member.suffixes,
+                    )
                 )
             if sample is not None:
                 yield sample
@@ -111,10 +162,12 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[ScannedSample]:
         if member is None or member.size < 0:
             return
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        key, _ = base_plus_ext(member.name)
+        key, suffix = base_plus_ext(member.name)
         if key is None or member.isdir() or META.match(member.name):
             continue
-        yield ScannedSample(key, member.offset, member.offset_data + member.size, _fault_of(member, size))
+        yield ScannedSample(
+            key, member.offset, member.offset_data + member.size, _fault_of(member, size), frozenset([suffix.lower()])
+        )
 
 
 def _fault_of(member: tarfile.TarInfo, size: int) -> str:

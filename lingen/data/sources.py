@@ -55,7 +55,8 @@ class Reader:
         """`length` bytes from `offset` on; fewer where the file ends before.
 
         Args:
-            version: changes when the file does; the cache takes a piece of another version for another one.
+            version: changes when the file does; the cache takes a piece of another version for another one, and keeps
+                none whose version is not known.
         Raises:
             SourceError: it cannot be read.
         """
@@ -64,17 +65,18 @@ class Reader:
         if not is_remote(location):
             return Piece(*self._retry(location, lambda: _read_file(location, offset, length)))
         name = hashlib.sha256(repr((location, offset, length, version)).encode()).hexdigest()
-        if (kept := self._kept.get(name)) is not None:
+        if version and (kept := self._kept.get(name)) is not None:
             return Piece(kept, 0)
         piece = Piece(*self._retry(location, lambda: read_remote(location, offset, length, self.settings.timeout)))
-        self._kept.put(name, bytes(piece.data))
+        if version:
+            self._kept.put(name, bytes(piece.data))
         return piece
 
     def announce(self, location: str, offset: int, length: int) -> None:
         """Has the system read a piece of a local file into its cache, without waiting for it."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # the later read reports the error
-                os.posix_fadvise(_open_file(location).fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(_opened(location).fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def stat(self, location: str) -> Stat:
         """Size and version of a remote file. SourceError where there is none or it cannot be reached."""
@@ -106,7 +108,7 @@ class Reader:
 
 
 @lru_cache(OPEN_FILES)
-def _open_file(path: str) -> BinaryIO:
+def _open_file(path: str, device: int, inode: int) -> BinaryIO:
     """The local shards that were read last, kept open; one that is dropped closes when its last reader is done.
 
     Threads and forked processes may share one, as every read says from where.
@@ -114,8 +116,14 @@ def _open_file(path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
 
 
+def _opened(path: str) -> BinaryIO:
+    """The file that has this path now, not one that had it before."""
+    about = os.stat(path)
+    return _open_file(path, about.st_dev, about.st_ino)
+
+
 def _read_file(path: str, offset: int, length: int) -> bytearray:
-    file = _open_file(path)
+    file = _opened(path)
     data, done = bytearray(length), 0
     while done < length and (more := os.preadv(file.fileno(), [memoryview(data)[done:]], offset + done)):
         done += more

@@ -155,7 +155,7 @@ def caption(
     """
     path = folder / manifest.NAME
     if not path.is_file():
-        raise RecipeError(f"'{folder}' has no {manifest.NAME}: name a folder that `lingen data pack` wrote.")
+        raise RecipeError(manifest.without_manifest(folder))
     before = manifest.about(path)
     settings = {**before.settings, "captioner": how.settings}
     own = SetFolder(out, how.part, settings)
@@ -166,9 +166,8 @@ def caption(
         total, done = sum(map(len, work.values())), 0
         for kind, rows in work.items():
             stream = ShardStream(own, kind, how.shard_mb * 1_000_000)
-            finished = stream.names()
             for row in rows:
-                if row.key not in finished:
+                if not stream.has(row.key, row.hash):
                     _caption_one(folder, row, captioner, stream)
                 done += 1
                 progress(done, total)
@@ -190,9 +189,9 @@ def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStre
             about |= {"captions": captions, "captioner": captioner.how.name}
             members["json"] = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
     except (OSError, ValueError) as error:
-        stream.note([Note(row.key, str(error)), Note(row.key)])
+        stream.note([Note(row.key, str(error)), Note(row.key, mark=row.hash)])
         return
-    stream.note([Note(row.key)])
+    stream.note([Note(row.key, mark=row.hash)])
     row = row._replace(captions=len(captions), caption_length=len(captions[0]))
     stream.write({"__key__": row.key, **members}, row)
 

@@ -5,16 +5,20 @@ name is no caption. So both are refused, and a source without a caption is dropp
 """
 
 import csv
-import json
+import io
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lingen.data.captions import captions_of, clean_captions
-from lingen.prepare.footage import EXTENSIONS, MediaSource
+from lingen.prepare.footage import MediaSource
+from lingen.prepare.formats import CAPTIONS, extensions
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.text import decode_json, read_text_file
 
-MEDIA = frozenset(extension for extensions in EXTENSIONS.values() for extension in extensions)
+DELIMITERS = ",;\t|"
+"""What may stand between the columns of a CSV file."""
 
 
 class Captions:
@@ -30,6 +34,8 @@ class Captions:
 
     def __init__(self, table: str | Path | None = None):
         self.table = Path(table) if table is not None else None
+        self._listed: tuple[Path | None, dict[tuple[str, str], Path]] = (None, {})
+        """The folder that was listed last, and its files of captions by stem and extension."""
         self._found: dict[str, list[Any]] = {}
         for key, caption in read_table(self.table) if self.table is not None else ():
             self._found.setdefault(_plain(key), []).extend(caption if isinstance(caption, list) else [caption])
@@ -41,8 +47,20 @@ class Captions:
                 return clean_captions(self._found[source.key])
             except UnicodeError as error:
                 raise ValueError("caption is not UTF-8") from error
-        beside = {name: source.path.with_suffix(f".{name}") for name in ("json", "txt")}
-        return captions_of({name: path.read_bytes() for name, path in beside.items() if path.is_file()})
+        return captions_of({name: path.read_bytes() for name, path in self._beside(source.path).items()})
+
+    def _beside(self, path: Path) -> dict[str, Path]:
+        """``json`` and ``txt`` -> the files of captions beside a file, however their extensions are written."""
+        if self._listed[0] != path.parent:
+            try:
+                names = sorted(os.listdir(path.parent), reverse=True)  # of a.TXT and a.txt the second one counts
+            except FileNotFoundError:
+                names = []
+            endings = [(name, *os.path.splitext(name)) for name in names]
+            files = {(stem, end.lower()): path.parent / name for name, stem, end in endings if end.lower() in CAPTIONS}
+            self._listed = (path.parent, files)
+        found = ((end[1:], self._listed[1].get((path.stem, end))) for end in CAPTIONS)
+        return {name: file for name, file in found if file is not None and file.is_file()}
 
     def unused(self, sources: Iterable[MediaSource]) -> list[str]:
         """Keys of the table that none of the sources has. RecipeError where that is all of them."""
@@ -58,24 +76,26 @@ class Captions:
 
 def read_table(table: Path) -> Iterator[tuple[Any, Any]]:
     """(key, caption or list of captions) of each row; errors as for `Captions`."""
-    readers = {".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json}
     if not table.is_file():
         raise RecipeError(f"There is no table of captions '{table}'.")
-    if table.suffix.lower() not in readers:
-        raise _refused(table)
+    if table.suffix.lower() not in (*readers, ".parquet"):
+        _refuse(table)
+    if table.suffix.lower() == ".parquet":
+        yield from _parquet(table)
+        return
     try:
-        yield from readers[table.suffix.lower()](table)
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"'{table}' is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    except (csv.Error, json.JSONDecodeError) as error:
+        yield from readers[table.suffix.lower()](table, read_text_file(table))
+    except csv.Error as error:
         raise RecipeError(f"'{table}' cannot be read: {error}.") from error
 
 
-def _refused(table: Path) -> RecipeError:
-    return RecipeError(
-        f"'{table}' is no table of captions by key. A list that goes by position is refused, since one skipped file "
-        "would shift all later captions. Give a .csv, .jsonl or .parquet file with the columns 'key' and 'caption', or "
-        "a .json object of key -> caption."
+def _refuse(table: Path, columns: Iterable[Any] = ()) -> NoReturn:
+    found = ", ".join(f"'{str(one)[:40]}'" for one in columns)
+    raise RecipeError(
+        f"'{table}' is no table of captions by key{f'; its columns are {found}' if found else ''}. A list that goes by "
+        "position is refused, since one skipped file would shift all later captions. Give a .csv, .jsonl or .parquet "
+        "file with the columns 'key' and 'caption', or a .json object of key -> caption."
     )
 
 
@@ -83,41 +103,56 @@ def _plain(key: Any) -> str:
     """A key with forward slashes and without the extension of a media file."""
     key = str(key).strip().replace("\\", "/").removeprefix("./")
     stem, dot, extension = key.rpartition(".")
-    return stem if dot and f".{extension.lower()}" in MEDIA else key
+    return stem if dot and f".{extension.lower()}" in extensions("video") | extensions("image") else key
 
 
-def _pair(row: dict[str, Any], where: str) -> tuple[Any, Any]:
+def _pair(row: dict[Any, Any], where: str) -> tuple[Any, Any]:
+    row = {str(name).strip().lower(): value for name, value in row.items()}
     caption = row.get("captions") or row.get("caption")
     if row.get("key") in (None, "") or ("caption" not in row and "captions" not in row):
-        columns = ", ".join(map(str, row))
+        columns = ", ".join(f"'{name}'" for name in row if name != "none")
         raise RecipeError(f"{where}: a row needs 'key' and 'caption' (or 'captions', a list); it has {columns}.")
     return row["key"], caption
 
 
-def _csv(table: Path) -> Iterator[tuple[Any, Any]]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if "key" not in (reader.fieldnames or ()):
-            raise _refused(table)
-        for row in reader:
-            yield _pair(row, f"{table}:{reader.line_num}")
+def _csv(table: Path, text: str) -> Iterator[tuple[Any, Any]]:
+    first, _, rest = text.partition("\n")
+    if first.lower().startswith("sep="):  # what Excel writes and reads, as if it were a row
+        text, first = rest, rest.partition("\n")[0]
+    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in DELIMITERS}
+    mark = max(headers, key=lambda one: (_has_key(headers[one]), len(headers[one])))
+    if not _has_key(headers[mark]):
+        _refuse(table, headers[mark])
+    reader = csv.DictReader(io.StringIO(text), delimiter=mark)
+    for row in reader:
+        yield _pair(row, f"{table}:{reader.line_num}")
 
 
-def _jsonl(table: Path) -> Iterator[tuple[Any, Any]]:
-    with table.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise _refused(table)
-                yield _pair(row, f"{table}:{number}")
+def _has_key(columns: Iterable[str]) -> bool:
+    return "key" in [name.strip().lower() for name in columns]
 
 
-def _json(table: Path) -> Iterator[tuple[Any, Any]]:
-    found = json.loads(table.read_text(encoding="utf-8-sig"))
+def _jsonl(table: Path, text: str) -> Iterator[tuple[Any, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            row = _value(line, f"{table}:{number}")
+            if not isinstance(row, dict):
+                _refuse(table)
+            yield _pair(row, f"{table}:{number}")
+
+
+def _json(table: Path, text: str) -> Iterator[tuple[Any, Any]]:
+    found = _value(text, str(table))
     if not isinstance(found, dict):
-        raise _refused(table)
+        _refuse(table)
     yield from found.items()
+
+
+def _value(text: str, where: str) -> Any:
+    try:
+        return decode_json(text.encode())
+    except ValueError as error:
+        raise RecipeError(f"'{where}' cannot be read: {error}.") from error
 
 
 def _parquet(table: Path) -> Iterator[tuple[Any, Any]]:
@@ -126,11 +161,11 @@ def _parquet(table: Path) -> Iterator[tuple[Any, Any]]:
 
     try:
         file = pq.ParquetFile(table)
-    except pa.ArrowInvalid as error:
+        columns = [name for name in ("key", "caption", "captions") if name in file.schema_arrow.names]
+        if len(columns) < 2 or columns[0] != "key":
+            _refuse(table, file.schema_arrow.names)
+        for batch in file.iter_batches(columns=columns):
+            for number, row in enumerate(batch.to_pylist()):
+                yield _pair(row, f"{table}, row {number}")
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise RecipeError(f"'{table}' cannot be read: {error}.") from error
-    columns = [name for name in ("key", "caption", "captions") if name in file.schema_arrow.names]
-    if len(columns) < 2 or columns[0] != "key":
-        raise _refused(table)
-    for batch in file.iter_batches(columns=columns):
-        for number, row in enumerate(batch.to_pylist()):
-            yield _pair(row, f"{table}, row {number}")

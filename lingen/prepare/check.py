@@ -1,6 +1,5 @@
 """Checks that shards are complete and that their manifest is right: `lingen data check`."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -8,11 +7,14 @@ from typing import Literal, NamedTuple
 from lingen.data import manifest
 from lingen.data.batch import Drop
 from lingen.data.captions import captions_of
+from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import ManifestError, Row, media_hash
-from lingen.data.shards import parse_sample, scan_shard
+from lingen.data.shards import parse_sample, scan_shard, tar_files
+from lingen.prepare.index import compressed_shards, describe_sample, packed_up
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.text import decode_json
 
 Depth = Literal["quick", "full", "decode"]
 """Depths of a check: headers and manifest; also every byte; also every frame."""
@@ -69,10 +71,10 @@ def _crashed(job: CheckJob) -> Checked:
 
 
 def _jobs(folder: Path, depth: Depth) -> tuple[list[CheckJob], list[Drop]]:
-    paths = {path.name: path for path in sorted(folder.glob("*.tar"))}
+    paths = {path.name: path for path in tar_files(folder)}
     if not folder.is_dir() or not paths:
-        raise RecipeError(f"'{folder}' is no folder that holds tar files. Correct the path.")
-    faults: list[Drop] = []
+        raise RecipeError(f"'{folder}' is no folder that holds tar files. Correct the path.{packed_up(folder)}")
+    faults = compressed_shards(folder)
     rows: dict[str, list[Row]] | None = None
     if (folder / manifest.NAME).is_file():
         rows = {name: [] for name in paths}
@@ -84,8 +86,12 @@ def _jobs(folder: Path, depth: Depth) -> tuple[list[CheckJob], list[Drop]]:
         gone = rows.keys() - paths.keys()
         faults += [Drop(name, f"missing shard: the manifest has {len(rows[name])} samples of it") for name in gone]
     ledger = folder / LEDGER
-    left = json.loads(ledger.read_text()).get("not_in_manifest", []) if ledger.is_file() else []
-    out = frozenset(left)
+    out: frozenset[str] = frozenset()
+    try:
+        told = decode_json(ledger.read_bytes()) if ledger.is_file() else {}
+        out = frozenset(told.get("not_in_manifest", []))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        faults.append(Drop(LEDGER, f"unreadable ledger: {error}; what it leaves out counts as missing"))
     return [
         CheckJob(path, rows[name] if rows is not None else None, out, depth) for name, path in paths.items()
     ], faults
@@ -104,11 +110,11 @@ def check_shard(job: CheckJob) -> Checked:
                 samples += bool(entry.key)
                 row = known.get(entry.key)
                 problems = [entry.fault] if entry.fault else []
-                if entry.key and job.rows is not None and where not in job.left_out:
-                    problems += _compare(row, entry.start, entry.end, entry.key in seen)
                 if entry.key and job.depth != "quick" and not entry.fault:
                     file.seek(entry.start)
                     problems += _look_into(file.read(entry.end - entry.start), entry.key, row, job.depth)
+                if entry.key and job.rows is not None and where not in job.left_out and not entry.fault:
+                    problems += _compare(row, entry.start, entry.end, bool(problems))
                 faults += [Drop(where, problem) for problem in problems]
                 seen.add(entry.key)
         gone = [key for key in known if key not in seen]
@@ -120,18 +126,17 @@ def check_shard(job: CheckJob) -> Checked:
         return Checked(0, [Drop(job.path.name, f"unreadable shard: {error.strerror or error}")])
 
 
-def _compare(row: Row | None, start: int, end: int, again: bool) -> Iterator[str]:
-    if again:
-        yield "same key twice: in one shard"
-    elif row is None:
-        yield "not in the manifest: the shard has it"
+def _compare(row: Row | None, start: int, end: int, broken: bool) -> Iterator[str]:
+    if row is None:
+        if not broken:  # a broken sample belongs in no manifest
+            yield "not in the manifest: the shard has it"
     elif (row.offset, row.length) != (start, end - start):
         yield f"manifest is wrong: it says {row.length} bytes at {row.offset}, there are {end - start} at {start}"
 
 
 def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator[str]:
-    """Reads a sample as training would; decodes it where the manifest holds no hash of it, or where that is asked
-    for."""
+    """Reads a sample as training would, and judges one that no hash vouches for as `lingen data index` does; decodes
+    every frame where that is asked for."""
     try:
         members = parse_sample(data, key)
         captions = captions_of(members)
@@ -141,8 +146,10 @@ def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator
             vouched = media_hash(members.get(row.media, b"")) == row.hash
             if row.hash and not vouched:
                 yield "damaged sample: its media are not those that the manifest was made of"
-        if depth == "decode" or row is None or not row.hash:
+        if depth == "decode":
             _decode(members, row)
+        elif (row is None or not row.hash) and LATENTS_NPY not in members:
+            describe_sample(members)
     except (OSError, ValueError) as error:
         yield str(error)
 
@@ -150,8 +157,7 @@ def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator
 def _decode(members: dict[str, bytes], row: Row | None) -> None:
     """Decodes every frame. ValueError where one cannot be."""
     from lingen.data.decode import decode_sample
-    from lingen.data.latents import LATENTS_NPY, read_sample_latents, read_text
-    from lingen.prepare.index import describe_sample
+    from lingen.data.latents import read_sample_latents, read_text
 
     if LATENTS_NPY in members:
         read_sample_latents(members)

@@ -30,6 +30,7 @@ from lingen.prepare.filters import (
     motion_of,
 )
 from lingen.prepare.footage import MediaSource, read_frames, sample_key
+from lingen.prepare.formats import KEPT, MOVING, picture_formats
 from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
 
 CRF = 18
@@ -229,7 +230,9 @@ class _Reel:
 def _picture(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
     """The picture, its own bytes where it need not be scaled down."""
     data = job.source.path.read_bytes()
-    picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
+    picture = open_picture(data, picture_formats())
+    if picture.format in MOVING and getattr(picture, "n_frames", 1) > 1:
+        raise ValueError("film among pictures: it moves; name its folder with --videos")
     with reported():
         upright = ImageOps.exif_transpose(picture)
         height, width = upright.height, upright.width
@@ -242,8 +245,8 @@ def _picture(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]
     if verdict is not None:
         drops.append((job.source.key, str(verdict)))
         return
-    media = job.source.path.suffix.lower().removeprefix(".")
-    if size != (height, width):
+    media = KEPT.get(picture.format, "")
+    if size != (height, width) or not media:
         media, data = "webp", encode_webp(fit_picture(upright, size), quality=95)
     yield WrittenSample(sample_key(job.source.key), media, *size, 1, 0.0, (look(grey),) * LOOKS), data, _about(job)
 

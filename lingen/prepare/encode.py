@@ -49,6 +49,12 @@ class Task(NamedTuple):
         """Its name among the encoded samples."""
         return f"{self.samples.key(self.number)}-{self.shape}-{self.window:02d}"
 
+    @property
+    def mark(self) -> str:
+        """Hash of its media; empty where there is no manifest."""
+        digits = int(self.samples.records[self.number]["hash"])
+        return f"{digits:016x}" if digits else ""
+
 
 class LoadedClip(NamedTuple):
     """A clip before it is encoded."""
@@ -162,8 +168,7 @@ def encode_shards(
         total, done = sum(map(len, work.values())), 0
         for kind, tasks in work.items():
             stream = ShardStream(folder, kind, how.shard_mb * 1_000_000)
-            finished = stream.names()
-            todo = [task for task in tasks if task.key not in finished]
+            todo = [task for task in tasks if not stream.has(task.key, task.mark)]
             done += len(tasks) - len(todo)
             batch = max(getattr(stage.data.batch, kind) for stage in stages)
             for group in _groups(todo, stages[0], how.workers, batch):
@@ -227,12 +232,12 @@ def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None
             source = task.samples.where(task.number)
             members = encoders.members(next(latents), loaded.captions, task.fps, source)
         except ValueError as error:
-            stream.note([Note(task.key, str(error)), Note(task.key)])
+            stream.note([Note(task.key, str(error)), Note(task.key, mark=task.mark)])
             continue
         frames, height, width = task.shape
         row = Row(
             task.key, "", 0, 0, "latents", height, width, frames, task.fps, len(loaded.captions),
             len(loaded.captions[0]), LATENTS_NPY, media_hash(members[LATENTS_NPY]), task.samples.source(task.number),
         )  # fmt: skip
-        stream.note([Note(task.key)])  # before the sample is written: both belong to one record
+        stream.note([Note(task.key, mark=task.mark)])  # before the sample is written: both belong to one record
         stream.write({"__key__": task.key, **members}, row)

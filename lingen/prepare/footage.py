@@ -2,20 +2,19 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.data.frames import picture_stream
 from lingen.data.pictures import on_plain, open_picture, reported, webp_times
+from lingen.prepare.formats import CAPTIONS, READ, extensions
 from lingen.recipe.errors import RecipeError
 
-EXTENSIONS = {
-    "video": tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .ts .gif .webp".split()),
-    "image": (".jpg", ".jpeg", ".png", ".webp"),
-}
-FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,gif"
-"""What FFmpeg may take a file for: other formats (playlists, say) can name other files."""
+NAMES = {"video": "film", "image": "picture"}
+OTHER = {"video": "image", "image": "video"}
+USUAL = {"video": (".mp4", ".mov", ".mkv", ".webm", ".avi"), "image": (".jpg", ".png", ".webp", ".tiff")}
 
 
 class MediaSource(NamedTuple):
@@ -30,19 +29,43 @@ class MediaSource(NamedTuple):
     """Name of that folder."""
 
 
-def find_sources(folders: Iterable[str | Path], kind: str) -> list[MediaSource]:
-    """All files of a kind below the folders, hidden ones left out, sorted by key.
+class Footage(NamedTuple):
+    """What lies in some folders."""
 
+    sources: list[MediaSource]
+    """The files of a kind, sorted by key."""
+    unseen: list[tuple[str, str]]
+    """Path below the folder and ``reason: detail`` of everything else, but for captions of the sources."""
+
+
+def find_sources(folders: Iterable[str | Path], kind: str) -> list[MediaSource]:
+    """The sources of `look_through`."""
+    return look_through(folders, kind).sources
+
+
+def look_through(folders: Iterable[str | Path], kind: str, others: Iterable[str | Path] = ()) -> Footage:
+    """All files of a kind below the folders, hidden ones left out; linked folders are followed, each folder once.
+
+    Args:
+        others: folders that are looked through for the other kind: its files there are seen.
     Raises:
         RecipeError: a folder that is none or holds no such file, or two files of the same key.
     """
     found: dict[str, MediaSource] = {}
+    unseen: list[tuple[str, str]] = []
+    both = {os.path.realpath(one) for one in others}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise RecipeError(f"There is no folder '{folder}'. Correct the path, or the folder lingen is started in.")
+        other = OTHER[kind]
+        elsewhere = extensions(other) if os.path.realpath(folder) in both else frozenset()
         before = len(found)
-        for path in _files(folder, EXTENSIONS[kind]):
-            key = _text(path.relative_to(folder).with_suffix("").as_posix())
+        rest: list[Path] = []
+        for path in _files(folder, unseen):
+            if path.suffix.lower() not in extensions(kind):
+                rest.append(path)
+                continue
+            key = _key(path, folder)
             if key in found:
                 raise RecipeError(
                     f"'{found[key].path}' and '{path}' have the same key, '{key}'. Rename one of them, or name the "
@@ -50,17 +73,75 @@ def find_sources(folders: Iterable[str | Path], kind: str) -> list[MediaSource]:
                 )
             found[key] = MediaSource(kind, key, path, folder.resolve().name)
         if len(found) == before:
-            endings = ", ".join(EXTENSIONS[kind])
-            raise RecipeError(f"'{folder}' holds no {kind} file ({endings}).")
-    return [found[key] for key in sorted(found)]
+            raise RecipeError(_holds_none(folder, kind, rest))
+        media = found.keys() | {_key(path, folder) for path in rest if path.suffix.lower() in extensions(other)}
+        for path in rest:
+            suffix = path.suffix.lower()
+            if suffix in CAPTIONS and _key(path, folder) in media or suffix in elsewhere:
+                continue
+            unseen.append((_text(path.relative_to(folder).as_posix()), _why_unseen(path, other)))
+    return Footage([found[key] for key in sorted(found)], sorted(unseen))
 
 
-def _files(folder: Path, extensions: tuple[str, ...]) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(extensions) and not name.startswith("."):
-                yield Path(parent, name)
+def _key(path: Path, folder: Path) -> str:
+    return _text(path.relative_to(folder).with_suffix("").as_posix())
+
+
+def _why_unseen(path: Path, other: str) -> str:
+    """The reason why a file that is no source is not looked at."""
+    suffix = path.suffix.lower()
+    if suffix in CAPTIONS:
+        return "caption without a file: there is no film or picture of its name"
+    if suffix in extensions(other):
+        return f"{NAMES[other]} among {NAMES[OTHER[other]]}s: name its folder with --{other}s too"
+    return f"other file: {suffix or 'no extension'}, which neither FFmpeg nor Pillow is known to read"
+
+
+def _holds_none(folder: Path, kind: str, rest: list[Path]) -> str:
+    """That a folder holds no source, and what it holds."""
+    other = OTHER[kind]
+    wrong = sum(path.suffix.lower() in extensions(other) for path in rest)
+    if wrong:
+        return (
+            f"'{folder}' holds no {kind} file, but {wrong} {NAMES[other]}{'s' * (wrong > 1)}: name it with "
+            f"--{other}s instead of --{kind}s."
+        )
+    counts = Counter(path.suffix.lower() or "no extension" for path in rest)
+    held = ", ".join(f"{count} x {suffix}" for suffix, count in counts.most_common(5)) or "nothing"
+    return f"'{folder}' holds no {kind} file (such as {' '.join(USUAL[kind])}), but {held}. Correct the path."
+
+
+def _files(folder: Path, unseen: list[tuple[str, str]]) -> Iterator[Path]:
+    """All files below a folder but for hidden ones, which are `unseen`; real folders before linked ones."""
+    seen: set[tuple[int, int]] = set()
+    pending = [folder]
+    links: list[Path] = []
+
+    def skip(path: Path, reason: str) -> None:
+        unseen.append((_text(path.relative_to(folder).as_posix()), reason))
+
+    while pending or links:
+        parent = pending.pop() if pending else links.pop(0)
+        try:
+            about = parent.stat()
+            entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
+        except OSError as error:
+            skip(parent, f"unreadable: {error.strerror}")
+            continue
+        if (about.st_dev, about.st_ino) in seen:
+            skip(parent, "linked folder: it leads to one that is looked at already")
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                skip(path, "hidden: its name begins with a dot")
+            elif entry.is_dir():
+                (links if entry.is_symlink() else pending).append(path)
+            elif not entry.is_file():
+                skip(path, "unreadable: a broken link" if entry.is_symlink() else "unreadable: no file")
+            else:
+                yield path
 
 
 def _text(name: str) -> str:
@@ -114,7 +195,7 @@ def _film(path: Path) -> Iterator[tuple[float, Any, Any]]:
     import av
 
     try:
-        with av.open(str(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as file:
+        with av.open(str(path), options={"format_whitelist": READ, "protocol_whitelist": "file"}) as file:
             stream = picture_stream(file, "unreadable")
             codec = stream.codec_context
             interval = 1 / float(stream.average_rate or 25)

@@ -1,16 +1,19 @@
 """How each stage of a recipe would use its shards: samples by bucket and rank, epochs, what is left out."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from lingen.data import manifest
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError
 from lingen.data.locations import Location, expand
+from lingen.data.manifest import ManifestError
 from lingen.data.order import count_before
 from lingen.data.remote import is_remote
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.sections import KINDS, Recipe
+from lingen.recipe.sections import KINDS, Recipe, Shards
 
 
 class Bucket(NamedTuple):
@@ -55,7 +58,7 @@ def forecast(stages: Sequence[Recipe], ranks: int | None = None) -> Forecast:
         try:
             data.check()
             data.setup()
-        except (DataError, RecipeError) as error:
+        except (DataError, RecipeError, ManifestError) as error:
             whole.problems.append(f"stage {name}: {error}")
             continue
         _add(whole, recipe, data, ranks or ranks_of(recipe))
@@ -103,6 +106,34 @@ def _starved(buckets: Iterable[Bucket], recipe: Recipe, ranks: int) -> Iterable[
             f"{bucket.step} of one step ({bucket.batch} a batch, {ranks} ranks, {recipe.train.accumulate} batches "
             f"accumulated); {cure}."
         )
+
+
+def stages_on(stages: Sequence[Recipe], folders: Sequence[Path]) -> list[Recipe]:
+    """The stages with the shards of these folders in the place of the recipe's own.
+
+    A kind that none of the folders holds keeps the recipe's own shards. A folder without a manifest stays as it is,
+    so that the forecast tells that it needs one.
+    """
+    held: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for folder in folders:
+        for kind in _kinds_in(folder):
+            held[kind].append(str(folder))
+    named = {kind: found for kind, found in held.items() if found}
+    return [
+        replace(one, data=replace(one.data, shards=replace(one.data.shards, **named), validation=Shards()))
+        for one in stages
+    ]
+
+
+def _kinds_in(folder: Path) -> set[str]:
+    """The kinds of samples in a folder, by its manifest; without one it may hold any."""
+    if not (folder / manifest.NAME).is_file():
+        return set(KINDS)
+    found: set[str] = set()
+    for batch in manifest.batches(folder / manifest.NAME):
+        for kind, frames in set(zip(batch["kind"].to_pylist(), batch["frames"].to_pylist(), strict=True)):
+            found.add(kind if kind != "latents" else "image" if frames == 1 else "video")
+    return found & set(KINDS)
 
 
 def local_folders(stages: Sequence[Recipe]) -> tuple[list[Path], list[str]]:

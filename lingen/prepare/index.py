@@ -10,9 +10,10 @@ from lingen.data import manifest
 from lingen.data.batch import Drop
 from lingen.data.captions import captions_of
 from lingen.data.frames import opened_video
+from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.pictures import open_picture, reported, webp_size, webp_times
-from lingen.data.shards import parse_sample, scan_shard
+from lingen.data.shards import compressed, parse_sample, scan_shard, tar_files
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
 
@@ -40,10 +41,10 @@ def index_folder(
     Raises:
         RecipeError: there is no tar file, or none of the samples can be used.
     """
-    paths = sorted(folder.glob("*.tar"))
+    paths = tar_files(folder)
     if not paths:
-        raise RecipeError(f"'{folder}' holds no tar file; name the folder of the shards.")
-    drops: list[Drop] = []
+        raise RecipeError(f"'{folder}' holds no tar file; name the folder of the shards.{packed_up(folder)}")
+    drops = compressed_shards(folder)
 
     def rows() -> Iterator[Row]:
         done = in_order(index_shard, paths, processes, _crashed)
@@ -55,10 +56,22 @@ def index_folder(
     count = manifest.write(folder / manifest.NAME, rows(), About())
     if not count:
         (folder / manifest.NAME).unlink()
-        raise RecipeError(
-            f"'{folder}' holds no sample that can be used; the first: {drops[0].where}: {drops[0].reason}"
-        )
+        first = f"{drops[0].where}: {drops[0].reason}" if drops else "its tar files hold no sample at all"
+        raise RecipeError(f"'{folder}' holds no sample that can be used; the first: {first}")
     return Indexed(count, drops)
+
+
+def compressed_shards(folder: Path) -> list[Drop]:
+    """The compressed tar files of a folder as faults."""
+    return [
+        Drop(path.name, "compressed tar: its samples cannot be read one by one; unpack it to a plain .tar")
+        for path in compressed(folder)
+    ]
+
+
+def packed_up(folder: Path) -> str:
+    """`` NAME is compressed ...`` for the first compressed tar of a folder, or nothing."""
+    return "".join(f" {drop.where} is a {drop.reason}." for drop in compressed_shards(folder)[:1])
 
 
 def _crashed(path: Path) -> tuple[list[Row], list[Drop]]:
@@ -89,6 +102,8 @@ def index_shard(path: Path) -> tuple[list[Row], list[Drop]]:
 
 def describe_sample(members: dict[str, bytes]) -> dict[str, Any]:
     """What a row of a manifest says of a sample, but for where it lies. ValueError where it cannot be used."""
+    if LATENTS_NPY in members:
+        raise ValueError("encoded sample: only `lingen encode`, which made it, writes the manifest of such shards")
     suffix = next((suffix for suffix in SUFFIXES if suffix in members), None)
     if suffix is None:
         raise ValueError(f"no media: none of {', '.join(SUFFIXES)} among {', '.join(sorted(members)) or 'nothing'}")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,8 @@ class Note(NamedTuple):
     """A source, or a sample of it."""
     reason: str = ""
     """``reason: detail`` of what was left out; empty: used."""
+    mark: str = ""
+    """Hash of the source's content; empty where it is not known."""
 
 
 class JournalEntry(NamedTuple):
@@ -224,7 +227,22 @@ class ShardStream:
 
     def names(self) -> set[str]:
         """Everything that earlier runs are done with."""
-        return {note.name for record in self.committed for note in record.notes if not note.reason}
+        return set(self._finished)
+
+    @cached_property
+    def _finished(self) -> dict[str, str]:
+        """The same, with the marks of contents."""
+        return {note.name: note.mark for record in self.committed for note in record.notes if not note.reason}
+
+    def has(self, name: str, mark: str) -> bool:
+        """Whether earlier runs are done with it. RecipeError where its content was another one then."""
+        held = self._finished.get(name)
+        if held and mark and held != mark:
+            raise RecipeError(
+                f"'{name}' has changed since it went into '{self.folder.out}': its samples there are old. Name a new "
+                "folder (--out), or bring the old file back."
+            )
+        return held is not None
 
     def entries(self) -> Iterator[JournalEntry]:
         """The samples in the shards of earlier runs."""

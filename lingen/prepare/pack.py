@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.data.captions import NO_CAPTION
-from lingen.data.fingerprint import hash_settings
+from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.data.manifest import About, Row, media_hash
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, WrittenSample, make_samples, read_samples
 from lingen.prepare.filters import Duplicates, Filters
-from lingen.prepare.footage import MediaSource, find_sources
+from lingen.prepare.footage import Footage, MediaSource, look_through
 from lingen.prepare.journal import JournalEntry, Note, Part, Record, SetFolder, ShardStream
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
@@ -36,6 +36,8 @@ class Packing(NamedTuple):
     keep_uncaptioned: bool = False
     """Whether samples without a caption are kept, for `lingen data caption`; those with a broken or empty one are
     dropped."""
+    unseen: Sequence[tuple[str, str]] = ()
+    """What lies among the sources and is none, with the reason, for the ledger."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,12 +73,18 @@ def filters_for(wanted: ClipRequirements, given: dict[str, Any]) -> Filters:
 def find_footage(
     videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements
 ) -> list[MediaSource]:
+    """The sources of `look_for_footage`."""
+    return look_for_footage(videos, images, wanted).sources
+
+
+def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements) -> Footage:
     """All files of the folders. RecipeError where none are named, or where no stage wants what they hold."""
     if not videos and not images:
         raise RecipeError("Say where the footage is: --videos DIR, --images DIR, or both.")
     if videos and not wanted.lengths:
         raise RecipeError("No stage of the recipe trains on videos (data.mix.video is 0); leave --videos away.")
-    return find_sources(images, "image") + find_sources(videos, "video")
+    pictures, films = look_through(images, "image", videos), look_through(videos, "video", images)
+    return Footage(pictures.sources + films.sources, sorted({*pictures.unseen, *films.unseen}))
 
 
 def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
@@ -92,6 +100,7 @@ def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda 
         RecipeError: see `SetFolder` and `Captions.unused`.
     """
     fileless = [Note(key, "caption without a file: a row of the table") for key in job.captions.unused(job.sources)]
+    fileless += [Note(name, reason) for name, reason in job.unseen]
     folder = SetFolder(out, job.part, job.settings)
     with folder.locked():
         own = [source for source in job.sources if job.part.holds(f"{source.kind}:{source.key}")]
@@ -110,14 +119,15 @@ def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda 
 
 def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) -> Iterator[MediaSource]:
     """Processes the sources that no earlier run has processed; yields every source, those of earlier runs too."""
-    finished = stream.names()
+    marks = {source.key: _mark(source.path) for source in sources}
+    finished = {key for key, mark in marks.items() if stream.has(key, mark)}
     written: set[str] = set()
     seen = Duplicates(job.filters.duplicates)
     for entry in stream.entries():
         written.add(entry.row.key)
         seen.add(entry.row.key, entry.looks)
     yield from (source for source in sources if source.key in finished)
-    jobs = (_job(job, source, stream) for source in sources if source.key not in finished)
+    jobs = (_job(job, source, stream, marks[source.key]) for source in sources if source.key not in finished)
     for one, outcome in in_order(make_samples, jobs, job.processes, _crashed):
         notes = [Note(name, reason) for name, reason in outcome.drops]
         samples = read_samples(one.out) if outcome.samples else iter(())
@@ -130,18 +140,26 @@ def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) ->
                 continue
             seen.add(made.key, made.looks)
             stream.write({"__key__": made.key, **members}, _row(made, one, members[made.media]), made.looks)
-        stream.note([*notes, Note(one.source.key)], one.out)
+        stream.note([*notes, Note(one.source.key, mark=marks[one.source.key])], one.out)
         yield one.source
 
 
-def _job(job: Packing, source: MediaSource, stream: ShardStream) -> CutJob:
+def _mark(path: Path) -> str:
+    """Hash of a file's content; empty where it cannot be read, which is told when it is decoded."""
+    try:
+        return hash_weights(path)
+    except OSError:
+        return ""
+
+
+def _job(job: Packing, source: MediaSource, stream: ShardStream, mark: str) -> CutJob:
     captions: list[str] = []
     fault = ""
     try:
         captions = job.captions.of(source)
     except (ValueError, OSError) as error:
         fault = "" if str(error) == NO_CAPTION and job.keep_uncaptioned else str(error)
-    told = hashlib.blake2b(json.dumps([source.key, captions]).encode(), digest_size=8).hexdigest()
+    told = hashlib.blake2b(json.dumps([source.key, captions, mark]).encode(), digest_size=8).hexdigest()
     return CutJob(source, captions, fault, job.wanted, job.filters, stream.folder.work / f"{stream.kind}-{told}.tar")
 
 

@@ -45,7 +45,7 @@ class Report:
             self.made[row.kind] += 1
             self.seconds += row.frames / row.fps if row.fps else 0.0
             self.size += row.length
-        for name, reason in record.notes:
+        for name, reason, _ in record.notes:
             if not reason:
                 self.looked_at += 1
                 continue

@@ -10,6 +10,7 @@ from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_y
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, Registry, import_module
 from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
 from lingen.recipe.signature import Path, as_plain, check_settings
+from lingen.recipe.text import NoText, decode_text
 
 SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {"shapes": "lingen.data.synthetic:Shapes"})
 """Data sets that lingen draws itself, by name; their settings are the fields of a dataclass."""
@@ -143,9 +144,9 @@ def _find(recipe: str | File, folder: File) -> RecipeText:
 def _read_file(file: File) -> RecipeText:
     shown = _shown(file)
     try:
-        return RecipeText(file.read_text(encoding="utf-8"), shown, file.stem, file.parent)
-    except UnicodeDecodeError:
-        raise RecipeError(str(Problem(shown, "This is not a text file in UTF-8."))) from None
+        return RecipeText(decode_text(file.read_bytes()), shown, file.stem, file.parent)
+    except NoText as error:
+        raise RecipeError(str(Problem(shown, f"This is no text: {error}."))) from None
     except OSError as error:
         raise RecipeError(str(Problem(shown, f"Cannot be read: {error.strerror}."))) from None
 
