@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from lingen import __version__
-from lingen.recipe.errors import RecipeError
+from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.registry import import_module
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -124,6 +124,7 @@ def command(help: str, *arguments: Argument, overrides: bool = False) -> Callabl
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the command; what argparse leaves over are overrides, wherever they stand between the flags."""
+    _check_command(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     flags = [word for word in rest if word.startswith("-")]
@@ -133,6 +134,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not COMMANDS[args.command].takes_overrides:
         import_all(getattr(args, "imports", ()))
     return args
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """RecipeError for a command that does not exist, with the nearest one."""
+    if not words or words[0].startswith("-"):
+        return
+    groups: dict[str, list[str]] = {}
+    for name in COMMANDS:
+        head, _, tail = name.partition(" ")
+        groups.setdefault(head, []).append(tail)
+    if words[0] not in groups:
+        raise RecipeError(
+            f"There is no command '{words[0]}'.{did_you_mean(words[0], groups)} Known: {', '.join(groups)}."
+        )
+    tails = groups[words[0]]
+    if tails != [""] and len(words) > 1 and not words[1].startswith("-") and words[1] not in tails:
+        raise RecipeError(
+            f"There is no command '{words[0]} {words[1]}'.{did_you_mean(words[1], tails)} Known: {', '.join(tails)}."
+        )
 
 
 def import_all(modules: Sequence[str]) -> None:
