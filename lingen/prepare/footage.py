@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingen.data.frames import picture_stream
-from lingen.data.pictures import on_plain, open_picture, reported, webp_times
+from lingen.data.frames import decoder_of, picture_stream
+from lingen.data.pictures import as_rgb, open_picture, reported, webp_times
 from lingen.recipe.errors import RecipeError
 
 EXTENSIONS = {
@@ -134,7 +134,7 @@ def _film(path: Path) -> Iterator[tuple[Any, Any, Any]]:
             stamps = _decoding_order(file)
         with av.open(str(path), options=options) as file:
             stream = picture_stream(file, "unreadable")
-            codec = stream.codec_context
+            codec = decoder_of(stream)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
             yield 1 / (rate if 0.1 <= rate <= 480 else 25), float(stream.time_base), None
             for packet in file.demux(stream):
@@ -185,5 +185,5 @@ def _animation(path: Path) -> Iterator[tuple[Any, Any, None]]:
     for number, time in enumerate(webp_times(data)):
         with reported():
             animation.seek(number)
-            shown = on_plain(animation)
+            shown = as_rgb(animation)
         yield float(time), av.VideoFrame.from_image(shown), None
