@@ -83,6 +83,15 @@ def test_what_lies_behind_the_join_of_two_films_is_read_as_a_further_shot(tmp_pa
     assert outcome.told == [("both", "time stamps mended: 1 of 48 were missing or did not ascend")]
 
 
+def test_the_join_of_very_short_films_is_a_gap(tmp_path: Path) -> None:
+    one = write_film(tmp_path / "one.ts", greys(4))
+    both = tmp_path / "both.ts"
+    both.write_bytes(one.read_bytes() * 3)
+    read = list(read_frames(both))
+    assert [number for number, frame in enumerate(read) if frame.gap] == [4, 8] and len(read) == 12
+    assert np.diff([frame.time for frame in read]) == pytest.approx(1 / 24, abs=0.005)
+
+
 @pytest.mark.parametrize(
     "stamps",
     [[0, 1, 2, 2, 3, 4, 5, 6], [0, 0, 2, 2, 4, 4, 6, 6], [0, 1, 3, 2, 4, 5, 6, 7]],

@@ -101,14 +101,14 @@ def read_frames(path: Path) -> Iterator[Frame]:
     """All frames of a video in the order in which they are shown; times ascend, whatever the time stamps do.
 
     A time stamp that is missing or not behind the one before is replaced by the average rate. Where they jump back by
-    more than `GAP`, as where two recordings were joined, the film goes on behind what was before.
+    more than one frame, as where two recordings were joined, the film goes on behind what was before.
 
     Raises:
         ValueError: ``unreadable: ...``, ``too large: ...``.
     """
     film = _animation(path) if path.suffix.lower() == ".webp" else _film(path)
     interval, tick = next(film)[:2]
-    last, offset, gap = -interval, None, False
+    last, before, offset, gap = -interval, None, None, False
     for stamp, picture, aspect in film:
         if picture is None:
             gap = True
@@ -117,8 +117,10 @@ def read_frames(path: Path) -> Iterator[Frame]:
         offset = time - stamp if offset is None and stamp is not None else offset
         mended = stamp is None or time <= last
         if stamp is not None and time <= last:
-            gap = gap or last - time > GAP
-            time, offset = last + interval, last + interval - stamp if last - time > GAP else offset
+            time = last + interval
+            if before is not None and stamp < before - 1.5 * interval:
+                gap, offset = True, time - stamp
+        before = before if stamp is None else stamp
         yield Frame(time, picture, aspect, gap or time - max(last, 0.0) > GAP, tick, mended)
         last, gap = time, False
 
