@@ -40,6 +40,8 @@ def picture_stream(file: Any, reason: str) -> Any:
     if not file.streams.video:
         raise ValueError(f"{reason}: there is no picture in it")
     stream = file.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError(f"{reason}: FFmpeg knows no decoder for its pictures")
     refuse_bomb(stream.codec_context.width, stream.codec_context.height)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     stream.codec_context.thread_count = 1

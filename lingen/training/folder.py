@@ -87,7 +87,9 @@ class RunFolder:
         """
         mark = run_fingerprint(stages)
         if self.about.is_file():
-            held = json.loads(self.about.read_text())
+            from lingen.weights import read_run
+
+            held = read_run(self.about)
             if held["fingerprint"] != mark:
                 raise RecipeError(
                     f"{self.path} holds a run of another recipe ('{held['recipe']}', {held['fingerprint']}; this one "
