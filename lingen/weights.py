@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lingen.files import check_target, whole_file
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.text import decode_json
 
 Copy = Literal["averaged", "raw"]
 """The two copies in a file: training continues from the raw one, the averaged one is for sampling."""
@@ -108,7 +110,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise WeightsError(path, f"it is cut off or no safetensors file ({error}).") from error
     except OSError as error:
         raise WeightsError(path, f"it cannot be read ({error.strerror or error}).") from error
-    if metadata.get("format") != "lingen":
+    whole = {"recipe", "stage", "step"} <= metadata.keys() and metadata["step"].isdecimal()
+    if metadata.get("format") != "lingen" or not whole:
         raise WeightsError(
             path, "it holds no lingen weights (its metadata names no recipe). Use a file that `lingen fit` wrote."
         )
@@ -135,6 +138,22 @@ def read_weights(path: Path, copy: Copy) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
+def read_run(about: Path) -> dict[str, Any]:
+    """What a run.json holds. WeightsError where it is broken or cannot be read."""
+    try:
+        held = decode_json(about.read_bytes())
+        texts = [held["recipe"], held["fingerprint"], *held["stages"]]
+        if not all(isinstance(text, str) and "\0" not in text for text in texts) or isinstance(held["stages"], str):
+            raise ValueError("recipe, fingerprint and stages are to be texts")
+    except OSError as error:
+        raise WeightsError(about, f"it cannot be read ({error.strerror or error}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            about, f"it is no record of a run ({error}). Bring the file back, or name another folder."
+        ) from error
+    return held
+
+
 def find_weights(source: str | Path) -> Path:
     """A weights file, or that of the last finished stage of a run folder. WeightsError where there is none."""
     path = Path(source)
@@ -147,8 +166,8 @@ def find_weights(source: str | Path) -> Path:
         raise WeightsError(
             path, "it is no run folder: it has no run.json. Name one that `lingen fit` made, or a .safetensors file."
         )
-    stages = json.loads(about.read_text())["stages"]
-    finished = [file for stage in stages if (file := path / "stages" / stage / "weights.safetensors").is_file()]
+    stages = read_run(about)["stages"]
+    finished = [file for stage in stages if os.path.isfile(file := path / "stages" / stage / "weights.safetensors")]
     if not finished:
         raise WeightsError(path, "no stage of it is finished yet. Go on with `lingen fit`.")
     return finished[-1]

@@ -42,6 +42,8 @@ def picture_stream(file: Any, reason: str) -> Any:
     stream = default_stream(file.streams.video)
     if stream is None:
         raise ValueError(f"{reason}: it holds a cover picture and no film")
+    if stream.codec_context is None:
+        raise ValueError(f"{reason}: FFmpeg knows no decoder for its pictures")
     refuse_bomb(stream.codec_context.width, stream.codec_context.height)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     stream.codec_context.thread_count = 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lingen.files import whole_file
@@ -132,9 +133,22 @@ def batches(path: Path, size: int = GROUP) -> Iterator[pa.RecordBatch]:
     """The rows of a manifest as columns of `SCHEMA`, at most `size` at a time, in order."""
     try:
         for batch in _open(path).iter_batches(size, columns=SCHEMA.names):
-            yield batch.cast(SCHEMA)
+            batch = batch.cast(SCHEMA)
+            _check_values(path, batch)
+            yield batch
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise _damaged(path, error) from error
+
+
+def _check_values(path: Path, batch: pa.RecordBatch) -> None:
+    """ManifestError for shards elsewhere than beside the manifest, and numbers that can be no size or place."""
+    shards = batch["shard"].unique().to_pylist()
+    wrong = [f"shard {name!r}"[:80] for name in shards if name in ("", ".", "..") or "/" in name or "\0" in name]
+    for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True):
+        if kind != pa.string() and len(batch) and not pc.all(pc.greater_equal(batch[name], 0)).as_py():
+            wrong.append(f"a {name} below 0")
+    if wrong:
+        raise ManifestError(f"{path} is wrong: it names {wrong[0]}. Write it anew with `lingen data index`.")
 
 
 def rows(path: Path) -> Iterator[Row]:

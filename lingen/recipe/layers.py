@@ -157,6 +157,8 @@ def read_yaml(text: str, shown: str) -> tuple[Layered, list[Problem]]:
         return Layered({}, {}), [Problem(line, f"This is not valid YAML: {error.problem}.")]
     except yaml.YAMLError as error:
         return Layered({}, {}), [Problem(shown, f"This is not valid YAML: {str(error).splitlines()[0]}.")]
+    except RecursionError:
+        return Layered({}, {}), [Problem(shown, "This is no recipe: it is nested too deeply.")]
     if root is None:
         return Layered({}, {}), [Problem(shown, "The file is empty; a recipe has sections such as model and data.")]
     if not isinstance(root, yaml.MappingNode):

@@ -1,6 +1,5 @@
 """``run.json``: what a run is, its course, every start and change; and whether a recipe may go on with it."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.training.folder import RunFolder
 from lingen.training.identity import SAMPLES, Stage, Values, described, fingerprint, other_course, other_identity, shown
+from lingen.weights import read_run
 
 OLD_TRIED = 8
 """Runs of an earlier version that are looked at, where a default folder is about to be made."""
@@ -52,11 +52,11 @@ class Start:
 def read_held(folder: RunFolder) -> Held:
     """The record of a run folder. One made by an earlier version has no identity: it is that of its recipe.yaml.
     RecipeError where it cannot be read."""
+    about = read_run(folder.about)
     try:
-        about = json.loads(folder.about.read_text(encoding="utf-8"))
         kept = about["stages"] if "identity" in about else []
         stages = {name: Stage(about["identity"][name], about["course"][name]) for name in kept}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise RecipeError(f"{folder.about} cannot be read ({error}). Name another folder with --run.") from error
     if "identity" not in about:
         return Held(about, described(_curriculum_of(folder).stages))
