@@ -24,7 +24,7 @@ from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.identity import Stage, describe
+from lingen.training.identity import Stage
 from lingen.training.ranks import is_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
@@ -103,7 +103,7 @@ def fit_curriculum(
     """Trains a loaded recipe; arguments and errors of `fit`, but a signal is told in what is returned."""
     reporter = reporter or Reporter()
     stages, chosen = curriculum.stages, curriculum.chosen(stage)
-    told = describe(stages) if is_first_rank() or not run else {}
+    told = described(stages) if is_first_rank() or not run else {}
     say = reporter.say if is_first_rank() else Reporter().say
     folder = RunFolder(Path(run) if run else record.default_path(stages[0].name, told, say))
     check_inputs(chosen, folder)

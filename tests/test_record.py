@@ -21,7 +21,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.run import Reporter, fit, fit_curriculum
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.identity import alike, describe, fingerprint, identity_of, other_course
+from lingen.training.identity import alike, described, fingerprint, identity_of, other_course
 from lingen.training.weights import recipe_of
 from tests.helpers.files import times_of
 
@@ -240,11 +240,11 @@ def test_a_finished_run_is_finished_on_a_machine_with_other_devices(
 ):
     auto = ["trainer.devices=auto", "trainer.accelerator=auto"]
     stages = load_stages(tiny_recipe, auto)
-    usual = describe(stages)
+    usual = described(stages)
     folder, _ = trained(tiny_recipe, "trainer.devices=auto", run=tmp_path / "run")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert fingerprint(describe(stages)) == fingerprint(usual)
-    change = other_course(usual["clips"].course, describe(stages)["clips"].course)
+    assert fingerprint(described(stages)) == fingerprint(usual)
+    change = other_course(usual["clips"].course, described(stages)["clips"].course)
     assert change == {"samples.image": [2, 16], "samples.video": [2, 16]}
     before = times_of(folder.path)
     fit_curriculum(load_curriculum(tiny_recipe, [*ONE, *auto]), run=folder.path)
@@ -267,7 +267,7 @@ def test_free_settings_change_while_a_run_goes_on(tiny_recipe: Path, tmp_path: P
 
 def test_devices_are_no_change_as_long_as_a_step_holds_as_many_samples(tiny_recipe: Path):
     def course(*overrides: str) -> dict[str, Any]:
-        return describe(load_stages(tiny_recipe, overrides))["clips"].course
+        return described(load_stages(tiny_recipe, overrides))["clips"].course
 
     usual = course()
     assert other_course(usual, course("trainer.devices=2", "data.batch={image: 1, video: 1}")) == {}

@@ -22,7 +22,7 @@ from lingen.recipe.marks import TRAINER, marks_of
 from lingen.run import fit
 from lingen.training import record
 from lingen.training.folder import RunFolder
-from lingen.training.identity import describe
+from lingen.training.identity import described
 from lingen.weights import read_weights
 from tests.helpers.closeness import assert_close
 
@@ -199,7 +199,7 @@ def test_another_identity_is_refused_by_name(begun: Path, name: str):
     for key in tried:
         curriculum = load_curriculum(name, [*small_of(name, begun), *overrides_of(key, begun, name)])
         try:
-            record.start(RunFolder(begun / name), curriculum, describe(curriculum.stages), LAST[name])
+            record.start(RunFolder(begun / name), curriculum, described(curriculum.stages), LAST[name])
             accepted.append(key)
         except RecipeError as error:
             if f"{key} is " not in str(error) and " more" not in str(error):

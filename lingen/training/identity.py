@@ -34,8 +34,15 @@ PER_STEP = ("data.batch.image", "data.batch.video", "train.accumulate", "trainer
 """Settings that are no change of course as long as a step holds as many samples: only rounding differs."""
 BY_MACHINE = ("auto", "-1")
 """Numbers of devices that say: as many as there are."""
-PRECISIONS = {None: "32-true", 32: "32-true", 64: "64-true", "32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
-PRECISIONS |= {16: "16-mixed", "16": "16-mixed"}
+PRECISION_SPELLINGS = {
+    None: "32-true",
+    32: "32-true",
+    64: "64-true",
+    "32": "32-true",
+    "64": "64-true",
+    "bf16": "bf16-mixed",
+}
+PRECISION_SPELLINGS |= {16: "16-mixed", "16": "16-mixed"}
 """Other spellings that Lightning knows."""
 
 
@@ -46,7 +53,7 @@ class Stage(NamedTuple):
     course: Values
 
 
-def describe(stages: Sequence[Recipe]) -> dict[str, Stage]:
+def described(stages: Sequence[Recipe]) -> dict[str, Stage]:
     """Identity and course of each stage by its name. Files are read to tell what they hold; they are cached by size and
     time for the life of the process."""
     found = {str(one.stage or "main"): [identity_of(one), course_of(one)] for one in stages}
@@ -65,7 +72,7 @@ def course_of(recipe: Recipe) -> Values:
     told = {key: as_plain(entry.value) for key, entry in entries_of(recipe).items() if entry.mark is COURSE}
     precision = recipe.trainer.get("precision")
     told |= {"trainer.devices": recipe.trainer.get("devices", "auto"), "trainer.num_nodes": 1} | told
-    told["trainer.precision"] = PRECISIONS.get(precision, precision)
+    told["trainer.precision"] = PRECISION_SPELLINGS.get(precision, precision)
     per_rank = recipe.train.accumulate * ranks_of(recipe)
     return told | {f"{SAMPLES}{kind}": getattr(recipe.data.batch, kind) * per_rank for kind in KINDS}
 

@@ -15,11 +15,11 @@ from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.training.folder import RunFolder
-from lingen.training.identity import SAMPLES, Stage, Values, describe, fingerprint, other_course, other_identity, shown
+from lingen.training.identity import SAMPLES, Stage, Values, described, fingerprint, other_course, other_identity, shown
 
 OLD_TRIED = 8
 """Runs of an earlier version that are looked at, where a default folder is about to be made."""
-NAMED = 8
+SETTINGS_NAMED = 8
 """Settings that a message names."""
 
 Changes = dict[str, dict[str, list[Any]]]
@@ -59,7 +59,7 @@ def read_held(folder: RunFolder) -> Held:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{folder.about} cannot be read ({error}). Name another folder with --run.") from error
     if "identity" not in about:
-        return Held(about, describe(_curriculum_of(folder).stages))
+        return Held(about, described(_curriculum_of(folder).stages))
     return Held(about, stages, about.get("asked", {}))
 
 
@@ -77,7 +77,7 @@ def start(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], beg
     """What training this recipe makes of a folder; nothing is written.
 
     Args:
-        here: the recipe's stages, as `describe` gives them.
+        here: the recipe's stages, as `described` gives them.
         begins: the stage that is trained first.
     Raises:
         RecipeError: the folder holds another run, something that is no run, a finished stage of which another course
@@ -136,7 +136,7 @@ def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
     if all(one.identity.keys() <= old.identity.keys() and one.course.keys() <= old.course.keys() for old, one in both):
         return held
     try:
-        known = describe(_curriculum_of(folder).stages)
+        known = described(_curriculum_of(folder).stages)
     except RecipeError:
         return held  # what differs is told
     for name, old in held.stages.items():
@@ -162,13 +162,17 @@ def _known(held: Values, here: Values) -> Values:
 def _named(found: Iterable[tuple[str, Any, Any]]) -> str:
     """``model.depth is 1 here and 2 there`` of each setting, once."""
     lines = list(dict.fromkeys(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found))
-    return ", ".join(lines[:NAMED]) + (f" and {len(lines) - NAMED} more" if len(lines) > NAMED else "")
+    return ", ".join(lines[:SETTINGS_NAMED]) + (
+        f" and {len(lines) - SETTINGS_NAMED} more" if len(lines) > SETTINGS_NAMED else ""
+    )
 
 
 def told(changes: dict[str, list[Any]]) -> str:
     """``train.lr 0.002 -> 1e-05`` of each setting."""
     parts = [f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items()]
-    return ", ".join(parts[:NAMED]) + (f" and {len(parts) - NAMED} more" if len(parts) > NAMED else "")
+    return ", ".join(parts[:SETTINGS_NAMED]) + (
+        f" and {len(parts) - SETTINGS_NAMED} more" if len(parts) > SETTINGS_NAMED else ""
+    )
 
 
 def _check_steps(folder: RunFolder, stages: Sequence[Recipe]) -> None:
