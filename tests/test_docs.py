@@ -14,6 +14,7 @@ from tests.test_house import FLOOR
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+SAMPLING = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"^```.*?^```$", "", PAGE, flags=re.M | re.S)
 """The page without its blocks of code."""
 
@@ -67,6 +68,34 @@ def test_the_map_shows_every_room_on_its_floor():
     doors = {"__init__", "__main__"}
     assert {room: int(floor) for floor, room in rows} == {room: n for room, n in FLOOR.items() if room not in doors}
     assert rows == sorted(rows, key=lambda row: -int(row[0])) and len(rows) == len(set(rows))
+
+
+def test_the_page_on_sampling_names_what_is_there():
+    wrong = [text for text in re.findall(r"`([^`\n]+)`", SAMPLING) if re.match(r"[\w/]+\.py", text) and is_wrong(text)]
+    assert not wrong, wrong
+
+
+def test_the_page_on_sampling_lists_every_key_of_the_weights():
+    import lingen
+    from lingen.training.denoiser import LinGenModule
+
+    section = SAMPLING[SAMPLING.index("| key |") : SAMPLING.index("## The score")]
+    rows = [
+        text for row in re.findall(r"^\| (`.*?`) \|", section, flags=re.M) for text in re.findall(r"`([^`]+)`", row)
+    ]
+    keys = LinGenModule(lingen.load_recipe("quickstart_cpu", stage="videos")).trained_state()
+    patterns = {row: as_pattern(row) for row in rows}
+    assert not [key for key in keys if not any(re.fullmatch(one, key) for one in patterns.values())]
+    unused = [row for row, one in patterns.items() if not any(re.fullmatch(one, key) for key in keys)]
+    assert unused == ["autoencoder.*"]
+    assert "model.blocks.0.mixer.ma.a_log" in keys and not re.fullmatch(patterns["model.norm.weight"], "model.normal")
+
+
+def as_pattern(row: str) -> str:
+    """`model.blocks.N.{a,b}.*` of the table as a regular expression; `...` stands for a block's mixer."""
+    text = re.escape(row).replace(r"\.\.\.", r"model\.blocks\.\d+\.mixer\.(ma|te)\.").replace(r"\*", ".+")
+    text = re.sub(r"\\{(.*?)\\}", lambda found: f"({found[1].replace(',', '|')})", text)
+    return re.sub(r"(?<=\.)N(?=\\)", r"\\d+", text)
 
 
 @pytest.mark.parametrize(
