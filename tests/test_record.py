@@ -355,5 +355,5 @@ def test_a_first_start_that_was_killed_is_no_other_run(tiny_recipe: Path, tmp_pa
     with pytest.raises(RecipeError, match="exists and is no run folder"):
         trained(tiny_recipe, run=tmp_path / "other")
     RunFolder(run).about.write_text("{")
-    with pytest.raises(RecipeError, match=r"run.json cannot be read"):
+    with pytest.raises(RecipeError, match=r"run.json: it is no record of a run"):
         trained(tiny_recipe, run=run)
