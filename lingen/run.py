@@ -130,7 +130,7 @@ def _on_record(
         if held.was:
             reporter.say(f"goes on in {folder.path}: {held.was}")
         begun = record.start(folder, curriculum, told, begins)  # anew: another process may have been here a moment ago
-        record.write(folder, begun)
+        record.put_on_record(folder, begun)
         for line in begun.lines:
             reporter.say(line)
         yield curriculum._replace(base=begun.base), _Alone(reporter, held)

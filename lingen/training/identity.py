@@ -74,7 +74,7 @@ def course_of(recipe: Recipe) -> Values:
     precision = recipe.trainer.get("precision")
     told |= {"trainer.devices": recipe.trainer.get("devices", "auto"), "trainer.num_nodes": 1} | told
     told["trainer.precision"] = PRECISION_SPELLINGS.get(precision, precision)
-    per_rank, data = recipe.train.accumulate * ranks_of(recipe), recipe.data
+    per_rank, data = recipe.train.accumulate * ranks_made_of(recipe), recipe.data
     asked = {kind: per_rank if getattr(data.mix, kind) else 0 for kind in KINDS}
     return told | {f"{SAMPLES}{kind}": getattr(data.batch, kind) * times for kind, times in asked.items()}
 
@@ -119,7 +119,7 @@ def _is_lightnings(key: str, entry: Entry) -> bool:
     return name != key and name in known and known[name].default == entry.value
 
 
-def ranks_of(recipe: Recipe) -> int:
+def ranks_made_of(recipe: Recipe) -> int:
     """How many ranks lightning.Trainer makes of a stage on this machine."""
     devices, accelerator = recipe.trainer.get("devices", "auto"), recipe.trainer.get("accelerator", "auto")
     nodes = int(recipe.trainer.get("num_nodes", 1))

@@ -235,7 +235,7 @@ def _first_entry(about: dict[str, Any]) -> dict[str, Any]:
     return {"stage": next(iter(about["stages"])), "step": 0, "changes": {}, "time": about.get("started"), **kept}
 
 
-def write(folder: RunFolder, begun: Start) -> None:
+def put_on_record(folder: RunFolder, begun: Start) -> None:
     """Puts a start on record: first what the run is, so that whatever is left by a kill can be told apart."""
     write_json(folder.about, begun.about)
     write_text(folder.recipe, to_yaml(begun.base))
