@@ -13,9 +13,10 @@ import lightning
 import torch
 
 from lingen.data.datamodule import ClipData
-from lingen.data.ledger import Ledger
+from lingen.data.ledger import DataError, Ledger
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.recipe import Curriculum, load_for_training, to_yaml
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
@@ -180,10 +181,22 @@ def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
     for recipe in stages:
         for checkpoint in folder.checkpoints(str(recipe.stage))[-1:]:
             check_checkpoint(checkpoint)
-        ClipData(recipe).check()
+        _check_samples(recipe)
         refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
         if recipe.init is not None:
             find_weights(recipe.init)
+
+
+def _check_samples(recipe: Recipe) -> None:
+    """RecipeError where shards are not there, or no sample of them fits the stage. Shards are opened, nothing is
+    decoded; clips that lingen draws itself fit."""
+    data = ClipData(recipe)
+    data.check()
+    if recipe.data.shards.image or recipe.data.shards.video:
+        try:
+            data.setup()
+        except DataError as error:
+            raise RecipeError(f"stage {recipe.stage}: {error}") from error
 
 
 def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import lingen
+from lingen.prepare.index import index_folder
+from lingen.recipe.errors import RecipeError
 from lingen.run import fit
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
@@ -75,3 +78,17 @@ def test_six_stages_hand_over_by_themselves(tmp_path: Path, monkeypatch: pytest.
         assert (folder.samples(stage, 3) / "00.mp4").is_file()
     clip = next(lingen.generate(folder.path, "a blue square grows"))
     assert clip.shape == (32, 32, 32, 3)
+
+
+def test_a_later_stage_without_a_sample_is_refused_before_the_first_trains(
+    tiny_recipe: Path, tiny_shards: Path, tmp_path: Path
+):
+    shutil.copytree(tiny_shards, tmp_path / "shards")
+    index_folder(tmp_path / "shards", 0)
+    with pytest.raises(RecipeError, match=r"^stage clips: data.shards.video: none of 16 samples fits this stage"):
+        fit(
+            tiny_recipe,
+            [f"data.shards.video={tmp_path}/shards/video-*.tar", "stages.clips.data.frames=400"],
+            run=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()

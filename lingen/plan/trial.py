@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DENOISERS_KEPT = 16
 """Models on the meta device that are kept: a recipe's stages share one, or have a few."""
+CYCLE = 8
+"""Layers whose scan orders are tried: a cycle is hardly longer."""
 _DENOISERS: dict[Any, nn.Module] = {}
 
 
@@ -36,24 +38,44 @@ class Trial:
 
     def neighbours(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
         """Builds every component: the autoencoder and text encoders that the model has to fit, and the mixers."""
+        from lingen.plan.contract import fault_of
+
         for path, component, registry in components_of(draft.tree):
             positional = (recipe.model.dim, 0) if registry is MIXERS else ()
             try:
-                on_meta(registry, component, *positional)
+                part = on_meta(registry, component, *positional)
             except Exception as error:  # a third party's part may raise anything
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
+                continue
+            if fault := fault_of(registry, component, part, *positional):
+                yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
 
     def grids(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
         """Notes the largest grid of a stage."""
         autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
         try:
-            self.seen += all_grids(recipe, autoencoder)
+            grids = all_grids(recipe, autoencoder)
         except SettingError as error:
             yield draft.problem(("data", error.setting), str(error))
             return
+        self.seen += grids
+        if recipe.subject.encoded:
+            yield from self._scans(draft, recipe, grids)
         yield from _decoding(draft, recipe, autoencoder)
         if recipe.subject.has_critic(recipe):
             yield from _critic(draft, recipe)
+
+    def _scans(self, draft: Layered, recipe: Recipe, grids: list[Triple]) -> Iterator[Problem]:
+        """Scan orders of others, at every grid that a batch of the stage may have."""
+        from lingen.plan.contract import faults_of_scans, has_scan_of_others
+
+        for path, component, registry in components_of(draft.tree):
+            if registry is not MIXERS or not has_scan_of_others(component):
+                continue
+            layers = range(min(recipe.model.depth, CYCLE))
+            mixers = [on_meta(registry, component, recipe.model.dim, layer) for layer in layers]
+            told = dict.fromkeys(text for mixer in mixers for text in faults_of_scans(mixer, grids))
+            yield from (draft.problem((*path, "scan" if "scan" in component else "name"), text) for text in told)
 
     def derive(self, recipe: Recipe, largest: Triple) -> LinGenConfig:
         """The model's settings, with those that follow from autoencoder, text encoders and stages."""

@@ -106,8 +106,9 @@ def spell_out(layered: Layered, prefix: Path = ()) -> None:
         path = (*prefix, *component)
         value = layered.get(path)
         if component == ("text",) and _is_component(value):
+            origin = layered.origin(path)
             layered.put(path, [value], layered, path)
-            layered.origins[(*path, 0)] = layered.origin(path)
+            layered.origins[path] = layered.origins[(*path, 0)] = origin
             value = [value]
         if isinstance(value, list):
             for index, item in enumerate(value):
@@ -124,7 +125,7 @@ def _spell_out_word(layered: Layered, path: Path, word: Any) -> None:
     if isinstance(word, str) and "${" not in word:
         origin = layered.origin(path)
         layered.put(path, {"name": word}, layered, path)
-        layered.origins[(*path, "name")] = origin
+        layered.origins[path] = layered.origins[(*path, "name")] = origin
 
 
 def _find(recipe: str | File, folder: File) -> RecipeText:

@@ -1,0 +1,180 @@
+"""Whether the parts of a recipe keep their contracts, tried at tiny shapes before anything trains.
+
+lingen's own parts are tested and left out; so are those that read weights when they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lingen.blocks.scan import permutation
+from lingen.recipe.errors import SettingError
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, Registry
+from lingen.recipe.sections import Triple
+
+GRID = (2, 4, 4)
+"""Tokens (t, h, w) on which a mixer is tried."""
+TEXTS = ["a red ball rolls", ""]
+
+
+def fault_of(registry: Registry, component: dict[str, Any], part: Any, *positional: Any) -> str | None:
+    """What a part, built on the meta device, owes and does not do, as a sentence; None where it keeps its contract."""
+    if _is_ours(part):
+        return None
+    if registry is AUTOENCODERS:
+        return _of_autoencoder(part, lambda: registry.build(component))
+    if registry is TEXT_ENCODERS:
+        return _of_text_encoder(part, lambda: registry.build(component))
+    if registry is MIXERS:
+        return _of_mixer(part, positional[0], lambda: registry.build(component, *positional))
+    return None
+
+
+def faults_of_scans(module: nn.Module, grids: list[Triple]) -> Iterator[str]:
+    """A sentence for each scan order of others in a mixer that is no bijection on one of these grids."""
+    orders = {getattr(part, "order", None) for part in module.modules()}
+    for order in orders:
+        if not callable(order) or getattr(order, "__module__", "").startswith("lingen."):
+            continue
+        for grid in dict.fromkeys(grids):
+            try:
+                permutation(order, grid, torch.device("cpu"))
+            except SettingError as error:
+                yield str(error)
+                break
+            except Exception as error:  # a third party's function may raise anything
+                name = getattr(order, "__name__", repr(order))
+                yield f"Scan order '{name}' fails on a {grid} grid: {_told(error)}"
+                break
+
+
+def has_scan_of_others(component: dict[str, Any]) -> bool:
+    """Whether a mixer or one of its branches names a scan order that lingen does not bring."""
+    inside = [value for value in component.values() if isinstance(value, dict)]
+    scan = component.get("scan", "thw")
+    return isinstance(scan, str) and SCANS.origin(scan) != "lingen" or any(map(has_scan_of_others, inside))
+
+
+def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
+    def run(part: Any, device: str) -> Tensor:
+        with torch.device(device):
+            return part(torch.zeros(1, *GRID, dim))
+
+    def fault_in(one: Any, again: Callable[[], Any]) -> str | None:
+        output, fault = _tried(one, again, run, "forward")
+        return fault or _unlike(output, (1, *GRID, dim), torch.float32, "forward gives")
+
+    if not type(mixer).__module__.startswith("lingen."):
+        return fault_in(mixer, build)
+    branches = {name: child for name, child in mixer.named_children() if not _is_ours(child)}
+    found = ((name, fault_in(child, partial(_child, build, name))) for name, child in branches.items())
+    return next((f"its branch '{name}': {fault}" for name, fault in found if fault), None)
+
+
+def _child(build: Callable[[], Any], name: str) -> Any:
+    return build().get_submodule(name)
+
+
+def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
+    lacks = [name for name in ("encode", "decode") if not callable(getattr(part, name, None))]
+    if lacks:
+        return f"it has no method `{lacks[0]}`."
+    strides, channels = getattr(part, "strides", None), getattr(part, "channels", None)
+    if not (isinstance(strides, (tuple, list)) and len(strides) == 3 and all(map(_is_count, strides))):
+        return f"its `strides` are three whole numbers (t, h, w) of pixels per latent, got {strides!r}."
+    if not isinstance(channels, int) or not _is_count(channels):
+        return f"its `channels` is the whole number of latent channels, got {channels!r}."
+    if hasattr(part, "missing"):
+        return None
+    size = (1, 2 * strides[1], 2 * strides[2])  # an image
+    latents = (1, channels, 1, 2, 2)
+
+    def encode(one: Any, device: str) -> Tensor:
+        with torch.device(device):
+            return one.encode(torch.zeros(1, 3, *size))
+
+    def decode(one: Any, device: str) -> Tensor:
+        with torch.device(device):
+            return one.decode(torch.zeros(*latents))
+
+    output, fault = _tried(part, build, encode, "encode")
+    fault = fault or _unlike(output, latents, None, f"encode of {[1, 3, *size]} gives")
+    if fault:
+        return fault
+    output, fault = _tried(part, build, decode, "decode")
+    if fault or not isinstance(output, Tensor):
+        return fault or f"decode gives {type(output).__name__}, not a tensor."
+    frames = range(1, strides[0] + 1)
+    if output.ndim == 5 and output.shape[2] in frames:
+        return _unlike(output, (1, 3, output.shape[2], *size[1:]), None, f"decode of {list(latents)} gives")
+    return f"decode of {list(latents)} gives {list(output.shape)}; expected {[1, 3, 1, *size[1:]]}."
+
+
+def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
+    if not callable(getattr(part, "encode", None)):
+        return "it has no method `encode`."
+    dim = getattr(part, "dim", None)
+    if not _is_count(dim):
+        return f"its `dim` is the whole number of a token's width, got {dim!r}."
+    if hasattr(part, "missing"):
+        return None
+
+    def run(one: Any, device: str) -> Any:
+        with torch.device(device):
+            return one.encode(TEXTS)
+
+    output, fault = _tried(part, build, run, "encode", on_meta=False)
+    if fault:
+        return fault
+    if not (isinstance(output, tuple) and len(output) == 2 and all(isinstance(one, Tensor) for one in output)):
+        return f"encode gives {type(output).__name__}, not (tokens [b n w], mask [b n])."
+    tokens, mask = output
+    if tokens.ndim != 3 or tokens.shape[0] != len(TEXTS) or tokens.shape[1] < 1 or tokens.shape[2] != dim:
+        return f"encode of {len(TEXTS)} texts gives tokens {list(tokens.shape)}; expected [{len(TEXTS)}, n, {dim}]."
+    return _unlike(mask, tuple(tokens.shape[:2]), torch.bool, "encode gives a mask")
+
+
+def _tried(
+    part: Any, build: Callable[[], Any], run: Callable[[Any, str], Any], what: str, *, on_meta: bool = True
+) -> tuple[Any, str | None]:
+    """What a part gives, and a sentence where it fails: on the meta device, and where that fails on the CPU."""
+    with torch.no_grad():
+        if on_meta:
+            try:
+                return run(part, "meta"), None
+            except Exception:  # it may look at numbers: it is tried where there are some
+                pass
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return run(build(), "cpu"), None
+        except Exception as error:
+            return None, f"{what} fails: {_told(error)}"
+
+
+def _unlike(output: Any, shape: tuple[int, ...], dtype: torch.dtype | None, what: str) -> str | None:
+    if not isinstance(output, Tensor):
+        return f"{what} {type(output).__name__}, not a tensor."
+    if tuple(output.shape) != shape:
+        return f"{what} {list(output.shape)}; expected {list(shape)}."
+    if dtype is not None and output.dtype != dtype:
+        return f"{what} {output.dtype}; expected {dtype}."
+    return None
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether nothing in a part comes from elsewhere, a branch of MATE for example."""
+    modules = part.modules() if isinstance(part, nn.Module) else [part]
+    return all(type(one).__module__.startswith(("lingen.", "torch.")) for one in modules)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,164 @@
+"""Parts of others are tried before anything trains: what breaks its contract is named by the recipe's line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lingen.cli import main
+from lingen.recipe import load_curriculum
+
+PARTS = """\
+import torch
+from torch import nn
+
+
+class Mixer(nn.Module):
+    def __init__(self, dim, layer):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Good(Mixer):
+    def forward(self, x):
+        return x * self.weight
+
+
+class LooksAtNumbers(Mixer):
+    def forward(self, x):
+        return x * self.weight if float(x.sum()) > -1 else x
+
+
+class Shorter(Mixer):
+    def forward(self, x):
+        return x[:, :, :, 1:] * self.weight
+
+
+class Half(Mixer):
+    def forward(self, x):
+        return (x * self.weight).half()
+
+
+class Fails(Mixer):
+    def forward(self, x):
+        return x @ self.weight.view(-1, 1) @ x
+
+
+def first_only(t, h, w):
+    return torch.zeros(t * h * w, dtype=torch.long)
+
+
+def not_when_long(t, h, w):
+    order = torch.arange(t * h * w)
+    return order if t <= 2 else order.clamp(min=1)
+
+
+class Text(nn.Module):
+    dim = 4
+
+    def encode(self, texts):
+        return torch.zeros(len(texts), 3, 4), torch.ones(len(texts), 3, dtype=torch.bool)
+
+
+class Silent(nn.Module):
+    dim = 4
+
+
+class Narrow(Text):
+    def encode(self, texts):
+        return torch.zeros(len(texts), 3, 5), torch.ones(len(texts), 3, dtype=torch.bool)
+
+
+class Floats(Text):
+    def encode(self, texts):
+        return torch.zeros(len(texts), 3, 4), torch.ones(len(texts), 3)
+
+
+class Flat(nn.Module):
+    channels, strides = 3, (1, 1, 1)
+
+    def encode(self, video):
+        return video
+
+    def decode(self, latents):
+        return latents
+
+
+class NoStrides(nn.Module):
+    channels = 3
+    encode = decode = Flat.encode
+
+
+class Doubles(Flat):
+    def encode(self, video):
+        return torch.cat([video, video], 1)
+
+
+class Grows(Flat):
+    def decode(self, latents):
+        return latents.repeat_interleave(2, 3)
+"""
+
+
+@pytest.fixture
+def parts(here: Path) -> Path:
+    (here / "parts_to_try.py").write_text(PARTS)
+    return here
+
+
+def recipe_with(folder: Path, section: str, text: str) -> str:
+    """A small recipe whose fourth line is this section."""
+    other = {"model": "model: {dim: 16, depth: 1, patch: [1, 4, 4], mixer: {name: attention, num_heads: 2}}"}
+    lines = ["data: {synthetic: shapes, frames: 4, size: [16, 16]}", "trainer: {accelerator: cpu, logger: false}"]
+    lines += ["stages: {one: {data: {frames: 1}}, two: {}}", text]
+    lines += [line for name, line in other.items() if name != section]
+    (folder / "r.yaml").write_text("\n".join(lines) + "\n")
+    return "r.yaml"
+
+
+def mixer(text: str) -> str:
+    return f"model: {{dim: 16, depth: 2, patch: [1, 4, 4], mixer: {text}}}"
+
+
+FAULTS = [
+    ("model", mixer("parts_to_try:Shorter"), "forward gives [1, 2, 4, 3, 16]; expected [1, 2, 4, 4, 16]"),
+    ("model", mixer("parts_to_try:Half"), "forward gives torch.float16; expected torch.float32"),
+    ("model", mixer("parts_to_try:Fails"), "forward fails: RuntimeError: "),
+    ("model", mixer("{name: mate, ma: null, te: 'parts_to_try:Shorter'}"), "expected [1, 2, 4, 4, 16]"),
+    (
+        "model",
+        mixer("{name: mamba2, head_dim: 8, scan: 'parts_to_try:first_only'}"),
+        "'first_only' does not visit each",
+    ),
+    ("model", mixer("{name: mamba2, head_dim: 8, scan: 'parts_to_try:not_when_long'}"), "of a (4, 4, 4) grid once"),
+    ("text", "text: parts_to_try:Silent", "it has no method `encode`"),
+    ("text", "text: parts_to_try:Narrow", "gives tokens [2, 3, 5]; expected [2, n, 4]"),
+    ("text", "text: parts_to_try:Floats", "gives a mask torch.float32; expected torch.bool"),
+    ("autoencoder", "autoencoder: parts_to_try:NoStrides", "its `strides` are three whole numbers (t, h, w)"),
+    ("autoencoder", "autoencoder: parts_to_try:Doubles", "gives [1, 6, 1, 2, 2]; expected [1, 3, 1, 2, 2]"),
+    ("autoencoder", "autoencoder: parts_to_try:Grows", "decode of [1, 3, 1, 2, 2] gives [1, 3, 1, 4, 2]"),
+]
+
+
+@pytest.mark.parametrize(("section", "text", "told"), FAULTS, ids=[f"{n}" for n in range(len(FAULTS))])
+def test_a_part_that_breaks_its_contract_is_named_by_its_line(parts: Path, capsys, section: str, text: str, told: str):
+    recipe = recipe_with(parts, section, text)
+    for command in ("show", "doctor", "fit"):
+        assert main([command, "--recipe", recipe]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("r.yaml:4: ") and told in lines[0], lines
+    assert not (parts / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ("model", mixer("parts_to_try:Good")),
+        ("model", mixer("parts_to_try:LooksAtNumbers")),
+        ("text", "text: parts_to_try:Text"),
+        ("autoencoder", "autoencoder: parts_to_try:Flat"),
+    ],
+)
+def test_parts_that_keep_their_contract_pass(parts: Path, section: str, text: str):
+    assert load_curriculum(recipe_with(parts, section, text)).names == ["one", "two"]
