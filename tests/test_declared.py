@@ -136,6 +136,13 @@ def test_pack_counts_as_training_does(tmp_path: Path) -> None:
     assert retimed.told == [("a", "retimed from 24 to 12 frames a second")] and retimed == cut(path, fps=12.0)
 
 
+def test_a_gif_of_eight_frames_a_second_is_not_slower_than_eight(tmp_path: Path) -> None:
+    """A GIF rounds times to hundredths of a second."""
+    path = write_film(tmp_path / "a.gif", frames("testsrc2", 1, 8, (SIDE, SIDE)), 8, "gif", "rgb8")
+    outcome = cut(path, Filters(still=None, duplicates=None, min_fps=7.92), fps=8.0)
+    assert not outcome.drops and [made.fps for made in outcome.samples] == [8.0]
+
+
 def test_a_gap_of_an_hour_does_not_make_a_film_slow(tmp_path: Path) -> None:
     path = stamped(tmp_path / "a.mkv", [*range(12), *range(90_000, 90_012)])
     track = follow(read_frames(path))

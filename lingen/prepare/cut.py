@@ -149,7 +149,7 @@ def _film(job: CutJob, drops: list[tuple[str, str]], told: list[tuple[str, str]]
     if verdict is not None:
         drops.append((job.source.key, str(verdict)))
         return
-    fps = job.wanted.fps if track.fps >= 0.99 * job.wanted.fps or len(track.times) == 1 else track.fps
+    fps = job.wanted.fps if track.fps_at_most >= 0.99 * job.wanted.fps or len(track.times) == 1 else track.fps
     kept: list[tuple[str, Int[np.ndarray, " t"]]] = []
     for number, frames in enumerate(_pieces(job, track, fps, drops)):
         key = f"{sample_key(job.source.key)}-{number:04d}"

@@ -77,7 +77,7 @@ def judge_size(size: tuple[int, int], filters: Filters) -> Rejection | None:
 
 def judge_film(track: Track, filters: Filters) -> Rejection | None:
     """The reason to leave out a whole film; None where there is none."""
-    if filters.min_fps is not None and len(track.times) > 1 and track.fps < filters.min_fps:
+    if filters.min_fps is not None and len(track.times) > 1 and track.fps_at_most < filters.min_fps:
         return Rejection("slow", f"{track.fps:.3g} frames a second, fewer than {filters.min_fps:g}")
     if filters.hdr is not None and track.hdr > filters.hdr:
         return Rejection("hdr", f"{track.hdr:.0%} of its frames are PQ or HLG; convert it with ffmpeg -vf {TO_SDR}")

@@ -53,9 +53,18 @@ class Track(NamedTuple):
     @property
     def fps(self) -> float:
         """Frames a second, by the time stamps; steps above `GAP` do not count, unless all are."""
-        steps = np.diff(self.times)
-        steps = steps[steps <= GAP] if (steps <= GAP).any() else steps
+        steps = self._steps()
         return len(steps) / float(steps.sum()) if len(steps) else 0.0
+
+    @property
+    def fps_at_most(self) -> float:
+        """`fps` where the container's rounding made the film longer by as much as it can."""
+        steps = self._steps()
+        return len(steps) / float(steps.sum() - min(self.tick, steps.mean() / 4)) if len(steps) else 0.0
+
+    def _steps(self) -> Float[np.ndarray, " n"]:
+        steps = np.diff(self.times)
+        return steps[steps <= GAP] if (steps <= GAP).any() else steps
 
 
 def follow(frames: Iterable[Frame]) -> Track:
