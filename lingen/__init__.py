@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS
     from lingen.run import fit
     from lingen.sampling.clips import generate
+    from lingen.sampling.loading import load_model
     from lingen.training.denoiser import LinGenModule
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "TEXT_ENCODERS",
     "fit",
     "generate",
+    "load_model",
     "load_recipe",
     "save_video",
     "stages_of",
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "lingen.data.datamodule": ("ClipData",),
     "lingen.sampling.clips": ("generate",),
+    "lingen.sampling.loading": ("load_model",),
     "lingen.model": ("LinGen",),
     "lingen.run": ("fit",),
     "lingen.training.denoiser": ("LinGenModule",),

@@ -4,6 +4,7 @@ Time 0 is noise, 1 is data, everywhere.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -99,6 +100,22 @@ def sample_draws(
         times.append(sample_times(1, config, shift, generator))
         noise.append(torch.randn(1, *shape, generator=generator))
     return Draws(torch.cat(noise), torch.cat(times), torch.cat(uniform))
+
+
+def clip_noise(shape: tuple[int, ...], seed: int, prompt: str, repetition: int) -> Float[Tensor, "*any"]:
+    """The noise that a sampled clip starts from, float32 on the CPU: a function of these arguments alone [ours].
+
+    So a clip starts from the same noise alone, in a list, in a batch, on any rank and for any device.
+
+    Args:
+        shape: of the clip's latents.
+        prompt: exactly the text that the text encoders read.
+        repetition: 0 for the first clip of this prompt, 1 for the second, ...
+    """
+    # JSON in ASCII is the same text in every version of Python, which a string's repr is not.
+    digest = hashlib.sha256(json.dumps([seed, prompt, repetition]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # of which it keeps 32 bits
+    return torch.randn(shape, generator=generator)
 
 
 def schedule(steps: int, kind: str, emulated_steps: int, shift: float) -> Float[Tensor, "n"]:
@@ -198,11 +215,11 @@ def guided(
 MaskedTokens = tuple[Float[Tensor, "_ _ w"], Bool[Tensor, "_ _"]]
 
 
-def stack_text(first: MaskedTokens, second: MaskedTokens) -> MaskedTokens:
-    """Two batches of one encoder's (tokens [b n w], mask [b n]) as one, the shorter padded with masked tokens: the
-    null and the prompted half of guidance in one evaluation."""
-    length = max(first[0].shape[1], second[0].shape[1])
-    pads = [length - tokens.shape[1] for tokens, _ in (first, second)]
+def stack_text(*parts: MaskedTokens) -> MaskedTokens:
+    """Batches of one encoder's (tokens [b n w], mask [b n]) as one, the shorter padded with masked tokens: several
+    prompts, or the null and the prompted half of guidance, in one evaluation."""
+    length = max(tokens.shape[1] for tokens, _ in parts)
+    pads = [length - tokens.shape[1] for tokens, _ in parts]
     pad = torch.nn.functional.pad
-    tokens = torch.cat([pad(part[0], (0, 0, 0, n)) for part, n in zip((first, second), pads, strict=True)])
-    return tokens, torch.cat([pad(part[1], (0, n)) for part, n in zip((first, second), pads, strict=True)])
+    tokens = torch.cat([pad(part[0], (0, 0, 0, n)) for part, n in zip(parts, pads, strict=True)])
+    return tokens, torch.cat([pad(part[1], (0, n)) for part, n in zip(parts, pads, strict=True)])

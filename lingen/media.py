@@ -9,7 +9,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
@@ -91,6 +91,10 @@ def encode_mp4(
     return buffer.getvalue()
 
 
+HD_ROWS = 720
+"""Rows from which on players take a film for BT.709, and below for BT.601; ours say so, too."""
+MATRIX_709, MATRIX_601 = 1, 6
+"""Numbers of the matrices in ITU-T H.273; 6 is smpte170m."""
 EXACT = {"x264-params": "no-mbtree=1"}
 """Leaves out x264's macroblock tree, whose sums change with what happens to lie in memory."""
 
@@ -104,14 +108,27 @@ def _encode(
             stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
             stream.height, stream.width = frame.shape[:2]
             stream.pix_fmt = "yuv420p"
+            _declare_colours(stream.codec_context)
             if key_seconds is not None:
                 stream.codec_context.gop_size = max(1, round(key_seconds * fps))
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
         # Inside the encoder, conversion runs in several threads and does not always give the same pixels.
-        file.mux(stream.encode(scaler.reformat(picture, format="yuv420p", threads=1)))
+        matrix = Colorspace.ITU709 if frame.shape[0] >= HD_ROWS else Colorspace.ITU601
+        coded = scaler.reformat(
+            picture, format="yuv420p", dst_colorspace=matrix, dst_color_range=ColorRange.MPEG, threads=1
+        )
+        file.mux(stream.encode(coded))
     if stream is None:
         raise ValueError("There are no frames to write.")
     file.mux(stream.encode())
+
+
+def _declare_colours(codec: Any) -> None:
+    """Tags of what `_encode` writes (ITU-T H.273). Primaries and transfer are those of ordinary screens at every size,
+    because pixels are converted by the matrix alone."""
+    codec.colorspace = MATRIX_709 if codec.height >= HD_ROWS else MATRIX_601
+    codec.color_range = ColorRange.MPEG
+    codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 
 
 def _checked(frame: Any) -> Picture:

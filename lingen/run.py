@@ -3,7 +3,8 @@
 import json
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +19,12 @@ from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
+from lingen.training import lock, record
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder, default_path
+from lingen.training.folder import RunFolder
+from lingen.training.identity import Stage
 from lingen.training.ranks import is_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
@@ -72,13 +75,13 @@ def fit(
     Args:
         recipe: path or name.
         overrides: ``key=value`` and ``stages.NAME.key=value``.
-        run: run folder; default ``runs/<recipe>-<fingerprint>`` in the current folder.
+        run: run folder; default ``runs/<recipe>-<fingerprint>`` in the current folder, by identity and first course.
         stage: train only this one.
     Returns:
         The run folder.
     Raises:
-        RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, or a folder of another
-            run.
+        RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, a folder that holds
+            another run or a finished stage of another course, or one that another process trains in.
         IncompleteError: a rank holds only a part of what is to be written.
         DataError: too many broken samples.
         NonFiniteError: too many steps without a finite gradient.
@@ -99,23 +102,72 @@ def fit_curriculum(
 ) -> Outcome:
     """Trains a loaded recipe; arguments and errors of `fit`, but a signal is told in what is returned."""
     reporter = reporter or Reporter()
-    stages, names, chosen = curriculum.stages, curriculum.names, curriculum.chosen(stage)
-    folder = RunFolder(Path(run) if run else default_path(stages))
+    stages, chosen = curriculum.stages, curriculum.chosen(stage)
+    told = described(stages) if is_first_rank() or not run else {}
+    say = reporter.say if is_first_rank() else Reporter().say
+    folder = RunFolder(Path(run) if run else record.default_path(stages[0].name, told, say))
     check_inputs(chosen, folder)
-    if is_first_rank():
-        folder.open(stages, to_yaml(curriculum.base))
+    if not is_first_rank():
+        return _train(folder, curriculum, chosen, reporter)
+    with _on_record(folder, curriculum, told, chosen, reporter) as (written, alone):
+        return _train(folder, written, chosen, alone)
+
+
+@contextmanager
+def _on_record(
+    folder: RunFolder, curriculum: Curriculum, told: dict[str, Stage], chosen: Sequence[Recipe], reporter: Reporter
+) -> Iterator[tuple[Curriculum, Reporter]]:
+    """Inside the block the folder is this process's alone and says what is trained. Where nothing is left to do,
+    nothing is written. Gives the recipe as it is on record, and a reporter that stops a run which another one took."""
+    lock.check_unlocked(folder.path)
+    unfinished = [str(one.stage) for one in chosen if folder.finished_steps(str(one.stage)) < one.train.steps]
+    begins = (unfinished or [str(chosen[-1].stage)])[0]
+    record.start(folder, curriculum, told, begins)  # refuses before anything is written
+    if not unfinished and not _is_score_due(folder, curriculum.stages[-1]):
+        yield curriculum, reporter
+        return
+    with lock.locked(folder.path) as held:
+        if held.was:
+            reporter.say(f"goes on in {folder.path}: {held.was}")
+        begun = record.start(folder, curriculum, told, begins)  # anew: another process may have been here a moment ago
+        record.write(folder, begun)
+        for line in begun.lines:
+            reporter.say(line)
+        yield curriculum._replace(base=begun.base), _Alone(reporter, held)
+
+
+def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
+    steps = folder.finished_steps(str(last.stage))
+    return bool(last.score.clips and steps and scored_steps(folder) != steps)
+
+
+class _Alone(Reporter):
+    """Hands everything on, and ends the run at the next step where another process has taken its folder over."""
+
+    def __init__(self, reporter: Reporter, held: lock.Lock):
+        self.stage, self.row, self.say = reporter.stage, reporter.row, reporter.say  # type: ignore[method-assign]
+        self._step, self._held = reporter.step, held
+
+    def step(self, step: int) -> None:
+        self._held.check()
+        self._step(step)
+
+
+def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], reporter: Reporter) -> Outcome:
+    """Every chosen stage that is not finished, and the score."""
+    stages, names = curriculum.stages, curriculum.names
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
         if folder.finished_steps(names[index]) >= settings.train.steps:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
-        reporter.stage(settings, index + 1, len(stages), done=last_step(folder, names[index]))
+        reporter.stage(settings, index + 1, len(stages), done=folder.last_step(names[index]))
         number = train_stage(folder, curriculum, index, reporter)
         if number is not None:
             return Outcome(folder, number)
     if stages[-1].score.clips and folder.weights(names[-1]).is_file() and is_first_rank():
-        if scored_steps(folder) == folder.finished_steps(names[-1]):
+        if not _is_score_due(folder, stages[-1]):
             reporter.say(f"the score stands in {folder.score}")
         else:
             reporter.say(f"judging {stages[-1].score.clips} clips of held-out captions")
@@ -158,17 +210,11 @@ def scored_steps(folder: RunFolder) -> int:
     return int(json.loads(folder.score.read_text())["step"]) if folder.score.is_file() else 0
 
 
-def last_step(folder: RunFolder, stage: str) -> int:
-    """Step of the newest checkpoint; 0: none."""
-    checkpoints = folder.checkpoints(stage)
-    return int(checkpoints[-1].stem.removeprefix("step-")) if checkpoints else 0
-
-
 def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter: Reporter) -> int | None:
     """One Trainer's fit. Returns the signal that stopped it, if one did."""
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
-    done = last_step(folder, name)
+    done = folder.last_step(name)
     edge = StepEdge(folder, name, reporter.say)
 
     data = ClipData(recipe)

@@ -1,9 +1,11 @@
 """Files of weights: safetensors with a recipe inside, written, read and found; no module is known here."""
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -75,6 +77,16 @@ def export_weights(source: str | Path, out: str | Path, precision: str = "bf16")
     return out
 
 
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """64 hex digits of the names, types, shapes and numbers of tensors: the same whatever file or device holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(cast(Any, value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file in one step, with the umask's permissions: the library's own are for the user alone."""
     from safetensors.torch import save_file
@@ -118,9 +130,9 @@ def read_run(about: Path) -> dict[str, Any]:
     """What a run.json holds. WeightsError where it is broken or cannot be read."""
     try:
         held = decode_json(about.read_bytes())
-        texts = [held["recipe"], held["fingerprint"], *held["stages"]]
-        if not all(isinstance(text, str) and "\0" not in text for text in texts) or isinstance(held["stages"], str):
-            raise ValueError("recipe, fingerprint and stages are to be texts")
+        stages = held["stages"]
+        if not isinstance(stages, list) or not all(isinstance(name, str) and "\0" not in name for name in stages):
+            raise ValueError("its stages are to be names")
     except OSError as error:
         raise WeightsError(about, f"it cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lingen.bench.cases import CASES, LayerSizes
-from lingen.bench.kernels import ODD_GRID, _able
 from lingen.bench.yardsticks import yardstick
 from lingen.kernels.scan import chunk_of
 from tests.helpers.commands import ROOT, run_python
 
+KERNELS = yardstick("kernels")
+CASES, ODD_GRID, LayerSizes = KERNELS.CASES, KERNELS.ODD_GRID, KERNELS.LayerSizes
 CPU = torch.device("cpu")
 
 
@@ -34,9 +34,11 @@ def test_errors_are_measured_over_more_than_one_chunk():
 
 def test_a_twin_that_does_not_get_ready_is_left_out():
     said: list[str] = []
-    assert not _able("slow", [lambda: None, lambda: time.sleep(20)], said.append, limit=0.2)
+    assert not KERNELS.is_ready("slow", [lambda: None, lambda: time.sleep(20)], said.append, limit=0.2)
     assert said.pop() == "slow is left out: TimeoutError: it was not ready after 0.2 s"
-    assert _able("fast", [lambda: None], said.append, limit=0.2) and said.pop().startswith("fast is ready after 0.0 s")
+    assert KERNELS.is_ready("fast", [lambda: None], said.append, limit=0.2) and said.pop().startswith(
+        "fast is ready after 0.0 s"
+    )
     time.sleep(0.3)  # the alarm is off
 
 

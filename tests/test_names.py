@@ -13,7 +13,6 @@ OF_EACH_KERNEL = {
     "backward": "its gradients",
     "LAUNCH": "how its Triton functions are launched",
     "TUNING": "the same, where a launch depends on sizes",
-    "Tuning": "what that holds",
     "PROGRAMS": "the most programs that share the work",
     "WARPS": "warps of a program",
 }

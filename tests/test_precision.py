@@ -13,7 +13,7 @@ from lingen.kernels.fp8 import Fp8Linear, Quantized
 from lingen.recipe.errors import RecipeError
 from lingen.sampling import clips as sampling
 from lingen.sampling import precision
-from lingen.sampling.clips import clip_size, encode_prompts, sample_latents
+from lingen.sampling.clips import clip_size, encode_prompts, joined, sample_latents, takes_of
 from lingen.sampling.precision import lower, precision_of, set_precision
 from lingen.training.average import AveragedWeights
 from lingen.training.denoiser import LinGenModule
@@ -34,8 +34,8 @@ def module(tiny_recipe: Path) -> LinGenModule:
 
 def sample(module: LinGenModule, **settings: object) -> torch.Tensor:
     clip = clip_size(module)
-    words = encode_prompts(module, PROMPTS, clip)
-    return sample_latents(module, words, clip, replace(module.recipe.sample, **settings))
+    texts = joined(encode_prompts(module, PROMPTS, clip))
+    return sample_latents(module, takes_of(PROMPTS), texts, clip, replace(module.recipe.sample, **settings))
 
 
 def test_bfloat16_is_for_weights_that_only_multiply(module: LinGenModule):

@@ -21,7 +21,7 @@ from lingen.training.base import NonFiniteError
 from lingen.training.callbacks import MetricsFile
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.weights import load_module
+from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights, read_metadata, read_weights
 from tests.helpers.closeness import assert_close
 from tests.helpers.commands import lingen_command, run_command, wait_for
@@ -68,7 +68,7 @@ def test_fit_leaves_everything_in_the_run_folder(tiny_run: Path):
     ledger = json.loads((tiny_run / "ledger.json").read_text())
     assert ledger["seen"] >= 6
     reloaded = lingen.load_recipe(tiny_run / "recipe.yaml", stage="clips")
-    assert reloaded.model == load_module(tiny_run).recipe.model
+    assert reloaded.model == load_denoiser(tiny_run).recipe.model
 
 
 def test_same_command_again_does_nothing_and_more_steps_go_on(tiny_recipe: Path, tiny_run: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -16,14 +17,25 @@ import torch
 from safetensors.torch import load_file
 
 import lingen
+from lingen import flow
 from lingen.cli import main
 from lingen.media import contact_sheet, save_video
 from lingen.run import fit
 from lingen.sampling import clips as sampling
 from lingen.sampling import files as output
-from lingen.sampling.clips import clip_size, decode_frames, encode_prompts, sample_latents
+from lingen.sampling.clips import (
+    Take,
+    clip_size,
+    decode_frames,
+    encode_prompts,
+    joined,
+    sample_latents,
+    sample_takes,
+    takes_of,
+)
+from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.weights import load_module
+from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights
 from tests.helpers.media import read_about
 
@@ -46,19 +58,77 @@ def test_the_seed_decides_and_weights_file_and_folder_agree(run: Path):
     assert np.array_equal(one, next(lingen.generate(find_weights(run), "a red square", seed=3)))
 
 
-def test_a_batch_changes_nothing(run: Path):
-    module = load_module(run)
-    size, settings = clip_size(module), module.recipe.sample
-    both = sample_latents(module, encode_prompts(module, ["a red square", "a blue circle"], size), size, settings)
-    second = sample_latents(module, encode_prompts(module, ["a blue circle"], size), size, settings, first=1)
-    torch.testing.assert_close(both[1], second[0], rtol=1e-5, atol=1e-5)
+PROMPTS = ["a red square", "a blue circle moves up", "a red square", "x"]
+"""Of several lengths; one comes twice."""
+
+
+def solved(module: LinGenModule, takes: Sequence[Take]) -> torch.Tensor:
+    """Latents of the takes in one batch."""
+    clip = clip_size(module)
+    texts = joined(encode_prompts(module, [take.words for take in takes], clip))
+    return sample_latents(module, takes, texts, clip, module.recipe.sample)
+
+
+def test_latents_are_the_same_alone_in_a_list_and_in_a_batch(run: Path):
+    module, takes = load_denoiser(run), takes_of(PROMPTS)
+    alone = [solved(module, [take])[0] for take in takes]
+    backwards = takes[::-1]
+    listed = list(sample_takes(module, backwards, clip_size(module), module.recipe.sample))
+    assert all(torch.equal(a, b) for a, b in zip(alone, listed[::-1], strict=True))
+    batch, mirrored = solved(module, takes), solved(module, backwards)
+    torch.testing.assert_close(batch, torch.stack(alone), rtol=1e-5, atol=1e-5)
+    assert torch.equal(batch, mirrored.flip(0))
+    assert not torch.equal(alone[0], alone[2])  # the second time that a prompt is asked for
+
+
+def test_noise_is_a_function_of_seed_words_and_repetition(run: Path, monkeypatch: pytest.MonkeyPatch):
+    module, takes, found = load_denoiser(run), takes_of(PROMPTS), []
+    monkeypatch.setattr(flow, "solve", lambda velocity, noise, *rest: found.append(noise) or noise)
+    for some in (takes, takes[1:3], takes[2:3]):
+        solved(module, some)
+    torch.manual_seed(5)
+    assert torch.equal(found[0][1:3], found[1]) and torch.equal(found[1][1:], found[2])
+    keys = [(seed, words, number) for seed in (0, 1) for words in ("a", "a ", "\u00e9", "e\u0301") for number in (0, 1)]
+    noises = {tuple(flow.clip_noise((2, 3), *key).flatten().tolist()) for key in keys}
+    assert len(noises) == len(keys)
+    first = flow.clip_noise((4,), 0, "a red square", 0)  # of another run of Python, on another day
+    torch.testing.assert_close(first, torch.tensor([0.437819, -0.042411, 0.603820, 0.614493]), rtol=1e-6, atol=1e-6)
+
+
+def test_repetitions_are_counted_over_the_list():
+    takes = takes_of(["a", "b", "a"], repeat=2)
+    assert [(take.words, take.repetition) for take in takes] == [
+        ("a", 0),
+        ("a", 1),
+        ("b", 0),
+        ("b", 1),
+        ("a", 2),
+        ("a", 3),
+    ]
+    assert [take.repetition for take in takes_of(["a", "b"], ["long", "long"])] == [0, 1]  # of what the encoders read
+
+
+def test_repeat_makes_different_clips(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    three = list(lingen.generate(run, "a red square", repeat=3))
+    assert len({clip.tobytes() for clip in three}) == 3
+    assert np.array_equal(list(lingen.generate(run, ["a red square"] * 3))[2], three[2])
+    with pytest.raises(ValueError, match="at least 1 clip, got repeat=0"):
+        next(lingen.generate(run, "x", repeat=0))
+    words = ["sample", "--run", str(run), "--prompt", "a red square", "--prompt", "x", "--repeat", "2"]
+    assert main([*words, "--out", str(tmp_path / "y.mp4")]) == 0
+    files = capsys.readouterr().out.split()
+    assert files == [str(tmp_path / f"y-0{number}.mp4") for number in range(4)]
+    assert [(about["prompt"], about["repetition"]) for about in (read_about(Path(file))[1] for file in files)] == [
+        ("a red square", 0), ("a red square", 1), ("x", 0), ("x", 1),
+    ]  # fmt: skip
+    assert len({str(frames(Path(file))) for file in files}) == 4
 
 
 def test_length_size_steps_and_guidance(run: Path, monkeypatch: pytest.MonkeyPatch):
     assert next(lingen.generate(run, "a red square", seconds=1.5)).shape == (12, 8, 8, 3)  # trained on 0.5 s
     assert next(lingen.generate(run, "a red square", size=(16, 12))).shape == (4, 16, 12, 3)
     assert next(lingen.generate(run, "a red square", seconds=1 / 8)).shape == (1, 8, 8, 3)
-    module = load_module(run)
+    module = load_denoiser(run)
     calls: list[int] = []
     forward = module.model.forward
     monkeypatch.setattr(
@@ -108,7 +178,9 @@ def test_sample_writes_what_a_browser_plays(run: Path, tmp_path: Path, capsys: p
     assert data.index(b"moov") < data.index(b"mdat")
     title, about = read_about(out)
     assert title == about["prompt"] == "a réd square"
-    assert about["seed"] == 7 and about["steps"] == 2 and len(about["recipe_sha256"]) == 12
+    assert about["seed"] == 7 and about["steps"] == 2 and about["guidance"] == 2.0 and about["schedule"] == "uniform"
+    assert about["weights"] == str(find_weights(run)) and about["versions"]["torch"]
+    assert about["frames"] == 4 and about["size"] == [8, 8] and about["fps"] == 8 and "prompts" not in about
     assert out.with_suffix(".png").is_file() and out.with_suffix(".latents.safetensors").is_file()
 
 
@@ -176,7 +248,7 @@ def test_one_text_encoder_is_let_go_before_the_next_is_read(
     words = encode_prompts(module, ["a red ball", "a blue square"], clip_size(module))
     assert {name for name, _ in events} == {"t5", "bert"} and [others for _, others in events if others] == []
     assert all(one._reader is None for one in encoders)
-    assert [tuple(mask.shape[:1]) for _, mask in words.text] == [(2,)] * 3 and words.text[0][1].any()
+    assert [[mask.shape[0] for _, mask in one.text] for one in words] == [[1] * 3] * 2 and words[0].text[0][1].any()
 
 
 class Pieces:

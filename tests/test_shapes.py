@@ -12,7 +12,7 @@ import pytest
 
 from lingen.data.synthetic import captions, draw_clip
 from lingen.media import encode_mp4
-from lingen.metrics.shapes import judge, score_clips, wilson
+from lingen.metrics.shapes import clustered_interval, diversity_of, judge, score_clips, student, wilson
 
 
 def real(size: tuple[int, int], frames: int = 8) -> tuple[list[np.ndarray], list[str]]:
@@ -114,9 +114,12 @@ def test_still_clips_images_grey_and_vanishing_objects():
 
 def test_score_rows_and_intervals():
     clips, texts = real((24, 24))
-    result = score_clips(clips[:8], [*texts[:6], _swap(texts[6], 0), _swap(texts[7], 0)])
+    asked = [*texts[:6], _swap(texts[6], 0), _swap(texts[7], 0)]
+    result = score_clips(clips[:8], asked)
     assert [row["attribute"] for row in result.rows()] == ["colour", "shape", "motion", "all"]
-    assert result.colour.share == 0.75 and (result.colour.low, result.colour.high) == wilson(6, 8)
+    assert result.colour.share == 0.75 and result.clips == 8 and result.captions == len(set(asked)) == 7
+    counts = [(sum(text == one for text in texts[:6]), asked.count(one)) for one in dict.fromkeys(asked)]
+    assert (result.colour.low, result.colour.high) == clustered_interval(counts)
     assert result.colour.chance == 1 / 6 and result.all.chance == pytest.approx(1 / 108)
     assert asdict(result)["shape"]["chance"] == 1 / 3
 
@@ -127,6 +130,47 @@ def test_wilson_agrees_with_the_literature():
     assert wilson(5, 5)[1] == 1.0
     with pytest.raises(ValueError, match="at least one sample"):
         wilson(0, 0)
+
+
+def test_students_t_agrees_with_the_tables():
+    found = [student(degrees) for degrees in (1, 2, 3, 5, 11, 30, 83)]
+    assert found == pytest.approx([12.706, 4.303, 3.182, 2.571, 2.201, 2.042, 1.989], abs=0.004)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize(("captions_", "clips"), [(12, 3), (12, 25), (5, 3), (84, 3)])
+def test_the_interval_covers_what_it_promises(captions_: int, clips: int, share: float, alike: float):
+    """Beta-binomial clips of many captions, whose correlation within a caption is `alike`."""
+    rng, trials = np.random.default_rng(0), 1000
+    spread = (1 - alike) / alike if alike else 1e9
+    each = rng.beta(share * spread, (1 - share) * spread, (trials, captions_))
+    intervals = [clustered_interval([(int(n), clips) for n in row]) for row in rng.binomial(clips, each)]
+    low, high = np.array(intervals).T
+    covered = np.mean((low <= share) & (share <= high))
+    assert covered > 0.95 - 3 * np.sqrt(0.95 * 0.05 / trials), covered
+
+
+def test_clips_that_are_alike_count_once():
+    """Twelve captions in three equal versions know what twelve clips know, and all right is no certainty."""
+    once, thrice = ([(n * right, n) for right in [1] * 9 + [0] * 3] for n in (1, 3))
+    assert clustered_interval(thrice) == pytest.approx(clustered_interval(once), abs=0.02)
+    assert clustered_interval([(3, 3)] * 12)[0] < 0.8 < wilson(36, 36)[0]
+    apart = clustered_interval([(2, 3)] * 8 + [(3, 3)] * 4)
+    assert apart[1] - apart[0] < np.diff(clustered_interval([(3, 3)] * 9 + [(0, 3)] * 3))[0]
+    assert clustered_interval([(1, 1)])[0] < 0.05  # one caption says nothing of others
+    lows = [clustered_interval([(3, 3)] * (12 - wrong) + [(2, 3)] * wrong)[0] for wrong in range(5)]
+    assert max(np.diff(lows)) < 0.005  # nor does a fault narrow it
+
+
+def test_diversity_is_between_clips_of_one_caption():
+    black, white = (np.full((2, 4, 4, 3), value, np.uint8) for value in (0, 255))
+    assert diversity_of([[black, black], [white, white]]) == 0 and diversity_of([[black], [white]]) is None
+    assert diversity_of([[black, white]]) == 1
+    assert diversity_of([[black, black, white], [black, black]]) == pytest.approx(np.sqrt((2 / 3 + 0) / 2))
+    clips, texts = real((24, 24))
+    result = score_clips(clips, texts)
+    assert result.captions == 24 and 0.02 < result.diversity < 0.3
 
 
 def test_wrong_calls_say_so():

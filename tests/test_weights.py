@@ -22,7 +22,7 @@ from lingen.sampling.clips import generate
 from lingen.training.autoencoder import AutoencoderModule
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.weights import load_into, load_module
+from lingen.training.weights import load_denoiser, load_into
 from lingen.weights import export_weights, find_weights, read_metadata, read_weights, write_tensors
 
 SIZES = "strides: [2, 4, 4], channels: 4, width: 8, blocks: 1"
@@ -95,7 +95,7 @@ def test_a_stage_with_a_critic_starts_from_one_without_and_the_other_way_round(t
 
 def test_an_autoencoders_weights_make_no_clips(tae_run: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(RecipeError, match="holds the weights of an autoencoder"):
-        load_module(tae_run)
+        load_denoiser(tae_run)
     assert main(["sample", "--run", str(tae_run), "--prompt", "x"]) == 2
     assert f"Train a denoiser with autoencoder.path={tae_run}" in capsys.readouterr().err
 
@@ -218,9 +218,9 @@ def test_a_run_says_what_it_starts_from_and_goes_on_without_it(tae_recipe: Path,
 
 
 def test_a_run_of_another_critic_is_another_run(tae_recipe: Path, tae_run: Path):
-    with pytest.raises(RecipeError, match="another reconstruction. Name another folder"):
+    with pytest.raises(RecipeError, match="reconstruction.discriminator_width is 8 here and 4 there"):
         fit(tae_recipe, ["reconstruction.discriminator_width=8"], run=tae_run)
-    with pytest.raises(RecipeError, match="another autoencoder. Name another folder"):
+    with pytest.raises(RecipeError, match="autoencoder.width is 16 here and 8 there"):
         fit(tae_recipe, ["autoencoder.width=16"], run=tae_run)
 
 

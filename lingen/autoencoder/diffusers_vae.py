@@ -21,7 +21,7 @@ from lingen.autoencoder.diffusers_model import (
 )
 from lingen.autoencoder.diffusers_stream import FRAMES, cut_for_wan, decode_piece, encode_piece, no_past
 from lingen.frozen import Missing
-from lingen.recipe.bounds import IDENTITY, Above, AtLeast
+from lingen.recipe.bounds import CONTENT, IDENTITY, Above, AtLeast
 from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
 from lingen.recipe.signature import checked
 from lingen.weights import DTYPES
@@ -47,7 +47,9 @@ class DiffusersVAE(nn.Module):
     def __init__(
         self,
         *,
-        path: Annotated[str | None, IDENTITY, "folder of the model, or of a pipeline that has it as 'vae'"] = None,
+        path: Annotated[
+            str | None, IDENTITY, CONTENT, "folder of the model, or of a pipeline that has it as 'vae'"
+        ] = None,
         class_name: Annotated[str | None, IDENTITY, "class of diffusers; null: what config.json says"] = None,
         subfolder: Annotated[str | None, IDENTITY, "of the model below path; null: found"] = None,
         strides: Annotated[

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.frozen import Missing, check_ready
-from lingen.recipe.bounds import IDENTITY
+from lingen.recipe.bounds import CONTENT, IDENTITY
 from lingen.recipe.errors import RecipeError
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -61,7 +61,7 @@ class VGG16Distance(nn.Module):
 
     means: Tensor
 
-    def __init__(self, *, path: Annotated[str, IDENTITY, "its weights"] = "weights/vgg16.safetensors"):
+    def __init__(self, *, path: Annotated[str, IDENTITY, CONTENT, "its weights"] = "weights/vgg16.safetensors"):
         super().__init__()
         self.path = path
         self.trunk: Trunk | None = None
@@ -121,7 +121,7 @@ class LPIPS(nn.Module):
         self,
         *,
         path: Annotated[
-            str | None, IDENTITY, "torchvision's vgg16-397923af.pth; null: torch hub's cache folder"
+            str | None, IDENTITY, CONTENT, "torchvision's vgg16-397923af.pth; null: torch hub's cache folder"
         ] = None,
     ):
         super().__init__()

@@ -13,7 +13,7 @@ from lingen.autoencoder.network import NetworkSizes, decoder, encoder
 from lingen.autoencoder.stored import read_part, unfit_weights
 from lingen.autoencoder.temporal import Stream
 from lingen.frozen import Missing, check_ready
-from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
+from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.signature import checked
 
 Chunk = Annotated[int, AtLeast(1), FREE, "latent frames that are encoded or decoded at once; memory grows with it"]
@@ -36,7 +36,9 @@ class TAE(nn.Module):
     def __init__(
         self,
         *,
-        path: Annotated[str | None, IDENTITY, "its weights: a file or a run folder that `lingen fit` wrote"] = None,
+        path: Annotated[
+            str | None, IDENTITY, CONTENT, "its weights: a file or a run folder that `lingen fit` wrote"
+        ] = None,
         strides: Annotated[
             tuple[int, int, int], AtLeast(1), IDENTITY, "pixels per latent in t, h, w: powers of two"
         ] = (8, 8, 8),

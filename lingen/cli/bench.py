@@ -97,12 +97,13 @@ def bench_mixers(args: argparse.Namespace) -> int:
     *WHERE,
 )
 def bench_kernels(args: argparse.Namespace) -> int:
-    from lingen.bench.kernels import bench_kernels, check_names
+    from lingen.bench.yardsticks import yardstick
 
-    check_names(args.only)
+    kernels = yardstick("kernels")
+    kernels.check_names(args.only)
     place = place_for(args)
     results = results_for(args, place, dim=args.dim, batch=1)
-    bench_kernels(args.grids, args.dim, place, results, args.only)
+    kernels.bench_kernels(args.grids, args.dim, place, results, args.only)
     return print_tables(results, "kernels")
 
 

@@ -29,6 +29,8 @@ FILTERS = {
     "frozen": ("largest share of time that stands still", "0.5"),
     "still": ("least motion, in picture heights a second", "0.01"),
     "jerky": ("largest jerk of the camera, in picture heights a second", "1"),
+    "hdr": ("largest share of frames in PQ or HLG", "0"),
+    "interlaced": ("largest share of frames that are declared interlaced", "0"),
     "duplicates": ("of 192 bits of its looks, how few may differ from another clip's", "10"),
 }
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lingen.cli.command import (
@@ -18,6 +19,7 @@ from lingen.cli.command import (
     command,
     console,
     count_bar,
+    natural,
     positive,
     print_table,
     size_of,
@@ -79,16 +81,19 @@ def _print_outcome(outcome: Any, subject: Subject) -> None:
                 for name in ("colour", "shape", "motion")
             ]
         )
-        print(
-            f"\n{score['sampled']['clips']} clips of held-out captions, {score['sampled']['empty']} of them empty; "
-            "95% intervals."
-        )
+        print("", *map(_about_score, ("sampled", "real"), (score["sampled"], score["real"])), sep="\n")
     for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
         print(sheet)
     if subject is SUBJECTS["autoencoder"]:
         print(f"lingen eval tae --run {folder.path}")
     else:
         print(f"lingen sample --run {folder.path} --prompt '...' --out clip.mp4")
+
+
+def _about_score(what: str, score: dict[str, Any]) -> str:
+    apart = "" if score.get("diversity") is None else f"; clips of one caption are {score['diversity']:.3f} apart"
+    captions = f" of {score['captions']} held-out captions" if "captions" in score else ""
+    return f"{what}: {score['clips']} clips{captions}, {score['empty']} of them empty{apart}"
 
 
 def _score_row(what: str, attribute: str, rate: dict[str, Any]) -> dict[str, str]:
@@ -102,6 +107,7 @@ SAMPLING = (
     argument("--guidance", type=float, help="weight of the prompt; 1: none"),
     argument("--seconds", metavar="S", help="length of the clip"),
     argument("--size", metavar="HxW", help="height x width in pixels, e.g. 384x704"),
+    argument("--repeat", metavar="N", help="different clips of each prompt; default: 1"),
 )
 
 
@@ -113,27 +119,31 @@ SAMPLING = (
     argument("--prompts", metavar="FILE", help="a file with a prompt on each line"),
     argument("--rewrite", action="store_true", help="have the recipe's chat model make long prompts of them first"),
     REWRITER,
-    argument("--out", default="clip.mp4", metavar="x.mp4", help="several prompts give x-00.mp4, x-01.mp4, ..."),
+    argument("--again", metavar="CLIP", help="make this MP4 again, from what it notes; same machine, same bits"),
+    argument("--out", metavar="x.mp4", help="several give x-00.mp4, ...; default: clip.mp4, or CLIP-again.mp4"),
     *SAMPLING,
 )
 def sample(args: argparse.Namespace) -> int:
+    if args.again is not None:
+        return _sample_again(args)
     prompts = args.prompt + (lines_of(args.prompts) if args.prompts else [])
     if (args.run is None) == (args.checkpoint is None):
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
     seconds, size = _parsed("--seconds", args.seconds, positive), _parsed("--size", args.size, size_of)
+    repeat, out = _parsed("--repeat", args.repeat, natural) or 1, args.out or "clip.mp4"
     from lingen.sampling.files import clip_paths, sample_to_files
 
-    clip_paths(args.out, len(prompts))
+    clip_paths(out, len(prompts) * repeat)
     rewritten = _rewritten(args, prompts)
     if report_faults(rewritten):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return FAILED
     with count_bar("sampling") as progress:
         files = sample_to_files(
-            args.run or args.checkpoint, prompts, args.out, seed=args.seed, steps=args.steps,
-            guidance=args.guidance, seconds=seconds, size=size, progress=progress,
+            args.run or args.checkpoint, prompts, out, seed=args.seed, steps=args.steps,
+            guidance=args.guidance, seconds=seconds, size=size, repeat=repeat, progress=progress,
             rewritten=[str(one.text) for one in rewritten],
         )  # fmt: skip
         try:
@@ -142,6 +152,30 @@ def sample(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
     return DONE
+
+
+def _sample_again(args: argparse.Namespace) -> int:
+    """``sample --again CLIP``: only where the weights are and where to write may be said beside it."""
+    given = [f"--{name}" for name in NOTED if getattr(args, name) not in (None, False, [])]
+    if given:
+        raise RecipeError(f"--again takes everything from the clip's notes; leave out {', '.join(given)}.")
+    if args.run is not None and args.checkpoint is not None:
+        raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F, or neither.")
+    from lingen.sampling.files import sample_again
+
+    made = Path(args.again)
+    out = args.out or made.with_name(f"{made.stem}-again.mp4")
+    with count_bar("sampling") as progress:
+        print(sample_again(made, out, args.run or args.checkpoint, say=_tell, progress=progress))
+    return DONE
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+NOTED = ("prompt", "prompts", "rewrite", "rewriter", "seed", "steps", "guidance", "seconds", "size", "repeat")
+"""Flags of `sample` for what a clip notes."""
 
 
 def _parsed(flag: str, text: str | None, kind: Callable[[str], T]) -> T | None:

@@ -39,7 +39,8 @@ class ClipData(lightning.LightningDataModule):
 
     Which samples a batch holds follows from the seed, the stage, the optimiser step and the rank alone: not from the
     number of workers, and not from what was handed out before. A resumed run goes on after the last step trained; with
-    another number of ranks, or batches of another size, it goes on in the same epochs, and loses and repeats nothing.
+    another number of ranks, batches of another size or another mix, it goes on in the same epochs, and loses and
+    repeats nothing.
 
     Args:
         recipe: a loaded stage.
@@ -232,8 +233,10 @@ class ClipData(lightning.LightningDataModule):
         )
         if self._resumed is None:
             return ordered()
-        same = self._resumed["sizes"] == ordered().sizes
-        return ordered(anchor=Anchor(*self._resumed["anchor" if same else "here"]))
+        here = Anchor(*self._resumed["here"])
+        same = ordered(anchor=Anchor(*self._resumed["anchor"]))
+        # Another batch, mix or number of ranks would have led elsewhere: then a new order begins where that one ends.
+        return same if same.leads_to(here) else ordered(anchor=here)
 
     def _places_from_here(self) -> Iterator[RankBatch]:
         rank, world = self._ranks()
@@ -252,18 +255,19 @@ class ClipData(lightning.LightningDataModule):
         training."""
         current, step = self.order(self._ranks()[1]), self._step()
         return {
-            "samples": self._samples(),
-            "sizes": current.sizes,
+            "samples": (self._resumed or {}).get("samples", {}) | self._samples(),
             "anchor": [current.anchor.step, dict(current.anchor.taken)],
             "here": [step, current.taken(step)],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a `state_dict` was made. DataError where the shards hold other samples now."""
-        if state_dict["samples"] != self._samples():
+        now = self._samples()
+        before = {kind: held for kind, held in state_dict["samples"].items() if kind in now}  # the mix may have changed
+        if before != {kind: now[kind] for kind in before}:
             raise DataError(
                 f"The data of this run have changed since step {state_dict['here'][0]}: there were "
-                f"{_count(state_dict['samples'])}, now there are {_count(self._samples())}. Bring the old shards back, "
+                f"{_count(before)}, now there are {_count(now)}. Bring the old shards back, "
                 "or start a new run with init=RUN, which goes on from its weights with new epochs."
             )
         self._resumed = state_dict

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from lingen.data.frames import fit_frame, opened_video, resample
+from lingen.data.frames import fit_frame, opened_video, refuse_odd, resample
 from lingen.data.pictures import fit_picture, open_picture, reported, webp_times
 
 VIDEO = ("mp4", "webm", "webp")
@@ -66,7 +66,8 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
         ValueError: broken or refused bytes.
     """
     with opened_video(data) as (stream, packets, shown):
-        chosen, starts = resample((shown - shown[:1]) * float(stream.time_base), frames, fps, start)
+        tick = float(stream.time_base)
+        chosen, starts = resample((shown - shown[:1]) * tick, frames, fps, start, tick)
         decoded = _decode(stream.codec_context, packets, shown[chosen], size)
     return Clip(torch.from_numpy(np.stack(decoded, 1)), starts)
 
@@ -94,14 +95,24 @@ def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size:
 
 
 def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int, int]) -> dict[int, np.ndarray]:
-    """Presentation time -> those of the needed frames that the packets give, fitted to `size`."""
+    """Presentation time -> those of the needed frames that the packets give, fitted to `size`.
+
+    ValueError for what `refuse_odd` refuses, and where the times of frames are those of decoding them: decoders give
+    frames in the order in which they are shown.
+    """
     from av.video.reformatter import VideoReformatter
 
     scaler = VideoReformatter()  # one scaler for all frames, because it keeps its tables
     found: dict[int, np.ndarray] = {}
+    last: int | None = None
     for packet in itertools.chain(packets, [None]):  # None drains the decoder
         for frame in codec.decode(packet):
+            if not frame.is_corrupt and frame.pts is not None:
+                if last is not None and frame.pts < last:
+                    raise ValueError("out of order: its time stamps do not ascend; pack it again with lingen data pack")
+                last = frame.pts
             if frame.pts in needed and frame.pts not in found and not frame.is_corrupt:
+                refuse_odd(frame)
                 found[frame.pts] = fit_frame(frame, scaler, codec.sample_aspect_ratio, size)
         if len(found) == len(needed):
             break
@@ -156,7 +167,7 @@ def decode_image(data: bytes, *, size: tuple[int, int]) -> UInt8[Tensor, "3 1 h 
 def decode_animation(data: bytes, *, frames: int, size: tuple[int, int], fps: float, start: float) -> Clip:
     """A clip of an animated WebP; arguments and errors as for `decode_video`. Decoding ends with the clip."""
     picture = open_picture(data, ("WEBP",))
-    chosen, starts = resample(webp_times(data), frames, fps, start)
+    chosen, starts = resample(webp_times(data), frames, fps, start, 0.001)
     found: dict[int, np.ndarray] = {}
     with reported():
         for number in sorted(set(chosen.tolist())):

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ MADE_BY = "lingen encode"
 SAMPLED = 64
 """Pieces of a weights file that are hashed: enough to tell any two trainings apart, in a second for 30 GB."""
 PIECE_BYTES = 1 << 16
+WHOLE_BYTES = 1 << 28
+"""Up to here the whole file is hashed where a run asks what it is: a second, and no change is missed."""
 
 
 def frozen_settings(recipe: Recipe) -> dict[str, Any]:
@@ -57,20 +60,51 @@ def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
 
 
-def hash_weights(path: Path) -> str:
-    """12 hex digits of a file of weights, or of a folder of them: their sizes, and `SAMPLED` pieces of each."""
+def hash_weights(path: Path, pieces: int = SAMPLED) -> str:
+    """12 hex digits of a file of weights, or of a folder of them: their sizes, and so many pieces of each."""
     digest = hashlib.blake2b(digest_size=6)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path).as_posix() if path.is_dir() else ''} {size}".encode())
         with file.open("rb") as opened:
-            for number in range(SAMPLED):
-                opened.seek(max(0, size - PIECE_BYTES) * number // (SAMPLED - 1))
+            for number in range(pieces):
+                opened.seek(max(0, size - PIECE_BYTES) * number // (pieces - 1))
                 digest.update(opened.read(PIECE_BYTES))
                 if size <= PIECE_BYTES:
                     break
     return digest.hexdigest()
+
+
+def content_of(path: Path) -> str | None:
+    """12 hex digits of what a file of weights, a folder of them, or a run folder holds, whatever it is called; None
+    where there is nothing. Files up to `WHOLE_BYTES` are hashed whole, larger ones by pieces."""
+    if (path / "run.json").is_file():
+        from lingen.weights import WeightsError, find_weights
+
+        try:
+            path = find_weights(path)  # what else lies in a run folder changes while it is used
+        except WeightsError:
+            return None
+    if not path.exists():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    names = [file.relative_to(path).as_posix() if path.is_dir() else "" for file in files]
+    found = [(name, _content(file, *_version(file))) for name, file in zip(names, files, strict=True)]
+    return hashlib.blake2b(repr(found).encode(), digest_size=6).hexdigest()
+
+
+def _version(file: Path) -> tuple[int, int]:
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
+
+
+@lru_cache(maxsize=4096)
+def _content(file: Path, size: int, mtime: int) -> str:
+    if size > WHOLE_BYTES:
+        return hash_weights(file)
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=6)).hexdigest()
 
 
 def hash_settings(settings: dict[str, Any]) -> str:

@@ -39,13 +39,25 @@ def picture_stream(file: Any, reason: str) -> Any:
     """
     if not file.streams.video:
         raise ValueError(f"{reason}: there is no picture in it")
-    stream = file.streams.video[0]
+    stream = default_stream(file.streams.video)
+    if stream is None:
+        raise ValueError(f"{reason}: it holds a cover picture and no film")
     if stream.codec_context is None:
         raise ValueError(f"{reason}: FFmpeg knows no decoder for its pictures")
     refuse_bomb(stream.codec_context.width, stream.codec_context.height)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     stream.codec_context.thread_count = 1
     return stream
+
+
+def default_stream(streams: Sequence[Any]) -> Any:
+    """Of the streams of pictures the one that the file declares as its default, else the first; covers of sound files
+    and thumbnails are none. None where there is no film among them."""
+    from av.stream import Disposition
+
+    cover = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    films = [stream for stream in streams if not stream.disposition & cover]
+    return next((stream for stream in films if stream.disposition & Disposition.default), films[0] if films else None)
 
 
 @contextlib.contextmanager
@@ -75,26 +87,77 @@ def _container_of(data: bytes) -> str:
     raise ValueError("broken video: neither an MP4 nor a WebM")
 
 
+def frames_at(fps: float, length: float, interval: float, count: int, tick: float) -> int:
+    """How many frames at `fps` the frames of a film fill.
+
+    Args:
+        length: seconds from the first to the last of them.
+        interval: seconds that the last one is shown.
+        count: how many they are.
+        tick: the container's time base in seconds. Time stamps are rounded to it: either end may be half of it off, and
+            the interval, which is their mean distance, accordingly.
+    """
+    rounding = tick * (1 + 1 / max(1, count - 1)) * fps
+    return int((length + interval) * fps + min(rounding, 0.25) + 1e-3)
+
+
 def resample(
-    times: Float[np.ndarray, " n"], frames: int, fps: float, start: float
+    times: Float[np.ndarray, " n"], frames: int, fps: float, start: float, tick: float = 0.0
 ) -> tuple[Int[np.ndarray, " t"], int]:
     """Which source frames make the clip.
 
     Args:
         times: when each source frame is shown, in seconds from the first one, ascending.
+        tick: see `frames_at`.
     Returns:
         indices into `times`, and the number of possible beginnings. ShortClip where there is none.
     """
     if len(times) == 0:
         raise ShortClip(0, frames)
     interval = times[-1] / (len(times) - 1) if len(times) > 1 else 1 / fps
-    available = int((times[-1] + interval) * fps + 1e-3)
+    available = frames_at(fps, float(times[-1]), float(interval), len(times), tick)
     starts = available - frames + 1
     if starts < 1:
         raise ShortClip(available, frames)
-    wanted = (int(start * starts) + np.arange(frames)) / fps
-    halfway = (times[1:] + times[:-1]) / 2
-    return np.searchsorted(halfway, wanted - 1e-6), starts  # of two frames equally near, the earlier one
+    return nearest_frames(times, (int(start * starts) + np.arange(frames)) / fps, tick), starts
+
+
+def nearest_frames(
+    times: Float[np.ndarray, " n"], wanted: Float[np.ndarray, " t"], tick: float = 0.0
+) -> Int[np.ndarray, " t"]:
+    """Indices of the frames that are nearest to the wanted times; of two that are equally near, the earlier one."""
+    rounding = min(tick / 2, float(np.diff(times).min()) / 8) if len(times) > 1 else 0.0
+    return np.searchsorted((times[1:] + times[:-1]) / 2, wanted - max(rounding, 1e-6))
+
+
+def orientation(frame: Any) -> tuple[int, bool]:
+    """How a stored frame becomes upright by its display matrix (ISO 14496-12): mirrored left to right first, if at all,
+    then turned so many quarters counterclockwise."""
+    from av.sidedata.sidedata import Type
+
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
+    mirrored = bool(a * d - b * c < 0)
+    sign = -1 if mirrored else 1
+    return round(-math.atan2(sign * b, sign * a) / (math.pi / 2)) % 4, mirrored
+
+
+def _upright(pixels: UInt8[np.ndarray, "3 h w"], turns: int, mirrored: bool) -> UInt8[np.ndarray, "3 _ _"]:
+    return np.rot90(pixels[:, :, ::-1] if mirrored else pixels, turns, (1, 2))
+
+
+HDR = {16: "PQ", 18: "HLG"}
+"""Transfer curves of ITU-T H.273 that are not those of ordinary screens."""
+
+
+def refuse_odd(frame: Any) -> None:
+    """ValueError where a frame declares what training has no use for: ``hdr: ...``, ``interlaced: ...``."""
+    if frame.color_trc in HDR:
+        raise ValueError(f"hdr: {HDR[frame.color_trc]}; convert it before it is packed")
+    if frame.interlaced_frame:
+        raise ValueError("interlaced: two fields are woven into each frame; convert it before it is packed")
 
 
 def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
@@ -102,7 +165,7 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     from av.video.reformatter import Interpolation
 
     refuse_bomb(frame.width, frame.height)
-    turns = round(frame.rotation / 90) % 4
+    turns, mirrored = orientation(frame)
     height, width = size if turns % 2 == 0 else size[::-1]
     shown_width = frame.width * float(aspect or 1)
     scale = max(height / frame.height, width / shown_width)
@@ -116,12 +179,12 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     fitted = scaler.reformat(frame, scaled[1], scaled[0], layout, interpolation=method, threads=1)
     if layout == "rgb24":
         cut = fitted.to_ndarray()[top : top + height, left : left + width]
-        return np.rot90(np.ascontiguousarray(cut.transpose(2, 0, 1)), turns, (1, 2))
+        return _upright(np.ascontiguousarray(cut.transpose(2, 0, 1)), turns, mirrored)
     pixels = np.empty((3, height, width), np.uint8)
     for channel, plane in enumerate(fitted.planes[index] for index in (2, 0, 1)):
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
         pixels[channel] = rows[top : top + height, left : left + width]
-    return np.rot90(pixels, turns, (1, 2))
+    return _upright(pixels, turns, mirrored)
 
 
 def covering(

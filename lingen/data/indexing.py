@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from lingen.data import manifest
 from lingen.data.batch import Drop
-from lingen.data.fingerprint import hash_weights
+from lingen.data.fingerprint import content_of, hash_weights
 from lingen.data.index import RECORD, Index, Mapped
 from lingen.data.locations import Location
 from lingen.data.remote import is_remote
@@ -35,6 +35,8 @@ ROWS_AT_ONCE = 1 << 20
 """Rows of a manifest that are taken at a time."""
 UNUSED_DAYS = 30
 """An index that nobody opened for so long is deleted when another one is made."""
+TAR_PIECES = 8
+"""Pieces of a shard without a manifest that tell what it holds, beside its length."""
 LOOKED_AT = 20_000
 """The most local shards whose length is checked when they are opened; among more, a cut shard shows only when read."""
 
@@ -76,6 +78,15 @@ def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader
         json.dumps([INDEX_FORMAT, kind, [(one.folder, one.version, one.shards) for one in sets]]).encode()
     ).hexdigest()[:16]
     return _open(kept_folder(mark, lambda work: _build(work, sets, kind, setting)))
+
+
+def content_of_shards(locations: Sequence[str], setting: str, reader: Reader) -> str:
+    """12 hex digits of what the shards hold, wherever they lie: of their manifests and the names that are wanted of
+    them, or where there is none of the shards themselves. Arguments and errors as for `open_index`."""
+    sets, bare = _sort(locations, setting, reader)
+    told = [[content_of(one.path), one.shards] for one in sets]
+    told += [[one.name, hash_weights(Path(str(one)), TAR_PIECES)] for one in bare if not is_remote(str(one))]
+    return hashlib.blake2b(repr(told).encode(), digest_size=6).hexdigest()
 
 
 def kept_folder(name: str, write: Callable[[Path], None]) -> Path:

@@ -1,7 +1,7 @@
 """The order of training as pure functions: which kind and bucket a step is, which samples it holds, who takes which.
 
 Nothing here keeps state: everything follows from the seed, the sizes and the number of the optimiser step, plus, after
-a run went on with another number of ranks, a few integers (`Anchor`).
+a run went on with another number of ranks, another batch or another mix, a few integers (`Anchor`).
 
 - Kinds: exactly ``mix.image`` image steps in any ``mix.image + mix.video`` in a row.
 - Buckets: all ranks take samples of one bucket in a step, so that their tensors have one shape. Buckets take turns in
@@ -218,6 +218,7 @@ class Anchor(NamedTuple):
 
     step: int
     taken: Mapping[str, Sequence[int]]
+    """Of every kind that was taken: one that the mix asks for no more may come again."""
 
 
 class BatchOrder:
@@ -271,19 +272,22 @@ class BatchOrder:
     def taken(self, step: int) -> dict[str, list[int]]:
         """Samples of each bucket that were taken before a step, by all ranks."""
         since = {kind: turns.taken(self._steps_before(kind, step)) for kind, turns in self.turns.items()}
-        return {
-            kind: [before + count for before, count in zip(self.anchor.taken[kind], counts, strict=True)]
+        return {kind: list(before) for kind, before in self.anchor.taken.items()} | {
+            kind: [
+                before + count
+                for before, count in zip(self.anchor.taken.get(kind, [0] * len(counts)), counts, strict=True)
+            ]
             for kind, counts in since.items()
         }
+
+    def leads_to(self, later: Anchor) -> bool:
+        """Whether these samples were taken before that step, had this order been followed from its anchor on."""
+        taken = self.taken(later.step)
+        return all(list(later.taken.get(kind, [])) == taken[kind] for kind in self.turns)
 
     def _steps_before(self, kind: str, step: int) -> int:
         """Steps of a kind between the anchor and `step`."""
         return count_before(kind, step, self.mix) - count_before(kind, self.anchor.step, self.mix)
-
-    @property
-    def sizes(self) -> dict[str, list[int]]:
-        """Samples in a step of each bucket, of all ranks."""
-        return {kind: turns.sizes for kind, turns in self.turns.items()}
 
 
 def held_out_places(

@@ -165,10 +165,13 @@ def _complete(draft: Draft) -> Curriculum:
     base, *stages = (replace(recipe, model=trial.derive(recipe, largest)) for recipe in loaded)
     raise_all(trial.trials(list(zip(draft.stages, everything[1:], stages, strict=True))))
     stages = [replace(recipe, stage=name) for name, recipe in zip(draft.stages, stages, strict=True)]
-    if draft.staged:
-        plain = ((one, as_plain(replace(base, stage=one.stage))) for one in stages)
-        base = replace(base, stages={str(one.stage): _difference(below, as_plain(one)) for one, below in plain})
-    return Curriculum(base, stages)
+    return Curriculum(with_stages(base, stages) if draft.staged else base, stages)
+
+
+def with_stages(base: Recipe, stages: Sequence[Recipe]) -> Recipe:
+    """The recipe that has these stages: a base, and what each changes of it."""
+    plain = ((one, as_plain(replace(base, stage=one.stage, stages={}))) for one in stages)
+    return replace(base, stages={str(one.stage): _difference(below, as_plain(one)) for one, below in plain})
 
 
 def _writes_grid(draft: Layered) -> bool:

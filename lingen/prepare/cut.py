@@ -14,7 +14,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Int, UInt8
 from PIL import ImageOps
 
-from lingen.data.frames import covering, fit_frame
+from lingen.data.frames import covering, fit_frame, frames_at, nearest_frames
 from lingen.data.pictures import fit_picture, open_picture, reported
 from lingen.files import whole_file
 from lingen.media import encode_mp4, encode_webp
@@ -173,14 +173,13 @@ def _pieces(job: CutJob, track: Track, fps: float, drops: list[tuple[str, str]])
     for first, end in itertools.pairwise(bounds):
         times = track.times[first:end]
         interval = 1 / track.fps if track.fps else 1 / fps
-        available = int((times[-1] - times[0] + interval) * fps + 1e-3)
+        available = frames_at(fps, float(times[-1] - times[0]), interval, len(times), track.tick)
         pieces = divide(available, job.wanted.lengths, job.filters.min_seconds, fps)
         if not pieces:
             where = f"{track.times[first]:.2f} s to {times[-1] + interval:.2f} s"
             drops.append((job.source.key, f"short shot: {available} frames at {fps:.3g} a second, {where}"))
         for start, count in pieces:
-            wanted = times[0] + (start + np.arange(count)) / fps
-            yield first + np.searchsorted((times[1:] + times[:-1]) / 2, wanted - 1e-6)
+            yield first + nearest_frames(times, times[0] + (start + np.arange(count)) / fps, track.tick)
 
 
 def divide(available: int, lengths: tuple[int, ...], min_seconds: float | None, fps: float) -> list[tuple[int, int]]:

@@ -27,6 +27,13 @@ REPEATED = 0.2
 FROZEN_SECONDS = 0.5
 """How long a frame has to stand still to count as frozen: animation shows each drawing two or three times."""
 
+TO_SDR = (
+    "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
+)
+"""A filter of ffmpeg that makes ordinary video of PQ or HLG."""
+TO_FRAMES = "bwdif=mode=send_field"
+"""A filter of ffmpeg that makes a frame of each field."""
+
 
 @checked
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class Filters:
     jerky: Annotated[
         float | None, AtLeast(0), "largest jerk of the camera, in picture heights a second from frame to frame"
     ] = 1.0
+    hdr: Annotated[float | None, Between(0, 1), "largest share of frames in PQ or HLG"] = 0.0
+    interlaced: Annotated[float | None, Between(0, 1), "largest share of frames that are declared interlaced"] = 0.0
     duplicates: Annotated[
         int | None, Between(0, BANDS - 1), f"of {64 * LOOKS} bits, how few may differ: at most {BANDS - 1}"
     ] = 10
@@ -70,6 +79,10 @@ def judge_film(track: Track, filters: Filters) -> Rejection | None:
     """The reason to leave out a whole film; None where there is none."""
     if filters.min_fps is not None and len(track.times) > 1 and track.fps < filters.min_fps:
         return Rejection("slow", f"{track.fps:.3g} frames a second, fewer than {filters.min_fps:g}")
+    if filters.hdr is not None and track.hdr > filters.hdr:
+        return Rejection("hdr", f"{track.hdr:.0%} of its frames are PQ or HLG; convert it with ffmpeg -vf {TO_SDR}")
+    if filters.interlaced is not None and track.interlaced > filters.interlaced:
+        return Rejection("interlaced", f"{track.interlaced:.0%} of its frames; convert it with ffmpeg -vf {TO_FRAMES}")
     return judge_size(track.size, filters)
 
 

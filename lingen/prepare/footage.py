@@ -1,5 +1,6 @@
 """Files of footage: finding them, naming them, and their frames one after the other, whatever the container."""
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -156,57 +157,90 @@ def sample_key(key: str) -> str:
     return "%5F" + escaped[1:] if escaped.startswith("_") else escaped
 
 
+GAP = 0.5
+"""Seconds between two frames from which on frames are missing between them (ours)."""
+
+
 class Frame(NamedTuple):
     """A decoded frame."""
 
     time: float
     """Seconds since the first frame."""
     picture: Any
-    """`av.VideoFrame`, upright once turned by its `rotation`."""
+    """`av.VideoFrame`, upright once turned as its `orientation` says."""
     aspect: Any
     """Width over height of a pixel; None: square."""
     gap: bool
-    """Whether frames are missing before it: damaged ones, or a gap of half a second."""
+    """Whether the film is broken before it: damaged frames, a gap of half a second, time stamps that begin anew."""
+    tick: float = 0.0
+    """Seconds that the container rounds times to."""
+    mended: bool = False
+    """Whether its time stamp was missing or not behind the one before, so that the average rate gave the time."""
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
-    """The frames of a video in the order in which they are shown.
+    """All frames of a video in the order in which they are shown; times ascend, whatever the time stamps do.
+
+    A time stamp that is missing or not behind the one before is replaced by the average rate. Where they jump back by
+    more than `GAP`, as where two recordings were joined, the film goes on behind what was before.
 
     Raises:
         ValueError: ``unreadable: ...``, ``too large: ...``.
     """
-    last: Frame | None = None
-    first, gap = 0.0, False
-    for time, picture, aspect in _animation(path) if path.suffix.lower() == ".webp" else _film(path):
+    film = _animation(path) if path.suffix.lower() == ".webp" else _film(path)
+    interval, tick = next(film)[:2]
+    last, offset, gap = -interval, None, False
+    for stamp, picture, aspect in film:
         if picture is None:
             gap = True
             continue
-        first = time if last is None else first
-        if last is not None and time - first <= last.time:
-            continue  # of two frames at the same time only one is shown
-        late = last is not None and time - first - last.time > 0.5
-        last = Frame(time - first, picture, aspect, gap or late)
-        yield last
-        gap = False
+        time = last + interval if stamp is None or offset is None else stamp + offset
+        offset = time - stamp if offset is None and stamp is not None else offset
+        mended = stamp is None or time <= last
+        if stamp is not None and time <= last:
+            gap = gap or last - time > GAP
+            time, offset = last + interval, last + interval - stamp if last - time > GAP else offset
+        yield Frame(time, picture, aspect, gap or time - max(last, 0.0) > GAP, tick, mended)
+        last, gap = time, False
 
 
-def _film(path: Path) -> Iterator[tuple[float, Any, Any]]:
-    """(seconds, picture or None where it is damaged, aspect)"""
+def _film(path: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """First (seconds between two frames on average, seconds of the time base, None); then for each frame (seconds or
+    None where they are unknown, picture or None where it is damaged, aspect)."""
     import av
 
+    options = {"format_whitelist": READ, "protocol_whitelist": "file"}
     try:
-        with av.open(str(path), options={"format_whitelist": READ, "protocol_whitelist": "file"}) as file:
+        with av.open(str(path), options=options) as file:
+            stamps = _decoding_order(file)
+        with av.open(str(path), options=options) as file:
             stream = picture_stream(file, "unreadable")
             codec = stream.codec_context
-            interval = 1 / float(stream.average_rate or 25)
-            time = -interval
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            yield 1 / (rate if 0.1 <= rate <= 480 else 25), float(stream.time_base), None
             for packet in file.demux(stream):
                 for picture in _pictures(codec, packet):
-                    known = picture is not None and picture.time is not None
-                    time = float(picture.time) if known else time + interval
-                    yield time, picture, codec.sample_aspect_ratio
+                    stamp = None if picture is None else picture.pts
+                    if stamps is not None:
+                        stamp = stamps.pop() if stamps else None
+                    yield None if stamp is None else float(stamp * stream.time_base), picture, codec.sample_aspect_ratio
     except av.FFmpegError as error:
         raise ValueError(f"unreadable: {error.strerror or error}") from error
+
+
+def _decoding_order(file: Any) -> list[int] | None:
+    """The time stamps of a film that has only those of decoding, such as an AVI with B-frames, the last one first; None
+    where frames have times at which they are shown.
+
+    Frames that the decoder reorders cannot have stamps that ascend in the order of decoding, and a frame is shown at
+    the time of the one that is decoded in its place.
+    """
+    stream = picture_stream(file, "unreadable")
+    packets = [(packet.pts, packet.dts) for packet in file.demux(stream) if packet.size]
+    stamps = [dts if pts is None else pts for pts, dts in packets]
+    if not stream.codec_context.has_b_frames or None in stamps or any(b <= a for a, b in itertools.pairwise(stamps)):
+        return None
+    return stamps[::-1]
 
 
 def _pictures(codec: Any, packet: Any) -> Iterator[Any]:
@@ -222,12 +256,13 @@ def _pictures(codec: Any, packet: Any) -> Iterator[Any]:
         yield None
 
 
-def _animation(path: Path) -> Iterator[tuple[float, Any, None]]:
-    """The pictures of an animated WebP, on white; a still one has one."""
+def _animation(path: Path) -> Iterator[tuple[Any, Any, None]]:
+    """As `_film`, of an animated WebP, on white; a still one has one picture."""
     import av
 
     data = path.read_bytes()
     animation = open_picture(data, ("WEBP",))
+    yield 0.1, 0.001, None
     for number, time in enumerate(webp_times(data)):
         with reported():
             animation.seek(number)

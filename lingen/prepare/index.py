@@ -9,7 +9,7 @@ import numpy as np
 from lingen.data import manifest
 from lingen.data.batch import Drop
 from lingen.data.captions import captions_of
-from lingen.data.frames import opened_video
+from lingen.data.frames import opened_video, orientation, refuse_odd
 from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.pictures import open_picture, reported, webp_size, webp_times
@@ -128,8 +128,9 @@ def _video(data: bytes) -> dict[str, Any]:
         first = next((frame for packet in [*packets, None] for frame in codec.decode(packet)), None)
         if first is None or not len(shown):
             raise ValueError("broken video: there is no frame in it")
+        refuse_odd(first)
         size = first.height, round(first.width * float(codec.sample_aspect_ratio or 1))
-        height, width = size if round(first.rotation / 90) % 2 == 0 else size[::-1]
+        height, width = size[::-1] if orientation(first)[0] % 2 else size
         return {"height": height, "width": width, "frames": len(shown), "fps": _rate(shown * float(stream.time_base))}
 
 

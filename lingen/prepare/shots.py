@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from scenedetect import AdaptiveDetector, FrameTimecode
 
-from lingen.prepare.footage import Frame
+from lingen.data.frames import HDR, orientation
+from lingen.prepare.footage import GAP, Frame
 
 HEIGHT = 96
 """Height in pixels of the small pictures that are measured, which takes a tenth of the time of decoding an HD frame."""
@@ -39,11 +40,21 @@ class Track(NamedTuple):
     """Median of the optical flow, which is how the camera moves, in picture heights a second."""
     looks: Int[np.ndarray, " n"]
     """uint64: `look` of the frame."""
+    tick: float = 0.0
+    """Seconds that the container rounds times to."""
+    mended: int = 0
+    """Frames whose time stamp was missing or did not ascend."""
+    hdr: float = 0.0
+    """Share of frames that declare PQ or HLG."""
+    interlaced: float = 0.0
+    """Share of frames that declare themselves interlaced."""
 
     @property
     def fps(self) -> float:
-        """Frames a second, by the time stamps."""
-        return (len(self.times) - 1) / float(self.times[-1]) if len(self.times) > 1 else 0.0
+        """Frames a second, by the time stamps; steps above `GAP` do not count, unless all are."""
+        steps = np.diff(self.times)
+        steps = steps[steps <= GAP] if (steps <= GAP).any() else steps
+        return len(steps) / float(steps.sum()) if len(steps) else 0.0
 
 
 def follow(frames: Iterable[Frame]) -> Track:
@@ -51,7 +62,8 @@ def follow(frames: Iterable[Frame]) -> Track:
     cv2.setNumThreads(1)  # the processes share the cores
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
     detector = AdaptiveDetector(min_scene_len=1)  # a flash counts as a cut, too, so that no clip holds a cut
-    size, before = (0, 0), None
+    size, before, tick = (0, 0), None, 0.0
+    odd = np.zeros(3, int)
     times: list[float] = []
     cuts: list[int] = []
     rows: list[tuple[float, ...]] = []
@@ -66,6 +78,8 @@ def follow(frames: Iterable[Frame]) -> Track:
         cuts += [number] if frame.gap else []
         pace = (frame.time - times[-1]) * HEIGHT if times else 1.0
         rows.append((float((grey > BLACK).mean()), *(_motion(before, grey, flow, pace) if times else (0.0,) * 4)))
+        odd += frame.mended, frame.picture.color_trc in HDR, frame.picture.interlaced_frame
+        tick = frame.tick
         looks.append(look(grey))
         times.append(frame.time)
         before = grey
@@ -81,6 +95,9 @@ def follow(frames: Iterable[Frame]) -> Track:
         motion,
         np.stack(sway, 1),
         np.array(looks, np.uint64),
+        tick,
+        int(odd[0]),
+        *(odd[1:] / len(times)).tolist(),
     )
 
 
@@ -91,7 +108,7 @@ def _small(frame: Frame) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
     columns = max(16, round(width * HEIGHT / picture.height))
     small = picture.reformat(columns, HEIGHT, "bgr24", interpolation="AREA", threads=1).to_ndarray()
     shown = (picture.height, round(width))
-    return small, shown[::-1] if round(picture.rotation / 90) % 2 else shown
+    return small, shown[::-1] if orientation(picture)[0] % 2 else shown
 
 
 def _motion(before: Any, grey: Any, flow: Any, pace: float) -> tuple[float, ...]:

@@ -24,6 +24,15 @@ class Mark(enum.Enum):
 IDENTITY, COURSE, FREE = Mark
 
 
+class Content(enum.Enum):
+    """Says of a setting that it is a path, and that what lies there counts, not what it is called."""
+
+    CONTENT = "content"
+
+
+CONTENT = Content.CONTENT
+
+
 @dataclass(frozen=True)
 class Bound:
     """Which numbers make sense."""

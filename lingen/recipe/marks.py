@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Mark
+from lingen.recipe.bounds import CONTENT, COURSE, FREE, IDENTITY, Mark
 from lingen.recipe.reading import COMPONENTS
 from lingen.recipe.registry import Registry
 from lingen.recipe.sections import Recipe
-from lingen.recipe.signature import Path, settings_of
+from lingen.recipe.signature import Path, Setting, settings_of
 
 TRAINER: dict[str, Mark] = dict.fromkeys(("devices", "num_nodes", "precision", "max_time"), COURSE) | dict.fromkeys(
     ("accelerator", "strategy", "logger", "benchmark", "deterministic", "profiler", "detect_anomaly"), FREE
@@ -16,36 +16,57 @@ TRAINER: dict[str, Mark] = dict.fromkeys(("devices", "num_nodes", "precision", "
 """Arguments of lightning.Trainer that are no part of what a run is; those that do not stand here are."""
 
 
+class Entry(NamedTuple):
+    """A setting of a filled stage."""
+
+    value: Any
+    mark: Mark
+    content: bool | None = False
+    """The value is a path, of which the content counts (`CONTENT`); None: nothing is declared, so it may be one."""
+
+
 def marks_of(recipe: Recipe) -> dict[str, Mark]:
     """The mark of each setting of one filled stage, as `load_stages` gives it, by its dotted key: ``data.batch.video``.
 
     ``stages`` is left out: what it holds are settings of other stages. Imports the recipe's parts.
     """
-    return {".".join(map(str, path)): mark for path, mark in _of_section(recipe, (), IDENTITY)}
+    return {key: entry.mark for key, entry in entries_of(recipe).items()}
 
 
-def _of_section(section: Any, path: Path, above: Mark) -> Iterator[tuple[Path, Mark]]:
+def entries_of(recipe: Recipe) -> dict[str, Entry]:
+    """The settings of one filled stage by dotted key, as `marks_of` has them, with their values."""
+    return {".".join(map(str, path)): entry for path, entry in _of_section(recipe, (), IDENTITY)}
+
+
+def _of_section(section: Any, path: Path, above: Mark) -> Iterator[tuple[Path, Entry]]:
     for name, setting in settings_of(type(section)).items():
         value, here, mark = getattr(section, name), (*path, name), setting.mark or above
         if here in COMPONENTS:
-            yield from _of_components(value, COMPONENTS[here], here, mark)
+            yield from _of_components(value, COMPONENTS[here], here, Entry(value, mark))
         elif dataclasses.is_dataclass(value):
             yield from _of_section(value, here, mark)
         elif here == ("trainer",):
-            yield from (((*here, key), TRAINER.get(key, mark)) for key in value)
+            yield from (((*here, key), Entry(item, TRAINER.get(key, mark))) for key, item in value.items())
         elif here != ("stages",):
-            yield here, mark
+            yield here, Entry(value, mark, _is_content(setting))
 
 
-def _of_components(value: Any, registry: Registry, path: Path, mark: Mark) -> Iterator[tuple[Path, Mark]]:
+def _of_components(value: Any, registry: Registry, path: Path, above: Entry) -> Iterator[tuple[Path, Entry]]:
     """Of a part's settings, by its signature; a part inside of it, such as a branch of MATE, has its own."""
     if isinstance(value, list):
         for index, one in enumerate(value):
-            yield from _of_components(one, registry, (*path, index), mark)
+            yield from _of_components(one, registry, (*path, index), above)
     elif isinstance(value, dict) and isinstance(value.get("name"), str) and value["name"] in registry:
         known = settings_of(registry[value["name"]])
         for key, item in value.items():
-            own = known[key].mark if key in known else None
-            yield from _of_components(item, registry, (*path, key), own or mark)
+            own = known.get(key)
+            mark = own.mark if own and own.mark else above.mark
+            undeclared = key != "name" and (own is None or own.mark is None)
+            inside = Entry(item, mark, None if undeclared else _is_content(own))
+            yield from _of_components(item, registry, (*path, key), inside)
     else:
-        yield path, mark
+        yield path, above._replace(value=value)
+
+
+def _is_content(setting: Setting | None) -> bool:
+    return setting is not None and CONTENT in getattr(setting.hint, "__metadata__", ())

@@ -9,7 +9,7 @@ Plain dataclasses: neither torch nor omegaconf is imported. Every number that th
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Above, AtLeast, Between, Finite
+from lingen.recipe.bounds import CONTENT, COURSE, FREE, IDENTITY, Above, AtLeast, Between, Finite
 from lingen.recipe.errors import SettingError
 from lingen.recipe.signature import checked
 from lingen.recipe.subjects import SUBJECTS, Subject
@@ -321,7 +321,7 @@ class RewriteConfig:
 class ScoreConfig:
     """The score at the end of the quickstart: does a sampled clip show the colour, shape and motion of its caption?"""
 
-    clips: Annotated[int, Between(0, 40), "clips to sample and judge at the end, at most 40; 0: none"] = 0
+    clips: Annotated[int, Between(0, 300), "clips to sample and judge at the end, at most 300; 0: none"] = 0
     split: Annotated[
         Literal["tune", "report"], "held-out captions: those to tune settings on, or those to report on"
     ] = "report"
@@ -335,9 +335,9 @@ class Recipe:
     name: Annotated[str, FREE, "what the run is called; by default the file's name"] = "recipe"
     stage: Annotated[str | None, IDENTITY, "name of the only stage, where there are no `stages`"] = None
     seed: Annotated[int, AtLeast(0), IDENTITY] = 0
-    init: Annotated[str | None, IDENTITY, "weights (a .safetensors file or a run folder) that training starts from"] = (
-        None
-    )
+    init: Annotated[
+        str | None, IDENTITY, CONTENT, "weights (a .safetensors file or a run folder) that training starts from"
+    ] = None
     trains: Annotated[
         Literal["denoiser", "autoencoder"],
         IDENTITY,

@@ -29,8 +29,6 @@ class Subject:
     """``(recipe, *, begun) -> list`` of what a stage uses as it is, on the meta device."""
     forecast: str
     """``(recipe) -> Plan``."""
-    identity: Callable[[Recipe], dict[str, Any]]
-    """What makes a run another one, beside the sections that all runs have."""
     has_critic: Callable[[Recipe], bool]
     """Is a critic trained beside it?"""
 
@@ -55,11 +53,6 @@ class Subject:
         return import_object(self.forecast)(recipe)
 
 
-def _critic(recipe: Recipe) -> dict[str, Any]:
-    settings = recipe.reconstruction
-    return {"reconstruction": [bool(settings.adversarial), settings.discriminator_width, settings.discriminator_layers]}
-
-
 SUBJECTS = {
     "denoiser": Subject(
         section="model",
@@ -68,7 +61,6 @@ SUBJECTS = {
         weights="lingen.plan.trial:denoiser_on_meta",
         frozen="lingen.plan.trial:parts_of_denoiser",
         forecast="lingen.plan.forecast:plan_denoiser",
-        identity=lambda recipe: {},
         has_critic=lambda recipe: False,
     ),
     "autoencoder": Subject(
@@ -78,7 +70,6 @@ SUBJECTS = {
         weights="lingen.plan.trial:autoencoder_on_meta",
         frozen="lingen.plan.trial:parts_of_autoencoder",
         forecast="lingen.plan.autoencoder:plan_autoencoder",
-        identity=_critic,
         has_critic=lambda recipe: bool(recipe.reconstruction.adversarial),
     ),
 }

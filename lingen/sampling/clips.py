@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
 from lingen.sampling.precision import set_precision
 from lingen.training.denoiser import LinGenModule
-from lingen.training.weights import load_module
+from lingen.training.weights import load_denoiser
 
 log = logging.getLogger("lingen")
 
@@ -46,6 +48,35 @@ class ClipSize:
     fps: float
 
 
+@dataclass(frozen=True)
+class Take:
+    """One clip that is asked for: its noise is a function of the seed, `words` and `repetition` alone."""
+
+    prompt: str
+    """As it was given."""
+    rewritten: str | None
+    """What it was rewritten to, where that was asked for."""
+    repetition: int
+    """0 for the first clip of these words, 1 for the second, ..."""
+
+    @property
+    def words(self) -> str:
+        """What the text encoders read."""
+        return self.prompt if self.rewritten is None else self.rewritten
+
+
+def takes_of(prompts: Sequence[str], rewritten: Sequence[str] = (), repeat: int = 1) -> list[Take]:
+    """`repeat` clips of each prompt, side by side; a prompt that comes again in the list goes on counting."""
+    takes, counts = [], Counter[str]()
+    shown: Sequence[str | None] = rewritten or [None] * len(prompts)
+    for prompt, other in zip(prompts, shown, strict=True):
+        for _ in range(repeat):
+            take = Take(prompt, other, counts[prompt if other is None else other])
+            counts[take.words] += 1
+            takes.append(take)
+    return takes
+
+
 def generate(
     run_or_checkpoint: str | Path | LinGenModule,
     prompts: str | Sequence[str],
@@ -55,39 +86,41 @@ def generate(
     guidance: float | None = None,
     seconds: float | None = None,
     size: tuple[int, int] | None = None,
+    repeat: int = 1,
     progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:
-    """Samples a clip for each prompt; the same seed and prompt give the same clip on the same machine.
+    """Samples `repeat` clips for each prompt. On the same machine a clip is a function of the weights, these settings,
+    the prompt and the number of its repetition, whatever else is in the list.
 
     Args:
         run_or_checkpoint: a run folder (its last finished stage), a .safetensors file, or a loaded module, whose
             denoiser is put into `sample.precision` for good (auto: bfloat16 on CUDA, where it was trained so).
-        prompts: one or several.
+        prompts: one or several. The second time that a prompt stands in the list is its repetition 1, another clip.
         seed, steps, guidance: in place of the recipe's `sample` settings.
         seconds: length, at the recipe's frame rate; default: the recipe's clip.
         size: (height, width) in pixels; default: the recipe's.
+        repeat: different clips of each prompt.
     Yields:
-        uint8 [t h w 3] for each prompt, in order.
+        uint8 [t h w 3] for each prompt and repetition, in order.
     Raises:
         RecipeError: for a folder or file that holds no weights.
-        ValueError: for a size that the model's strides and patch do not divide, or what is no length, size or guidance.
+        ValueError: for a size that the model's strides and patch do not divide, or what is no length, size, guidance
+            or number of clips.
         TypeError: for a prompt that is no text.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise TypeError(f"A prompt is a text, got {prompt!r}.")
+    if repeat < 1:
+        raise ValueError(f"Each prompt has at least 1 clip, got repeat={repeat}.")
     if isinstance(run_or_checkpoint, LinGenModule):
         module, device = run_or_checkpoint, run_or_checkpoint.device
     else:
-        module, device = load_module(run_or_checkpoint), best_device()
+        module, device = load_denoiser(run_or_checkpoint), best_device()
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
-    words = encode_and_place(module, prompts, clip, device)
-    for index in range(len(prompts)):
-        row = words.rows(slice(index, index + 1))
-        latents = sample_latents(module, row, clip, settings, first=index, progress=progress)
-        yield np.stack(list(decode_frames(module.autoencoder, latents[0], clip.frames, settings.decode, settings.tile)))
+    yield from clips_of(module, takes_of(prompts, repeat=repeat), clip, settings, device, progress)
 
 
 def settings_with(
@@ -130,86 +163,128 @@ Tokens = tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]]
 """What one text encoder makes of some prompts, and where it is real."""
 
 
-@dataclass(frozen=True)
-class EncodedPrompts:
-    """Prompts, encoded: of each text encoder tokens [b n w] and their mask [b n]."""
+class Texts(NamedTuple):
+    """Prompts as the denoiser reads them: of each text encoder tokens [b n w] and their mask [b n]."""
 
-    count: int
-    """Number of prompts, b."""
     null: list[Tokens]
-    """Tokens and mask of no text, for each text encoder."""
+    """Of no text."""
     text: list[Tokens]
-
-    def rows(self, rows: slice) -> EncodedPrompts:
-        """The encoded prompts of these rows."""
-        null, text = ([(tokens[rows], mask[rows]) for tokens, mask in each] for each in (self.null, self.text))
-        return EncodedPrompts(len(range(self.count)[rows]), null, text)
 
 
 @torch.no_grad()
-def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize) -> EncodedPrompts:
-    """Encodes prompts with one text encoder after the other. A frozen one is freed before the next is read: memory must
-    hold the largest of them, not their sum."""
+def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize) -> list[Texts]:
+    """Encodes each prompt for itself (b = 1), so that it is the same whatever else is asked for.
+
+    One text encoder comes after the other, and a frozen one is freed before the next is read: memory must hold the
+    largest of them, not their sum.
+    """
     fps = clip.fps if clip.frames > 1 else 0.0
-    null, text = [], []
+    found = [Texts([], []) for _ in prompts]
     for number, encoder in enumerate(module.text):
-        null.append(module.encode_with(number, [""] * len(prompts), fps))
-        text.append(module.encode_with(number, list(prompts), fps))
+        read = {words: module.encode_with(number, [words], fps) for words in dict.fromkeys(("", *prompts))}
+        for texts, words in zip(found, prompts, strict=True):
+            texts.null.append(read[""])
+            texts.text.append(read[words])
         if hasattr(encoder, "release"):
             cast(Any, encoder).release()
-    return EncodedPrompts(len(prompts), null, text)
+    return found
 
 
-def encode_and_place(
-    module: LinGenModule, prompts: Sequence[str], clip: ClipSize, device: torch.device
-) -> EncodedPrompts:
-    """Encodes prompts on the device and then moves the denoiser there, so that both need not fit at once.
+def joined(texts: Sequence[Texts]) -> Texts:
+    """Several prompts as one batch."""
+    null, text = ([flow.stack_text(*parts) for parts in zip(*each, strict=True)] for each in zip(*texts, strict=True))
+    return Texts(null, text)
 
+
+@contextmanager
+def as_sampled(module: LinGenModule) -> Iterator[None]:
+    """Inside the block the module is in eval mode and holds the averaged weights, which clips are made with."""
+    was_training = module.training
+    module.eval()
+    try:
+        with module.averaged_weights():
+            yield
+    finally:
+        module.train(was_training)
+
+
+def sample_takes(
+    module: LinGenModule,
+    takes: Sequence[Take],
+    clip: ClipSize,
+    settings: SampleConfig,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """The one way from prompts to latents [c t h w], float32: of `lingen.generate`, `lingen sample`, clips during
+    training and the score. A clip is solved for itself, so that its bits do not depend on what else is asked for.
+
+    All prompts are encoded on the device first, and only then the denoiser is moved there: both need not fit at once.
+
+    Args:
+        module: in eval mode, or in training; it trains on with its own weights between and after the clips.
+        device: where to sample; default: where the module is.
     Raises:
         RecipeError: weights of a frozen part are missing.
     """
     check_ready([module.autoencoder, *module.text])
+    device = device or module.device
     module.text.to(device)
-    words = encode_prompts(module, prompts, clip)
+    with as_sampled(module):
+        texts = encode_prompts(module, [take.words for take in takes], clip)
     module.to(device)
-    return words
+    for take, text in zip(takes, texts, strict=True):
+        with as_sampled(module):
+            latents = sample_latents(module, [take], text, clip, settings, progress)
+        yield latents[0]
+
+
+def clips_of(
+    module: LinGenModule,
+    takes: Sequence[Take],
+    clip: ClipSize,
+    settings: SampleConfig,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Iterator[np.ndarray]:
+    """`sample_takes`, decoded: uint8 [t h w 3] of each take."""
+    for latents in sample_takes(module, takes, clip, settings, device, progress):
+        yield np.stack(list(decode_frames(module.autoencoder, latents, clip.frames, settings.decode, settings.tile)))
 
 
 @torch.no_grad()
 def sample_latents(
     module: LinGenModule,
-    words: EncodedPrompts,
+    takes: Sequence[Take],
+    texts: Texts,
     clip: ClipSize,
     settings: SampleConfig,
-    *,
-    first: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Solves the flow from noise for a batch of prompts, in `settings.precision` (see `lingen.sampling.precision`).
+    """Solves the flow from noise for a batch of clips, in `settings.precision` (see `lingen.sampling.precision`).
 
     Args:
-        words: of `encode_prompts`.
-        first: number of the first prompt; its noise is drawn from (seed, number), so that batches do not matter.
+        takes: the clips of the batch.
+        texts: of `encode_prompts` for the words of each, `joined`.
     Returns:
-        latents [b c t h w], float32.
+        latents [b c t h w], float32. Those of a clip are the same bits in every batch of as many clips and tokens, and
+        agree to 1e-5 in others.
     """
     shape = (module.recipe.model.channels, *module.latent_size((clip.frames, *clip.size)))
     shift = flow.resolve_shift(module.recipe.time.shift, math.prod(module.model.grid_of(shape[1:])))
     times = flow.schedule(settings.steps, settings.schedule, settings.emulated_steps, shift)
     warn_untrained(module, times, shift)
-    slots = torch.arange(first, first + words.count)
-    noise = flow.sample_draws(shape, slots, (settings.seed, "sample"), module.recipe.time, shift).noise.to(
-        module.device
-    )
-    null, text = tuple(words.null), tuple(words.text)
+    noise = torch.stack([flow.clip_noise(shape, settings.seed, take.words, take.repetition) for take in takes])
+    null, text = tuple(texts.null), tuple(texts.text)
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
-    tokens = words.count * math.prod(module.model.grid_of(shape[1:]))
+    tokens = len(takes) * math.prod(module.model.grid_of(shape[1:]))
     one_batch = tokens <= GUIDANCE_TOKENS if settings.guidance_batch == "auto" else settings.guidance_batch
     low, high = settings.guidance_interval
+    always = low <= 0 and high >= 1  # then no time is fetched from the device, which would wait for it at every step
 
     def velocity(latents: Tensor, time: Tensor) -> Tensor:
         time = time.expand(len(latents))
-        if settings.guidance == 1 or not low <= float(time[0]) <= high:
+        if settings.guidance == 1 or not (always or low <= float(time[0]) <= high):
             return module.model(latents, time, text).float()
         if one_batch:
             velocities = module.model(latents.repeat(2, 1, 1, 1, 1), time.repeat(2), both).float().chunk(2)
@@ -219,7 +294,7 @@ def sample_latents(
         return flow.guided(conditional, unconditional, settings.guidance, settings.guidance_rescale)
 
     with torch.autocast(module.device.type, torch.bfloat16, enabled=set_precision(module, settings.precision)):
-        return flow.solve(velocity, noise, times.to(module.device), settings.solver, progress)
+        return flow.solve(velocity, noise.to(module.device), times.to(module.device), settings.solver, progress)
 
 
 def warn_untrained(module: LinGenModule, times: Tensor, shift: float) -> None:

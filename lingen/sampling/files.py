@@ -1,8 +1,7 @@
 """The files of sampling: latents first, then MP4 and contact sheet, so that a failed decode loses no sampled clip."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,22 @@ from lingen.kernels.choice import best_device
 from lingen.media import contact_sheet, save_video, sheet_frames
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS
-from lingen.sampling.clips import Progress, clip_size, decode_frames, encode_and_place, sample_latents, settings_with
-from lingen.training.weights import load_module
-from lingen.weights import find_weights, read_metadata, write_tensors
+from lingen.recipe.sections import SampleConfig
+from lingen.sampling.clips import (
+    ClipSize,
+    Progress,
+    Take,
+    clip_size,
+    decode_frames,
+    sample_takes,
+    settings_with,
+    takes_of,
+)
+from lingen.sampling.notes import Noted, Notes, notes_of, notes_on, read_notes
+from lingen.training.denoiser import LinGenModule
+from lingen.training.folder import RunFolder
+from lingen.training.weights import load_denoiser
+from lingen.weights import find_weights, write_tensors
 
 
 def sample_to_files(
@@ -31,14 +43,15 @@ def sample_to_files(
     guidance: float | None = None,
     seconds: float | None = None,
     size: tuple[int, int] | None = None,
+    repeat: int = 1,
     progress: Progress | None = None,
     rewritten: Sequence[str] = (),
 ) -> Iterator[Path]:
-    """Samples each prompt into ``out`` (``out-00.mp4``, ``out-01.mp4``, ... for several); yields the MP4s one by one.
+    """Samples `repeat` clips of each prompt into ``out`` (``out-00.mp4``, ``out-01.mp4``, ... for several); yields the
+    MP4s one by one.
 
     Beside each stand ``.latents.safetensors`` and ``.png`` (contact sheet). The MP4's title is the prompt, its comment
-    JSON with prompt, seed, steps, guidance, weights and recipe hash. The text encoders come first, one after the other,
-    and only then the denoiser is put on the GPU.
+    JSON with all that is needed to make it again (`lingen.sampling.notes`).
 
     Args:
         rewritten: what is shown to the text encoders instead of each prompt; it is noted as `rewritten`.
@@ -46,36 +59,80 @@ def sample_to_files(
         RecipeError: no weights at `source` or of a frozen part, no prompt, or `out` is no .mp4 that can be written.
         ValueError: a size or length that the model cannot make.
     """
-    if not prompts:
+    takes = takes_of(prompts, rewritten, repeat)
+    if not takes:
         raise RecipeError("There is no prompt. Give --prompt, or --prompts with a file of one prompt a line.")
-    paths = clip_paths(out, len(prompts))
+    paths = clip_paths(out, len(takes))
     weights = find_weights(source)
-    recipe_hash = hashlib.sha256(read_metadata(weights)["recipe"].encode()).hexdigest()[:12]
-    module = load_module(weights)
+    module = load_denoiser(weights)
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
-    words = encode_and_place(module, list(rewritten) or prompts, clip, best_device())
-    for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
-        row = words.rows(slice(index, index + 1))
-        latents = sample_latents(module, row, clip, settings, first=index, progress=progress)
-        about = {
-            "prompt": prompt,
-            **({"rewritten": rewritten[index]} if rewritten else {}),
-            "seed": settings.seed,
-            "number": index,
-            "steps": settings.steps,
-            "guidance": settings.guidance,
-            "recipe": module.recipe.name,
-            "recipe_sha256": recipe_hash,
-            "stage": module.recipe.stage,
-        }
+    shared = notes_of(module, weights, clip, settings)
+    yield from _write_takes(module, takes, paths, clip, settings, shared, progress)
+
+
+def sample_again(
+    made: str | Path,
+    out: str | Path,
+    source: str | Path | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
+) -> Path:
+    """Makes a clip again from what its MP4 notes: on the same machine with the same versions, the same bits.
+
+    Args:
+        made: an MP4 of `lingen sample`, or of the samples of a run.
+        out: the .mp4 to write.
+        source: the weights, where they no longer lie where the clip was made: a weights file, or a run folder, of
+            which the clip's stage is taken.
+        say: is told what differs from when the clip was made: versions, device, threads.
+    Raises:
+        RecipeError: the MP4 has no notes, its weights are not there, or those there (or those of a frozen part) are
+            others.
+    """
+    clip_paths(out, 1)
+    noted = read_notes(made)
+    weights = _weights_of(noted, made, source)
+    module = load_denoiser(weights)
+    shared = notes_of(module, weights, noted.clip, noted.settings)
+    noted.check_same(shared, weights)
+    for line in noted.differing(notes_on(shared, noted.take, best_device())):
+        say(f"differs from when the clip was made: {line}")
+    (file,) = _write_takes(module, [noted.take], [Path(out)], noted.clip, noted.settings, shared, progress)
+    return file
+
+
+def _weights_of(noted: Noted, made: str | Path, source: str | Path | None) -> Path:
+    if source is None:
+        if not Path(noted.weights).is_file():
+            raise RecipeError(
+                f"The weights that made {made} are no longer at {noted.weights}. Say where they are: --run DIR or "
+                "--checkpoint F."
+            )
+        return Path(noted.weights)
+    own = RunFolder(Path(source)).weights(str(noted.stage))
+    return own if own.is_file() else find_weights(source)
+
+
+def _write_takes(
+    module: LinGenModule,
+    takes: Sequence[Take],
+    paths: Sequence[Path],
+    clip: ClipSize,
+    settings: SampleConfig,
+    shared: Notes,
+    progress: Progress | None,
+) -> Iterator[Path]:
+    sampled = sample_takes(module, takes, clip, settings, best_device(), progress)
+    for take, path, latents in zip(takes, paths, sampled, strict=True):
         kept = save_latents(
             path.with_suffix(LATENTS_SUFFIX),
-            latents[0],
+            latents,
             module.recipe.autoencoder,
             clip.frames,
             clip.fps,
-            about,
+            notes_on(shared, take, module.device),
             {"way": settings.decode, "tile": settings.tile},
         )
         yield decode_file(kept, path)

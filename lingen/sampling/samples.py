@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,43 +16,32 @@ from lingen.files import write_json
 from lingen.kernels.choice import best_device
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
 from lingen.recipe.sections import Recipe
-from lingen.sampling.clips import clip_size, decode_frames, encode_prompts, sample_latents
+from lingen.sampling.clips import clip_size, clips_of, takes_of
+from lingen.sampling.notes import notes_of, notes_on
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.weights import load_module
+from lingen.training.weights import load_denoiser
 
 if TYPE_CHECKING:
     from lingen.training.autoencoder import AutoencoderModule
 
 
 def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
-    """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too."""
+    """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too.
+
+    The MP4s note what `lingen sample` notes: with the stage's weights, once it is finished, they can be made again.
+    """
     if not prompts:
         return
-    clips = sample_clips(module, prompts)
-    target = folder.samples(str(module.recipe.stage), step)
-    for number, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
-        save_video(clip, target / f"{number:02d}.mp4", module.recipe.data.fps, title=prompt)
-    sheet = contact_sheet(clips, target / "sheet.png", prompts)
-    log_sheet(module, sheet, step)
-
-
-def sample_clips(module: LinGenModule, prompts: Sequence[str], batch: int = 8) -> list[Any]:
-    """uint8 [t h w 3] for each prompt, in eval mode, with the averaged weights where the module holds both copies."""
+    target, takes = folder.samples(str(module.recipe.stage), step), takes_of(prompts)
     clip, how = clip_size(module), module.recipe.sample
-    was_training = module.training
-    module.eval()
-    clips: list[Any] = []
-    with module.averaged_weights():
-        words = encode_prompts(module, prompts, clip)
-        for first in range(0, len(prompts), batch):
-            rows = words.rows(slice(first, first + batch))
-            latents = sample_latents(module, rows, clip, how, first=first)
-            decoded = (decode_frames(module.autoencoder, one, clip.frames, how.decode, how.tile) for one in latents)
-            clips += [np.stack(list(frames)) for frames in decoded]
-    module.train(was_training)
-    return clips
+    shared = notes_of(module, folder.weights(str(module.recipe.stage)), clip, how)
+    clips = list(clips_of(module, takes, clip, how))
+    for number, (take, frames) in enumerate(zip(takes, clips, strict=True)):
+        about = notes_on(shared, take, module.device)
+        save_video(frames, target / f"{number:02d}.mp4", clip.fps, title=take.prompt, about=about)
+    log_sheet(module, contact_sheet(clips, target / "sheet.png", prompts), step)
 
 
 RECONSTRUCTIONS = 4
@@ -95,9 +84,11 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> None:
     from lingen.data.synthetic import held_out_clips
     from lingen.metrics.shapes import score_clips as judge
 
-    module = load_module(folder.weights(str(recipe.stage)), device=best_device())
+    module = load_denoiser(folder.weights(str(recipe.stage)), best_device())
     captions = list(itertools.islice(itertools.cycle(captions_of(recipe.score.split)), recipe.score.clips))
-    clips = sample_clips(module, captions)
+    clip, how, takes = clip_size(module), recipe.sample, takes_of(captions)
+    shared = notes_of(module, folder.weights(str(recipe.stage)), clip, how)
+    clips = list(clips_of(module, takes, clip, how))
     real, real_captions = held_out_clips(recipe, recipe.score.clips, recipe.score.split)
     step = folder.finished_steps(str(recipe.stage))
     result = {
@@ -108,5 +99,7 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> None:
     }
     target = folder.samples("score", step)
     contact_sheet(clips, target / "sheet.png", captions)
-    save_video(clips[0], target / "00.mp4", recipe.data.fps, title=captions[0])
+    save_video(
+        clips[0], target / "00.mp4", clip.fps, title=captions[0], about=notes_on(shared, takes[0], module.device)
+    )
     write_json(folder.score, result)

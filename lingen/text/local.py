@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
-from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
+from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
 from lingen.text.folder import Lacking, names_file
 from lingen.text.quoted import quoted
 from lingen.text.rows import Cut
 from lingen.weights import DTYPES
 
-PathSetting = Annotated[str | None, IDENTITY, "the local folder that holds it; nothing is ever downloaded"]
+PathSetting = Annotated[str | None, IDENTITY, CONTENT, "the local folder that holds it; nothing is ever downloaded"]
 Dim = Annotated[int, AtLeast(1), IDENTITY, "width of a token, as the weights have it"]
 MaxTokens = Annotated[int, AtLeast(1), IDENTITY, "tokens that are read; the rest is cut, with a warning (ours)"]
 Precision = Annotated[

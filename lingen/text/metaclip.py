@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.recipe.bounds import IDENTITY, AtLeast
+from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
 from lingen.recipe.errors import did_you_mean
 from lingen.recipe.signature import checked
 from lingen.text.folder import Lacking, check_file, check_model, read_json
@@ -43,7 +43,7 @@ class MetaCLIP(LocalEncoder):
         self,
         *,
         path: Annotated[
-            str | None, IDENTITY, "its local folder, or its file of weights; nothing is ever downloaded"
+            str | None, IDENTITY, CONTENT, "its local folder, or its file of weights; nothing is ever downloaded"
         ] = None,
         architecture: Annotated[str, IDENTITY, "open_clip's name for it, where path is a file"] = "ViT-H-14-quickgelu",
         dim: Dim = 1024,

@@ -6,7 +6,7 @@ import math
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -104,8 +104,7 @@ class Trained(lightning.LightningModule):
     # optimisation
 
     def configure_optimizers(self) -> Any:
-        settings = self.recipe.train
-        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=settings.lr, betas=settings.betas)
+        optimizer = torch.optim.AdamW(self._groups())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
@@ -113,6 +112,21 @@ class Trained(lightning.LightningModule):
                 "interval": "step",
             },
         }
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """`parameter_groups`, each with all of its settings."""
+        settings = self.recipe.train
+        return [{"lr": settings.lr, "betas": settings.betas, **group} for group in self.parameter_groups()]
+
+    def follow_recipe(self, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+        """Gives optimiser and schedule the settings of the recipe: Lightning has just given them those of the
+        checkpoint, which may be others. The place in the schedule and the moments stay."""
+        for group, own in zip(optimizer.param_groups, self._groups(), strict=True):
+            factor = self._lr_factor(scheduler.last_epoch)
+            group.update({key: value for key, value in own.items() if key != "params"})
+            group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay applies to the weights of linear layers and convolutions, not to norms, biases, tables or a_log,
@@ -211,6 +225,7 @@ class Trained(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._pending_average = checkpoint.get("average")
+        count_batches(checkpoint, self.recipe.train.accumulate)
 
     # what is logged
 
@@ -238,6 +253,7 @@ class Trained(lightning.LightningModule):
             logger.log_metrics(tagged, step=self.steps_before + self.global_step)
 
     def on_train_start(self) -> None:
+        self.follow_recipe(self.trainer.optimizers[0], cast(Any, self.trainer.lr_scheduler_configs[0].scheduler))
         self._started = (clock.perf_counter(), self.global_step)
 
     def collect_metrics(self) -> dict[str, float]:
@@ -266,6 +282,16 @@ class Trained(lightning.LightningModule):
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         # validation is not training time
         self._started = (self._started[0] + clock.perf_counter() - self._paused, self._started[1])
+
+
+def count_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Makes a checkpoint, in place, count its steps in batches of which this many are accumulated: Lightning asks the
+    number of batches whether a step is complete, and when to validate."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    if progress is not None:
+        missing = checkpoint["global_step"] * accumulate - progress["current"]["processed"]
+        for of in (progress["current"], progress["total"]):
+            of.update({key: of[key] + missing for key in ("ready", "started", "processed", "completed")})
 
 
 def counts(batch: Batch) -> dict[str, int]:

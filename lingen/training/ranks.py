@@ -1,5 +1,6 @@
 """Helpers for runs of several processes."""
 
+import os
 from typing import Any
 
 import torch
@@ -7,8 +8,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, which writes files and reports for all."""
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
+    """Whether this process is rank 0, which writes files and reports for all. Before a Trainer has counted the ranks,
+    the first process of another node (NODE_RANK, of Lightning's own launcher) is none."""
+    node = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
+    return int(getattr(rank_zero_only, "rank", 0)) == 0 and node == "0"
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Weights of a module: written when a stage is finished, read again with the recipe inside the file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lingen.recipe.sections import Recipe
 from lingen.recipe.subjects import SUBJECTS
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
-from lingen.weights import Copy, check_whole, find_weights, read_metadata, read_weights, write_tensors
+from lingen.weights import check_whole, find_weights, read_metadata, read_weights, write_tensors
 
 
 def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
@@ -22,8 +22,7 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     Keys are ``raw.NAME`` and ``averaged.NAME``; the metadata holds `recipe` (YAML), `stage` and `step`.
     IncompleteError where a tensor lacks elements.
     """
-    raw = module.trained_state()
-    averaged = raw | (module.average.weights() if module.average is not None else {})
+    raw, averaged = module.trained_state(), averaged_state(module)
     for copy in (raw, averaged):
         check_whole(copy, module.shapes)
     tensors = {f"raw.{name}": value for name, value in raw.items()} | {
@@ -32,6 +31,11 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
     # Both copies may be one tensor, which the library refuses to write twice.
     write_tensors(path, {name: value.detach().cpu().clone() for name, value in tensors.items()}, metadata)
+
+
+def averaged_state(module: Trained) -> dict[str, Tensor]:
+    """Name -> tensor of everything trained, averaged where an average is kept: what clips are sampled with."""
+    return module.trained_state() | (module.average.weights() if module.average is not None else {})
 
 
 def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
@@ -63,22 +67,29 @@ def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
     module.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
 
 
-def load_module(source: str | Path, copy: Copy = "averaged", device: str | torch.device = "cpu") -> LinGenModule:
-    """The module of a run folder or weights file, from the recipe inside, with one copy of its weights, in eval.
+def load_module(source: str | Path, device: str | torch.device = "cpu") -> Trained:
+    """The module of a run folder (its last finished stage), an export or another weights file, from the recipe inside,
+    with its averaged weights, in eval mode.
 
     Raises:
-        RecipeError: no weights there, weights that do not fit, or those of an autoencoder.
+        RecipeError: no weights there, or weights that do not fit.
     """
     path = find_weights(source)
     recipe = recipe_of(path)
-    if recipe.subject is not SUBJECTS["denoiser"]:
+    module = recipe.subject.build_module(recipe)
+    load_into(module, read_weights(path, "averaged"), path)
+    return module.to(device).eval()
+
+
+def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> LinGenModule:
+    """`load_module` for what makes clips. RecipeError for the weights of an autoencoder, too."""
+    path = find_weights(source)
+    if recipe_of(path).subject is not SUBJECTS["denoiser"]:
         raise RecipeError(
             f"{path} holds the weights of an autoencoder, which makes no clips of its own. Train a denoiser with "
             f"autoencoder.path={source}."
         )
-    module = LinGenModule(recipe)
-    load_into(module, read_weights(path, copy), path)
-    return module.to(device).eval()
+    return cast(LinGenModule, load_module(path, device))
 
 
 def recipe_of(path: Path) -> Recipe:

@@ -9,22 +9,21 @@ from functools import partial
 import torch
 
 from lingen.bench.build import built, compiled
-from lingen.bench.cases import CASES
-from lingen.bench.kernels import _made, _sizes
 from lingen.bench.place import Place
 from lingen.bench.yardsticks import yardstick
 from lingen.blocks.block import Block
 from lingen.recipe.sections import LinGenConfig
 
+KERNELS = yardstick("kernels")
 CPU = Place(torch.device("cpu"), torch.float32, 0.1)
 
 
 def twins():
     """Each plain twin as one graph; prints the operations."""
-    for case in CASES:
+    for case in KERNELS.CASES:
         if "reference" in case.twins:
-            sizes = _sizes((2, 3, 4), 32)
-            inputs = _made(case, sizes, CPU)
+            sizes = KERNELS.sizes_of((2, 3, 4), 32)
+            inputs = KERNELS.made(case, sizes, CPU)
             torch.compiler.reset()
             run = partial(case.call, sizes=sizes, kernel="reference")
             outputs = run(inputs), torch.compile(run, fullgraph=True, backend="eager")(inputs)

@@ -4,6 +4,7 @@
 - `plain`: the whole denoiser in plain PyTorch, made of these.
 - `training`: ``lingen bench training``, layers of ours and plain blocks, forward and backward.
 - `branches`: ``lingen bench stock``, ours and stock branches without their projections.
+- `kernels`: ``lingen bench kernels``, each kernel against its plain twin and stock form, one by one, over `cases`.
 - `targets`: ``lingen bench show``, what of the paper and of these is to be reached, and whether it is.
 - `twins`: ``lingen bench model --twins``, a DiT of equal size and LinGen of stock parts.
 - `loader`: ``lingen bench loader``, lingen's loader on raw, encoded and remote shards, measured in `pairs` beside its

@@ -1,4 +1,4 @@
-"""Each kernel against its twins and against its roofline, forward and backward, and how exact it is."""
+"""``lingen bench kernels``: each kernel against its twins and its roofline, and how exact it is."""
 
 import signal
 import threading
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lingen.bench.build import compiled
-from lingen.bench.cases import CASES, Case, Inputs, LayerSizes
 from lingen.bench.place import Place, dtype_name
 from lingen.bench.results import Fields, Results, Say
 from lingen.bench.timing import Work, costs, forward_work
@@ -20,6 +19,8 @@ from lingen.kernels.choice import interpreted
 from lingen.kernels.stock import chunk_scan
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
+
+from .cases import CASES, Case, Inputs, LayerSizes
 
 ODD_GRID: Triple = (9, 7, 5)
 """The grid on which errors are measured: no size is a power of two, and windows and the last chunk are not full."""
@@ -62,16 +63,16 @@ def bench_kernels(grids: Sequence[Triple], dim: int, place: Place, results: Resu
         accurate = {twin: row for twin, row in found.items() if row is not None}
         for grid in grids if accurate else ():
             torch.compiler.reset()  # torch.compile allows only few recompilations of a function
-            for twin, row in _times(case, list(accurate), _sizes(grid, dim), top, place, results.say):
+            for twin, row in _times(case, list(accurate), sizes_of(grid, dim), top, place, results.say):
                 results.add(row | accurate[twin])
 
 
-def _sizes(grid: Triple, dim: int) -> LayerSizes:
+def sizes_of(grid: Triple, dim: int) -> LayerSizes:
     """Of LinGen-4B, or smaller ones where the layer is narrower than a state."""
     return LayerSizes(grid, dim) if dim >= 256 else LayerSizes(grid, dim, state_dim=16, head_dim=16, text=24)
 
 
-def _made(case: Case, sizes: LayerSizes, place: Place) -> Inputs:
+def made(case: Case, sizes: LayerSizes, place: Place) -> Inputs:
     torch.manual_seed(0)
     normal = partial(torch.randn, device=place.device, dtype=place.dtype)
     # A slice of a wider tensor stays one: detached, it is a leaf with the strides of the slice.
@@ -88,13 +89,13 @@ def _times(
 ) -> list[tuple[str, Fields]]:
     """Times of all twins in the same rounds, and the least possible time: every input read and every output written
     once, or all matrix products at the measured peak; in the backward pass gradients are read and written, too."""
-    inputs = _made(case, sizes, place)
+    inputs = made(case, sizes, place)
     with torch.no_grad():
         outputs = _several(case.call(inputs, sizes, twins[0]))
     seeds = [torch.randn_like(one) for one in outputs]
     runs = {twin: _run(case, twin, sizes, place) for twin in twins}
     works = {twin: (forward_work(run, [inputs]), _backward(run, inputs, seeds)) for twin, run in runs.items()}
-    able = [twin for twin in twins if _able(f"{case.name}, {sizes.n} tokens: {twin}", works[twin], say)]
+    able = [twin for twin in twins if is_ready(f"{case.name}, {sizes.n} tokens: {twin}", works[twin], say)]
     alone, both = (costs({twin: works[twin][i] for twin in able}, place) for i in (0, 1))
     read, changed, written = (sum(u.nbytes for u in us) for us in (inputs.values(), _wanting(inputs).values(), outputs))
     tflop = case.flops(sizes) / 1e12
@@ -119,7 +120,7 @@ def _several(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _able(name: str, works: Sequence[Work], say: Say, limit: float = READY_LIMIT) -> bool:
+def is_ready(name: str, works: Sequence[Work], say: Say, limit: float = READY_LIMIT) -> bool:
     """Runs each once. A twin that cannot run, or takes too long to compile, is left out with a message, so that the
     others are measured."""
     start = time.perf_counter()
@@ -181,8 +182,8 @@ def errors(case: Case, twin: str, dim: int, place: Place, say: Say) -> Fields | 
     if twin == "triton" and not place.cuda and not interpreted():
         say(f"{case.name}: triton runs on CUDA, not on {place.device}")
         return None
-    sizes = _sizes(ODD_GRID, dim)
-    inputs = _made(case, sizes, place)
+    sizes = sizes_of(ODD_GRID, dim)
+    inputs = made(case, sizes, place)
     exact = inputs | {name: u.detach().double().requires_grad_() for name, u in _wanting(inputs).items()}
     try:
         if twin == "stock":

@@ -1,0 +1,286 @@
+"""``run.json``: what a run is, its course, every start and change; and whether a recipe may go on with it."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lingen.files import write_json, write_text
+from lingen.plan.loading import Curriculum, load_curriculum, to_yaml, with_stages
+from lingen.provenance import git_commit, versions
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import Recipe
+from lingen.training.folder import RunFolder
+from lingen.training.identity import SAMPLES, Stage, Values, described, fingerprint, other_course, other_identity, shown
+
+OLD_TRIED = 8
+"""Runs of an earlier version that are looked at, where a default folder is about to be made."""
+SETTINGS_NAMED = 8
+"""Settings that a message names."""
+
+Changes = dict[str, dict[str, list[Any]]]
+"""Stage -> setting -> [old, new]."""
+
+
+@dataclass
+class Held:
+    """What a run folder says of its run."""
+
+    about: dict[str, Any]
+    stages: dict[str, Stage]
+    """Identity, and the course that each stage takes; of a finished one, that it took."""
+    asked: dict[str, Values] = field(default_factory=dict)
+    """Courses that were asked for beside, for stages that were finished by then and so kept theirs."""
+
+
+@dataclass
+class Start:
+    """What a start of training makes of a run folder."""
+
+    about: dict[str, Any]
+    """What run.json will hold."""
+    base: Recipe
+    """What recipe.yaml will hold: the recipe, with finished stages as they were trained."""
+    lines: list[str]
+    """What is said."""
+
+
+def read_held(folder: RunFolder) -> Held:
+    """The record of a run folder. One made by an earlier version has no identity: it is that of its recipe.yaml.
+    RecipeError where it cannot be read."""
+    try:
+        about = json.loads(folder.about.read_text(encoding="utf-8"))
+        kept = about["stages"] if "identity" in about else []
+        stages = {name: Stage(about["identity"][name], about["course"][name]) for name in kept}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{folder.about} cannot be read ({error}). Name another folder with --run.") from error
+    if "identity" not in about:
+        return Held(about, described(_curriculum_of(folder).stages))
+    return Held(about, stages, about.get("asked", {}))
+
+
+def _curriculum_of(folder: RunFolder) -> Curriculum:
+    try:
+        return load_curriculum(folder.recipe)
+    except RecipeError as error:
+        raise RecipeError(
+            f"{folder.path} holds a run whose recipe cannot be loaded any more, so that nothing can go on with it: "
+            f"{error} Name another folder with --run, or none."
+        ) from error
+
+
+def start(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], begins: str) -> Start:
+    """What training this recipe makes of a folder; nothing is written.
+
+    Args:
+        here: the recipe's stages, as `described` gives them.
+        begins: the stage that is trained first.
+    Raises:
+        RecipeError: the folder holds another run, something that is no run, a finished stage of which another course
+            is asked for, or one that is further on than it is to go.
+    """
+    if not folder.about.is_file():
+        return _first(folder, curriculum, here, begins)
+    held = _completed(folder, read_held(folder), here)
+    _check_identity(folder, held, here, curriculum.stages[0].name)
+    _check_steps(folder, curriculum.stages)
+    finished = {str(one.stage) for one in curriculum.stages if folder.finished_steps(str(one.stage)) >= one.train.steps}
+    changes = _changes(held, here, finished)
+    acting = {name: change for name, change in changes.items() if name not in finished}
+    if changes and not acting:
+        raise RecipeError(_refusal(folder, changes))
+    course = {name: held.stages[name].course if name in finished else stage.course for name, stage in here.items()}
+    asked = {name: stage.course for name, stage in here.items() if stage.course != course[name]}
+    entries = [_entry(name, folder.last_step(name), change) for name, change in acting.items()]
+    about = held.about | {
+        "identity": {name: _known(held.stages[name].identity, stage.identity) for name, stage in here.items()},
+        "first_course": held.about.get("first_course", {name: one.course for name, one in held.stages.items()}),
+        "course": course,
+        "asked": asked,
+        "history": [
+            *held.about.get("history", [_first_entry(held.about)]),
+            *(entries or [_entry(begins, folder.last_step(begins), {})]),
+        ],
+    }
+    lines = [
+        f"stage {name} goes on from step {folder.last_step(name)} with {told(change)}"
+        for name, change in acting.items()
+        if folder.last_step(name)
+    ]
+    return Start(about, _true_recipe(folder, curriculum, set(asked)), lines)
+
+
+def _first(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], begins: str) -> Start:
+    """The record of a new run."""
+    if folder.path.exists() and (not folder.path.is_dir() or any(map(_is_no_leftover, folder.path.iterdir()))):
+        raise RecipeError(f"{folder.path} exists and is no run folder. Name a new or empty folder with --run.")
+    course = {name: stage.course for name, stage in here.items()}
+    about = {"recipe": curriculum.stages[0].name, "fingerprint": fingerprint(here), "stages": list(here), **_now()}
+    about |= {"identity": {name: stage.identity for name, stage in here.items()}}
+    about |= {"first_course": course, "course": course, "asked": {}, "history": [_entry(begins, 0, {})]}
+    return Start(about, curriculum.base, [])
+
+
+def _is_no_leftover(path: Path) -> bool:
+    """Of a first start that was killed before it wrote its record."""
+    return not path.name.startswith(("lock.json", "run.json."))
+
+
+def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
+    """With the settings that the version which wrote the record did not know: it trained as their defaults say."""
+    both = [(held.stages[name], one) for name, one in here.items() if name in held.stages]
+    if all(one.identity.keys() <= old.identity.keys() and one.course.keys() <= old.course.keys() for old, one in both):
+        return held
+    try:
+        known = described(_curriculum_of(folder).stages)
+    except RecipeError:
+        return held  # what differs is told
+    for name, old in held.stages.items():
+        held.stages[name] = Stage(known[name].identity | old.identity, known[name].course | old.course)
+    return held
+
+
+def _check_identity(folder: RunFolder, held: Held, here: dict[str, Stage], name: str) -> None:
+    found = other_identity(held.stages, here)
+    if found:
+        raise RecipeError(
+            f"{folder.path} holds a run of another recipe ('{held.about.get('recipe')}'; this one is '{name}'): "
+            f"{_named(found.values())}. Name another folder with --run, or none, to train it as a run of its own."
+        )
+
+
+def _known(held: Values, here: Values) -> Values:
+    """What a run is, with what its record knows of files that are not on this machine."""
+    unknown = [key for key, value in here.items() if value == {"content": None} and key in held]
+    return here | {key: held[key] for key in unknown}
+
+
+def _named(found: Iterable[tuple[str, Any, Any]]) -> str:
+    """``model.depth is 1 here and 2 there`` of each setting, once."""
+    lines = list(dict.fromkeys(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found))
+    return ", ".join(lines[:SETTINGS_NAMED]) + (
+        f" and {len(lines) - SETTINGS_NAMED} more" if len(lines) > SETTINGS_NAMED else ""
+    )
+
+
+def told(changes: dict[str, list[Any]]) -> str:
+    """``train.lr 0.002 -> 1e-05`` of each setting."""
+    parts = [f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items()]
+    return ", ".join(parts[:SETTINGS_NAMED]) + (
+        f" and {len(parts) - SETTINGS_NAMED} more" if len(parts) > SETTINGS_NAMED else ""
+    )
+
+
+def _check_steps(folder: RunFolder, stages: Sequence[Recipe]) -> None:
+    for name, steps in ((str(one.stage), one.train.steps) for one in stages):
+        if not folder.finished_steps(name) and folder.last_step(name) > steps:
+            raise RecipeError(
+                f"{folder.path}: stage '{name}' has been trained for {folder.last_step(name)} steps, more than "
+                f"train.steps={steps}. Ask for as many or more, or name another folder with --run."
+            )
+
+
+def _changes(held: Held, here: dict[str, Stage], finished: set[str]) -> Changes:
+    found = {}
+    for name, stage in here.items():
+        change = other_course(held.stages[name].course, stage.course)
+        if name in finished:  # how many ranks this machine would make is no wish
+            change = {key: pair for key, pair in change.items() if not key.startswith(SAMPLES)}
+        if change and other_course(held.stages[name].course | held.asked.get(name, {}), stage.course):
+            found[name] = change
+    return found
+
+
+def _refusal(folder: RunFolder, changes: Changes) -> str:
+    parts = "; ".join(
+        f"stage '{name}' is finished at step {folder.finished_steps(name)} and was trained otherwise: {told(change)}"
+        for name, change in changes.items()
+    )
+    return (
+        f"{folder.path}: {parts}. Nothing was changed. To train on with the new settings, ask for more steps than it "
+        "has (stages.NAME.train.steps); to train it anew, name another folder with --run, or none; else take the "
+        "settings that it was trained with."
+    )
+
+
+def _true_recipe(folder: RunFolder, curriculum: Curriculum, kept: set[str]) -> Recipe:
+    """The recipe, with these stages as they were trained."""
+    if not kept or not curriculum.base.stages:
+        return curriculum.base
+    trained = {str(one.stage): one for one in _curriculum_of(folder).stages}
+    return with_stages(
+        curriculum.base, [trained[str(one.stage)] if str(one.stage) in kept else one for one in curriculum.stages]
+    )
+
+
+def _now() -> dict[str, Any]:
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return {"command": sys.argv, "started": started, "commit": git_commit(), "versions": versions()}
+
+
+def _entry(stage: str, step: int, changes: dict[str, list[Any]]) -> dict[str, Any]:
+    """A start, or a change of a stage: from `step` on each setting has another value, ``[old, new]``."""
+    now = _now()
+    return {"stage": stage, "step": step, "changes": changes, "time": now.pop("started"), **now}
+
+
+def _first_entry(about: dict[str, Any]) -> dict[str, Any]:
+    """The first start of a run whose record kept no history."""
+    kept = {key: about.get(key) for key in ("command", "commit", "versions")}
+    return {"stage": next(iter(about["stages"])), "step": 0, "changes": {}, "time": about.get("started"), **kept}
+
+
+def write(folder: RunFolder, begun: Start) -> None:
+    """Puts a start on record: first what the run is, so that whatever is left by a kill can be told apart."""
+    write_json(folder.about, begun.about)
+    write_text(folder.recipe, to_yaml(begun.base))
+
+
+# default folders
+
+
+def default_path(name: str, here: dict[str, Stage], say: Callable[[str], None]) -> Path:
+    """``runs/<recipe>-<fingerprint>`` in the current folder: that of a run with this identity which began with this
+    course. Where there is none, a run of the same identity with another course is named."""
+    path = Path("runs") / f"{name}-{fingerprint(here)}"
+    if (path / "run.json").is_file():
+        return path
+    kin = list(_kin(path.parent, here, name))
+    for folder, held in kin:
+        first = held.about.get("first_course")
+        if first and not any(other_course(first[name], one.course) for name, one in here.items()):
+            return folder.path  # it named a file that was not on this machine, or on that one
+    if kin:
+        folder, held = kin[-1]
+        change = {
+            f"{stage}: {key}" if len(here) > 1 else key: pair
+            for stage, one in here.items()
+            for key, pair in other_course(held.stages[stage].course, one.course).items()
+        }
+        more = f" (and {len(kin) - 1} more)" if len(kin) > 1 else ""
+        say(
+            f"{folder.path}{more} is a run of the same model and data; this one differs in "
+            f"{told(change) or 'nothing but its age'}. --run {folder.path} would go on with it."
+        )
+    return path
+
+
+def _kin(runs: Path, here: dict[str, Stage], name: str) -> Iterator[tuple[RunFolder, Held]]:
+    """The runs of the same identity, the newest last. Of those without an identity a few of the same name are tried,
+    since each has to have its recipe loaded."""
+    abouts = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found, loaded = [], 0
+    for folder in (RunFolder(path.parent) for path in abouts):
+        with suppress(OSError, ValueError):  # something else is in nobody's way
+            if '"identity"' not in folder.about.read_text(encoding="utf-8"):
+                loaded += 1
+                if loaded > OLD_TRIED or not folder.path.name.startswith(f"{name}-"):
+                    continue
+            held = read_held(folder)
+            if not other_identity(held.stages, here):
+                found.append((folder, held))
+    yield from reversed(found)

@@ -1,0 +1,256 @@
+"""What films and pictures declare, and what our own declare: times, orientation, curves, fields, colours."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.video.reformatter import VideoReformatter
+
+from lingen.data.decode import decode_video
+from lingen.data.frames import ShortClip, fit_frame
+from lingen.media import encode_mp4, save_video
+from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, make_samples
+from lingen.prepare.filters import Filters
+from lingen.prepare.footage import MediaSource, read_frames
+from lingen.prepare.index import describe_sample
+from lingen.prepare.shots import follow
+from tests.helpers.footage import frames, write_film
+
+SIDE = 64
+OPEN = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)
+
+
+def cut(path: Path, filters: Filters = OPEN, fps: float = 24.0) -> CutResult:
+    wanted = ClipRequirements((((SIDE, SIDE),),), fps, (8,))
+    source = MediaSource("video", path.stem, path, "films")
+    return make_samples(CutJob(source, ["a caption"], "", wanted, filters, path.with_suffix(".tar")))
+
+
+def greys(count: int) -> list[np.ndarray]:
+    return [np.full((SIDE, SIDE, 3), 20 + 4 * number, np.uint8) for number in range(count)]
+
+
+def numbers_of(path: Path) -> list[int]:
+    """Which of `greys` a film shows."""
+    return [round((float(one.picture.to_ndarray(format="rgb24").mean()) - 20) / 4) for one in read_frames(path)]
+
+
+def stamped(path: Path, stamps: list[int | None], b_frames: int = 0, rate: int = 24) -> Path:
+    """A film in which the packets, in the order of decoding, have these time stamps, in frames."""
+    with av.open(str(path), "w") as file:
+        options = {"bf": str(b_frames), "b-adapt": "0", "crf": "4", "sc_threshold": "0"}
+        stream = file.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        pictures = (av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in greys(len(stamps)))
+        packets = [packet for picture in [*pictures, None] for packet in stream.encode(picture)]
+        for packet, stamp in zip(packets, stamps, strict=True):
+            if stamp is not None:
+                packet.pts = packet.dts = round(stamp / rate / packet.time_base)
+            file.mux(packet)
+    return path
+
+
+# time
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.mkv"])
+def test_a_film_with_times_of_decoding_alone_keeps_every_frame(tmp_path: Path, name: str) -> None:
+    """B-frames in an AVI, or in what was made of one: the decoder reorders frames, their time stamps do not."""
+    path = stamped(tmp_path / name, list(range(40)), b_frames=3)
+    read = list(read_frames(path))
+    assert numbers_of(path) == list(range(40)) and not any(frame.gap for frame in read)
+    assert [frame.time for frame in read] == pytest.approx(np.arange(40) / 24, abs=0.0011)
+    with pytest.raises(ValueError, match="out of order|broken video: neither"):
+        decode_video(path.read_bytes(), frames=30, size=(SIDE, SIDE), fps=24.0, start=0.0)
+
+
+def test_what_lies_behind_the_join_of_two_films_is_read_as_a_further_shot(tmp_path: Path) -> None:
+    one = write_film(tmp_path / "one.ts", frames("testsrc2", 1, size=(SIDE, SIDE)))
+    both = tmp_path / "both.ts"
+    both.write_bytes(one.read_bytes() * 2)
+    track = follow(read_frames(both))
+    assert len(track.times) == 48 and (np.diff(track.times) > 0).all()
+    assert 24 in track.cuts and track.fps == pytest.approx(24, rel=0.01) and track.mended == 1
+    outcome = cut(both)
+    assert sum(made.frames for made in outcome.samples) == 48
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [[0, 1, 2, 2, 3, 4, 5, 6], [0, 0, 2, 2, 4, 4, 6, 6], [0, 1, 3, 2, 4, 5, 6, 7]],
+    ids=["duplicate", "pairs", "one step back"],
+)
+def test_stamps_that_do_not_ascend_lose_no_frame(
+    tmp_path: Path, stamps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lingen.prepare import footage
+
+    path = write_film(tmp_path / "a.mpg", greys(8), 25, "mpeg2video")
+    film = list(footage._film(path))
+    film[1:] = [(stamp / 25, *rest) for stamp, (_, *rest) in zip(stamps, film[1:], strict=True)]
+    monkeypatch.setattr(footage, "_film", lambda path: iter(film))
+    read = list(read_frames(path))
+    assert len(read) == 8 and all(b.time > a.time for a, b in itertools.pairwise(read))
+    assert any(frame.mended for frame in read) and not any(frame.gap for frame in read)
+    assert read[-1].time == pytest.approx(7 / 25, abs=1.01 / 25)
+
+
+@pytest.mark.parametrize(("fps", "count"), [(24, 33), (24, 2), (30, 17), (60, 49), (15, 9), (23.976, 25), (120, 33)])
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("webm", "libvpx")])
+def test_a_film_of_exactly_the_wanted_length_is_long_enough(
+    tmp_path: Path, container: str, codec: str, fps: float, count: int
+) -> None:
+    """A WebM rounds times to milliseconds."""
+    path = write_film(tmp_path / f"a.{container}", (one[:16, :16] for one in greys(count)), fps, codec)
+    clip = decode_video(path.read_bytes(), frames=count, size=(16, 16), fps=fps, start=0.5)
+    assert clip.starts == 1
+    means = clip.pixels.double().mean((0, 2, 3))
+    assert (means.diff() > 2).all()  # each frame once
+    with pytest.raises(ShortClip, match=f"{count} frames where {count + 1} are wanted"):
+        decode_video(path.read_bytes(), frames=count + 1, size=(16, 16), fps=fps, start=0.5)
+
+
+def test_pack_counts_as_training_does(tmp_path: Path) -> None:
+    pictures = frames("testsrc2", 1, size=(SIDE, SIDE))
+    path = write_film(tmp_path / "a.webm", itertools.islice(pictures, 16), 24, "libvpx")
+    assert [made.frames for made in cut(path).samples] == [8, 8]
+
+
+def test_a_gap_of_an_hour_does_not_make_a_film_slow(tmp_path: Path) -> None:
+    path = stamped(tmp_path / "a.mkv", [*range(12), *range(90_000, 90_012)])
+    track = follow(read_frames(path))
+    assert track.fps == pytest.approx(24, rel=0.01) and 12 in track.cuts
+
+
+# orientation
+
+MATRICES = [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1), (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0),
+            (0, -1, -1, 0)]  # fmt: skip
+
+
+def with_matrix(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """The MP4 with another display matrix (a, b, c, d) in its track header (ISO 14496-12)."""
+    changed = bytearray(data)
+    a, b, c, d = (value << 16 for value in matrix)
+    struct.pack_into(">9i", changed, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_all_eight_orientations(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Each stored pixel lands where the matrix says: (x, y) -> (a x + c y, b x + d y)."""
+    height, width = 32, 48
+    stored = np.zeros((height, width, 3), np.uint8)
+    stored[: height // 2, : width // 2] = 255, 0, 0
+    stored[: height // 2, width // 2 :] = 0, 255, 0
+    stored[height // 2 :, : width // 2] = 0, 0, 255
+    path = write_film(tmp_path / "a.mp4", [stored] * 8, 8)
+    path.write_bytes(with_matrix(path.read_bytes(), matrix))
+    a, b, c, d = matrix
+    size = (height, width) if a else (width, height)
+    read = next(read_frames(path))
+    packed = fit_frame(read.picture, VideoReformatter(), read.aspect, size)
+    trained = decode_video(path.read_bytes(), frames=8, size=size, fps=8.0, start=0.0).pixels[:, 0].numpy()
+    for y, x in itertools.product((-1, 1), repeat=2):
+        colour = stored[height // 2 + y * height // 4, width // 2 + x * width // 4]
+        at = size[0] // 2 + (b * x + d * y) * size[0] // 4, size[1] // 2 + (a * x + c * y) * size[1] // 4
+        for pixels in (packed, trained):
+            assert np.abs(pixels[:, at[0], at[1]].astype(int) - colour).max() < 12, (y, x)
+    assert follow(read_frames(path)).size == size
+    told = describe_sample({"mp4": path.read_bytes(), "txt": b"a"})
+    assert (told["height"], told["width"]) == size
+
+
+# curves and fields
+
+
+def declaring(path: Path, transfer: int = 1, interlaced: bool = False) -> Path:
+    with av.open(str(path), "w") as file:
+        options = {"x264-params": "interlaced=1"} if interlaced else {}
+        stream = file.add_stream("libx264", rate=24, options=options)
+        stream.height, stream.width, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.codec_context.color_trc = transfer
+        for picture in frames("testsrc2", 1, size=(SIDE, SIDE)):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("reason", "transfer", "interlaced"), [("hdr", 16, False), ("hdr", 18, False), ("interlaced", 1, True)]
+)
+def test_hdr_and_interlaced_film_is_refused_and_counted(
+    tmp_path: Path, reason: str, transfer: int, interlaced: bool
+) -> None:
+    path = declaring(tmp_path / "a.mp4", transfer, interlaced)
+    ((key, said),) = cut(path).drops
+    assert key == "a" and said.startswith(f"{reason}: 100% of its frames") and "ffmpeg -vf" in said
+    with pytest.raises(ValueError, match=f"^{reason}: "):
+        decode_video(path.read_bytes(), frames=4, size=(SIDE, SIDE), fps=24.0, start=0.0)
+    with pytest.raises(ValueError, match=f"^{reason}: "):
+        describe_sample({"mp4": path.read_bytes(), "txt": b"a"})
+    path.with_suffix(".tar").unlink(missing_ok=True)
+    assert cut(path, Filters(**{"still": None, reason: None})).samples
+    assert not cut(declaring(tmp_path / "b.mp4")).drops
+
+
+# streams
+
+
+def test_the_default_stream_is_the_film_and_a_cover_is_none(tmp_path: Path) -> None:
+    from av.stream import Disposition
+
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        streams = []
+        for flags in (Disposition.attached_pic, 0, Disposition.default):
+            stream = file.add_stream("libx264", rate=24)
+            stream.height, stream.width, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+            stream.disposition = flags
+            streams.append(stream)
+        for shown in range(8):
+            for level, stream in zip((30, 90, 150), streams, strict=True):
+                picture = np.full((SIDE, SIDE, 3), level + shown, np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            file.mux(stream.encode())
+    first = next(read_frames(path)).picture.to_ndarray(format="rgb24")
+    assert abs(float(first.mean()) - 150) < 4
+    clip = decode_video(path.read_bytes(), frames=8, size=(SIDE, SIDE), fps=24.0, start=0.0)
+    assert abs(float(clip.pixels[:, 0].double().mean()) - 150) < 4
+
+
+# what we write
+
+
+@pytest.mark.parametrize(("rows", "matrix"), [(480, 6), (720, 1)])
+@pytest.mark.parametrize("member", [False, True], ids=["save_video", "shard"])
+def test_what_we_write_says_how_its_colours_are_coded(tmp_path: Path, rows: int, matrix: int, member: bool) -> None:
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (235, 120, 20)]
+    clip = np.repeat(np.array(colours, np.uint8)[None, None], rows, 1).repeat(64, 2)
+    clip = np.repeat(clip, 2, 0)
+    data = encode_mp4(clip, 8) if member else save_video(clip, tmp_path / "a.mp4", 8).read_bytes()
+    with av.open(io.BytesIO(data)) as file:
+        codec = file.streams.video[0].codec_context
+        assert (codec.colorspace, codec.color_range, codec.color_primaries, codec.color_trc) == (matrix, 1, 1, 1)
+        picture = next(file.decode(video=0))
+    # by the formulas of BT.601 and BT.709, not by FFmpeg
+    red, blue = (0.299, 0.114) if matrix == 6 else (0.2126, 0.0722)
+    planes = picture.to_ndarray()
+    luma, cb, cr = planes[:rows], planes[rows : rows + rows // 4], planes[rows + rows // 4 :]
+    for number, colour in enumerate(colours):
+        x = 64 * number + 32
+        y = (float(luma[rows // 2, x]) - 16) / 219
+        u = (float(cb.reshape(rows // 2, 128)[rows // 4, x // 2]) - 128) / 224
+        v = (float(cr.reshape(rows // 2, 128)[rows // 4, x // 2]) - 128) / 224
+        r, b = y + 2 * (1 - red) * v, y + 2 * (1 - blue) * u
+        g = (y - red * r - blue * b) / (1 - red - blue)
+        assert np.abs(np.array([r, g, b]) * 255 - colour).max() <= 3
+    read = decode_video(data, frames=2, size=(rows, 256), fps=8.0, start=0.0).pixels[:, 0, rows // 2, 32::64]
+    assert np.abs(read.numpy().T.astype(int) - colours).max() <= 3
