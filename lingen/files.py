@@ -1,8 +1,10 @@
 """A file or a folder appears whole or not at all; whether it can be written is asked before the work."""
 
 import contextlib
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -64,13 +66,31 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{_mark()}.partial")
     try:
-        yield partial
+        with naming(path):
+            yield partial
         if durable:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside the block an OSError that names no file names this one: that of a full disk does not, and libraries in
+    other languages tell theirs as errors of their own ("os error 28")."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"os error (\d+)|: (No space left on device|File too large)", str(error)):
+            number = int(found[1]) if found[1] else {"No": errno.ENOSPC, "Fi": errno.EFBIG}[found[2][:2]]
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -84,7 +104,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     work = path.parent / f"{BUILDING}{_mark()}"
     work.mkdir()
     try:
-        yield work
+        with naming(path):
+            yield work
         try:
             work.rename(path)
         except OSError:

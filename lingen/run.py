@@ -24,11 +24,11 @@ from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.identity import Stage
+from lingen.training.identity import Stage, described
 from lingen.training.ranks import is_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
-from lingen.weights import find_weights, read_weights
+from lingen.weights import check_checkpoint, find_weights, read_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
 
@@ -178,6 +178,8 @@ def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], 
 def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
     """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
     for recipe in stages:
+        for checkpoint in folder.checkpoints(str(recipe.stage))[-1:]:
+            check_checkpoint(checkpoint)
         ClipData(recipe).check()
         refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
         if recipe.init is not None:

@@ -11,8 +11,9 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
-from lingen.data.decode import decode_video
+from lingen.data.decode import decode_image, decode_video
 from lingen.data.frames import ShortClip, fit_frame
 from lingen.media import encode_mp4, save_video
 from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, make_samples
@@ -79,6 +80,16 @@ def test_what_lies_behind_the_join_of_two_films_is_read_as_a_further_shot(tmp_pa
     assert 24 in track.cuts and track.fps == pytest.approx(24, rel=0.01) and track.mended == 1
     outcome = cut(both)
     assert sum(made.frames for made in outcome.samples) == 48
+    assert outcome.told == [("both", "time stamps mended: 1 of 48 were missing or did not ascend")]
+
+
+def test_the_join_of_very_short_films_is_a_gap(tmp_path: Path) -> None:
+    one = write_film(tmp_path / "one.ts", greys(4))
+    both = tmp_path / "both.ts"
+    both.write_bytes(one.read_bytes() * 3)
+    read = list(read_frames(both))
+    assert [number for number, frame in enumerate(read) if frame.gap] == [4, 8] and len(read) == 12
+    assert np.diff([frame.time for frame in read]) == pytest.approx(1 / 24, abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +130,10 @@ def test_a_film_of_exactly_the_wanted_length_is_long_enough(
 def test_pack_counts_as_training_does(tmp_path: Path) -> None:
     pictures = frames("testsrc2", 1, size=(SIDE, SIDE))
     path = write_film(tmp_path / "a.webm", itertools.islice(pictures, 16), 24, "libvpx")
-    assert [made.frames for made in cut(path).samples] == [8, 8]
+    assert [made.frames for made in cut(path).samples] == [8, 8] and not cut(path).told
+    path.with_suffix(".tar").unlink()
+    retimed = cut(path, fps=12.0)
+    assert retimed.told == [("a", "retimed from 24 to 12 frames a second")] and retimed == cut(path, fps=12.0)
 
 
 def test_a_gap_of_an_hour_does_not_make_a_film_slow(tmp_path: Path) -> None:
@@ -198,6 +212,116 @@ def test_hdr_and_interlaced_film_is_refused_and_counted(
     path.with_suffix(".tar").unlink(missing_ok=True)
     assert cut(path, Filters(**{"still": None, reason: None})).samples
     assert not cut(declaring(tmp_path / "b.mp4")).drops
+
+
+# transparency and colour profiles
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [
+        ("a.webm", "libvpx", "yuva420p"),
+        ("b.webm", "libvpx-vp9", "yuva420p"),
+        ("a.mov", "prores_ks", "yuva444p10le"),
+        ("p.mov", "png", "rgba"),
+    ],
+)
+def test_a_transparent_film_is_on_white(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None:
+    """Black, transparent in its left half, half transparent in its lower right quarter."""
+    picture = np.zeros((SIDE, SIDE, 4), np.uint8)
+    picture[:, SIDE // 2 :, 3] = 255
+    picture[SIDE // 2 :, SIDE // 2 :, 3] = 128
+    path = tmp_path / name
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=24, options={"auto-alt-ref": "0"} if "vpx" in codec else {})
+        stream.height, stream.width, stream.pix_fmt = SIDE, SIDE, pix_fmt
+        if "vpx" in codec:
+            stream.metadata["alpha_mode"] = "1"
+            stream.bit_rate = 2_000_000
+        for _ in range(8):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+        file.mux(stream.encode())
+    read = next(read_frames(path))
+    shown = [fit_frame(read.picture, VideoReformatter(), read.aspect, (SIDE, SIDE))]
+    if name.endswith("webm"):
+        data = path.read_bytes()
+        shown.append(decode_video(data, frames=8, size=(SIDE, SIDE), fps=24.0, start=0.0).pixels[:, 0].numpy())
+    for pixels in shown:
+        levels = [float(pixels[:, y, x].mean()) for y, x in ((16, 16), (16, 48), (48, 48))]
+        assert levels == pytest.approx([255, 0, 127], abs=6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_eight_exif_orientations(orientation: int) -> None:
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1))
+    back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = upright.transpose(back[orientation]) if orientation in back else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = io.BytesIO()
+    stored.save(data, "PNG", exif=exif)
+    assert (decode_image(data.getvalue(), size=(48, 32))[:, 0].permute(1, 2, 0).numpy() == np.asarray(upright)).all()
+    told = describe_sample({"png": data.getvalue(), "txt": b"a"})
+    assert (told["height"], told["width"]) == (48, 32)
+
+
+def matrix_profile(columns: list[tuple[float, float, float]], gamma: float, space: bytes = b"RGB ") -> bytes:
+    """An ICC profile (version 2) of a display with these columns in XYZ (D50), or of grey."""
+    fixed = [tuple(round(value * 65536) for value in column) for column in columns]
+    tags = [(b"wtpt", b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061))]
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    if space == b"GRAY":
+        tags.append((b"kTRC", curve))
+    else:
+        tags += [
+            (name, b"XYZ \0\0\0\0" + struct.pack(">3i", *c))
+            for name, c in zip((b"rXYZ", b"gXYZ", b"bXYZ"), fixed, strict=True)
+        ]
+        tags += [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
+    table, body, at = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags:
+        table += name + struct.pack(">2I", at + len(body), len(content))
+        body += content
+    header = struct.pack(">I4x4s4s4s4s12x4s", at + len(body), b"\x02\x10\0\0", b"mntr", space, b"XYZ ", b"acsp")
+    header = header.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + table + body
+
+
+ADOBE_RGB = [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_colour_profile_becomes_srgb(kind: str) -> None:
+    """(150, 100, 80) of Adobe RGB (1998) by its formulas in sRGB."""
+    linear = (np.array([150, 100, 80]) / 255) ** 2.2
+    to_srgb = np.linalg.inv(
+        np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+    )
+    seen = to_srgb @ np.array(ADOBE_RGB).T @ linear
+    wanted = 255 * np.where(seen < 0.0031308, 12.92 * seen, 1.055 * np.abs(seen) ** (1 / 2.4) - 0.055)
+    data = io.BytesIO()
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 98, "subsampling": 0} if kind == "JPEG" else {}
+    picture = Image.new("RGB", (16, 16), (150, 100, 80))
+    picture.save(data, kind, icc_profile=matrix_profile(ADOBE_RGB, 2.2), **options)
+    pixels = decode_image(data.getvalue(), size=(16, 16))[:, 0, 8, 8].numpy()
+    assert abs(wanted[0] - 150) > 8 and np.abs(pixels - wanted).max() < 2.5
+
+
+def test_profiles_of_grey_and_of_transparent_pictures() -> None:
+    grey = io.BytesIO()
+    Image.new("L", (8, 8), 128).save(grey, "PNG", icc_profile=matrix_profile([], 1.0, b"GRAY"))
+    assert decode_image(grey.getvalue(), size=(8, 8)).double().mean().item() == pytest.approx(188, abs=2)
+    clear = io.BytesIO()
+    Image.new("RGBA", (8, 8), (150, 100, 80, 0)).save(clear, "PNG", icc_profile=matrix_profile(ADOBE_RGB, 2.2))
+    assert (decode_image(clear.getvalue(), size=(8, 8)) == 255).all()
+    broken = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(broken, "PNG", icc_profile=b"no profile")
+    with pytest.raises(ValueError, match="broken colour profile"):
+        decode_image(broken.getvalue(), size=(8, 8))
 
 
 # streams

@@ -61,7 +61,10 @@ def test_a_sweep_gets_a_folder_each_and_the_same_command_goes_on(tiny_recipe: Pa
     paths = [folder.path for folder, _ in runs]
     assert len(set(paths)) == 4 and all(path.parent == Path("runs") for path in paths)
     assert not any("--run" in line for line in runs[0][1])
-    assert any(f"--run {paths[0]}" in line and "train.lr 0.01 -> 1e-05" in line for line in runs[1][1])
+    for (_, said), change in zip(
+        runs[1:], ("train.lr 0.01 -> 1e-05", "time.shift 1.0 -> 2.0", "train.ema 0.9 -> 0.5"), strict=True
+    ):
+        assert [line for line in said if f"differs in {change}. --run {paths[0]} would" in line], said
     for (folder, _), lr in zip(runs[:2], (1e-2, 1e-5), strict=True):
         assert [stage.train.lr for stage in load_stages(folder.recipe)] == [lr, lr]
         assert group(folder, 2)["initial_lr"] == lr
@@ -272,6 +275,8 @@ def test_devices_are_no_change_as_long_as_a_step_holds_as_many_samples(tiny_reci
     usual = course()
     assert other_course(usual, course("trainer.devices=2", "data.batch={image: 1, video: 1}")) == {}
     assert other_course(usual, course("train.accumulate=2", "data.batch={image: 1, video: 1}")) == {}
+    images = ["stages.clips.data.mix={image: 1, video: 0}"]
+    assert other_course(course(*images), course(*images, "data.batch.video=8")) == {}
     assert other_course(usual, course("trainer.devices=2")) == {"trainer.devices": [1, 2]}
     assert other_course(usual, course("trainer.devices=auto", "trainer.num_nodes=1", "trainer.precision=32")) == {}
 

@@ -248,6 +248,31 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
         fit(tiny_recipe, ["model.mixer=broken_mixer:Broken"], run=tmp_path / "run", stage="clips")
 
 
+@pytest.mark.parametrize("stopped_at", [None, 1])
+def test_a_stage_without_a_single_finite_step_has_not_trained(
+    tiny_recipe: Path, here: Path, stopped_at: int | None, capsys
+):
+    """Though it is shorter than `max_nonfinite`, and even where it went on from a checkpoint of its own."""
+    (here / "broken_mixer.py").write_text(NAN_MIXER)
+    words = [
+        "fit",
+        "--recipe",
+        str(tiny_recipe),
+        "--run",
+        "run",
+        "--stage",
+        "images",
+        "model.mixer=broken_mixer:Broken",
+    ]
+    if stopped_at is not None:
+        assert main([*words, "train.checkpoint_every=1"]) == 1
+        assert [path.name for path in RunFolder(here / "run").checkpoints("images")] == ["step-00000001.ckpt"]
+    assert main(words) == 1
+    assert "not finite in 2 steps in a row, up to step 2 of stage 'images'" in " ".join(capsys.readouterr().err.split())
+    assert not RunFolder(here / "run").weights("images").exists()
+    assert not RunFolder(here / "run").checkpoint("images", 2).exists()
+
+
 def test_too_many_broken_samples_stop_the_run_and_name_the_first(tiny_recipe: Path, broken_shard: Path, tmp_path: Path):
     with pytest.raises(DataError, match="broken"):
         fit(

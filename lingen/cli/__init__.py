@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 # Their commands register themselves.
 from lingen.cli import bench, bench_models, data, doctor, encode, evaluate, export, prompts, recipes, runs  # noqa: F401
-from lingen.cli.command import COMMANDS, DONE, INTERRUPTED, WRONG_USE, parse_arguments
+from lingen.cli.command import COMMANDS, DONE, FAILED, INTERRUPTED, WRONG_USE, parse_arguments
+from lingen.cli.edge import line_of
 from lingen.recipe.errors import RecipeError
 
 
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 done, 1 failed, 2 wrong use, 75 asked to be requeued, 130 interrupted."""
     # Before torch is imported: OpenMP threads that spin while they wait slow a busy machine down.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    args = None
     try:
         args = parse_arguments(argv)
         return COMMANDS[args.command].run(args)
@@ -32,3 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lingen list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except Exception as error:
+        line = line_of(error, args)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        return FAILED

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from lingen import __version__
-from lingen.recipe.errors import RecipeError
+from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.registry import import_module
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes; beside them `lingen.run.REQUEUE`."""
@@ -66,6 +67,14 @@ def size_of(text: str) -> tuple[int, int]:
 RECIPE = argument("--recipe", metavar="R", help="a YAML file, or the name of a recipe that comes with lingen")
 STAGE = argument("--stage", metavar="S", help="one stage of the recipe")
 JSON = argument("--json", action="store_true", help="for machines")
+IMPORT = argument(
+    "--import",
+    dest="imports",
+    metavar="MODULE",
+    action="append",
+    default=[],
+    help="import a module that registers parts of yours; may be given again",
+)
 PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
 PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
 STREAM_FLAGS = (
@@ -101,8 +110,10 @@ def ways_of_args(args: argparse.Namespace) -> tuple[str | None, tuple[int, int] 
 def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[CommandFunction], CommandFunction]:
     """Makes a function the command of its name, `data_fetch` that of ``lingen data fetch``.
 
-    With `overrides`, ``key=value`` words arrive in ``args.overrides``.
+    With `overrides`, ``key=value`` words arrive in ``args.overrides``, and so does --import: it adds to `imports` of
+    the recipe.
     """
+    arguments += (IMPORT,) if overrides else ()
 
     def add(run: CommandFunction) -> CommandFunction:
         COMMANDS[run.__name__.rstrip("_").replace("_", " ")] = Command(run, help, arguments, overrides)
@@ -113,13 +124,44 @@ def command(help: str, *arguments: Argument, overrides: bool = False) -> Callabl
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the command; what argparse leaves over are overrides, wherever they stand between the flags."""
+    _check_command(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     flags = [word for word in rest if word.startswith("-")]
     if flags or (rest and not COMMANDS[args.command].takes_overrides):
         parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
-    args.overrides = rest
+    args.overrides = [*(f"imports={json.dumps([name])}" for name in getattr(args, "imports", ())), *rest]
+    if not COMMANDS[args.command].takes_overrides:
+        import_all(getattr(args, "imports", ()))
     return args
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """RecipeError for a command that does not exist, with the nearest one."""
+    if not words or words[0].startswith("-"):
+        return
+    groups: dict[str, list[str]] = {}
+    for name in COMMANDS:
+        head, _, tail = name.partition(" ")
+        groups.setdefault(head, []).append(tail)
+    if words[0] not in groups:
+        raise RecipeError(
+            f"There is no command '{words[0]}'.{did_you_mean(words[0], groups)} Known: {', '.join(groups)}."
+        )
+    tails = groups[words[0]]
+    if tails != [""] and len(words) > 1 and not words[1].startswith("-") and words[1] not in tails:
+        raise RecipeError(
+            f"There is no command '{words[0]} {words[1]}'.{did_you_mean(words[1], tails)} Known: {', '.join(tails)}."
+        )
+
+
+def import_all(modules: Sequence[str]) -> None:
+    """What --import names, where no recipe is changed by it. RecipeError where one cannot be imported."""
+    for name in modules:
+        try:
+            import_module(name)
+        except RecipeError as error:
+            raise RecipeError(f"--import {name}: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

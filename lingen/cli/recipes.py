@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from lingen.cli.command import DONE, JSON, RECIPE, STAGE, argument, command, print_json, print_table
+from lingen.cli.command import DONE, IMPORT, JSON, RECIPE, STAGE, argument, command, print_json, print_table
 from lingen.recipe.errors import RecipeError
 
 
@@ -13,6 +13,7 @@ from lingen.recipe.errors import RecipeError
     "that come with lingen",
     argument("what", choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"]),
     JSON,
+    IMPORT,
 )
 def list_(args: argparse.Namespace) -> int:
     from lingen.cli.catalogue import parts, recipes

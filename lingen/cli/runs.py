@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lingen.cli.command import (
     DONE,
     FAILED,
+    IMPORT,
     INTERRUPTED,
     RECIPE,
     STREAM_FLAGS,
@@ -122,6 +123,7 @@ SAMPLING = (
     argument("--again", metavar="CLIP", help="make this MP4 again, from what it notes; same machine, same bits"),
     argument("--out", metavar="x.mp4", help="several give x-00.mp4, ...; default: clip.mp4, or CLIP-again.mp4"),
     *SAMPLING,
+    IMPORT,
 )
 def sample(args: argparse.Namespace) -> int:
     if args.again is not None:
@@ -214,6 +216,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
     argument("--out", default="clip.mp4", metavar="x.mp4"),
     *STREAM_FLAGS,
+    IMPORT,
 )
 def decode(args: argparse.Namespace) -> int:
     from lingen.sampling.files import decode_file

@@ -21,6 +21,7 @@ from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
 from lingen.data.fingerprint import check_encoded
+from lingen.data.follow import follow_parent
 from lingen.data.indexing import open_index
 from lingen.data.latents import LatentRequirements
 from lingen.data.ledger import DataError
@@ -323,3 +324,4 @@ def _start_worker(closing: Any, worker: int) -> None:
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
+    follow_parent()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from lingen.data.frames import fit_frame, opened_video, refuse_odd, resample
+from lingen.data.frames import decoder_of, fit_frame, opened_video, refuse_odd, resample
 from lingen.data.pictures import fit_picture, open_picture, reported, webp_times
 
 VIDEO = ("mp4", "webm", "webp")
@@ -68,7 +68,7 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
     with opened_video(data) as (stream, packets, shown):
         tick = float(stream.time_base)
         chosen, starts = resample((shown - shown[:1]) * tick, frames, fps, start, tick)
-        decoded = _decode(stream.codec_context, packets, shown[chosen], size)
+        decoded = _decode(decoder_of(stream), packets, shown[chosen], size)
     return Clip(torch.from_numpy(np.stack(decoded, 1)), starts)
 
 

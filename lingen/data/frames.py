@@ -60,6 +60,24 @@ def default_stream(streams: Sequence[Any]) -> Any:
     return next((stream for stream in films if stream.disposition & Disposition.default), films[0] if films else None)
 
 
+def decoder_of(stream: Any) -> Any:
+    """The decoder of a stream; for VP8 and VP9 that declare transparency libvpx, as FFmpeg's own ones leave it out."""
+    import av
+
+    own = stream.codec_context
+    declared = {name.lower(): value for name, value in stream.metadata.items()}
+    if declared.get("alpha_mode") != "1" or own.name not in ALPHA_DECODERS:
+        return own
+    codec: Any = av.CodecContext.create(ALPHA_DECODERS[own.name], "r")
+    codec.options, codec.thread_count = own.options, 1
+    if own.sample_aspect_ratio:
+        codec.sample_aspect_ratio = own.sample_aspect_ratio
+    return codec
+
+
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
 @contextlib.contextmanager
 def opened_video(data: bytes) -> Iterator[tuple[Any, list[Any], Int[np.ndarray, " n"]]]:
     """The pictures of an MP4 or a WebM: the stream, its packets, and the time stamps of what is shown, ascending.
@@ -160,8 +178,20 @@ def refuse_odd(frame: Any) -> None:
         raise ValueError("interlaced: two fields are woven into each frame; convert it before it is packed")
 
 
+def on_white(frame: Any, scaler: Any) -> Any:
+    """The frame on white where its format has transparency. What it declares besides is gone then."""
+    from av import VideoFrame
+
+    if not frame.format.has_palette and not any(component.is_alpha for component in frame.format.components):
+        return frame
+    pixels = scaler.reformat(frame, format="rgba", threads=1).to_ndarray().astype(np.uint16)
+    share = pixels[..., 3:]
+    mixed = (pixels[..., :3] * share + 255 * (255 - share) + 127) // 255
+    return VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
+
+
 def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
-    """Scales to cover `size`, turns upright, cuts out the centre."""
+    """On white where it is transparent: scales to cover `size`, turns upright, cuts out the centre."""
     from av.video.reformatter import Interpolation
 
     refuse_bomb(frame.width, frame.height)
@@ -176,7 +206,7 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     # In planes: FFmpeg scales into them about twice as fast, and a clip is wanted in planes. But where nothing is to be
     # scaled, it leaves the last columns of planes unwritten at some widths.
     layout = "rgb24" if scaled == (frame.height, frame.width) else "gbrp"
-    fitted = scaler.reformat(frame, scaled[1], scaled[0], layout, interpolation=method, threads=1)
+    fitted = scaler.reformat(on_white(frame, scaler), scaled[1], scaled[0], layout, interpolation=method, threads=1)
     if layout == "rgb24":
         cut = fitted.to_ndarray()[top : top + height, left : left + width]
         return _upright(np.ascontiguousarray(cut.transpose(2, 0, 1)), turns, mirrored)

@@ -41,12 +41,47 @@ def reported() -> Iterator[None]:
 
 
 def fit_picture(picture: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Scales to cover `size` and cuts out the centre."""
     from PIL import Image, ImageOps
 
+    return np.asarray(ImageOps.fit(as_rgb(picture), size[::-1], method=Image.Resampling.BICUBIC))
+
+
+def as_rgb(picture: Any) -> Any:
+    """A picture in sRGB, by its colour profile where it has one, on white where it is transparent.
+
+    Raises:
+        ValueError: ``broken colour profile: ...``
+    """
+    from PIL import Image
+
+    profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I"):  # 16 bits
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    picture = on_plain(picture) if picture.has_transparency_data else picture.convert("RGB")
-    return np.asarray(ImageOps.fit(picture, size[::-1], method=Image.Resampling.BICUBIC))
+    if profile:
+        picture = _by_profile(picture, profile)
+    return on_plain(picture) if picture.has_transparency_data else picture.convert("RGB")
+
+
+def _by_profile(picture: Any, profile: bytes) -> Any:
+    """The picture in sRGB, as transparent as it was. A profile of other colours than the picture's is left."""
+    from PIL import ImageCms
+
+    modes = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = modes.get(source.profile.xcolor_space)
+        if mode is None or (mode == "CMYK") != (picture.mode == "CMYK"):
+            return picture
+        alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+        # through RGBA, where Pillow keeps the colours of transparent palettes
+        plain = picture if picture.mode == mode else picture.convert("RGBA").convert("RGB").convert(mode)
+        shown: Any = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"broken colour profile: {error}") from error
+    if alpha is not None:
+        shown.putalpha(alpha)
+    return shown
 
 
 def on_plain(picture: Any, background: str | tuple[int, int, int] = "white") -> Any:

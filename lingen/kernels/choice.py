@@ -2,11 +2,13 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -112,3 +114,16 @@ def best_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return torch.device(name)
+
+
+def memory_here(device: torch.device | None = None) -> int:
+    """Bytes of memory of a device, which others may use in part; of the CPU (the default) what this machine, or the
+    control group that a container gives it, has."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(there, int(text)) if text.isdecimal() else there

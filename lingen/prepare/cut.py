@@ -84,6 +84,8 @@ class CutResult(NamedTuple):
     samples: list[WrittenSample]
     drops: list[tuple[str, str]]
     """(the source's key, or a clip's, and ``reason: detail``)"""
+    told: list[tuple[str, str]] = []
+    """The same of what was kept, but not as it is: other frame rates, mended time stamps. Never changed in place."""
 
 
 def make_samples(job: CutJob) -> CutResult:
@@ -92,9 +94,9 @@ def make_samples(job: CutJob) -> CutResult:
         return CutResult([], [(job.source.key, job.fault)])
     if job.out.is_file():
         return read_outcome(job.out)
-    outcome = CutResult([], [])
+    outcome = CutResult([], [], [])
     with whole_file(job.out, durable=False) as partial, tarfile.open(partial, "w") as tar:
-        for made, media, about in _make(job, outcome.drops):
+        for made, media, about in _make(job, outcome.drops, outcome.told):
             _add(tar, f"{made.key}.{made.media}", media)
             _add(tar, f"{made.key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
             outcome.samples.append(made)
@@ -106,12 +108,12 @@ SampleFiles = tuple[WrittenSample, bytes, dict[str, Any]]
 """A sample, its media, and its JSON."""
 
 
-def _make(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
+def _make(job: CutJob, drops: list[tuple[str, str]], told: list[tuple[str, str]]) -> Iterator[SampleFiles]:
     try:
-        yield from (_film if job.source.kind == "video" else _picture)(job, drops)
+        yield from _film(job, drops, told) if job.source.kind == "video" else _picture(job, drops)
     except (ValueError, av.FFmpegError, OSError, MemoryError) as error:
-        told = isinstance(error, ValueError) and not isinstance(error, av.FFmpegError)
-        drops.append((job.source.key, str(error) if told else f"unreadable: {error}"))
+        ours = isinstance(error, ValueError) and not isinstance(error, av.FFmpegError)
+        drops.append((job.source.key, str(error) if ours else f"unreadable: {error}"))
 
 
 def read_outcome(path: Path) -> CutResult:
@@ -119,7 +121,8 @@ def read_outcome(path: Path) -> CutResult:
     with tarfile.open(path) as tar:
         held = json.loads(tar.extractfile(OUTCOME).read())  # type: ignore[union-attr]
     samples = [WrittenSample(*made)._replace(looks=tuple(made[-1])) for made in held[0]]
-    return CutResult(samples, [(name, reason) for name, reason in held[1]])
+    drops, told = ([(name, reason) for name, reason in one] for one in held[1:])
+    return CutResult(samples, drops, told)
 
 
 def read_samples(path: Path) -> Iterator[dict[str, bytes]]:
@@ -139,7 +142,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 # films
 
 
-def _film(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
+def _film(job: CutJob, drops: list[tuple[str, str]], told: list[tuple[str, str]]) -> Iterator[SampleFiles]:
     """The pieces of a film that no filter leaves out. The film is decoded twice, to measure it and to cut it."""
     track = follow(read_frames(job.source.path))
     verdict = judge_film(track, job.filters)
@@ -155,6 +158,8 @@ def _film(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
             drops.append((key, str(verdict)))
         else:
             kept.append((key, frames))
+    if kept:
+        told += [(job.source.key, reason) for reason in _not_as_it_is(track, fps)]
     size = covering(track.size, job.wanted.sizes)
     reel = _Reel(job.source.path, size)
     for key, frames in kept:
@@ -163,8 +168,17 @@ def _film(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
         motion, jerk = motion_of(track, first, end)
         start = float(track.times[first])
         about = _about(job) | {"start": round(start, 3), "seconds": round(len(frames) / fps, 3)}
+        about |= {"source_fps": round(track.fps, 3)}
         about |= {"motion": round(motion, 4), "jerk": round(jerk, 4)}
         yield WrittenSample(key, "mp4", *size, len(frames), fps, looks_of(track, first, end)), media, about
+
+
+def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
+    """What became of the times of a film that was kept."""
+    if track.fps and abs(track.fps / fps - 1) > 1e-3:
+        yield f"retimed from {track.fps:.5g} to {fps:.5g} frames a second"
+    if track.mended:
+        yield f"time stamps mended: {track.mended} of {len(track.times)} were missing or did not ascend"
 
 
 def _pieces(job: CutJob, track: Track, fps: float, drops: list[tuple[str, str]]) -> Iterator[Int[np.ndarray, " t"]]:

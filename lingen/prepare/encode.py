@@ -19,6 +19,7 @@ from lingen.data.captions import captions_of
 from lingen.data.datamodule import ClipData, as_it_is
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import differences, frozen_settings, hash_settings
+from lingen.data.follow import follow_parent
 from lingen.data.index import Index
 from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import About, Row, media_hash
@@ -203,6 +204,7 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
         batch_size=None,
         collate_fn=as_it_is,
         num_workers=min(workers, len(tasks)),
+        worker_init_fn=_start_decoder,
         multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
     )
     group: Group = []
@@ -213,6 +215,10 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
         group.append((task, loaded))
     if group:
         yield group
+
+
+def _start_decoder(worker: int) -> None:
+    follow_parent()
 
 
 def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None:

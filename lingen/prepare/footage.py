@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingen.data.frames import picture_stream
-from lingen.data.pictures import on_plain, open_picture, reported, webp_times
+from lingen.data.frames import decoder_of, picture_stream
+from lingen.data.pictures import as_rgb, open_picture, reported, webp_times
 from lingen.prepare.formats import CAPTIONS, READ, extensions
 from lingen.recipe.errors import RecipeError
 
@@ -182,14 +182,14 @@ def read_frames(path: Path) -> Iterator[Frame]:
     """All frames of a video in the order in which they are shown; times ascend, whatever the time stamps do.
 
     A time stamp that is missing or not behind the one before is replaced by the average rate. Where they jump back by
-    more than `GAP`, as where two recordings were joined, the film goes on behind what was before.
+    more than one frame, as where two recordings were joined, the film goes on behind what was before.
 
     Raises:
         ValueError: ``unreadable: ...``, ``too large: ...``.
     """
     film = _animation(path) if path.suffix.lower() == ".webp" else _film(path)
     interval, tick = next(film)[:2]
-    last, offset, gap = -interval, None, False
+    last, before, offset, gap = -interval, None, None, False
     for stamp, picture, aspect in film:
         if picture is None:
             gap = True
@@ -198,8 +198,10 @@ def read_frames(path: Path) -> Iterator[Frame]:
         offset = time - stamp if offset is None and stamp is not None else offset
         mended = stamp is None or time <= last
         if stamp is not None and time <= last:
-            gap = gap or last - time > GAP
-            time, offset = last + interval, last + interval - stamp if last - time > GAP else offset
+            time = last + interval
+            if before is not None and stamp < before - 1.5 * interval:
+                gap, offset = True, time - stamp
+        before = before if stamp is None else stamp
         yield Frame(time, picture, aspect, gap or time - max(last, 0.0) > GAP, tick, mended)
         last, gap = time, False
 
@@ -215,7 +217,7 @@ def _film(path: Path) -> Iterator[tuple[Any, Any, Any]]:
             stamps = _decoding_order(file)
         with av.open(str(path), options=options) as file:
             stream = picture_stream(file, "unreadable")
-            codec = stream.codec_context
+            codec = decoder_of(stream)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
             yield 1 / (rate if 0.1 <= rate <= 480 else 25), float(stream.time_base), None
             for packet in file.demux(stream):
@@ -266,5 +268,5 @@ def _animation(path: Path) -> Iterator[tuple[Any, Any, None]]:
     for number, time in enumerate(webp_times(data)):
         with reported():
             animation.seek(number)
-            shown = on_plain(animation)
+            shown = as_rgb(animation)
         yield float(time), av.VideoFrame.from_image(shown), None

@@ -54,13 +54,17 @@ def parse_part(text: str | None) -> Part:
     return Part(int(number), int(count))
 
 
+KEPT = "kept, "
+"""How the reason of a note begins that leaves nothing out."""
+
+
 class Note(NamedTuple):
     """The outcome for a source or sample."""
 
     name: str
     """A source, or a sample of it."""
     reason: str = ""
-    """``reason: detail`` of what was left out; empty: used."""
+    """``reason: detail`` of what was left out, or of what was changed (`KEPT`); empty: used."""
     mark: str = ""
     """Hash of the source's content; empty where it is not known."""
 

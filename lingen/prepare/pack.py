@@ -15,7 +15,7 @@ from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, WrittenSample, make_samples, read_samples
 from lingen.prepare.filters import Duplicates, Filters
 from lingen.prepare.footage import Footage, MediaSource, look_through
-from lingen.prepare.journal import JournalEntry, Note, Part, Record, SetFolder, ShardStream
+from lingen.prepare.journal import KEPT, JournalEntry, Note, Part, Record, SetFolder, ShardStream
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
@@ -130,6 +130,7 @@ def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) ->
     jobs = (_job(job, source, stream, marks[source.key]) for source in sources if source.key not in finished)
     for one, outcome in in_order(make_samples, jobs, job.processes, _crashed):
         notes = [Note(name, reason) for name, reason in outcome.drops]
+        notes += [Note(name, f"{KEPT}{reason}") for name, reason in outcome.told]
         samples = read_samples(one.out) if outcome.samples else iter(())
         for made, members in zip(outcome.samples, samples, strict=True):
             if made.key in written:

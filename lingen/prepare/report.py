@@ -8,7 +8,7 @@ from lingen.data import manifest
 from lingen.data.ledger import NAMED
 from lingen.data.manifest import About, Row
 from lingen.files import write_json
-from lingen.prepare.journal import Record, SetFolder
+from lingen.prepare.journal import KEPT, Record, SetFolder
 from lingen.recipe.sections import KINDS
 
 LEDGER = "ledger.json"
@@ -33,6 +33,8 @@ class Report:
         """Bytes of all samples."""
         self.left_out: Counter[str] = Counter()
         """Reason -> sources or clips."""
+        self.changed: Counter[str] = Counter()
+        """What was changed -> sources that were kept."""
         self.named: dict[str, list[str]] = {}
         """Reason -> the first ones as ``name: reason: detail``."""
         for record in records:
@@ -50,7 +52,7 @@ class Report:
                 self.looked_at += 1
                 continue
             group = reason.partition(":")[0]
-            self.left_out[group] += 1
+            (self.changed if reason.startswith(KEPT) else self.left_out)[group] += 1
             named = self.named.setdefault(group, [])
             if len(named) < NAMED:
                 named.append(f"{name}: {reason}")
@@ -62,7 +64,11 @@ class Report:
             {"what": f"left out: {reason}", "count": f"{count:,}", "first": self.named[reason][0]}
             for reason, count in self.left_out.most_common()
         ]
-        return made + out
+        changed = [
+            {"what": reason, "count": f"{count:,}", "first": self.named[reason][0].partition(":")[0]}
+            for reason, count in self.changed.most_common()
+        ]
+        return made + changed + out
 
     def as_json(self) -> dict[str, Any]:
         """Plain types."""
@@ -71,6 +77,7 @@ class Report:
             "made": dict(self.made),
             "seconds": round(self.seconds, 3),
             "bytes": self.size,
+            "changed": {reason.removeprefix(KEPT): count for reason, count in self.changed.items()},
             "left_out": dict(self.left_out),
             "named": self.named,
         }

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 from scenedetect import AdaptiveDetector, FrameTimecode
 
-from lingen.data.frames import HDR, orientation
+from lingen.data.frames import HDR, on_white, orientation
 from lingen.prepare.footage import GAP, Frame
 
 HEIGHT = 96
@@ -106,7 +107,8 @@ def _small(frame: Frame) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
     picture: Any = frame.picture
     width = picture.width * float(frame.aspect or 1)
     columns = max(16, round(width * HEIGHT / picture.height))
-    small = picture.reformat(columns, HEIGHT, "bgr24", interpolation="AREA", threads=1).to_ndarray()
+    shown_picture = on_white(picture, VideoReformatter())
+    small = shown_picture.reformat(columns, HEIGHT, "bgr24", interpolation="AREA", threads=1).to_ndarray()
     shown = (picture.height, round(width))
     return small, shown[::-1] if orientation(picture)[0] % 2 else shown
 

@@ -3,13 +3,13 @@
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from typing import Generic, TypeVar
+
+from lingen.data.follow import follow_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -92,11 +92,4 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 def _start() -> None:
     """Workers ignore Ctrl-C, because the parent ends them; they also end when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    follow_parent()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_yaml, resolve
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, Registry
+from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, Registry, import_module
 from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
 from lingen.recipe.signature import Path, as_plain, check_settings
 from lingen.recipe.text import NoText, decode_text
@@ -73,6 +73,8 @@ def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -
     for draft in (whole, *drafts.values()):
         problems += resolve(draft, as_plain(Recipe()))
         spell_out(draft)
+    raise_all(_import_modules([whole, *drafts.values()]))  # alone: what it would have registered is unknown
+    for draft in (whole, *drafts.values()):
         problems += _problems_of_sections(draft)
     for draft in drafts.values():
         problems += _problems_of_data(draft)
@@ -181,7 +183,7 @@ def _read(source: RecipeText, child: str | None) -> Layered:
         base.tree.pop("stage", None)
     base.tree["name"] = source.name
     base.origins[()] = Origin(shown, "")
-    raise_all(base.merge(layer))
+    raise_all(_lay_over(base, layer))
     return base
 
 
@@ -247,9 +249,39 @@ def _merge(
 ) -> Layered:
     merged = base.copy()
     for layer in (overlay, *plain, *own):
-        problems += merged.merge(layer)
+        problems += _lay_over(merged, layer)
     spell_out(merged)
     return merged
+
+
+def _lay_over(below: Layered, over: Layered) -> list[Problem]:
+    """Merges; `imports` add up, because a recipe that extends another one needs its parts too."""
+    place: Path = ("imports",)
+    held, given = below.get(place), over.get(place)
+    if not (isinstance(held, list) and isinstance(given, list)):
+        return below.merge(over)
+    added = [number for number, module in enumerate(given) if module not in held]
+    origins = [below.origin((*place, number)) for number in range(len(held))]
+    origins += [over.origin((*place, number)) for number in added]
+    over = over.copy()
+    over.tree["imports"] = [*held, *(given[number] for number in added)]
+    over.origins |= {(*place, number): origin for number, origin in enumerate(origins)}
+    return below.merge(over)
+
+
+def _import_modules(drafts: Sequence[Layered]) -> Iterator[Problem]:
+    """Imports the modules that these drafts name, each once, before their parts are looked up."""
+    seen: set[str] = set()
+    for draft in drafts:
+        modules = draft.get(("imports",))
+        for number, name in enumerate(modules if isinstance(modules, list) else ()):
+            if not isinstance(name, str) or name in seen:
+                continue  # what is no text is told with the sections
+            seen.add(name)
+            try:
+                import_module(name)
+            except RecipeError as error:
+                yield draft.problem(("imports", number), str(error))
 
 
 def _problems_of_sections(draft: Layered) -> Iterator[Problem]:

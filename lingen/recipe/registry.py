@@ -1,10 +1,12 @@
 """Registries of interchangeable parts. Nothing heavy is imported until a part is asked for."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from lingen.recipe.errors import RecipeError, did_you_mean
@@ -15,14 +17,55 @@ T = TypeVar("T")
 def import_object(path: str) -> Any:
     """The object at ``module:Name``; modules in the current folder are found too. RecipeError where that fails."""
     module, _, name = path.partition(":")
+    try:
+        with _folder_on_path():
+            return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a plugin may raise anything; it is reported, never hidden
+        raise RecipeError(f"Cannot load '{path}': {type(error).__name__}: {error}") from error
+
+
+def import_module(name: str) -> None:
+    """Imports a module that registers parts. The current folder comes first, and stays on the path, at its end: what
+    the module imports later, and processes that are started from this one, find it too.
+
+    Raises:
+        RecipeError: it cannot be imported, or raises; with the place and the cure.
+    """
+    here = os.getcwd()
+    try:
+        with _folder_on_path():
+            importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise RecipeError(f"Cannot import '{name}': {_why(name, error)}") from error
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def _why(name: str, error: BaseException) -> str:
+    told = " ".join(str(error).split())
+    if name.endswith(".py") or os.sep in name:
+        return "this is a path; write the module's name, as in `import my_mixers`: dots for folders, without .py."
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+        return (
+            f"there is no module '{error.name}' in the current folder or installed. Run where it lies, or install it."
+        )
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {told}. Mend it."
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
+    place = f" at {os.path.relpath(own[-1].filename)}:{own[-1].lineno}" if own else ""
+    return f"it raises {type(error).__name__}{place}: {told}. Mend it, or take the module out of `imports`."
+
+
+@contextlib.contextmanager
+def _folder_on_path() -> Iterator[None]:
+    """The current folder before all else that modules are looked for in."""
     here = os.getcwd()
     added = here not in sys.path
     if added:
         sys.path.insert(0, here)
     try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a plugin may raise anything; it is reported, never hidden
-        raise RecipeError(f"Cannot load '{path}': {type(error).__name__}: {error}") from error
+        yield
     finally:
         if added and here in sys.path:
             sys.path.remove(here)

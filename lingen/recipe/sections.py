@@ -334,6 +334,11 @@ class Recipe:
 
     name: Annotated[str, FREE, "what the run is called; by default the file's name"] = "recipe"
     stage: Annotated[str | None, IDENTITY, "name of the only stage, where there are no `stages`"] = None
+    imports: Annotated[
+        list[str],
+        FREE,  # which parts a run has is said where they are named
+        "modules that register parts of yours (`@lingen.MIXERS.register`), imported before parts are looked up",
+    ] = field(default_factory=list)
     seed: Annotated[int, AtLeast(0), IDENTITY] = 0
     init: Annotated[
         str | None, IDENTITY, CONTENT, "weights (a .safetensors file or a run folder) that training starts from"

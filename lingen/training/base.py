@@ -151,7 +151,8 @@ class Trained(lightning.LightningModule):
         return [self.trained_parameters().values()]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradient; one that is not finite is thrown away, and a few in a row stop the run."""
+        """Clips the gradient; one that is not finite is thrown away, and a few in a row, or all of a stage, stop the
+        run."""
         norms = [self._clip(parameters) for parameters in self.clipped_together()]
         if all(torch.isfinite(norm) for norm in norms):
             self.bad_steps = 0
@@ -161,7 +162,8 @@ class Trained(lightning.LightningModule):
         self.bad_steps += 1
         self.meter.count("nonfinite_steps", 1)
         optimizer.zero_grad(set_to_none=True)
-        if self.bad_steps >= self.recipe.train.max_nonfinite:
+        settings = self.recipe.train
+        if self.bad_steps >= min(settings.max_nonfinite, settings.steps):  # a shorter stage would count as trained
             raise NonFiniteError(
                 f"The loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step "
                 f"{self.global_step + 1} of stage '{self.recipe.stage or 'main'}'; samples of this rank's last batch: "
@@ -207,6 +209,7 @@ class Trained(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what is trained and its average. IncompleteError where a tensor lacks elements: nothing is written."""
+        checkpoint["bad_steps"] = self.bad_steps
         state = checkpoint["state_dict"] = self.trained_state()
         check_whole(state, self.shapes)
         if self.average is not None:
@@ -225,6 +228,7 @@ class Trained(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._pending_average = checkpoint.get("average")
+        self.bad_steps = checkpoint.get("bad_steps", 0)
         count_batches(checkpoint, self.recipe.train.accumulate)
 
     # what is logged

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
-from lingen.files import remove_left, whole_file, write_json
+from lingen.files import naming, remove_left, whole_file, write_json
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
@@ -236,7 +236,7 @@ class MetricsFile:
                 writer.writeheader()
                 writer.writerows(self._rows)
         else:
-            with self.path.open("a", newline="") as file:
+            with naming(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
         self._began = True
 

@@ -68,13 +68,15 @@ def identity_of(recipe: Recipe) -> Values:
 
 
 def course_of(recipe: Recipe) -> Values:
-    """Every setting that is marked as `COURSE`, and the samples of each kind in a step of all ranks."""
+    """Every setting that is marked as `COURSE`, and the samples of each kind in a step of all ranks: 0 of one that the
+    mix does not ask for."""
     told = {key: as_plain(entry.value) for key, entry in entries_of(recipe).items() if entry.mark is COURSE}
     precision = recipe.trainer.get("precision")
     told |= {"trainer.devices": recipe.trainer.get("devices", "auto"), "trainer.num_nodes": 1} | told
     told["trainer.precision"] = PRECISION_SPELLINGS.get(precision, precision)
-    per_rank = recipe.train.accumulate * ranks_of(recipe)
-    return told | {f"{SAMPLES}{kind}": getattr(recipe.data.batch, kind) * per_rank for kind in KINDS}
+    per_rank, data = recipe.train.accumulate * ranks_of(recipe), recipe.data
+    asked = {kind: per_rank if getattr(data.mix, kind) else 0 for kind in KINDS}
+    return told | {f"{SAMPLES}{kind}": getattr(data.batch, kind) * times for kind, times in asked.items()}
 
 
 def _identity(key: str, entry: Entry, recipe: Recipe) -> Any:

@@ -56,7 +56,7 @@ def read_held(folder: RunFolder) -> Held:
         about = json.loads(folder.about.read_text(encoding="utf-8"))
         kept = about["stages"] if "identity" in about else []
         stages = {name: Stage(about["identity"][name], about["course"][name]) for name in kept}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecipeError(f"{folder.about} cannot be read ({error}). Name another folder with --run.") from error
     if "identity" not in about:
         return Held(about, described(_curriculum_of(folder).stages))
@@ -147,8 +147,9 @@ def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
 def _check_identity(folder: RunFolder, held: Held, here: dict[str, Stage], name: str) -> None:
     found = other_identity(held.stages, here)
     if found:
+        names = "" if held.about.get("recipe") == name else f" ('{held.about.get('recipe')}'; this one is '{name}')"
         raise RecipeError(
-            f"{folder.path} holds a run of another recipe ('{held.about.get('recipe')}'; this one is '{name}'): "
+            f"{folder.path} holds a run of another recipe{names}: "
             f"{_named(found.values())}. Name another folder with --run, or none, to train it as a run of its own."
         )
 
@@ -255,18 +256,28 @@ def default_path(name: str, here: dict[str, Stage], say: Callable[[str], None]) 
         if first and not any(other_course(first[name], one.course) for name, one in here.items()):
             return folder.path  # it named a file that was not on this machine, or on that one
     if kin:
-        folder, held = kin[-1]
-        change = {
-            f"{stage}: {key}" if len(here) > 1 else key: pair
-            for stage, one in here.items()
-            for key, pair in other_course(held.stages[stage].course, one.course).items()
-        }
-        more = f" (and {len(kin) - 1} more)" if len(kin) > 1 else ""
+        nearest, change = min(
+            ((folder, _apart(held, here)) for folder, held in reversed(kin)), key=lambda one: len(one[1])
+        )
+        more = f" There are {len(kin) - 1} more of the kind." if len(kin) > 1 else ""
         say(
-            f"{folder.path}{more} is a run of the same model and data; this one differs in "
-            f"{told(change) or 'nothing but its age'}. --run {folder.path} would go on with it."
+            f"{nearest.path} is a run of the same model and data; this one, {path}, differs in {', '.join(change)}. "
+            f"--run {nearest.path} would go on with it.{more}"
         )
     return path
+
+
+def _apart(held: Held, here: dict[str, Stage]) -> list[str]:
+    """``train.lr 0.002 -> 1e-05`` of each setting of the course that differs, with its stage unless all have it."""
+    of = {name: other_course(held.stages[name].course, one.course) for name, one in here.items()}
+    lines = {name: [told({key: pair}) for key, pair in change.items()] for name, change in of.items()}
+    return list(
+        dict.fromkeys(
+            line if all(line in one for one in lines.values()) else f"stages.{name}.{line}"
+            for name, changes in lines.items()
+            for line in changes
+        )
+    ) or ["how it was started"]
 
 
 def _kin(runs: Path, here: dict[str, Stage], name: str) -> Iterator[tuple[RunFolder, Held]]:

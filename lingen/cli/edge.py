@@ -1,0 +1,57 @@
+"""The edge of the command line: what went wrong with files and memory is one line with the file and the cure."""
+
+import argparse
+import errno
+import os
+
+CURES = {
+    errno.ENOSPC: "The disk is full: free some space, or name another place",
+    errno.EDQUOT: "Your share of the disk is used up: free some space, or name another place",
+    errno.EFBIG: "The file is larger than this place or your limits allow (`ulimit -f`): name another place",
+    errno.EROFS: "The place is read-only: name another one",
+    errno.EACCES: "This user may not: change the permissions, or name another place",
+    errno.EPERM: "This user may not: change the permissions, or name another place",
+    errno.ENOENT: "It is not there: correct the path",
+    errno.ENOTDIR: "A file stands where a folder is expected: correct the path",
+    errno.EISDIR: "A folder stands where a file is expected: correct the path",
+    errno.EMFILE: "Too many files are open: raise `ulimit -n`",
+    errno.EIO: "The disk does not read or write: look at it, or name another place",
+}
+"""Error numbers of the operating system -> what helps."""
+ALLOCATIONS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+"""Words in errors of torch that mean that memory ran out."""
+LESS_MEMORY = {
+    "fit": "lower data.batch and raise train.accumulate instead, set model.checkpointing=true, or take a smaller size",
+    "sample": "take a smaller --size or fewer --seconds, or sample.guidance_batch=false in the recipe",
+    "decode": "take --stream tiled, or a smaller --tile",
+}
+"""Command -> what helps where memory ran out."""
+
+
+def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None:
+    """One line for an error of files or of memory, with the cure; None for any other error.
+
+    Args:
+        args: of the command; its `out` or `run` names the place where the error does not.
+    """
+    if is_out_of_memory(error):
+        command = getattr(args, "command", "")
+        cure = LESS_MEMORY.get(command, "give it less at a time, or a machine with more memory")
+        return f"Out of memory ({_short(error)}): {cure}."
+    if isinstance(error, OSError) and error.errno is not None:
+        named = error.filename or getattr(args, "out", None) or getattr(args, "run", None)
+        what = error.strerror or os.strerror(error.errno)
+        cure = CURES.get(error.errno, "Look at the file, or name another one")
+        return f"{named + ': ' if isinstance(named, str) else ''}{what}. {cure}."
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of a GPU ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in ALLOCATIONS)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split(". ")[0].split())[:160].rstrip(".") or type(error).__name__
