@@ -142,9 +142,9 @@ def read_run(about: Path) -> dict[str, Any]:
     """What a run.json holds. WeightsError where it is broken or cannot be read."""
     try:
         held = decode_json(about.read_bytes())
-        texts = [held["recipe"], held["fingerprint"], *held["stages"]]
-        if not all(isinstance(text, str) and "\0" not in text for text in texts) or isinstance(held["stages"], str):
-            raise ValueError("recipe, fingerprint and stages are to be texts")
+        stages = held["stages"]
+        if not isinstance(stages, list) or not all(isinstance(name, str) and "\0" not in name for name in stages):
+            raise ValueError("its stages are to be names")
     except OSError as error:
         raise WeightsError(about, f"it cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError) as error:

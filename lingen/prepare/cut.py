@@ -30,7 +30,7 @@ from lingen.prepare.filters import (
     motion_of,
 )
 from lingen.prepare.footage import MediaSource, read_frames, sample_key
-from lingen.prepare.formats import KEPT, MOVING, picture_formats
+from lingen.prepare.formats import MEMBERS, MOVING, picture_formats
 from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
 
 CRF = 18
@@ -258,7 +258,7 @@ def _picture(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]
     if verdict is not None:
         drops.append((job.source.key, str(verdict)))
         return
-    media = KEPT.get(picture.format, "")
+    media = MEMBERS.get(picture.format, "")
     if size != (height, width) or not media:
         media, data = "webp", encode_webp(fit_picture(upright, size), quality=95)
     yield WrittenSample(sample_key(job.source.key), media, *size, 1, 0.0, (look(grey),) * LOOKS), data, _about(job)

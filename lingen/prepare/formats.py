@@ -17,7 +17,7 @@ NO_FILMS = frozenset((".m4a", ".m4b", ".wma", ".ra", ".isma", ".mka", ".mks", ".
 """Extensions of the same containers for sound, subtitles and pictures alone."""
 NO_PICTURES = frozenset(("EPS", "FLI", "MPEG", "IPTC"))
 """What Pillow reads by running another program, or reads no picture of."""
-KEPT = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+MEMBERS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 """Formats of pictures that training reads, as Pillow names them, and the extensions of their members in a shard."""
 MOVING = ("GIF", "WEBP", "PNG", "AVIF")
 """Formats whose pictures follow each other in time; several pictures of others are pages or sizes."""

@@ -153,5 +153,6 @@ def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:
         pixels = decode_sample(members, row.kind, frames=frames, size=size, fps=fps, start=0.0).pixels
         caption = captions_of(members)[0] if row.captions else "no caption yet"
         return pixels.permute(1, 2, 3, 0).numpy(), f"{told}: {caption}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
+        size = (96, min(size[1], 960))  # a manifest may be wrong
         return np.zeros((1, *size, 3), np.uint8), f"{told}: {error}"

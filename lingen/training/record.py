@@ -56,7 +56,7 @@ def read_held(folder: RunFolder) -> Held:
     try:
         kept = about["stages"] if "identity" in about else []
         stages = {name: Stage(about["identity"][name], about["course"][name]) for name in kept}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"{folder.about} cannot be read ({error}). Name another folder with --run.") from error
     if "identity" not in about:
         return Held(about, described(_curriculum_of(folder).stages))
