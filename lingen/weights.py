@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +17,8 @@ from lingen.recipe.text import decode_json
 
 Copy = Literal["averaged", "raw"]
 """The two copies in a file: training continues from the raw one, the averaged one is for sampling."""
+OF_TRAINING = ("recipe", "stage", "step")
+"""Metadata that tells how weights were trained; an autoencoder of known sizes does without."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a recipe calls the precision of weights."""
@@ -70,7 +72,7 @@ def export_weights(source: str | Path, out: str | Path, precision: str = "bf16")
     """
     out = check_target(out, ".safetensors")
     path = find_weights(source)
-    metadata = read_metadata(path)
+    metadata = read_metadata(path, OF_TRAINING)
     kept = {name: v for name, v in read_weights(path, "averaged").items() if not name.startswith("discriminator.")}
     if precision == "bf16":
         kept = {name: v.bfloat16() if v.ndim > 1 and v.is_floating_point() else v for name, v in kept.items()}
@@ -99,8 +101,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         partial.chmod(mode)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a weights file. WeightsError for a file that lingen did not write."""
+def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:
+    """The metadata of a weights file. WeightsError for a file that lingen did not write, or without a `needed` key."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -110,7 +112,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise WeightsError(path, f"it is cut off or no safetensors file ({error}).") from error
     except OSError as error:
         raise WeightsError(path, f"it cannot be read ({error.strerror or error}).") from error
-    whole = {"recipe", "stage", "step"} <= metadata.keys() and metadata["step"].isdecimal()
+    whole = metadata.keys() >= set(needed) and metadata.get("step", "0").isdecimal()
     if metadata.get("format") != "lingen" or not whole:
         raise WeightsError(
             path, "it holds no lingen weights (its metadata names no recipe). Use a file that `lingen fit` wrote."

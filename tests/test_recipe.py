@@ -379,7 +379,7 @@ def test_mistakes(name):
         "train.text_drop=2": "Expected a number from 0 to 1, got 2. (at train.text_drop)",
         "train.lr=-1": "Expected at least 0, got -1. (at train.lr)",
         "train.lr=fast": "Expected a number, got 'fast'. (at train.lr)",
-        "score.clips=41": "Expected a number from 0 to 40, got 41. (at score.clips)",
+        "score.clips=301": "Expected a number from 0 to 300, got 301. (at score.clips)",
         "sample.guidance_interval=[.5,.2]": "The interval ends at 0.2, before it begins at 0.5. (at "
         "sample.guidance_interval)",
         "model.depth": "'model.depth' is no override; say key=value, e.g. model.depth=4.",
@@ -551,7 +551,7 @@ def test_the_schema_finds_what_the_loader_finds():
         "data: {batch: {video: 0}}": False,
         "data: {mix: {video: 0}}": True,
         "data: {fps: 0}": False,
-        "score: {clips: 41}": False,
+        "score: {clips: 301}": False,
         "model: {checkpointing: 0}": False,
         "model: {checkpointing: false, num_heads: null}": True,
         "model: {mixer: {name: mamba2, review: [2, 0, 2]}}": False,

@@ -88,7 +88,8 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "train.clip_grad": "1e-3", "train.accumulate": "2", "train.ema": "0.01", "train.text_drop": "1",
     "reconstruction.discriminator_lr": "1e-2", "trainer.precision": "bf16-mixed",
     # free
-    "name": "another", "model.checkpointing": "true", "data.validation.image": "FOLDER/image.tar",
+    "name": "another", "imports": "[colorsys]", "model.checkpointing": "true",
+    "data.validation.image": "FOLDER/image.tar",
     "data.validation.video": "FOLDER/video.tar", "data.max_dropped": "0.5", "data.remote.timeout": "5",
     "data.remote.attempts": "2", "data.remote.cache_gb": "1", "data.workers": "1", "data.cache_mb": "0",
     "train.max_nonfinite": "1", "train.log_every": "1", "train.checkpoint_every": "1", "train.validate_every": "1",

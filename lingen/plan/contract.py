@@ -17,12 +17,12 @@ from lingen.recipe.errors import SettingError
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, Registry
 from lingen.recipe.sections import Triple
 
-GRID = (2, 4, 4)
+TRIED_GRID = (2, 4, 4)
 """Tokens (t, h, w) on which a mixer is tried."""
 TEXTS = ["a red ball rolls", ""]
 
 
-def fault_of(registry: Registry, component: dict[str, Any], part: Any, *positional: Any) -> str | None:
+def broken_contract(registry: Registry, component: dict[str, Any], part: Any, *positional: Any) -> str | None:
     """What a part, built on the meta device, owes and does not do, as a sentence; None where it keeps its contract."""
     if _is_ours(part):
         return None
@@ -63,11 +63,11 @@ def has_scan_of_others(component: dict[str, Any]) -> bool:
 def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
     def run(part: Any, device: str) -> Tensor:
         with torch.device(device):
-            return part(torch.zeros(1, *GRID, dim))
+            return part(torch.zeros(1, *TRIED_GRID, dim))
 
     def fault_in(one: Any, again: Callable[[], Any]) -> str | None:
         output, fault = _tried(one, again, run, "forward")
-        return fault or _unlike(output, (1, *GRID, dim), torch.float32, "forward gives")
+        return fault or _unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
 
     if not type(mixer).__module__.startswith("lingen."):
         return fault_in(mixer, build)

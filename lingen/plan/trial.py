@@ -38,7 +38,7 @@ class Trial:
 
     def neighbours(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
         """Builds every component: the autoencoder and text encoders that the model has to fit, and the mixers."""
-        from lingen.plan.contract import fault_of
+        from lingen.plan.contract import broken_contract
 
         for path, component, registry in components_of(draft.tree):
             positional = (recipe.model.dim, 0) if registry is MIXERS else ()
@@ -47,7 +47,7 @@ class Trial:
             except Exception as error:  # a third party's part may raise anything
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
                 continue
-            if fault := fault_of(registry, component, part, *positional):
+            if fault := broken_contract(registry, component, part, *positional):
                 yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
 
     def grids(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:

@@ -51,10 +51,10 @@ class RunFolder:
 
     def finished_steps(self, stage: str) -> int:
         """Steps that the finished weights of a stage were trained for; 0: not finished."""
-        from lingen.weights import read_metadata
+        from lingen.weights import OF_TRAINING, read_metadata
 
         path = self.weights(stage)
-        return int(read_metadata(path)["step"]) if path.is_file() else 0
+        return int(read_metadata(path, OF_TRAINING)["step"]) if path.is_file() else 0
 
     def finished(self, stages: Sequence[str]) -> list[str]:
         """The stages that have weights, in order."""

@@ -13,7 +13,7 @@ from lingen.recipe.sections import Recipe
 from lingen.recipe.subjects import SUBJECTS
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
-from lingen.weights import check_whole, find_weights, read_metadata, read_weights, write_tensors
+from lingen.weights import OF_TRAINING, check_whole, find_weights, read_metadata, read_weights, write_tensors
 
 
 def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
@@ -94,5 +94,5 @@ def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> Lin
 
 def recipe_of(path: Path) -> Recipe:
     """The loaded stage whose weights a file holds, from the recipe inside."""
-    metadata = read_metadata(path)
+    metadata = read_metadata(path, OF_TRAINING)
     return load_recipe(RecipeText(metadata["recipe"], f"the recipe in {path}", path.stem), stage=metadata["stage"])
