@@ -270,12 +270,13 @@ def test_training_needs_no_weights_of_text_encoders(
 ) -> None:
     """Where the weights are not, they are not compared and not read; all else is compared as ever."""
     recipe = encoded_stages(folder, "text.0.path=nowhere/letters.f32")[1]
+    wider = encoded_stages(folder, "text.0.path=nowhere/letters.f32", "text.0.dim=12")[0]
     module = LinGenModule(recipe)
     monkeypatch.setattr(frozen.Letters, "encode", lambda self, texts: pytest.fail("the encoder was asked"))
     for batch in islice(ClipData(recipe).batches(), 3):
         assert torch.isfinite(module.losses(batch, "long")[0]).all()
     with pytest.raises(RecipeError, match=r"something else .*: text.0.dim is 6 there and 12 here\. Encode"):
-        ClipData(encoded_stages(folder, "text.0.path=nowhere/letters.f32", "text.0.dim=12")[0]).setup()
+        ClipData(wider).setup()
 
 
 def test_fit_needs_the_frozen_parts_for_clips_alone(

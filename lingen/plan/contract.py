@@ -26,13 +26,20 @@ def broken_contract(registry: Registry, component: dict[str, Any], part: Any, *p
     """What a part, built on the meta device, owes and does not do, as a sentence; None where it keeps its contract."""
     if _is_ours(part):
         return None
-    if registry is AUTOENCODERS:
-        return _of_autoencoder(part, lambda: registry.build(component))
-    if registry is TEXT_ENCODERS:
-        return _of_text_encoder(part, lambda: registry.build(component))
-    if registry is MIXERS:
-        return _of_mixer(part, positional[0], lambda: registry.build(component, *positional))
+    try:
+        if registry is AUTOENCODERS:
+            return _of_autoencoder(part, lambda: registry.build(component))
+        if registry is TEXT_ENCODERS:
+            return _of_text_encoder(part, lambda: registry.build(component))
+        if registry is MIXERS:
+            return _of_mixer(part, positional[0], lambda: registry.build(component, *positional))
+    except _Unreadable:
+        pass  # training on encoded shards may need no such file
     return None
+
+
+class _Unreadable(Exception):
+    """A part reads a file that is not here, so nothing can be said of it."""
 
 
 def faults_of_scans(module: nn.Module, grids: list[Triple]) -> Iterator[str]:
@@ -152,6 +159,8 @@ def _tried(
         try:
             with torch.random.fork_rng(devices=[]):
                 return run(build(), "cpu"), None
+        except OSError as error:
+            raise _Unreadable from error
         except Exception as error:
             return None, f"{what} fails: {_told(error)}"
 

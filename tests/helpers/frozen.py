@@ -39,7 +39,7 @@ class Letters(nn.Module):
         self.path, self.dim = path, dim
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        table = torch.from_numpy(np.fromfile(Path(str(self.path)), np.float32).reshape(256, self.dim))
+        table = torch.from_numpy(np.fromfile(Path(str(self.path)), np.float32).reshape(-1, self.dim))
         n = max([1, *map(len, texts)])
         ids = torch.tensor([[min(255, ord(letter)) for letter in text.ljust(n)] for text in texts])
         return table[ids], torch.arange(n) < torch.tensor([len(text) for text in texts])[:, None]
