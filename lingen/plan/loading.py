@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lingen.plan.trainer import fault_of_logger, faults_of_names, listed
 from lingen.plan.trial import Trial
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.layers import Layered, Problem
@@ -193,6 +194,9 @@ def _fill_components(draft: Layered) -> Iterator[Problem]:
 
 
 def _check_trainer(draft: Layered) -> Iterator[Problem]:
+    """Arguments of lightning.Trainer that are not there, or name what is not there: an accelerator, a logger."""
+    logger = (draft.tree.get("trainer") or {}).get("logger")
+    yield from (draft.problem(("trainer", "logger"), text) for one in listed(logger) if (text := fault_of_logger(one)))
     arguments = {key: value for key, value in (draft.tree.get("trainer") or {}).items() if key != "logger"}
     if not arguments:
         return
@@ -203,6 +207,7 @@ def _check_trainer(draft: Layered) -> Iterator[Problem]:
             yield draft.problem(("trainer", key), f"'{key}' is not set here but by {OURS[key]}.")
     for one in check_settings(Trainer, {k: v for k, v in arguments.items() if k not in OURS})[1]:
         yield draft.problem(("trainer", *one.path), one.text)
+    yield from (draft.problem(("trainer", key), text) for key, text in faults_of_names(arguments))
 
 
 def _check_kernels(draft: Layered) -> Iterator[Problem]:
