@@ -14,6 +14,7 @@ import torch
 
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
+from lingen.data.starved import ranks_here, starved
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
@@ -188,8 +189,8 @@ def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
 
 
 def _check_samples(recipe: Recipe) -> None:
-    """RecipeError where shards are not there, or no sample of them fits the stage. Shards are opened, nothing is
-    decoded; clips that lingen draws itself fit."""
+    """RecipeError where shards are not there, or hold too few samples that fit the stage for a step. Shards are opened,
+    nothing is decoded; clips that lingen draws itself fit."""
     data = ClipData(recipe)
     data.check()
     if recipe.data.shards.image or recipe.data.shards.video:
@@ -197,6 +198,8 @@ def _check_samples(recipe: Recipe) -> None:
             data.setup()
         except DataError as error:
             raise RecipeError(f"stage {recipe.stage}: {error}") from error
+        if problems := list(starved(recipe, data, ranks_here(recipe))):
+            raise RecipeError(*problems)
 
 
 def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:
