@@ -101,7 +101,7 @@ def test_a_later_stage_without_a_sample_is_refused_before_the_first_trains(
         (["stages.clips.train.accumulate=17"], "lower train.accumulate to at most 16, or pack more videos"),
         (
             ["trainer.devices=3", "data.batch.video=6"],
-            r"18 of one step \(6 a batch, 3 ranks, .* set data.batch.video=5",
+            r"18 of one step .6 a batch, 3 ranks, .*batch.video=5",
         ),
     ],
 )
