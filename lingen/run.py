@@ -16,6 +16,7 @@ from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import ranks_here, starved
 from lingen.frozen import Missing, missing_of, refuse
+from lingen.plan.forecast import plan, too_large
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
@@ -109,6 +110,10 @@ def fit_curriculum(
     say = reporter.say if is_first_rank() else Reporter().say
     folder = RunFolder(Path(run) if run else record.default_path(stages[0].name, told, say))
     check_inputs(chosen, folder)
+    unfinished = [one for one in chosen if folder.finished_steps(str(one.stage)) < one.train.steps]
+    for text in (too_large(plan(one), one) for one in unfinished if is_first_rank()):
+        if text is not None:
+            say(f"warning: {text}")
     if not is_first_rank():
         return _train(folder, curriculum, chosen, reporter)
     with _on_record(folder, curriculum, told, chosen, reporter) as (written, alone):
