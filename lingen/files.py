@@ -49,7 +49,12 @@ def check_place(folder: Path) -> None:
     if not around.is_dir():
         raise RecipeError(f"Nothing can be written into {folder}: {around} is a file, not a folder. Name another one.")
     if not os.access(around, os.W_OK | os.X_OK):
-        raise RecipeError(f"Nothing can be written into {folder}: this user may not. Name another one.")
+        raise RecipeError(f"Nothing can be written into {folder}: {_why_not(around)}. Name another one.")
+
+
+def _why_not(folder: Path) -> str:
+    read_only = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & os.ST_RDONLY
+    return "the place is read-only" if read_only else "this user may not"
 
 
 @contextlib.contextmanager
@@ -78,11 +83,13 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside the block an OSError that names no file names this one: that of a full disk does not, and libraries in
-    other languages tell theirs as errors of their own ("os error 28")."""
+    """Inside the block an OSError that names no file names this one: that of a full disk does not, that of a move to it
+    names where it came from, and libraries in other languages tell theirs as errors of their own ("os error 28")."""
     try:
         yield
     except OSError as error:
+        if error.filename2 is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise

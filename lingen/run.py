@@ -14,7 +14,9 @@ import torch
 
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
+from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
+from lingen.plan.forecast import plan, too_large
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
@@ -25,7 +27,7 @@ from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.identity import Stage, described
+from lingen.training.identity import Stage, described, ranks_made_of
 from lingen.training.ranks import is_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
@@ -108,6 +110,10 @@ def fit_curriculum(
     say = reporter.say if is_first_rank() else Reporter().say
     folder = RunFolder(Path(run) if run else record.default_path(stages[0].name, told, say))
     check_inputs(chosen, folder)
+    unfinished = [one for one in chosen if folder.finished_steps(str(one.stage)) < one.train.steps]
+    for text in (too_large(plan(one), one) for one in unfinished if is_first_rank()):
+        if text is not None:
+            say(f"warning: {text}")
     if not is_first_rank():
         return _train(folder, curriculum, chosen, reporter)
     with _on_record(folder, curriculum, told, chosen, reporter) as (written, alone):
@@ -188,8 +194,8 @@ def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
 
 
 def _check_samples(recipe: Recipe) -> None:
-    """RecipeError where shards are not there, or no sample of them fits the stage. Shards are opened, nothing is
-    decoded; clips that lingen draws itself fit."""
+    """RecipeError where shards are not there, or hold too few samples that fit the stage for a step. Shards are opened,
+    nothing is decoded; clips that lingen draws itself fit."""
     data = ClipData(recipe)
     data.check()
     if recipe.data.shards.image or recipe.data.shards.video:
@@ -197,6 +203,8 @@ def _check_samples(recipe: Recipe) -> None:
             data.setup()
         except DataError as error:
             raise RecipeError(f"stage {recipe.stage}: {error}") from error
+        if problems := list(starved(recipe, data, ranks_made_of(recipe))):
+            raise RecipeError(*problems)
 
 
 def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:

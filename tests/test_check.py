@@ -17,12 +17,13 @@ from lingen.cli import main
 from lingen.data import manifest
 from lingen.data.manifest import About, media_hash
 from lingen.data.shards import write_shards
+from lingen.data.starved import ranks_of
 from lingen.media import encode_mp4
 from lingen.prepare.captions import Captions
 from lingen.prepare.check import check_folders
 from lingen.prepare.cut import ClipRequirements
 from lingen.prepare.filters import Filters
-from lingen.prepare.forecast import forecast, ranks_of
+from lingen.prepare.forecast import forecast
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, find_footage, pack
 from lingen.prepare.stats import Measure, histograms, measure_folders, sample_sheet

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import lingen
 from lingen.cli import main
+from lingen.plan.loading import load_for_training
 from lingen.recipe import load_curriculum
 
 PARTS = """\
@@ -162,3 +164,55 @@ def test_a_part_that_breaks_its_contract_is_named_by_its_line(parts: Path, capsy
 )
 def test_parts_that_keep_their_contract_pass(parts: Path, section: str, text: str):
     assert load_curriculum(recipe_with(parts, section, text)).names == ["one", "two"]
+
+
+LOGGER = """\
+class Plain:
+    pass
+
+
+def needs_more(where, project):
+    return Plain()
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("logger: nope", "There is no logger called 'nope'. Known: tensorboard, "),
+        ("logger: [false_one]", "There is no logger called 'false_one'"),
+        ("logger: {save_dir: x}", "A logger is a name, or has one"),
+        ("logger: wandb", "The logger 'wandb' needs the package wandb, which is not installed"),
+        ("logger: 'lightning.pytorch.loggers:CometLogger'", "needs the package comet_ml, which is not installed"),
+        ("logger: 'loggers_to_try:Nowhere'", "Cannot load 'loggers_to_try:Nowhere': AttributeError"),
+        ("logger: 'loggers_to_try:Plain'", "is no logger of Lightning: it has no method `log_metrics`"),
+        ("logger: {name: 'loggers_to_try:needs_more', where: x}", "missing a required argument: 'project'"),
+        ("strategy: dpd", "There is no strategy called 'dpd'. Did you mean 'ddp'? Known: auto, ddp,"),
+        (
+            "accelerator: cdua",
+            "There is no accelerator called 'cdua'. Did you mean 'cuda'? Known: auto, cpu, cuda, gpu",
+        ),
+        ("profiler: fast", "There is no profiler called 'fast'. Known: advanced, pytorch, simple, xla"),
+        ("precision: 17-mixed", "trainer.precision"),
+        ("callbacks: [x:Y]", "'callbacks' is not set here but by lingen's own"),
+    ],
+)
+def test_what_the_trainer_does_not_have_is_named_by_its_line(here: Path, capsys, setting: str, told: str):
+    """In the second stage, of which nothing is built before the first has trained."""
+    (here / "loggers_to_try.py").write_text(LOGGER)
+    lines = ["data: {synthetic: shapes, frames: 4, size: [16, 16]}", "trainer: {accelerator: cpu, logger: false}"]
+    lines += ["stages:", "  one: {data: {frames: 1}}", "  two:", "    trainer:", f"      {setting}"]
+    (here / "r.yaml").write_text("\n".join(lines) + "\n")
+    for command in ("show", "doctor", "fit"):
+        assert main([command, "--recipe", "r.yaml"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("r.yaml:7: ") and told in lines[0], lines
+    assert not (here / "runs").exists()
+
+
+def test_a_run_is_sampled_where_its_logger_is_not(here: Path):
+    """Weights hold their recipe, with a logger that is installed only where they were trained."""
+    recipe = lingen.load_recipe("quickstart_cpu", ["trainer.logger=wandb"])
+    assert recipe.trainer["logger"] == "wandb"
+    with pytest.raises(lingen.RecipeError, match="needs the package wandb"):
+        load_for_training("quickstart_cpu", ["trainer.logger=wandb"])

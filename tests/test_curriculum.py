@@ -92,3 +92,22 @@ def test_a_later_stage_without_a_sample_is_refused_before_the_first_trains(
             run=tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data.batch.video=17"], "are fewer than the 17 of one step .*; set data.batch.video=16, or pack more videos"),
+        (["stages.clips.train.accumulate=17"], "lower train.accumulate to at most 16, or pack more videos"),
+        (
+            ["trainer.devices=3", "data.batch.video=6"],
+            r"18 of one step .6 a batch, 3 ranks, .*batch.video=5",
+        ),
+    ],
+)
+def test_a_later_stage_that_starves_is_refused_before_the_first_trains(
+    tiny_recipe: Path, tmp_path: Path, overrides: list[str], told: str
+):
+    with pytest.raises(RecipeError, match=f"(?s)^stage clips would starve: 16 .*{told}"):
+        fit(tiny_recipe, overrides, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

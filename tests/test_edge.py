@@ -9,12 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lingen.cli import main
 from lingen.cli.edge import line_of
-from lingen.run import fit
+from lingen.files import naming
+from lingen.media import encode_mp4
+from lingen.recipe import load_for_training
+from lingen.run import Reporter, fit, fit_curriculum
 from lingen.training.folder import RunFolder
 from tests.helpers.commands import ROOT
 
@@ -40,6 +44,29 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_partial(here: Path, tiny_rec
     said = " ".join(done.stderr.split())
     assert "run/stages/images/step-00000002.ckpt: File too large. The file is larger than this place" in said
     assert not [path for path in (here / "run").rglob("*") if "partial" in path.name or path.suffix == ".ckpt"]
+
+
+def test_packing_onto_a_full_disk_is_one_line_and_leaves_nothing_partial(here: Path):
+    """Shards of 30 kB are cut in processes of their own, and moved into one of more than 40 kB."""
+    rng = np.random.default_rng(0)
+    (here / "films").mkdir()
+    for number in range(3):
+        film = rng.integers(0, 255, (16, 64, 64, 3), dtype=np.uint8)
+        (here / "films" / f"{number}.mp4").write_bytes(encode_mp4(film, 8, exact=True))
+        (here / "films" / f"{number}.txt").write_text("noise")
+    words = ["data", "pack", "--recipe", "footage_64", "--videos", "films", "--out", "out", "--processes", "2"]
+    done = with_full_disk(40_000, *words, "data.frames=8", "data.size=[64,64]")
+    lines = [line for line in done.stderr.splitlines() if "File too large" in line]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert "out/" in lines[0] and ".tar: File too large. The file is larger than this place" in lines[0]
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+    assert not [path for path in (here / "out").rglob("*") if "partial" in path.name]
+
+
+def test_a_move_onto_a_full_disk_names_where_it_goes(tmp_path: Path):
+    """As fsspec moves a checkpoint from the folder for temporary files: shutil names that one."""
+    with pytest.raises(OSError, match="No space left on device: '.*c.ckpt'$"), naming(tmp_path / "c.ckpt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/tmpx", None, "c.ckpt.partial")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
@@ -141,3 +168,25 @@ def test_an_unknown_command_is_one_line(words: list[str], told: str, capsys):
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(told)
+
+
+def test_a_batch_beyond_the_memory_is_said_before_training(here: Path, tiny_recipe: Path, capsys):
+    """With drawn clips, since so few in shards would starve; `fit` is stopped at its first word."""
+    large = ["data.batch.video=100000000", "data.synthetic=shapes", "data.validation.video=[]"]
+    large += ["data.shards.image=[]", "data.shards.video=[]"]
+    assert main(["show", "--recipe", str(tiny_recipe), *large]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: stage clips: training takes about ") and "GiB of this machine; lower" in line
+    assert "data.batch (2 images, 100000000 videos)" in line and "model.checkpointing=true" in line
+    assert main(["show", "--recipe", str(tiny_recipe)]) == 0
+    assert not capsys.readouterr().err
+
+    class FirstWord(Exception):
+        pass
+
+    class Stops(Reporter):
+        def say(self, text: str) -> None:
+            raise FirstWord(text)
+
+    with pytest.raises(FirstWord, match=r"^warning: stage clips: training takes about .* lower data.batch"):
+        fit_curriculum(load_for_training(tiny_recipe, large), run="run", reporter=Stops())

@@ -25,9 +25,9 @@ def doctor(args: argparse.Namespace) -> int:
         if args.overrides or args.stage:
             raise RecipeError("--stage and key=value change a recipe: say which, --recipe R.")
         return _machine(args.json)
-    from lingen.recipe import load_curriculum
+    from lingen.plan.loading import load_to_run
 
-    stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
+    stages = load_to_run(args.recipe, args.overrides).chosen(args.stage)
     from lingen.doctor import examine
 
     found = examine(stages)

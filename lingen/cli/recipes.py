@@ -44,14 +44,17 @@ def show(args: argparse.Namespace) -> int:
         return DONE
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
-    from lingen.plan.forecast import plan
-    from lingen.recipe import load_curriculum, to_yaml
+    from lingen.plan.forecast import plan, too_large
+    from lingen.plan.loading import load_to_run
+    from lingen.recipe import to_yaml
     from lingen.recipe.signature import as_plain
 
-    curriculum = load_curriculum(args.recipe, args.overrides)
+    curriculum = load_to_run(args.recipe, args.overrides)
     stages = curriculum.chosen(args.stage)
     recipe = stages[0] if args.stage else curriculum.base
     plans = [plan(stage) for stage in stages]
+    for text in filter(None, map(too_large, plans, stages)):
+        print(f"warning: {text}", file=sys.stderr)
     if args.json:
         print_json({"recipe": as_plain(recipe), "stages": [one.as_dict() for one in plans]})
         return DONE

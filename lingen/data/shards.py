@@ -202,8 +202,6 @@ def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: 
     Raises:
         ValueError: no samples.
     """
-    from webdataset import TarWriter
-
     written: list[Path] = []
     tar, count = None, 0
     with contextlib.ExitStack() as shard:
@@ -211,13 +209,23 @@ def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: 
             if tar is None or count == per_shard or tar.tarstream.offset >= LARGEST_SHARD:
                 shard.close()
                 written.append(Path(pattern % len(written)))
-                file = shard.enter_context(shard.enter_context(whole_file(written[-1])).open("wb"))
-                tar, count = shard.enter_context(TarWriter(file, encoder=False, mtime=0)), 0
+                tar, count = open_shard(shard, written[-1]), 0
             tar.write({name: _encoded(name, value) for name, value in sample.items()})
             count += 1
     if not written:
         raise ValueError(f"There are no samples to write to {pattern}.")
     return written
+
+
+def open_shard(opened: contextlib.ExitStack, path: Path) -> Any:
+    """A `webdataset.TarWriter` whose shard gets its name when `opened` is closed, and is removed after an error."""
+    from webdataset import TarWriter
+
+    file = opened.enter_context(opened.enter_context(whole_file(path)).open("wb"))
+    tar = TarWriter(file, encoder=False, mtime=0)
+    # Else tarfile writes once more when it is collected, after a full disk ended it, and prints what happens then.
+    opened.callback(setattr, tar.tarstream.fileobj, "closed", True)
+    return opened.enter_context(tar)
 
 
 def _encoded(name: str, value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.frozen import is_trained, on_meta
+from lingen.kernels.choice import memory_here
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe, Triple
 from lingen.recipe.sizes import grids_of, patch_of
@@ -60,6 +61,27 @@ def plan(recipe: Recipe) -> Plan:
     """Forecast of a loaded stage (`load_recipe` with a stage, or of a recipe without stages)."""
     forecast: Plan = recipe.subject.plan(recipe)
     return forecast
+
+
+def too_large(forecast: Plan, recipe: Recipe) -> str | None:
+    """A sentence where training takes more memory than the device here has, with the settings that help; None where it
+    fits, by estimate. A GPU is looked at unless the trainer names the CPU or there is none."""
+    import torch
+
+    cuda = torch.cuda.is_available() and recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    there = memory_here(torch.device("cuda", 0) if cuda else None)
+    needed = sum(forecast.memory.values())
+    if needed <= there:
+        return None
+    batch = recipe.data.batch
+    helps = [f"lower data.batch ({batch.image} images, {batch.video} videos) and raise train.accumulate instead"]
+    if recipe.subject.section == "model" and recipe.model.checkpointing is not True:
+        helps.append("set model.checkpointing=true")
+    return (
+        f"stage {forecast.stage}: training takes about {needed / 2**30:.3g} GiB (activations of a batch: "
+        f"{forecast.memory.get('activations', 0) / 2**30:.3g}), more than the {there / 2**30:.3g} GiB of "
+        f"{'the GPU' if cuda else 'this machine'}; {', or '.join(helps)}."
+    )
 
 
 def plan_denoiser(recipe: Recipe) -> Plan:

@@ -1,11 +1,12 @@
 """Recipes: YAML + stage + overrides -> a checked, frozen `Recipe`, and back to YAML."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lingen.plan.trainer import fault_of_logger, faults_of_names, listed
 from lingen.plan.trial import Trial
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.layers import Layered, Problem
@@ -64,15 +65,29 @@ def load_curriculum(recipe: str | Path | RecipeText, overrides: Sequence[str] = 
     return _complete(read_draft(recipe, overrides))
 
 
+def load_to_run(recipe: str | Path, overrides: Sequence[str] = ()) -> Curriculum:
+    """As `load_curriculum`, where training is planned: RecipeError also for loggers that cannot be built here."""
+    draft = read_draft(recipe, overrides)
+    _check_loggers(draft.stages.values())
+    return _complete(draft)
+
+
+def _check_loggers(stages: Iterable[Layered]) -> None:
+    place = ("trainer", "logger")
+    loggers = ((stage, one) for stage in stages for one in listed(stage.get(place)))
+    raise_all(stage.problem(place, text) for stage, one in loggers if (text := fault_of_logger(one)))
+
+
 def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Curriculum:
-    """As `load_curriculum`, for a run of all stages or of one. RecipeError, before anything is built and torch is
-    imported, where a stage that will be trained asks for a strategy that shards."""
+    """As `load_to_run`, for a run of all stages or of one. RecipeError, before anything is built and torch is imported,
+    where a stage that will be trained asks for a strategy that shards."""
     draft = read_draft(recipe, overrides)
     if stage is not None:
         _check_stage(stage, list(draft.stages))
     chosen = [one for name, one in draft.stages.items() if stage in (None, name)]
     place = ("trainer", "strategy")
     raise_all(one.problem(place, text) for one in chosen if (text := sharding(one.get(place))))
+    _check_loggers(chosen)
     return _complete(draft)
 
 
@@ -193,6 +208,7 @@ def _fill_components(draft: Layered) -> Iterator[Problem]:
 
 
 def _check_trainer(draft: Layered) -> Iterator[Problem]:
+    """Arguments of lightning.Trainer that are not there, or name what is not there, such as an accelerator."""
     arguments = {key: value for key, value in (draft.tree.get("trainer") or {}).items() if key != "logger"}
     if not arguments:
         return
@@ -203,6 +219,7 @@ def _check_trainer(draft: Layered) -> Iterator[Problem]:
             yield draft.problem(("trainer", key), f"'{key}' is not set here but by {OURS[key]}.")
     for one in check_settings(Trainer, {k: v for k, v in arguments.items() if k not in OURS})[1]:
         yield draft.problem(("trainer", *one.path), one.text)
+    yield from (draft.problem(("trainer", key), text) for key, text in faults_of_names(arguments))
 
 
 def _check_kernels(draft: Layered) -> Iterator[Problem]:

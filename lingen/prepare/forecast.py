@@ -1,6 +1,6 @@
 """How each stage of a recipe would use its shards: samples by bucket and rank, epochs, what is left out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from lingen.data.locations import Location, expand
 from lingen.data.manifest import ManifestError
 from lingen.data.order import count_before
 from lingen.data.remote import is_remote
+from lingen.data.starved import ranks_of, starved
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS, Recipe, Shards
 
@@ -65,16 +66,10 @@ def forecast(stages: Sequence[Recipe], ranks: int | None = None) -> Forecast:
     return whole
 
 
-def ranks_of(recipe: Recipe) -> int:
-    """Devices times nodes of the recipe's trainer, where it names numbers; else 1."""
-    devices, nodes = (recipe.trainer.get(key, 1) for key in ("devices", "num_nodes"))
-    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
-    return max(1, count) * (nodes if isinstance(nodes, int) else 1)
-
-
 def _add(whole: Forecast, recipe: Recipe, data: ClipData, ranks: int) -> None:
     name = recipe.stage or "main"
     whole.epochs[name] = {}
+    whole.problems.extend(starved(recipe, data, ranks))
     for kind, pool in data.train.pools.items():
         own = [
             Bucket(name, kind, str(shape), lane.samples, lane.samples / ranks, lane.batch, step, lane.samples / step)
@@ -82,30 +77,10 @@ def _add(whole: Forecast, recipe: Recipe, data: ClipData, ranks: int) -> None:
             for step in [lane.batch * ranks * recipe.train.accumulate]
         ]
         whole.buckets.extend(own)
-        whole.problems.extend(_starved(own, recipe, ranks))
         taken = count_before(kind, recipe.train.steps, recipe.data.mix)
         whole.epochs[name][kind] = taken / sum(bucket.steps for bucket in own)
         for reason, out in pool.left_out.items():
             whole.left_out[f"{name}: {kind}: {reason}, such as {out.example}"] = out.number
-
-
-def _starved(buckets: Iterable[Bucket], recipe: Recipe, ranks: int) -> Iterable[str]:
-    """A bucket that cannot fill a step would show the same samples several times in one step."""
-    for bucket in buckets:
-        if bucket.samples >= bucket.step:
-            continue
-        fits = bucket.samples // (ranks * recipe.train.accumulate)
-        if len(recipe.data.sizes) + len(recipe.data.lengths):
-            cure = f"take {bucket.shape} out of data.sizes and data.lengths, or pack more {bucket.kind}s of that shape"
-        elif fits:
-            cure = f"set data.batch.{bucket.kind}={fits}, or pack more {bucket.kind}s"
-        else:
-            cure = f"train on at most {bucket.samples} ranks, or pack more {bucket.kind}s"
-        yield (
-            f"stage {bucket.stage} would starve: {bucket.samples} {bucket.kind}s of {bucket.shape} are fewer than the "
-            f"{bucket.step} of one step ({bucket.batch} a batch, {ranks} ranks, {recipe.train.accumulate} batches "
-            f"accumulated); {cure}."
-        )
 
 
 def stages_on(stages: Sequence[Recipe], folders: Sequence[Path]) -> list[Recipe]:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from lingen.data.fingerprint import differences
 from lingen.data.manifest import Row
-from lingen.files import whole_file, write_json, write_text
+from lingen.data.shards import open_shard
+from lingen.files import write_json, write_text
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS
 
@@ -130,7 +131,11 @@ class SetFolder:
         with _lock(self.own / "lock", wait=False) as free:
             if not free:
                 raise RecipeError(f"Another process is at part {self.part} of '{self.out}'; wait for it.")
-            yield
+            try:
+                yield
+            finally:  # processes that were ended in the middle of a file, or killed ones, leave it
+                for partial in self.work.glob("*.partial"):
+                    partial.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def finishing(self, *names: str) -> Iterator[None]:
@@ -254,12 +259,8 @@ class ShardStream:
 
     def write(self, sample: dict[str, Any], row: Row, looks: tuple[int, ...] = ()) -> None:
         """Adds a sample; its shard, offset and length are filled in."""
-        from webdataset import TarWriter
-
         if self._tar is None:
-            partial = self._open.enter_context(whole_file(self._shard(self._stem)))
-            file = self._open.enter_context(partial.open("wb"))
-            self._tar = self._open.enter_context(TarWriter(file, encoder=False, mtime=0))
+            self._tar = open_shard(self._open, self._shard(self._stem))
         start = self._tar.tarstream.offset
         self._tar.write(sample)
         end = self._tar.tarstream.offset

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lingen.plan.trainer import listed, logger_of
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.registry import import_object
 from lingen.recipe.sections import Component, Recipe
 from lingen.training.folder import RunFolder
 
@@ -57,34 +57,16 @@ def _trainer(**arguments: Any) -> lightning.Trainer:
         raise RecipeError(f"{error} (at trainer)") from error
 
 
-LOGGERS = {
-    "tensorboard": "lightning.pytorch.loggers:TensorBoardLogger",
-    "wandb": "lightning.pytorch.loggers:WandbLogger",
-    "mlflow": "lightning.pytorch.loggers:MLFlowLogger",
-    "comet": "lightning.pytorch.loggers:CometLogger",
-    "neptune": "lightning.pytorch.loggers:NeptuneLogger",
-}
-
-
-def listed(value: Any) -> list[Any]:
-    """`trainer.logger` in all its spellings: false or null, a name, a component, a list of them."""
-    if value in (None, False):
-        return []
-    return list(value) if isinstance(value, list | tuple) else ["tensorboard" if value is True else value]
-
-
 def build_logger(component: str | Component, folder: RunFolder) -> Logger:
-    """Any Lightning logger: a short name or ``module:Class``, with its own arguments."""
-    settings = {"name": component} if isinstance(component, str) else dict(component)
-    name = settings.pop("name")
-    if name not in LOGGERS and ":" not in name:
-        raise RecipeError(
-            f"There is no logger called '{name}'. Known: {', '.join(LOGGERS)}. Or write 'module:Class'. "
-            "(at trainer.logger)"
-        )
+    """Any Lightning logger: a short name or ``module:Class``, with its own arguments. RecipeError where it refuses."""
+    name, made_by, settings = logger_of(component)
     if name == "tensorboard":
         settings = {"save_dir": str(folder.path), "name": "tensorboard", "version": ""} | settings
-    return import_object(LOGGERS.get(name, name))(**settings)
+    try:
+        return made_by(**settings)
+    except (ImportError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise RecipeError(f"The logger '{name}' cannot be built: {told} (at trainer.logger)") from error
 
 
 def quiet_lightning() -> None:
