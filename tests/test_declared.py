@@ -139,6 +139,17 @@ def test_pack_counts_as_training_does(tmp_path: Path) -> None:
     assert retimed.told == [("a", "retimed from 24 to 12 frames a second")] and retimed == cut(path, fps=12.0)
 
 
+@pytest.mark.parametrize("delays", [(120, 130), (130, 120)])  # ms
+def test_rounded_times_are_not_told_as_another_rate(tmp_path: Path, delays: tuple[int, int]) -> None:
+    """A GIF of 8 frames a second reads as 8.01 or 7.99: 12.5 hundredths of a second cannot be written."""
+    path = tmp_path / "a.gif"
+    pictures = [Image.fromarray(one) for one in itertools.islice(frames("testsrc2", 4, size=(SIDE, SIDE)), 32)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[*delays] * 16)
+    track = follow(read_frames(path))
+    assert track.fps != pytest.approx(8, rel=1e-3)
+    assert not cut(path, fps=8.0).told
+
+
 def test_a_gif_of_eight_frames_a_second_is_not_slower_than_eight(tmp_path: Path) -> None:
     """A GIF rounds times to hundredths of a second."""
     path = write_film(tmp_path / "a.gif", frames("testsrc2", 1, 8, (SIDE, SIDE)), 8, "gif", "rgb8")

@@ -175,7 +175,8 @@ def _film(job: CutJob, drops: list[tuple[str, str]], told: list[tuple[str, str]]
 
 def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
     """What became of the times of a film that was kept."""
-    if track.fps and abs(track.fps / fps - 1) > 1e-3:
+    rounding = track.fps_at_most - track.fps  # 8 frames a second read as 7.99 in a GIF: its times are whole 1/100 s
+    if track.fps and abs(track.fps - fps) > max(1e-3 * fps, rounding):
         yield f"retimed from {track.fps:.5g} to {fps:.5g} frames a second"
     if track.mended:
         yield f"time stamps mended: {track.mended} of {len(track.times)} were missing or did not ascend"

@@ -259,7 +259,7 @@ def default_path(name: str, here: dict[str, Stage], say: Callable[[str], None]) 
         nearest, change = min(
             ((folder, _apart(held, here)) for folder, held in reversed(kin)), key=lambda one: len(one[1])
         )
-        more = f" There are {len(kin) - 1} more of the kind." if len(kin) > 1 else ""
+        more = f" More of the kind: {len(kin) - 1}." if len(kin) > 1 else ""
         say(
             f"{nearest.path} is a run of the same model and data; this one, {path}, differs in {', '.join(change)}. "
             f"--run {nearest.path} would go on with it.{more}"
