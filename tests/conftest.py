@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+from lingen.recipe import registry
 from tests.helpers.files import times_of
 from tests.helpers.interpreter import one_patch_a_launch, products_of_bfloat16
 from tests.helpers.shapes import watch
@@ -23,6 +25,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 watch()
+# The cores may be busy with other things.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
@@ -34,6 +39,14 @@ if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
 def seeded():
     """The same random numbers in every run: a limit is kept or not, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch):
+    """What a test registers is gone after it."""
+    for one in (registry.MIXERS, registry.SCANS, registry.AUTOENCODERS, registry.TEXT_ENCODERS, registry.PERCEPTUAL):
+        for name in ("_parts", "_origin"):
+            monkeypatch.setattr(one, name, dict(getattr(one, name)))
 
 
 @pytest.fixture

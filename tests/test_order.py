@@ -19,9 +19,6 @@ lanes = st.lists(st.builds(Lane, samples=st.integers(1, 60), batch=st.integers(1
 kinds = st.fixed_dictionaries({"image": lanes, "video": lanes})
 STREAM = (0, "main", "video")
 
-settings.register_profile("patient", deadline=None)  # the cores may be busy with other things
-settings.load_profile("patient")
-
 
 @given(mixes, st.integers(0, 10**12))
 def test_every_round_holds_the_exact_share_of_each_kind(mix: PerKind, start: int) -> None:

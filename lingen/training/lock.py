@@ -159,7 +159,7 @@ class Lock:
         own.write_text(json.dumps(self.owner, indent=2), encoding="utf-8")
         try:
             os.link(own, self.path)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # the winner may have cleared this one's own file away
             return False
         except OSError as error:
             if error.errno not in NO_LINKS:
@@ -174,15 +174,14 @@ class Lock:
     def _replace_dead(self, own: Path) -> None:
         """Puts this process's lock in the place of a dead owner's, unless that has changed meanwhile."""
         try:
-            owner, touched = _read(self.path), self.path.stat().st_mtime
-        except FileNotFoundError:
+            owner, silent = _read(self.path), own.stat().st_mtime - self.path.stat().st_mtime
+        except FileNotFoundError:  # it was let go, or a winner has cleared this one's own file away: try again
             return
-        silent = own.stat().st_mtime - touched
         why = death_of(owner or {}, silent)
         if why is None:
             raise _refusal(self.path, owner or {}, silent)
         with self._claimed(owner):
-            if _read(self.path) == owner:
+            if _read(self.path) == owner and own.is_file():
                 own.replace(self.path)
                 self.was = why
 

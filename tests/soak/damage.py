@@ -91,7 +91,7 @@ def _replaced(value: Any, rng: Random) -> Any:
         at = rng.randrange(len(value))
         value[at] = _replaced(value[at], rng)
         return value
-    return rng.choice(HOSTILE)
+    return copy.deepcopy(rng.choice(HOSTILE))  # a second change must not reach into it
 
 
 def damaged_yaml(value: Any, rng: Random) -> bytes:
