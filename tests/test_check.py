@@ -278,3 +278,9 @@ def test_stats_need_a_manifest(tmp_path: Path) -> None:
 def test_the_hash_vouches_for_the_media(packed: Path) -> None:
     assert all(len(row.hash) == len(media_hash(b"")) for row in rows_of(packed))
     assert Part(1, 2).slice_of(5) == slice(0, 2) and Part(2, 2).slice_of(5) == slice(2, 5)
+
+
+def test_a_damaged_kind_is_counted_too(tmp_path: Path):
+    row = manifest.Row("a", "a.tar", 0, 1024, "image\0", 8, 8)
+    manifest.write(tmp_path / manifest.NAME, [row], About())
+    assert [one["samples"] for one in measure_folders([tmp_path]).rows] == ["1"]

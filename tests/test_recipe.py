@@ -430,6 +430,12 @@ def test_unknown_stage_and_recipe():
         load_recipe("no/such.yaml")
 
 
+def test_extends_may_be_no_path_at_all(here: Path):
+    write("extends: " + "x" * 5000, "long.yaml")
+    with pytest.raises(RecipeError, match="^long.yaml:1: There is no recipe called 'xxx"):
+        load_recipe("long.yaml")
+
+
 def test_extends_takes_one_level():
     write(TINY, "a.yaml")
     write("extends: a\n".replace("a\n", "a.yaml\n"), "b.yaml")

@@ -42,7 +42,8 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
         named = error.filename or getattr(args, "out", None) or getattr(args, "run", None)
         what = error.strerror or os.strerror(error.errno)
         cure = CURES.get(error.errno, "Look at the file, or name another one")
-        return f"{named + ': ' if isinstance(named, str) else ''}{what}. {cure}."
+        place = f"{named[:300]}{'...' * (len(named) > 300)}: " if isinstance(named, str) else ""
+        return f"{place}{what}. {cure}."
     return None
 
 

@@ -53,7 +53,8 @@ def measure_folders(folders: Sequence[Path]) -> Stats:
 
 
 def _row(kind: str, table: dict[str, np.ndarray]) -> dict[str, str]:
-    own = {name: column[table["kind"] == kind] for name, column in table.items()}
+    chosen = table["kind"] == np.array(kind, dtype=object)  # as text of numpy's it would lose zeros at its end
+    own = {name: column[chosen] for name, column in table.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
         seconds = np.where(own["fps"] > 0, own["frames"] / own["fps"], 0)
     return {

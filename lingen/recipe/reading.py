@@ -133,11 +133,11 @@ def _find(recipe: str | File, folder: File) -> RecipeText:
     file = folder / recipe
     shipped = shipped_recipes()
     name = str(recipe).removesuffix(".yaml")
-    if file.is_file():
+    if os.path.isfile(file):  # False also for what can be no path
         return _read_file(file)
     if name in shipped:
         return _read_file(shipped[name])
-    if file.is_dir() or os.sep in str(recipe):
+    if os.path.isdir(file) or os.sep in str(recipe):
         raise RecipeError(f"There is no recipe file {str(recipe)!r}.")
     raise RecipeError(f"There is no recipe called '{name}'.{did_you_mean(name, shipped)} Known: {', '.join(shipped)}.")
 

@@ -180,8 +180,8 @@ class Lock:
         why = death_of(owner or {}, silent)
         if why is None:
             raise _refusal(self.path, owner or {}, silent)
-        with self._claimed(owner):
-            if _read(self.path) == owner and own.is_file():
+        with self._claimed(owner), contextlib.suppress(FileNotFoundError):  # cleared away meanwhile: try again
+            if _read(self.path) == owner:
                 own.replace(self.path)
                 self.was = why
 
