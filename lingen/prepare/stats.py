@@ -150,7 +150,7 @@ def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:
         with (folder / row.shard).open("rb") as file:
             file.seek(row.offset)
             members = parse_sample(file.read(row.length), row.key)
-        frames, fps = (row.frames, row.fps) if row.kind == "video" else (1, 1.0)
+        frames, fps = (max(1, row.frames), row.fps if row.fps > 0 else 1.0) if row.kind == "video" else (1, 1.0)
         pixels = decode_sample(members, row.kind, frames=frames, size=size, fps=fps, start=0.0).pixels
         caption = captions_of(members)[0] if row.captions else "no caption yet"
         return pixels.permute(1, 2, 3, 0).numpy(), f"{told}: {caption}"

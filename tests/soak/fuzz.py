@@ -303,7 +303,7 @@ def _recipe(folder: Path, rng: Random) -> Trial:
     }  # fmt: skip
     (folder / "r.yaml").write_bytes(damaged_yaml(whole, rng))
     words = rng.choice((["show", "--json"], ["show"], ["doctor"], ["data", "check"]))
-    return Trial([*words, "--recipe", "r.yaml"], ("r.yaml", "stage ", "missing", "etc/passwd"))
+    return Trial([*words, "--recipe", "r.yaml"], ("r.yaml", "data.shards.", "stage ", "missing", "etc/passwd"))
 
 
 def _prompts(folder: Path, rng: Random) -> Trial:
