@@ -1,6 +1,8 @@
 """What holds in every test: checked shapes, one thread, Triton's interpreter without a GPU; and shared fixtures."""
 
+import itertools
 import os
+import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests of the command line read its plain lines.
@@ -28,6 +30,14 @@ watch()
 # The cores may be busy with other things.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+PORTS = itertools.cycle(range(start := 10_000 + 97 * os.getpid() % 20_000, start + 2_000))
+"""Of this process, below those that a system gives to connections (32,768 on Linux)."""
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens at a port of this machine."""
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) != 0
 
 
 if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
@@ -39,6 +49,13 @@ if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
 def seeded():
     """The same random numbers in every run: a limit is kept or not, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def rendezvous(monkeypatch: pytest.MonkeyPatch):
+    """A port of the test's own, where ranks meet. Lightning would take a free one of those that the system also gives to
+    connections, and until the ranks meet a connection of another test may have got it."""
+    monkeypatch.setenv("MASTER_PORT", str(next(filter(is_free, PORTS))))
 
 
 @pytest.fixture(autouse=True)
