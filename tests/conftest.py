@@ -53,8 +53,8 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def rendezvous(monkeypatch: pytest.MonkeyPatch):
-    """A port of the test's own, where ranks meet. Lightning would take a free one of those that the system also gives to
-    connections, and until the ranks meet a connection of another test may have got it."""
+    """A port of the test's own, where ranks meet. Lightning would take a free one of those that the system also
+    gives to connections, and until the ranks meet a connection of another test may have got it."""
     monkeypatch.setenv("MASTER_PORT", str(next(filter(is_free, PORTS))))
 
 
