@@ -27,7 +27,7 @@ from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.identity import Stage, described, ranks_made_of
+from lingen.training.identity import Stage, described, ranks_here
 from lingen.training.ranks import is_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
@@ -110,8 +110,7 @@ def fit_curriculum(
     say = reporter.say if is_first_rank() else Reporter().say
     folder = RunFolder(Path(run) if run else record.default_path(stages[0].name, told, say))
     check_inputs(chosen, folder)
-    unfinished = [one for one in chosen if folder.finished_steps(str(one.stage)) < one.train.steps]
-    for text in (too_large(plan(one), one) for one in unfinished if is_first_rank()):
+    for text in (too_large(plan(one), one) for one in _unfinished(folder, chosen) if is_first_rank()):
         if text is not None:
             say(f"warning: {text}")
     if not is_first_rank():
@@ -127,8 +126,8 @@ def _on_record(
     """Inside the block the folder is this process's alone and says what is trained. Where nothing is left to do,
     nothing is written. Gives the recipe as it is on record, and a reporter that stops a run which another one took."""
     lock.check_unlocked(folder.path)
-    unfinished = [str(one.stage) for one in chosen if folder.finished_steps(str(one.stage)) < one.train.steps]
-    begins = (unfinished or [str(chosen[-1].stage)])[0]
+    unfinished = _unfinished(folder, chosen)
+    begins = str((unfinished or [chosen[-1]])[0].stage)
     record.start(folder, curriculum, told, begins)  # refuses before anything is written
     if not unfinished and not _is_score_due(folder, curriculum.stages[-1]):
         yield curriculum, reporter
@@ -141,6 +140,10 @@ def _on_record(
         for line in begun.lines:
             reporter.say(line)
         yield curriculum._replace(base=begun.base), _Alone(reporter, held)
+
+
+def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
+    return [one for one in stages if folder.finished_steps(str(one.stage)) < one.train.steps]
 
 
 def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
@@ -203,7 +206,7 @@ def _check_samples(recipe: Recipe) -> None:
             data.setup()
         except DataError as error:
             raise RecipeError(f"stage {recipe.stage}: {error}") from error
-        if problems := list(starved(recipe, data, ranks_made_of(recipe))):
+        if problems := list(starved(recipe, data, ranks_here(recipe))):
             raise RecipeError(*problems)
 
 

@@ -17,6 +17,7 @@ from lingen.data.fingerprint import content_of
 from lingen.data.indexing import content_of_shards
 from lingen.data.locations import expand
 from lingen.data.sources import Reader
+from lingen.data.starved import BY_MACHINE, ranks_of
 from lingen.frozen import on_meta
 from lingen.recipe.bounds import COURSE, IDENTITY
 from lingen.recipe.marks import Entry, entries_of
@@ -32,8 +33,6 @@ SAMPLES = "samples."
 """Start of the keys of a course that count the samples of all ranks in a step: they follow from `PER_STEP`."""
 PER_STEP = ("data.batch.image", "data.batch.video", "train.accumulate", "trainer.devices", "trainer.num_nodes")
 """Settings that are no change of course as long as a step holds as many samples: only rounding differs."""
-BY_MACHINE = ("auto", "-1")
-"""Numbers of devices that say: as many as there are."""
 PRECISION_SPELLINGS = {
     None: "32-true",
     32: "32-true",
@@ -74,7 +73,7 @@ def course_of(recipe: Recipe) -> Values:
     precision = recipe.trainer.get("precision")
     told |= {"trainer.devices": recipe.trainer.get("devices", "auto"), "trainer.num_nodes": 1} | told
     told["trainer.precision"] = PRECISION_SPELLINGS.get(precision, precision)
-    per_rank, data = recipe.train.accumulate * ranks_made_of(recipe), recipe.data
+    per_rank, data = recipe.train.accumulate * ranks_here(recipe), recipe.data
     asked = {kind: per_rank if getattr(data.mix, kind) else 0 for kind in KINDS}
     return told | {f"{SAMPLES}{kind}": getattr(data.batch, kind) * times for kind, times in asked.items()}
 
@@ -119,17 +118,10 @@ def _is_lightnings(key: str, entry: Entry) -> bool:
     return name != key and name in known and known[name].default == entry.value
 
 
-def ranks_made_of(recipe: Recipe) -> int:
+def ranks_here(recipe: Recipe) -> int:
     """How many ranks lightning.Trainer makes of a stage on this machine."""
-    devices, accelerator = recipe.trainer.get("devices", "auto"), recipe.trainer.get("accelerator", "auto")
-    nodes = int(recipe.trainer.get("num_nodes", 1))
-    if isinstance(devices, str) and "," in devices:
-        devices = [one for one in devices.split(",") if one.strip()]
-    if isinstance(devices, (list, tuple)):
-        return len(devices) * nodes
-    if str(devices) in BY_MACHINE:
-        return max(1, torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1) * nodes
-    return int(devices) * nodes
+    on_gpus = recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return ranks_of(recipe, torch.cuda.device_count() if on_gpus else 1)
 
 
 # comparing

@@ -163,17 +163,18 @@ def _known(held: Values, here: Values) -> Values:
 def _named(found: Iterable[tuple[str, Any, Any]]) -> str:
     """``model.depth is 1 here and 2 there`` of each setting, once."""
     lines = list(dict.fromkeys(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found))
-    return ", ".join(lines[:SETTINGS_NAMED]) + (
-        f" and {len(lines) - SETTINGS_NAMED} more" if len(lines) > SETTINGS_NAMED else ""
-    )
+    return _first_of(lines)
 
 
 def told(changes: dict[str, list[Any]]) -> str:
     """``train.lr 0.002 -> 1e-05`` of each setting."""
     parts = [f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items()]
-    return ", ".join(parts[:SETTINGS_NAMED]) + (
-        f" and {len(parts) - SETTINGS_NAMED} more" if len(parts) > SETTINGS_NAMED else ""
-    )
+    return _first_of(parts)
+
+
+def _first_of(parts: list[str]) -> str:
+    more = f" and {len(parts) - SETTINGS_NAMED} more" if len(parts) > SETTINGS_NAMED else ""
+    return ", ".join(parts[:SETTINGS_NAMED]) + more
 
 
 def _check_steps(folder: RunFolder, stages: Sequence[Recipe]) -> None:
