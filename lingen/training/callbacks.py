@@ -110,7 +110,7 @@ class StepEdge(Callback):
         """Writes a checkpoint in one step, complete or not at all; the last few are kept."""
         path = self.folder.checkpoint(self.stage, step)
         own = self._own.state_dict()
-        for state in gather_objects(own) if trainer.world_size > 1 else [own]:
+        for state in gather_objects(own):
             self.ledger.add(state)
         self._own = Ledger()
         # Only the first rank writes; the path that the others name is not used.

@@ -1,21 +1,76 @@
-"""Helpers for runs of several processes."""
+"""What the processes of a run, its ranks, tell each other. Each function works with one process, too."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
+
+T = TypeVar("T")
 
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0, which writes files and reports for all. Before a Trainer has counted the ranks,
     the first process of another node (NODE_RANK, of Lightning's own launcher) is none."""
+    if is_connected():
+        return dist.get_rank() == 0
     node = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
     return int(getattr(rank_zero_only, "rank", 0)) == 0 and node == "0"
 
 
+def is_connected() -> bool:
+    """Whether the ranks can talk to each other; one process alone is not."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """This rank's plain value -> those of all ranks, in rank order."""
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
+    if not is_connected():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
     return gathered
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's plain value, on all ranks."""
+    if not is_connected():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def largest(*values: int) -> list[int]:
+    """The largest of each of these numbers over all ranks: one collective."""
+    if not is_connected():
+        return list(values)
+    on_cpu = "gloo" in str(dist.get_backend_config())
+    told = torch.tensor(values, dtype=torch.int64, device="cpu" if on_cpu else "cuda")
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return [int(value) for value in told.tolist()]
+
+
+class FirstRankError(RuntimeError):
+    """Rank 0 could not do something that all ranks need; it says why itself."""
+
+
+def on_first_rank(act: Callable[[], T]) -> T:
+    """What rank 0 gets from `act`, on all ranks. Its error is raised there, and here a `FirstRankError`: no rank waits
+    for one that has ended."""
+    if not is_connected():
+        return act()
+    value, error = None, None
+    if is_first_rank():
+        try:
+            value = act()
+        except Exception as found:
+            error = found
+    told = broadcast_object((value, error and f"{type(error).__name__}: {error}"))
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        raise FirstRankError(told[1])
+    return told[0]  # type: ignore[return-value]
