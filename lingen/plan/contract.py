@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lingen
 from lingen.blocks.scan import permutation
 from lingen.recipe.errors import SettingError
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, Registry
@@ -210,7 +209,7 @@ def _is_count(value: Any) -> bool:
 
 def _told(error: Exception) -> str:
     """The error, with the line of the part's own code that it comes from."""
-    known = tuple(str(Path(module.__file__).parent) for module in (torch, lingen) if module.__file__)
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(known)]
+    ours = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(ours)]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
