@@ -123,20 +123,18 @@ class Start:
             )  # fmt: skip
 
     def kill(self, victim: str, moment: float, chance: Random) -> bool:
-        """Kills the victim after so many seconds; False where there is none by then, and where all is over before."""
+        """Kills the victim after so many seconds, or as soon as there is one; False where all is over before."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(moment)
-            return False
-        if victim == "everything":
-            os.killpg(self.process.pid, signal.SIGKILL)
-            return True
-        ranks, workers = self._processes()
-        found = ranks if victim == "a rank" else workers
-        if not found:
-            return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(chance.choice(found), signal.SIGKILL)
-            return True
+        while self.process.poll() is None:
+            if victim == "everything":
+                os.killpg(self.process.pid, signal.SIGKILL)
+                return True
+            ranks, workers = self._processes()
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(chance.choice(ranks if victim == "a rank" else workers), signal.SIGKILL)
+                return True
+            time.sleep(0.05)
         return False
 
     def _processes(self) -> tuple[list[int], list[int]]:
