@@ -28,7 +28,7 @@ from lingen.cli.command import (
     ways_of_args,
 )
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
-from lingen.recipe.errors import RecipeError
+from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
 from lingen.training import signals
 
@@ -166,6 +166,10 @@ def sample(args: argparse.Namespace) -> int:
         try:
             for file in files:
                 print(file)
+        except SettingError as error:
+            raise RecipeError(
+                *(f"--{error.setting}: {text.partition(' (at ')[0]}" for text in error.problems)
+            ) from error
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
     return DONE
