@@ -5,6 +5,8 @@ import errno
 import os
 import re
 
+from lingen.training.environment import who
+
 CURES = {
     errno.ENOSPC: "The disk is full: free some space, or name another place",
     errno.EDQUOT: "Your share of the disk is used up: free some space, or name another place",
@@ -23,6 +25,8 @@ ALLOCATIONS = ("out of memory", "can't allocate memory", "not enough memory", "c
 """Words in errors of torch that mean that memory ran out."""
 LOADER_ENDED = r"DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: .*)"
 """What torch says where a process that reads samples was killed."""
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport")
+"""Words in errors of torch that mean that another rank is gone."""
 LESS_MEMORY = {
     "fit": "lower data.batch and raise train.accumulate instead, set model.checkpointing=true, or take a smaller size",
     "sample": "take a smaller --size or fewer --seconds, or sample.guidance_batch=false in the recipe",
@@ -46,6 +50,9 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
             f"A loader process has ended ({found[0]}), killed perhaps because the machine's memory or /dev/shm "
             "ran out: lower data.workers. The same command goes on from the last checkpoint."
         )
+    if is_lost_rank(error):
+        told = "Another rank has ended, so the run ends. What that one said, and its launcher, tell why."
+        return "" if who() else told
     if isinstance(error, OSError) and error.errno is not None:
         named = error.filename or getattr(args, "out", None) or getattr(args, "run", None)
         what = error.strerror or os.strerror(error.errno)
@@ -53,6 +60,13 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
         place = f"{named[:300]}{'...' * (len(named) > 300)}: " if isinstance(named, str) else ""
         return f"{place}{what}. {cure}."
     return None
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a rank noticed only that another one is gone."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
