@@ -1,4 +1,4 @@
-"""SLURM on this machine: a controller and several nodes on the loopback address, in a folder and on ports of its own."""
+"""SLURM on this machine: a controller and several nodes on the loopback address, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -90,6 +90,10 @@ class Cluster:
         told = self.run("scontrol", "show", "job", job).stdout
         return next(word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState="))
 
+    def idle(self) -> int:
+        """Nodes that are ready."""
+        return int(self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() or 0)
+
     def clear(self) -> None:
         """Ends every job: what is left of one would outlive the daemons."""
         last = time.monotonic() + 30
@@ -120,9 +124,7 @@ def slurm(nodes: int) -> Iterator[Cluster]:
                 daemons.append(subprocess.Popen(command, env=cluster.env, stdout=log, stderr=log, cwd=folder))
             if command[0] == "munged":
                 _wait(lambda: (folder / "run" / "munge").exists(), daemons, folder)
-        _wait(
-            lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == str(nodes), daemons, folder
-        )
+        _wait(lambda: cluster.idle() == nodes, daemons, folder)
         try:
             yield cluster
         finally:
