@@ -23,7 +23,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
-from lingen.training import launch, lock, record
+from lingen.training import launch, lock, record, signals
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
@@ -36,9 +36,6 @@ from lingen.training.weights import save_weights
 from lingen.weights import check_checkpoint, find_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
-
-REQUEUE = 75
-"""Exit code of a run that a signal stopped and that wants to go on (EX_TEMPFAIL)."""
 
 
 class Reporter:
@@ -62,8 +59,6 @@ class Outcome:
     """How a run ended."""
 
     folder: RunFolder
-    signal: int | None = None
-    """The signal that stopped it before its end."""
 
     @property
     def is_first_rank(self) -> bool:
@@ -92,10 +87,11 @@ def fit(
         NonFiniteError: too many steps without a finite gradient.
         KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75.
     """
-    outcome = fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage)
-    if outcome.signal is not None:
-        raise KeyboardInterrupt if outcome.signal == signal.SIGINT else SystemExit(REQUEUE)
-    return outcome.folder.path
+    try:
+        with signals.listening():
+            return fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage).folder.path
+    except signals.Stopped as stopped:
+        raise KeyboardInterrupt if stopped.number == signal.SIGINT else SystemExit(stopped.code) from None
 
 
 def fit_curriculum(
@@ -105,12 +101,13 @@ def fit_curriculum(
     stage: str | None = None,
     reporter: Reporter | None = None,
 ) -> Outcome:
-    """Trains a loaded recipe; arguments and errors of `fit`, but a signal is told in what is returned."""
+    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`."""
     launch.join()
     watched = _Watched(reporter if reporter and is_first_rank() else Reporter())
     try:
         with ExitStack() as held:
             begun = on_first_rank(lambda: _begin(curriculum, stage, run, watched, held))
+            signals.check()
             if launch.start_ranks(begun.ranks):
                 on_first_rank(lambda: begun)
             return _train(RunFolder(begun.folder), begun.curriculum, begun.curriculum.chosen(stage), watched)
@@ -147,12 +144,14 @@ def _begin(
     curriculum: Curriculum, stage: str | None, run: str | Path | None, reporter: _Watched, held: ExitStack
 ) -> _Begun:
     """For rank 0: whatever would stop the run is said, then the folder is this run's alone until `held` is closed, and
-    says what is trained. Where nothing is left to do, nothing is written."""
+    says what is trained. Where nothing is left to do, or a signal has come, nothing is written."""
     chosen, told = curriculum.chosen(stage), described(curriculum.stages)
     folder = RunFolder(Path(run) if run else record.default_path(curriculum.stages[0].name, told, reporter.say))
     unfinished = _unfinished(folder, chosen)
     ranks = launch.ranks_to_start(unfinished)
-    check_inputs(chosen, folder)
+    signals.promptly(lambda: check_inputs(chosen, folder))  # indexes of many shards take minutes to make
+    if signals.noted() is not None:
+        return _Begun(folder.path, curriculum, 1)
     for text in (too_large(plan(one), one) for one in unfinished):
         if text is not None:
             reporter.say(f"warning: {text}")
@@ -190,10 +189,9 @@ def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], 
         if start is None:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
+        signals.check()
         reporter.stage(settings, index + 1, len(stages), done=start.step)
-        number = train_stage(folder, curriculum, index, start, reporter)
-        if number is not None:
-            return Outcome(folder, number)
+        train_stage(folder, curriculum, index, start, reporter)
     on_first_rank(lambda: _score(folder, stages[-1], reporter))
     return Outcome(folder)
 
@@ -259,10 +257,8 @@ def scored_steps(folder: RunFolder) -> int:
     return int(json.loads(folder.score.read_text())["step"]) if folder.score.is_file() else 0
 
 
-def train_stage(
-    folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter
-) -> int | None:
-    """One Trainer's fit. Returns the signal that stopped it, if one did."""
+def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter) -> None:
+    """One Trainer's fit. Stopped, after a checkpoint, where a signal came."""
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
     edge = StepEdge(folder, name, reporter.say)
@@ -295,6 +291,7 @@ def train_stage(
         return trainer, module
 
     trainer, module = together(build)
+    signals.check()
     with warnings.catch_warnings():
         quiet_lightning()
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
@@ -302,7 +299,8 @@ def train_stage(
     if done and on_first_rank(lambda: folder.finished_steps(name) < recipe.train.steps) and trainer.is_global_zero:
         finish(module, trainer.global_step)  # killed between the last checkpoint and the weights
     reporter.say(report(edge.ledger))
-    return edge.signal if trainer.global_step < recipe.train.steps else None
+    if edge.stopped is not None:
+        raise signals.Stopped(edge.stopped)
 
 
 def report(ledger: Ledger) -> str:

@@ -23,7 +23,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training import environment
+from lingen.training import environment, signals
 from lingen.training.environment import PARENT, OtherRankError, Rank, here
 from lingen.training.identity import ranks_here
 from lingen.training.ranks import gather_objects, is_connected, on_first_rank
@@ -287,7 +287,8 @@ class LocalRanks:
             log.error("Rank %d %s, so the run ends; the same command goes on from its last checkpoint.", rank, how)
         if not self.over.wait(GRACE if self.joined else 0.0):
             self.kill()
-            os._exit(1)
+            number = signals.noted()  # a signal to all of a job's processes may come before a rank listens
+            os._exit(1 if number is None else signals.Stopped(number).code)
 
     def end(self, grace: float) -> None:
         """Waits so many seconds for their end, then makes it."""
@@ -308,12 +309,6 @@ def _told(own: Rank, rank: int) -> dict[str, str]:
 
 
 _children: list[LocalRanks] = []
-
-
-def kill_children() -> None:
-    """Ends the ranks that this process has started, at once."""
-    for one in _children:
-        one.kill()
 
 
 def end_children(grace: float = 3.0) -> None:
