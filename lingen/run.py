@@ -107,6 +107,7 @@ def fit_curriculum(
     try:
         with ExitStack() as held:
             begun = on_first_rank(lambda: _begin(curriculum, stage, run, watched, held))
+            signals.check()
             if launch.start_ranks(begun.ranks):
                 on_first_rank(lambda: begun)
             signals.check()
@@ -144,7 +145,7 @@ def _begin(
     curriculum: Curriculum, stage: str | None, run: str | Path | None, reporter: _Watched, held: ExitStack
 ) -> _Begun:
     """For rank 0: whatever would stop the run is said, then the folder is this run's alone until `held` is closed, and
-    says what is trained. Where nothing is left to do, nothing is written."""
+    says what is trained. Where nothing is left to do, or a signal has come, nothing is written."""
     chosen, told = curriculum.chosen(stage), described(curriculum.stages)
     folder = RunFolder(Path(run) if run else record.default_path(curriculum.stages[0].name, told, reporter.say))
     unfinished = _unfinished(folder, chosen)

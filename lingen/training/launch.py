@@ -5,6 +5,7 @@ import atexit
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,8 +23,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training import environment
-from lingen.training.environment import PARENT, Rank, here
+from lingen.training import environment, signals
+from lingen.training.environment import PARENT, OtherRankError, Rank, here
 from lingen.training.identity import ranks_here
 from lingen.training.ranks import gather_objects, is_connected, on_first_rank
 
@@ -96,24 +97,40 @@ def join() -> None:
         _be_quiet()
     if PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), name="lingen-parent", daemon=True).start()
+    _check_address(own)
     try:
-        rendezvous = dist.rendezvous(
-            f"tcp://{own.address}:{own.port}", own.rank, own.ranks, timeout=MEETING, use_libuv=True
-        )
-        _connect(own, next(iter(rendezvous))[0])
+        store, *_ = next(iter(dist.rendezvous(f"tcp://{own.address}:{own.port}", own.rank, own.ranks, timeout=MEETING)))
+        _connect(own, store)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        told = " ".join(str(error).split())
-        raise RecipeError(
-            f"The {own.ranks} ranks cannot meet at {own.address}:{own.port}: {told[:300]}. Set MASTER_ADDR to an "
-            "address of the first node that all nodes reach, MASTER_PORT to a port that is free there, and, where a "
-            "node has several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the name of one of them."
-        ) from error
+        raise _no_meeting(own, " ".join(str(error).split())[:300]) from error
+    _agree(own)
+
+
+def _check_address(own: Rank) -> None:
+    """RecipeError where rank 0's name tells no address here. Of ranks that do not speak the first of a node says so."""
+    try:
+        socket.getaddrinfo(own.address, own.port)
+    except OSError as error:
+        if own.local_rank:
+            raise OtherRankError(f"{own.address} has no address") from error
+        raise _no_meeting(own, f"this name has no address on {socket.gethostname()}") from error
+
+
+def _no_meeting(own: Rank, why: str) -> RecipeError:
+    return RecipeError(
+        f"The {own.ranks} ranks cannot meet at {own.address}:{own.port}: {why}. Set MASTER_ADDR to an address of the "
+        "first node that all nodes reach, MASTER_PORT to a port that is free there, and, where a node has several "
+        "networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the name of one of them."
+    )
 
 
 def _connect(own: Rank, store: Any) -> None:
     vars(rank_zero_only)["rank"] = own.rank
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=own.rank, world_size=own.ranks, timeout=PATIENCE)
+
+
+def _agree(own: Rank) -> None:
     everyone = gather_objects(own)
     on_first_rank(lambda: check_layout(everyone))
 
@@ -234,6 +251,7 @@ def start_ranks(ranks: int) -> bool:
     _children.append(LocalRanks(own))
     _connect(own, store)
     _children[0].joined = True
+    _agree(own)
     return True
 
 
@@ -269,7 +287,8 @@ class LocalRanks:
             log.error("Rank %d %s, so the run ends; the same command goes on from its last checkpoint.", rank, how)
         if not self.over.wait(GRACE if self.joined else 0.0):
             self.kill()
-            os._exit(1)
+            number = signals.noted()  # a signal to all of a job's processes may come before a rank listens
+            os._exit(1 if number is None else signals.Stopped(number).code)
 
     def end(self, grace: float) -> None:
         """Waits so many seconds for their end, then makes it."""
@@ -290,12 +309,6 @@ def _told(own: Rank, rank: int) -> dict[str, str]:
 
 
 _children: list[LocalRanks] = []
-
-
-def kill_children() -> None:
-    """Ends the ranks that this process has started, at once."""
-    for one in _children:
-        one.kill()
 
 
 def end_children(grace: float = 3.0) -> None:
