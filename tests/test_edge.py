@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from lingen.cli import main
 from lingen.cli.edge import line_of
+from lingen.data.dataset import Clips
 from lingen.files import naming
 from lingen.media import encode_mp4
 from lingen.recipe import load_for_training
@@ -190,3 +193,17 @@ def test_a_batch_beyond_the_memory_is_said_before_training(here: Path, tiny_reci
 
     with pytest.raises(FirstWord, match=r"^warning: stage clips: training takes about .* lower data.batch"):
         fit_curriculum(load_for_training(tiny_recipe, large), run="run", reporter=Stops())
+
+
+def test_a_loader_process_that_is_killed_is_one_line(
+    here: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def die(self: Clips, place: object) -> None:
+        assert multiprocessing.parent_process() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Clips, "__getitem__", die)
+    assert main(["fit", "--recipe", str(tiny_recipe), "--run", "run", "data.workers=1"]) == 1
+    error = capsys.readouterr().err
+    assert "A loader process has ended (DataLoader worker (pid" in error and "data.workers" in error.splitlines()[-1]
+    assert "Traceback" not in error

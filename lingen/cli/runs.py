@@ -27,7 +27,7 @@ from lingen.cli.command import (
     ways_of_args,
 )
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
-from lingen.recipe.errors import RecipeError
+from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
 
 if TYPE_CHECKING:
@@ -151,6 +151,10 @@ def sample(args: argparse.Namespace) -> int:
         try:
             for file in files:
                 print(file)
+        except SettingError as error:
+            raise RecipeError(
+                *(f"--{error.setting}: {text.partition(' (at ')[0]}" for text in error.problems)
+            ) from error
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
     return DONE
