@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
-import torch
 
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
@@ -26,12 +25,13 @@ from lingen.training import lock, record
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
+from lingen.training.folder import RunFolder, step_of
 from lingen.training.identity import Stage, described, ranks_here
-from lingen.training.ranks import is_first_rank
+from lingen.training.intact import newest_intact
+from lingen.training.ranks import is_first_rank, on_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
-from lingen.weights import check_checkpoint, find_weights, read_weights
+from lingen.weights import find_weights, read_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
 
@@ -188,8 +188,6 @@ def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], 
 def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
     """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
     for recipe in stages:
-        for checkpoint in folder.checkpoints(str(recipe.stage))[-1:]:
-            check_checkpoint(checkpoint)
         _check_samples(recipe)
         refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
         if recipe.init is not None:
@@ -240,7 +238,8 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter:
     """One Trainer's fit. Returns the signal that stopped it, if one did."""
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
-    done = folder.last_step(name)
+    checkpoint = newest_checkpoint(folder, name, reporter)
+    done = step_of(checkpoint) if checkpoint is not None else 0
     edge = StepEdge(folder, name, reporter.say)
 
     data = ClipData(recipe)
@@ -263,11 +262,12 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter:
     module = recipe.subject.build_module(recipe)
     module.write_row = MetricsFile(folder.metrics, name, done, reporter.row).write
     module.steps_before = sum(stage.train.steps for stage in curriculum.stages[:index])
-    if done == 0:
+    module.checkpoint = checkpoint
+    if checkpoint is None:
         hand_over(module, folder, curriculum.stages, index, reporter)
     with warnings.catch_warnings():
         quiet_lightning()
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint_path(folder, name), weights_only=True)
+        trainer.fit(module, datamodule=data)
     if trainer.global_step >= recipe.train.steps > folder.finished_steps(name) and trainer.is_global_zero:
         finish(module, trainer.global_step)  # killed between the last checkpoint and the weights
     reporter.say(report(edge.ledger))
@@ -280,9 +280,12 @@ def report(ledger: Ledger) -> str:
     return ledger.summary() + (f"\n{as_table(rows, terminal=False)}" if len(rows) > 1 else "")
 
 
-def checkpoint_path(folder: RunFolder, stage: str) -> str | None:
-    checkpoints = folder.checkpoints(stage)
-    return str(checkpoints[-1]) if checkpoints else None
+def newest_checkpoint(folder: RunFolder, stage: str, reporter: Reporter) -> Path | None:
+    """What a stage goes on from; None: it begins. What is passed over is said."""
+    found, lines = on_first_rank(lambda: newest_intact(folder, stage))
+    for line in lines:
+        reporter.say(line)
+    return found
 
 
 def hand_over(module: Trained, folder: RunFolder, stages: Sequence[Recipe], index: int, reporter: Reporter) -> None:
@@ -300,10 +303,10 @@ def hand_over(module: Trained, folder: RunFolder, stages: Sequence[Recipe], inde
     load_into(module, read_weights(source, "raw") or read_weights(source, "averaged"), source)  # `lingen export`
     reporter.say(f"stage {recipe.stage} starts from {source}")
     if recipe.train.keep_optimizer and own_init is None:
-        module.optimizer_state = read_optimizer(folder, before[-1])
-
-
-def read_optimizer(folder: RunFolder, stage: str) -> dict[str, Any]:
-    """AdamW's moments at the end of a stage."""
-    state = torch.load(folder.checkpoints(stage)[-1], map_location="cpu", weights_only=True)
-    return state["optimizer_states"][0]
+        module.moments_from = newest_checkpoint(folder, before[-1], reporter)
+        if module.moments_from is None:
+            raise RecipeError(
+                f"stage {recipe.stage}: train.keep_optimizer takes AdamW's moments from the last checkpoint of stage "
+                f"{before[-1]}, and {folder.path} holds none that is whole. Bring it back, or start a run with "
+                "train.keep_optimizer=false."
+            )

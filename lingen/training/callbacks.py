@@ -5,7 +5,6 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 
 from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
-from lingen.files import naming, remove_left, whole_file, write_json
-from lingen.training.base import Trained
+from lingen.files import naming, whole_file
+from lingen.training.base import NonFiniteError, Trained
+from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.ranks import gather_objects
-
-KEPT_CHECKPOINTS = 2
+from lingen.training.ranks import gather_objects, largest
+from lingen.training.saver import Saver
 
 log = logging.getLogger("lingen")
 
@@ -42,6 +41,8 @@ class StepEdge(Callback):
         self.say = say
         self.ledger = Ledger()
         """The counts of all ranks, up to the last checkpoint."""
+        self.saver: Any = None
+        """A `Saver`, made when training starts."""
         self.signal: int | None = None
         self.data_error: DataError | None = None
         self._handlers: dict[int, Any] = {}
@@ -49,7 +50,11 @@ class StepEdge(Callback):
         self._said: set[Drop] = set()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        data = cast(Any, trainer).datamodule
+        settings, data = pl_module.recipe.train, cast(Any, trainer).datamodule
+        self.saver = Saver(self.folder, self.stage, settings.keep_checkpoints, settings.keep_every)
+        no_room = self.saver.prepare(planned_tensors(pl_module), pinned=pl_module.device.type == "cuda")
+        if no_room and trainer.is_global_zero:
+            self.say(no_room)
         self._own.open(data.faults, data.left_out)
         if trainer.is_global_zero:
             for line in data.describe():
@@ -82,11 +87,12 @@ class StepEdge(Callback):
         except DataError as error:
             self.data_error = error
         step = trainer.global_step
-        stop = trainer.strategy.reduce_boolean_decision(
-            self.signal is not None or self.data_error is not None, all=False
-        )
-        if stop or step % recipe.train.checkpoint_every == 0 or step >= recipe.train.steps:
-            self.save(trainer, step)
+        stop, writing = largest(int(self.signal is not None or self.data_error is not None), self.saver.is_writing)
+        if not writing:
+            self.saver.finish()
+        ends = bool(stop) or step >= recipe.train.steps
+        if ends or step % recipe.train.checkpoint_every == 0 or self.saver.stays(step):
+            self.save(trainer, step, wait=ends)
         if self.data_error is not None:
             raise self.data_error
         if stop:
@@ -106,23 +112,20 @@ class StepEdge(Callback):
                 self._said.add(drop)
                 log.warning("a held-out sample was dropped and replaced: %s: %s", drop.where, drop.reason)
 
-    def save(self, trainer: lightning.Trainer, step: int) -> None:
-        """Writes a checkpoint in one step, complete or not at all; the last few are kept."""
-        path = self.folder.checkpoint(self.stage, step)
-        own = self._own.state_dict()
-        for state in gather_objects(own):
+    def save(self, trainer: lightning.Trainer, step: int, *, wait: bool = False) -> None:
+        """Begins a checkpoint, which is complete as a whole or not there at all; one that is on its way is waited for.
+
+        Args:
+            wait: return when this one is complete, too.
+        """
+        for state in gather_objects(self._own.state_dict()):
             self.ledger.add(state)
         self._own = Ledger()
-        # Only the first rank writes; the path that the others name is not used.
-        with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
-            trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                write_json(self.folder.ledger, self.ledger.as_json())
-        if trainer.is_global_zero:
-            remove_left(path.parent, "*partial*")
-            for old in self.folder.checkpoints(self.stage)[:-KEPT_CHECKPOINTS]:
-                old.unlink()
-        trainer.strategy.barrier()
+        module = cast(Trained, trainer.lightning_module)
+        tensors, state = tensors_of(module, trainer.optimizers[0]), state_of(trainer, module)
+        self.saver.begin(step, tensors, state, self.ledger.as_json())
+        if wait:
+            self.saver.finish()
 
     def state_dict(self) -> dict[str, Any]:
         return {"ledger": self.ledger.state_dict()}
@@ -131,9 +134,12 @@ class StepEdge(Callback):
         self.ledger.load_state_dict(state_dict["ledger"])
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.saver.finish()
         self._give_back_signals()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if self.saver is not None:
+            self.saver.abandon(together=isinstance(exception, NonFiniteError))
         self._give_back_signals()
 
     def _give_back_signals(self) -> None:
