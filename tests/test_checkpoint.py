@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +17,13 @@ from safetensors.torch import load_file
 
 from lingen.cli import main
 from lingen.run import fit
+from lingen.training import saver as saving
 from lingen.training.folder import RunFolder
 from lingen.training.intact import ABOUT, Checkpoint, newest_intact
 from lingen.training.saver import Saver
 from lingen.training.storage import pieces_of
 from lingen.weights import read_weights
+from tests.helpers.commands import run_python
 
 SHORT = ["train.checkpoint_every=1", "train.log_every=1", "sample.prompts=[]", "data.workers=0"]
 
@@ -139,6 +145,119 @@ def test_a_damaged_one_is_passed_over_and_the_one_before_taken(tmp_path: Path, n
     assert instead == "stage one goes on from step 5 instead"
     save(folder, 6)  # what is trained again takes its place
     assert newest_intact(folder, "one") == (folder.checkpoint("one", 6), [])
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+from lingen.training import saver as saving
+from lingen.training.folder import RunFolder, step_of
+from lingen.training.intact import Checkpoint, newest_intact
+from lingen.training.saver import Saver
+
+CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
+folder = RunFolder(Path("run"))
+
+def save(step):
+    tensors = {"raw.a": torch.full((9, 4), float(step)), "raw.b": torch.full((3,), step)}
+    saver = Saver(folder, "one", 2)
+    saver.prepare(tensors, pinned=False)
+    saver.begin(step, tensors, {"step": step}, {"seen": step})
+    saver.finish()
+
+def killed_at(number):
+    \"\"\"Whether a process that saves step 7 is killed at its so-manieth call; a write is done by half.\"\"\"
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] != 0
+    left = number
+    def counting(name, call):
+        def counted(*args, **how):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if name == "write":
+                    call(args[0], args[1][: len(args[1]) // 2])
+                os._exit(9)
+            return call(*args, **how)
+        return counted
+    for name in CALLS:
+        setattr(os, name, counting(name, getattr(os, name)))
+    try:
+        save(7)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+save(5)
+save(6)
+number, ends = 1, []
+while killed_at(number):
+    path, lines = newest_intact(folder, "one")
+    assert not lines and path is not None, lines
+    ends.append(step_of(path))
+    assert (Checkpoint(path).read("raw.a") == ends[-1]).all()
+    save(ends[-1] + 1)  # the next start goes on
+    there = sorted(one.name for one in (folder.path / "stages" / "one").iterdir())
+    assert there == [f"step-{step:08d}" for step in (ends[-1], ends[-1] + 1)], (number, there)
+    for one in folder.checkpoints("one"):
+        os.rename(one, one.with_name(one.name + ".partial-old"))
+    save(5)
+    save(6)
+    number += 1
+assert set(ends) == {6, 7} and ends == sorted(ends), ends
+print(number)
+"""
+
+
+def test_a_kill_at_any_call_leaves_what_was_complete(tmp_path: Path):
+    assert int(run_python("-c", KILLED, cwd=tmp_path)) > 15
+
+
+def test_training_goes_on_while_a_slow_disk_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The next one waits for it; a failure is told where it is waited for, and leaves nothing."""
+    folder, held, free = RunFolder(tmp_path), tensors(), threading.Event()
+    write = saving.write_file
+
+    def slow(path: Path, chunks: Any) -> tuple[int, str]:
+        assert threading.current_thread() is threading.main_thread() or free.wait(60)
+        return write(path, chunks)
+
+    monkeypatch.setattr(saving, "write_file", slow)
+    saver = Saver(folder, "one", 2)
+    saver.prepare(held, pinned=False)
+    assert not saver.is_writing
+    saver.begin(1, held, {}, {})
+    assert saver.is_writing and not folder.checkpoints("one")
+    threading.Timer(0.2, free.set).start()
+    saver.begin(2, held, {}, {})
+    assert [path.name for path in folder.checkpoints("one")] == ["step-00000001"]
+    saver.finish()
+    assert [path.name for path in folder.checkpoints("one")] == ["step-00000001", "step-00000002"]
+
+    def full(path: Path, chunks: Any) -> tuple[int, str]:
+        path.write_bytes(b"some")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(saving, "write_file", full)
+    saver.begin(3, held, {}, {})
+    with pytest.raises(OSError, match=r"No space left on device: '.*step-00000003'$"):
+        saver.finish()
+    assert sorted(path.name for path in (tmp_path / "stages" / "one").iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_without_room_for_a_copy_it_is_written_at_once_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, held = RunFolder(tmp_path), tensors()
+    monkeypatch.setattr(saving, "memory_left", lambda: 100)
+    saver = Saver(folder, "one", 2)
+    assert "checkpoints are written while training waits: a copy of " in str(saver.prepare(held, pinned=False))
+    saver.begin(1, held, {}, {})
+    assert not saver.is_writing
+    for value in held.values():
+        value.zero_()
+    saver.finish()
+    assert torch.equal(Checkpoint(folder.checkpoint("one", 1)).read("raw.matrix"), tensors()["raw.matrix"])
 
 
 def test_without_a_whole_one_the_stage_begins_again(tiny_recipe: Path, here: Path, capsys):
