@@ -21,7 +21,7 @@ from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
 from lingen.training.checkpoint import moments_of, open_checkpoint, restore
 from lingen.training.meter import Meter
-from lingen.training.ranks import gather_objects
+from lingen.training.ranks import gather_objects, together
 from lingen.training.state import load_state_by_name
 
 
@@ -189,7 +189,8 @@ class Trained(lightning.LightningModule):
     def on_fit_start(self) -> None:
         self.average = AveragedWeights(self.trained_parameters(), self.recipe.train.ema)
         if self.checkpoint is not None:
-            restore(open_checkpoint(self.checkpoint, self), self.trainer, self)
+            checkpoint = self.checkpoint
+            together(lambda: restore(open_checkpoint(checkpoint, self), self.trainer, self))
         elif self.moments_from is not None:
             moments = moments_of(open_checkpoint(self.moments_from, self), self)
             load_state_by_name(self, self.trainer.optimizers[0], moments)

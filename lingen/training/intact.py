@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lingen.files import wait_for
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.storage import CHUNK, StoredRows, Written, is_covered
@@ -75,6 +76,16 @@ def read_about(path: Path) -> dict[str, Any]:
 def _hash_of(about: dict[str, Any]) -> str:
     text = json.dumps(about, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def wait_for_files(path: Path) -> Path:
+    """The path of a checkpoint that rank 0 found whole, once this machine sees all of its files."""
+    wait_for(path)
+    if path.is_dir():
+        wait_for(path / ABOUT)
+        for name in read_about(path)["files"]:
+            wait_for(path / name)
+    return path
 
 
 def newest_intact(folder: RunFolder, stage: str) -> tuple[Path | None, list[str]]:

@@ -20,7 +20,7 @@ from lingen.files import write_json
 from lingen.kernels.choice import memory_here
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.intact import ABOUT, about_of
-from lingen.training.ranks import broadcast_object, gather_objects, largest, on_first_rank, place
+from lingen.training.ranks import broadcast_object, gather_objects, largest, on_first_rank, place, together
 from lingen.training.storage import RowPiece, Written, bytes_of, describe_tensors, header_of, pieces_of, write_file
 
 ROOM = 0.75
@@ -42,6 +42,15 @@ class _Job:
     thread: threading.Thread | None = None
     ended: list[Written | Exception] = field(default_factory=list)
     """How it went, once it is over."""
+
+    def result(self) -> Written:
+        """What this rank wrote, when it has. Its error, under the name that the checkpoint would have borne."""
+        if self.thread is not None:
+            self.thread.join()
+        (found,) = self.ended
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 class Saver:
@@ -140,19 +149,19 @@ class Saver:
         """Waits for the checkpoint on its way, if there is one, and completes it.
 
         Raises:
-            OSError: a rank could not write, of which every rank hears; nothing of this checkpoint is left.
+            OSError: this rank could not write; nothing of this checkpoint is left.
+            OtherRankError: another one could not.
         """
         job, self._job = self._job, None
         if job is None:
             return
-        if job.thread is not None:
-            job.thread.join()
-        ended = gather_objects(job.ended[0])
-        failed = [one for one in ended if isinstance(one, Exception)]
-        if failed:
+        try:
+            written = together(job.result)
+        except Exception:
             on_first_rank(lambda: shutil.rmtree(job.partial, ignore_errors=True))
-            raise failed[0]
-        on_first_rank(lambda: self._complete(job, ended))
+            raise
+        files = gather_objects(written)
+        on_first_rank(lambda: self._complete(job, files))
 
     def abandon(self, together: bool) -> None:
         """Waits for what this rank writes, before an error ends the run.
@@ -178,9 +187,9 @@ class Saver:
             _sync(job.partial)
             self._remove(final)
             job.partial.rename(final)
-        except BaseException:
+        except Exception as error:
             shutil.rmtree(job.partial, ignore_errors=True)
-            raise
+            raise _called(error, job.partial) from error
         _sync(final.parent)
         write_json(self.folder.ledger, job.ledger)
         for path in self._surplus(job.step):
@@ -227,7 +236,7 @@ def _write(
         size, found = write_file(file, _all(header_of(pieces), chunks))
         ended.append(Written(file.name, size, found, tuple((one.name, one.start, one.stop) for one in pieces)))
     except Exception as error:
-        ended.append(_told(error, file))
+        ended.append(_called(error, file.parent))
 
 
 def _all(header: bytes, chunks: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
@@ -235,13 +244,11 @@ def _all(header: bytes, chunks: Iterable[memoryview]) -> Iterator[bytes | memory
     yield from chunks
 
 
-def _told(error: Exception, file: Path) -> Exception:
-    """An error under the name that the checkpoint would have borne, and with the host where ranks are several."""
-    name = str(file.parent).partition(PARTIAL)[0]
-    host = f" (rank {place()[0]} on {socket.gethostname()})" if place()[1] > 1 else ""
-    if isinstance(error, OSError) and error.errno is not None:
-        return OSError(error.errno, os.strerror(error.errno) + host, name)
-    return RuntimeError(f"{name} could not be written{host}: {type(error).__name__}: {error}")
+def _called(error: Exception, partial: Path) -> Exception:
+    """An error of the system under the name that the checkpoint would have borne."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return error
+    return OSError(error.errno, os.strerror(error.errno), str(partial).partition(PARTIAL)[0])
 
 
 def _sync(folder: Path) -> None:
