@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from lingen import run as runs
 from lingen.cli import main
 from lingen.data import datamodule
+from lingen.run import fit
+from lingen.training import begin
 from lingen.training.callbacks import StepEdge
 from lingen.training.denoiser import LinGenModule
 from lingen.weights import find_weights, read_weights
@@ -22,7 +23,7 @@ from lingen.weights import find_weights, read_weights
 MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "indexes are made": (datamodule, "open_index", lambda *_: True),
     "a stage is set up": (LinGenModule, "configure_optimizers", lambda module: module.recipe.stage == "clips"),
-    "a stage is handed its weights": (runs, "load_into", lambda *_: True),
+    "a stage is handed its weights": (begin, "load_into", lambda *_: True),
     "the first batch": (LinGenModule, "training_step", lambda module, *_: module.global_step == 0),
     "a step": (LinGenModule, "training_step", lambda module, *_: module.global_step == 2),
     "a checkpoint is written": (StepEdge, "save", lambda edge, trainer, step: step == 4),
@@ -59,7 +60,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path):
     from tests.helpers.tiny import write_recipe
 
     folder = tmp_path_factory.mktemp("undisturbed")
-    return what_came_out(runs.fit(write_recipe(folder / "tiny.yaml", tiny_shards), WORDS, run=folder / "run"))
+    return what_came_out(fit(write_recipe(folder / "tiny.yaml", tiny_shards), WORDS, run=folder / "run"))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
