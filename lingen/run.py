@@ -107,9 +107,9 @@ def fit_curriculum(
     try:
         with ExitStack() as held:
             begun = on_first_rank(lambda: _begin(curriculum, stage, run, watched, held))
-            signals.check()
             if launch.start_ranks(begun.ranks):
                 on_first_rank(lambda: begun)
+            signals.check()
             return _train(RunFolder(begun.folder), begun.curriculum, begun.curriculum.chosen(stage), watched)
     except BaseException:
         launch.end_children()
