@@ -3,7 +3,7 @@
 import json
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from lingen.plan.forecast import plan, too_large
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
+from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
 from lingen.training import launch, lock, record, signals
 from lingen.training.base import NonFiniteError, Trained
@@ -31,7 +31,7 @@ from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.identity import described, ranks_here
 from lingen.training.ranks import is_first_rank, on_first_rank, together
-from lingen.training.trainer import build_trainer, quiet_lightning
+from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
 from lingen.weights import check_checkpoint, find_weights
 
@@ -192,18 +192,18 @@ def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], 
         signals.check()
         reporter.stage(settings, index + 1, len(stages), done=start.step)
         train_stage(folder, curriculum, index, start, reporter)
-    on_first_rank(lambda: _score(folder, stages[-1], reporter))
+    signals.by_first_rank(lambda: _score(folder, stages[-1], reporter))
     return Outcome(folder)
 
 
-def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> None:
+def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> Iterator[None]:
     if not last.score.clips or not folder.weights(str(last.stage)).is_file():
         return
     if not _is_score_due(folder, last):
         reporter.say(f"the score stands in {folder.score}")
-    else:
-        reporter.say(f"judging {last.score.clips} clips of held-out captions")
-        score_samples(folder, last)
+        return
+    reporter.say(f"judging {last.score.clips} clips of held-out captions")
+    yield from score_samples(folder, last)
 
 
 def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
@@ -270,15 +270,18 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         if isinstance(module, LinGenModule):
             sample_prompts(module, folder, step, recipe.sample.prompts)
         else:
-            sample_reconstructions(cast(Any, module), data, folder, step)
+            on_first_rank(lambda: sample_reconstructions(cast(Any, module), data, folder, step))
+        signals.check()
 
     def finish(module: Trained, step: int) -> None:
-        module.before_saving(data)
-        save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
+        on_first_rank(lambda: module.before_saving(data))
         sample(module, step)
+        # They come last: a stage that has weights owes nothing.
+        on_first_rank(lambda: save_weights(folder.weights(name), module, to_yaml(curriculum.base), step))
 
     def build() -> tuple[lightning.Trainer, Trained]:
-        callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step)]
+        clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)
+        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), Steps(reporter.step)]
         trainer = build_trainer(recipe, folder, callbacks)
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)
@@ -292,12 +295,11 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
 
     trainer, module = together(build)
     signals.check()
+    if start.step >= recipe.train.steps:
+        end_only(trainer)
     with warnings.catch_warnings():
         quiet_lightning()
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-    done = trainer.global_step >= recipe.train.steps
-    if done and on_first_rank(lambda: folder.finished_steps(name) < recipe.train.steps) and trainer.is_global_zero:
-        finish(module, trainer.global_step)  # killed between the last checkpoint and the weights
     reporter.say(report(edge.ledger))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)

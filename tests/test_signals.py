@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from lingen import run as runs
 from lingen.cli import main
 from lingen.data import datamodule
-from lingen.run import fit
+from lingen.sampling import samples
 from lingen.training import begin
-from lingen.training.callbacks import StepEdge
+from lingen.training.callbacks import StageEnd, StepEdge
 from lingen.training.denoiser import LinGenModule
 from lingen.weights import find_weights, read_weights
 
@@ -25,11 +27,29 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "a stage is set up": (LinGenModule, "configure_optimizers", lambda module: module.recipe.stage == "clips"),
     "a stage is handed its weights": (begin, "load_into", lambda *_: True),
     "the first batch": (LinGenModule, "training_step", lambda module, *_: module.global_step == 0),
-    "a step": (LinGenModule, "training_step", lambda module, *_: module.global_step == 2),
+    "a step": (LinGenModule, "training_step", lambda module, *_: module.global_step == 4),
     "a checkpoint is written": (StepEdge, "save", lambda edge, trainer, step: step == 4),
+    "validation": (LinGenModule, "validation_step", lambda module, *_: module.global_step == 3),
+    "the first clip during training": (samples, "decoded", lambda module, *_: module.global_step == 2),
+    "the last step of the first stage": (
+        LinGenModule,
+        "training_step",
+        lambda module, *_: module.recipe.stage == "images",
+    ),
+    "a step with clips": (LinGenModule, "training_step", lambda module, *_: module.global_step == 1),
+    "the last step": (LinGenModule, "training_step", lambda module, *_: module.global_step == 5),
+    "the last validation": (LinGenModule, "validation_step", lambda module, *_: module.global_step == 6),
+    "the end of a stage": (StageEnd, "on_train_end", lambda *_: True),
+    "a clip at the end of a stage": (samples, "decoded", lambda module, *_: module.global_step == 6),
+    "weights are written": (runs, "save_weights", lambda *_: True),
+    "scoring": (samples, "load_denoiser", lambda *_: True),
 }
 """Name -> a function of lingen, and which of its calls the signal comes in."""
-WORDS = ["stages.images.train.steps=1", "stages.clips.train.steps=5", "train.checkpoint_every=4", "train.log_every=1"]
+WORDS = [
+    "stages.images.train.steps=1", "stages.clips.train.steps=6", "train.checkpoint_every=4", "train.log_every=1",
+    "train.sample_every=2", "train.validate_every=3", "sample.prompts=[a red square, a blue circle]",
+    "data.synthetic=shapes", "score.clips=2",
+]  # fmt: skip
 
 
 def send_at(monkeypatch: pytest.MonkeyPatch, moment: str, number: int) -> list[int]:
@@ -47,12 +67,14 @@ def send_at(monkeypatch: pytest.MonkeyPatch, moment: str, number: int) -> list[i
     return sent
 
 
-def what_came_out(run: Path) -> tuple[list[tuple[str, ...]], dict[str, torch.Tensor]]:
-    """Losses of both stages, and all weights."""
+def what_came_out(run: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Losses of both stages, the score and the clips that there are; all weights."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = [(row["stage"], row["step"], row["loss"], row["validation/loss"]) for row in csv.DictReader(file)]
+    clips = {path.relative_to(run).as_posix() for path in run.glob("samples/*/*")}
     path = find_weights(run)
-    return rows, read_weights(path, "raw") | {f"a.{k}": v for k, v in read_weights(path, "averaged").items()}
+    told = [rows, sorted(clips), json.loads((run / "score.json").read_text())]
+    return told, read_weights(path, "raw") | {f"a.{k}": v for k, v in read_weights(path, "averaged").items()}
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +82,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path):
     from tests.helpers.tiny import write_recipe
 
     folder = tmp_path_factory.mktemp("undisturbed")
-    return what_came_out(fit(write_recipe(folder / "tiny.yaml", tiny_shards), WORDS, run=folder / "run"))
+    return what_came_out(runs.fit(write_recipe(folder / "tiny.yaml", tiny_shards), WORDS, run=folder / "run"))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -79,7 +101,7 @@ def test_a_signal_at_any_moment_is_told_and_changes_nothing(
     assert "Traceback" not in told
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
     assert main(words) == 0
-    rows, weights = what_came_out(tmp_path / "run")
-    assert rows == undisturbed[0]
+    told, weights = what_came_out(tmp_path / "run")
+    assert told == undisturbed[0]
     assert weights.keys() == undisturbed[1].keys()
     assert all(torch.equal(value, undisturbed[1][name]) for name, value in weights.items())

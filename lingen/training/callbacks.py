@@ -19,7 +19,7 @@ from lingen.training import signals
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.ranks import gather_objects, is_first_rank, largest
+from lingen.training.ranks import gather_objects, is_first_rank, largest, on_first_rank
 
 KEPT_CHECKPOINTS = 2
 
@@ -43,19 +43,22 @@ class StepEdge(Callback):
         """The counts of all ranks, up to the last checkpoint."""
         self.stopped: int | None = None
         """The signal that stops the stage, on all ranks."""
+        self._saved = 0
+        """The step of the newest checkpoint."""
         self._own = Ledger()
         self._said: set[Drop] = set()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         data = cast(Any, trainer).datamodule
         self._own.open(data.faults, data.left_out)
+        self._saved = trainer.global_step
         if trainer.is_global_zero:
             for line in data.describe():
                 self.say(line)
             for drop in data.held_out_faults:
                 log.warning("a fault in held-out shards: %s: %s", drop.where, drop.reason)
         if number := signals.agreed():
-            self.stop(trainer, number)  # before the first batch: there is nothing to save
+            self.stop(trainer, number)
 
     def on_train_batch_end(
         self,
@@ -72,7 +75,7 @@ class StepEdge(Callback):
         error = self._data_error(recipe.data.max_dropped)
         step = trainer.global_step
         number, is_broken = largest(signals.noted() or 0, error is not None)
-        if number or is_broken or step % recipe.train.checkpoint_every == 0 or step >= recipe.train.steps:
+        if is_broken or step % recipe.train.checkpoint_every == 0 or step >= recipe.train.steps:
             self.save(trainer, step)
         if is_broken:
             raise DataError(next(filter(None, gather_objects(error))))
@@ -80,11 +83,13 @@ class StepEdge(Callback):
             self.stop(trainer, number)
 
     def stop(self, trainer: lightning.Trainer, number: int) -> None:
-        """Ends the stage here, by a signal that all ranks know of. Lightning would validate once more, also where that
-        is not due."""
+        """Ends the stage here, by a signal that all ranks know of, with a checkpoint. Lightning would validate once
+        more, also where that is not due."""
         self.stopped, trainer.should_stop = number, True
         settings, step = cast(Any, trainer.lightning_module).recipe.train, trainer.global_step
-        if step < settings.steps and not (settings.validate_every and step % settings.validate_every == 0):
+        if step != self._saved:
+            self.save(trainer, step)
+        if step % min(settings.validate_every or settings.steps, settings.steps):
             trainer.limit_val_batches = 0
 
     def _data_error(self, max_dropped: float) -> str | None:
@@ -111,7 +116,7 @@ class StepEdge(Callback):
 
     def save(self, trainer: lightning.Trainer, step: int) -> None:
         """Writes a checkpoint in one step, complete or not at all; the last few are kept."""
-        path = self.folder.checkpoint(self.stage, step)
+        path, self._saved = self.folder.checkpoint(self.stage, step), step
         own = self._own.state_dict()
         for state in gather_objects(own):
             self.ledger.add(state)
@@ -135,10 +140,22 @@ class StepEdge(Callback):
 
 
 class ClipsDuringTraining(Callback):
-    """Clips with the averaged weights every `train.sample_every` steps: of the recipe's prompts, or reconstructions."""
+    """Clips with the averaged weights every `train.sample_every` steps: of the recipe's prompts, or reconstructions.
+    Those that a signal or a kill kept from being made are made when the stage goes on from their step.
 
-    def __init__(self, sample: Callable[[Trained, int], None]):
-        self.sample = sample
+    Args:
+        sample: makes the clips of a step, on all ranks; it raises `Stopped` on all of them at a signal.
+        is_made: whether all clips of a step are there; rank 0 is asked.
+        edge: stops the stage.
+    """
+
+    def __init__(self, sample: Callable[[Trained, int], None], is_made: Callable[[int], bool], edge: StepEdge):
+        self.sample, self.is_made, self.edge = sample, is_made, edge
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        step = trainer.global_step
+        if self._is_due(pl_module, step) and not on_first_rank(lambda: self.is_made(step)):
+            self._make(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -148,17 +165,19 @@ class ClipsDuringTraining(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
+        if (batch_idx + 1) % pl_module.recipe.train.accumulate == 0 and self._is_due(pl_module, trainer.global_step):
+            self._make(trainer, pl_module)
+
+    def _is_due(self, pl_module: Any, step: int) -> bool:
         settings = pl_module.recipe.train
-        due = (
-            settings.sample_every
-            and (batch_idx + 1) % settings.accumulate == 0
-            and trainer.global_step % settings.sample_every == 0
-        )
-        if not due or trainer.global_step >= settings.steps:
-            return
-        if trainer.is_global_zero:
+        is_then = settings.sample_every and step % settings.sample_every == 0
+        return bool(is_then) and 0 < step < settings.steps and self.edge.stopped is None
+
+    def _make(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        try:
             self.sample(pl_module, trainer.global_step)
-        trainer.strategy.barrier()
+        except signals.Stopped as stopped:
+            self.edge.stop(trainer, stopped.number)
 
 
 class Steps(Callback):
@@ -172,17 +191,24 @@ class Steps(Callback):
 
 
 class StageEnd(Callback):
-    """Calls `finish(module, step)` on rank 0 after the stage's last step, while the module is still on its device."""
+    """Calls `finish(module, step)` on all ranks after the stage's last step, while the module is still on its device.
 
-    def __init__(self, finish: Callable[[Trained, int], None]):
-        self.finish = finish
+    Args:
+        finish: raises `Stopped` on all ranks at a signal. What is left of it is done when the run goes on.
+        edge: is told of it.
+    """
+
+    def __init__(self, finish: Callable[[Trained, int], None], edge: StepEdge):
+        self.finish, self.edge = finish, edge
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if trainer.global_step < pl_module.recipe.train.steps:
+        if trainer.global_step < pl_module.recipe.train.steps or self.edge.stopped is not None:
             return
-        if trainer.is_global_zero:
+        try:
+            signals.check()  # one may have come in validation
             self.finish(pl_module, trainer.global_step)
-        trainer.strategy.barrier()
+        except signals.Stopped as stopped:
+            self.edge.stop(trainer, stopped.number)
 
 
 class MetricsFile:

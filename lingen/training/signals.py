@@ -162,6 +162,34 @@ def promptly(act: Callable[[], None]) -> None:
         _listener.is_prompt = False
 
 
+def by_first_rank(work: Callable[[], Iterator[None]]) -> None:
+    """Rank 0 works part by part; after each, all ranks look for a signal, and nobody waits long without looking.
+
+    Raises:
+        Stopped: any rank got one, and rank 0 is not done. On all ranks.
+        FirstRankError: on the others, where rank 0 raised an error.
+    """
+    from lingen.training.ranks import FirstRankError, is_first_rank, largest
+
+    over, goes_on, failed = range(3)
+    parts, state, error = (work() if is_first_rank() else iter(())), goes_on, None
+    while state == goes_on:
+        state = over
+        try:
+            for _ in parts:
+                state = goes_on
+                break
+        except Exception as found:
+            state, error = failed, found
+        number, state = largest(noted() or 0, state)
+        if number and state == goes_on:
+            raise Stopped(number)
+    if error is not None:
+        raise error
+    if state == failed:
+        raise FirstRankError("rank 0 could not do its part of the work")
+
+
 def _numbers() -> list[int]:
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
