@@ -45,7 +45,7 @@ def test_a_signal_at_any_moment_is_told_and_changes_nothing(tiny_recipe: Path, t
 @pytest.mark.slow
 def test_a_signal_to_one_rank_of_two_stops_both(tiny_recipe: Path, tmp_path: Path):
     """And the run goes on as if nothing had been."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     words = [sys.executable, "-m", "tests.helpers.moments", str(tiny_recipe), str(tmp_path)]
     ranks = [
         subprocess.Popen(

@@ -19,7 +19,7 @@ from lingen import run as runs
 from lingen.cli import main
 from lingen.data import datamodule
 from lingen.sampling import clips, samples
-from lingen.training import signals
+from lingen.training import begin, signals
 from lingen.training.callbacks import StageEnd, StepEdge
 from lingen.training.denoiser import LinGenModule
 from lingen.weights import find_weights, read_weights
@@ -37,7 +37,7 @@ MOMENTS: dict[str, Moment] = {
     "the last step of a stage": (LinGenModule, "training_step", lambda *_: True),
     "the end of a stage": (StageEnd, "on_train_end", lambda *_: True),
     "weights are written": (runs, "save_weights", lambda *_: True),
-    "a stage is handed its weights": (runs, "load_into", lambda *_: True),
+    "a stage is handed its weights": (begin, "load_into", lambda *_: True),
     "a stage is set up": (LinGenModule, "configure_optimizers", _at(0)),
     "the first batch": (LinGenModule, "training_step", _at(0)),
     "a step after which clips are due": (LinGenModule, "training_step", _at(1)),
