@@ -15,7 +15,6 @@ import lightning
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
-from lingen.files import wait_for
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.plan.forecast import plan, too_large
 from lingen.recipe import Curriculum, load_for_training, to_yaml
@@ -30,10 +29,11 @@ from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, St
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.identity import described, ranks_here
+from lingen.training.intact import wait_for_files
 from lingen.training.ranks import is_first_rank, on_first_rank, together
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
-from lingen.weights import check_checkpoint, find_weights
+from lingen.weights import find_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
 
@@ -185,7 +185,7 @@ def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], 
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
-        start = on_first_rank(partial(start_of, folder, stages, index))
+        start = on_first_rank(partial(start_of, folder, stages, index, reporter.say))
         if start is None:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
@@ -209,8 +209,6 @@ def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> Iterator[None
 def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
     """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
     for recipe in stages:
-        for checkpoint in folder.checkpoints(str(recipe.stage))[-1:]:
-            check_checkpoint(checkpoint)
         _check_samples(recipe)
         refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
         if recipe.init is not None:
@@ -290,7 +288,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         if start.checkpoint is None:
             hand_over(module, start, reporter.say)
         else:
-            wait_for(start.checkpoint)
+            module.checkpoint = wait_for_files(start.checkpoint)
         return trainer, module
 
     trainer, module = together(build)
@@ -299,7 +297,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         end_only(trainer)
     with warnings.catch_warnings():
         quiet_lightning()
-        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=data)
     reporter.say(report(edge.ledger))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)

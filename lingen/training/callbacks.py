@@ -3,7 +3,6 @@
 import csv
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 
 from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
-from lingen.files import naming, remove_left, whole_file, write_json
+from lingen.files import naming, whole_file
 from lingen.training import signals
-from lingen.training.base import Trained
+from lingen.training.base import NonFiniteError, Trained
+from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.ranks import gather_objects, is_first_rank, largest, on_first_rank
-
-KEPT_CHECKPOINTS = 2
+from lingen.training.saver import Saver
 
 log = logging.getLogger("lingen")
 
@@ -41,6 +40,8 @@ class StepEdge(Callback):
         self.say = say
         self.ledger = Ledger()
         """The counts of all ranks, up to the last checkpoint."""
+        self.saver: Any = None
+        """A `Saver`, made when training starts."""
         self.stopped: int | None = None
         """The signal that stops the stage, on all ranks."""
         self._saved = 0
@@ -49,7 +50,11 @@ class StepEdge(Callback):
         self._said: set[Drop] = set()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        data = cast(Any, trainer).datamodule
+        settings, data = pl_module.recipe.train, cast(Any, trainer).datamodule
+        self.saver = Saver(self.folder, self.stage, settings.keep_checkpoints, settings.keep_every)
+        no_room = self.saver.prepare(planned_tensors(pl_module), pinned=pl_module.device.type == "cuda")
+        if no_room and trainer.is_global_zero:
+            self.say(no_room)
         self._own.open(data.faults, data.left_out)
         self._saved = trainer.global_step
         if trainer.is_global_zero:
@@ -74,9 +79,12 @@ class StepEdge(Callback):
             return
         error = self._data_error(recipe.data.max_dropped)
         step = trainer.global_step
-        number, is_broken = largest(signals.noted() or 0, error is not None)
-        if is_broken or step % recipe.train.checkpoint_every == 0 or step >= recipe.train.steps:
-            self.save(trainer, step)
+        number, is_broken, is_writing = largest(signals.noted() or 0, error is not None, self.saver.is_writing)
+        if not is_writing:
+            self.saver.finish()
+        ends = bool(number or is_broken) or step >= recipe.train.steps
+        if ends or step % recipe.train.checkpoint_every == 0 or self.saver.stays(step):
+            self.save(trainer, step, wait=ends)
         if is_broken:
             raise DataError(next(filter(None, gather_objects(error))))
         if number:
@@ -88,7 +96,7 @@ class StepEdge(Callback):
         self.stopped, trainer.should_stop = number, True
         settings, step = cast(Any, trainer.lightning_module).recipe.train, trainer.global_step
         if step != self._saved:
-            self.save(trainer, step)
+            self.save(trainer, step, wait=True)
         if step % min(settings.validate_every or settings.steps, settings.steps):
             trainer.limit_val_batches = 0
 
@@ -114,29 +122,34 @@ class StepEdge(Callback):
                 self._said.add(drop)
                 log.warning("a held-out sample was dropped and replaced: %s: %s", drop.where, drop.reason)
 
-    def save(self, trainer: lightning.Trainer, step: int) -> None:
-        """Writes a checkpoint in one step, complete or not at all; the last few are kept."""
-        path, self._saved = self.folder.checkpoint(self.stage, step), step
-        own = self._own.state_dict()
-        for state in gather_objects(own):
+    def save(self, trainer: lightning.Trainer, step: int, *, wait: bool = False) -> None:
+        """Begins a checkpoint, which is complete as a whole or not there at all; one that is on its way is waited for.
+
+        Args:
+            wait: return when this one is complete, too.
+        """
+        self._saved = step
+        for state in gather_objects(self._own.state_dict()):
             self.ledger.add(state)
         self._own = Ledger()
-        # Only the first rank writes; the path that the others name is not used.
-        with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
-            trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                write_json(self.folder.ledger, self.ledger.as_json())
-        if trainer.is_global_zero:
-            remove_left(path.parent, "*partial*")
-            for old in self.folder.checkpoints(self.stage)[:-KEPT_CHECKPOINTS]:
-                old.unlink()
-        trainer.strategy.barrier()
+        module = cast(Trained, trainer.lightning_module)
+        tensors, state = tensors_of(module, trainer.optimizers[0]), state_of(trainer, module)
+        self.saver.begin(step, tensors, state, self.ledger.as_json())
+        if wait:
+            self.saver.finish()
 
     def state_dict(self) -> dict[str, Any]:
         return {"ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ledger.load_state_dict(state_dict["ledger"])
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.saver.finish()
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if self.saver is not None:
+            self.saver.abandon(together=isinstance(exception, NonFiniteError))
 
 
 class ClipsDuringTraining(Callback):
