@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lingen.files import check_target, whole_file
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 
+V = TypeVar("V")
 Copy = Literal["averaged", "raw"]
 """The two copies in a file: training continues from the raw one, the averaged one is for sampling."""
 OF_TRAINING = ("recipe", "stage", "step")
@@ -22,6 +24,13 @@ OF_TRAINING = ("recipe", "stage", "step")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a recipe calls the precision of weights."""
+
+
+_MOVED = (
+    (re.compile(r"\.(a_log|d|dt_bias)$"), r".memory.\1"),
+    (re.compile(r"(\bblocks\.\d+\.modulation)$"), r"\1.weight"),
+)
+"""Names of the denoiser's tensors in files of earlier versions -> what they are now."""
 
 
 class WeightsError(RecipeError):
@@ -88,6 +97,17 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         digest.update(cast(Any, value.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def names_now(held: Mapping[str, V], own: Collection[str]) -> dict[str, V]:
+    """What a file holds by name, under the names of this version: one that is not among `own` takes a newer one that
+    is."""
+    return {_name_now(name, own): value for name, value in held.items()}
+
+
+def _name_now(name: str, own: Collection[str]) -> str:
+    newer = (pattern.sub(to, name) for pattern, to in _MOVED)
+    return name if name in own else next((one for one in newer if one in own), name)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
 from lingen.training.meter import Meter
 from lingen.training.ranks import gather_objects
-from lingen.weights import check_whole
+from lingen.weights import check_whole, names_now
 
 
 class NonFiniteError(RuntimeError):
@@ -227,7 +227,11 @@ class Trained(lightning.LightningModule):
             check_whole(moments, dict.fromkeys(moments, self.shapes[order[number]]))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self.trained_state()
+        checkpoint["state_dict"] = names_now(checkpoint["state_dict"], own)
         self._pending_average = checkpoint.get("average")
+        if self._pending_average is not None:
+            self._pending_average["weights"] = names_now(self._pending_average["weights"], own)
         self.bad_steps = checkpoint.get("bad_steps", 0)
         count_batches(checkpoint, self.recipe.train.accumulate)
 

@@ -13,7 +13,15 @@ from lingen.recipe.sections import Recipe
 from lingen.recipe.subjects import SUBJECTS
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
-from lingen.weights import OF_TRAINING, check_whole, find_weights, read_metadata, read_weights, write_tensors
+from lingen.weights import (
+    OF_TRAINING,
+    check_whole,
+    find_weights,
+    names_now,
+    read_metadata,
+    read_weights,
+    write_tensors,
+)
 
 
 def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
@@ -44,7 +52,8 @@ def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
     Raises:
         RecipeError: names what is missing, left over or of another shape.
     """
-    own, weights = module.trained_state(), module.fitted(weights)
+    own = module.trained_state()
+    weights = module.fitted(names_now(weights, own))
     missing, extra = (
         sorted(name for name in names if not name.startswith(module.optional))
         for names in (own.keys() - weights.keys(), weights.keys() - own.keys())
