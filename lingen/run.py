@@ -28,7 +28,7 @@ from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, St
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.identity import Stage, described, ranks_here
-from lingen.training.ranks import is_first_rank
+from lingen.training.ranks import is_first_rank, on_first_rank
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
 from lingen.weights import check_checkpoint, find_weights, read_weights
@@ -83,9 +83,8 @@ def fit(
     Returns:
         The run folder.
     Raises:
-        RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, a folder that holds
+        RecipeError: before anything starts, for mistakes in any stage, a folder that holds
             another run or a finished stage of another course, or one that another process trains in.
-        IncompleteError: a rank holds only a part of what is to be written.
         DataError: too many broken samples.
         NonFiniteError: too many steps without a finite gradient.
         KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75.
@@ -268,7 +267,8 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter:
     with warnings.catch_warnings():
         quiet_lightning()
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint_path(folder, name), weights_only=True)
-    if trainer.global_step >= recipe.train.steps > folder.finished_steps(name) and trainer.is_global_zero:
+    if trainer.global_step >= recipe.train.steps > on_first_rank(lambda: folder.finished_steps(name)):
+        module.to(trainer.strategy.root_device)  # the Trainer has put it away
         finish(module, trainer.global_step)  # killed between the last checkpoint and the weights
     reporter.say(report(edge.ledger))
     return edge.signal if trainer.global_step < recipe.train.steps else None

@@ -55,12 +55,11 @@ def fit(args: argparse.Namespace) -> int:
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
-    from lingen.weights import IncompleteError
 
     with ConsoleReporter(console()) as reporter:
         try:
             outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter)
-        except (DataError, IncompleteError, run.NonFiniteError) as error:
+        except (DataError, run.NonFiniteError) as error:
             reporter.say(str(error))
             return FAILED
     if outcome.signal is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,12 @@ from lingen.files import write_json
 from lingen.kernels.choice import best_device
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
 from lingen.recipe.sections import Recipe
-from lingen.sampling.clips import clip_size, clips_of, takes_of
+from lingen.sampling.clips import Take, clip_size, clips_of, decode_frames, sample_takes, takes_of
 from lingen.sampling.notes import notes_of, notes_on
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
+from lingen.training.ranks import on_first_rank
 from lingen.training.weights import load_denoiser
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
     """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too.
+    All ranks sample every clip together, since each may hold a part of the weights; the first one decodes and writes.
 
     The MP4s note what `lingen sample` notes: with the stage's weights, once it is finished, they can be made again.
     """
@@ -37,11 +40,17 @@ def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: 
     target, takes = folder.samples(str(module.recipe.stage), step), takes_of(prompts)
     clip, how = clip_size(module), module.recipe.sample
     shared = notes_of(module, folder.weights(str(module.recipe.stage)), clip, how)
-    clips = list(clips_of(module, takes, clip, how))
-    for number, (take, frames) in enumerate(zip(takes, clips, strict=True)):
+    clips: list[np.ndarray] = []
+
+    def write(take: Take, latents: torch.Tensor) -> None:
+        frames = np.stack(list(decode_frames(module.autoencoder, latents, clip.frames, how.decode, how.tile)))
         about = notes_on(shared, take, module.device)
-        save_video(frames, target / f"{number:02d}.mp4", clip.fps, title=take.prompt, about=about)
-    log_sheet(module, contact_sheet(clips, target / "sheet.png", prompts), step)
+        save_video(frames, target / f"{len(clips):02d}.mp4", clip.fps, title=take.prompt, about=about)
+        clips.append(frames)
+
+    for take, latents in zip(takes, sample_takes(module, takes, clip, how), strict=True):
+        on_first_rank(partial(write, take, latents))
+    on_first_rank(lambda: log_sheet(module, contact_sheet(clips, target / "sheet.png", prompts), step))
 
 
 RECONSTRUCTIONS = 4
@@ -50,7 +59,12 @@ RECONSTRUCTIONS = 4
 
 def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
     """Clips, held-out ones where there are any, beside what the autoencoder in training makes of them: MP4s and a
-    contact sheet with rows of clips, reconstructions and four times their difference."""
+    contact sheet with rows of clips, reconstructions and four times their difference. The first rank makes them alone:
+    an autoencoder is whole on every rank."""
+    on_first_rank(partial(_write_reconstructions, module, data, folder, step))
+
+
+def _write_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
     target, strips = folder.samples(str(module.recipe.stage), step), []
     shown = data.val_dataloader() or data.batches()
     clips = itertools.islice((clip for batch in shown for clip in batch.clips), RECONSTRUCTIONS)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lingen.blocks.layers import decays
 from lingen.data.batch import Batch
@@ -20,7 +21,12 @@ from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
 from lingen.training.meter import Meter
 from lingen.training.ranks import gather_objects
-from lingen.weights import check_whole, names_now
+from lingen.training.sharding import clip_gradients
+from lingen.training.state import whole_of
+from lingen.weights import names_now
+
+SAMPLES_NAMED = 16
+"""Samples that a message names."""
 
 
 class NonFiniteError(RuntimeError):
@@ -41,10 +47,9 @@ class Trained(lightning.LightningModule):
     optional: tuple[str, ...] = ()
     """Prefixes of names that only some stages have: weights to load may lack them, and may hold ones that are not
     used."""
-    shapes: dict[str, torch.Size]
-    """Of everything trained, as it was built: before a strategy could take parts of it away."""
     decayed: frozenset[str]
-    """Names of the trained parameters that weight decay pulls at, noted likewise: tags and axes may be lost later."""
+    """Names of the trained parameters that weight decay pulls at, noted before a strategy replaces them: tags are
+    lost."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -52,6 +57,8 @@ class Trained(lightning.LightningModule):
         self.average: AveragedWeights | None = None
         self.meter, self.validation_meter = Meter(), Meter()
         self.bad_steps = 0
+        self.not_finite: list[str] = []
+        """Samples of this step whose loss was not finite."""
         self.optimizer_state: dict[str, Any] | None = None
         """AdamW's moments of the stage before, where the recipe keeps them."""
         self.write_row: Callable[[int, dict[str, float]], None] = lambda step, values: None
@@ -80,10 +87,9 @@ class Trained(lightning.LightningModule):
         """Measures what it needs on the data module's samples, before the weights of a finished stage are written."""
 
     def freeze_parts(self) -> None:
-        """For the end of a constructor: no gradients for the frozen parts; of the others shapes and decay are noted."""
+        """For the end of a constructor: no gradients for the frozen parts; of the others decay is noted."""
         for part in self.frozen_parts().values():
             part.requires_grad_(False).eval()
-        self.shapes = {name: value.shape for name, value in self.trained_state().items()}
         self.decayed = frozenset(name for name, p in self.trained_parameters().items() if decays(p))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -94,6 +100,10 @@ class Trained(lightning.LightningModule):
         """`state_dict` without the frozen parts."""
         frozen = tuple(self.frozen_parts())
         return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
+
+    def shard(self, mesh: DeviceMesh, device: torch.device, low: torch.dtype | None) -> None:
+        """Splits what is trained over the ranks of a mesh, see `lingen.training.sharding.shard_denoiser`."""
+        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Trained:
         super().train(mode)
@@ -153,9 +163,11 @@ class Trained(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient; one that is not finite is thrown away, and a few in a row, or all of a stage, stop the
         run."""
-        norms = [self._clip(parameters) for parameters in self.clipped_together()]
+        limit = self.recipe.train.clip_grad
+        norms = [clip_gradients(parameters, limit) for parameters in self.clipped_together()]
         if all(torch.isfinite(norm) for norm in norms):
             self.bad_steps = 0
+            self.not_finite = []
             self.meter.add("grad_norm", norms[0][None])
             self.meter.add(f"grad_norm/{self._batch.kind}", norms[0][None])
             return
@@ -166,16 +178,22 @@ class Trained(lightning.LightningModule):
         if self.bad_steps >= min(settings.max_nonfinite, settings.steps):  # a shorter stage would count as trained
             raise NonFiniteError(
                 f"The loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step "
-                f"{self.global_step + 1} of stage '{self.recipe.stage or 'main'}'; samples of this rank's last batch: "
-                f"{', '.join(self._batch.keys)}. Lower train.lr, lengthen train.warmup, or look at these samples. "
-                "Nothing of these steps was kept."
+                f"{self.global_step + 1} of stage '{self.recipe.stage or 'main'}'; {self._suspects()}. Lower train.lr, "
+                "lengthen train.warmup, or look at these samples. Nothing of these steps was kept."
             )
+        self.not_finite = []
 
-    def _clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in parameters if p.grad is not None], self.recipe.train.clip_grad
+    def _suspects(self) -> str:
+        """The samples of all ranks whose loss was not finite in this step; where each was, those of the last batch."""
+        ranks = gather_objects((self.not_finite, list(self._batch.keys)))
+        found, last = (
+            [f"{key} (rank {rank})" if len(ranks) > 1 else key for rank, keys in enumerate(each) for key in keys]
+            for each in zip(*ranks, strict=True)
         )
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        shown = found or last
+        more = f" and {len(shown) - SAMPLES_NAMED} more" if len(shown) > SAMPLES_NAMED else ""
+        what = "samples whose loss was not finite" if found else "every loss was; samples of the last batch"
+        return f"{what}: {', '.join(shown[:SAMPLES_NAMED])}{more}"
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -208,23 +226,15 @@ class Trained(lightning.LightningModule):
         return self.average.applied() if self.average is not None else nullcontext()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what is trained and its average. IncompleteError where a tensor lacks elements: nothing is written."""
+        """Adds what is trained and its average, gathered from all ranks."""
         checkpoint["bad_steps"] = self.bad_steps
-        state = checkpoint["state_dict"] = self.trained_state()
-        check_whole(state, self.shapes)
+        checkpoint["state_dict"] = {name: whole_of(value) for name, value in self.trained_state().items()}
         if self.average is not None:
-            checkpoint["average"] = self.average.state_dict()
-            check_whole(state | self.average.weights(), self.shapes)
+            average = self.average.state_dict()
+            checkpoint["average"] = average | {"weights": {n: whole_of(v) for n, v in average["weights"].items()}}
         for optimizer in checkpoint.get("optimizer_states", ()):
-            self._check_moments(optimizer["state"])
-
-    def _check_moments(self, state: dict[int, dict[str, Any]]) -> None:
-        """AdamW counts its parameters through its groups, in order."""
-        names = {id(p): name for name, p in self.trained_parameters().items()}
-        order = [names[id(p)] for group in self.parameter_groups() for p in group["params"]]
-        for number, values in state.items():
-            moments = {f"{key} of {order[number]}": value for key, value in values.items() if key != "step"}
-            check_whole(moments, dict.fromkeys(moments, self.shapes[order[number]]))
+            for held in optimizer["state"].values():
+                held.update({key: whole_of(value) for key, value in held.items() if isinstance(value, Tensor)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = self.trained_state()

@@ -21,6 +21,8 @@ from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.ranks import gather_objects
+from lingen.training.sharding import whole_float32
+from lingen.training.state import whole_of
 
 KEPT_CHECKPOINTS = 2
 
@@ -164,8 +166,7 @@ class ClipsDuringTraining(Callback):
         )
         if not due or trainer.global_step >= settings.steps:
             return
-        if trainer.is_global_zero:
-            self.sample(pl_module, trainer.global_step)
+        self.sample(pl_module, trainer.global_step)
         trainer.strategy.barrier()
 
 
@@ -180,7 +181,7 @@ class Steps(Callback):
 
 
 class StageEnd(Callback):
-    """Calls `finish(module, step)` on rank 0 after the stage's last step, while the module is still on its device."""
+    """Calls `finish(module, step)` on all ranks after the last step, while the module is still on its device."""
 
     def __init__(self, finish: Callable[[Trained, int], None]):
         self.finish = finish
@@ -188,8 +189,7 @@ class StageEnd(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if trainer.global_step < pl_module.recipe.train.steps:
             return
-        if trainer.is_global_zero:
-            self.finish(pl_module, trainer.global_step)
+        self.finish(pl_module, trainer.global_step)
         trainer.strategy.barrier()
 
 
@@ -291,12 +291,14 @@ def blocks_of(module: Trained) -> Iterable[Any]:
 
 
 def horizons(module: Trained) -> dict[str, Tensor]:
-    """Memory horizon of each scan, in tokens, see `Mamba2.horizon`."""
+    """Memory horizon of each scan, in tokens, see `Mamba2.horizon`. All ranks ask: where the model is sharded, what
+    sets the horizons of all blocks is gathered at once."""
     values: dict[str, Tensor] = {}
-    for index, block in enumerate(blocks_of(module)):
-        for part in cast(nn.Module, block.mixer).modules():
-            if hasattr(part, "horizon"):
-                horizon = cast(Any, part).horizon().flatten()
-                values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
-                values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
+    with whole_float32(module.model) if isinstance(module, LinGenModule) else nullcontext():
+        for index, block in enumerate(blocks_of(module)):
+            for part in cast(nn.Module, block.mixer).modules():
+                if hasattr(part, "horizon"):
+                    horizon = whole_of(cast(Any, part).horizon()).flatten()
+                    values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
+                    values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
     return values
