@@ -80,9 +80,8 @@ def fit(
     Returns:
         The run folder.
     Raises:
-        RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, a folder that holds
+        RecipeError: before anything starts, for mistakes in any stage, a folder that holds
             another run or a finished stage of another course, or one that another process trains in.
-        IncompleteError: a rank holds only a part of what is to be written.
         DataError: too many broken samples.
         NonFiniteError: too many steps without a finite gradient.
         KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75.
@@ -272,10 +271,10 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         signals.check()
 
     def finish(module: Trained, step: int) -> None:
-        on_first_rank(lambda: module.before_saving(data))
+        module.before_saving(data)
         sample(module, step)
         # They come last: a stage that has weights owes nothing.
-        on_first_rank(lambda: save_weights(folder.weights(name), module, to_yaml(curriculum.base), step))
+        save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
 
     def build() -> tuple[lightning.Trainer, Trained]:
         clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)

@@ -67,12 +67,11 @@ def _fit(args: argparse.Namespace) -> int:
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
-    from lingen.weights import IncompleteError
 
     with ConsoleReporter(console()) if here().rank == 0 else nullcontext(run.Reporter()) as reporter:
         try:
             outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter)
-        except (DataError, IncompleteError, run.NonFiniteError) as error:
+        except (DataError, run.NonFiniteError) as error:
             reporter.say(str(error))
             return FAILED
         except Exception as error:
