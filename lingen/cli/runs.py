@@ -28,11 +28,12 @@ from lingen.cli.command import (
     size_of,
     ways_of_args,
 )
+from lingen.cli.edge import line_of
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
 from lingen.training import signals
-from lingen.training.environment import here
+from lingen.training.environment import OtherRankError, here, who
 
 if TYPE_CHECKING:
     from lingen.text.rewrite import Rewritten
@@ -79,7 +80,11 @@ def _fit(args: argparse.Namespace) -> int:
             if number is None or isinstance(error, RecipeError):
                 raise
             # A signal to all processes of a job may end what the run needed, a compiler say: no fault of the run.
-            traceback.print_exception(error)
+            line = line_of(error, args)
+            if line:
+                print(who() + line, file=sys.stderr)
+            elif line is None and not isinstance(error, OtherRankError):
+                traceback.print_exception(error)
             raise signals.Stopped(number) from None
     if outcome.is_first_rank:
         _print_outcome(outcome, curriculum.base.subject)
