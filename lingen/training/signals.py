@@ -5,6 +5,7 @@ A handler only notes the number: saving inside of one can hang, and what it inte
 Ctrl-C is the exception, and asks for no order: the process ends at once, its children before it.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -60,6 +61,7 @@ class Listener:
     def start(self) -> None:
         """To be called in the main thread."""
         if self.owns_process:
+            atexit.register(self._settle)  # before all others, so it is called after them
             heard, told = os.pipe()
             os.set_blocking(told, False)
             signal.set_wakeup_fd(told, warn_on_full_buffer=False)
@@ -71,6 +73,12 @@ class Listener:
         """Gives the handlers back that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @staticmethod
+    def _settle() -> None:
+        """The exit code stands; while the interpreter clears up, handlers would be gone and a signal change it."""
+        for number in _numbers():
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: object) -> None:
         if os.getpid() != self._pid:  # a forked child, before it has handlers of its own
