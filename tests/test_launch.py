@@ -44,7 +44,7 @@ SRUN = Rank(by="srun", ranks=4, nodes=2)
         (SRUN, ["trainer.devices=2", "trainer.num_nodes=2", "stages.clips.trainer.devices=1"], "stage clips asks for"),
         (Rank(by="torchrun", ranks=2), [], "or start with torchrun --nnodes=1 --nproc-per-node=1."),
         (Rank(by="lingen", ranks=2), [], "This process has started 2 ranks for a run before"),
-        (Rank(), ["trainer.num_nodes=2"], "this process runs alone. Start with srun -N2 --ntasks-per-node=1 lingen fit"),
+        (Rank(), ["trainer.num_nodes=2"], "runs alone. Start with srun -N2 --ntasks-per-node=1 lingen fit ..."),
         (Rank(), ["stages.clips.trainer.devices=2"], "stage images 1, stage clips 2. Give all stages as many"),
         (Rank(), ["trainer.devices=2", "trainer.strategy=ddp_spawn"], "set trainer.strategy=ddp"),
     ],
@@ -73,7 +73,7 @@ def test_a_batch_script_without_srun_is_told(tiny_recipe: Path, monkeypatch: pyt
     assert ranks_to_start(asked(tiny_recipe)) == 1
 
 
-def layout(*nodes: int, block: bool = True) -> list[Rank]:
+def layout(*nodes: int) -> list[Rank]:
     """Ranks on these nodes, in order."""
     local = [nodes[:rank].count(node) for rank, node in enumerate(nodes)]
     return [Rank("srun", rank, len(nodes), local[rank], node, len(set(nodes))) for rank, node in enumerate(nodes)]
@@ -162,22 +162,9 @@ def two(tiny_recipe: Path, here: Path) -> Callable[..., subprocess.CompletedProc
     (here / "script.py").write_text(SCRIPT)
 
     def run(what: str, *launcher: str) -> subprocess.CompletedProcess[str]:
-        words = [
-            *(launcher or [sys.executable]),
-            "script.py",
-            what,
-            "fit",
-            "--recipe",
-            str(tiny_recipe),
-            "--run",
-            "run",
-        ]
-        words += [
-            "trainer.devices=2",
-            "sample.prompts=[]",
-            "train.checkpoint_every=1",
-            "data.batch={image: 1, video: 1}",
-        ]
+        words = [*(launcher or [sys.executable]), "script.py", what, "fit", "--recipe", str(tiny_recipe), "--run=run"]
+        words += ["trainer.devices=2", "data.batch={image: 1, video: 1}", "sample.prompts=[]"]
+        words += ["train.checkpoint_every=1"]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(words, capture_output=True, text=True, timeout=200, env=env, cwd=here)
 
@@ -234,14 +221,8 @@ def test_a_file_that_one_rank_never_sees_is_told_by_that_rank(two):
 @pytest.mark.slow
 def test_a_slow_disk_is_waited_for_under_torchrun(two, tiny_recipe: Path):
     """Rank 1 sees what rank 0 writes a second later, and asks for nothing but the weights of the stage before."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={os.environ['MASTER_PORT']}",
-    ]
-    ended = two("slow", *torchrun, "--")
+    port = f"--master-port={os.environ['MASTER_PORT']}"
+    ended = two("slow", sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", port, "--")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("stage clips starts from run/stages/images/weights.safetensors") == 1
     assert ended.stdout.count("lingen sample --run") == 1
