@@ -63,8 +63,13 @@ def _fit(args: argparse.Namespace) -> int:
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
-    # Mistakes are reported before lightning and lingen.data are imported, unless several ranks have to agree on them.
-    curriculum = _loaded(partial(load_for_training, args.recipe, args.overrides, args.stage))
+    load = partial(load_for_training, args.recipe, args.overrides, args.stage)
+    if here().ranks == 1:
+        curriculum = load()  # mistakes are reported before lightning and lingen.data are imported
+    else:
+        from lingen.training.launch import load_together
+
+        curriculum = load_together(load)
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
@@ -89,16 +94,6 @@ def _fit(args: argparse.Namespace) -> int:
     if outcome.is_first_rank:
         _print_outcome(outcome, curriculum.base.subject)
     return DONE
-
-
-def _loaded(load: Callable[[], T]) -> T:
-    """What `load` gives. Ranks that a launcher started connect first: a mistake is then said once."""
-    if here().ranks == 1 or here().by == "lingen":
-        return load()
-    from lingen.training import launch, ranks
-
-    launch.join()
-    return ranks.together(load)
 
 
 def _print_outcome(outcome: Any, subject: Subject) -> None:
