@@ -47,6 +47,11 @@ def load_state_by_name(
     return left_out
 
 
+def whole_of(value: Tensor) -> Tensor:
+    """A tensor of which each rank may hold a part, as a plain one; all ranks ask for it at once."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as `like` is held on this rank, in its type and on its device; every rank has the whole one, and
     none is told anything."""
