@@ -22,7 +22,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
-from lingen.training import lock, record
+from lingen.training import lock, record, signals
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
@@ -34,9 +34,6 @@ from lingen.training.weights import load_into, save_weights
 from lingen.weights import check_checkpoint, find_weights, read_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
-
-REQUEUE = 75
-"""Exit code of a run that a signal stopped and that wants to go on (EX_TEMPFAIL)."""
 
 
 class Reporter:
@@ -60,8 +57,6 @@ class Outcome:
     """How a run ended."""
 
     folder: RunFolder
-    signal: int | None = None
-    """The signal that stopped it before its end."""
 
     @property
     def is_first_rank(self) -> bool:
@@ -90,10 +85,11 @@ def fit(
         NonFiniteError: too many steps without a finite gradient.
         KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75.
     """
-    outcome = fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage)
-    if outcome.signal is not None:
-        raise KeyboardInterrupt if outcome.signal == signal.SIGINT else SystemExit(REQUEUE)
-    return outcome.folder.path
+    try:
+        with signals.listening():
+            return fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage).folder.path
+    except signals.Stopped as stopped:
+        raise KeyboardInterrupt if stopped.number == signal.SIGINT else SystemExit(stopped.code) from None
 
 
 def fit_curriculum(
@@ -103,13 +99,13 @@ def fit_curriculum(
     stage: str | None = None,
     reporter: Reporter | None = None,
 ) -> Outcome:
-    """Trains a loaded recipe; arguments and errors of `fit`, but a signal is told in what is returned."""
+    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`."""
     reporter = reporter or Reporter()
     stages, chosen = curriculum.stages, curriculum.chosen(stage)
     told = described(stages) if is_first_rank() or not run else {}
     say = reporter.say if is_first_rank() else Reporter().say
     folder = RunFolder(Path(run) if run else record.default_path(stages[0].name, told, say))
-    check_inputs(chosen, folder)
+    signals.promptly(lambda: check_inputs(chosen, folder))  # indexes of many shards take minutes to make
     for text in (too_large(plan(one), one) for one in _unfinished(folder, chosen) if is_first_rank()):
         if text is not None:
             say(f"warning: {text}")
@@ -172,10 +168,9 @@ def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], 
         if folder.finished_steps(names[index]) >= settings.train.steps:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
+        signals.check()
         reporter.stage(settings, index + 1, len(stages), done=folder.last_step(names[index]))
-        number = train_stage(folder, curriculum, index, reporter)
-        if number is not None:
-            return Outcome(folder, number)
+        train_stage(folder, curriculum, index, reporter)
     if stages[-1].score.clips and folder.weights(names[-1]).is_file() and is_first_rank():
         if not _is_score_due(folder, stages[-1]):
             reporter.say(f"the score stands in {folder.score}")
@@ -236,8 +231,8 @@ def scored_steps(folder: RunFolder) -> int:
     return int(json.loads(folder.score.read_text())["step"]) if folder.score.is_file() else 0
 
 
-def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter: Reporter) -> int | None:
-    """One Trainer's fit. Returns the signal that stopped it, if one did."""
+def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter: Reporter) -> None:
+    """One Trainer's fit. Stopped, after a checkpoint, where a signal came."""
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
     done = folder.last_step(name)
@@ -265,13 +260,15 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter:
     module.steps_before = sum(stage.train.steps for stage in curriculum.stages[:index])
     if done == 0:
         hand_over(module, folder, curriculum.stages, index, reporter)
+    signals.check()
     with warnings.catch_warnings():
         quiet_lightning()
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint_path(folder, name), weights_only=True)
     if trainer.global_step >= recipe.train.steps > folder.finished_steps(name) and trainer.is_global_zero:
         finish(module, trainer.global_step)  # killed between the last checkpoint and the weights
     reporter.say(report(edge.ledger))
-    return edge.signal if trainer.global_step < recipe.train.steps else None
+    if edge.stopped is not None:
+        raise signals.Stopped(edge.stopped)
 
 
 def report(ledger: Ledger) -> str:

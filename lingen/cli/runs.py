@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +15,6 @@ from lingen.cli.command import (
     DONE,
     FAILED,
     IMPORT,
-    INTERRUPTED,
     RECIPE,
     STREAM_FLAGS,
     argument,
@@ -29,6 +30,7 @@ from lingen.cli.command import (
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
+from lingen.training import signals
 
 if TYPE_CHECKING:
     from lingen.text.rewrite import Rewritten
@@ -44,14 +46,23 @@ T = TypeVar("T")
     overrides=True,
 )
 def fit(args: argparse.Namespace) -> int:
+    try:
+        with signals.listening():
+            return _fit(args)
+    except signals.Stopped as stopped:
+        # It may come before ranks know each other: the environment tells which one speaks.
+        if all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")):
+            print(f"{stopped}; the same command goes on from here.", file=sys.stderr)
+        return stopped.code
+
+
+def _fit(args: argparse.Namespace) -> int:
     from lingen.recipe import load_for_training
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
     # Mistakes are reported before lightning and lingen.data are imported.
     curriculum = load_for_training(args.recipe, args.overrides, args.stage)
-    import signal
-
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
@@ -63,9 +74,13 @@ def fit(args: argparse.Namespace) -> int:
         except (DataError, IncompleteError, run.NonFiniteError) as error:
             reporter.say(str(error))
             return FAILED
-    if outcome.signal is not None:
-        print(f"Stopped by {signal.Signals(outcome.signal).name}; the same command goes on from here.", file=sys.stderr)
-        return INTERRUPTED if outcome.signal == signal.SIGINT else run.REQUEUE
+        except Exception as error:
+            number = signals.noted()
+            if number is None or isinstance(error, RecipeError):
+                raise
+            # A signal to all processes of a job may end what the run needed, a compiler say: no fault of the run.
+            traceback.print_exception(error)
+            raise signals.Stopped(number) from None
     if outcome.is_first_rank:
         _print_outcome(outcome, curriculum.base.subject)
     return DONE

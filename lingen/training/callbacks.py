@@ -2,8 +2,6 @@
 
 import csv
 import logging
-import signal
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,10 +15,11 @@ from torch import Tensor, nn
 from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
 from lingen.files import naming, remove_left, whole_file, write_json
+from lingen.training import signals
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.ranks import gather_objects
+from lingen.training.ranks import gather_objects, largest
 
 KEPT_CHECKPOINTS = 2
 
@@ -32,8 +31,8 @@ class StepEdge(Callback):
 
     Each rank counts its own samples since the last checkpoint; at a checkpoint the counts of all ranks are added up.
 
-    A signal only sets a flag: SIGINT, SIGTERM and SIGUSR1 lead to a checkpoint after the current step and a clean end,
-    because saving inside a handler can hang. One reduction a step tells all ranks, so that they stop at the same step.
+    One reduction a step tells all ranks whether any of them got a signal (`lingen.training.signals`) or too many
+    broken samples: they stop at the same step, with a checkpoint of it.
     """
 
     def __init__(self, folder: RunFolder, stage: str, say: Callable[[str], None]):
@@ -42,9 +41,8 @@ class StepEdge(Callback):
         self.say = say
         self.ledger = Ledger()
         """The counts of all ranks, up to the last checkpoint."""
-        self.signal: int | None = None
-        self.data_error: DataError | None = None
-        self._handlers: dict[int, Any] = {}
+        self.stopped: int | None = None
+        """The signal that stops the stage, on all ranks."""
         self._own = Ledger()
         self._said: set[Drop] = set()
 
@@ -56,14 +54,8 @@ class StepEdge(Callback):
                 self.say(line)
             for drop in data.held_out_faults:
                 log.warning("a fault in held-out shards: %s: %s", drop.where, drop.reason)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._handlers[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C stops at once
-        self.signal = number
+        if number := signals.agreed():
+            self.stop(trainer, number)  # before the first batch: there is nothing to save
 
     def on_train_batch_end(
         self,
@@ -77,20 +69,31 @@ class StepEdge(Callback):
         recipe = pl_module.recipe
         if (batch_idx + 1) % recipe.train.accumulate:
             return
-        try:
-            self._own.check(recipe.data.max_dropped, self.ledger)
-        except DataError as error:
-            self.data_error = error
+        error = self._data_error(recipe.data.max_dropped)
         step = trainer.global_step
-        stop = trainer.strategy.reduce_boolean_decision(
-            self.signal is not None or self.data_error is not None, all=False
-        )
-        if stop or step % recipe.train.checkpoint_every == 0 or step >= recipe.train.steps:
+        number, is_broken = largest(signals.noted() or 0, error is not None)
+        if number or is_broken or step % recipe.train.checkpoint_every == 0 or step >= recipe.train.steps:
             self.save(trainer, step)
-        if self.data_error is not None:
-            raise self.data_error
-        if stop:
-            trainer.should_stop = True
+        if is_broken:
+            raise DataError(next(filter(None, gather_objects(error))))
+        if number:
+            self.stop(trainer, number)
+
+    def stop(self, trainer: lightning.Trainer, number: int) -> None:
+        """Ends the stage here, by a signal that all ranks know of. Lightning would validate once more, also where that
+        is not due."""
+        self.stopped, trainer.should_stop = number, True
+        settings, step = cast(Any, trainer.lightning_module).recipe.train, trainer.global_step
+        if step < settings.steps and not (settings.validate_every and step % settings.validate_every == 0):
+            trainer.limit_val_batches = 0
+
+    def _data_error(self, max_dropped: float) -> str | None:
+        """What is wrong with this rank's samples, if too many of them are."""
+        try:
+            self._own.check(max_dropped, self.ledger)
+        except DataError as error:
+            return str(error)
+        return None
 
     def on_validation_batch_end(
         self,
@@ -129,17 +132,6 @@ class StepEdge(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ledger.load_state_dict(state_dict["ledger"])
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._give_back_signals()
-
-    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._give_back_signals()
-
-    def _give_back_signals(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
 
 
 class ClipsDuringTraining(Callback):

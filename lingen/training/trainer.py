@@ -29,7 +29,7 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
         arguments.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
     with warnings.catch_warnings():
         quiet_lightning()
-        return _trainer(
+        trainer = _trainer(
             **arguments,
             max_steps=settings.steps,
             max_epochs=-1,
@@ -47,6 +47,9 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+    # Its handler of SIGTERM would end the other ranks and wait for them inside of the handler; we listen ourselves.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def _trainer(**arguments: Any) -> lightning.Trainer:
