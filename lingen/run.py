@@ -22,13 +22,14 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
-from lingen.training import lock, record, signals
+from lingen.training import heartbeat, lock, record, sessions, signals
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.identity import Stage, described, ranks_here
 from lingen.training.ranks import is_first_rank
+from lingen.training.signs import LifeSigns
 from lingen.training.trainer import build_trainer, quiet_lightning
 from lingen.training.weights import load_into, save_weights
 from lingen.weights import check_checkpoint, find_weights, read_weights
@@ -135,7 +136,12 @@ def _on_record(
         record.put_on_record(folder, begun)
         for line in begun.lines:
             reporter.say(line)
-        yield curriculum._replace(base=begun.base), _Alone(reporter, held)
+        ranks = ranks_here(curriculum.stages[0])
+        with (
+            sessions.session(folder, stage=begins, ranks=ranks, was=held.was) as mark,
+            heartbeat.beating(folder.ranks, 0, ranks, mark),
+        ):
+            yield curriculum._replace(base=begun.base), _Alone(reporter, held)
 
 
 def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
@@ -252,7 +258,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter:
         save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
         sample(module, step)
 
-    callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step)]
+    callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step), LifeSigns(name)]
     trainer = build_trainer(recipe, folder, callbacks)
     lightning.seed_everything(recipe.seed, verbose=False)
     module = recipe.subject.build_module(recipe)

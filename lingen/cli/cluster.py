@@ -134,13 +134,13 @@ def status(args: argparse.Namespace) -> int:
 
 def _judge(run: Path, code: int) -> int:
     """For a script: whether a run whose ranks were killed is started again."""
-    from lingen.launch.script import LATE
     from lingen.training.folder import RunFolder
     from lingen.training.sessions import worth_another_start
+    from lingen.training.signals import REQUEUE
 
     again, why = worth_another_start(RunFolder(run), code)
     print(f"lingen: {why}", file=sys.stderr)
-    return LATE if again else code
+    return REQUEUE if again else code
 
 
 def _print_status(found: Sequence[Status], *, clear: bool) -> None:

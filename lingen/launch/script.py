@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lingen.launch.options import Options, lines_of_options
-
-LATE = 75
-"""Exit code of a run that a signal stopped and that wants to go on (EX_TEMPFAIL)."""
+from lingen.training.signals import REQUEUE
 
 WAITS = """\
 # In the background, so that this shell can hand on signals that SLURM sends to it instead of to the ranks.
@@ -44,7 +42,7 @@ class Job:
     command: Sequence[str]
     """Of each rank, behind `srun`; words that begin with $ are left to the shell."""
     judge: Sequence[str] = ()
-    """A command that gets the code of ranks that a signal killed, and returns `LATE` where they are worth another
+    """A command that gets the code of ranks that a signal killed, and returns `REQUEUE` where they are worth another
     start; none: they always are."""
     max_requeues: int = 0
     srun: Sequence[str] = ()
@@ -58,7 +56,7 @@ class Job:
 def script_of(job: Job) -> str:
     """The whole script."""
     srun = ["srun", "--kill-on-bad-exit=1", *job.srun]
-    judged = f'{_shell(job.judge)} "$code"; code=$?' if job.judge else f"code={LATE}"
+    judged = f'{_shell(job.judge)} "$code"; code=$?' if job.judge else f"code={REQUEUE}"
     parts = [
         "#!/bin/bash",
         *lines_of_options(job.options),
@@ -70,7 +68,7 @@ def script_of(job: Job) -> str:
         WAITS.replace("{command}", _shell([*srun, *job.command])),
         "# Killed: by the kernel for want of memory, with a node, or together with a rank that failed.",
         f'if [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then {judged}; fi',
-        REQUEUES.replace("{late}", str(LATE)).replace("{most}", str(job.max_requeues)),
+        REQUEUES.replace("{late}", str(REQUEUE)).replace("{most}", str(job.max_requeues)),
     ]
     return "\n".join(parts)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -17,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lingen.training.signals import Stopped
 
 BEAT = 20.0
 """Seconds between two writes."""
@@ -148,8 +151,8 @@ def sign(doing: str, stage: str | None = None, step: int | None = None) -> None:
 def word_of(error: BaseException) -> str:
     """How something ended, in a line; errors begin with ``failed: ``."""
     text = " ".join(str(error).split())
-    if text.startswith("Stopped by "):
-        return text[0].lower() + text[1:]
+    if isinstance(error, Stopped):
+        return f"stopped by {signal.Signals(error.number).name}"
     if isinstance(error, KeyboardInterrupt):
         return "stopped by SIGINT"
     return f"failed: {type(error).__name__}: {text}"[:500]
