@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 
 from lingen.cli import main
 from lingen.launch.status import status_of
+from lingen.training.environment import OtherRankError
 from lingen.training.folder import RunFolder
 from lingen.training.heartbeat import SILENT, SIZE, beating, read_beats, sign
 from lingen.training.sessions import IN_VAIN, read_sessions, session, worth_another_start
+from lingen.training.signals import Stopped
 from tests.helpers.commands import ROOT, run_python
 
 
@@ -24,10 +27,13 @@ def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
     return RunFolder(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
+FLOP = {"clips": 2.0}
+
+
 def in_session(run: RunFolder, error: BaseException | None = None, was: str | None = None) -> None:
     """A session that ends so."""
     try:
-        with session(run, stage="clips", ranks=2, was=was):
+        with session(run, stage="clips", ranks=2, was=was, flop=FLOP):
             if error is not None:
                 raise error
     except type(error):  # type: ignore[arg-type]
@@ -37,7 +43,7 @@ def in_session(run: RunFolder, error: BaseException | None = None, was: str | No
 def killed_session(run: RunFolder, was: str | None = None) -> str:
     """A session that leaves no word; its mark."""
     about = run.about.read_bytes()
-    with session(run, stage="clips", ranks=2, was=was) as mark:
+    with session(run, stage="clips", ranks=2, was=was, flop=FLOP) as mark:
         about = run.about.read_bytes()
     run.about.write_bytes(about)
     return mark
@@ -99,9 +105,9 @@ def test_each_start_tells_why_the_one_before_ended(run: RunFolder):
         "killed: job 3 was requeued; silent before the others: rank 1 on n7",
         "finished",
     ]
-    assert json.loads(run.about.read_text()) | {"sessions": before.get("sessions")} == before | {
-        "sessions": before.get("sessions")
-    }
+    after = json.loads(run.about.read_text())
+    assert {key for key in after if after[key] != before[key]} == {"sessions", "flop_a_step"}
+    assert after["flop_a_step"] == before["flop_a_step"] | FLOP
 
 
 def test_a_killed_run_is_worth_another_start_unless_a_rank_failed_or_it_goes_no_further(run: RunFolder):
@@ -119,8 +125,35 @@ def test_a_killed_run_is_worth_another_start_unless_a_rank_failed_or_it_goes_no_
     about = json.loads(run.about.read_text())
     about["sessions"][-2]["step"] = 1
     run.about.write_text(json.dumps(about))
-    assert worth_another_start(run, 137)[0] and worth_another_start(RunFolder(run.path / "nothing"), 137)[0] is False
+    assert worth_another_start(run, 137)[0]
     assert main(["status", str(run.path), "--ended", "137"]) == 75
+
+
+def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: RunFolder, monkeypatch):
+    in_session(run, Stopped(signal.SIGUSR1))
+    assert worth_another_start(run, 1) == (True, "stopped by SIGUSR1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert worth_another_start(run, 1) == (False, "exit code 1, before it trained")
+    assert worth_another_start(run, 139) == (True, "exit code 139 (SIGSEGV), before it trained")
+    assert not worth_another_start(RunFolder(run.path / "nothing"), 1)[0]
+
+
+def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder):
+    try:
+        with session(run, stage="clips", ranks=2, was=None, flop=FLOP) as mark:
+            with beating(run.ranks, 1, 2, mark) as heart:
+                heart.write()
+            (told := json.loads(heart.path.read_text()))["ended"] = None
+            heart.path.write_text(json.dumps(told | {"host": "n4"}))
+            with beating(run.ranks, 0, 2, mark):
+                raise RuntimeError("[gloo/transport] Connection closed by peer")
+    except RuntimeError:
+        pass
+    again, why = worth_another_start(run, 1)
+    assert again and why.startswith("killed: exit code 1, lost another rank: RuntimeError: [gloo")
+    assert why.endswith("silent before the others: rank 1 on n4")
+    in_session(run, OtherRankError("rank 3: TypeError: no"))
+    assert worth_another_start(run, 1) == (False, "failed: rank 3: TypeError: no")
 
 
 # what is told

@@ -110,7 +110,7 @@ def _check_array(args: argparse.Namespace) -> list[str]:
     argument("--watch", action="store_true", help="again every 5 seconds, until all have finished or failed"),
     argument(
         "--ended", type=natural, metavar="CODE",
-        help="for the script of `lingen submit`: srun ended with this code, that of a killed rank; returns 75 where "
+        help="for the script of `lingen submit`: srun ended with this code; returns 75 where "
         "another start is worth it",
     ),
     JSON,
@@ -133,7 +133,7 @@ def status(args: argparse.Namespace) -> int:
 
 
 def _judge(run: Path, code: int) -> int:
-    """For a script: whether a run whose ranks were killed is started again."""
+    """For a script: whether a run whose ranks ended with an error is started again."""
     from lingen.training.folder import RunFolder
     from lingen.training.sessions import worth_another_start
     from lingen.training.signals import REQUEUE

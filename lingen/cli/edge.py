@@ -5,6 +5,8 @@ import errno
 import os
 import re
 
+from lingen.training.environment import is_lost_rank, who
+
 CURES = {
     errno.ENOSPC: "The disk is full: free some space, or name another place",
     errno.EDQUOT: "Your share of the disk is used up: free some space, or name another place",
@@ -41,6 +43,9 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
         command = getattr(args, "command", "")
         cure = LESS_MEMORY.get(command, "give it less at a time, or a machine with more memory")
         return f"Out of memory ({_short(error)}): {cure}."
+    if is_lost_rank(error):
+        told = "Another rank has ended, so the run ends. What that one said, and its launcher, tell why."
+        return "" if who() else told
     if isinstance(error, RuntimeError) and (found := re.match(LOADER_ENDED, str(error))):
         return (
             f"A loader process has ended ({found[0]}), killed perhaps because the machine's memory or /dev/shm "

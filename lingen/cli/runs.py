@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,7 @@ from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
 from lingen.training import signals
+from lingen.training.environment import here
 
 if TYPE_CHECKING:
     from lingen.text.rewrite import Rewritten
@@ -50,8 +52,7 @@ def fit(args: argparse.Namespace) -> int:
         with signals.listening():
             return _fit(args)
     except signals.Stopped as stopped:
-        # It may come before ranks know each other: the environment tells which one speaks.
-        if all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")):
+        if here().rank == 0:
             print(f"{stopped}; the same command goes on from here.", file=sys.stderr)
         return stopped.code
 
@@ -61,14 +62,14 @@ def _fit(args: argparse.Namespace) -> int:
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
-    # Mistakes are reported before lightning and lingen.data are imported.
-    curriculum = load_for_training(args.recipe, args.overrides, args.stage)
+    # Mistakes are reported before lightning and lingen.data are imported, unless several ranks have to agree on them.
+    curriculum = _loaded(partial(load_for_training, args.recipe, args.overrides, args.stage))
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
     from lingen.weights import IncompleteError
 
-    with ConsoleReporter(console()) as reporter:
+    with ConsoleReporter(console()) if here().rank == 0 else nullcontext(run.Reporter()) as reporter:
         try:
             outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter)
         except (DataError, IncompleteError, run.NonFiniteError) as error:
@@ -84,6 +85,16 @@ def _fit(args: argparse.Namespace) -> int:
     if outcome.is_first_rank:
         _print_outcome(outcome, curriculum.base.subject)
     return DONE
+
+
+def _loaded(load: Callable[[], T]) -> T:
+    """What `load` gives. Ranks that a launcher started connect first: a mistake is then said once."""
+    if here().ranks == 1 or here().by == "lingen":
+        return load()
+    from lingen.training import launch, ranks
+
+    launch.join()
+    return ranks.together(load)
 
 
 def _print_outcome(outcome: Any, subject: Subject) -> None:

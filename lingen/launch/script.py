@@ -42,8 +42,8 @@ class Job:
     command: Sequence[str]
     """Of each rank, behind `srun`; words that begin with $ are left to the shell."""
     judge: Sequence[str] = ()
-    """A command that gets the code of ranks that a signal killed, and returns `REQUEUE` where they are worth another
-    start; none: they always are."""
+    """A command that gets the code of ranks that failed or were killed, and returns `REQUEUE` where they are worth
+    another start; none: those that were killed are."""
     max_requeues: int = 0
     srun: Sequence[str] = ()
     """Further options of srun."""
@@ -56,7 +56,7 @@ class Job:
 def script_of(job: Job) -> str:
     """The whole script."""
     srun = ["srun", "--kill-on-bad-exit=1", *job.srun]
-    judged = f'{_shell(job.judge)} "$code"; code=$?' if job.judge else f"code={REQUEUE}"
+    judged = f'{_shell(job.judge)} "$code"; code=$?' if job.judge else f'[ "$code" -eq 1 ] || code={REQUEUE}'
     parts = [
         "#!/bin/bash",
         *lines_of_options(job.options),
@@ -66,8 +66,8 @@ def script_of(job: Job) -> str:
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch",
         "",
         WAITS.replace("{command}", _shell([*srun, *job.command])),
-        "# Killed: by the kernel for want of memory, with a node, or together with a rank that failed.",
-        f'if [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then {judged}; fi',
+        "# Killed, by the kernel for want of memory, with a node; or an error, which may be that of a lost network.",
+        f'if [ "$code" -eq 1 ] || [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then {judged}; fi',
         REQUEUES.replace("{late}", str(REQUEUE)).replace("{most}", str(job.max_requeues)),
     ]
     return "\n".join(parts)

@@ -13,8 +13,8 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 from lingen.training import lock
 from lingen.training.folder import RunFolder
-from lingen.training.heartbeat import BEAT, SILENT, Beat, read_beats
-from lingen.training.sessions import FINISHED, read_sessions
+from lingen.training.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Beat, read_beats
+from lingen.training.sessions import FINISHED, KILLED_WORD, read_sessions
 
 ROWS = 20
 """Rows of metrics.csv over which the speed is a mean."""
@@ -215,9 +215,9 @@ def _state(folder: RunFolder, last: dict[str, Any], beats: list[Beat], *, done: 
         return "finished", None
     if how is None:
         return "dead", "it left no word"
-    for state, start in (("failed", "failed: "), ("stopped", "stopped"), ("dead", "killed")):
+    for state, start in (("failed", FAILED_WORD), ("dead", LOST_WORD), ("dead", KILLED_WORD)):
         if how.startswith(start):
-            return state, how.removeprefix("failed: ")
+            return state, how.removeprefix(FAILED_WORD)
     return "stopped", "there is more to train" if how == FINISHED else how
 
 

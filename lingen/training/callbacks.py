@@ -19,7 +19,7 @@ from lingen.training import signals
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.ranks import gather_objects, largest
+from lingen.training.ranks import gather_objects, is_first_rank, largest
 
 KEPT_CHECKPOINTS = 2
 
@@ -200,7 +200,7 @@ class MetricsFile:
         self.stage = stage
         self.listen = listen
         self._rows: list[dict[str, Any]] = []
-        if path.is_file():
+        if is_first_rank() and path.is_file():
             with path.open(newline="") as file:
                 self._rows = [row for row in csv.DictReader(file) if self._stays(row, resumed)]
         self._columns = list(dict.fromkeys(("stage", "step", *(name for row in self._rows for name in row))))

@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingen.training.signals import Stopped
+from lingen.recipe.errors import RecipeError
+from lingen.training.environment import OtherRankError, is_lost_rank
+from lingen.training.signals import Stopped, noted
 
 BEAT = 20.0
 """Seconds between two writes."""
@@ -27,6 +29,9 @@ SILENT = 90.0
 """Seconds without one after which a process counts as gone."""
 SIZE = 2048
 """Bytes of a file."""
+FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank: "
+"""Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
+rank was gone, which says nothing of why."""
 
 
 class Beat(NamedTuple):
@@ -149,13 +154,16 @@ def sign(doing: str, stage: str | None = None, step: int | None = None) -> None:
 
 
 def word_of(error: BaseException) -> str:
-    """How something ended, in a line; errors begin with ``failed: ``."""
-    text = " ".join(str(error).split())
-    if isinstance(error, Stopped):
-        return f"stopped by {signal.Signals(error.number).name}"
+    """How something ended, in a line; errors begin with one of the words above."""
+    number = error.number if isinstance(error, Stopped) else noted()
     if isinstance(error, KeyboardInterrupt):
-        return "stopped by SIGINT"
-    return f"failed: {type(error).__name__}: {text}"[:500]
+        number = signal.SIGINT
+    if number is not None and not isinstance(error, RecipeError):  # the signal may have ended what was needed
+        return f"stopped by {signal.Signals(number).name}"
+    text = " ".join(str(error).split())
+    if isinstance(error, OtherRankError):
+        return f"{OTHER_WORD}{text}"[:500]
+    return f"{LOST_WORD if is_lost_rank(error) else FAILED_WORD}{type(error).__name__}: {text}"[:500]
 
 
 def host_name() -> str:

@@ -8,13 +8,13 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lingen.plan.trainer import listed, logger_of
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Component, Recipe
 from lingen.training.folder import RunFolder
+from lingen.training.launch import RankEnvironment
 
 
 def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> lightning.Trainer:
@@ -24,13 +24,11 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
     settings = recipe.train
     batches = settings.steps * settings.accumulate
     every = settings.validate_every * settings.accumulate or batches
-    if SLURMEnvironment.detect():
-        # Lightning's own requeue handler saves inside the signal handler; ours waits for the step's edge.
-        arguments.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
     with warnings.catch_warnings():
         quiet_lightning()
         trainer = _trainer(
             **arguments,
+            plugins=[RankEnvironment()],
             max_steps=settings.steps,
             max_epochs=-1,
             min_epochs=0,
@@ -76,6 +74,7 @@ def quiet_lightning() -> None:
     """Silences advice that does not apply: the loader is endless by design, and its workers are a setting."""
     for text in (
         ".*does not have many workers.*",
+        ".*`srun` command is available.*",
         ".*max_epochs.*",
         ".*GPU available but not used.*",
         ".*in eval mode.*",
