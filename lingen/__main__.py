@@ -1,8 +1,18 @@
-"""``python -m lingen`` is the ``lingen`` command."""
+"""The ``lingen`` command, also as ``python -m lingen``."""
 
 import sys
 
-from lingen.cli import main
+from lingen.training import signals
+
+
+def enter() -> int:
+    """Runs the command of ``sys.argv``; returns its exit code. ``fit`` listens to signals before anything else."""
+    if sys.argv[1:2] == ["fit"]:
+        signals.listen()
+    from lingen.cli import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(enter())

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ BUILDING = ".lingen-building-"
 """Start of the name of a folder that is not finished."""
 LEFT = 86400
 """Seconds after which what is not finished, and nobody touched, counts as left by a killed process."""
+
+SLOW_DISK = 60.0
+"""Seconds that a file which another machine has written may take to be seen here."""
 
 
 def cache_folder() -> Path:
@@ -120,6 +124,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def wait_for(path: Path) -> Path:
+    """The path of a file or folder that another machine sees, once it is seen here, too: a network file system may take
+    a while. FileNotFoundError with this machine's name after `SLOW_DISK`."""
+    last = time.monotonic() + SLOW_DISK
+    while not path.exists():
+        if time.monotonic() > last:
+            told = f"not seen on {socket.gethostname()} after {SLOW_DISK:.0f} s, though rank 0 has it: is it shared?"
+            raise FileNotFoundError(errno.ENOENT, told, str(path))
+        time.sleep(0.2)
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

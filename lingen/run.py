@@ -4,13 +4,13 @@ import json
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning
-import torch
 
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
@@ -20,23 +20,22 @@ from lingen.plan.forecast import plan, too_large
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
+from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
-from lingen.training import lock, record
+from lingen.training import launch, lock, record, signals
 from lingen.training.base import NonFiniteError, Trained
+from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.identity import Stage, described, ranks_here
-from lingen.training.ranks import is_first_rank, on_first_rank
-from lingen.training.trainer import build_trainer, quiet_lightning
-from lingen.training.weights import load_into, save_weights
-from lingen.weights import check_checkpoint, find_weights, read_weights
+from lingen.training.identity import described, ranks_here
+from lingen.training.intact import wait_for_files
+from lingen.training.ranks import is_first_rank, on_first_rank, together
+from lingen.training.trainer import build_trainer, end_only, quiet_lightning
+from lingen.training.weights import save_weights
+from lingen.weights import find_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
-
-REQUEUE = 75
-"""Exit code of a run that a signal stopped and that wants to go on (EX_TEMPFAIL)."""
 
 
 class Reporter:
@@ -60,8 +59,6 @@ class Outcome:
     """How a run ended."""
 
     folder: RunFolder
-    signal: int | None = None
-    """The signal that stopped it before its end."""
 
     @property
     def is_first_rank(self) -> bool:
@@ -89,10 +86,11 @@ def fit(
         NonFiniteError: too many steps without a finite gradient.
         KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75.
     """
-    outcome = fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage)
-    if outcome.signal is not None:
-        raise KeyboardInterrupt if outcome.signal == signal.SIGINT else SystemExit(REQUEUE)
-    return outcome.folder.path
+    try:
+        with signals.listening():
+            return fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage).folder.path
+    except signals.Stopped as stopped:
+        raise KeyboardInterrupt if stopped.number == signal.SIGINT else SystemExit(stopped.code) from None
 
 
 def fit_curriculum(
@@ -102,43 +100,73 @@ def fit_curriculum(
     stage: str | None = None,
     reporter: Reporter | None = None,
 ) -> Outcome:
-    """Trains a loaded recipe; arguments and errors of `fit`, but a signal is told in what is returned."""
-    reporter = reporter or Reporter()
-    stages, chosen = curriculum.stages, curriculum.chosen(stage)
-    told = described(stages) if is_first_rank() or not run else {}
-    say = reporter.say if is_first_rank() else Reporter().say
-    folder = RunFolder(Path(run) if run else record.default_path(stages[0].name, told, say))
-    check_inputs(chosen, folder)
-    for text in (too_large(plan(one), one) for one in _unfinished(folder, chosen) if is_first_rank()):
-        if text is not None:
-            say(f"warning: {text}")
-    if not is_first_rank():
-        return _train(folder, curriculum, chosen, reporter)
-    with _on_record(folder, curriculum, told, chosen, reporter) as (written, alone):
-        return _train(folder, written, chosen, alone)
+    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`."""
+    launch.join()
+    watched = _Watched(reporter if reporter and is_first_rank() else Reporter())
+    try:
+        with ExitStack() as held:
+            begun = on_first_rank(lambda: _begin(curriculum, stage, run, watched, held))
+            if launch.start_ranks(begun.ranks):
+                on_first_rank(lambda: begun)
+            signals.check()
+            return _train(RunFolder(begun.folder), begun.curriculum, begun.curriculum.chosen(stage), watched)
+    except BaseException:
+        launch.end_children()
+        raise
 
 
-@contextmanager
-def _on_record(
-    folder: RunFolder, curriculum: Curriculum, told: dict[str, Stage], chosen: Sequence[Recipe], reporter: Reporter
-) -> Iterator[tuple[Curriculum, Reporter]]:
-    """Inside the block the folder is this process's alone and says what is trained. Where nothing is left to do,
-    nothing is written. Gives the recipe as it is on record, and a reporter that stops a run which another one took."""
-    lock.check_unlocked(folder.path)
+class _Begun(NamedTuple):
+    """What rank 0 found and did before the first stage."""
+
+    folder: Path
+    curriculum: Curriculum
+    """As it is on record."""
+    ranks: int
+    """Of the run, where the others are not there yet; else 1."""
+
+
+class _Watched(Reporter):
+    """Hands everything on, and ends the run at the next step where another process has taken its folder over."""
+
+    def __init__(self, reporter: Reporter):
+        self.stage, self.row, self.say = reporter.stage, reporter.row, reporter.say  # type: ignore[method-assign]
+        self._step = reporter.step
+        self.lock: lock.Lock | None = None
+
+    def step(self, step: int) -> None:
+        if self.lock is not None:
+            self.lock.check()
+        self._step(step)
+
+
+def _begin(
+    curriculum: Curriculum, stage: str | None, run: str | Path | None, reporter: _Watched, held: ExitStack
+) -> _Begun:
+    """For rank 0: whatever would stop the run is said, then the folder is this run's alone until `held` is closed, and
+    says what is trained. Where nothing is left to do, or a signal has come, nothing is written."""
+    chosen, told = curriculum.chosen(stage), described(curriculum.stages)
+    folder = RunFolder(Path(run) if run else record.default_path(curriculum.stages[0].name, told, reporter.say))
     unfinished = _unfinished(folder, chosen)
+    ranks = launch.ranks_to_start(unfinished)
+    signals.promptly(lambda: check_inputs(chosen, folder))  # indexes of many shards take minutes to make
+    if signals.noted() is not None:
+        return _Begun(folder.path, curriculum, 1)
+    for text in (too_large(plan(one), one) for one in unfinished):
+        if text is not None:
+            reporter.say(f"warning: {text}")
+    lock.check_unlocked(folder.path)
     begins = str((unfinished or [chosen[-1]])[0].stage)
     record.start(folder, curriculum, told, begins)  # refuses before anything is written
     if not unfinished and not _is_score_due(folder, curriculum.stages[-1]):
-        yield curriculum, reporter
-        return
-    with lock.locked(folder.path) as held:
-        if held.was:
-            reporter.say(f"goes on in {folder.path}: {held.was}")
-        begun = record.start(folder, curriculum, told, begins)  # anew: another process may have been here a moment ago
-        record.put_on_record(folder, begun)
-        for line in begun.lines:
-            reporter.say(line)
-        yield curriculum._replace(base=begun.base), _Alone(reporter, held)
+        return _Begun(folder.path, curriculum, ranks)
+    reporter.lock = held.enter_context(lock.locked(folder.path))
+    if reporter.lock.was:
+        reporter.say(f"goes on in {folder.path}: {reporter.lock.was}")
+    begun = record.start(folder, curriculum, told, begins)  # anew: another process may have been here a moment ago
+    record.put_on_record(folder, begun)
+    for line in begun.lines:
+        reporter.say(line)
+    return _Begun(folder.path, curriculum._replace(base=begun.base), ranks)
 
 
 def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
@@ -150,45 +178,36 @@ def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
     return bool(last.score.clips and steps and scored_steps(folder) != steps)
 
 
-class _Alone(Reporter):
-    """Hands everything on, and ends the run at the next step where another process has taken its folder over."""
-
-    def __init__(self, reporter: Reporter, held: lock.Lock):
-        self.stage, self.row, self.say = reporter.stage, reporter.row, reporter.say  # type: ignore[method-assign]
-        self._step, self._held = reporter.step, held
-
-    def step(self, step: int) -> None:
-        self._held.check()
-        self._step(step)
-
-
 def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], reporter: Reporter) -> Outcome:
     """Every chosen stage that is not finished, and the score."""
     stages, names = curriculum.stages, curriculum.names
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
-        if folder.finished_steps(names[index]) >= settings.train.steps:
+        start = on_first_rank(partial(start_of, folder, stages, index, reporter.say))
+        if start is None:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
-        reporter.stage(settings, index + 1, len(stages), done=folder.last_step(names[index]))
-        number = train_stage(folder, curriculum, index, reporter)
-        if number is not None:
-            return Outcome(folder, number)
-    if stages[-1].score.clips and folder.weights(names[-1]).is_file() and is_first_rank():
-        if not _is_score_due(folder, stages[-1]):
-            reporter.say(f"the score stands in {folder.score}")
-        else:
-            reporter.say(f"judging {stages[-1].score.clips} clips of held-out captions")
-            score_samples(folder, stages[-1])
+        signals.check()
+        reporter.stage(settings, index + 1, len(stages), done=start.step)
+        train_stage(folder, curriculum, index, start, reporter)
+    signals.by_first_rank(lambda: _score(folder, stages[-1], reporter))
     return Outcome(folder)
+
+
+def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> Iterator[None]:
+    if not last.score.clips or not folder.weights(str(last.stage)).is_file():
+        return
+    if not _is_score_due(folder, last):
+        reporter.say(f"the score stands in {folder.score}")
+        return
+    reporter.say(f"judging {last.score.clips} clips of held-out captions")
+    yield from score_samples(folder, last)
 
 
 def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
     """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
     for recipe in stages:
-        for checkpoint in folder.checkpoints(str(recipe.stage))[-1:]:
-            check_checkpoint(checkpoint)
         _check_samples(recipe)
         refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
         if recipe.init is not None:
@@ -235,75 +254,55 @@ def scored_steps(folder: RunFolder) -> int:
     return int(json.loads(folder.score.read_text())["step"]) if folder.score.is_file() else 0
 
 
-def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, reporter: Reporter) -> int | None:
-    """One Trainer's fit. Returns the signal that stopped it, if one did."""
+def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter) -> None:
+    """One Trainer's fit. Stopped, after a checkpoint, where a signal came."""
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
-    done = folder.last_step(name)
     edge = StepEdge(folder, name, reporter.say)
 
     data = ClipData(recipe)
-    data.start_step = done
+    data.start_step = start.step
 
     def sample(module: Trained, step: int) -> None:
         if isinstance(module, LinGenModule):
             sample_prompts(module, folder, step, recipe.sample.prompts)
         else:
-            sample_reconstructions(cast(Any, module), data, folder, step)
+            on_first_rank(lambda: sample_reconstructions(cast(Any, module), data, folder, step))
+        signals.check()
 
     def finish(module: Trained, step: int) -> None:
-        module.before_saving(data)
-        save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
+        on_first_rank(lambda: module.before_saving(data))
         sample(module, step)
+        # They come last: a stage that has weights owes nothing.
+        save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
 
-    callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step)]
-    trainer = build_trainer(recipe, folder, callbacks)
-    lightning.seed_everything(recipe.seed, verbose=False)
-    module = recipe.subject.build_module(recipe)
-    module.write_row = MetricsFile(folder.metrics, name, done, reporter.row).write
-    module.steps_before = sum(stage.train.steps for stage in curriculum.stages[:index])
-    if done == 0:
-        hand_over(module, folder, curriculum.stages, index, reporter)
+    def build() -> tuple[lightning.Trainer, Trained]:
+        clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)
+        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), Steps(reporter.step)]
+        trainer = build_trainer(recipe, folder, callbacks)
+        lightning.seed_everything(recipe.seed, verbose=False)
+        module = recipe.subject.build_module(recipe)
+        module.write_row = MetricsFile(folder.metrics, name, start.step, reporter.row).write
+        module.steps_before = sum(stage.train.steps for stage in curriculum.stages[:index])
+        if start.checkpoint is None:
+            hand_over(module, start, reporter.say)
+        else:
+            module.checkpoint = wait_for_files(start.checkpoint)
+        return trainer, module
+
+    trainer, module = together(build)
+    signals.check()
+    if start.step >= recipe.train.steps:
+        end_only(trainer)
     with warnings.catch_warnings():
         quiet_lightning()
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint_path(folder, name), weights_only=True)
-    if trainer.global_step >= recipe.train.steps > on_first_rank(lambda: folder.finished_steps(name)):
-        module.to(trainer.strategy.root_device)  # the Trainer has put it away
-        finish(module, trainer.global_step)  # killed between the last checkpoint and the weights
+        trainer.fit(module, datamodule=data)
     reporter.say(report(edge.ledger))
-    return edge.signal if trainer.global_step < recipe.train.steps else None
+    if edge.stopped is not None:
+        raise signals.Stopped(edge.stopped)
 
 
 def report(ledger: Ledger) -> str:
     """How many samples of a stage were used and dropped: a sentence, and a table where any was dropped."""
     rows = ledger.rows()
     return ledger.summary() + (f"\n{as_table(rows, terminal=False)}" if len(rows) > 1 else "")
-
-
-def checkpoint_path(folder: RunFolder, stage: str) -> str | None:
-    checkpoints = folder.checkpoints(stage)
-    return str(checkpoints[-1]) if checkpoints else None
-
-
-def hand_over(module: Trained, folder: RunFolder, stages: Sequence[Recipe], index: int, reporter: Reporter) -> None:
-    """Gives a fresh stage its weights: its own `init`, else the last finished stage's, else the recipe's `init`."""
-    recipe = stages[index]
-    before = folder.finished([str(s.stage) for s in stages[:index]])
-    own_init = recipe.init if index == 0 or recipe.init != stages[0].init or not before else None
-    if own_init is not None:
-        source = find_weights(own_init)
-    elif before:
-        source = folder.weights(before[-1])
-    else:
-        reporter.say(f"stage {recipe.stage} starts from {module.begin()}")
-        return
-    load_into(module, read_weights(source, "raw") or read_weights(source, "averaged"), source)  # `lingen export`
-    reporter.say(f"stage {recipe.stage} starts from {source}")
-    if recipe.train.keep_optimizer and own_init is None:
-        module.optimizer_state = read_optimizer(folder, before[-1])
-
-
-def read_optimizer(folder: RunFolder, stage: str) -> dict[str, Any]:
-    """AdamW's moments at the end of a stage."""
-    state = torch.load(folder.checkpoints(stage)[-1], map_location="cpu", weights_only=True)
-    return state["optimizer_states"][0]

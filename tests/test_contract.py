@@ -29,7 +29,7 @@ class Good(Mixer):
 
 class LooksAtNumbers(Mixer):
     def forward(self, x):
-        return x * self.weight if float(x.sum()) > -1 else x
+        return x * self.weight if x.sum().item() > -1e9 else x
 
 
 class Shorter(Mixer):
@@ -45,6 +45,21 @@ class Half(Mixer):
 class Fails(Mixer):
     def forward(self, x):
         return x @ self.weight.view(-1, 1) @ x
+
+
+class Detaches(Mixer):
+    def forward(self, x):
+        return x.detach() * self.weight.detach()
+
+
+class NotANumber(Mixer):
+    def forward(self, x):
+        return (x * self.weight).sqrt()
+
+
+class SteepAtZero(Mixer):
+    def forward(self, x):
+        return x * self.weight + (0 * x).sqrt()
 
 
 def first_only(t, h, w):
@@ -127,6 +142,10 @@ FAULTS = [
     ("model", mixer("parts_to_try:Shorter"), "forward gives [1, 2, 4, 3, 16]; expected [1, 2, 4, 4, 16]"),
     ("model", mixer("parts_to_try:Half"), "forward gives torch.float16; expected torch.float32"),
     ("model", mixer("parts_to_try:Fails"), "forward fails: RuntimeError: "),
+    ("model", mixer("parts_to_try:Fails"), "(parts_to_try.py:33)"),
+    ("model", mixer("parts_to_try:Detaches"), "gives a tensor without a gradient"),
+    ("model", mixer("parts_to_try:NotANumber"), "forward of normal numbers gives NaN or infinity"),
+    ("model", mixer("parts_to_try:SteepAtZero"), "the gradient of its forward is NaN or infinite"),
     ("model", mixer("{name: mate, ma: null, te: 'parts_to_try:Shorter'}"), "expected [1, 2, 4, 4, 16]"),
     (
         "model",

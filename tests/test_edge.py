@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +17,11 @@ import torch
 
 from lingen.cli import main
 from lingen.cli.edge import line_of
+from lingen.data.dataset import Clips
 from lingen.files import naming
 from lingen.media import encode_mp4
 from lingen.recipe import load_for_training
 from lingen.run import Reporter, fit, fit_curriculum
-from lingen.training.folder import RunFolder
 from tests.helpers.commands import ROOT
 
 FULL = """
@@ -42,8 +44,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_partial(here: Path, tiny_rec
     done = with_full_disk(20_000, "fit", "--recipe", str(tiny_recipe), "--run", "run")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     said = " ".join(done.stderr.split())
-    assert "run/stages/images/step-00000002.ckpt: File too large. The file is larger than this place" in said
-    assert not [path for path in (here / "run").rglob("*") if "partial" in path.name or path.suffix == ".ckpt"]
+    assert "run/stages/images/step-00000002: File too large. The file is larger than this place" in said
+    assert not [path for path in (here / "run").rglob("*") if "partial" in path.name or "step-" in path.name]
 
 
 def test_packing_onto_a_full_disk_is_one_line_and_leaves_nothing_partial(here: Path):
@@ -132,19 +134,6 @@ def test_memory_that_ran_out_is_one_line(here: Path):
     assert line_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), args) is None
 
 
-@pytest.mark.parametrize("kept", [0, 0.5])
-def test_a_cut_checkpoint_is_named_with_the_cure(here: Path, tiny_recipe: Path, capsys, kept: float):
-    folder = RunFolder(fit(tiny_recipe, run="run", stage="images"))
-    (checkpoint,) = folder.checkpoints("images")
-    data = checkpoint.read_bytes()
-    checkpoint.write_bytes(data[: int(len(data) * kept)])
-    words = ["fit", "--recipe", str(tiny_recipe), "--run", "run", "--stage", "images", "train.steps=4"]
-    assert main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{Path('run')}/stages/images/step-00000002.ckpt: this checkpoint is ")
-    assert ("empty" if not kept else "cut off") in line and "Remove it" in line
-
-
 def test_lengths_without_end_and_models_that_are_not_there(here: Path, tiny_recipe: Path, capsys):
     fit(tiny_recipe, run="run", stage="images")
     words = ["sample", "--run", "run", "--prompt", "a", "--out", "a.mp4"]
@@ -190,3 +179,17 @@ def test_a_batch_beyond_the_memory_is_said_before_training(here: Path, tiny_reci
 
     with pytest.raises(FirstWord, match=r"^warning: stage clips: training takes about .* lower data.batch"):
         fit_curriculum(load_for_training(tiny_recipe, large), run="run", reporter=Stops())
+
+
+def test_a_loader_process_that_is_killed_is_one_line(
+    here: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def die(self: Clips, place: object) -> None:
+        assert multiprocessing.parent_process() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Clips, "__getitem__", die)
+    assert main(["fit", "--recipe", str(tiny_recipe), "--run", "run", "data.workers=1"]) == 1
+    error = capsys.readouterr().err
+    assert "A loader process has ended (DataLoader worker (pid" in error and "data.workers" in error.splitlines()[-1]
+    assert "Traceback" not in error

@@ -21,7 +21,6 @@ from lingen.training import lock
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.lock import LOCK_NAME, SILENCE, Lock, locked, myself
-from lingen.training.ranks import is_first_rank
 from tests.helpers.commands import ROOT, lingen_command, run_command, wait_for
 
 ONE = ["stages.images.train.steps=1", "stages.clips.train.steps=1", "sample.prompts=[]"]
@@ -236,28 +235,6 @@ def test_a_place_where_nothing_can_be_written(
     monkeypatch.setattr(Path, "write_text", refused)
     with pytest.raises(RecipeError, match=f"Nothing can be written into .*{os.strerror(code)}"):
         fit(tiny_recipe, ONE, run=tmp_path / "run")
-
-
-def test_other_ranks_are_never_refused(monkeypatch: pytest.MonkeyPatch):
-    """Ranks that a launcher numbers, and the first process of another node before a Trainer has numbered it."""
-    for name in ("NODE_RANK", "GROUP_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert is_first_rank()
-    for name in ("NODE_RANK", "GROUP_RANK"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "1")
-            assert not is_first_rank()
-    code = "from lingen.training.ranks import is_first_rank; print(is_first_rank())"
-    env = {name: value for name, value in os.environ.items() if "RANK" not in name and "SLURM" not in name}
-    told = subprocess.run(
-        [sys.executable, "-c", code],
-        env=env | {"LOCAL_RANK": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert told.stdout.strip() == "False"
 
 
 def test_reading_needs_no_lock(tiny_run: Path, tmp_path: Path):

@@ -315,7 +315,9 @@ def test_a_file_of_prompts_is_numbered(run: Path, tmp_path: Path):
         (["--run", "RUN", "--prompts", "nowhere.txt"], "cannot be read"),
         (["--run", "RUN", "--prompt", "x", "--seconds", "inf"], "--seconds: 'inf' is no number above 0."),
         (["--run", "RUN", "--prompt", "x", "--seconds", "nan"], "--seconds: 'nan' is no number above 0."),
-        (["--run", "RUN", "--prompt", "x", "--guidance", "nan"], "Expected a finite number, got nan. (at guidance"),
+        (["--run", "RUN", "--prompt", "x", "--guidance", "nan"], "--guidance: Expected a finite number, got nan.\n"),
+        (["--run", "RUN", "--prompt", "x", "--steps", "0"], "--steps: "),
+        (["--run", "RUN", "--prompt", "x", "--seed", "-1"], "--seed: "),
     ],
 )
 def test_mistakes(run: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]):

@@ -17,9 +17,10 @@ from lingen.data.fingerprint import frozen_settings
 from lingen.recipe import load_curriculum, load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.signature import settings_of
-from lingen.run import Reporter, fit, fit_curriculum, hand_over
+from lingen.run import Reporter, fit, fit_curriculum
 from lingen.sampling.clips import generate
 from lingen.training.autoencoder import AutoencoderModule
+from lingen.training.begin import hand_over, start_of
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.weights import load_denoiser, load_into
@@ -164,7 +165,9 @@ def test_an_exported_denoiser_samples_and_starts_a_training(tiny_run: Path, tmp_
     assert next(generate(out, "a red square")).shape == (4, 8, 8, 3)
     stage = load_recipe(tiny_run / "recipe.yaml", [f"init={out}"], stage="images")
     module, heard = LinGenModule(stage), Heard()
-    hand_over(module, RunFolder(tmp_path / "fresh"), [stage], 0, heard)
+    start = start_of(RunFolder(tmp_path / "fresh"), [stage], 0, heard.say)
+    assert start is not None
+    hand_over(module, start, heard.say)
     assert heard.said == [f"stage images starts from {out}"]
     averaged = read_weights(find_weights(tiny_run), "averaged")
     for name, value in module.trained_state().items():

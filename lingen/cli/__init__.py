@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 # Their commands register themselves.
 from lingen.cli import bench, bench_models, data, doctor, encode, evaluate, export, prompts, recipes, runs  # noqa: F401
-from lingen.cli.command import COMMANDS, DONE, FAILED, INTERRUPTED, WRONG_USE, parse_arguments
+from lingen.cli.command import COMMANDS, DONE, FAILED, WRONG_USE, parse_arguments
 from lingen.cli.edge import line_of
 from lingen.recipe.errors import RecipeError
+from lingen.training.environment import OtherRankError, who
+from lingen.training.signals import INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or DONE)
     except RecipeError as error:
         for problem in error.problems:
-            print(" ".join(problem.split("\n")), file=sys.stderr)
+            print(who() + " ".join(problem.split("\n")), file=sys.stderr)
         return WRONG_USE
+    except OtherRankError:  # that one says what is wrong
+        return FAILED
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -38,5 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = line_of(error, args)
         if line is None:
             raise
-        print(line, file=sys.stderr)
+        if line:
+            print(who() + line, file=sys.stderr)
         return FAILED

@@ -11,8 +11,8 @@ from lingen import __version__
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.registry import import_module
 
-DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes; beside them `lingen.run.REQUEUE`."""
+DONE, FAILED, WRONG_USE = 0, 1, 2
+"""Exit codes; beside them those of `lingen.training.signals`."""
 
 CommandFunction = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]

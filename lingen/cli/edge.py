@@ -3,6 +3,9 @@
 import argparse
 import errno
 import os
+import re
+
+from lingen.training.environment import who
 
 CURES = {
     errno.ENOSPC: "The disk is full: free some space, or name another place",
@@ -20,6 +23,10 @@ CURES = {
 """Error numbers of the operating system -> what helps."""
 ALLOCATIONS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 """Words in errors of torch that mean that memory ran out."""
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport")
+"""Words in errors of torch that mean that another rank is gone."""
+LOADER_ENDED = r"DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: .*)"
+"""What torch says where a process that reads samples was killed."""
 LESS_MEMORY = {
     "fit": "lower data.batch and raise train.accumulate instead, set model.checkpointing=true, or take a smaller size",
     "sample": "take a smaller --size or fewer --seconds, or sample.guidance_batch=false in the recipe",
@@ -29,7 +36,7 @@ LESS_MEMORY = {
 
 
 def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None:
-    """One line for an error of files or of memory, with the cure; None for any other error.
+    """One line for an error of files, of memory or of a killed loader process, with the cure; None for any other error.
 
     Args:
         args: of the command; its `out` or `run` names the place where the error does not.
@@ -38,6 +45,14 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
         command = getattr(args, "command", "")
         cure = LESS_MEMORY.get(command, "give it less at a time, or a machine with more memory")
         return f"Out of memory ({_short(error)}): {cure}."
+    if is_lost_rank(error):
+        told = "Another rank has ended, so the run ends. What that one said, and its launcher, tell why."
+        return "" if who() else told
+    if isinstance(error, RuntimeError) and (found := re.match(LOADER_ENDED, str(error))):
+        return (
+            f"A loader process has ended ({found[0]}), killed perhaps because the machine's memory or /dev/shm "
+            "ran out: lower data.workers. The same command goes on from the last checkpoint."
+        )
     if isinstance(error, OSError) and error.errno is not None:
         named = error.filename or getattr(args, "out", None) or getattr(args, "run", None)
         what = error.strerror or os.strerror(error.errno)
@@ -45,6 +60,13 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
         place = f"{named[:300]}{'...' * (len(named) > 300)}: " if isinstance(named, str) else ""
         return f"{place}{what}. {cure}."
     return None
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a rank noticed only that another one is gone."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

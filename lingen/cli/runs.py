@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +16,6 @@ from lingen.cli.command import (
     DONE,
     FAILED,
     IMPORT,
-    INTERRUPTED,
     RECIPE,
     STREAM_FLAGS,
     argument,
@@ -27,8 +29,10 @@ from lingen.cli.command import (
     ways_of_args,
 )
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
-from lingen.recipe.errors import RecipeError
+from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
+from lingen.training import signals
+from lingen.training.environment import here
 
 if TYPE_CHECKING:
     from lingen.text.rewrite import Rewritten
@@ -44,30 +48,52 @@ T = TypeVar("T")
     overrides=True,
 )
 def fit(args: argparse.Namespace) -> int:
+    try:
+        with signals.listening():
+            return _fit(args)
+    except signals.Stopped as stopped:
+        if here().rank == 0:
+            print(f"{stopped}; the same command goes on from here.", file=sys.stderr)
+        return stopped.code
+
+
+def _fit(args: argparse.Namespace) -> int:
     from lingen.recipe import load_for_training
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
-    # Mistakes are reported before lightning and lingen.data are imported.
-    curriculum = load_for_training(args.recipe, args.overrides, args.stage)
-    import signal
-
+    # Mistakes are reported before lightning and lingen.data are imported, unless several ranks have to agree on them.
+    curriculum = _loaded(partial(load_for_training, args.recipe, args.overrides, args.stage))
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
 
-    with ConsoleReporter(console()) as reporter:
+    with ConsoleReporter(console()) if here().rank == 0 else nullcontext(run.Reporter()) as reporter:
         try:
             outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter)
         except (DataError, run.NonFiniteError) as error:
             reporter.say(str(error))
             return FAILED
-    if outcome.signal is not None:
-        print(f"Stopped by {signal.Signals(outcome.signal).name}; the same command goes on from here.", file=sys.stderr)
-        return INTERRUPTED if outcome.signal == signal.SIGINT else run.REQUEUE
+        except Exception as error:
+            number = signals.noted()
+            if number is None or isinstance(error, RecipeError):
+                raise
+            # A signal to all processes of a job may end what the run needed, a compiler say: no fault of the run.
+            traceback.print_exception(error)
+            raise signals.Stopped(number) from None
     if outcome.is_first_rank:
         _print_outcome(outcome, curriculum.base.subject)
     return DONE
+
+
+def _loaded(load: Callable[[], T]) -> T:
+    """What `load` gives. Ranks that a launcher started connect first: a mistake is then said once."""
+    if here().ranks == 1 or here().by == "lingen":
+        return load()
+    from lingen.training import launch, ranks
+
+    launch.join()
+    return ranks.together(load)
 
 
 def _print_outcome(outcome: Any, subject: Subject) -> None:
@@ -150,6 +176,10 @@ def sample(args: argparse.Namespace) -> int:
         try:
             for file in files:
                 print(file)
+        except SettingError as error:
+            raise RecipeError(
+                *(f"--{error.setting}: {text.partition(' (at ')[0]}" for text in error.problems)
+            ) from error
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
     return DONE

@@ -5,8 +5,10 @@ lingen's own parts are tested and left out; so are those that read weights when 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,13 +76,33 @@ def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
 
     def fault_in(one: Any, again: Callable[[], Any]) -> str | None:
         output, fault = _tried(one, again, run, "forward")
-        return fault or _unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
+        fault = fault or _unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
+        return fault or _untrainable(again, dim)
 
     if not type(mixer).__module__.startswith("lingen."):
         return fault_in(mixer, build)
     branches = {name: child for name, child in mixer.named_children() if not _is_ours(child)}
     found = ((name, fault_in(child, partial(_child, build, name))) for name, child in branches.items())
     return next((f"its branch '{name}': {fault}" for name, fault in found if fault), None)
+
+
+def _untrainable(build: Callable[[], Any], dim: int) -> str | None:
+    """A sentence where a mixer, tried on numbers, lets no gradient through, or makes of them what is no number."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            x = torch.randn(1, *TRIED_GRID, dim, requires_grad=True)
+            output = build()(x)
+            gradient = torch.autograd.grad(output.sum(), x, allow_unused=True)[0] if output.requires_grad else None
+    except OSError as error:
+        raise _Unreadable from error
+    except Exception:  # it has kept its shape without numbers; it may need a GPU
+        return None
+    if not output.isfinite().all():
+        return "forward of normal numbers gives NaN or infinity."
+    if gradient is None:
+        return "forward gives a tensor without a gradient, so nothing could be learned; look for detach or no_grad."
+    return None if gradient.isfinite().all() else "the gradient of its forward is NaN or infinite."
 
 
 def _child(build: Callable[[], Any], name: str) -> Any:
@@ -186,4 +208,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """The error, with the line of the part's own code that it comes from."""
+    ours = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(ours)]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lingen.data.datamodule import ClipData
 from lingen.files import write_json
 from lingen.kernels.choice import best_device
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
 from lingen.recipe.sections import Recipe
-from lingen.sampling.clips import Take, clip_size, clips_of, decode_frames, sample_takes, takes_of
+from lingen.sampling.clips import Take, clip_size, clips_of, decoded, sample_takes, takes_of
 from lingen.sampling.notes import notes_of, notes_on
+from lingen.training import signals
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 
 def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
     """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too.
-    All ranks sample every clip together, since each may hold a part of the weights; the first one decodes and writes.
+
+    All ranks sample every clip together, since each may hold a part of the weights; rank 0 decodes and writes.
+    Stopped, on all of them, between two clips where any got a signal.
 
     The MP4s note what `lingen sample` notes: with the stage's weights, once it is finished, they can be made again.
     """
@@ -42,29 +46,27 @@ def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: 
     shared = notes_of(module, folder.weights(str(module.recipe.stage)), clip, how)
     clips: list[np.ndarray] = []
 
-    def write(take: Take, latents: torch.Tensor) -> None:
-        frames = np.stack(list(decode_frames(module.autoencoder, latents, clip.frames, how.decode, how.tile)))
-        about = notes_on(shared, take, module.device)
-        save_video(frames, target / f"{len(clips):02d}.mp4", clip.fps, title=take.prompt, about=about)
-        clips.append(frames)
+    def write(take: Take, latents: Tensor) -> None:
+        clips.append(decoded(module, latents, clip, how))
+        path = target / f"{len(clips) - 1:02d}.mp4"
+        save_video(clips[-1], path, clip.fps, title=take.prompt, about=notes_on(shared, take, module.device))
 
     for take, latents in zip(takes, sample_takes(module, takes, clip, how), strict=True):
         on_first_rank(partial(write, take, latents))
-    on_first_rank(lambda: log_sheet(module, contact_sheet(clips, target / "sheet.png", prompts), step))
+        signals.check()
+    on_first_rank(lambda: log_sheet(module, contact_sheet(clips, target / SHEET, prompts), step))
 
 
+SHEET = "sheet.png"
+"""The last file of the clips of a step."""
 RECONSTRUCTIONS = 4
 """Clips in the sample sheet of an autoencoder that is trained."""
 
 
 def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
     """Clips, held-out ones where there are any, beside what the autoencoder in training makes of them: MP4s and a
-    contact sheet with rows of clips, reconstructions and four times their difference. The first rank makes them alone:
-    an autoencoder is whole on every rank."""
-    on_first_rank(partial(_write_reconstructions, module, data, folder, step))
-
-
-def _write_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
+    contact sheet with rows of clips, reconstructions and four times their difference. Rank 0 makes them alone: an
+    autoencoder is whole on every rank."""
     target, strips = folder.samples(str(module.recipe.stage), step), []
     shown = data.val_dataloader() or data.batches()
     clips = itertools.islice((clip for batch in shown for clip in batch.clips), RECONSTRUCTIONS)
@@ -75,7 +77,7 @@ def _write_reconstructions(module: AutoencoderModule, data: ClipData, folder: Ru
             one, other = as_frames(video), as_frames(rebuilt)
             strips += [one, other, error_frames(one, other)]
             save_video(beside(one, other), target / f"{number:02d}.mp4", module.recipe.data.fps, title="clip | latents")
-    sheet = contact_sheet(strips, target / "sheet.png", ["clip", "reconstruction", "error x 4"] * (len(strips) // 3))
+    sheet = contact_sheet(strips, target / SHEET, ["clip", "reconstruction", "error x 4"] * (len(strips) // 3))
     log_sheet(module, sheet, step)
 
 
@@ -95,9 +97,9 @@ SHEET_ROWS = 40
 """The most rows of the score's contact sheet."""
 
 
-def score_samples(folder: RunFolder, recipe: Recipe) -> None:
+def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     """Judges colour, shape and motion of clips sampled for held-out captions, and of real ones to measure the judge
-    itself."""
+    itself. Yields after each clip: there it may be left."""
     from lingen.data.synthetic import captions as captions_of
     from lingen.data.synthetic import held_out_clips
     from lingen.metrics.shapes import score_clips as judge
@@ -106,7 +108,10 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> None:
     captions = list(itertools.islice(itertools.cycle(captions_of(recipe.score.split)), recipe.score.clips))
     clip, how, takes = clip_size(module), recipe.sample, takes_of(captions)
     shared = notes_of(module, folder.weights(str(recipe.stage)), clip, how)
-    clips = list(clips_of(module, takes, clip, how))
+    clips = []
+    for frames in clips_of(module, takes, clip, how):
+        clips.append(frames)
+        yield
     real, real_captions = held_out_clips(recipe, recipe.score.clips, recipe.score.split)
     step = folder.finished_steps(str(recipe.stage))
     result = {
@@ -116,7 +121,7 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> None:
         "real": asdict(judge(real, real_captions)),
     }
     target = folder.samples("score", step)
-    contact_sheet(clips, target / "sheet.png", captions)
+    contact_sheet(clips, target / SHEET, captions)
     save_video(
         clips[0], target / "00.mp4", clip.fps, title=captions[0], about=notes_on(shared, takes[0], module.device)
     )

@@ -1,28 +1,29 @@
 """What the processes of a run, its ranks, tell each other. Each function works with one process, too."""
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_only
+
+from lingen.training.environment import OtherRankError, here
 
 T = TypeVar("T")
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, which writes files and reports for all. Before a Trainer has counted the ranks,
-    the first process of another node (NODE_RANK, of Lightning's own launcher) is none."""
-    if is_connected():
-        return dist.get_rank() == 0
-    node = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
-    return int(getattr(rank_zero_only, "rank", 0)) == 0 and node == "0"
+    """Whether this process is rank 0, which writes files and reports for all."""
+    return dist.get_rank() == 0 if is_connected() else here().rank == 0
 
 
 def is_connected() -> bool:
     """Whether the ranks can talk to each other; one process alone is not."""
     return dist.is_available() and dist.is_initialized()
+
+
+def place() -> tuple[int, int]:
+    """This rank's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if is_connected() else (0, 1)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -53,7 +54,7 @@ def largest(*values: int) -> list[int]:
     return [int(value) for value in told.tolist()]
 
 
-class FirstRankError(RuntimeError):
+class FirstRankError(OtherRankError):
     """Rank 0 could not do something that all ranks need; it says why itself."""
 
 
@@ -68,9 +69,31 @@ def on_first_rank(act: Callable[[], T]) -> T:
             value = act()
         except Exception as found:
             error = found
-    told = broadcast_object((value, error and f"{type(error).__name__}: {error}"))
+    told = broadcast_object((value, error and _told(error)))
     if error is not None:
         raise error
     if told[1] is not None:
         raise FirstRankError(told[1])
     return told[0]  # type: ignore[return-value]
+
+
+def together(act: Callable[[], T]) -> T:
+    """What each rank gets from its own `act`, once all have it. Where some fail, the first of them raises its error,
+    all others an `OtherRankError`: it is said once, and no rank waits for one that has ended."""
+    if not is_connected():
+        return act()
+    value, error = None, None
+    try:
+        value = act()
+    except Exception as found:
+        error = found
+    failed = [(rank, told) for rank, told in enumerate(gather_objects(error and _told(error))) if told]
+    if failed and error is not None and failed[0][0] == dist.get_rank():
+        raise error
+    if failed:
+        raise OtherRankError(f"rank {failed[0][0]}: {failed[0][1]}")
+    return value  # type: ignore[return-value]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -8,13 +8,13 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lingen.plan.trainer import listed, logger_of
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Component, Recipe
 from lingen.training.folder import RunFolder
+from lingen.training.launch import RankEnvironment
 from lingen.training.strategy import Sharded, strategy_of
 
 
@@ -27,13 +27,11 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
     every = settings.validate_every * settings.accumulate or batches
     if isinstance(arguments["strategy"], Sharded):
         arguments.setdefault("inference_mode", False)  # gathered weights are written again when training goes on
-    if SLURMEnvironment.detect():
-        # Lightning's own requeue handler saves inside the signal handler; ours waits for the step's edge.
-        arguments.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
     with warnings.catch_warnings():
         quiet_lightning()
-        return _trainer(
+        trainer = _trainer(
             **arguments,
+            plugins=[RankEnvironment()],
             max_steps=settings.steps,
             max_epochs=-1,
             min_epochs=0,
@@ -50,6 +48,21 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+    # Its handler of SIGTERM would end the other ranks and wait for them inside of the handler; we listen ourselves.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+def end_only(trainer: lightning.Trainer) -> None:
+    """For a stage that is trained to its last step, but was stopped before its end: `fit` calls the hooks of the start
+    and the end of training, which Lightning would leave out."""
+    loop = trainer.fit_loop
+
+    def run() -> None:
+        loop.on_run_start()
+        loop.on_run_end()
+
+    loop.run = run  # type: ignore[method-assign]
 
 
 def _trainer(**arguments: Any) -> lightning.Trainer:
@@ -76,6 +89,7 @@ def quiet_lightning() -> None:
     """Silences advice that does not apply: the loader is endless by design, and its workers are a setting."""
     for text in (
         ".*does not have many workers.*",
+        ".*`srun` command is available.*",
         ".*max_epochs.*",
         ".*GPU available but not used.*",
         ".*in eval mode.*",

@@ -1,4 +1,5 @@
-"""``python -m tests.soak fuzz --seed S --minutes M``: broken files through the command line, until one gets through."""
+"""Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
+``kill --seed S --times N`` kills training and goes on with it."""
 
 from __future__ import annotations
 
@@ -8,9 +9,15 @@ import sys
 from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
+from tests.soak.kill import kill
 
 
 def main() -> int:
+    args = _arguments()
+    return _fuzz(args) if args.trial == "fuzz" else _kill(args)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     trials = parser.add_subparsers(dest="trial", required=True)
     one = trials.add_parser("fuzz", help="damaged films, pictures, tables, recipes, manifests and weights")
@@ -19,7 +26,25 @@ def main() -> int:
     one.add_argument("--only", choices=sorted(TARGETS), help="one sort of file")
     one.add_argument("--case", type=int, help="only this case of the seed, as a failure names it")
     one.add_argument("--keep", type=Path, default=Path("fuzz"), metavar="DIR", help="failing inputs go there")
-    args = parser.parse_args()
+    two = trials.add_parser("kill", help="ranks, loader workers and whole runs, at any moment")
+    two.add_argument("--seed", type=int, default=0)
+    two.add_argument("--times", type=int, default=20)
+    two.add_argument("--strategy", default="ddp")
+    two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
+    return parser.parse_args()
+
+
+def _kill(args: argparse.Namespace) -> int:
+    shutil.rmtree(args.keep, ignore_errors=True)
+    report = kill(args.keep.absolute(), args.seed, args.times, args.strategy)
+    for failure in report.failures:
+        print(failure)
+    kills = ", ".join(f"{count} x {victim}" for victim, count in sorted(report.kills.items()))
+    print(f"{report.kills.total()} kills ({kills}) in {report.finished} runs: {len(report.failures)} failures")
+    return 1 if report.failures else 0
+
+
+def _fuzz(args: argparse.Namespace) -> int:
     report = fuzz(args.seed, args.minutes * 60, only=args.only, case=args.case)
     for failure in report.failures:
         kept = args.keep / f"{args.seed}-{failure.case}"

@@ -1,0 +1,327 @@
+"""Starts and connects the ranks of a run. Those that srun or torchrun started meet at once; on one machine rank 0 first
+decides what there is to do, and then starts the others with its own command."""
+
+import atexit
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import Recipe
+from lingen.training import environment, signals
+from lingen.training.environment import PARENT, OtherRankError, Rank, here
+from lingen.training.identity import ranks_here
+from lingen.training.ranks import gather_objects, is_connected, on_first_rank
+
+log = logging.getLogger("lingen")
+
+MEETING = timedelta(minutes=10)
+"""How long ranks wait for each other to come."""
+PATIENCE = timedelta(minutes=60)
+"""How long a rank waits for what another one does alone, such as an index of new shards."""
+GRACE = 10.0
+"""Seconds that ranks of this machine have to end by themselves when one of them has ended."""
+STOPPED = (0, 75, 130)
+"""Exit codes of a rank that has done its work, or stopped at a signal."""
+SAID = (1, 2)
+"""Exit codes of a rank that has said itself what is wrong."""
+
+
+class RankEnvironment(ClusterEnvironment):
+    """The ranks for Lightning, which starts none itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = here()
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self.own.address
+
+    @property
+    def main_port(self) -> int:
+        return self.own.port  # 0, of one process alone: any free one
+
+    @staticmethod
+    def detect() -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return self.own.ranks
+
+    def set_world_size(self, size: int) -> None:
+        """They are counted before a Trainer is built."""
+
+    def global_rank(self) -> int:
+        return self.own.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """It is known before a Trainer is built."""
+
+    def local_rank(self) -> int:
+        return self.own.local_rank
+
+    def node_rank(self) -> int:
+        return self.own.node
+
+
+def join() -> None:
+    """Connects this process to the other ranks, where its environment says that there are some; once.
+
+    Raises:
+        RecipeError: rank 0 cannot be reached, or the ranks lie on the nodes in a way that does not work.
+    """
+    own = here()
+    if is_connected() or own.ranks == 1:
+        return
+    if own.rank:
+        _be_quiet()
+    if PARENT in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), name="lingen-parent", daemon=True).start()
+    _check_address(own)
+    try:
+        store, *_ = next(iter(dist.rendezvous(f"tcp://{own.address}:{own.port}", own.rank, own.ranks, timeout=MEETING)))
+        _connect(own, store)
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        raise _no_meeting(own, " ".join(str(error).split())[:300]) from error
+    _agree(own)
+
+
+def _check_address(own: Rank) -> None:
+    """RecipeError where rank 0's name tells no address here. Of ranks that do not speak the first of a node says so."""
+    try:
+        socket.getaddrinfo(own.address, own.port)
+    except OSError as error:
+        if own.local_rank:
+            raise OtherRankError(f"{own.address} has no address") from error
+        raise _no_meeting(own, f"this name has no address on {socket.gethostname()}") from error
+
+
+def _no_meeting(own: Rank, why: str) -> RecipeError:
+    return RecipeError(
+        f"The {own.ranks} ranks cannot meet at {own.address}:{own.port}: {why}. Set MASTER_ADDR to an address of the "
+        "first node that all nodes reach, MASTER_PORT to a port that is free there, and, where a node has several "
+        "networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the name of one of them."
+    )
+
+
+def _connect(own: Rank, store: Any) -> None:
+    vars(rank_zero_only)["rank"] = own.rank
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=own.rank, world_size=own.ranks, timeout=PATIENCE)
+
+
+def _agree(own: Rank) -> None:
+    everyone = gather_objects(own)
+    on_first_rank(lambda: check_layout(everyone))
+
+
+def _be_quiet() -> None:
+    """Only rank 0 speaks; an error that another one has alone, it says itself."""
+    warnings.simplefilter("ignore")
+    for name in ("lingen", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def check_layout(everyone: Sequence[Rank]) -> None:
+    """RecipeError where the nodes do not have as many ranks each, or those of a node do not follow each other."""
+    counts = Counter(one.node for one in everyone)
+    first = everyone[0]
+    if len(counts) != first.nodes or len(set(counts.values())) > 1:
+        told = ", ".join(str(counts[node]) for node in range(first.nodes))
+        raise RecipeError(
+            f"The {first.ranks} ranks lie on {first.nodes} nodes as {told}; each node needs as many as the others. "
+            "Start with srun -N NODES --ntasks-per-node=RANKS."
+        )
+    if any(one.rank != one.node * first.per_node + one.local_rank for one in everyone):
+        raise RecipeError(
+            "The ranks of a node do not follow each other. Start with srun --distribution=block, which gives ranks "
+            f"0 to {first.per_node - 1} to the first node."
+        )
+
+
+# what the recipe asks for
+
+
+def ranks_to_start(stages: Sequence[Recipe]) -> int:
+    """How many ranks a run of these stages has, where this process has to start the others; 1: none is missing.
+
+    Raises:
+        RecipeError: the ranks that are there are not those that a stage asks for.
+    """
+    own = here()
+    asked = {str(one.stage): _asked(one) for one in stages}
+    for stage, (devices, nodes) in asked.items():
+        if own.ranks > 1 and (devices, nodes) != (own.per_node, own.nodes):
+            raise RecipeError(_other_ranks(own, stage, devices, nodes))
+        if own.ranks == 1 and nodes > 1:
+            raise RecipeError(_alone(stage, devices, nodes))
+    if len(set(asked.values())) > 1:
+        told = ", ".join(f"stage {stage} {devices}" for stage, (devices, _) in asked.items())
+        raise RecipeError(
+            f"The ranks are started once for all stages, but trainer.devices asks for others: {told}. Give all stages "
+            "as many, or train one after the other with --stage."
+        )
+    for one in stages:
+        strategy = one.trainer.get("strategy")
+        if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
+            raise RecipeError(
+                f"Strategy '{strategy}' of stage {one.stage} starts its ranks in a way of its own, which lingen does "
+                "not follow; set trainer.strategy=ddp."
+            )
+    return asked.popitem()[1][0] if asked and own.ranks == 1 else 1
+
+
+def _asked(recipe: Recipe) -> tuple[int, int]:
+    """Devices of a node, and nodes."""
+    nodes = int(recipe.trainer.get("num_nodes", 1))
+    return ranks_here(recipe) // nodes, nodes
+
+
+def _other_ranks(own: Rank, stage: str, devices: int, nodes: int) -> str:
+    asks = f"stage {stage} asks for trainer.devices={devices} and trainer.num_nodes={nodes}"
+    if own.by == "lingen":
+        return f"This process has started {own.ranks} ranks for a run before, but {asks}. Train it in one of its own."
+    launch = {
+        "srun": f"srun -N{nodes} --ntasks-per-node={devices}",
+        "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={devices}",
+    }[own.by]
+    return (
+        f"{own.by} has started {own.ranks} ranks, {own.per_node} on each of {own.nodes} nodes, but {asks}. Set "
+        f"trainer.devices={own.per_node} trainer.num_nodes={own.nodes}, or start with {launch}."
+    )
+
+
+def _alone(stage: str, devices: int, nodes: int) -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    where = f"is no task of srun, though it runs in job {job}" if job else "runs alone"
+    return (
+        f"Stage {stage} asks for trainer.num_nodes={nodes}, but this process {where}. Start with "
+        f"srun -N{nodes} --ntasks-per-node={devices} lingen fit ..., without SLURM with torchrun on each node "
+        f"(torchrun --nnodes={nodes} --nproc-per-node={devices} ...), or set trainer.num_nodes=1."
+    )
+
+
+# ranks of this machine
+
+
+def start_ranks(ranks: int) -> bool:
+    """Starts the other ranks of a run on this machine, with the command of this process, and connects to them. Returns
+    whether it did: not for one rank, nor where they are there.
+
+    Raises:
+        RecipeError: this process has no command.
+    """
+    if ranks == 1 or is_connected():
+        return False
+    main = sys.modules["__main__"]
+    if not (getattr(main, "__file__", None) or getattr(main, "__spec__", None) or "-c" in sys.orig_argv):
+        raise RecipeError(
+            f"{ranks} ranks cannot be started from a notebook or a console, since each runs the whole command. Put it "
+            "into a file, take `lingen fit`, or set trainer.devices=1."
+        )
+    store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, timeout=MEETING, wait_for_workers=False)
+    own = Rank(by="lingen", ranks=ranks, port=store.port)
+    environment.take(own)
+    _children.append(LocalRanks(own))
+    _connect(own, store)
+    _children[0].joined = True
+    _agree(own)
+    return True
+
+
+class LocalRanks:
+    """The other ranks of this machine: processes that end with this one, and this one with them.
+
+    Args:
+        own: of this process, rank 0.
+    """
+
+    def __init__(self, own: Rank):
+        self.joined = False
+        self.over = threading.Event()
+        command = [sys.executable, *sys.orig_argv[1:]]
+        self.processes = {
+            rank: subprocess.Popen(command, env=os.environ | _told(own, rank), stdin=subprocess.DEVNULL)
+            for rank in range(1, own.ranks)
+        }
+        threading.Thread(target=self._watch, name="lingen-ranks", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.1):
+            for rank, process in self.processes.items():
+                code = process.poll()
+                if code is not None and (code not in STOPPED or not self.joined):
+                    self._failed(rank, code)
+                    return
+
+    def _failed(self, rank: int, code: int) -> None:
+        """One rank has ended and cannot be replaced. This process finds that itself, unless it waits for that rank."""
+        if code not in SAID:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            log.error("Rank %d %s, so the run ends; the same command goes on from its last checkpoint.", rank, how)
+        if not self.over.wait(GRACE if self.joined else 0.0):
+            self.kill()
+            number = signals.noted()  # a signal to all of a job's processes may come before a rank listens
+            os._exit(1 if number is None else signals.Stopped(number).code)
+
+    def end(self, grace: float) -> None:
+        """Waits so many seconds for their end, then makes it."""
+        self.over.set()
+        last = time.monotonic() + grace
+        while time.monotonic() < last and any(process.poll() is None for process in self.processes.values()):
+            time.sleep(0.02)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+
+
+def _told(own: Rank, rank: int) -> dict[str, str]:
+    values = (rank, own.ranks, rank, own.ranks, own.address, own.port)
+    return dict(zip(environment.OF_LAUNCHERS, map(str, values), strict=True)) | {PARENT: str(os.getpid())}
+
+
+_children: list[LocalRanks] = []
+
+
+def end_children(grace: float = 3.0) -> None:
+    """Ends the ranks that this process has started, where they do not end by themselves, and the connection to them."""
+    while _children:
+        _children.pop().end(grace)
+        environment.take(None)
+        dist.destroy_process_group()
+
+
+@atexit.register
+def leave() -> None:
+    """Ends what connects this process to other ranks; those that it has started may do their last work."""
+    end_children(GRACE)
+    if is_connected():
+        dist.destroy_process_group()
