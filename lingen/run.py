@@ -22,7 +22,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
-from lingen.training import launch, lock, record, signals
+from lingen.training import launch, local_ranks, lock, record, signals
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
@@ -88,7 +88,8 @@ def fit(
     """
     try:
         with signals.listening():
-            return fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage).folder.path
+            curriculum = launch.load_together(lambda: load_for_training(recipe, overrides, stage))
+            return fit_curriculum(curriculum, run=run, stage=stage).folder.path
     except signals.Stopped as stopped:
         raise KeyboardInterrupt if stopped.number == signal.SIGINT else SystemExit(stopped.code) from None
 
@@ -106,12 +107,15 @@ def fit_curriculum(
     try:
         with ExitStack() as held:
             begun = on_first_rank(lambda: _begin(curriculum, stage, run, watched, held))
-            if launch.start_ranks(begun.ranks):
+            if local_ranks.start_ranks(begun.ranks):
                 on_first_rank(lambda: begun)
             signals.check()
             return _train(RunFolder(begun.folder), begun.curriculum, begun.curriculum.chosen(stage), watched)
+    except signals.Stopped:  # on all ranks
+        local_ranks.end_ranks()
+        raise
     except BaseException:
-        launch.end_children()
+        local_ranks.give_up()
         raise
 
 
@@ -271,7 +275,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         signals.check()
 
     def finish(module: Trained, step: int) -> None:
-        on_first_rank(lambda: module.before_saving(data))
+        module.before_saving(data)
         sample(module, step)
         # They come last: a stage that has weights owes nothing.
         save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)

@@ -27,6 +27,7 @@ OURS = {
     "check_val_every_n_epoch": "train.validate_every",
     "default_root_dir": "--run",
     "callbacks": "lingen's own",
+    "plugins": "lingen's own",
 }
 """Arguments of lightning.Trainer that another key of the recipe decides."""
 

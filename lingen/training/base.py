@@ -57,12 +57,12 @@ class Trained(lightning.LightningModule):
         self.average: AveragedWeights | None = None
         self.meter, self.validation_meter = Meter(), Meter()
         self.bad_steps = 0
-        self.not_finite: list[str] = []
-        """Samples of this step whose loss was not finite."""
         self.checkpoint: Path | None = None
         """What the stage goes on from, read when the strategy has set everything up."""
         self.moments_from: Path | None = None
         """A checkpoint of the stage before, whose moments AdamW takes over where the recipe keeps them."""
+        self.not_finite: list[str] = []
+        """Samples of this step whose loss was not finite."""
         self.write_row: Callable[[int, dict[str, float]], None] = lambda step, values: None
         """Writes a row of metrics.csv: the steps done, and values by name."""
         self.steps_before = 0

@@ -149,6 +149,7 @@ class StepEdge(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.saver.finish()
+        self.saver = None  # and its buffer
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self.saver is not None:

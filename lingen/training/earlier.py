@@ -31,14 +31,13 @@ class EarlierCheckpoint:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             optimizer, average = held["optimizer_states"][0], held["average"]
             own = module.trained_state()
-            raw = names_now(held["state_dict"], own)
+            raw, averaged = names_now(held["state_dict"], own), names_now(average["weights"], own)
             self.tensors: dict[str, Tensor] = {f"raw.{name}": value for name, value in raw.items()}
             names = _order(list(raw), module)
         except (KeyError, IndexError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
             raise BrokenError(f"it is no checkpoint of an earlier lingen ({error})") from error
         if len(names) != sum(len(group["params"]) for group in optimizer["param_groups"]):
             raise BrokenError("its optimiser moves other parameters than this recipe's")
-        averaged = names_now(average["weights"], own)
         self.tensors |= {f"averaged.{name}": value for name, value in averaged.items()}
         counts: dict[str, dict[str, float]] = {}
         for number, values in optimizer["state"].items():
