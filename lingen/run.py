@@ -3,7 +3,7 @@
 import json
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +15,12 @@ import lightning
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
-from lingen.files import wait_for
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.plan.forecast import flop_a_step, plan, too_large
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.sampling.samples import sample_prompts, sample_reconstructions, score_samples
+from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
 from lingen.training import heartbeat, launch, lock, record, sessions, signals
 from lingen.training.base import NonFiniteError, Trained
@@ -31,11 +30,12 @@ from lingen.training.denoiser import LinGenModule
 from lingen.training.environment import here
 from lingen.training.folder import RunFolder
 from lingen.training.identity import described, ranks_here
+from lingen.training.intact import wait_for_files
 from lingen.training.ranks import is_first_rank, on_first_rank, together
 from lingen.training.signs import LifeSigns
-from lingen.training.trainer import build_trainer, quiet_lightning
+from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
-from lingen.weights import check_checkpoint, find_weights
+from lingen.weights import find_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
 
@@ -197,32 +197,30 @@ def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], 
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
-        start = on_first_rank(partial(start_of, folder, stages, index))
+        start = on_first_rank(partial(start_of, folder, stages, index, reporter.say))
         if start is None:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
         signals.check()
         reporter.stage(settings, index + 1, len(stages), done=start.step)
         train_stage(folder, curriculum, index, start, reporter)
-    on_first_rank(lambda: _score(folder, stages[-1], reporter))
+    signals.by_first_rank(lambda: _score(folder, stages[-1], reporter))
     return Outcome(folder)
 
 
-def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> None:
+def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> Iterator[None]:
     if not last.score.clips or not folder.weights(str(last.stage)).is_file():
         return
     if not _is_score_due(folder, last):
         reporter.say(f"the score stands in {folder.score}")
-    else:
-        reporter.say(f"judging {last.score.clips} clips of held-out captions")
-        score_samples(folder, last)
+        return
+    reporter.say(f"judging {last.score.clips} clips of held-out captions")
+    yield from score_samples(folder, last)
 
 
 def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
     """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
     for recipe in stages:
-        for checkpoint in folder.checkpoints(str(recipe.stage))[-1:]:
-            check_checkpoint(checkpoint)
         _check_samples(recipe)
         refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
         if recipe.init is not None:
@@ -282,15 +280,18 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         if isinstance(module, LinGenModule):
             sample_prompts(module, folder, step, recipe.sample.prompts)
         else:
-            sample_reconstructions(cast(Any, module), data, folder, step)
+            on_first_rank(lambda: sample_reconstructions(cast(Any, module), data, folder, step))
+        signals.check()
 
     def finish(module: Trained, step: int) -> None:
-        module.before_saving(data)
-        save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
+        on_first_rank(lambda: module.before_saving(data))
         sample(module, step)
+        # They come last: a stage that has weights owes nothing.
+        on_first_rank(lambda: save_weights(folder.weights(name), module, to_yaml(curriculum.base), step))
 
     def build() -> tuple[lightning.Trainer, Trained]:
-        callbacks = [Rows(), edge, ClipsDuringTraining(sample), StageEnd(finish), Steps(reporter.step), LifeSigns(name)]
+        clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)
+        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), Steps(reporter.step), LifeSigns(name)]
         trainer = build_trainer(recipe, folder, callbacks)
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)
@@ -299,17 +300,16 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         if start.checkpoint is None:
             hand_over(module, start, reporter.say)
         else:
-            wait_for(start.checkpoint)
+            module.checkpoint = wait_for_files(start.checkpoint)
         return trainer, module
 
     trainer, module = together(build)
     signals.check()
+    if start.step >= recipe.train.steps:
+        end_only(trainer)
     with warnings.catch_warnings():
         quiet_lightning()
-        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-    done = trainer.global_step >= recipe.train.steps
-    if done and on_first_rank(lambda: folder.finished_steps(name) < recipe.train.steps) and trainer.is_global_zero:
-        finish(module, trainer.global_step)  # killed between the last checkpoint and the weights
+        trainer.fit(module, datamodule=data)
     reporter.say(report(edge.ledger))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -118,17 +117,6 @@ def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:
             path, "it holds no lingen weights (its metadata names no recipe). Use a file that `lingen fit` wrote."
         )
     return metadata
-
-
-def check_checkpoint(path: Path) -> None:
-    """WeightsError for a checkpoint that is empty or cut off (a loss of power, a full disk, a broken copy)."""
-    if not zipfile.is_zipfile(path):  # its list of contents stands at the end
-        size = path.stat().st_size
-        raise WeightsError(
-            path,
-            f"this checkpoint is {'cut off' if size else 'empty'} ({size:,} bytes). Remove it: the same command goes "
-            "on from the one before, or begins the stage anew.",
-        )
 
 
 def read_weights(path: Path, copy: Copy) -> dict[str, Tensor]:

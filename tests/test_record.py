@@ -22,6 +22,7 @@ from lingen.run import Reporter, fit, fit_curriculum
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.identity import alike, described, fingerprint, identity_of, other_course
+from lingen.training.intact import Checkpoint
 from lingen.training.weights import recipe_of
 from tests.helpers.files import times_of
 
@@ -48,8 +49,8 @@ def history(folder: RunFolder) -> list[tuple[str, int, dict[str, Any]]]:
 
 
 def group(folder: RunFolder, step: int, stage: str = "clips") -> dict[str, Any]:
-    state = torch.load(folder.checkpoint(stage, step), weights_only=True)
-    return {"schedule": state["lr_schedulers"][0]["base_lrs"][0], **state["optimizer_states"][0]["param_groups"][0]}
+    state = Checkpoint(folder.checkpoint(stage, step)).state
+    return {"schedule": state["schedules"][0]["base_lrs"][0], **state["settings"][0]}
 
 
 # default folders
@@ -331,8 +332,8 @@ def test_precision_changes_while_a_run_goes_on(tiny_recipe: Path, tmp_path: Path
         more = [f"stages.clips.train.steps={steps}", f"trainer.precision={precision}"]
         folder, said = trained(tiny_recipe, *more, run=tmp_path / "run")
         assert any(f"-> {precision}" in line for line in said)
-        state = torch.load(folder.checkpoint("clips", steps), weights_only=True)["state_dict"]
-        assert {value.dtype for value in state.values()} == {dtype}
+        stored = Checkpoint(folder.checkpoint("clips", steps))
+        assert {stored.dtype(name) for name in stored.tensors if name.startswith("raw.")} == {dtype}
 
 
 def test_validation_comes_at_the_same_steps_after_a_change_of_accumulate(tiny_recipe: Path, tmp_path: Path):

@@ -19,6 +19,7 @@ import pytest
 from lingen.data.shards import write_shards
 from lingen.media import encode_mp4, encode_png
 from lingen.prepare.index import index_folder
+from lingen.training.folder import RunFolder
 from tests.helpers.commands import wait_for
 
 RECORDER = '''
@@ -75,7 +76,7 @@ def notes_of(path: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint_of(run: Path) -> int:
-    return max((int(path.stem.removeprefix("step-")) for path in run.glob("stages/clips/step-*.ckpt")), default=0)
+    return RunFolder(run).last_step("clips")
 
 
 @pytest.mark.slow

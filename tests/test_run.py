@@ -122,8 +122,8 @@ def test_sample_keys_are_the_same_after_a_resume(tiny_recipe: Path, tmp_path: Pa
     assert {kind for _, _, kind, _ in straight} == {"image", "video"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGTERM, 75)])
-def test_a_signal_saves_at_the_steps_edge(tiny_recipe: Path, tmp_path: Path, number: int, code: int):
+def test_a_signal_saves_at_the_steps_edge(tiny_recipe: Path, tmp_path: Path):
+    """From outside, at a moment of chance; tests/test_signals.py goes through the moments."""
     run = tmp_path / "run"
     words = [
         "fit",
@@ -136,9 +136,9 @@ def test_a_signal_saves_at_the_steps_edge(tiny_recipe: Path, tmp_path: Path, num
     ]
     process = subprocess.Popen(lingen_command(*words), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: RunFolder(run).checkpoints("clips"), process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == code, stderr
+    assert process.returncode == 75, stderr
     assert "Traceback" not in stderr
     assert RunFolder(run).checkpoints("clips")
 
@@ -267,7 +267,7 @@ def test_a_stage_without_a_single_finite_step_has_not_trained(
     ]
     if stopped_at is not None:
         assert main([*words, "train.checkpoint_every=1"]) == 1
-        assert [path.name for path in RunFolder(here / "run").checkpoints("images")] == ["step-00000001.ckpt"]
+        assert [path.name for path in RunFolder(here / "run").checkpoints("images")] == ["step-00000001"]
     assert main(words) == 1
     assert "not finite in 2 steps in a row, up to step 2 of stage 'images'" in " ".join(capsys.readouterr().err.split())
     assert not RunFolder(here / "run").weights("images").exists()

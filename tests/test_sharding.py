@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lingen.cli import main
 from lingen.recipe import load_for_training, load_recipe, stages_of, to_yaml
@@ -19,22 +18,8 @@ from lingen.training.folder import RunFolder
 from lingen.training.weights import save_weights
 from lingen.weights import IncompleteError, read_weights
 
-TRAINER = '''
-"""`lingen fit` with a strategy whose name tells nothing: FSDP1 as Lightning wraps it, on CPU ranks."""
-import sys
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from torch.distributed.fsdp import FullyShardedDataParallel
-from lingen.cli import main
-
-@StrategyRegistry.register("unknown")
-class Unknown(DDPStrategy):
-    def configure_ddp(self):
-        self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=self.root_device)
-
-sys.exit(main(sys.argv[1:]))
-'''
 WRITER = '''
-"""Two gloo ranks shard a module, each way, and write its weights and its part of a checkpoint."""
+"""Two gloo ranks shard a module, each way, and write its weights."""
 import sys
 from pathlib import Path
 import torch
@@ -57,7 +42,6 @@ for shard in (
     module.average = AveragedWeights(module.trained_parameters(), 0.9)
     for write in (
         lambda: save_weights(Path(f"weights-{rank}.safetensors"), module, to_yaml(recipe), 1),
-        lambda: module.on_save_checkpoint({}),
     ):
         try:
             write()
@@ -114,13 +98,6 @@ def test_the_main_recipe_loads_as_it_is():
 # nothing that lacks elements is written
 
 
-def trained(recipe: Path, run: Path) -> tuple[LinGenModule, dict]:
-    """A module and its last checkpoint, as a run left it."""
-    folder = RunFolder(fit(recipe, ["stages.images.train.steps=1"], run=run, stage="images"))
-    module = LinGenModule(load_recipe(recipe, stage="images"))
-    return module, torch.load(folder.checkpoints("images")[-1], weights_only=True)
-
-
 def test_an_emptied_tensor_is_not_written(tiny_recipe: Path, tmp_path: Path):
     recipe = load_recipe(tiny_recipe, stage="images")
     module, path = LinGenModule(recipe), tmp_path / "weights.safetensors"
@@ -133,22 +110,11 @@ def test_an_emptied_tensor_is_not_written(tiny_recipe: Path, tmp_path: Path):
         with pytest.raises(IncompleteError, match=LACKS) as caught:
             save_weights(path, module, to_yaml(recipe), 1)
         assert "such as model.patchify.weight" in str(caught.value)
-        with pytest.raises(IncompleteError, match=LACKS):
-            module.on_save_checkpoint({})
         module.model.patchify.weight.data = weight.detach().new_zeros(module.shapes["model.patchify.weight"])
     del module.model.patchify.bias
     with pytest.raises(IncompleteError, match=r"such as model.patchify.bias"):
         save_weights(path, module, to_yaml(recipe), 1)
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.yaml"]
-
-
-def test_moments_that_lack_elements_are_not_written(tiny_recipe: Path, tmp_path: Path):
-    module, checkpoint = trained(tiny_recipe, tmp_path / "run")
-    module.on_save_checkpoint(checkpoint)
-    moments = checkpoint["optimizer_states"][0]["state"][0]
-    moments["exp_avg_sq"] = moments["exp_avg_sq"][:0]
-    with pytest.raises(IncompleteError, match=r"such as exp_avg_sq of [\w.]+, declared"):
-        module.on_save_checkpoint(checkpoint)
 
 
 @pytest.mark.slow
@@ -167,17 +133,5 @@ def test_two_ranks_of_shards_write_no_weights(tiny_recipe: Path, tmp_path: Path)
     for rank in ranks:
         out, err = rank.communicate(timeout=300)
         assert rank.returncode == 0, err
-        assert len(re.findall(LACKS, out)) == len(out.splitlines()) == 4, out
+        assert len(re.findall(LACKS, out)) == len(out.splitlines()) == 2, out
     assert not list(tmp_path.glob("weights*"))
-
-
-@pytest.mark.slow
-def test_a_run_of_shards_leaves_no_checkpoint_and_no_weights(tiny_recipe: Path, tmp_path: Path):
-    (tmp_path / "trainer.py").write_text(TRAINER)
-    run = tmp_path / "run"
-    words = [sys.executable, "trainer.py", "fit", "--recipe", str(tiny_recipe), "--run", str(run), "--stage", "images"]
-    words += ["trainer.devices=2", "trainer.strategy=unknown", "train.checkpoint_every=1", "train.log_every=2"]
-    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 1 and re.search(LACKS, " ".join(ended.stderr.split())), ended.stderr
-    assert list((run / "stages").rglob("*.*")) == []
-    assert RunFolder(run).finished_steps("images") == 0

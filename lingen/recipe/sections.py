@@ -191,6 +191,10 @@ class TrainConfig:
     ] = 3
     log_every: Annotated[int, AtLeast(1), FREE, "steps between lines of metrics.csv"] = 10
     checkpoint_every: Annotated[int, AtLeast(1), FREE, "steps between checkpoints for resuming"] = 500
+    keep_checkpoints: Annotated[int, AtLeast(1), FREE, "the newest checkpoints of a stage that stay"] = 2
+    keep_every: Annotated[
+        int | None, AtLeast(1), FREE, "steps between checkpoints that are written and stay for good; null: none stays"
+    ] = None
     validate_every: Annotated[
         int, AtLeast(0), FREE, "steps between validation losses; 0: only at the end of the stage"
     ] = 0

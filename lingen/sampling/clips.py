@@ -263,7 +263,12 @@ def clips_of(
 ) -> Iterator[np.ndarray]:
     """`sample_takes`, decoded: uint8 [t h w 3] of each take."""
     for latents in sample_takes(module, takes, clip, settings, device, progress):
-        yield np.stack(list(decode_frames(module.autoencoder, latents, clip.frames, settings.decode, settings.tile)))
+        yield decoded(module, latents, clip, settings)
+
+
+def decoded(module: LinGenModule, latents: Tensor, clip: ClipSize, settings: SampleConfig) -> np.ndarray:
+    """Latents [c t h w] of a clip -> uint8 [t h w 3], by `decode_frames`."""
+    return np.stack(list(decode_frames(module.autoencoder, latents, clip.frames, settings.decode, settings.tile)))
 
 
 @torch.no_grad()

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lingen.data.datamodule import ClipData
 from lingen.files import write_json
 from lingen.kernels.choice import best_device
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
 from lingen.recipe.sections import Recipe
-from lingen.sampling.clips import clip_size, clips_of, takes_of
+from lingen.sampling.clips import Take, clip_size, clips_of, decoded, sample_takes, takes_of
 from lingen.sampling.notes import notes_of, notes_on
+from lingen.training import signals
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
+from lingen.training.ranks import on_first_rank
 from lingen.training.weights import load_denoiser
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
     """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too.
 
+    All ranks sample, rank 0 decodes and writes. Stopped, on all of them, between two clips where any got a signal.
+
     The MP4s note what `lingen sample` notes: with the stage's weights, once it is finished, they can be made again.
     """
     if not prompts:
@@ -37,13 +43,21 @@ def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: 
     target, takes = folder.samples(str(module.recipe.stage), step), takes_of(prompts)
     clip, how = clip_size(module), module.recipe.sample
     shared = notes_of(module, folder.weights(str(module.recipe.stage)), clip, how)
-    clips = list(clips_of(module, takes, clip, how))
-    for number, (take, frames) in enumerate(zip(takes, clips, strict=True)):
-        about = notes_on(shared, take, module.device)
-        save_video(frames, target / f"{number:02d}.mp4", clip.fps, title=take.prompt, about=about)
-    log_sheet(module, contact_sheet(clips, target / "sheet.png", prompts), step)
+    clips: list[np.ndarray] = []
+
+    def write(take: Take, latents: Tensor) -> None:
+        clips.append(decoded(module, latents, clip, how))
+        path = target / f"{len(clips) - 1:02d}.mp4"
+        save_video(clips[-1], path, clip.fps, title=take.prompt, about=notes_on(shared, take, module.device))
+
+    for take, latents in zip(takes, sample_takes(module, takes, clip, how), strict=True):
+        on_first_rank(partial(write, take, latents))
+        signals.check()
+    on_first_rank(lambda: log_sheet(module, contact_sheet(clips, target / SHEET, prompts), step))
 
 
+SHEET = "sheet.png"
+"""The last file of the clips of a step."""
 RECONSTRUCTIONS = 4
 """Clips in the sample sheet of an autoencoder that is trained."""
 
@@ -61,7 +75,7 @@ def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: Ru
             one, other = as_frames(video), as_frames(rebuilt)
             strips += [one, other, error_frames(one, other)]
             save_video(beside(one, other), target / f"{number:02d}.mp4", module.recipe.data.fps, title="clip | latents")
-    sheet = contact_sheet(strips, target / "sheet.png", ["clip", "reconstruction", "error x 4"] * (len(strips) // 3))
+    sheet = contact_sheet(strips, target / SHEET, ["clip", "reconstruction", "error x 4"] * (len(strips) // 3))
     log_sheet(module, sheet, step)
 
 
@@ -81,9 +95,9 @@ SHEET_ROWS = 40
 """The most rows of the score's contact sheet."""
 
 
-def score_samples(folder: RunFolder, recipe: Recipe) -> None:
+def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     """Judges colour, shape and motion of clips sampled for held-out captions, and of real ones to measure the judge
-    itself."""
+    itself. Yields after each clip: there it may be left."""
     from lingen.data.synthetic import captions as captions_of
     from lingen.data.synthetic import held_out_clips
     from lingen.metrics.shapes import score_clips as judge
@@ -92,7 +106,10 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> None:
     captions = list(itertools.islice(itertools.cycle(captions_of(recipe.score.split)), recipe.score.clips))
     clip, how, takes = clip_size(module), recipe.sample, takes_of(captions)
     shared = notes_of(module, folder.weights(str(recipe.stage)), clip, how)
-    clips = list(clips_of(module, takes, clip, how))
+    clips = []
+    for frames in clips_of(module, takes, clip, how):
+        clips.append(frames)
+        yield
     real, real_captions = held_out_clips(recipe, recipe.score.clips, recipe.score.split)
     step = folder.finished_steps(str(recipe.stage))
     result = {
@@ -102,7 +119,7 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> None:
         "real": asdict(judge(real, real_captions)),
     }
     target = folder.samples("score", step)
-    contact_sheet(clips, target / "sheet.png", captions)
+    contact_sheet(clips, target / SHEET, captions)
     save_video(
         clips[0], target / "00.mp4", clip.fps, title=captions[0], about=notes_on(shared, takes[0], module.device)
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +51,3 @@ class AveragedWeights:
     def weights(self) -> dict[str, Tensor]:
         """name -> averaged float32 tensor."""
         return dict(self._average)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "weights": self._average}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
-        for name, value in state["weights"].items():
-            self._average[name].copy_(value)

@@ -6,6 +6,7 @@ import math
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import lightning
@@ -18,9 +19,10 @@ from lingen.data.ledger import is_cut
 from lingen.plan.forecast import peak_flops, plan
 from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
+from lingen.training.checkpoint import moments_of, open_checkpoint, restore
 from lingen.training.meter import Meter
-from lingen.training.ranks import gather_objects
-from lingen.weights import check_whole
+from lingen.training.ranks import gather_objects, together
+from lingen.training.state import load_state_by_name
 
 
 class NonFiniteError(RuntimeError):
@@ -37,7 +39,6 @@ class Trained(lightning.LightningModule):
         recipe: a loaded stage.
     """
 
-    strict_loading = False  # the frozen parts are not in a checkpoint
     optional: tuple[str, ...] = ()
     """Prefixes of names that only some stages have: weights to load may lack them, and may hold ones that are not
     used."""
@@ -52,13 +53,14 @@ class Trained(lightning.LightningModule):
         self.average: AveragedWeights | None = None
         self.meter, self.validation_meter = Meter(), Meter()
         self.bad_steps = 0
-        self.optimizer_state: dict[str, Any] | None = None
-        """AdamW's moments of the stage before, where the recipe keeps them."""
+        self.checkpoint: Path | None = None
+        """What the stage goes on from, read when the strategy has set everything up."""
+        self.moments_from: Path | None = None
+        """A checkpoint of the stage before, whose moments AdamW takes over where the recipe keeps them."""
         self.write_row: Callable[[int, dict[str, float]], None] = lambda step, values: None
         """Writes a row of metrics.csv: the steps done, and values by name."""
         self.steps_before = 0
         """Steps of the stages before: loggers count those of the whole run."""
-        self._pending_average: dict[str, Any] | None = None
         self._started = (clock.perf_counter(), 0)
         self._flops: dict[str, float] | None = None
 
@@ -186,50 +188,16 @@ class Trained(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self.average = AveragedWeights(self.trained_parameters(), self.recipe.train.ema)
-        if self._pending_average is not None:
-            self.average.load_state_dict(self._pending_average)
-            self._pending_average = None
-        if self.optimizer_state is not None:
-            self.carry_optimizer(self.optimizer_state)
-
-    def carry_optimizer(self, state: dict[str, Any]) -> None:
-        """Takes over AdamW's moments; learning rate and decay stay those of this stage."""
-        optimizer = self.trainer.optimizers[0]
-        groups = [
-            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
-        ]
-        optimizer.load_state_dict(state)
-        for group, own in zip(optimizer.param_groups, groups, strict=True):
-            group.update(own)
-        self.optimizer_state = None
+        if self.checkpoint is not None:
+            checkpoint = self.checkpoint
+            together(lambda: restore(open_checkpoint(checkpoint, self), self.trainer, self))
+        elif self.moments_from is not None:
+            moments = moments_of(open_checkpoint(self.moments_from, self), self)
+            load_state_by_name(self, self.trainer.optimizers[0], moments)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside the block the parameters hold the averaged values; a module loaded for sampling holds only those."""
         return self.average.applied() if self.average is not None else nullcontext()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what is trained and its average. IncompleteError where a tensor lacks elements: nothing is written."""
-        checkpoint["bad_steps"] = self.bad_steps
-        state = checkpoint["state_dict"] = self.trained_state()
-        check_whole(state, self.shapes)
-        if self.average is not None:
-            checkpoint["average"] = self.average.state_dict()
-            check_whole(state | self.average.weights(), self.shapes)
-        for optimizer in checkpoint.get("optimizer_states", ()):
-            self._check_moments(optimizer["state"])
-
-    def _check_moments(self, state: dict[int, dict[str, Any]]) -> None:
-        """AdamW counts its parameters through its groups, in order."""
-        names = {id(p): name for name, p in self.trained_parameters().items()}
-        order = [names[id(p)] for group in self.parameter_groups() for p in group["params"]]
-        for number, values in state.items():
-            moments = {f"{key} of {order[number]}": value for key, value in values.items() if key != "step"}
-            check_whole(moments, dict.fromkeys(moments, self.shapes[order[number]]))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._pending_average = checkpoint.get("average")
-        self.bad_steps = checkpoint.get("bad_steps", 0)
-        count_batches(checkpoint, self.recipe.train.accumulate)
 
     # what is logged
 
@@ -286,16 +254,6 @@ class Trained(lightning.LightningModule):
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         # validation is not training time
         self._started = (self._started[0] + clock.perf_counter() - self._paused, self._started[1])
-
-
-def count_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Makes a checkpoint, in place, count its steps in batches of which this many are accumulated: Lightning asks the
-    number of batches whether a step is complete, and when to validate."""
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-    if progress is not None:
-        missing = checkpoint["global_step"] * accumulate - progress["current"]["processed"]
-        for of in (progress["current"], progress["total"]):
-            of.update({key: of[key] + missing for key in ("ready", "started", "processed", "completed")})
 
 
 def counts(batch: Batch) -> dict[str, int]:

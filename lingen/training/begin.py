@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from lingen.files import wait_for
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.training.base import Trained
-from lingen.training.folder import RunFolder
+from lingen.training.folder import RunFolder, step_of
+from lingen.training.intact import newest_intact, wait_for_files
 from lingen.training.weights import load_into
 from lingen.weights import find_weights, read_weights
 
@@ -28,22 +28,37 @@ class StageStart(NamedTuple):
     """The checkpoint whose moments of AdamW a fresh stage goes on with."""
 
 
-def start_of(folder: RunFolder, stages: Sequence[Recipe], index: int) -> StageStart | None:
-    """For rank 0: what a stage starts from; None where it is finished. A fresh stage takes its own `init`, else the
-    weights of the last finished stage, else the recipe's `init`. RecipeError where `init` is not there."""
+def start_of(folder: RunFolder, stages: Sequence[Recipe], index: int, say: Callable[[str], None]) -> StageStart | None:
+    """For rank 0: what a stage starts from; None where it is finished. It goes on from its newest checkpoint that is
+    whole; a fresh stage takes its own `init`, else the weights of the last finished stage, else the recipe's `init`.
+    RecipeError where `init` or moments to keep are not there."""
     recipe, name = stages[index], str(stages[index].stage)
     if folder.finished_steps(name) >= recipe.train.steps:
         return None
-    for checkpoint in folder.checkpoints(name)[-1:]:
-        return StageStart(folder.last_step(name), checkpoint, None, None)
+    checkpoint, passed_over = newest_intact(folder, name)
+    for line in passed_over:
+        say(line)
+    if checkpoint is not None:
+        return StageStart(step_of(checkpoint), checkpoint, None, None)
     before = folder.finished([str(one.stage) for one in stages[:index]])
     own_init = recipe.init if index == 0 or recipe.init != stages[0].init or not before else None
     if own_init is not None:
         return StageStart(0, None, find_weights(own_init), None)
     if not before:
         return StageStart(0, None, None, None)
-    optimizer = folder.checkpoints(before[-1])[-1] if recipe.train.keep_optimizer else None
+    optimizer = _moments_of(folder, before[-1], name) if recipe.train.keep_optimizer else None
     return StageStart(0, None, folder.weights(before[-1]), optimizer)
+
+
+def _moments_of(folder: RunFolder, before: str, stage: str) -> Path:
+    found, lines = newest_intact(folder, before)
+    if found is None:
+        raise RecipeError(
+            f"stage {stage}: train.keep_optimizer takes AdamW's moments from a checkpoint of stage {before}, and "
+            f"{folder.path} holds none that is whole{''.join(f'; {line}' for line in lines[:-1])}. Bring one back, or "
+            "start a run with train.keep_optimizer=false."
+        )
+    return found
 
 
 def hand_over(module: Trained, start: StageStart, say: Callable[[str], None]) -> None:
@@ -55,9 +70,4 @@ def hand_over(module: Trained, start: StageStart, say: Callable[[str], None]) ->
     load_into(module, read_weights(source, "raw") or read_weights(source, "averaged"), source)  # `lingen export`
     say(f"stage {module.recipe.stage} starts from {source}")
     if start.optimizer is not None:
-        module.optimizer_state = read_optimizer(wait_for(start.optimizer))
-
-
-def read_optimizer(checkpoint: Path) -> dict[str, Any]:
-    """AdamW's moments at the end of a stage."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["optimizer_states"][0]
+        module.moments_from = wait_for_files(start.optimizer)

@@ -3,7 +3,6 @@
 import csv
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 
 from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
-from lingen.files import naming, remove_left, whole_file, write_json
+from lingen.files import naming, whole_file
 from lingen.training import signals
-from lingen.training.base import Trained
+from lingen.training.base import NonFiniteError, Trained
+from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.ranks import gather_objects, is_first_rank, largest
-
-KEPT_CHECKPOINTS = 2
+from lingen.training.ranks import gather_objects, is_first_rank, largest, on_first_rank
+from lingen.training.saver import Saver
 
 log = logging.getLogger("lingen")
 
@@ -41,21 +40,30 @@ class StepEdge(Callback):
         self.say = say
         self.ledger = Ledger()
         """The counts of all ranks, up to the last checkpoint."""
+        self.saver: Any = None
+        """A `Saver`, made when training starts."""
         self.stopped: int | None = None
         """The signal that stops the stage, on all ranks."""
+        self._saved = 0
+        """The step of the newest checkpoint."""
         self._own = Ledger()
         self._said: set[Drop] = set()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        data = cast(Any, trainer).datamodule
+        settings, data = pl_module.recipe.train, cast(Any, trainer).datamodule
+        self.saver = Saver(self.folder, self.stage, settings.keep_checkpoints, settings.keep_every)
+        no_room = self.saver.prepare(planned_tensors(pl_module), pinned=pl_module.device.type == "cuda")
+        if no_room and trainer.is_global_zero:
+            self.say(no_room)
         self._own.open(data.faults, data.left_out)
+        self._saved = trainer.global_step
         if trainer.is_global_zero:
             for line in data.describe():
                 self.say(line)
             for drop in data.held_out_faults:
                 log.warning("a fault in held-out shards: %s: %s", drop.where, drop.reason)
         if number := signals.agreed():
-            self.stop(trainer, number)  # before the first batch: there is nothing to save
+            self.stop(trainer, number)
 
     def on_train_batch_end(
         self,
@@ -71,20 +79,25 @@ class StepEdge(Callback):
             return
         error = self._data_error(recipe.data.max_dropped)
         step = trainer.global_step
-        number, is_broken = largest(signals.noted() or 0, error is not None)
-        if number or is_broken or step % recipe.train.checkpoint_every == 0 or step >= recipe.train.steps:
-            self.save(trainer, step)
+        number, is_broken, is_writing = largest(signals.noted() or 0, error is not None, self.saver.is_writing)
+        if not is_writing:
+            self.saver.finish()
+        ends = bool(number or is_broken) or step >= recipe.train.steps
+        if ends or step % recipe.train.checkpoint_every == 0 or self.saver.stays(step):
+            self.save(trainer, step, wait=ends)
         if is_broken:
             raise DataError(next(filter(None, gather_objects(error))))
         if number:
             self.stop(trainer, number)
 
     def stop(self, trainer: lightning.Trainer, number: int) -> None:
-        """Ends the stage here, by a signal that all ranks know of. Lightning would validate once more, also where that
-        is not due."""
+        """Ends the stage here, by a signal that all ranks know of, with a checkpoint. Lightning would validate once
+        more, also where that is not due."""
         self.stopped, trainer.should_stop = number, True
         settings, step = cast(Any, trainer.lightning_module).recipe.train, trainer.global_step
-        if step < settings.steps and not (settings.validate_every and step % settings.validate_every == 0):
+        if step != self._saved:
+            self.save(trainer, step, wait=True)
+        if step % min(settings.validate_every or settings.steps, settings.steps):
             trainer.limit_val_batches = 0
 
     def _data_error(self, max_dropped: float) -> str | None:
@@ -109,23 +122,21 @@ class StepEdge(Callback):
                 self._said.add(drop)
                 log.warning("a held-out sample was dropped and replaced: %s: %s", drop.where, drop.reason)
 
-    def save(self, trainer: lightning.Trainer, step: int) -> None:
-        """Writes a checkpoint in one step, complete or not at all; the last few are kept."""
-        path = self.folder.checkpoint(self.stage, step)
-        own = self._own.state_dict()
-        for state in gather_objects(own):
+    def save(self, trainer: lightning.Trainer, step: int, *, wait: bool = False) -> None:
+        """Begins a checkpoint, which is complete as a whole or not there at all; one that is on its way is waited for.
+
+        Args:
+            wait: return when this one is complete, too.
+        """
+        self._saved = step
+        for state in gather_objects(self._own.state_dict()):
             self.ledger.add(state)
         self._own = Ledger()
-        # Only the first rank writes; the path that the others name is not used.
-        with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
-            trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                write_json(self.folder.ledger, self.ledger.as_json())
-        if trainer.is_global_zero:
-            remove_left(path.parent, "*partial*")
-            for old in self.folder.checkpoints(self.stage)[:-KEPT_CHECKPOINTS]:
-                old.unlink()
-        trainer.strategy.barrier()
+        module = cast(Trained, trainer.lightning_module)
+        tensors, state = tensors_of(module, trainer.optimizers[0]), state_of(trainer, module)
+        self.saver.begin(step, tensors, state, self.ledger.as_json())
+        if wait:
+            self.saver.finish()
 
     def state_dict(self) -> dict[str, Any]:
         return {"ledger": self.ledger.state_dict()}
@@ -133,12 +144,31 @@ class StepEdge(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ledger.load_state_dict(state_dict["ledger"])
 
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.saver.finish()
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if self.saver is not None:
+            self.saver.abandon(together=isinstance(exception, NonFiniteError))
+
 
 class ClipsDuringTraining(Callback):
-    """Clips with the averaged weights every `train.sample_every` steps: of the recipe's prompts, or reconstructions."""
+    """Clips with the averaged weights every `train.sample_every` steps: of the recipe's prompts, or reconstructions.
+    Those that a signal or a kill kept from being made are made when the stage goes on from their step.
 
-    def __init__(self, sample: Callable[[Trained, int], None]):
-        self.sample = sample
+    Args:
+        sample: makes the clips of a step, on all ranks; it raises `Stopped` on all of them at a signal.
+        is_made: whether all clips of a step are there; rank 0 is asked.
+        edge: stops the stage.
+    """
+
+    def __init__(self, sample: Callable[[Trained, int], None], is_made: Callable[[int], bool], edge: StepEdge):
+        self.sample, self.is_made, self.edge = sample, is_made, edge
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        step = trainer.global_step
+        if self._is_due(pl_module, step) and not on_first_rank(lambda: self.is_made(step)):
+            self._make(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -148,17 +178,19 @@ class ClipsDuringTraining(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
+        if (batch_idx + 1) % pl_module.recipe.train.accumulate == 0 and self._is_due(pl_module, trainer.global_step):
+            self._make(trainer, pl_module)
+
+    def _is_due(self, pl_module: Any, step: int) -> bool:
         settings = pl_module.recipe.train
-        due = (
-            settings.sample_every
-            and (batch_idx + 1) % settings.accumulate == 0
-            and trainer.global_step % settings.sample_every == 0
-        )
-        if not due or trainer.global_step >= settings.steps:
-            return
-        if trainer.is_global_zero:
+        is_then = settings.sample_every and step % settings.sample_every == 0
+        return bool(is_then) and 0 < step < settings.steps and self.edge.stopped is None
+
+    def _make(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        try:
             self.sample(pl_module, trainer.global_step)
-        trainer.strategy.barrier()
+        except signals.Stopped as stopped:
+            self.edge.stop(trainer, stopped.number)
 
 
 class Steps(Callback):
@@ -172,17 +204,24 @@ class Steps(Callback):
 
 
 class StageEnd(Callback):
-    """Calls `finish(module, step)` on rank 0 after the stage's last step, while the module is still on its device."""
+    """Calls `finish(module, step)` on all ranks after the stage's last step, while the module is still on its device.
 
-    def __init__(self, finish: Callable[[Trained, int], None]):
-        self.finish = finish
+    Args:
+        finish: raises `Stopped` on all ranks at a signal. What is left of it is done when the run goes on.
+        edge: is told of it.
+    """
+
+    def __init__(self, finish: Callable[[Trained, int], None], edge: StepEdge):
+        self.finish, self.edge = finish, edge
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if trainer.global_step < pl_module.recipe.train.steps:
+        if trainer.global_step < pl_module.recipe.train.steps or self.edge.stopped is not None:
             return
-        if trainer.is_global_zero:
+        try:
+            signals.check()  # one may have come in validation
             self.finish(pl_module, trainer.global_step)
-        trainer.strategy.barrier()
+        except signals.Stopped as stopped:
+            self.edge.stop(trainer, stopped.number)
 
 
 class MetricsFile:

@@ -1,8 +1,16 @@
 """The folder of a run: recipe, checkpoints, weights, metrics, ledger and samples of every stage."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+CHECKPOINT = re.compile(r"step-\d+(\.ckpt)?")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
@@ -41,18 +49,18 @@ class RunFolder:
 
     def last_step(self, stage: str) -> int:
         """Step of the newest checkpoint; 0: none."""
-        checkpoints = self.checkpoints(stage)
-        return int(checkpoints[-1].stem.removeprefix("step-")) if checkpoints else 0
+        return max((step_of(path) for path in self.checkpoints(stage)), default=0)
 
     def weights(self, stage: str) -> Path:
         return self.path / "stages" / stage / "weights.safetensors"
 
     def checkpoints(self, stage: str) -> list[Path]:
-        """Complete checkpoints for resuming, oldest first."""
-        return sorted((self.path / "stages" / stage).glob("step-*.ckpt"))
+        """Checkpoints for resuming, oldest first, by their names: folders, and files of earlier versions."""
+        found = (path for path in (self.path / "stages" / stage).glob("step-*") if CHECKPOINT.fullmatch(path.name))
+        return sorted(found, key=step_of)
 
     def checkpoint(self, stage: str, step: int) -> Path:
-        return self.path / "stages" / stage / f"step-{step:08d}.ckpt"
+        return self.path / "stages" / stage / f"step-{step:08d}"
 
     def finished_steps(self, stage: str) -> int:
         """Steps that the finished weights of a stage were trained for; 0: not finished."""

@@ -21,6 +21,11 @@ def is_connected() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def place() -> tuple[int, int]:
+    """This rank's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if is_connected() else (0, 1)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """This rank's plain value -> those of all ranks, in rank order."""
     if not is_connected():

@@ -5,6 +5,7 @@ A handler only notes the number: saving inside of one can hang, and what it inte
 Ctrl-C is the exception, and asks for no order: the process ends at once, its children before it.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -60,6 +61,7 @@ class Listener:
     def start(self) -> None:
         """To be called in the main thread."""
         if self.owns_process:
+            atexit.register(self._settle)  # before all others, so it is called after them
             heard, told = os.pipe()
             os.set_blocking(told, False)
             signal.set_wakeup_fd(told, warn_on_full_buffer=False)
@@ -71,6 +73,12 @@ class Listener:
         """Gives the handlers back that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @staticmethod
+    def _settle() -> None:
+        """The exit code stands; while the interpreter clears up, handlers would be gone and a signal change it."""
+        for number in _numbers():
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: object) -> None:
         if os.getpid() != self._pid:  # a forked child, before it has handlers of its own
@@ -160,6 +168,34 @@ def promptly(act: Callable[[], None]) -> None:
             _listener.is_prompt = False
     except Stopped:
         _listener.is_prompt = False
+
+
+def by_first_rank(work: Callable[[], Iterator[None]]) -> None:
+    """Rank 0 works part by part; after each, all ranks look for a signal, and nobody waits long without looking.
+
+    Raises:
+        Stopped: any rank got one, and rank 0 is not done. On all ranks.
+        FirstRankError: on the others, where rank 0 raised an error.
+    """
+    from lingen.training.ranks import FirstRankError, is_first_rank, largest
+
+    over, goes_on, failed = range(3)
+    parts, state, error = (work() if is_first_rank() else iter(())), goes_on, None
+    while state == goes_on:
+        state = over
+        try:
+            for _ in parts:
+                state = goes_on
+                break
+        except Exception as found:
+            state, error = failed, found
+        number, state = largest(noted() or 0, state)
+        if number and state == goes_on:
+            raise Stopped(number)
+    if error is not None:
+        raise error
+    if state == failed:
+        raise FirstRankError("rank 0 could not do its part of the work")
 
 
 def _numbers() -> list[int]:

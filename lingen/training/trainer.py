@@ -50,6 +50,18 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
     return trainer
 
 
+def end_only(trainer: lightning.Trainer) -> None:
+    """For a stage that is trained to its last step, but was stopped before its end: `fit` calls the hooks of the start
+    and the end of training, which Lightning would leave out."""
+    loop = trainer.fit_loop
+
+    def run() -> None:
+        loop.on_run_start()
+        loop.on_run_end()
+
+    loop.run = run  # type: ignore[method-assign]
+
+
 def _trainer(**arguments: Any) -> lightning.Trainer:
     """RecipeError where Lightning refuses what the recipe asks for (no such accelerator here, say)."""
     try:

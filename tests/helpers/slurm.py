@@ -21,7 +21,7 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/run/munge
+AuthInfo=socket={folder}/run/munge,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -105,7 +105,8 @@ class Cluster:
 
 @contextmanager
 def slurm(nodes: int) -> Iterator[Cluster]:
-    """A cluster of so many nodes of two cores, all on this machine."""
+    """A cluster of so many nodes of two cores, all on this machine. A requeued job starts again after `cred_expire`
+    seconds."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short
     folder.chmod(0o755)
     daemons: list[subprocess.Popen[bytes]] = []

@@ -1,0 +1,183 @@
+"""What a checkpoint holds, put together from a Trainer and its module, and given back to another one.
+
+Tensors are called ``raw.NAME`` (what is trained), ``averaged.NAME``, and after what the optimiser calls them
+``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Everything else is plain values, see `state_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import lightning
+import torch
+from torch import Tensor
+
+from lingen.recipe.errors import RecipeError
+from lingen.training.earlier import EarlierCheckpoint
+from lingen.training.intact import Checkpoint
+from lingen.training.state import OptimizerState, load_state_by_name, state_by_name
+from lingen.training.storage import fill_rows
+
+if TYPE_CHECKING:
+    from lingen.training.base import Trained
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter, of its size."""
+COPIES = ("raw", "averaged")
+"""What tensors of a checkpoint are called that the optimiser does not keep."""
+
+
+class Stored(Protocol):
+    """A checkpoint to read from, whatever its form."""
+
+    state: dict[str, Any]
+    """As `state_of` makes it."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """By name; a value is this form's own."""
+        ...
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of its elements."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Some rows, on the CPU."""
+        ...
+
+
+def open_checkpoint(path: Path, module: Trained) -> Stored:
+    """A checkpoint of this or of the earlier form. BrokenError where it cannot be read.
+
+    Args:
+        module: its names tell whose moments a checkpoint of the earlier form holds.
+    """
+    if path.is_dir():
+        return Checkpoint(path)
+    return EarlierCheckpoint(path, module)
+
+
+def tensors_of(module: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by name: no copies, and only this rank's part of what ranks share."""
+    held = {f"raw.{name}": value for name, value in module.trained_state().items()}
+    if module.average is not None:
+        held |= {f"averaged.{name}": value for name, value in module.average.weights().items()}
+    for name, values in state_by_name(module, optimizer).items():
+        held |= {f"{key}.{name}": value for key, value in values.items() if isinstance(value, Tensor)}
+    return held
+
+
+def planned_tensors(module: Trained) -> dict[str, Tensor]:
+    """Tensors of the names and sizes that a checkpoint will have once AdamW has moved every parameter."""
+    held = {f"raw.{name}": value for name, value in module.trained_state().items()}
+    if module.average is not None:
+        held |= {f"averaged.{name}": value for name, value in module.average.weights().items()}
+    for moment in MOMENTS:
+        held |= {f"{moment}.{name}": value for name, value in module.trained_parameters().items()}
+    return held
+
+
+def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
+    """What is no tensor, as plain values: the place in the stage, the schedule, the order of samples, the counts of the
+    average and of AdamW, of the ledger and of steps without a finite gradient, the scale of gradients in float16. The
+    optimiser's settings are for whoever looks: a run goes on with those of its recipe."""
+    counts = {
+        name: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        for name, values in state_by_name(module, trainer.optimizers[0]).items()
+    }
+    return {
+        "step": trainer.global_step,
+        "loops": trainer.fit_loop.state_dict(),
+        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "data": trainer.datamodule.state_dict(),  # type: ignore[attr-defined]
+        "callbacks": {one.state_key: state for one in trainer.callbacks if (state := one.state_dict())},  # type: ignore[attr-defined]
+        "precision": trainer.precision_plugin.state_dict(),
+        "optimizer": counts,
+        "settings": [
+            {key: group[key] for key in group if key != "params"} for group in trainer.optimizers[0].param_groups
+        ],
+        "bad_steps": module.bad_steps,
+        "average_updates": module.average.updates if module.average is not None else 0,
+    }
+
+
+def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None:
+    """Gives a Trainer and its module what a checkpoint holds, once the strategy has set both up.
+
+    Raises:
+        RecipeError: the checkpoint is of another model.
+        DataError: the shards hold other samples now.
+    """
+    state = stored.state
+    _fill_model(stored, module)
+    load_state_by_name(module, trainer.optimizers[0], moments_of(stored, module))
+    module.bad_steps = state["bad_steps"]
+    if state["precision"]:
+        trainer.precision_plugin.load_state_dict(state["precision"])
+    trainer.datamodule.load_state_dict(state["data"])  # type: ignore[attr-defined]
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if one.state_key in state["callbacks"]:
+            one.load_state_dict(state["callbacks"][one.state_key])
+    trainer.fit_loop.load_state_dict(in_batches(state["loops"], state["step"], module.recipe.train.accumulate))
+    for config, schedule in zip(trainer.lr_scheduler_configs, state["schedules"], strict=True):
+        config.scheduler.load_state_dict(schedule)
+
+
+def _fill_model(stored: Stored, module: Trained) -> None:
+    targets = {f"raw.{name}": value for name, value in module.trained_state().items()}
+    if module.average is not None:
+        targets |= {f"averaged.{name}": value for name, value in module.average.weights().items()}
+        module.average.updates = stored.state["average_updates"]
+    for name, target in targets.items():
+        if name not in stored.tensors or stored.shape(name) != target.shape:
+            there = list(stored.shape(name)) if name in stored.tensors else "nothing"
+            raise RecipeError(
+                f"The checkpoint of step {stored.state['step']} is of another model: for {name} it holds {there}, and "
+                f"this recipe's has {list(target.shape)}. Use the recipe that it was trained with."
+            )
+        fill_rows(target, stored, name)
+
+
+def moments_of(stored: Stored, module: Trained) -> OptimizerState:
+    """What the optimiser keeps, read as this rank holds each parameter; names that the module lacks, and moments of
+    another shape, are left out."""
+    parameters, kept = module.trained_parameters(), _kept_for_parameters(stored)
+    found: OptimizerState = {}
+    for name, counts in stored.state["optimizer"].items():
+        like = parameters.get(name)
+        if like is None or any(stored.shape(tensor) != like.shape for tensor in kept[name].values()):
+            continue
+        found[name] = dict(counts)
+        for key, tensor in kept[name].items():
+            found[name][key] = torch.empty_like(like, dtype=stored.dtype(tensor), requires_grad=False)
+            fill_rows(found[name][key], stored, tensor)
+    return found
+
+
+def _kept_for_parameters(stored: Stored) -> dict[str, dict[str, str]]:
+    """Parameter -> what the optimiser keeps for it -> the tensor's name in the checkpoint."""
+    found: dict[str, dict[str, str]] = {name: {} for name in stored.state["optimizer"]}
+    for tensor in stored.tensors:
+        key, _, name = tensor.partition(".")
+        if key not in COPIES and name in found:
+            found[name][key] = tensor
+    return found
+
+
+def in_batches(loops: dict[str, Any], step: int, accumulate: int) -> dict[str, Any]:
+    """The progress of a fit loop, counted in batches of which this many are accumulated: Lightning asks the number of
+    batches whether a step is complete, and when to validate."""
+    progress = loops["epoch_loop.batch_progress"]
+    missing = step * accumulate - progress["current"]["processed"]
+    counted = {
+        of: progress[of] | {key: progress[of][key] + missing for key in ("ready", "started", "processed", "completed")}
+        for of in ("current", "total")
+    }
+    return loops | {"epoch_loop.batch_progress": progress | counted}

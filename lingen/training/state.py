@@ -1,0 +1,74 @@
+"""An optimiser's state by the names of parameters, whole or in shards, so that it does not hang on their order."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+OptimizerState = dict[str, dict[str, Any]]
+"""Name of a parameter -> what its optimiser keeps for it: AdamW's `exp_avg` and `exp_avg_sq`, tensors like the
+parameter (a DTensor where that is one), and `step`, a float. What else an optimiser keeps has its own names."""
+
+
+def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """The state of every parameter that has one; tensors are the optimiser's own, no copies.
+
+    Args:
+        module: names the parameters; a LightningModule, whatever wraps it.
+        optimizer: as torch makes it.
+    """
+    named = ((name, optimizer.state.get(parameter)) for name, parameter in module.named_parameters())
+    return {name: {key: _noted(value) for key, value in held.items()} for name, held in named if held}
+
+
+@torch.no_grad()
+def load_state_by_name(
+    module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Gives an optimiser the state of the parameters that it moves; its settings stay as they are.
+
+    Args:
+        module, optimizer: as for `state_by_name`.
+        state: as `state_by_name` gives it; a tensor of a sharded parameter may also be whole, and on another device.
+    Returns:
+        The names that were left out: the optimiser moves no parameter of this name and shape. A parameter without a
+        name in `state` keeps what it had.
+    """
+    moved = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    own = {name: p for name, p in module.named_parameters() if id(p) in moved}
+    left_out = [name for name, held in state.items() if name not in own or not _fits(held, own[name])]
+    for name in state.keys() - set(left_out):
+        parameter = own[name]
+        optimizer.state[parameter] = {
+            key: _held(value, parameter, moved[id(parameter)]) for key, value in state[name].items()
+        }
+    return left_out
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as `like` is held on this rank, in its type and on its device; every rank has the whole one, and
+    none is told anything."""
+    value = value.to(like.device, like.dtype)
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _noted(value: Any) -> Any:
+    """A count, such as AdamW's `step`, as a number."""
+    return float(value) if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+def _fits(held: Mapping[str, Any], parameter: Tensor) -> bool:
+    return all(value.shape == parameter.shape for value in held.values() if isinstance(value, Tensor))
+
+
+def _held(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+    """A value as AdamW keeps it: a copy of a tensor like the parameter, a count in float32 on the CPU unless it is read
+    by a kernel."""
+    if isinstance(value, Tensor):
+        return shard_like(value, parameter).clone()
+    on_device = group.get("capturable") or group.get("fused")
+    return torch.tensor(value, dtype=torch.float32, device=parameter.device if on_device else "cpu")

@@ -1,0 +1,231 @@
+"""Tensors in a folder of safetensors files: which rows each rank writes, and any rows of them read again.
+
+A row is an index of axis 0; a tensor without axes is one row. Nothing here knows what the tensors are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lingen.files import naming
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""The types by the names that safetensors gives them."""
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+CHUNK = 1 << 24
+"""Bytes that are written and hashed at once."""
+
+
+class RowPiece(NamedTuple):
+    """Rows of a tensor that one rank writes."""
+
+    name: str
+    start: int
+    stop: int
+    rows: Tensor
+    """Plain, on whatever device: ``[stop - start, ...]``, or no axis where the tensor has none."""
+
+
+class Written(NamedTuple):
+    """What one rank tells of its file."""
+
+    file: str
+    size: int
+    sha256: str
+    pieces: tuple[tuple[str, int, int], ...]
+    """Name, first row, row after the last."""
+
+
+def row_count(value: Tensor) -> int:
+    """Rows of the whole tensor."""
+    return value.shape[0] if value.ndim else 1
+
+
+def pieces_of(tensors: Mapping[str, Tensor], rank: int, world: int) -> list[RowPiece]:
+    """The rows that a rank writes, those of large elements first, so that each lies at a multiple of its element.
+
+    Every row of every tensor is written by exactly one rank. A DTensor cut along axis 0 is written where its rows are,
+    replicas of them share the work; what all ranks hold whole is divided among them by bytes.
+
+    Args:
+        tensors: name -> tensor, the same names and shapes on all ranks.
+    Raises:
+        NotImplementedError: a DTensor that is cut along another axis.
+    """
+    whole = {name: value for name, value in tensors.items() if not is_cut_into_rows(value)}
+    total, before = sum(value.nbytes for value in whole.values()), 0
+    found = []
+    for name, value in tensors.items():
+        if name not in whole:
+            found.append(_own_share(name, value))
+            continue
+        held, rows = local(value), row_count(value)
+        start, stop = (_first_row(held.nbytes, rows, before, total, one, world) for one in (rank, rank + 1))
+        found.append(RowPiece(name, start, stop, held[start:stop] if held.ndim else held))
+        before += held.nbytes
+    return sorted((piece for piece in found if piece.start < piece.stop), key=lambda piece: -piece.rows.itemsize)
+
+
+def _first_row(size: int, rows: int, before: int, total: int, rank: int, world: int) -> int:
+    """The first row of a tensor that begins in the share of this rank or a later one, of `total` bytes in equal
+    shares; `before` bytes lie before the tensor."""
+    if not size:
+        return 0
+    behind = rank * total - before * world  # times `world`, to stay with whole numbers
+    return min(max(-(-behind * rows // (size * world)), 0), rows)
+
+
+def _own_share(name: str, value: Tensor) -> RowPiece:
+    start, held, (copy, copies) = _local_rows(value)
+    low, high = (len(held) * number // copies for number in (copy, copy + 1))
+    return RowPiece(name, start + low, start + high, held[low:high])
+
+
+def is_cut_into_rows(value: Tensor) -> bool:
+    """Whether ranks hold different parts of it."""
+    return isinstance(value, DTensor) and any(not placed.is_replicate() for placed in value.placements)
+
+
+def local(value: Tensor) -> Tensor:
+    """What this rank holds of it, plain, in the same memory."""
+    return (value.to_local() if isinstance(value, DTensor) else value).detach()
+
+
+def _local_rows(value: Tensor) -> tuple[int, Tensor, tuple[int, int]]:
+    """First row here, the rows here, and which of how many equal copies of these rows this is."""
+    assert isinstance(value, DTensor)
+    mesh, places = value.device_mesh, value.device_mesh.get_coordinate()
+    cut = [axis for axis, placed in enumerate(value.placements) if not placed.is_replicate()]
+    if len(cut) != 1 or not value.placements[cut[0]].is_shard(0) or places is None:
+        raise NotImplementedError(f"A tensor is placed as {value.placements}: only rows are written in parts.")
+    size = -(-value.shape[0] // mesh.size(cut[0]))
+    copy, copies = 0, 1
+    for axis in range(mesh.ndim):
+        if axis != cut[0]:
+            copy, copies = copy * mesh.size(axis) + places[axis], copies * mesh.size(axis)
+    return min(size * places[cut[0]], value.shape[0]), local(value), (copy, copies)
+
+
+# files
+
+
+def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `StoredRows` wants to know of tensors, before it is known which file holds which rows."""
+    return {
+        name: {"shape": list(value.shape), "dtype": _NAMES[value.dtype], "pieces": []}
+        for name, value in tensors.items()
+    }
+
+
+def header_of(pieces: Sequence[RowPiece]) -> bytes:
+    """The beginning of a safetensors file that holds these pieces one behind the other."""
+    about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for piece in pieces:
+        begin, end = end, end + piece.rows.nbytes
+        about[piece.name] = {
+            "dtype": _NAMES[piece.rows.dtype], "shape": list(piece.rows.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(about, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def bytes_of(value: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in chunks; from a GPU tensor by tensor."""
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, len(flat), CHUNK):
+        yield flat[start : start + CHUNK].numpy().data
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Writes a new file, until it is on the disk. Returns its size and its SHA-256. An OSError names the file."""
+    digest, size = hashlib.sha256(), 0
+    with naming(path):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            for chunk in chunks:
+                digest.update(chunk)
+                left = memoryview(chunk)
+                while left:
+                    left = left[os.write(file, left) :]
+                size += len(chunk)
+            os.fsync(file)
+        finally:
+            os.close(file)
+    return size, digest.hexdigest()
+
+
+class StoredRows:
+    """Reads the rows of tensors from files of pieces.
+
+    Args:
+        folder: holds the files.
+        tensors: name -> ``{"shape": [...], "dtype": "F32", "pieces": [[file, first row, row after the last], ...]}``.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Any]):
+        self.folder = folder
+        self.tensors = tensors
+        self._open: dict[str, Any] = {}
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor."""
+        return torch.Size(self.tensors[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self.tensors[name]["dtype"]]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a tensor, on the CPU; all of them unless told."""
+        about, shape = self.tensors[name], self.shape(name)
+        if not shape:
+            return self._file(about["pieces"][0][0]).get_tensor(name)
+        stop = shape[0] if stop is None else stop
+        found = torch.empty((stop - start, *shape[1:]), dtype=self.dtype(name))
+        for file, first, end in about["pieces"]:
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                found[low - start : high - start] = self._file(file).get_slice(name)[low - first : high - first]
+        return found
+
+    def _file(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self._open:
+            self._open[name] = safe_open(str(self.folder / name), "pt")
+        return self._open[name]
+
+
+@torch.no_grad()
+def fill_rows(target: Tensor, rows: Any, name: str) -> None:
+    """Puts what this rank needs of a stored tensor into `target`, whole or cut into rows."""
+    if is_cut_into_rows(target):
+        start, held, _ = _local_rows(target)
+        held.copy_(rows.read(name, start, start + len(held)))
+    else:
+        local(target).copy_(rows.read(name))
+
+
+def is_covered(about: Mapping[str, Any]) -> bool:
+    """Whether the pieces of a tensor hold each of its rows once."""
+    end = 0
+    for _, first, stop in sorted(about["pieces"], key=lambda piece: piece[1]):
+        if first != end or stop <= first:
+            return False
+        end = stop
+    shape = about["shape"]
+    return bool(end == (shape[0] if shape else 1) or not math.prod(shape))
