@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -168,10 +169,10 @@ def _lines_of(one: Status) -> Iterator[str]:
     if one.ranks:
         yield f"  ranks: {len(one.ranks)} on {len({rank.host for rank in one.ranks})} hosts; {_memory_line(one)}"
     for rank in one.slowest():
+        now = f"{rank.doing} for {rank.doing_seconds:.0f} s, {rank.data_share:.0%} of its time waiting for data"
         yield (
-            f"    rank {rank.rank} on {rank.host}: last sign {rank.age_seconds:.0f} s ago, step {rank.step:,}, "
-            f"{rank.doing} for {rank.doing_seconds:.0f} s, {rank.data_share:.0%} of its time waiting for data"
-            + (f"; {rank.ended}" if rank.ended else "")
+            f"    rank {rank.rank} on {rank.host}: last sign {rank.age_seconds:.0f} s ago at step {rank.step:,}, "
+            + (rank.ended or now)
         )
 
 
@@ -187,5 +188,8 @@ def _memory_line(one: Status) -> str:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
-    minutes, days = round(seconds / 60), int(seconds // 86400)
-    return f"{days} d {minutes // 60 % 24} h" if days else f"{minutes // 60}:{minutes % 60:02d} h"
+    minutes = math.ceil(seconds / 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lingen.launch.queue import waiting
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 from lingen.training import lock
@@ -50,7 +51,7 @@ class Status:
 
     run: str
     state: str
-    """new, running, stopped, failed, dead or finished."""
+    """new, waiting (in SLURM's queue), running, stopped, failed, dead or finished."""
     reason: str | None
     """Why it does not run; of one that was stopped or killed."""
     alive: bool
@@ -104,6 +105,8 @@ def status_of(path: str | Path) -> Status:
     speed = _steps_per_second(rows)
     eta = (steps - step) / speed if speed else (0.0 if name is None else None)
     state, reason = _state(folder, last, beats, done=name is None)
+    if state in ("stopped", "dead") and (queued := waiting(last.get("job"))):
+        state, reason = "waiting", f"{queued}; {reason}"
     newest = [one for each in reversed(stages) for one in folder.checkpoints(each)[-1:]]
     return Status(
         run=str(folder.path), state=state, reason=reason, alive=state == "running", stage=stage, step=step, steps=steps,
@@ -120,12 +123,15 @@ def status_of(path: str | Path) -> Status:
 
 def _not_begun(folder: RunFolder) -> Status:
     """Of a run that was submitted and has not started."""
-    if not (folder.path / "submit").is_dir():
+    submissions = sorted((folder.path / "submit").glob("*/submitted.json"))
+    if not submissions:
         raise RecipeError(f"{folder.path} is no run folder: it holds no run.json. `lingen fit` and `submit` make one.")
+    job = str(decode_json(submissions[-1].read_bytes()).get("job"))
+    queued, new = waiting(job), f"job {job} has not begun to train"
     return Status(
-        run=str(folder.path), state="new", reason="it was submitted and has not started", alive=False, stage=None,
-        step=0, steps=0, stages={}, loss=None, tokens_per_second=None, eta_seconds=None, eta_run_seconds=None,
-        checkpoint=None, restarts=[],
+        run=str(folder.path), state="waiting" if queued else "new", reason=queued or new,
+        alive=False, stage=None, step=0, steps=0, stages={}, loss=None, tokens_per_second=None, eta_seconds=None,
+        eta_run_seconds=None, checkpoint=None, restarts=[],
     )  # fmt: skip
 
 

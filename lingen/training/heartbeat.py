@@ -29,7 +29,7 @@ SILENT = 90.0
 """Seconds without one after which a process counts as gone."""
 SIZE = 2048
 """Bytes of a file."""
-FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank: "
+FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
 """Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
 rank was gone, which says nothing of why."""
 
@@ -163,7 +163,7 @@ def word_of(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OtherRankError):
         return f"{OTHER_WORD}{text}"[:500]
-    return f"{LOST_WORD if is_lost_rank(error) else FAILED_WORD}{type(error).__name__}: {text}"[:500]
+    return LOST_WORD if is_lost_rank(error) else f"{FAILED_WORD}{type(error).__name__}: {text}"[:500]
 
 
 def host_name() -> str:

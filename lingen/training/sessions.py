@@ -93,7 +93,7 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
     suspects = _suspects(beats)
     told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in suspects[:4])
     more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""
-    return f"{KILLED_WORD}{why}" + (f"; silent before the others: {told}{more}" if suspects else "")
+    return f"{KILLED_WORD}{why}" + (f"; silent first: {told}{more}" if suspects else "")
 
 
 def _suspects(beats: list[Beat]) -> list[Beat]:
@@ -118,7 +118,7 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
         return code > 128, f"{ended}, before it trained"
     last = sessions[-1]
     if last["how"] is None or last["how"].startswith(LOST_WORD):
-        last |= {"ended": _now(), "how": killed(folder, last, f"{ended}, {last['how'] or 'it left no word'}")}
+        last |= {"ended": _now(), "how": killed(folder, last, ended)}
         _write(folder, sessions)
     how, tail = str(last["how"]), sessions[-IN_VAIN:]
     in_vain = len({(one["stage"], one["step"]) for one in tail}) == 1
