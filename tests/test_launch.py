@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
 from lingen.training import launch, local_ranks
-from lingen.training.environment import Rank
+from lingen.training.environment import OtherRankError, Rank
 from lingen.training.launch import check_layout, ranks_to_start
 from lingen.weights import find_weights, read_weights
 from tests.helpers.commands import ROOT
@@ -100,6 +101,17 @@ def test_a_console_has_no_command_for_other_ranks(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "orig_argv", ["python"])
     with pytest.raises(RecipeError, match="cannot be started from a notebook or a console"):
         local_ranks.start_ranks(2)
+
+
+def test_a_first_node_without_an_address_is_told_once_a_node(monkeypatch: pytest.MonkeyPatch):
+    own = Rank("srun", rank=2, ranks=4, node=1, nodes=2, address="nowhere.invalid", port=2000)
+    monkeypatch.setattr(launch, "here", lambda: own)
+    monkeypatch.setattr(launch, "_be_quiet", lambda: None)
+    with pytest.raises(RecipeError, match="4 ranks cannot meet at nowhere.invalid:2000: this name has no address on"):
+        launch.join()
+    monkeypatch.setattr(launch, "here", lambda: replace(own, rank=3, local_rank=1))
+    with pytest.raises(OtherRankError):
+        launch.join()
 
 
 # a slow disk
