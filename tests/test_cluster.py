@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(slurm.fault() is not None, reason=f"no SLURM here: {slurm.fault()}"),
 ]
-LONG = ["stages.clips.train.steps=2000", "train.checkpoint_every=500", "sample.prompts=[]"]
+LONG = ["stages.clips.train.steps=100000", "train.checkpoint_every=500", "sample.prompts=[]"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def wait(cluster: slurm.Cluster, run: Path, holds: Callable[[dict[str, Any]], bo
     end = time.monotonic() + 150
     while time.monotonic() < end:
         told = status(cluster, run)
-        assert told["alive"] == (told["state"] == "running") and 0 <= told["step"] <= max(told["steps"], told["step"])
+        assert told["alive"] == (told["state"] == "running") and told["step"] <= told["steps"]
         if holds(told):
             return told
         time.sleep(0.5)
@@ -52,53 +52,50 @@ def wait(cluster: slurm.Cluster, run: Path, holds: Callable[[dict[str, Any]], bo
 
 
 def is_amid(told: dict[str, Any]) -> bool:
-    return told["state"] == "running" and told["stage"] == "clips" and len(told["ranks"]) == 2 and told["step"] > 2
+    """It trains its second stage."""
+    return told["state"] == "running" and told["stage"] == "clips" and told["step"] > 2
 
 
-def test_two_nodes_are_preempted_and_killed_and_finish(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):
+def test_two_nodes_are_preempted_killed_and_finish(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):
     run = here / "run"
-    words = ["submit", "--recipe", str(tiny_recipe), "--run", str(run), "--nodes", "2", *LONG, "--max-requeues", "3"]
-    job = lingen(cluster, *words)
-    assert job.isdecimal()
+    words = ["submit", "--recipe", str(tiny_recipe), "--run", str(run), "--nodes", "2", *LONG]
+    job = lingen(cluster, *words, "--max-requeues", "2")
     told = wait(cluster, run, is_amid)
     assert {one["host"] for one in told["ranks"]} == {"n1", "n2"} and told["restarts"] == []
-    cluster.run("scancel", "--signal=USR1", job)  # as a preemption or a time limit does, to the ranks
+
+    cluster.run("scancel", "--signal=USR1", job)  # to the ranks, as --signal=USR1@600 does
     told = wait(cluster, run, lambda told: told["state"] == "waiting")
     assert told["reason"] == f"job {job} waits in the queue (BeginTime); stopped by SIGUSR1"
     before = told["step"]
     told = wait(cluster, run, is_amid)
     assert [one["reason"] for one in told["restarts"]] == ["stopped by SIGUSR1"] and told["step"] >= before
-    second = next(one for one in told["ranks"] if one["host"] == "n2")
-    os.kill(json.loads((run / "ranks" / f"{second['rank']:05d}.json").read_text())["pid"], 9)
-    told = wait(cluster, run, lambda told: len(told["restarts"]) == 2 and told["state"] == "running")
+
+    os.kill(json.loads((run / "ranks" / "00001.json").read_text())["pid"], 9)
+    told = wait(cluster, run, lambda told: len(told["restarts"]) == 2 and is_amid(told))
     assert told["restarts"][1]["reason"] == "killed: exit code 137 (SIGKILL); silent first: rank 1 on n2"
-    told = wait(cluster, run, lambda told: told["state"] == "finished")
-    assert (told["step"], told["steps"]) == (2000, 2000) and told["eta_seconds"] == 0
-    assert json.loads((run / "submit" / "0001" / "submitted.json").read_text())["job"] == job
+
+    cluster.run("scancel", "--signal=USR1", "--batch", job)  # to the script, as --signal=B:USR1@600 does
+    told = wait(cluster, run, lambda told: told["state"] == "stopped")
+    assert told["reason"] == "stopped by SIGUSR1" and told["checkpoint"].endswith(f"{told['step']:08d}")
+    wait(cluster, run, lambda told: cluster.state(job) == "FAILED")
     log = next(run.glob("submit/0001/*.log")).read_text()
-    assert "goes into the queue again, 2 of at most 3 times." in log and "Traceback" not in log
+    assert f"job {job} was requeued 2 times, --max-requeues=2; it ends here." in log and "Traceback" not in log
+
+    again = lingen(cluster, *words, f"stages.clips.train.steps={told['step'] + 5}")
+    last = wait(cluster, run, lambda told: told["state"] == "finished")
+    assert last["step"] == last["steps"] == told["step"] + 5 and last["eta_seconds"] == 0
+    submitted = [json.loads(path.read_text()) for path in sorted(run.glob("submit/*/submitted.json"))]
+    assert [one["job"] for one in submitted] == [job, again] and submitted[0]["versions"]["lingen"]
 
 
-def test_a_signal_to_the_script_alone_and_an_end_to_requeues(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):
+def test_who_cancels_a_job_does_not_want_it_back(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):
     run = here / "run"
-    words = ["submit", "--recipe", str(tiny_recipe), "--run", str(run), "trainer.devices=2", *LONG]
-    job = lingen(cluster, *words, "--max-requeues", "0")
+    job = lingen(cluster, "submit", "--recipe", str(tiny_recipe), "--run", str(run), *LONG)
     wait(cluster, run, is_amid)
-    cluster.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@600 does
-    told = wait(cluster, run, lambda told: told["state"] == "stopped")
-    assert told["reason"] == "stopped by SIGUSR1"
-    log = next(run.glob("submit/0001/*.log"))
-    end = time.monotonic() + 60
-    while "it ends here" not in log.read_text() and time.monotonic() < end:
-        time.sleep(0.2)
-    assert "was requeued 0 times, --max-requeues=0; it ends here." in log.read_text()
-    again = lingen(cluster, *words)
-    wait(cluster, run, is_amid)
-    cluster.run("scancel", again)  # whoever cancels a job does not want it back
-    told = wait(cluster, run, lambda told: told["state"] == "stopped")
-    assert told["reason"] == "stopped by SIGTERM" and len(told["restarts"]) == 1
-    assert sorted(path.name for path in (run / "submit").iterdir()) == ["0001", "0002"]
-    assert cluster.state(again) == "CANCELLED"
+    cluster.run("scancel", job)
+    assert wait(cluster, run, lambda told: told["state"] == "stopped")["reason"] == "stopped by SIGTERM"
+    wait(cluster, run, lambda told: not cluster.run("squeue", "--noheader").stdout.strip())
+    assert cluster.state(job) == "CANCELLED" and "it is left so" in next(run.glob("submit/0001/*.log")).read_text()
 
 
 def test_an_array_encodes_in_shares(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):
