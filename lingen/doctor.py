@@ -21,7 +21,7 @@ from lingen.kernels.pool import POOL_KERNELS
 from lingen.kernels.scan import SCAN_KERNELS
 from lingen.kernels.swiglu import SWIGLU_KERNELS
 from lingen.kernels.window_attention import WINDOW_KERNELS
-from lingen.plan.loading import sharding
+from lingen.plan.loading import fault_of_strategy
 from lingen.provenance import version_of
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS
@@ -64,8 +64,8 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
         ok |= dict.fromkeys(_there(recipe))
         missing |= dict.fromkeys(_init(recipe))
         absent |= dict.fromkeys(_shards(recipe))
-    strategies = dict.fromkeys(str(recipe.trainer.get("strategy")) for recipe in stages)
-    notes = [f"`lingen fit` refuses this: {text}" for text in map(sharding, strategies) if text]
+    strategies = dict.fromkeys((recipe.trainer.get("strategy"), recipe.trains) for recipe in stages)
+    notes = [f"`lingen fit` refuses this: {text}" for one in strategies if (text := fault_of_strategy(*one))]
     return Checkup(list(missing), list(absent), list(ok), notes)
 
 

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks.block import Block, mixers_of
-from lingen.blocks.layers import RMSNorm, undecayed
+from lingen.blocks.layers import RMSNorm, stays_float32, undecayed
 from lingen.blocks.positions import Positions, resize_tables
 from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.flow import along
@@ -97,10 +96,7 @@ class LinGen(nn.Module):
         positions = self.positions(grid).to(x.dtype)
         recomputed = self._recomputed(x)
         for index, block in enumerate(self.blocks):
-            if index < recomputed:
-                x = checkpoint(block, x, positions, modulation, tokens, mask, use_reentrant=False)
-            else:
-                x = block(x, positions, modulation, tokens, mask)
+            x = block(x, positions, modulation, tokens, mask, index < recomputed)
         shift, scale = (embedding[:, :, None] + self.modulation).unbind(2)
         dtype = torch.promote_types(dtype, torch.float32)  # that of `_linear`
         normed = norm_modulate(x, self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
@@ -149,6 +145,7 @@ class LinGen(nn.Module):
             raise ValueError(f"text has {min(rows - {b})} rows for {b} latents; give one row for each.")
 
 
+@stays_float32
 class TimeEmbedding(nn.Module):
     """Timestep -> an embedding, and the six modulation vectors that all blocks share; in float32 at least.
 

@@ -22,7 +22,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
-from lingen.training import heartbeat, launch, lock, record, sessions, signals
+from lingen.training import heartbeat, launch, local_ranks, lock, record, sessions, signals
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
@@ -82,16 +82,16 @@ def fit(
     Returns:
         The run folder.
     Raises:
-        RecipeError: before anything starts, for mistakes in any stage, a strategy that shards, a folder that holds
+        RecipeError: before anything starts, for mistakes in any stage, a folder that holds
             another run or a finished stage of another course, or one that another process trains in.
-        IncompleteError: a rank holds only a part of what is to be written.
         DataError: too many broken samples.
         NonFiniteError: too many steps without a finite gradient.
         KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75.
     """
     try:
         with signals.listening():
-            return fit_curriculum(load_for_training(recipe, overrides, stage), run=run, stage=stage).folder.path
+            curriculum = launch.load_together(lambda: load_for_training(recipe, overrides, stage))
+            return fit_curriculum(curriculum, run=run, stage=stage).folder.path
     except signals.Stopped as stopped:
         raise KeyboardInterrupt if stopped.number == signal.SIGINT else SystemExit(stopped.code) from None
 
@@ -109,15 +109,18 @@ def fit_curriculum(
     try:
         with ExitStack() as held:
             begun = on_first_rank(lambda: _begin(curriculum, stage, run, watched, held))
-            if launch.start_ranks(begun.ranks):
+            if local_ranks.start_ranks(begun.ranks):
                 on_first_rank(lambda: begun)
             folder, place = RunFolder(begun.folder), here()
             if begun.session is not None:
                 held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
             signals.check()
             return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), watched)
+    except signals.Stopped:  # on all ranks
+        local_ranks.end_ranks()
+        raise
     except BaseException:
-        launch.end_children()
+        local_ranks.give_up()
         raise
 
 
@@ -284,10 +287,10 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         signals.check()
 
     def finish(module: Trained, step: int) -> None:
-        on_first_rank(lambda: module.before_saving(data))
+        module.before_saving(data)
         sample(module, step)
         # They come last: a stage that has weights owes nothing.
-        on_first_rank(lambda: save_weights(folder.weights(name), module, to_yaml(curriculum.base), step))
+        save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
 
     def build() -> tuple[lightning.Trainer, Trained]:
         clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)

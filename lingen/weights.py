@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lingen.files import check_target, whole_file
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 
+V = TypeVar("V")
 Copy = Literal["averaged", "raw"]
 """The two copies in a file: training continues from the raw one, the averaged one is for sampling."""
 OF_TRAINING = ("recipe", "stage", "step")
@@ -23,40 +25,37 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a recipe calls the precision of weights."""
 
 
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls a type."""
+_MOVED = (
+    (re.compile(r"\.(a_log|d|dt_bias)$"), r".memory.\1"),
+    (re.compile(r"(\bblocks\.\d+\.modulation)$"), r"\1.weight"),
+)
+"""Names of the denoiser's tensors in files of earlier versions -> what they are now."""
+_BACK = (
+    (re.compile(r"\.memory\.(a_log|d|dt_bias)$"), r".\1"),
+    (re.compile(r"(\bblocks\.\d+\.modulation)\.weight$"), r"\1"),
+)
+"""The way back."""
+
+
 class WeightsError(RecipeError):
     """Raised where a path holds no weights of lingen; `what` is the sentence without the path, with the cure."""
 
     def __init__(self, path: str | Path, what: str):
         super().__init__(f"{path}: {what}")
         self.what = what
-
-
-class IncompleteError(RuntimeError):
-    """Of what was to be written this process holds only a part; nothing was written."""
-
-
-def check_whole(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """Asked before anything is written: does this process hold every element of every tensor?
-
-    Args:
-        tensors: by name; what `shapes` does not name is not looked at.
-        shapes: of all tensors, as the model declared them when it was built.
-    Raises:
-        IncompleteError: one is absent, a shard, or of another shape.
-    """
-    lacking = [name for name, shape in shapes.items() if not _is_whole(tensors.get(name), shape)]
-    if lacking:
-        raise IncompleteError(
-            f"This rank does not hold the whole of {len(lacking)} of {len(shapes)} tensors (such as {lacking[0]}, "
-            f"declared as {list(shapes[lacking[0]])}), so nothing was written. A strategy that splits the model over "
-            "ranks cannot be saved yet: set trainer.strategy=ddp."
-        )
-
-
-def _is_whole(value: Tensor | None, shape: torch.Size) -> bool:
-    """A DTensor and a ShardedTensor tell the shape of the whole, whatever part of it is here."""
-    is_shard = hasattr(value, "full_tensor") or hasattr(value, "local_shards")
-    return value is not None and not is_shard and value.shape == shape
 
 
 def export_weights(source: str | Path, out: str | Path, precision: str = "bf16") -> Path:
@@ -79,25 +78,75 @@ def export_weights(source: str | Path, out: str | Path, precision: str = "bf16")
     return out
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """64 hex digits of the names, types, shapes and numbers of tensors: the same whatever file or device holds them."""
+def hash_tensors(tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = lambda value: value) -> str:
+    """64 hex digits of the names, types, shapes and numbers of tensors: the same whatever file or device holds them,
+    and as in the first version, so that its clips can be made again.
+
+    Args:
+        whole: gathers a tensor of which this rank holds a part.
+    """
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+    for name, value in sorted((_first_name(name), value) for name, value in tensors.items()):
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(cast(Any, value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(_bytes_of(whole(value)))
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file in one step, with the umask's permissions: the library's own are for the user alone."""
-    from safetensors.torch import save_file
+def _first_name(name: str) -> str:
+    """What a tensor was called before its name changed."""
+    for pattern, first in _BACK:
+        name = pattern.sub(first, name)
+    return name
 
-    with whole_file(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(partial), metadata)
-        partial.chmod(mode)
+
+def names_now(held: Mapping[str, V], own: Collection[str]) -> dict[str, V]:
+    """What a file holds by name, under the names of this version: one that is not among `own` takes a newer one that
+    is."""
+    return {_name_now(name, own): value for name, value in held.items()}
+
+
+def _name_now(name: str, own: Collection[str]) -> str:
+    newer = (pattern.sub(to, name) for pattern, to in _MOVED)
+    return name if name in own else next((one for one in newer if one in own), name)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file in one step, with the umask's permissions."""
+    write_pieces(path, tensors, file_order(tensors), metadata)
+
+
+def file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Names and tensors as they stand in a file: wide types first, so that each is aligned."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+
+
+def write_pieces(
+    path: Path, tensors: Mapping[str, Tensor], pieces: Iterable[tuple[str, Tensor]], metadata: dict[str, str]
+) -> None:
+    """Writes a safetensors file in one step, one tensor after the other: memory holds one of them at a time.
+
+    Args:
+        tensors: tell types and shapes, and may be shards of what `pieces` gives.
+        pieces: the same names, `file_order`, with whole tensors on any device.
+        metadata: goes into the file's header. TypeError where it is not all text, which nobody could read.
+    """
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError(f"The metadata of a weights file is text, not {metadata!r}.")
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in file_order(tensors):
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    words = json.dumps(header, ensure_ascii=False).encode()
+    words += b" " * (-len(words) % 8)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for _, tensor in pieces:
+            file.write(_bytes_of(tensor))
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:

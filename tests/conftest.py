@@ -11,6 +11,7 @@ os.environ.setdefault("COLUMNS", "200")
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,18 @@ def is_free(port: int) -> bool:
 if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
     products_of_bfloat16()
     one_patch_a_launch()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says whether real SLURM was tried: without its packages nobody would notice that it was not."""
+    stats = {kind: terminalreporter.stats.get(kind, []) for kind in ("passed", "failed", "error", "skipped")}
+    of_slurm = {kind: [one for one in found if "test_slurm.py" in one.nodeid] for kind, found in stats.items()}
+    ran = len({one.nodeid for kind in ("passed", "failed", "error") for one in of_slurm[kind]})
+    if ran:
+        terminalreporter.write_line(f"slurm: ran {ran} tests")
+    elif of_slurm["skipped"]:
+        reason = of_slurm["skipped"][0].longrepr[-1].removeprefix("Skipped: ")
+        terminalreporter.write_line(f"slurm: skipped, because {reason}")
 
 
 @pytest.fixture(autouse=True)

@@ -213,10 +213,10 @@ def test_weights_are_drawn_on_the_device_in_their_dtype():
     empty.to_empty(device=CPU)
     draw_weights(empty)
     assert {name for name, p in mixer.named_parameters() if p.dtype == torch.float32} == {
-        "ma.a_log", "ma.d", "ma.dt_bias",
+        "ma.memory.a_log", "ma.memory.d", "ma.memory.dt_bias",
     }  # fmt: skip
     assert all(p.isfinite().all() for p in empty.parameters())
-    steps = torch.nn.functional.softplus(empty.ma.dt_bias)
+    steps = torch.nn.functional.softplus(empty.ma.memory.dt_bias)
     assert steps.min() >= 0.9e-3 and steps.max() <= 0.11
     assert empty(torch.randn(1, 2, 3, 3, 16)).square().mean() > 1e-4
 

@@ -88,7 +88,9 @@ def test_the_page_on_sampling_lists_every_key_of_the_weights():
     assert not [key for key in keys if not any(re.fullmatch(one, key) for one in patterns.values())]
     unused = [row for row, one in patterns.items() if not any(re.fullmatch(one, key) for key in keys)]
     assert unused == ["autoencoder.*"]
-    assert "model.blocks.0.mixer.ma.a_log" in keys and not re.fullmatch(patterns["model.norm.weight"], "model.normal")
+    assert "model.blocks.0.mixer.ma.memory.a_log" in keys and not re.fullmatch(
+        patterns["model.norm.weight"], "model.normal"
+    )
 
 
 def as_pattern(row: str) -> str:

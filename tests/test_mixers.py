@@ -57,8 +57,9 @@ def one_direction(mixer, x, direction, flip_review):
     size = mixer.groups * mixer.state_dim
     xs, b, c, dt = torch.cat(sequences, 1).split([inner, size, size, heads], -1)
     y = ssd(
-        xs.unflatten(-1, (heads, -1)), dt, -mixer.a_log[direction].exp(), b.unflatten(-1, (mixer.groups, -1)),
-        c.unflatten(-1, (mixer.groups, -1)), mixer.d[direction], mixer.dt_bias[direction], kernel="reference",
+        xs.unflatten(-1, (heads, -1)), dt, -mixer.memory.a_log[direction].exp(), b.unflatten(-1, (mixer.groups, -1)),
+        c.unflatten(-1, (mixer.groups, -1)), mixer.memory.d[direction], mixer.memory.dt_bias[direction],
+        kernel="reference",
     ).flatten(2)  # fmt: skip
     n = x[0, ..., 0].numel()
     y = y[:, :n].flip(1) if flip_review and direction == 1 else y[:, -n:]
@@ -111,7 +112,7 @@ def test_causal_mode_is_the_mamba2_of_transformers(groups):
     )  # fmt: skip
     theirs = modeling.Mamba2Mixer(configuration, layer_idx=0).float()
     ours = mamba2(scan="thw", review=None, bidirectional=False, groups=groups).float()
-    names = {"A_log": "a_log", "D": "d", "dt_bias": "dt_bias"}
+    names = {"A_log": "memory.a_log", "D": "memory.d", "dt_bias": "memory.dt_bias"}
     torch.nn.init.normal_(theirs.D)
     torch.nn.init.uniform_(theirs.norm.weight, 0.5, 2)
     weights = {names.get(name, name): weight for name, weight in theirs.state_dict().items()}
@@ -170,7 +171,7 @@ def test_sizes_at_the_width_of_the_large_model():
     with torch.device("meta"):
         mixer = Mamba2(2560, 0)
     assert mixer.in_proj.weight.shape == (10576, 2560) and mixer.in_proj.bias is None
-    assert mixer.a_log.shape == mixer.d.shape == mixer.dt_bias.shape == (2, 80)
+    assert mixer.memory.a_log.shape == mixer.memory.d.shape == mixer.memory.dt_bias.shape == (2, 80)
 
 
 def test_what_must_be_float32_is():
@@ -179,14 +180,14 @@ def test_what_must_be_float32_is():
         mixer = Mamba2(DIM, 0, **SMALL)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {p.dtype for p in (mixer.a_log, mixer.d, mixer.dt_bias)} == {torch.float32}
+    assert {p.dtype for p in (mixer.memory.a_log, mixer.memory.d, mixer.memory.dt_bias)} == {torch.float32}
     assert mixer.in_proj.weight.dtype == torch.bfloat16
     assert mixer(tokens(2, 3, 3, dtype=torch.bfloat16)).isfinite().all()
 
 
 def test_time_steps_start_in_their_range():
     mixer = Mamba2(64, 0, head_dim=1, dt_min=1e-5, dt_max=1e-4)
-    steps = F.softplus(mixer.dt_bias)
+    steps = F.softplus(mixer.memory.dt_bias)
     assert steps.min() > 0.99e-5 and steps.max() < 1.01e-4 and steps.std() > 1e-5
     assert mixer.horizon().shape == (2, 128) and 600 < mixer.horizon().min() and mixer.horizon().max() < 1.1e5
 
@@ -207,7 +208,7 @@ def test_how_far_the_review_reaches_depends_on_the_smallest_step():
     for dt_min, dt_max in ((1e-3, 0.1), (1e-5, 1e-4)):
         mixer = mamba2(scan="thw", bidirectional=False, dt_min=dt_min, dt_max=dt_max, state_dim=16)
         with torch.no_grad():
-            mixer.d.zero_()  # what the scan remembers, without the token itself
+            mixer.memory.d.zero_()  # what the scan remembers, without the token itself
             shares[dt_min] = [review_share(mixer, x, place) for place in (0, 2000)]
     (near, far), (near_long, far_long) = shares[1e-3], shares[1e-5]
     assert near > 0.05 and far < near * 1e-3

@@ -95,7 +95,7 @@ def test_a_large_recipe_starts_at_zero_velocity_and_blind_to_the_text(mixer):
 def test_gates_start_at_gate_init_and_shifts_and_scales_at_zero():
     model = LinGen(config(gate_init=1.0))
     for block in model.blocks:
-        assert torch.equal(block.modulation, torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].expand(6, 16))
+        assert torch.equal(block.modulation.weight, torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].expand(6, 16))
         assert block.cross_attention.out_proj.weight.any()
     assert not model.time.modulation.weight.any() and not model.unpatchify.weight.any()
 
@@ -104,7 +104,7 @@ def test_a_block_is_what_figure_2_draws():
     block, x = build().blocks[0], torch.randn(2, 4, 3, 5, 16, dtype=torch.float64)
     positions, shared = torch.randn(4, 3, 5, 16).double(), torch.randn(2, 4, 6, 16).double()
     text, mask = torch.randn(2, 7, 16).double(), torch.ones(2, 7, dtype=torch.bool)
-    rows = [(shared + block.modulation)[:, :, i, None, None] for i in range(6)]
+    rows = [(shared + block.modulation.weight)[:, :, i, None, None] for i in range(6)]
     y = x + rows[2] * block.mixer((block.mixer_norm(x) + positions) * (1 + rows[1]) + rows[0])
     y = y + block.cross_attention(block.text_norm(y), text, mask)
     y = y + rows[5] * block.ffn(block.ffn_norm(y) * (1 + rows[4]) + rows[3])
@@ -317,7 +317,7 @@ def test_positions_enter_the_mixer_and_never_the_stream():
     latents, time, text = inputs()
     with torch.no_grad():
         for block in model.blocks:  # shared modulation off, the mixer's gate shut
-            block.modulation[2] = 0
+            block.modulation.weight[2] = 0
         model.time.modulation.weight.zero_()
         model.time.modulation.bias.zero_()
     shut = model(latents, time, text)
@@ -326,7 +326,7 @@ def test_positions_enter_the_mixer_and_never_the_stream():
             table.add_(torch.randn_like(table))
     assert torch.equal(model(latents, time, text), shut)
     with torch.no_grad():
-        model.blocks[1].modulation[2] = 1
+        model.blocks[1].modulation.weight[2] = 1
     before = model(latents, time, text)
     with torch.no_grad():
         model.positions.h.add_(torch.randn_like(model.positions.h))

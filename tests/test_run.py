@@ -21,6 +21,7 @@ from lingen.training.base import NonFiniteError
 from lingen.training.callbacks import MetricsFile
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
+from lingen.training.intact import Checkpoint
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights, read_metadata, read_weights
 from tests.helpers.closeness import assert_close
@@ -197,13 +198,25 @@ def test_hand_over_takes_raw_weights_and_seeds_the_average(
 
 
 def test_keep_optimizer_carries_the_moments_over(tiny_recipe: Path, tmp_path: Path):
-    kept = ["stages.clips.train.keep_optimizer=true"]
-    fit(tiny_recipe, kept, run=tmp_path / "kept")
-    fit(tiny_recipe, run=tmp_path / "fresh")
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(weights(tmp_path / "kept").values(), weights(tmp_path / "fresh").values(), strict=True)
-    )
+    runs = {"kept": ["stages.clips.train.keep_optimizer=true"], "fresh": []}
+    ends = {}
+    for name, overrides in runs.items():
+        folder = RunFolder(fit(tiny_recipe, ["train.lr=0", *overrides], run=tmp_path / name))
+        ends[name] = Checkpoint(folder.checkpoints("clips")[-1])
+    steps = {name: {one["step"] for one in end.state["optimizer"].values()} for name, end in ends.items()}
+    assert steps == {"kept": {2 + 6}, "fresh": {6}}
+    kept, fresh = (end.read("exp_avg.model.patchify.weight") for end in ends.values())
+    start = Checkpoint(RunFolder(tmp_path / "kept").checkpoints("images")[-1]).read("exp_avg.model.patchify.weight")
+    assert_close("exp_avg", kept - fresh, 0.9**6 * start, 1e-5)  # the gradients are the same
+
+
+def test_moments_to_keep_that_are_damaged_are_refused(tiny_recipe: Path, tmp_path: Path):
+    kept, folder = ["stages.clips.train.keep_optimizer=true"], RunFolder(tmp_path / "run")
+    fit(tiny_recipe, kept, run=folder.path, stage="images")
+    for file in folder.checkpoints("images")[-1].glob("*.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(lingen.RecipeError, match="holds none that is whole; .* is passed over: rank-00000.* has 0 byt"):
+        fit(tiny_recipe, kept, run=folder.path)
 
 
 def test_init_starts_from_given_weights(tiny_recipe: Path, tiny_run: Path, tmp_path: Path):

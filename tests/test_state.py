@@ -11,7 +11,9 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95)}
 
 
 def layers() -> nn.Module:
-    return nn.ModuleDict({"one": nn.Linear(3, 4), "other": nn.Linear(3, 2, bias=False), "still": nn.Linear(2, 2)})
+    made = nn.ModuleDict({"one": nn.Linear(3, 4), "other": nn.Linear(3, 2, bias=False), "still": nn.Linear(2, 2)})
+    made.register_parameter("gate", nn.Parameter(torch.zeros(())))
+    return made
 
 
 def step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -33,12 +35,13 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
 def test_what_goes_on_by_name_makes_the_same_steps():
     module, optimizer = trained()
     state = state_by_name(module, optimizer)
-    assert state.keys() == {"one.weight", "one.bias", "other.weight"}  # nothing moved the others yet
-    assert {key: type(value) for key, value in state["one.bias"].items()} == {
-        "step": float,
-        "exp_avg": torch.Tensor,
-        "exp_avg_sq": torch.Tensor,
-    }
+    assert state.keys() == {"gate", "one.weight", "one.bias", "other.weight"}  # nothing moved the others yet
+    for name in ("one.bias", "gate"):
+        assert {key: type(value) for key, value in state[name].items()} == {
+            "step": float,
+            "exp_avg": torch.Tensor,
+            "exp_avg_sq": torch.Tensor,
+        }
     again = layers()
     again.load_state_dict(module.state_dict())
     groups = [{"params": [p]} for p in reversed(list(again.parameters()))]
@@ -58,5 +61,5 @@ def test_what_fits_no_parameter_is_left_out_and_named():
     again = layers()
     again["one"] = nn.Linear(3, 5)
     other = torch.optim.AdamW(again["one"].parameters(), **SETTINGS)
-    assert load_state_by_name(again, other, state) == ["one.weight", "one.bias", "other.weight"]
+    assert load_state_by_name(again, other, state) == ["gate", "one.weight", "one.bias", "other.weight"]
     assert state_by_name(again, other) == {}

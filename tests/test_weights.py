@@ -24,7 +24,7 @@ from lingen.training.begin import hand_over, start_of
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.weights import load_denoiser, load_into
-from lingen.weights import export_weights, find_weights, read_metadata, read_weights, write_tensors
+from lingen.weights import export_weights, find_weights, names_now, read_metadata, read_weights, write_tensors
 
 SIZES = "strides: [2, 4, 4], channels: 4, width: 8, blocks: 1"
 TAE_RECIPE = """
@@ -165,7 +165,7 @@ def test_an_exported_denoiser_samples_and_starts_a_training(tiny_run: Path, tmp_
     assert next(generate(out, "a red square")).shape == (4, 8, 8, 3)
     stage = load_recipe(tiny_run / "recipe.yaml", [f"init={out}"], stage="images")
     module, heard = LinGenModule(stage), Heard()
-    start = start_of(RunFolder(tmp_path / "fresh"), [stage], 0)
+    start = start_of(RunFolder(tmp_path / "fresh"), [stage], 0, heard.say)
     assert start is not None
     hand_over(module, start, heard.say)
     assert heard.said == [f"stage images starts from {out}"]
@@ -238,3 +238,12 @@ def test_a_run_of_another_critic_is_another_run(tae_recipe: Path, tae_run: Path)
 def test_what_would_fail_late_fails_when_the_recipe_is_loaded(tae_recipe: Path, override: str, said: str):
     with pytest.raises(RecipeError, match=said):
         load_recipe(tae_recipe, [override])
+
+
+def test_names_of_earlier_versions_are_read_and_others_left_alone():
+    own = ["model.blocks.0.mixer.ma.memory.d", "model.blocks.0.modulation.weight", "model.modulation", "text.0.d"]
+    held = {"model.blocks.0.mixer.ma.d": 1, "model.blocks.0.modulation": 2, "model.modulation": 3, "text.0.d": 4}
+    assert names_now(held, own) == dict(zip(own, (1, 2, 3, 4), strict=True))
+    assert names_now(names_now(held, own), own) == names_now(held, own)
+    theirs = {"model.blocks.0.mixer.d": 1}  # of a mixer that has no memory of its own
+    assert names_now(theirs, ["model.blocks.0.mixer.d"]) == names_now(theirs, []) == theirs

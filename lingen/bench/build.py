@@ -60,7 +60,7 @@ def draw_weights(module: nn.Module) -> None:
             parameter.uniform_(1, 16).log_()
         elif name == "dt_bias":  # softplus of it is a time step of 1e-3 to 0.1
             parameter.uniform_(-6.9, -2.3).exp_().expm1_().log_()
-        elif name == "modulation":
+        elif path.removesuffix(".weight").endswith("modulation") and not path.startswith("time."):
             parameter.normal_(std=0.1).add_(1)
         elif parameter.ndim > 1 and name != "d":
             parameter.normal_(std=parameter[0].numel() ** -0.5)

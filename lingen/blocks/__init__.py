@@ -24,7 +24,8 @@ class Mixer(Protocol):
           counted by themselves. A kernel of your own has a plain form where ``x.is_meta``, or is a
           `torch.library.custom_op` with `register_fake` and `torch.utils.flop_counter.register_flop_formula`. If it
           fails there, it trains all the same, but FLOPs and MFU are unknown, and a warning says so.
-        - It says which parameters weight decay leaves alone: see `lingen.blocks.layers.undecayed`.
+        - It says which parameters weight decay leaves alone: see `lingen.blocks.layers.undecayed`. Parameters for which
+          bfloat16 is too coarse live in modules that say so (`lingen.blocks.layers.stays_float32`).
 
     What it may offer, each by an attribute of this name, and does without:
         ``wants_fp8``: a property that is true when its first layers have become `Fp8Linear`; the input is then a

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks import Mixer
-from lingen.blocks.layers import RMSNorm, SwiGLU, head_count, undecayed
+from lingen.blocks.layers import RMSNorm, SwiGLU, head_count, stays_float32, undecayed
 from lingen.kernels.cross_attention import TextKeys, cross_attention_to, text_keys
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
@@ -32,17 +33,19 @@ class Block(nn.Module):
 
     Everything after the mixer treats each token alone. Where no gradient is wanted, it runs on parts of the clip, so
     that queries and hidden activations of all tokens never exist at once.
+
+    With `recompute` the block keeps only its input for the backward pass and is computed again there. It does so
+    itself: where its weights are sharded, they are there in both computations.
     """
 
     def __init__(self, config: LinGenConfig, mixer: Any, layer: int):
         super().__init__()
         dim = config.dim
+        self.modulation = ModulationRows(dim, config.gate_init)
         self.mixer_norm, self.text_norm, self.ffn_norm = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim)
         self.mixer: Mixer = MIXERS.build(mixer, dim, layer)
         self.cross_attention = CrossAttention(dim, config.num_heads, config.gate_init)
         self.ffn = SwiGLU(dim, config.ffn_dim or max(64, 64 * round(2.7 * dim / 64)))
-        gate = torch.tensor([0, 0, 1, 0, 0, 1]) * config.gate_init
-        self.modulation = undecayed(nn.Parameter(gate[:, None].repeat(1, dim)))
 
     def forward(
         self,
@@ -51,8 +54,21 @@ class Block(nn.Module):
         modulation: Float[Tensor, "b f 6 d"],
         text: Float[Tensor, "b n d"],
         mask: Bool[Tensor, "b n"],
+        recompute: bool = False,
     ) -> Float[Tensor, "b t h w d"]:
-        shift, scale, *rows = (modulation + self.modulation).unbind(2)
+        if recompute:
+            return checkpoint(self._whole, x, positions, modulation, text, mask, use_reentrant=False)
+        return self._whole(x, positions, modulation, text, mask)
+
+    def _whole(
+        self,
+        x: Float[Tensor, "b t h w d"],
+        positions: Float[Tensor, "t h w d"],
+        modulation: Float[Tensor, "b f 6 d"],
+        text: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"],
+    ) -> Float[Tensor, "b t h w d"]:
+        shift, scale, *rows = (modulation + self.modulation.weight).unbind(2)
         norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)
         # Only the mixer holds its input, so that it is freed when the update is computed.
         update = self.mixer(
@@ -91,6 +107,16 @@ class Block(nn.Module):
         """The number of tokens whose hidden activations (gate, up and their product) take `PART_BYTES`."""
         token = 3 * self.ffn.out_proj.in_features * input_dtype(None, x).itemsize
         return max(1, PART_BYTES // token // PART_MULTIPLE) * PART_MULTIPLE
+
+
+@stays_float32
+class ModulationRows(nn.Module):
+    """A block's own part of the six rows that modulate it: only the gates start at `gate`, the others at 0."""
+
+    def __init__(self, dim: int, gate: float):
+        super().__init__()
+        rows = torch.tensor([0, 0, 1, 0, 0, 1]) * gate
+        self.weight = undecayed(nn.Parameter(rows[:, None].repeat(1, dim)))
 
 
 class CrossAttention(nn.Module):

@@ -13,9 +13,24 @@ from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
 
 P = TypeVar("P", bound=Tensor)
+M = TypeVar("M", bound=type[nn.Module])
 _UNDECAYED = "_no_weight_decay"
+_FLOAT32 = "_stays_float32"
 
 
+def stays_float32(kind: M) -> M:
+    """Tags a class of modules whose own parameters are never cast to 16 bits: not where a model is put into a lower
+    precision to sample, not where the blocks of a sharded one are gathered in bfloat16."""
+    setattr(kind, _FLOAT32, True)
+    return kind
+
+
+def is_float32(module: nn.Module) -> bool:
+    """Whether a module's own parameters stay float32."""
+    return bool(getattr(module, _FLOAT32, False))
+
+
+@stays_float32
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis (arXiv 1910.07467); computed in float32 at least, given in x's dtype."""
 
@@ -28,6 +43,7 @@ class RMSNorm(nn.Module):
         return _rms_norm(x, self.weight, self.eps)
 
 
+@stays_float32
 class GatedRMSNorm(nn.Module):
     """norm(y * silu(z)) over each of `groups` equal parts of the last axis, as in Mamba2 (arXiv 2405.21060, sec. 7)."""
 

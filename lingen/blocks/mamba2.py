@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.blocks.layers import GatedRMSNorm, grid_of, undecayed
+from lingen.blocks.layers import GatedRMSNorm, grid_of, stays_float32, undecayed
 from lingen.blocks.scan import order_of, permutation
 from lingen.kernels.choice import holds_numbers
 from lingen.kernels.conv import conv_silu
@@ -80,15 +80,11 @@ class Mamba2(nn.Module):
         inner = expand * dim
         heads, channels = inner // head_dim, inner + 2 * groups * state_dim
         self.sizes = (inner, channels, heads)  # z | x, B, C | dt
+        self.memory = ScanMemory(self.directions, heads)
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         convolved = channels if self.centred else self.directions * channels
         self.conv1d = nn.Conv1d(convolved, convolved, conv_width, groups=convolved)
-        # These three set how long the scan remembers, for which bfloat16 is too coarse: always float32.
-        each = torch.empty(self.directions, heads, dtype=torch.float32)
-        self.a_log = undecayed(nn.Parameter(torch.empty_like(each).uniform_(1, 16).log()))
-        self.d = undecayed(nn.Parameter(torch.ones_like(each)))
-        log_dt = torch.empty_like(each).uniform_(math.log(dt_min), math.log(dt_max))
-        self.dt_bias = undecayed(nn.Parameter(log_dt.exp().expm1().log()))  # inverse of softplus
+        self.memory.draw(dt_min, dt_max)
         self.norm = GatedRMSNorm(inner, groups)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
@@ -136,7 +132,8 @@ class Mamba2(nn.Module):
         )  # fmt: skip
         bias = self.conv1d.bias
         assert bias is not None
-        weights = Weights(self.conv1d.weight.squeeze(1), bias, self._a(), self.d, self.dt_bias, self.norm.weight)
+        a, d, dt_bias = self.memory()
+        weights = Weights(self.conv1d.weight.squeeze(1), bias, a, d, dt_bias, self.norm.weight)
         if torch.is_grad_enabled():
             return self.out_proj(Mamba2Core.apply(projected, plan, *weights).unflatten(1, grid))
         out, scale, _ = forward(projected, weights, plan, quantize=wants_fp8(self.out_proj))
@@ -150,12 +147,8 @@ class Mamba2(nn.Module):
         return width // 2 if self.centred else width - 1
 
     def horizon(self) -> Float[Tensor, "r k"]:
-        """Tokens after which a head has forgotten all but 1/e, per direction and head, at the bias's time step."""
-        with torch.no_grad():
-            return 1 / (F.softplus(self.dt_bias.float()) * self.a_log.float().exp())
-
-    def _a(self) -> Float[Tensor, "r k"]:
-        return -self.a_log.to(torch.promote_types(self.a_log.dtype, torch.float32)).exp()
+        """See `ScanMemory.horizon`."""
+        return self.memory.horizon()
 
     def _index(self, grid: Triple, device: torch.device) -> Int[Tensor, "n"] | None:
         """Raster row of each position of the sequence; None where the scan is raster order itself."""
@@ -194,8 +187,9 @@ class Mamba2(nn.Module):
         kernel: str,
     ) -> Float[Tensor, "b rows f"]:
         start = None if state is None else state[:, ways]
+        a, d, dt_bias = (row[ways] for row in self.memory())
         return scan(
-            u, dt, self._a()[ways], self.d[ways], self.dt_bias[ways], index, start,
+            u, dt, a, d, dt_bias, index, start,
             groups=self.groups, state_dim=self.state_dim, kernel=kernel,
         )  # fmt: skip
 
@@ -207,9 +201,10 @@ class Mamba2(nn.Module):
         ways = self.directions if self.review_reverse == "front" else 1
         # One conv for all directions, or one for each.
         shared = [slice(0, ways)] if self.centred else [slice(way, way + 1) for way in range(ways)]
+        a, _, dt_bias = self.memory()
         states = [
             scan_state(
-                self._conv(xbc, index, one.start, rows, fused), dt, self._a()[one], self.dt_bias[one], index,
+                self._conv(xbc, index, one.start, rows, fused), dt, a[one], dt_bias[one], index,
                 groups=self.groups, state_dim=self.state_dim, kernel=kernel,
             )
             for one in shared
@@ -227,6 +222,36 @@ class Mamba2(nn.Module):
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
         return conv_silu(xbc, weight[mine], bias[mine], index, before=self._before, rows=rows, kernel=kernel)
+
+
+@stays_float32
+class ScanMemory(nn.Module):
+    """What sets how long each head of a scan remembers, for which bfloat16 is too coarse: always float32, also where
+    the rest of a block is gathered in bfloat16 (`lingen.training.sharding`).
+
+    `forward` gives A, D and dt bias [r k].
+    """
+
+    def __init__(self, directions: int, heads: int):
+        super().__init__()
+        each = torch.empty(directions, heads, dtype=torch.float32)
+        self.a_log, self.d, self.dt_bias = (undecayed(nn.Parameter(torch.ones_like(each))) for _ in range(3))
+
+    @torch.no_grad()
+    def draw(self, dt_min: float, dt_max: float) -> None:
+        """A from U(1, 16), log dt uniform between the two, D 1 (arXiv 2405.21060)."""
+        self.a_log.uniform_(1, 16).log_()
+        log_dt = self.dt_bias.uniform_(math.log(dt_min), math.log(dt_max))
+        log_dt.exp_().expm1_().log_()  # inverse of softplus
+
+    def forward(self) -> tuple[Float[Tensor, "r k"], Float[Tensor, "r k"], Float[Tensor, "r k"]]:
+        dtype = torch.promote_types(self.a_log.dtype, torch.float32)
+        return -self.a_log.to(dtype).exp(), self.d, self.dt_bias
+
+    @torch.no_grad()
+    def horizon(self) -> Float[Tensor, "r k"]:
+        """Tokens after which a head has forgotten all but 1/e, per direction and head, at the bias's time step."""
+        return 1 / (F.softplus(self.dt_bias.float()) * self.a_log.float().exp())
 
 
 def _check_heads(expand: int, dim: int, head_dim: int, groups: int) -> None:

@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import undecayed
+from lingen.blocks.layers import stays_float32, undecayed
 from lingen.recipe.sections import LinGenConfig, Triple
 
 # Wavelengths from 6 to 630 tokens: neighbours differ, and nothing repeats within the longest clip or frame [ours].
 _BASE = 100.0
 
 
+@stays_float32
 class Positions(nn.Module):
     """One rule for every grid; the tables are as large as the largest grid of all stages [ours].
 

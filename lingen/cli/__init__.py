@@ -3,6 +3,7 @@
 Heavy imports are made inside the commands, so that ``lingen --help`` is instant.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = None
     try:
-        args = parse_arguments(argv)
+        with contextlib.redirect_stderr(None) if who() else contextlib.nullcontext():  # rank 0 prints the same
+            args = parse_arguments(argv)
         return COMMANDS[args.command].run(args)
     except SystemExit as stop:  # argparse has printed the reason
         return int(stop.code or DONE)
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         line = line_of(error, args)
         if line is None:
+            if who():
+                print(f"{who()}this went wrong:", file=sys.stderr)
             raise
         if line:
             print(who() + line, file=sys.stderr)

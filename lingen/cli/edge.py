@@ -5,7 +5,7 @@ import errno
 import os
 import re
 
-from lingen.training.environment import is_lost_rank, who
+from lingen.training.environment import here, is_lost_rank
 
 CURES = {
     errno.ENOSPC: "The disk is full: free some space, or name another place",
@@ -45,7 +45,7 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
         return f"Out of memory ({_short(error)}): {cure}."
     if is_lost_rank(error):
         told = "Another rank has ended, so the run ends. What that one said, and its launcher, tell why."
-        return "" if who() else told
+        return told if here().rank == 0 and here().by != "lingen" else ""  # whoever started that rank tells
     if isinstance(error, RuntimeError) and (found := re.match(LOADER_ENDED, str(error))):
         return (
             f"A loader process has ended ({found[0]}), killed perhaps because the machine's memory or /dev/shm "

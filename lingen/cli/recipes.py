@@ -64,7 +64,8 @@ def show(args: argparse.Namespace) -> int:
 
 
 def _forecast_row(one: Any) -> dict[str, str]:
-    gib = {name: f"{size / 2**30:.3g} GiB" for name, size in one.memory.items()}
+    sizes = {**one.memory, "checkpoint (host memory)": one.checkpoint}
+    gib = {name: f"{size / 2**30:.3g} GiB" for name, size in sizes.items()}
     tokens = " + ".join(f"{count:,} ({kind})" for kind, count in one.tokens.items())
     flops = " + ".join(f"{count / 1e12:.3g}" for count in one.flops.values()) or "unknown"
     return {"stage": one.stage, "tokens": tokens, "parameters": f"{one.trained:,}", "forward TFLOP": flops, **gib}

@@ -28,11 +28,12 @@ from lingen.cli.command import (
     size_of,
     ways_of_args,
 )
+from lingen.cli.edge import line_of
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
 from lingen.training import signals
-from lingen.training.environment import here
+from lingen.training.environment import OtherRankError, here, who
 
 if TYPE_CHECKING:
     from lingen.text.rewrite import Rewritten
@@ -62,17 +63,21 @@ def _fit(args: argparse.Namespace) -> int:
 
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
-    # Mistakes are reported before lightning and lingen.data are imported, unless several ranks have to agree on them.
-    curriculum = _loaded(partial(load_for_training, args.recipe, args.overrides, args.stage))
+    load = partial(load_for_training, args.recipe, args.overrides, args.stage)
+    if here().ranks == 1:
+        curriculum = load()  # mistakes are reported before lightning and lingen.data are imported
+    else:
+        from lingen.training.launch import load_together
+
+        curriculum = load_together(load)
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
-    from lingen.weights import IncompleteError
 
     with ConsoleReporter(console()) if here().rank == 0 else nullcontext(run.Reporter()) as reporter:
         try:
             outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter)
-        except (DataError, IncompleteError, run.NonFiniteError) as error:
+        except (DataError, run.NonFiniteError) as error:
             reporter.say(str(error))
             return FAILED
         except Exception as error:
@@ -80,21 +85,15 @@ def _fit(args: argparse.Namespace) -> int:
             if number is None or isinstance(error, RecipeError):
                 raise
             # A signal to all processes of a job may end what the run needed, a compiler say: no fault of the run.
-            traceback.print_exception(error)
+            line = line_of(error, args)
+            if line:
+                print(who() + line, file=sys.stderr)
+            elif line is None and not isinstance(error, OtherRankError):
+                traceback.print_exception(error)
             raise signals.Stopped(number) from None
     if outcome.is_first_rank:
         _print_outcome(outcome, curriculum.base.subject)
     return DONE
-
-
-def _loaded(load: Callable[[], T]) -> T:
-    """What `load` gives. Ranks that a launcher started connect first: a mistake is then said once."""
-    if here().ranks == 1 or here().by == "lingen":
-        return load()
-    from lingen.training import launch, ranks
-
-    launch.join()
-    return ranks.together(load)
 
 
 def _print_outcome(outcome: Any, subject: Subject) -> None:

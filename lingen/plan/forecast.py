@@ -43,13 +43,21 @@ class Plan:
         return {kind: math.prod(grid) for kind, grid in self.grids.items()}
 
     @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint: weights, averaged weights and two moments. While one is written, the memory of the
+        machines, not of their GPUs, holds a copy; all ranks share in it."""
+        return (
+            self.memory["weights"] + self.memory["averaged weights"] + 2 * self.memory["gradients and optimiser"] // 3
+        )
+
+    @property
     def trained(self) -> int:
         """All trained parameters."""
         return sum(self.parameters.values())
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "tokens": self.tokens, "trained": self.trained}
+        return {**asdict(self), "tokens": self.tokens, "trained": self.trained, "checkpoint": self.checkpoint}
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -27,11 +27,12 @@ OURS = {
     "check_val_every_n_epoch": "train.validate_every",
     "default_root_dir": "--run",
     "callbacks": "lingen's own",
+    "plugins": "lingen's own",
 }
 """Arguments of lightning.Trainer that another key of the recipe decides."""
 
-SHARDING = ("fsdp", "deepspeed", "model_parallel")
-"""What the names of Lightning's strategies contain that split the weights or AdamW's moments over ranks."""
+STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
+"""What `trainer.strategy` may be; Lightning's other spellings of the first two are taken as well."""
 
 
 class Curriculum(NamedTuple):
@@ -80,13 +81,14 @@ def _check_loggers(stages: Iterable[Layered]) -> None:
 
 def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Curriculum:
     """As `load_to_run`, for a run of all stages or of one. RecipeError, before anything is built and torch is imported,
-    where a stage that will be trained asks for a strategy that shards."""
+    where a stage that will be trained asks for a strategy that lingen does not train with."""
     draft = read_draft(recipe, overrides)
     if stage is not None:
         _check_stage(stage, list(draft.stages))
     chosen = [one for name, one in draft.stages.items() if stage in (None, name)]
     place = ("trainer", "strategy")
-    raise_all(one.problem(place, text) for one in chosen if (text := sharding(one.get(place))))
+    faults = ((one, fault_of_strategy(one.get(place), one.get(("trains",)))) for one in chosen)
+    raise_all(one.problem(place, text) for one, text in faults if text)
     _check_loggers(chosen)
     return _complete(draft)
 
@@ -127,13 +129,23 @@ def stages_of(recipe: str | Path, overrides: Sequence[str] = ()) -> list[str]:
     return list(read_draft(recipe, overrides).stages)
 
 
-def sharding(strategy: Any) -> str | None:
-    """Why `lingen fit` refuses a strategy of lightning.Trainer, with the cure; None for one that it takes."""
-    if not isinstance(strategy, str) or not any(word in strategy.lower() for word in SHARDING):
+def fault_of_strategy(strategy: Any, trains: Any) -> str | None:
+    """Why `lingen fit` refuses a `trainer.strategy`, with the cure; None for one that it takes.
+
+    Args:
+        trains: the recipe's subject.
+    """
+    name = str(strategy or "auto").lower()
+    if name in ("fsdp", "hsdp") and trains == "autoencoder":
+        return (
+            f"strategy '{strategy}' splits a denoiser over ranks; an autoencoder is whole on every rank. Set "
+            "trainer.strategy=ddp."
+        )
+    if name in STRATEGIES or name == "single_device" or name.startswith("ddp"):
         return None
     return (
-        f"strategy '{strategy}' splits the model over ranks, which lingen can neither train nor save yet; set "
-        "trainer.strategy=ddp, which keeps the whole model on every rank."
+        f"strategy '{strategy}' is none that lingen trains with. Set trainer.strategy=fsdp to split the model over "
+        "ranks (FSDP2), hsdp to split it over the devices of each node, or ddp to keep it whole on every rank."
     )
 
 

@@ -91,5 +91,5 @@ def _known(key: str) -> set[str] | None:
     if key == "strategy":
         from lightning.pytorch.strategies import StrategyRegistry
 
-        return {"auto", *StrategyRegistry.available_strategies()}
+        return {"auto", "hsdp", *StrategyRegistry.available_strategies()}
     return set(PROFILERS) if key == "profiler" else None

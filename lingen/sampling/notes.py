@@ -19,6 +19,7 @@ from lingen.recipe.sections import SampleConfig
 from lingen.recipe.signature import as_plain, check_value, settings_of
 from lingen.sampling.clips import ClipSize, Take
 from lingen.training.denoiser import LinGenModule
+from lingen.training.state import whole_of
 from lingen.training.weights import averaged_state
 from lingen.weights import hash_tensors
 
@@ -28,8 +29,8 @@ Notes = dict[str, Any]
 
 
 def notes_of(module: LinGenModule, weights: Path, clip: ClipSize, settings: SampleConfig) -> Notes:
-    """What all clips of one sampling share. To be asked before anything is sampled: with `sample.precision` the
-    denoiser's weights may change.
+    """What all clips of one sampling share; in training all ranks ask for it. To be asked before anything is sampled:
+    with `sample.precision` the denoiser's weights may change.
 
     Args:
         weights: the file that holds the weights, or will hold them.
@@ -43,7 +44,7 @@ def notes_of(module: LinGenModule, weights: Path, clip: ClipSize, settings: Samp
         "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
         "stage": module.recipe.stage,
         "weights": str(weights.resolve()),
-        "weights_sha256": hash_tensors(averaged_state(module)),
+        "weights_sha256": hash_tensors(averaged_state(module), whole_of),
         "frozen": frozen_settings(module.recipe),
         **how,
         "frames": clip.frames,

@@ -7,21 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lingen.blocks.layers import GatedRMSNorm, RMSNorm
-from lingen.blocks.positions import Positions
+from lingen.blocks.layers import is_float32
 from lingen.kernels.fp8 import SMALLEST_LAYER, Fp8Linear, to_fp8
-from lingen.model import LinGen, TimeEmbedding
+from lingen.model import LinGen
 from lingen.recipe.errors import RecipeError
 
 if TYPE_CHECKING:
     from lingen.training.denoiser import LinGenModule
 
-FLOAT32_PARTS = (TimeEmbedding, Positions, RMSNorm, GatedRMSNorm)
-"""Modules that stay float32: neighbouring times of a schedule differ by 1e-3, which bfloat16 cannot represent;
-positions are summed before they are rounded; norms multiply in float32 and have few weights."""
-FLOAT32_NAMES = ("a_log", "d", "dt_bias", "modulation", "pool_text", "unpatchify")
-"""Names of parameters and layers that stay float32: those that set a scan's memory, the timestep's tables, which are
-added to a float32 row, and the two small layers that compute in float32."""
+FLOAT32_NAMES = ("modulation", "pool_text", "unpatchify")
+"""Names of parameters and layers of the denoiser that stay float32 beside the modules that say so themselves
+(`lingen.blocks.layers.stays_float32`): the last rows of modulation, which are added to a float32 row, and the two small
+layers that compute in float32."""
 
 
 def set_precision(module: LinGenModule, precision: str) -> bool:
@@ -55,7 +52,7 @@ def precision_of(model: LinGen) -> str:
 
 
 def lower(model: LinGen, precision: str) -> None:
-    """Casts the weights to bfloat16, in place, but for `FLOAT32_PARTS` and `FLOAT32_NAMES`; with "fp8" the large linear
+    """Casts the weights to bfloat16, in place, but for what stays float32; with "fp8" the large linear
     layers of the blocks become `Fp8Linear`. The stream takes the dtype of the weights."""
     device = model.patchify.weight.device
     if precision == "fp8" and not to_fp8(model.blocks):
@@ -76,5 +73,5 @@ def _cast(part: nn.Module) -> None:
         if name not in FLOAT32_NAMES:
             parameter.data = parameter.data.bfloat16()
     for name, child in part.named_children():
-        if name not in FLOAT32_NAMES and not isinstance(child, FLOAT32_PARTS):
+        if name not in FLOAT32_NAMES and not is_float32(child):
             _cast(child)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
     """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too.
-
-    All ranks sample, rank 0 decodes and writes. Stopped, on all of them, between two clips where any got a signal.
+    All ranks sample every clip together, since each may hold a part of the weights; the first one decodes and writes.
+    Stopped, on all of them, between two clips where any got a signal.
 
     The MP4s note what `lingen sample` notes: with the stage's weights, once it is finished, they can be made again.
     """
@@ -64,7 +64,12 @@ RECONSTRUCTIONS = 4
 
 def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
     """Clips, held-out ones where there are any, beside what the autoencoder in training makes of them: MP4s and a
-    contact sheet with rows of clips, reconstructions and four times their difference."""
+    contact sheet with rows of clips, reconstructions and four times their difference. The first rank makes them alone:
+    an autoencoder is whole on every rank."""
+    on_first_rank(partial(_write_reconstructions, module, data, folder, step))
+
+
+def _write_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
     target, strips = folder.samples(str(module.recipe.stage), step), []
     shown = data.val_dataloader() or data.batches()
     clips = itertools.islice((clip for batch in shown for clip in batch.clips), RECONSTRUCTIONS)

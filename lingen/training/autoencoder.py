@@ -161,6 +161,7 @@ class AutoencoderModule(Trained):
     def _record(self, loss: Tensor, terms: dict[str, Tensor], batch: Batch, positions: int) -> None:
         """Into the next row: every term, by kind too; tokens are the latents' positions."""
         if not torch.isfinite(loss):
+            self.not_finite += batch.keys
             return  # reported by the guard
         for name, value in {"loss": loss, **{f"loss/{name}": value for name, value in terms.items()}}.items():
             for label in (name, f"{name}/{batch.kind}"):

@@ -12,6 +12,7 @@ from typing import Any, cast
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lingen.blocks.layers import decays
 from lingen.data.batch import Batch
@@ -22,7 +23,11 @@ from lingen.training.average import AveragedWeights
 from lingen.training.checkpoint import moments_of, open_checkpoint, restore
 from lingen.training.meter import Meter
 from lingen.training.ranks import gather_objects, together
+from lingen.training.sharding import clip_gradients
 from lingen.training.state import load_state_by_name
+
+SAMPLES_NAMED = 16
+"""Samples that a message names."""
 
 
 class NonFiniteError(RuntimeError):
@@ -42,10 +47,9 @@ class Trained(lightning.LightningModule):
     optional: tuple[str, ...] = ()
     """Prefixes of names that only some stages have: weights to load may lack them, and may hold ones that are not
     used."""
-    shapes: dict[str, torch.Size]
-    """Of everything trained, as it was built: before a strategy could take parts of it away."""
     decayed: frozenset[str]
-    """Names of the trained parameters that weight decay pulls at, noted likewise: tags and axes may be lost later."""
+    """Names of the trained parameters that weight decay pulls at, noted before a strategy replaces them: tags are
+    lost."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -57,6 +61,8 @@ class Trained(lightning.LightningModule):
         """What the stage goes on from, read when the strategy has set everything up."""
         self.moments_from: Path | None = None
         """A checkpoint of the stage before, whose moments AdamW takes over where the recipe keeps them."""
+        self.not_finite: list[str] = []
+        """Samples of this step whose loss was not finite."""
         self.write_row: Callable[[int, dict[str, float]], None] = lambda step, values: None
         """Writes a row of metrics.csv: the steps done, and values by name."""
         self.steps_before = 0
@@ -82,10 +88,9 @@ class Trained(lightning.LightningModule):
         """Measures what it needs on the data module's samples, before the weights of a finished stage are written."""
 
     def freeze_parts(self) -> None:
-        """For the end of a constructor: no gradients for the frozen parts; of the others shapes and decay are noted."""
+        """For the end of a constructor: no gradients for the frozen parts; of the others decay is noted."""
         for part in self.frozen_parts().values():
             part.requires_grad_(False).eval()
-        self.shapes = {name: value.shape for name, value in self.trained_state().items()}
         self.decayed = frozenset(name for name, p in self.trained_parameters().items() if decays(p))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -96,6 +101,10 @@ class Trained(lightning.LightningModule):
         """`state_dict` without the frozen parts."""
         frozen = tuple(self.frozen_parts())
         return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
+
+    def shard(self, mesh: DeviceMesh, device: torch.device, low: torch.dtype | None) -> None:
+        """Splits what is trained over the ranks of a mesh, see `lingen.training.sharding.shard_denoiser`."""
+        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Trained:
         super().train(mode)
@@ -155,9 +164,11 @@ class Trained(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient; one that is not finite is thrown away, and a few in a row, or all of a stage, stop the
         run."""
-        norms = [self._clip(parameters) for parameters in self.clipped_together()]
+        limit = self.recipe.train.clip_grad
+        norms = [clip_gradients(parameters, limit) for parameters in self.clipped_together()]
         if all(torch.isfinite(norm) for norm in norms):
             self.bad_steps = 0
+            self.not_finite = []
             self.meter.add("grad_norm", norms[0][None])
             self.meter.add(f"grad_norm/{self._batch.kind}", norms[0][None])
             return
@@ -168,16 +179,22 @@ class Trained(lightning.LightningModule):
         if self.bad_steps >= min(settings.max_nonfinite, settings.steps):  # a shorter stage would count as trained
             raise NonFiniteError(
                 f"The loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step "
-                f"{self.global_step + 1} of stage '{self.recipe.stage or 'main'}'; samples of this rank's last batch: "
-                f"{', '.join(self._batch.keys)}. Lower train.lr, lengthen train.warmup, or look at these samples. "
-                "Nothing of these steps was kept."
+                f"{self.global_step + 1} of stage '{self.recipe.stage or 'main'}'; {self._suspects()}. Lower train.lr, "
+                "lengthen train.warmup, or look at these samples. Nothing of these steps was kept."
             )
+        self.not_finite = []
 
-    def _clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in parameters if p.grad is not None], self.recipe.train.clip_grad
+    def _suspects(self) -> str:
+        """The samples of all ranks whose loss was not finite in this step; where each was, those of the last batch."""
+        ranks = gather_objects((self.not_finite, list(self._batch.keys)))
+        found, last = (
+            [f"{key} (rank {rank})" if len(ranks) > 1 else key for rank, keys in enumerate(each) for key in keys]
+            for each in zip(*ranks, strict=True)
         )
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        shown = found or last
+        more = f" and {len(shown) - SAMPLES_NAMED} more" if len(shown) > SAMPLES_NAMED else ""
+        what = "samples whose loss was not finite" if found else "every loss was; samples of the last batch"
+        return f"{what}: {', '.join(shown[:SAMPLES_NAMED])}{more}"
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

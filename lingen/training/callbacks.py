@@ -3,6 +3,7 @@
 import csv
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.ranks import gather_objects, is_first_rank, largest, on_first_rank
 from lingen.training.saver import Saver
+from lingen.training.sharding import whole_float32
+from lingen.training.state import whole_of
 
 log = logging.getLogger("lingen")
 
@@ -146,6 +149,7 @@ class StepEdge(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.saver.finish()
+        self.saver = None  # and its buffer
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self.saver is not None:
@@ -322,12 +326,14 @@ def blocks_of(module: Trained) -> Iterable[Any]:
 
 
 def horizons(module: Trained) -> dict[str, Tensor]:
-    """Memory horizon of each scan, in tokens, see `Mamba2.horizon`."""
+    """Memory horizon of each scan, in tokens, see `Mamba2.horizon`. All ranks ask: where the model is sharded, what
+    sets the horizons of all blocks is gathered at once."""
     values: dict[str, Tensor] = {}
-    for index, block in enumerate(blocks_of(module)):
-        for part in cast(nn.Module, block.mixer).modules():
-            if hasattr(part, "horizon"):
-                horizon = cast(Any, part).horizon().flatten()
-                values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
-                values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
+    with whole_float32(module.model) if isinstance(module, LinGenModule) else nullcontext():
+        for index, block in enumerate(blocks_of(module)):
+            for part in cast(nn.Module, block.mixer).modules():
+                if hasattr(part, "horizon"):
+                    horizon = whole_of(cast(Any, part).horizon()).flatten()
+                    values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
+                    values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
     return values

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lingen import flow
 from lingen.data.batch import Batch
@@ -17,6 +18,7 @@ from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe
 from lingen.text import TextEncoder, replace_rows, with_frame_rate
 from lingen.training.base import Trained
+from lingen.training.sharding import shard_denoiser
 
 TokensByEncoder = Mapping[int, tuple[Tensor, Tensor]]
 """Number of a text encoder -> tokens [b n w] and their mask [b n]."""
@@ -46,6 +48,10 @@ class LinGenModule(Trained):
         """Prefix of the parameters' names -> the frozen parts."""
         parts = {f"text.{i}.": encoder for i, encoder in enumerate(self.text) if not is_trained(encoder)}
         return {**parts, "autoencoder.": self.autoencoder}
+
+    def shard(self, mesh: DeviceMesh, device: torch.device, low: torch.dtype | None) -> None:
+        """See `lingen.training.sharding.shard_denoiser`; frozen parts stay whole on every rank."""
+        shard_denoiser(self.model, filter(is_trained, self.text), mesh, device, low)
 
     def fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Positional tables of another size are resized (`resize_tables`)."""
@@ -131,9 +137,10 @@ class LinGenModule(Trained):
         return losses.mean()
 
     def _record(self, losses: Tensor, times: Tensor, batch: Batch) -> None:
-        losses = losses[torch.isfinite(losses)]
-        if len(losses) < len(times):
-            return  # reported by the guard below
+        finite = torch.isfinite(losses).tolist()
+        if not all(finite):
+            self.not_finite += [key for key, is_finite in zip(batch.keys, finite, strict=True) if not is_finite]
+            return  # reported by the guard
         self.meter.add("loss", losses)
         self.meter.add(f"loss/{batch.kind}", losses)
         for name, picked in losses_by_time(losses, times):

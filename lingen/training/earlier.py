@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lingen.training.intact import BrokenError
+from lingen.weights import names_now
 
 if TYPE_CHECKING:
     from lingen.training.base import Trained
@@ -29,13 +30,15 @@ class EarlierCheckpoint:
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             optimizer, average = held["optimizer_states"][0], held["average"]
-            self.tensors: dict[str, Tensor] = {f"raw.{name}": value for name, value in held["state_dict"].items()}
-            names = _order(list(held["state_dict"]), module)
+            own = module.trained_state()
+            raw, averaged = names_now(held["state_dict"], own), names_now(average["weights"], own)
+            self.tensors: dict[str, Tensor] = {f"raw.{name}": value for name, value in raw.items()}
+            names = _order(list(raw), module)
         except (KeyError, IndexError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
             raise BrokenError(f"it is no checkpoint of an earlier lingen ({error})") from error
         if len(names) != sum(len(group["params"]) for group in optimizer["param_groups"]):
             raise BrokenError("its optimiser moves other parameters than this recipe's")
-        self.tensors |= {f"averaged.{name}": value for name, value in average["weights"].items()}
+        self.tensors |= {f"averaged.{name}": value for name, value in averaged.items()}
         counts: dict[str, dict[str, float]] = {}
         for number, values in optimizer["state"].items():
             name = names[number]

@@ -1,20 +1,16 @@
-"""Starts and connects the ranks of a run. Those that srun or torchrun started meet at once; on one machine rank 0 first
-decides what there is to do, and then starts the others with its own command."""
+"""Connects the ranks of a run, and holds what a recipe asks for to what srun or torchrun have started."""
 
 import atexit
 import logging
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,23 +19,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training import environment, signals
 from lingen.training.environment import PARENT, OtherRankError, Rank, here
 from lingen.training.identity import ranks_here
-from lingen.training.ranks import gather_objects, is_connected, on_first_rank
+from lingen.training.ranks import gather_objects, is_connected, on_first_rank, together
 
-log = logging.getLogger("lingen")
+T = TypeVar("T")
 
 MEETING = timedelta(minutes=10)
 """How long ranks wait for each other to come."""
 PATIENCE = timedelta(minutes=60)
 """How long a rank waits for what another one does alone, such as an index of new shards."""
-GRACE = 10.0
-"""Seconds that ranks of this machine have to end by themselves when one of them has ended."""
-STOPPED = (0, 75, 130)
-"""Exit codes of a rank that has done its work, or stopped at a signal."""
-SAID = (1, 2)
-"""Exit codes of a rank that has said itself what is wrong."""
 
 
 class RankEnvironment(ClusterEnvironment):
@@ -100,10 +89,19 @@ def join() -> None:
     _check_address(own)
     try:
         store, *_ = next(iter(dist.rendezvous(f"tcp://{own.address}:{own.port}", own.rank, own.ranks, timeout=MEETING)))
-        _connect(own, store)
+        connect(own, store)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise _no_meeting(own, " ".join(str(error).split())[:300]) from error
-    _agree(own)
+    agree(own)
+
+
+def load_together(load: Callable[[], T]) -> T:
+    """What each rank gets from its own `load`. Those that a launcher started connect first, so that a mistake is said
+    once; those that rank 0 started come when it has loaded the same."""
+    if here().by == "lingen":
+        return load()
+    join()
+    return together(load)
 
 
 def _check_address(own: Rank) -> None:
@@ -124,13 +122,22 @@ def _no_meeting(own: Rank, why: str) -> RecipeError:
     )
 
 
-def _connect(own: Rank, store: Any) -> None:
+def connect(own: Rank, store: Any) -> None:
+    """Connects this process to the other ranks through a store that they share."""
     vars(rank_zero_only)["rank"] = own.rank
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=own.rank, world_size=own.ranks, timeout=PATIENCE)
+    atexit.register(disconnect)
 
 
-def _agree(own: Rank) -> None:
+def disconnect() -> None:
+    """Ends the connection, if there is one."""
+    if is_connected():
+        dist.destroy_process_group()
+
+
+def agree(own: Rank) -> None:
+    """For all ranks, once they are connected: `check_layout`."""
     everyone = gather_objects(own)
     on_first_rank(lambda: check_layout(everyone))
 
@@ -225,103 +232,3 @@ def _alone(stage: str, devices: int, nodes: int) -> str:
         f"srun -N{nodes} --ntasks-per-node={devices} lingen fit ..., without SLURM with torchrun on each node "
         f"(torchrun --nnodes={nodes} --nproc-per-node={devices} ...), or set trainer.num_nodes=1."
     )
-
-
-# ranks of this machine
-
-
-def start_ranks(ranks: int) -> bool:
-    """Starts the other ranks of a run on this machine, with the command of this process, and connects to them. Returns
-    whether it did: not for one rank, nor where they are there.
-
-    Raises:
-        RecipeError: this process has no command.
-    """
-    if ranks == 1 or is_connected():
-        return False
-    main = sys.modules["__main__"]
-    if not (getattr(main, "__file__", None) or getattr(main, "__spec__", None) or "-c" in sys.orig_argv):
-        raise RecipeError(
-            f"{ranks} ranks cannot be started from a notebook or a console, since each runs the whole command. Put it "
-            "into a file, take `lingen fit`, or set trainer.devices=1."
-        )
-    store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, timeout=MEETING, wait_for_workers=False)
-    own = Rank(by="lingen", ranks=ranks, port=store.port)
-    environment.take(own)
-    _children.append(LocalRanks(own))
-    _connect(own, store)
-    _children[0].joined = True
-    _agree(own)
-    return True
-
-
-class LocalRanks:
-    """The other ranks of this machine: processes that end with this one, and this one with them.
-
-    Args:
-        own: of this process, rank 0.
-    """
-
-    def __init__(self, own: Rank):
-        self.joined = False
-        self.over = threading.Event()
-        command = [sys.executable, *sys.orig_argv[1:]]
-        self.processes = {
-            rank: subprocess.Popen(command, env=os.environ | _told(own, rank), stdin=subprocess.DEVNULL)
-            for rank in range(1, own.ranks)
-        }
-        threading.Thread(target=self._watch, name="lingen-ranks", daemon=True).start()
-
-    def _watch(self) -> None:
-        while not self.over.wait(0.1):
-            for rank, process in self.processes.items():
-                code = process.poll()
-                if code is not None and (code not in STOPPED or not self.joined):
-                    self._failed(rank, code)
-                    return
-
-    def _failed(self, rank: int, code: int) -> None:
-        """One rank has ended and cannot be replaced. This process finds that itself, unless it waits for that rank."""
-        if code not in SAID:
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            log.error("Rank %d %s, so the run ends; the same command goes on from its last checkpoint.", rank, how)
-        if not self.over.wait(GRACE if self.joined else 0.0):
-            self.kill()
-            number = signals.noted()  # a signal to all of a job's processes may come before a rank listens
-            os._exit(1 if number is None else signals.Stopped(number).code)
-
-    def end(self, grace: float) -> None:
-        """Waits so many seconds for their end, then makes it."""
-        self.over.set()
-        last = time.monotonic() + grace
-        while time.monotonic() < last and any(process.poll() is None for process in self.processes.values()):
-            time.sleep(0.02)
-        self.kill()
-
-    def kill(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-
-
-def _told(own: Rank, rank: int) -> dict[str, str]:
-    values = (rank, own.ranks, rank, own.ranks, own.address, own.port)
-    return dict(zip(environment.OF_LAUNCHERS, map(str, values), strict=True)) | {PARENT: str(os.getpid())}
-
-
-_children: list[LocalRanks] = []
-
-
-def end_children(grace: float = 3.0) -> None:
-    """Ends the ranks that this process has started, where they do not end by themselves, and the connection to them."""
-    while _children:
-        _children.pop().end(grace)
-        environment.take(None)
-        dist.destroy_process_group()
-
-
-@atexit.register
-def leave() -> None:
-    """Ends what connects this process to other ranks; those that it has started may do their last work."""
-    end_children(GRACE)
-    if is_connected():
-        dist.destroy_process_group()

@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,8 @@ INTERRUPTED, REQUEUE = 130, 75
 """Exit codes of a run that was stopped: by Ctrl-C; by another signal, which wants to go on (EX_TEMPFAIL)."""
 TOGETHER = 0.2
 """Seconds within which several SIGINTs count as one: a terminal, `timeout` or `torchrun` may each send it."""
+TELLS = b"\nStopping as soon as the step is done and saved; Ctrl-C again stops at once.\n"
+"""At the first Ctrl-C."""
 SHOW_CURSOR = b"\x1b[?25h"
 """For a terminal on which a progress bar had hidden it."""
 
@@ -56,6 +57,7 @@ class Listener:
         """Whether the main thread is where it may be left at any point."""
         self._pid = os.getpid()
         self._interrupted: float | None = None
+        self._is_told = False
         self._before: dict[int, Any] = {}
 
     def start(self) -> None:
@@ -85,7 +87,6 @@ class Listener:
             return
         self.number = self.number or number
         if number == signal.SIGINT and not self.owns_process and self._is_second():
-            _end_children()
             raise Stopped(number)
         if self.is_prompt:
             self.is_prompt = False
@@ -93,9 +94,16 @@ class Listener:
 
     def _watch(self, heard: int) -> None:
         """In a thread: a handler waits until the main thread is back in Python, and where ranks hang that is never."""
+        from lingen.training.environment import here  # listening comes first
+
         while numbers := os.read(heard, 1):
-            if numbers[0] == signal.SIGINT and self._is_second():
+            if numbers[0] != signal.SIGINT:
+                continue
+            if self._is_second():
                 _leave()
+            elif not self._is_told and here().rank == 0:
+                self._is_told = True
+                _write(TELLS)
 
     def _is_second(self) -> bool:
         """Whether this SIGINT comes after another one."""
@@ -205,10 +213,15 @@ def _numbers() -> list[int]:
 def _leave() -> NoReturn:
     """Ends this process, without any of the work that is done at an end, and those that it started."""
     _end_children()
-    if sys.stderr is not None and sys.stderr.isatty():
-        with contextlib.suppress(OSError):
-            os.write(sys.stderr.fileno(), SHOW_CURSOR)
+    if os.isatty(2):
+        _write(SHOW_CURSOR)
     os._exit(INTERRUPTED)
+
+
+def _write(text: bytes) -> None:
+    """To stderr, past whatever the main thread holds."""
+    with contextlib.suppress(OSError):
+        os.write(2, text)
 
 
 def _end_children() -> None:

@@ -20,7 +20,7 @@ def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> Optimi
         optimizer: as torch makes it.
     """
     named = ((name, optimizer.state.get(parameter)) for name, parameter in module.named_parameters())
-    return {name: {key: _noted(value) for key, value in held.items()} for name, held in named if held}
+    return {name: {key: _noted(key, value) for key, value in held.items()} for name, held in named if held}
 
 
 @torch.no_grad()
@@ -47,6 +47,11 @@ def load_state_by_name(
     return left_out
 
 
+def whole_of(value: Tensor) -> Tensor:
+    """A tensor of which each rank may hold a part, as a plain one; all ranks ask for it at once."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as `like` is held on this rank, in its type and on its device; every rank has the whole one, and
     none is told anything."""
@@ -56,9 +61,9 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _noted(value: Any) -> Any:
-    """A count, such as AdamW's `step`, as a number."""
-    return float(value) if isinstance(value, Tensor) and value.ndim == 0 else value
+def _noted(key: str, value: Any) -> Any:
+    """A count as a number. A tensor of a parameter without axes has none either, so that the name has to tell."""
+    return float(value) if key == "step" else value
 
 
 def _fits(held: Mapping[str, Any], parameter: Tensor) -> bool:

@@ -15,15 +15,18 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Component, Recipe
 from lingen.training.folder import RunFolder
 from lingen.training.launch import RankEnvironment
+from lingen.training.strategy import Sharded, strategy_of
 
 
 def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> lightning.Trainer:
     """lightning.Trainer with the recipe's arguments and those that lingen sets."""
-    arguments = dict(recipe.trainer)
+    arguments = dict(recipe.trainer) | {"strategy": strategy_of(recipe)}
     loggers = [build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard"))]
     settings = recipe.train
     batches = settings.steps * settings.accumulate
     every = settings.validate_every * settings.accumulate or batches
+    if isinstance(arguments["strategy"], Sharded):
+        arguments.setdefault("inference_mode", False)  # gathered weights are written again when training goes on
     with warnings.catch_warnings():
         quiet_lightning()
         trainer = _trainer(

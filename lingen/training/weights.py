@@ -1,5 +1,6 @@
 """Weights of a module: written when a stage is finished, read again with the recipe inside the file."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,24 +14,43 @@ from lingen.recipe.sections import Recipe
 from lingen.recipe.subjects import SUBJECTS
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
-from lingen.weights import OF_TRAINING, check_whole, find_weights, read_metadata, read_weights, write_tensors
+from lingen.training.ranks import is_first_rank, on_first_rank
+from lingen.training.state import whole_of
+from lingen.weights import (
+    OF_TRAINING,
+    file_order,
+    find_weights,
+    names_now,
+    read_metadata,
+    read_weights,
+    write_pieces,
+)
 
 
 def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
-    """Writes the raw and the averaged copy of everything trained, with the whole filled recipe, in one step.
+    """Writes the raw and the averaged copy of everything trained, with the whole filled recipe, in one step. All ranks
+    gather one tensor after the other, the first one writes; where it cannot, all raise.
 
     Keys are ``raw.NAME`` and ``averaged.NAME``; the metadata holds `recipe` (YAML), `stage` and `step`.
-    IncompleteError where a tensor lacks elements.
     """
-    raw, averaged = module.trained_state(), averaged_state(module)
-    for copy in (raw, averaged):
-        check_whole(copy, module.shapes)
-    tensors = {f"raw.{name}": value for name, value in raw.items()} | {
-        f"averaged.{name}": v for name, v in averaged.items()
-    }
+    copies = {"raw": module.trained_state(), "averaged": averaged_state(module)}
+    tensors = {f"{copy}.{name}": value for copy, state in copies.items() for name, value in state.items()}
     metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
-    # Both copies may be one tensor, which the library refuses to write twice.
-    write_tensors(path, {name: value.detach().cpu().clone() for name, value in tensors.items()}, metadata)
+    pieces = ((name, whole_of(tensor)) for name, tensor in file_order(tensors))
+    fault: list[Exception] = []
+    if is_first_rank():
+        try:
+            write_pieces(path, tensors, pieces, metadata)
+        except Exception as error:
+            fault.append(error)
+    for _ in pieces:  # of the first rank after a fault, and of the others: each piece needs all ranks
+        pass
+    on_first_rank(partial(_raise_any, fault))
+
+
+def _raise_any(faults: list[Exception]) -> None:
+    for fault in faults:
+        raise fault
 
 
 def averaged_state(module: Trained) -> dict[str, Tensor]:
@@ -44,7 +64,8 @@ def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
     Raises:
         RecipeError: names what is missing, left over or of another shape.
     """
-    own, weights = module.trained_state(), module.fitted(weights)
+    own = module.trained_state()
+    weights = module.fitted(names_now(weights, own))
     missing, extra = (
         sorted(name for name in names if not name.startswith(module.optional))
         for names in (own.keys() - weights.keys(), weights.keys() - own.keys())

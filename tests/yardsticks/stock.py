@@ -84,8 +84,8 @@ class StockMamba2(nn.Module):
         states = ours.groups * ours.state_dim
         x, b, c, dt = streams.split([ours.sizes[0], states, states, ours.sizes[2]], -1)
         x, b, c = x.unflatten(-1, (-1, ours.head_dim)), *(u.unflatten(-1, (ours.groups, -1)) for u in (b, c))
-        a = -ours.a_log[way].float().exp()
-        return one_direction(x, dt, a, b, c, ours.d[way], ours.dt_bias[way]).flatten(2)
+        a = -ours.memory.a_log[way].float().exp()
+        return one_direction(x, dt, a, b, c, ours.memory.d[way], ours.memory.dt_bias[way]).flatten(2)
 
 
 def _pool(x: Tensor, kernel: Grid) -> Tensor:

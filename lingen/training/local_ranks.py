@@ -1,0 +1,140 @@
+"""Several ranks on one machine without a launcher: rank 0 decides what there is to do, and then starts the others, each
+with the command that it was started with itself."""
+
+import atexit
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+from lingen.recipe.errors import RecipeError
+from lingen.training import environment, signals
+from lingen.training.environment import PARENT, Rank
+from lingen.training.launch import MEETING, agree, connect, disconnect
+from lingen.training.ranks import is_connected
+
+log = logging.getLogger("lingen")
+
+GRACE = 10.0
+"""Seconds that the other ranks have to end by themselves."""
+SHORT = 3.0
+"""The same after an error of this process."""
+STOPPED = (0, signals.REQUEUE, signals.INTERRUPTED)
+"""Exit codes of a rank that has done its work, or stopped at a signal."""
+SAID = (1, 2)
+"""Exit codes of a rank that has said itself what is wrong."""
+
+
+def start_ranks(ranks: int) -> bool:
+    """Starts the other ranks of a run on this machine, with the command of this process, and connects to them. Returns
+    whether it did: not for one rank, nor where they are there.
+
+    Raises:
+        RecipeError: this process has no command.
+    """
+    if ranks == 1 or is_connected():
+        return False
+    main = sys.modules["__main__"]
+    if not (getattr(main, "__file__", None) or getattr(main, "__spec__", None) or "-c" in sys.orig_argv):
+        raise RecipeError(
+            f"{ranks} ranks cannot be started from a notebook or a console, since each runs the whole command. Put it "
+            "into a file, take `lingen fit`, or set trainer.devices=1."
+        )
+    store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, timeout=MEETING, wait_for_workers=False)
+    own = Rank(by="lingen", ranks=ranks, port=store.port)
+    environment.take(own)
+    atexit.register(end_ranks)
+    _others.append(LocalRanks(own))
+    connect(own, store)
+    _others[0].joined = True
+    agree(own)
+    return True
+
+
+class LocalRanks:
+    """The other ranks of this machine: processes that end with this one, and this one with them.
+
+    Args:
+        own: this process, rank 0.
+    """
+
+    def __init__(self, own: Rank):
+        self.joined = False
+        self._over = threading.Event()
+        self._is_told = False
+        command = [sys.executable, *sys.orig_argv[1:]]
+        self.processes = {
+            rank: subprocess.Popen(command, env=os.environ | _told(own, rank), stdin=subprocess.DEVNULL)
+            for rank in range(1, own.ranks)
+        }
+        threading.Thread(target=self._watch, name="lingen-ranks", daemon=True).start()
+
+    def _watch(self) -> None:
+        """Where a rank has ended that cannot be replaced, this process ends: by itself, as soon as it needs that rank
+        for anything, else here."""
+        while not self._tell_of_fault():
+            if self._over.wait(0.1):
+                return
+        if not self._over.wait(GRACE if self.joined else 0.0):
+            self._kill()
+            number = signals.noted()  # a signal to all processes of a job may come before a rank listens
+            os._exit(1 if number is None else signals.Stopped(number).code)
+
+    def _tell_of_fault(self) -> bool:
+        """Whether a rank has ended that should not have; told once, unless it told itself."""
+        for rank, process in self.processes.items():
+            code = process.poll()
+            if code is None or (code in STOPPED and self.joined):
+                continue
+            if code not in SAID and not self._is_told:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+                log.error("Rank %d %s, so the run ends; the same command goes on from its last checkpoint.", rank, how)
+            self._is_told = True
+            return True
+        return False
+
+    def end(self, grace: float) -> None:
+        """Waits so many seconds for their end, then makes it."""
+        self._over.set()
+        last = time.monotonic() + grace
+        while time.monotonic() < last and any(process.poll() is None for process in self.processes.values()):
+            time.sleep(0.02)
+        self._tell_of_fault()
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+
+
+def _told(own: Rank, rank: int) -> dict[str, str]:
+    values = (rank, own.ranks, rank, own.ranks, own.address, own.port)
+    return dict(zip(environment.OF_LAUNCHERS, map(str, values), strict=True)) | {PARENT: str(os.getpid())}
+
+
+_others: list[LocalRanks] = []
+
+
+def end_ranks(grace: float = GRACE) -> None:
+    """Ends the ranks that this process has started, where they do not end by themselves, and the connection to them:
+    this process may train another run."""
+    while _others:
+        _others.pop().end(grace)
+        environment.take(None)
+        disconnect()
+
+
+def give_up() -> None:
+    """After an error: other ranks may be gone, or wait for this one. Nobody waits for them, at the end either."""
+    atexit.unregister(disconnect)
+    if is_connected() and "nccl" in str(dist.get_backend_config()):
+        atexit.unregister(end_ranks)
+        for one in _others:
+            one.end(SHORT)
+    else:
+        end_ranks(SHORT)
