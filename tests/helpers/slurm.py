@@ -105,7 +105,8 @@ class Cluster:
 
 @contextmanager
 def slurm(nodes: int) -> Iterator[Cluster]:
-    """A cluster of so many nodes of two cores, all on this machine."""
+    """A cluster of so many nodes of two cores, all on this machine. A requeued job starts again after `cred_expire`
+    seconds."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short
     folder.chmod(0o755)
     daemons: list[subprocess.Popen[bytes]] = []
