@@ -1,5 +1,5 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it."""
+``kill --seed S --times N`` kills training and goes on with it, ``preempt`` signals it under SLURM."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
+from tests.soak.preempt import preempt
 
 
 def main() -> int:
     args = _arguments()
-    return _fuzz(args) if args.trial == "fuzz" else _kill(args)
+    return _fuzz(args) if args.trial == "fuzz" else _stop(args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -31,16 +32,23 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--times", type=int, default=20)
     two.add_argument("--strategy", default="ddp")
     two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
+    three = trials.add_parser("preempt", help="the main recipe, shrunken, on two nodes of SLURM")
+    three.add_argument("--seed", type=int, default=0)
+    three.add_argument("--times", type=int, default=20)
+    three.add_argument("--keep", type=Path, default=Path("preempt"), metavar="DIR", help="made anew")
     return parser.parse_args()
 
 
-def _kill(args: argparse.Namespace) -> int:
+def _stop(args: argparse.Namespace) -> int:
     shutil.rmtree(args.keep, ignore_errors=True)
-    report = kill(args.keep.absolute(), args.seed, args.times, args.strategy)
+    if args.trial == "kill":
+        report = kill(args.keep.absolute(), args.seed, args.times, args.strategy)
+    else:
+        report = preempt(args.keep.absolute(), args.seed, args.times)
     for failure in report.failures:
         print(failure)
     kills = ", ".join(f"{count} x {victim}" for victim, count in sorted(report.kills.items()))
-    print(f"{report.kills.total()} kills ({kills}) in {report.finished} runs: {len(report.failures)} failures")
+    print(f"{report.kills.total()} times ({kills}) in {report.finished} runs: {len(report.failures)} failures")
     return 1 if report.failures else 0
 
 
