@@ -1,6 +1,6 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it, ``cluster --seed S --times N`` disturbs
-a job of SLURM."""
+``kill --seed S --times N`` kills training and goes on with it, ``preempt --seed S --times N`` signals it under SLURM,
+``cluster --seed S --times N`` disturbs a job that `lingen submit` made."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
+from tests.soak.preempt import preempt
 
 
 def main() -> int:
     args = _arguments()
-    return {"fuzz": _fuzz, "kill": _kill, "cluster": _cluster}[args.trial](args)
+    return {"fuzz": _fuzz, "kill": _stop, "preempt": _stop, "cluster": _cluster}[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -32,13 +33,15 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--times", type=int, default=20)
     two.add_argument("--strategy", default="ddp")
     two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
-    three = trials.add_parser("cluster", help="six small stages on a SLURM of two nodes, signalled and killed")
+    four = trials.add_parser("cluster", help="six small stages on a SLURM of two nodes, signalled and killed")
+    four.add_argument("--seed", type=int, default=0)
+    four.add_argument("--times", type=int, default=4)
+    four.add_argument("--minutes", type=float, default=20.0, help="after which it counts as one that does not end")
+    four.add_argument("--keep", type=Path, default=Path("cluster"), metavar="DIR", help="the run lies there; made anew")
+    three = trials.add_parser("preempt", help="the main recipe, shrunken, on two nodes of SLURM, against undisturbed")
     three.add_argument("--seed", type=int, default=0)
-    three.add_argument("--times", type=int, default=4)
-    three.add_argument("--minutes", type=float, default=20.0, help="after which it counts as one that does not end")
-    three.add_argument(
-        "--keep", type=Path, default=Path("cluster"), metavar="DIR", help="the run lies there; made anew"
-    )
+    three.add_argument("--times", type=int, default=20)
+    three.add_argument("--keep", type=Path, default=Path("preempt"), metavar="DIR", help="made anew")
     return parser.parse_args()
 
 
@@ -53,13 +56,16 @@ def _cluster(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _kill(args: argparse.Namespace) -> int:
+def _stop(args: argparse.Namespace) -> int:
     shutil.rmtree(args.keep, ignore_errors=True)
-    report = kill(args.keep.absolute(), args.seed, args.times, args.strategy)
+    if args.trial == "kill":
+        report = kill(args.keep.absolute(), args.seed, args.times, args.strategy)
+    else:
+        report = preempt(args.keep.absolute(), args.seed, args.times)
     for failure in report.failures:
         print(failure)
     kills = ", ".join(f"{count} x {victim}" for victim, count in sorted(report.kills.items()))
-    print(f"{report.kills.total()} kills ({kills}) in {report.finished} runs: {len(report.failures)} failures")
+    print(f"{report.kills.total()} times ({kills}) in {report.finished} runs: {len(report.failures)} failures")
     return 1 if report.failures else 0
 
 
