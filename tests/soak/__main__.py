@@ -1,5 +1,5 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it, ``preempt --seed S --times N`` signals it under SLURM,
+``kill --seed S --times N`` kills training and goes on with it,
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made."""
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
-from tests.soak.preempt import preempt
 
 
 def main() -> int:
     args = _arguments()
-    return {"fuzz": _fuzz, "kill": _stop, "preempt": _stop, "cluster": _cluster}[args.trial](args)
+    return {"fuzz": _fuzz, "kill": _kill, "cluster": _cluster}[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -33,15 +32,13 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--times", type=int, default=20)
     two.add_argument("--strategy", default="ddp")
     two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
-    four = trials.add_parser("cluster", help="six small stages on a SLURM of two nodes, signalled and killed")
-    four.add_argument("--seed", type=int, default=0)
-    four.add_argument("--times", type=int, default=4)
-    four.add_argument("--minutes", type=float, default=20.0, help="after which it counts as one that does not end")
-    four.add_argument("--keep", type=Path, default=Path("cluster"), metavar="DIR", help="the run lies there; made anew")
-    three = trials.add_parser("preempt", help="the main recipe, shrunken, on two nodes of SLURM, against undisturbed")
+    three = trials.add_parser("cluster", help="six small stages on a SLURM of two nodes, signalled and killed")
     three.add_argument("--seed", type=int, default=0)
-    three.add_argument("--times", type=int, default=20)
-    three.add_argument("--keep", type=Path, default=Path("preempt"), metavar="DIR", help="made anew")
+    three.add_argument("--times", type=int, default=4)
+    three.add_argument("--minutes", type=float, default=20.0, help="after which it counts as one that does not end")
+    three.add_argument(
+        "--keep", type=Path, default=Path("cluster"), metavar="DIR", help="the run lies there; made anew"
+    )
     return parser.parse_args()
 
 
@@ -56,12 +53,9 @@ def _cluster(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _stop(args: argparse.Namespace) -> int:
+def _kill(args: argparse.Namespace) -> int:
     shutil.rmtree(args.keep, ignore_errors=True)
-    if args.trial == "kill":
-        report = kill(args.keep.absolute(), args.seed, args.times, args.strategy)
-    else:
-        report = preempt(args.keep.absolute(), args.seed, args.times)
+    report = kill(args.keep.absolute(), args.seed, args.times, args.strategy)
     for failure in report.failures:
         print(failure)
     kills = ", ".join(f"{count} x {victim}" for victim, count in sorted(report.kills.items()))
