@@ -1,5 +1,6 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it."""
+``kill --seed S --times N`` kills training and goes on with it,
+``cluster --seed S --times N`` disturbs a job that `lingen submit` made."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from tests.soak.kill import kill
 
 def main() -> int:
     args = _arguments()
-    return _fuzz(args) if args.trial == "fuzz" else _kill(args)
+    return {"fuzz": _fuzz, "kill": _kill, "cluster": _cluster}[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -31,7 +32,25 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--times", type=int, default=20)
     two.add_argument("--strategy", default="ddp")
     two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
+    three = trials.add_parser("cluster", help="six small stages on a SLURM of two nodes, signalled and killed")
+    three.add_argument("--seed", type=int, default=0)
+    three.add_argument("--times", type=int, default=4)
+    three.add_argument("--minutes", type=float, default=20.0, help="after which it counts as one that does not end")
+    three.add_argument(
+        "--keep", type=Path, default=Path("cluster"), metavar="DIR", help="the run lies there; made anew"
+    )
     return parser.parse_args()
+
+
+def _cluster(args: argparse.Namespace) -> int:
+    from tests.soak.cluster import disturb
+
+    shutil.rmtree(args.keep, ignore_errors=True)
+    counts, wrong = disturb(args.keep.absolute(), args.seed, args.times, args.minutes)
+    print(*wrong, sep="\n")
+    told = ", ".join(f"{count} x {what}" for what, count in sorted(counts.items()))
+    print(f"{counts.total()} disturbances ({told}): {len(wrong)} failures")
+    return 1 if wrong else 0
 
 
 def _kill(args: argparse.Namespace) -> int:
@@ -40,7 +59,7 @@ def _kill(args: argparse.Namespace) -> int:
     for failure in report.failures:
         print(failure)
     kills = ", ".join(f"{count} x {victim}" for victim, count in sorted(report.kills.items()))
-    print(f"{report.kills.total()} kills ({kills}) in {report.finished} runs: {len(report.failures)} failures")
+    print(f"{report.kills.total()} times ({kills}) in {report.finished} runs: {len(report.failures)} failures")
     return 1 if report.failures else 0
 
 
