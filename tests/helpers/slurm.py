@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -13,7 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.helpers.commands import ROOT
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "UNKNOWN")
+"""States of a job that is not through."""
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -86,13 +91,23 @@ class Cluster:
         )
 
     def state(self, job: str) -> str:
-        """``PENDING``, ``RUNNING``, ``COMPLETED``, ``FAILED``..."""
+        """``PENDING``, ``RUNNING``, ``COMPLETED``, ``FAILED``...; ``UNKNOWN``: the controller is too busy."""
         told = self.run("scontrol", "show", "job", job).stdout
-        return next(word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState="))
+        words = (word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState="))
+        return next(words, "UNKNOWN")
 
     def idle(self) -> int:
         """Nodes that are ready."""
         return int(self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() or 0)
+
+    def finish(self, script: Path, log: Path, seconds: float) -> str:
+        """Submits a job and waits until it is through, however often it is requeued; returns its state."""
+        job = self.run("sbatch", "--parsable", str(script)).stdout.strip()
+        end = time.monotonic() + seconds
+        while (state := self.state(job)) in UNFINISHED:
+            assert time.monotonic() < end, log.read_text() if log.exists() else state
+            time.sleep(0.3)
+        return state
 
     def clear(self) -> None:
         """Ends every job: what is left of one would outlive the daemons."""
@@ -101,6 +116,22 @@ class Cluster:
             self.run("scancel", "--signal=KILL", "--full", "--user=root")
             self.run("scancel", "--user=root")
             time.sleep(0.2)
+
+
+def script_of_docs(fit: str, log: Path) -> str:
+    """The job script of docs/cluster.md for two nodes of one task, with another command in the place of its own."""
+    (script,) = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.S)
+    for old, new in {
+        "--nodes=16": "--nodes=2",
+        "--ntasks-per-node=8": "--ntasks-per-node=1",
+        "#SBATCH --gpus-per-node=8\n": "",
+        "--cpus-per-task=12": "--cpus-per-task=1",
+        "%x-%j.log": str(log),
+        "lingen fit --recipe t2v_68s --run /shared/runs/t2v_68s": fit,
+    }.items():
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    return script
 
 
 @contextmanager

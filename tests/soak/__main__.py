@@ -1,5 +1,5 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it."""
+``kill --seed S --times N`` kills training and goes on with it, ``cluster`` signals and requeues a job of real SLURM."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from tests.soak.cluster import MOMENTS, cluster
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
 
 
 def main() -> int:
     args = _arguments()
-    return _fuzz(args) if args.trial == "fuzz" else _kill(args)
+    return {"fuzz": _fuzz, "kill": _kill, "cluster": _cluster}[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -31,7 +32,18 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--times", type=int, default=20)
     two.add_argument("--strategy", default="ddp")
     two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
+    three = trials.add_parser("cluster", help="two nodes of SLURM, a signal at each moment of a run")
+    three.add_argument("--keep", type=Path, default=Path("jobs"), metavar="DIR", help="the runs lie there; made anew")
     return parser.parse_args()
+
+
+def _cluster(args: argparse.Namespace) -> int:
+    shutil.rmtree(args.keep, ignore_errors=True)
+    failures = list(cluster(args.keep.absolute()))
+    for failure in failures:
+        print(failure)
+    print(f"{len(MOMENTS)} signals to a job of two nodes: {len(failures)} failures")
+    return 1 if failures else 0
 
 
 def _kill(args: argparse.Namespace) -> int:
