@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,32 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(slurm.fault() is not None, reason=f"no SLURM here: {slurm.fault()}"),
 ]
-LONG = ["stages.clips.train.steps=2000", "train.checkpoint_every=500", "sample.prompts=[]"]
+EVENTS = '''
+"""Of a job: preempted in its first life, a rank killed in its second, the script signalled in its third."""
+import os, subprocess, time
+from lingen.training import signals
+from lingen.training.denoiser import LinGenModule
+
+step = LinGenModule.training_step
+life, rank = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SLURM_PROCID")
+
+def act(self, batch, batch_idx):
+    if self.recipe.stage == "clips" and rank == "1" and os.environ.get("EVENTS"):
+        if (life, self.global_step) == ("0", 2):
+            signal("--signal=USR1")
+        if (life, self.global_step) == ("1", 3):
+            os.kill(os.getpid(), 9)
+        if (life, self.global_step) == ("2", 4):
+            signal("--signal=USR1", "--batch")
+    return step(self, batch, batch_idx)
+
+def signal(*words):
+    subprocess.run(["scancel", *words, os.environ["SLURM_JOB_ID"]], check=True)
+    while signals.noted() is None:
+        time.sleep(0.01)
+
+LinGenModule.training_step = act
+'''
 
 
 @pytest.fixture(scope="module")
@@ -38,67 +62,63 @@ def status(cluster: slurm.Cluster, run: Path) -> dict[str, Any]:
     return json.loads(lingen(cluster, "status", str(run), "--json"))
 
 
-def wait(cluster: slurm.Cluster, run: Path, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The first status that holds, and every one before it is true as far as that can be told."""
-    end = time.monotonic() + 150
-    while time.monotonic() < end:
-        told = status(cluster, run)
-        assert told["alive"] == (told["state"] == "running") and 0 <= told["step"] <= max(told["steps"], told["step"])
-        if holds(told):
-            return told
-        time.sleep(0.5)
-    logs = "\n".join(path.read_text() for path in run.glob("submit/*/*.log"))
-    raise AssertionError(f"it did not come: {told}\n{logs}")
+def seen_until(cluster: slurm.Cluster, run: Path, job: str, *states: str) -> list[dict[str, Any]]:
+    """Each status of a run until its job has come to its end, and what SLURM calls that is one of these."""
+    seen, end = [status(cluster, run)], time.monotonic() + 240
+    while (state := cluster.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        assert time.monotonic() < end, "\n".join(path.read_text() for path in run.glob("submit/*/*.log"))
+        seen.append(status(cluster, run))
+        time.sleep(0.3)
+    assert state in states, "\n".join(path.read_text() for path in run.glob("submit/*/*.log"))
+    return [*seen, status(cluster, run)]
 
 
-def is_amid(told: dict[str, Any]) -> bool:
-    return told["state"] == "running" and told["stage"] == "clips" and len(told["ranks"]) == 2 and told["step"] > 2
-
-
-def test_two_nodes_are_preempted_and_killed_and_finish(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):
+def test_two_nodes_are_preempted_killed_signalled_and_finish(
+    cluster: slurm.Cluster, tiny_recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (here / "events.py").write_text(EVENTS)
+    monkeypatch.setitem(cluster.env, "PYTHONPATH", f"{ROOT}:{here}")
+    monkeypatch.setitem(cluster.env, "EVENTS", "1")
     run = here / "run"
-    words = ["submit", "--recipe", str(tiny_recipe), "--run", str(run), "--nodes", "2", *LONG, "--max-requeues", "3"]
-    job = lingen(cluster, *words)
-    assert job.isdecimal()
-    told = wait(cluster, run, is_amid)
-    assert {one["host"] for one in told["ranks"]} == {"n1", "n2"} and told["restarts"] == []
-    cluster.run("scancel", "--signal=USR1", job)  # as a preemption or a time limit does, to the ranks
-    told = wait(cluster, run, lambda told: told["state"] == "waiting")
-    assert told["reason"] == f"job {job} waits in the queue (BeginTime); stopped by SIGUSR1"
-    before = told["step"]
-    told = wait(cluster, run, is_amid)
-    assert [one["reason"] for one in told["restarts"]] == ["stopped by SIGUSR1"] and told["step"] >= before
-    second = next(one for one in told["ranks"] if one["host"] == "n2")
-    os.kill(json.loads((run / "ranks" / f"{second['rank']:05d}.json").read_text())["pid"], 9)
-    told = wait(cluster, run, lambda told: len(told["restarts"]) == 2 and told["state"] == "running")
-    assert told["restarts"][1]["reason"] == "killed: exit code 137 (SIGKILL); silent first: rank 1 on n2"
-    told = wait(cluster, run, lambda told: told["state"] == "finished")
-    assert (told["step"], told["steps"]) == (2000, 2000) and told["eta_seconds"] == 0
-    assert json.loads((run / "submit" / "0001" / "submitted.json").read_text())["job"] == job
+    words = ["submit", "--recipe", str(tiny_recipe), "--run", str(run), "--nodes", "2", "--import", "events"]
+    words += ["sample.prompts=[]", "train.checkpoint_every=1"]
+    job = lingen(cluster, *words, "--max-requeues", "2")
+    seen = seen_until(cluster, run, job, "FAILED")  # SLURM's word for an exit code
+
+    told = seen[-1]
+    assert (told["state"], told["reason"], told["step"]) == ("stopped", "stopped by SIGUSR1", 5)
+    assert told["checkpoint"] == f"{run}/stages/clips/step-00000005"
+    assert [one["reason"] for one in told["restarts"]] == [
+        "stopped by SIGUSR1", "killed: exit code 137 (SIGKILL); silent first: rank 1 on n2"
+    ]  # fmt: skip
+    assert {(one["rank"], one["host"]) for one in told["ranks"]} == {(0, "n1"), (1, "n2")}
+    assert all(one["alive"] == (one["state"] == "running") for one in seen)
+    states = [one["state"] for one in seen]
+    assert {"running", "waiting"} <= set(states) and "finished" not in states and "failed" not in states
+    queued = f"job {job} waits in the queue (BeginTime); stopped by SIGUSR1"
+    assert queued in {one["reason"] for one in seen}
     log = next(run.glob("submit/0001/*.log")).read_text()
-    assert "goes into the queue again, 2 of at most 3 times." in log and "Traceback" not in log
+    assert f"job {job} was requeued 2 times, --max-requeues=2; it ends here." in log and "Traceback" not in log
 
-
-def test_a_signal_to_the_script_alone_and_an_end_to_requeues(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):
-    run = here / "run"
-    words = ["submit", "--recipe", str(tiny_recipe), "--run", str(run), "trainer.devices=2", *LONG]
-    job = lingen(cluster, *words, "--max-requeues", "0")
-    wait(cluster, run, is_amid)
-    cluster.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@600 does
-    told = wait(cluster, run, lambda told: told["state"] == "stopped")
-    assert told["reason"] == "stopped by SIGUSR1"
-    log = next(run.glob("submit/0001/*.log"))
-    end = time.monotonic() + 60
-    while "it ends here" not in log.read_text() and time.monotonic() < end:
-        time.sleep(0.2)
-    assert "was requeued 0 times, --max-requeues=0; it ends here." in log.read_text()
+    monkeypatch.delitem(cluster.env, "EVENTS")
     again = lingen(cluster, *words)
-    wait(cluster, run, is_amid)
-    cluster.run("scancel", again)  # whoever cancels a job does not want it back
-    told = wait(cluster, run, lambda told: told["state"] == "stopped")
-    assert told["reason"] == "stopped by SIGTERM" and len(told["restarts"]) == 1
-    assert sorted(path.name for path in (run / "submit").iterdir()) == ["0001", "0002"]
-    assert cluster.state(again) == "CANCELLED"
+    last = seen_until(cluster, run, again, "COMPLETED")[-1]
+    assert (last["state"], last["step"], last["eta_seconds"]) == ("finished", 6, 0) and len(last["restarts"]) == 3
+    submitted = [json.loads(path.read_text()) for path in sorted(run.glob("submit/*/submitted.json"))]
+    assert [one["job"] for one in submitted] == [job, again] and submitted[0]["versions"]["lingen"]
+
+
+def test_who_cancels_a_job_does_not_want_it_back(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):
+    run = here / "run"
+    words = ["--recipe", str(tiny_recipe), "--run", str(run), "stages.clips.train.steps=100000"]
+    job = lingen(cluster, "submit", *words)
+    end = time.monotonic() + 120
+    while status(cluster, run)["stage"] != "clips" and time.monotonic() < end:
+        time.sleep(0.3)
+    cluster.run("scancel", job)
+    told = seen_until(cluster, run, job, "CANCELLED")[-1]
+    assert (told["state"], told["reason"]) == ("stopped", "stopped by SIGTERM")
+    assert "it is left so" in next(run.glob("submit/0001/*.log")).read_text()
 
 
 def test_an_array_encodes_in_shares(cluster: slurm.Cluster, tiny_recipe: Path, here: Path):

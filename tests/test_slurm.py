@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,22 @@ def test_ranks_that_do_not_fit_are_refused_once(cluster: Cluster, recipe: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def script_of_docs(fit: str, log: Path) -> str:
+    """The job script of docs/cluster.md for two nodes of one task, with another command in the place of its own."""
+    (script,) = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.S)
+    for old, new in {
+        "--nodes=16": "--nodes=2",
+        "--ntasks-per-node=8": "--ntasks-per-node=1",
+        "#SBATCH --gpus-per-node=8\n": "",
+        "--cpus-per-task=12": "--cpus-per-task=1",
+        "%x-%j.log": str(log),
+        "lingen fit --recipe t2v_68s --run /shared/runs/t2v_68s": fit,
+    }.items():
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    return script
+
+
 def test_the_script_of_the_docs_is_requeued_and_changes_nothing(
     cluster: Cluster, of_two_nodes: tuple[Path, str], recipe: Path, tmp_path: Path
 ):
@@ -97,7 +114,7 @@ def test_the_script_of_the_docs_is_requeued_and_changes_nothing(
     run, log = tmp_path / "run", tmp_path / "job.log"
     words = ["fit", "--recipe", str(recipe), "--run", str(run), *WORDS, "trainer.num_nodes=2"]
     fit = shlex.join([sys.executable, str(tmp_path / "task.py"), *words])
-    (tmp_path / "job.sh").write_text(slurm.script_of_docs(fit, log))
+    (tmp_path / "job.sh").write_text(script_of_docs(fit, log))
     state = cluster.finish(tmp_path / "job.sh", log, seconds=150)
     said = log.read_text()
     assert state == "COMPLETED", said

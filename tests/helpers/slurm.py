@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -13,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from tests.helpers.commands import ROOT
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "UNKNOWN")
@@ -46,6 +43,7 @@ ReturnToService=2
 MpiDefault=none
 KillWait=5
 JobRequeue=1
+FirstJobId={first}
 {nodes}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 """
@@ -118,22 +116,6 @@ class Cluster:
             time.sleep(0.2)
 
 
-def script_of_docs(fit: str, log: Path) -> str:
-    """The job script of docs/cluster.md for two nodes of one task, with another command in the place of its own."""
-    (script,) = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.S)
-    for old, new in {
-        "--nodes=16": "--nodes=2",
-        "--ntasks-per-node=8": "--ntasks-per-node=1",
-        "#SBATCH --gpus-per-node=8\n": "",
-        "--cpus-per-task=12": "--cpus-per-task=1",
-        "%x-%j.log": str(log),
-        "lingen fit --recipe t2v_68s --run /shared/runs/t2v_68s": fit,
-    }.items():
-        assert script.count(old) == 1, old
-        script = script.replace(old, new)
-    return script
-
-
 @contextmanager
 def slurm(nodes: int) -> Iterator[Cluster]:
     """A cluster of so many nodes of two cores, all on this machine. A requeued job starts again after `cred_expire`
@@ -180,11 +162,12 @@ def _write(folder: Path, nodes: int) -> None:
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
     host, ports = socket.gethostname().split(".")[0], _free_ports(nodes + 1)
+    first = 1 + secrets.randbelow(50_000)  # ranks of a job meet at a port that follows from its number
     listed = "\n".join(
         f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN"
         for number, port in enumerate(ports[1:], 1)
     )
-    text = CONFIGURATION.format(host=host, port=ports[0], folder=folder, nodes=listed)
+    text = CONFIGURATION.format(host=host, port=ports[0], folder=folder, nodes=listed, first=first)
     (folder / "slurm.conf").write_text(text)
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 

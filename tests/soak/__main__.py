@@ -1,5 +1,6 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it, ``cluster`` signals and requeues a job of real SLURM."""
+``kill --seed S --times N`` kills training and goes on with it,
+``cluster --seed S --times N`` disturbs a job that `lingen submit` made."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.soak.cluster import MOMENTS, cluster
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
 
@@ -32,18 +32,25 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--times", type=int, default=20)
     two.add_argument("--strategy", default="ddp")
     two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
-    three = trials.add_parser("cluster", help="two nodes of SLURM, a signal at each moment of a run")
-    three.add_argument("--keep", type=Path, default=Path("jobs"), metavar="DIR", help="the runs lie there; made anew")
+    three = trials.add_parser("cluster", help="six small stages on a SLURM of two nodes, signalled and killed")
+    three.add_argument("--seed", type=int, default=0)
+    three.add_argument("--times", type=int, default=4)
+    three.add_argument("--minutes", type=float, default=20.0, help="after which it counts as one that does not end")
+    three.add_argument(
+        "--keep", type=Path, default=Path("cluster"), metavar="DIR", help="the run lies there; made anew"
+    )
     return parser.parse_args()
 
 
 def _cluster(args: argparse.Namespace) -> int:
+    from tests.soak.cluster import disturb
+
     shutil.rmtree(args.keep, ignore_errors=True)
-    failures = list(cluster(args.keep.absolute()))
-    for failure in failures:
-        print(failure)
-    print(f"{len(MOMENTS)} signals to a job of two nodes: {len(failures)} failures")
-    return 1 if failures else 0
+    counts, wrong = disturb(args.keep.absolute(), args.seed, args.times, args.minutes)
+    print(*wrong, sep="\n")
+    told = ", ".join(f"{count} x {what}" for what, count in sorted(counts.items()))
+    print(f"{counts.total()} disturbances ({told}): {len(wrong)} failures")
+    return 1 if wrong else 0
 
 
 def _kill(args: argparse.Namespace) -> int:
@@ -52,7 +59,7 @@ def _kill(args: argparse.Namespace) -> int:
     for failure in report.failures:
         print(failure)
     kills = ", ".join(f"{count} x {victim}" for victim, count in sorted(report.kills.items()))
-    print(f"{report.kills.total()} kills ({kills}) in {report.finished} runs: {len(report.failures)} failures")
+    print(f"{report.kills.total()} times ({kills}) in {report.finished} runs: {len(report.failures)} failures")
     return 1 if report.failures else 0
 
 
