@@ -13,6 +13,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.run import fit
 from lingen.training.folder import RunFolder
 from lingen.weights import read_weights
+from tests.helpers.commands import run_command
 from tests.helpers.ranks import run_ranks
 
 REFUSED = ["fsdp_cpu_offload", "deepspeed", "deepspeed_stage_3_offload", "model_parallel", "xla_fsdp"]
@@ -57,6 +58,16 @@ def test_the_main_recipe_shards():
 
 
 # the same training
+
+
+@pytest.mark.slow
+def test_shards_that_are_gathered_in_bfloat16_are_sampled_on_a_cpu(tiny_recipe: Path, tmp_path: Path):
+    """In training, under autocast as it trains; `lingen sample` takes whole weights, in float32."""
+    run = tmp_path / "run"
+    words = ["trainer.strategy=fsdp", "trainer.precision=bf16-mixed", "stages.images.train.steps=1"]
+    ended = run_command("fit", "--recipe", str(tiny_recipe), "--run", str(run), "--stage", "images", *words)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list(run.rglob("samples/*/*.mp4"))) == 1
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lingen.blocks.layers import is_float32
 from lingen.kernels.fp8 import SMALLEST_LAYER, Fp8Linear, to_fp8
@@ -30,12 +31,13 @@ def set_precision(module: LinGenModule, precision: str) -> bool:
         RecipeError: for weights that are in lower precision already, for 8 bits on a GPU that has no such products, or
             where no layer is large enough for them.
     """
-    trained_in_bf16 = "bf16" in str(module.recipe.trainer.get("precision", "")) and module.device.type == "cuda"
+    is_low, on_cuda = "bf16" in str(module.recipe.trainer.get("precision", "")), module.device.type == "cuda"
     if module.average is not None:
-        return trained_in_bf16
+        # On a CPU as `lingen sample` does there, in float32, unless the weights are gathered in bfloat16.
+        return is_low and (on_cuda or isinstance(module.model.blocks[0], FSDPModule))
     now = precision_of(module.model)
     if precision == "auto":
-        precision = "bf16-true" if trained_in_bf16 and now == "32-true" else now
+        precision = "bf16-true" if is_low and on_cuda and now == "32-true" else now
     if precision == now:
         return False
     if precision == "32-true" or now == "fp8":

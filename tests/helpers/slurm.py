@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "UNKNOWN")
+"""States of a job that is not through."""
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -87,13 +89,23 @@ class Cluster:
         )
 
     def state(self, job: str) -> str:
-        """``PENDING``, ``RUNNING``, ``COMPLETED``, ``FAILED``..."""
+        """``PENDING``, ``RUNNING``, ``COMPLETED``, ``FAILED``...; ``UNKNOWN``: the controller is too busy."""
         told = self.run("scontrol", "show", "job", job).stdout
-        return next(word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState="))
+        words = (word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState="))
+        return next(words, "UNKNOWN")
 
     def idle(self) -> int:
         """Nodes that are ready."""
         return int(self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() or 0)
+
+    def finish(self, script: Path, log: Path, seconds: float) -> str:
+        """Submits a job and waits until it is through, however often it is requeued; returns its state."""
+        job = self.run("sbatch", "--parsable", str(script)).stdout.strip()
+        end = time.monotonic() + seconds
+        while (state := self.state(job)) in UNFINISHED:
+            assert time.monotonic() < end, log.read_text() if log.exists() else state
+            time.sleep(0.3)
+        return state
 
     def clear(self) -> None:
         """Ends every job: what is left of one would outlive the daemons."""
