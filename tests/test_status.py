@@ -13,6 +13,7 @@ import pytest
 
 from lingen.cli import main
 from lingen.launch.status import status_of
+from lingen.training import heartbeat
 from lingen.training.environment import OtherRankError
 from lingen.training.folder import RunFolder
 from lingen.training.heartbeat import SILENT, SIZE, beating, read_beats, sign
@@ -134,11 +135,23 @@ def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: 
     assert worth_another_start(run, 1) == (True, "stopped by SIGUSR1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert worth_another_start(run, 1) == (False, "exit code 1, before it trained")
+    assert worth_another_start(run, 75) == (True, "exit code 75, before it trained")
     assert worth_another_start(run, 139) == (True, "exit code 139 (SIGSEGV), before it trained")
     assert not worth_another_start(RunFolder(run.path / "nothing"), 1)[0]
 
 
-def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder):
+def test_a_rank_that_failed_is_no_preemption(run: RunFolder):
+    """Where rank 0 heard only the SIGTERM by which srun ended it."""
+    with pytest.raises(Stopped), session(run, stage="clips", ranks=2, was=None, flop=FLOP) as mark:
+        with pytest.raises(OSError), beating(run.ranks, 1, 2, mark):
+            raise OSError("no")
+        raise Stopped(signal.SIGTERM)
+    again, why = worth_another_start(run, 75)
+    assert not again and why.startswith("failed: rank 1 on ") and why.endswith(": OSError: no")
+    assert read_sessions(run)[-1]["how"] == why
+
+
+def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder, monkeypatch):
     try:
         with session(run, stage="clips", ranks=2, was=None, flop=FLOP) as mark:
             with beating(run.ranks, 1, 2, mark) as heart:
@@ -146,12 +159,19 @@ def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder
             (told := json.loads(heart.path.read_text()))["ended"] = None
             heart.path.write_text(json.dumps(told | {"host": "n4"}))
             with beating(run.ranks, 0, 2, mark):
+                # srun ends the others by SIGTERM; that is not why they end.
+                monkeypatch.setattr(heartbeat, "noted", lambda: signal.SIGTERM)
                 raise RuntimeError("[gloo/transport] Connection closed by peer")
     except RuntimeError:
         pass
     assert worth_another_start(run, 1) == (True, "killed: exit code 1; silent first: rank 1 on n4")
     in_session(run, OtherRankError("rank 3: TypeError: no"))
-    assert worth_another_start(run, 1) == (False, "failed: rank 3: TypeError: no")
+    assert worth_another_start(run, 75) == (False, "failed: rank 3: TypeError: no")
+    assert main(["status", str(run.path), "--ended", "75"]) == 1
+    run.about.write_text("{")
+    assert (
+        main(["status", str(run.path), "--ended", "75"]) == 75 and main(["status", str(run.path), "--ended", "1"]) == 1
+    )
 
 
 # what is told
