@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from lingen.cli import main
+from lingen.cli import cluster, main
 from lingen.launch.status import status_of
 from lingen.training import heartbeat
 from lingen.training.environment import OtherRankError
@@ -188,8 +189,18 @@ def test_a_finished_run(tiny_run: Path, capsys):
     assert capsys.readouterr().out.count(": finished\n") == 2
 
 
+def test_a_run_is_watched_to_its_end(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys):
+    weights = run.weights("clips").rename(run.path / "weights")
+    killed_session(run)
+    monkeypatch.setattr(cluster, "WATCH", 0.01)
+    threading.Timer(0.3, lambda: weights.rename(run.weights("clips"))).start()
+    assert main(["status", str(run.path), "--watch"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"{run.path}: dead (it left no word)\n") > 1 and out.count(f"{run.path}: finished\n") == 1
+
+
 def test_no_torch_is_needed_to_look(tiny_run: Path):
-    code = f"import sys\nfrom lingen.cli import main\nassert main(['status', {str(tiny_run)!r}]) == 0\n"
+    code = f"import sys\nfrom lingen.cli import cluster, main\nassert main(['status', {str(tiny_run)!r}]) == 0\n"
     run_python("-c", code + "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)", cwd=ROOT)
 
 
