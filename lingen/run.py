@@ -283,7 +283,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         if isinstance(module, LinGenModule):
             sample_prompts(module, folder, step, recipe.sample.prompts)
         else:
-            on_first_rank(lambda: sample_reconstructions(cast(Any, module), data, folder, step))
+            sample_reconstructions(cast(Any, module), data, folder, step)
         signals.check()
 
     def finish(module: Trained, step: int) -> None:

@@ -1,6 +1,6 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it, ``cluster --seed S --times N`` disturbs
-a job of SLURM."""
+``kill --seed S --times N`` kills training and goes on with it,
+``cluster --seed S --times N`` disturbs a job that `lingen submit` made."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _kill(args: argparse.Namespace) -> int:
     for failure in report.failures:
         print(failure)
     kills = ", ".join(f"{count} x {victim}" for victim, count in sorted(report.kills.items()))
-    print(f"{report.kills.total()} kills ({kills}) in {report.finished} runs: {len(report.failures)} failures")
+    print(f"{report.kills.total()} times ({kills}) in {report.finished} runs: {len(report.failures)} failures")
     return 1 if report.failures else 0
 
 
