@@ -36,7 +36,7 @@ step = LinGenModule.training_step
 def act(self, batch, batch_idx):
     last = os.environ["SLURM_PROCID"] == "1" and "SLURM_RESTART_COUNT" not in os.environ
     if last and self.recipe.stage == "clips" and self.global_step == 2:
-        subprocess.run(["scancel", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
+        subprocess.run(["scancel", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=False)  # gets it too
         while signals.noted() is None:
             time.sleep(0.01)
     return step(self, batch, batch_idx)
