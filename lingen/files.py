@@ -87,13 +87,11 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside the block an OSError that names no file names this one: that of a full disk does not, that of a move to it
-    names where it came from, and libraries in other languages tell theirs as errors of their own ("os error 28")."""
+    """Inside the block an OSError that names no file names this one: that of a full disk does not, and libraries in
+    other languages tell theirs as errors of their own ("os error 28")."""
     try:
         yield
     except OSError as error:
-        if error.filename2 is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise

@@ -25,7 +25,7 @@ from lingen.training.intact import ABOUT, BrokenError, Checkpoint, check_intact,
 from lingen.training.saver import Saver
 from lingen.training.storage import pieces_of
 from lingen.weights import read_weights
-from tests.helpers.commands import run_python
+from tests.helpers.commands import ROOT, run_python
 
 SHORT = ["train.checkpoint_every=1", "train.log_every=1", "sample.prompts=[]", "data.workers=0"]
 
@@ -81,6 +81,16 @@ def test_what_is_written_is_read_again_also_in_parts(tmp_path: Path):
     assert torch.equal(stored.read("raw.matrix", 2, 4), tensors()["raw.matrix"][2:4])
     (file,) = folder.checkpoint("one", 5).glob("*.safetensors")
     assert load_file(file)["raw.matrix"].shape == (7, 5)  # any reader of safetensors takes it
+
+
+def test_the_five_lines_of_the_page_read_one(tiny_run: Path):
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    (checkpoint,) = (tiny_run / "stages" / "clips").glob("step-*")
+    found: dict[str, Any] = {}
+    exec(code.replace("runs/x/stages/clips/step-00000500", str(checkpoint)), found)
+    kept = read_weights(RunFolder(tiny_run).weights("clips"), "raw")["model.patchify.weight"]
+    assert torch.equal(found["weight"], kept)
 
 
 def test_numbers_are_those_of_the_moment_it_began(tmp_path: Path):

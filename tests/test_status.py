@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from lingen.cli import main
+from lingen.cli import cluster, main
 from lingen.launch.status import status_of
+from lingen.training import heartbeat
 from lingen.training.environment import OtherRankError
 from lingen.training.folder import RunFolder
 from lingen.training.heartbeat import SILENT, SIZE, beating, read_beats, sign
@@ -134,11 +136,23 @@ def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: 
     assert worth_another_start(run, 1) == (True, "stopped by SIGUSR1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert worth_another_start(run, 1) == (False, "exit code 1, before it trained")
+    assert worth_another_start(run, 75) == (True, "exit code 75, before it trained")
     assert worth_another_start(run, 139) == (True, "exit code 139 (SIGSEGV), before it trained")
     assert not worth_another_start(RunFolder(run.path / "nothing"), 1)[0]
 
 
-def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder):
+def test_a_rank_that_failed_is_no_preemption(run: RunFolder):
+    """Where rank 0 heard only the SIGTERM by which srun ended it."""
+    with pytest.raises(Stopped), session(run, stage="clips", ranks=2, was=None, flop=FLOP) as mark:
+        with pytest.raises(OSError), beating(run.ranks, 1, 2, mark):
+            raise OSError("no")
+        raise Stopped(signal.SIGTERM)
+    again, why = worth_another_start(run, 75)
+    assert not again and why.startswith("failed: rank 1 on ") and why.endswith(": OSError: no")
+    assert read_sessions(run)[-1]["how"] == why
+
+
+def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder, monkeypatch):
     try:
         with session(run, stage="clips", ranks=2, was=None, flop=FLOP) as mark:
             with beating(run.ranks, 1, 2, mark) as heart:
@@ -146,12 +160,19 @@ def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder
             (told := json.loads(heart.path.read_text()))["ended"] = None
             heart.path.write_text(json.dumps(told | {"host": "n4"}))
             with beating(run.ranks, 0, 2, mark):
+                # srun ends the others by SIGTERM; that is not why they end.
+                monkeypatch.setattr(heartbeat, "noted", lambda: signal.SIGTERM)
                 raise RuntimeError("[gloo/transport] Connection closed by peer")
     except RuntimeError:
         pass
     assert worth_another_start(run, 1) == (True, "killed: exit code 1; silent first: rank 1 on n4")
     in_session(run, OtherRankError("rank 3: TypeError: no"))
-    assert worth_another_start(run, 1) == (False, "failed: rank 3: TypeError: no")
+    assert worth_another_start(run, 75) == (False, "failed: rank 3: TypeError: no")
+    assert main(["status", str(run.path), "--ended", "75"]) == 1
+    run.about.write_text("{")
+    assert (
+        main(["status", str(run.path), "--ended", "75"]) == 75 and main(["status", str(run.path), "--ended", "1"]) == 1
+    )
 
 
 # what is told
@@ -168,8 +189,18 @@ def test_a_finished_run(tiny_run: Path, capsys):
     assert capsys.readouterr().out.count(": finished\n") == 2
 
 
+def test_a_run_is_watched_to_its_end(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys):
+    weights = run.weights("clips").rename(run.path / "weights")
+    killed_session(run)
+    monkeypatch.setattr(cluster, "WATCH", 0.01)
+    threading.Timer(0.3, lambda: weights.rename(run.weights("clips"))).start()
+    assert main(["status", str(run.path), "--watch"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"{run.path}: dead (it left no word)\n") > 1 and out.count(f"{run.path}: finished\n") == 1
+
+
 def test_no_torch_is_needed_to_look(tiny_run: Path):
-    code = f"import sys\nfrom lingen.cli import main\nassert main(['status', {str(tiny_run)!r}]) == 0\n"
+    code = f"import sys\nfrom lingen.cli import cluster, main\nassert main(['status', {str(tiny_run)!r}]) == 0\n"
     run_python("-c", code + "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)", cwd=ROOT)
 
 

@@ -171,8 +171,8 @@ def test_the_signal_comes_early_enough_for_the_longest_step(tiny_recipe: Path):
 STANDS_IN = {
     "srun": 'exit "$CODE"',
     "lingen": 'exit "$JUDGED"',
-    "squeue": 'echo "$STATE"',
-    "scontrol": 'echo "$@" >> asked',
+    "squeue": '[ "$STATE" != silent ] && echo "$STATE"',
+    "scontrol": '[ -e tried ] || [ "$STATE" != silent ] && echo "$@" >> asked || { touch tried; exit 1; }',
     "sleep": "exit 0",
 }
 """What would have to be brought into odd states; tests/test_cluster.py has a real cluster."""
@@ -196,10 +196,12 @@ def end_with(code: int, *, state: str = "RUNNING", judged: int = 75, restarts: s
     ("how", "ends"),
     [
         ({"code": 75}, (75, True)),
+        ({"code": 75, "judged": 1}, (1, False)),
         ({"code": 75, "restarts": "1"}, (75, True)),
         ({"code": 75, "restarts": "2"}, (75, False)),
         ({"code": 75, "state": "CANCELLED"}, (75, False)),
         ({"code": 75, "state": ""}, (75, False)),
+        ({"code": 75, "state": "silent"}, (75, True)),
         ({"code": 0}, (0, False)),
         ({"code": 1, "judged": 1}, (1, False)),
         ({"code": 1}, (75, True)),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lingen.cli.command import DONE, JSON, RECIPE, argument, command, natural, parse_arguments, print_json
+from lingen.cli.command import DONE, FAILED, JSON, RECIPE, argument, command, natural, parse_arguments, print_json
 from lingen.recipe.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -134,14 +134,17 @@ def status(args: argparse.Namespace) -> int:
 
 
 def _judge(run: Path, code: int) -> int:
-    """For a script: whether a run whose ranks ended with an error is started again."""
+    """For a script: whether a run is started again whose ranks ended with this code."""
     from lingen.training.folder import RunFolder
     from lingen.training.sessions import worth_another_start
     from lingen.training.signals import REQUEUE
 
-    again, why = worth_another_start(RunFolder(run), code)
+    try:
+        again, why = worth_another_start(RunFolder(run), code)
+    except (OSError, ValueError) as error:  # a record that cannot be read is no reason to end
+        again, why = code != FAILED, str(error)
     print(f"lingen: {why}", file=sys.stderr)
-    return REQUEUE if again else code
+    return REQUEUE if again else FAILED
 
 
 def _print_status(found: Sequence[Status], *, clear: bool) -> None:

@@ -20,14 +20,16 @@ while handed=; wait "$ranks"; code=$?; [ -n "$handed" ]; do :; done
 REQUEUES = """\
 if [ "$code" -eq {late} ]; then
   restarts=${SLURM_RESTART_COUNT:-0}
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=RUNNING  # SLURM does not answer
   if [ "$state" != RUNNING ]; then  # cancelled, or in the queue again already
     echo "lingen: job $SLURM_JOB_ID is ${state:-gone}; it is left so."
   elif [ "$restarts" -ge {most} ]; then
     echo "lingen: job $SLURM_JOB_ID was requeued $restarts times, --max-requeues={most}; it ends here."
   else
     echo "lingen: job $SLURM_JOB_ID goes into the queue again, $((restarts + 1)) of at most {most} times."
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script
+    tries=0
+    until scontrol requeue "$SLURM_JOB_ID" || [ $((tries += 1)) -ge 10 ]; do sleep 30; done
+    sleep 60  # SLURM ends this script
   fi
 fi
 exit "$code"
@@ -42,8 +44,8 @@ class Job:
     command: Sequence[str]
     """Of each rank, behind `srun`; words that begin with $ are left to the shell."""
     judge: Sequence[str] = ()
-    """A command that gets the code of ranks that failed or were killed, and returns `REQUEUE` where they are worth
-    another start; none: those that were killed are."""
+    """A command that gets the code of ranks that were stopped, failed or were killed, and returns `REQUEUE` where they
+    are worth another start; none: those that were killed are."""
     max_requeues: int = 0
     srun: Sequence[str] = ()
     """Further options of srun."""
@@ -66,8 +68,10 @@ def script_of(job: Job) -> str:
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch",
         "",
         WAITS.replace("{command}", _shell([*srun, *job.command])),
-        "# Killed, by the kernel for want of memory, with a node; or an error, which may be that of a lost network.",
-        f'if [ "$code" -eq 1 ] || [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then {judged}; fi',
+        "# Stopped by a signal; killed, for want of memory or with a node; or an error, perhaps of a lost network.",
+        f'if [ "$code" -eq 1 ] || [ "$code" -eq {REQUEUE} ] || [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then',
+        f"  {judged}",
+        "fi",
         REQUEUES.replace("{late}", str(REQUEUE)).replace("{most}", str(job.max_requeues)),
     ]
     return "\n".join(parts)

@@ -155,15 +155,17 @@ def sign(doing: str, stage: str | None = None, step: int | None = None) -> None:
 
 def word_of(error: BaseException) -> str:
     """How something ended, in a line; errors begin with one of the words above."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OtherRankError):
+        return f"{OTHER_WORD}{text}"[:500]
+    if is_lost_rank(error):  # srun ends the other ranks by SIGTERM, which is not why they end
+        return LOST_WORD
     number = error.number if isinstance(error, Stopped) else noted()
     if isinstance(error, KeyboardInterrupt):
         number = signal.SIGINT
     if number is not None and not isinstance(error, RecipeError):  # the signal may have ended what was needed
         return f"stopped by {signal.Signals(number).name}"
-    text = " ".join(str(error).split())
-    if isinstance(error, OtherRankError):
-        return f"{OTHER_WORD}{text}"[:500]
-    return LOST_WORD if is_lost_rank(error) else f"{FAILED_WORD}{type(error).__name__}: {text}"[:500]
+    return f"{FAILED_WORD}{type(error).__name__}: {text}"[:500]
 
 
 def host_name() -> str:

@@ -87,13 +87,16 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
     """How a session ended that left no word: the word of a rank that failed, or `why` and the ranks that were silent
     first."""
     beats = read_beats(folder.ranks, one["mark"])
-    for beat in beats:
-        if beat.ended is not None and beat.ended.startswith(FAILED_WORD):
-            return f"{FAILED_WORD}rank {beat.rank} on {beat.host}: {beat.ended.removeprefix(FAILED_WORD)}"
+    for beat in _failed(beats):
+        return f"{FAILED_WORD}rank {beat.rank} on {beat.host}: {str(beat.ended).removeprefix(FAILED_WORD)}"
     suspects = _suspects(beats)
     told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in suspects[:4])
     more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""
     return f"{KILLED_WORD}{why}" + (f"; silent first: {told}{more}" if suspects else "")
+
+
+def _failed(beats: list[Beat]) -> list[Beat]:
+    return [beat for beat in beats if beat.ended is not None and beat.ended.startswith(FAILED_WORD)]
 
 
 def _suspects(beats: list[Beat]) -> list[Beat]:
@@ -105,8 +108,9 @@ def _suspects(beats: list[Beat]) -> list[Beat]:
 
 
 def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
-    """Whether a run is worth another start whose ranks have ended with an error, and why: it is where some were killed,
-    or only lost each other, and the starts before went on. A session that left no word gets one.
+    """Whether a run is worth another start whose ranks have ended so, and why: it is where a signal stopped them, some
+    were killed, or they only lost each other, unless the starts before went no further. A session that left no word
+    gets one.
 
     Args:
         code: exit code of srun, above 128 that number and the number of the signal that killed a rank.
@@ -115,9 +119,10 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
     sessions = read_sessions(folder) if folder.about.is_file() else []
     job = (os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT"))
     if not sessions or (sessions[-1]["job"], sessions[-1]["restart"]) != job:
-        return code > 128, f"{ended}, before it trained"
+        return code != 1, f"{ended}, before it trained"
     last = sessions[-1]
-    if last["how"] is None or last["how"].startswith(LOST_WORD):
+    # srun ends the others by SIGTERM where one fails: rank 0 may say that this stopped it.
+    if last["how"] is None or last["how"].startswith(LOST_WORD) or _failed(read_beats(folder.ranks, last["mark"])):
         last |= {"ended": _now(), "how": killed(folder, last, ended)}
         _write(folder, sessions)
     how, tail = str(last["how"]), sessions[-IN_VAIN:]
