@@ -32,7 +32,7 @@ PATIENCE = timedelta(minutes=60)
 
 
 class RankEnvironment(ClusterEnvironment):
-    """The ranks for Lightning, which starts none itself."""
+    """The ranks for Lightning, which neither looks for them nor starts any itself (docs/upstream.md)."""
 
     def __init__(self) -> None:
         super().__init__()
