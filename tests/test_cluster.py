@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,12 +46,6 @@ def cluster() -> Iterator[slurm.Cluster]:
     with slurm.slurm(2) as one:
         one.env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CONFIG_HOME": str(one.folder / "config")}
         yield one
-
-
-@pytest.fixture(autouse=True)
-def meeting(cluster: slurm.Cluster, rendezvous: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks meet at a port of the test's own: that of the first job of another cluster on this machine is the same."""
-    monkeypatch.setitem(cluster.env, "MASTER_PORT", os.environ["MASTER_PORT"])
 
 
 def lingen(cluster: slurm.Cluster, *words: str) -> str:
