@@ -1,5 +1,5 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it."""
+``kill --seed S --times N`` kills training and goes on with it, ``ranks`` compares ranks with one process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
+from tests.soak.ranks import compare_all
 
 
 def main() -> int:
     args = _arguments()
-    return _fuzz(args) if args.trial == "fuzz" else _kill(args)
+    return {"fuzz": _fuzz, "kill": _kill, "ranks": _ranks}[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -31,7 +32,16 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--times", type=int, default=20)
     two.add_argument("--strategy", default="ddp")
     two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
+    three = trials.add_parser("ranks", help="every strategy on 2, 3 and 4 ranks, against one process")
+    three.add_argument("--keep", type=Path, default=Path("ranks"), metavar="DIR", help="the runs lie there; made anew")
     return parser.parse_args()
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    shutil.rmtree(args.keep, ignore_errors=True)
+    failed = compare_all(args.keep.absolute())
+    print(*(f"too far from one process: {line}" for line in failed), f"{len(failed)} failed", sep="\n")
+    return 1 if failed else 0
 
 
 def _kill(args: argparse.Namespace) -> int:
