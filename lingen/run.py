@@ -16,21 +16,23 @@ from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
-from lingen.plan.forecast import plan, too_large
+from lingen.plan.forecast import flop_a_step, plan, too_large
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
-from lingen.training import launch, local_ranks, lock, record, signals
+from lingen.training import heartbeat, launch, local_ranks, lock, record, sessions, signals
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
+from lingen.training.environment import here
 from lingen.training.folder import RunFolder
 from lingen.training.identity import described, ranks_here
 from lingen.training.intact import wait_for_files
 from lingen.training.ranks import is_first_rank, on_first_rank, together
+from lingen.training.signs import LifeSigns
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
 from lingen.weights import find_weights
@@ -109,8 +111,11 @@ def fit_curriculum(
             begun = on_first_rank(lambda: _begin(curriculum, stage, run, watched, held))
             if local_ranks.start_ranks(begun.ranks):
                 on_first_rank(lambda: begun)
+            folder, place = RunFolder(begun.folder), here()
+            if begun.session is not None:
+                held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
             signals.check()
-            return _train(RunFolder(begun.folder), begun.curriculum, begun.curriculum.chosen(stage), watched)
+            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), watched)
     except signals.Stopped:  # on all ranks
         local_ranks.end_ranks()
         raise
@@ -127,6 +132,8 @@ class _Begun(NamedTuple):
     """As it is on record."""
     ranks: int
     """Of the run, where the others are not there yet; else 1."""
+    session: str | None = None
+    """Its mark; None: there is nothing to train."""
 
 
 class _Watched(Reporter):
@@ -155,7 +162,8 @@ def _begin(
     signals.promptly(lambda: check_inputs(chosen, folder))  # indexes of many shards take minutes to make
     if signals.noted() is not None:
         return _Begun(folder.path, curriculum, 1)
-    for text in (too_large(plan(one), one) for one in unfinished):
+    plans = {str(one.stage): plan(one) for one in unfinished}
+    for text in (too_large(plans[str(one.stage)], one) for one in unfinished):
         if text is not None:
             reporter.say(f"warning: {text}")
     lock.check_unlocked(folder.path)
@@ -170,7 +178,11 @@ def _begin(
     record.put_on_record(folder, begun)
     for line in begun.lines:
         reporter.say(line)
-    return _Begun(folder.path, curriculum._replace(base=begun.base), ranks)
+    flop = {str(one.stage): flop_a_step(one, plans[str(one.stage)]) for one in unfinished}
+    mark = held.enter_context(
+        sessions.session(folder, stage=begins, ranks=max(ranks, here().ranks), was=reporter.lock.was, flop=flop)
+    )
+    return _Begun(folder.path, curriculum._replace(base=begun.base), ranks, mark)
 
 
 def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
@@ -271,7 +283,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         if isinstance(module, LinGenModule):
             sample_prompts(module, folder, step, recipe.sample.prompts)
         else:
-            on_first_rank(lambda: sample_reconstructions(cast(Any, module), data, folder, step))
+            sample_reconstructions(cast(Any, module), data, folder, step)
         signals.check()
 
     def finish(module: Trained, step: int) -> None:
@@ -282,7 +294,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
 
     def build() -> tuple[lightning.Trainer, Trained]:
         clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)
-        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), Steps(reporter.step)]
+        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), Steps(reporter.step), LifeSigns(name)]
         trainer = build_trainer(recipe, folder, callbacks)
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)

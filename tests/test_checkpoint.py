@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from lingen.cli import main
 from lingen.run import fit
 from lingen.training import saver as saving
 from lingen.training.folder import RunFolder
-from lingen.training.intact import ABOUT, Checkpoint, newest_intact
+from lingen.training.intact import ABOUT, BrokenError, Checkpoint, check_intact, newest_intact
 from lingen.training.saver import Saver
 from lingen.training.storage import pieces_of
 from lingen.weights import read_weights
@@ -253,11 +255,65 @@ def test_without_room_for_a_copy_it_is_written_at_once_and_said(tmp_path: Path, 
     saver = Saver(folder, "one", 2)
     assert "checkpoints are written while training waits: a copy of " in str(saver.prepare(held, pinned=False))
     saver.begin(1, held, {}, {})
-    assert not saver.is_writing
-    for value in held.values():
-        value.zero_()
-    saver.finish()
     assert torch.equal(Checkpoint(folder.checkpoint("one", 1)).read("raw.matrix"), tensors()["raw.matrix"])
+
+
+def test_no_damage_goes_unseen(tmp_path: Path):
+    """Whatever happens to a file of it, a checkpoint is refused, or holds what was written."""
+    folder, chance = RunFolder(tmp_path), Random(0)
+    save(folder, 5)
+    path, refused = folder.checkpoint("one", 5), 0
+    files = {file: file.read_bytes() for file in path.iterdir()}
+    for _ in range(400):
+        file = chance.choice(sorted(files))
+        data = bytearray(files[file])
+        start = chance.randrange(len(data))
+        how = chance.choice(["flip", "cut", "zeros", "insert", "repeat"])
+        if how == "flip":
+            data[start] ^= 1 << chance.randrange(8)
+        elif how == "cut":
+            del data[start:]
+        elif how == "zeros":
+            data[start : start + 512] = bytes(len(data[start : start + 512]))
+        else:
+            data[start:start] = data[:start] if how == "repeat" else bytes([chance.randrange(256)])
+        file.write_bytes(data)
+        try:
+            check_intact(path)
+        except BrokenError:
+            refused += 1
+        else:  # white space of the JSON file
+            assert Checkpoint(path).state == {"step": 5} and file.name == ABOUT
+        file.write_bytes(files[file])
+    assert refused > 350
+    check_intact(path)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_complete(tiny_recipe: Path, tmp_path: Path, capsys):
+    """A file system of its own, with room for two checkpoints and a half."""
+    overrides = [*SHORT, "data.shards.video=[]", "data.mix.video=0", "stages.images.train.steps=6"]
+    words = ["fit", "--recipe", str(tiny_recipe), "--stage", "images", *overrides]
+    straight = RunFolder(fit(tiny_recipe, overrides, run=tmp_path / "straight", stage="images"))
+    size = sum(file.stat().st_size for file in straight.checkpoints("images")[-1].iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size) + 40_000}", "none", str(disk)]
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mounted, check=False).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        assert main([*words, "--run", str(disk / "run")]) == 1
+        folder = RunFolder(disk / "run")
+        (line,) = [one for one in capsys.readouterr().err.splitlines() if "No space left on device" in one]
+        assert str(disk) in line  # a checkpoint, or what training wrote at that moment
+        assert [path.name for path in (disk / "run" / "stages" / "images").iterdir() if "partial" in path.name] == []
+        found, passed_over = newest_intact(folder, "images")
+        assert found == folder.checkpoint("images", 2) and not passed_over
+        subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
+        assert main([*words, "--run", str(disk / "run")]) == 0
+        for name, value in read_weights(straight.weights("images"), "raw").items():
+            assert torch.equal(value, read_weights(folder.weights("images"), "raw")[name]), name
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_without_a_whole_one_the_stage_begins_again(tiny_recipe: Path, here: Path, capsys):

@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lingen.run import fit
 from lingen.training.folder import RunFolder
 from lingen.training.intact import Checkpoint, check_intact, newest_intact
+from tests.helpers.ranks import steps_of_ranks
+
+SHORT = ["train.checkpoint_every=1", "train.log_every=1", "sample.prompts=[]", "data.workers=0"]
 
 RANKS = '''
 import errno, os, sys
@@ -148,3 +153,26 @@ def test_a_full_disk_of_one_rank_is_told_by_all_and_leaves_the_one_before(tmp_pa
     assert said == [f"OSError {told}", f"OtherRankError rank 1: OSError: {told}"]
     assert [path.name for path in (tmp_path / "run" / "stages" / "one").iterdir()] == ["step-00000002"]
     assert newest_intact(RunFolder(tmp_path / "run"), "one")[0] is not None
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_bit_for_bit_and_whole_from_the_same_numbers(tiny_recipe: Path, tmp_path: Path):
+    """The average, the moments and their counts come along: from two ranks of fsdp to two again, and to one process."""
+    common = [*SHORT, "trainer.accelerator=cpu", "trainer.strategy=fsdp", "stages.images.train.steps="]
+
+    def trial(run: str, steps: int, *more: str) -> dict[str, Any]:
+        overrides = [*common[:-1], f"{common[-1]}{steps}", *more]
+        return {"recipe": str(tiny_recipe), "overrides": overrides, "run": tmp_path / run, "stage": "images"}
+
+    steps_of_ranks([trial("straight", 4), trial("halves", 2), trial("halves", 4)], 2)
+    ends = [Checkpoint(RunFolder(tmp_path / run).checkpoint("images", 4)) for run in ("straight", "halves")]
+    assert ends[0].state == ends[1].state and ends[0].state["average_updates"] == 4
+    for name in ends[0].tensors:
+        assert torch.equal(ends[0].read(name), ends[1].read(name)), name
+    still = [*SHORT, "train.lr=0", "stages.images.train.steps=5"]
+    fit(tiny_recipe, still, run=tmp_path / "halves", stage="images")
+    later = Checkpoint(RunFolder(tmp_path / "halves").checkpoint("images", 5))
+    assert {one["step"] for one in later.state["optimizer"].values()} == {5.0} and later.state["average_updates"] == 5
+    for name in later.tensors:
+        if name.startswith("raw."):
+            assert torch.equal(later.read(name), ends[1].read(name)), name

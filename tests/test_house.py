@@ -20,7 +20,7 @@ FLOORS = (
     ("training",),
     ("sampling",),
     ("prepare", "run"),
-    ("doctor", "bench"),
+    ("doctor", "bench", "launch"),
     ("cli",),
     ("__init__", "__main__"),
 )

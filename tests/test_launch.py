@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from lingen.cli import main
 from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
-from lingen.training import launch, local_ranks
-from lingen.training.environment import Rank
+from lingen.training import launch, local_ranks, trainer
+from lingen.training.environment import OtherRankError, Rank
+from lingen.training.folder import RunFolder
 from lingen.training.launch import check_layout, ranks_to_start
 from lingen.weights import find_weights, read_weights
 from tests.helpers.commands import ROOT
@@ -47,6 +49,7 @@ SRUN = Rank(by="srun", ranks=4, nodes=2)
         (Rank(), ["trainer.num_nodes=2"], "runs alone. Start with srun -N2 --ntasks-per-node=1 lingen fit ..."),
         (Rank(), ["stages.clips.trainer.devices=2"], "stage images 1, stage clips 2. Give all stages as many"),
         (Rank(), ["trainer.devices=2", "trainer.strategy=ddp_spawn"], "set trainer.strategy=ddp"),
+        (Rank(), ["trainer.devices=99", "trainer.accelerator=gpu"], "asks for 99 GPUs of each machine"),
     ],
 )  # fmt: skip
 def test_ranks_that_are_not_those_that_are_asked_for(
@@ -87,6 +90,16 @@ def test_how_ranks_may_lie_on_nodes():
         check_layout(layout(0, 1, 0, 1))
 
 
+def test_a_strategy_that_makes_other_ranks_is_refused(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two ranks of it would each take themselves for the first one."""
+    monkeypatch.setattr(trainer, "here", lambda: Rank("srun", ranks=2, nodes=2))
+    (stage, _) = asked(tiny_recipe, "trainer.num_nodes=2", "trainer.strategy=single_device")
+    with pytest.raises(RecipeError, match="2 ranks train, but trainer.strategy=single_device makes 1 of them"):
+        trainer.build_trainer(stage, RunFolder(tmp_path), [])
+
+
 def test_a_refusal_starts_no_ranks(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(local_ranks, "LocalRanks", lambda *_: pytest.fail("ranks were started"))
     words = ["fit", "--recipe", str(tiny_recipe), "--run", str(tmp_path / "run"), "trainer.devices=2", "init=/nowhere"]
@@ -100,6 +113,17 @@ def test_a_console_has_no_command_for_other_ranks(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "orig_argv", ["python"])
     with pytest.raises(RecipeError, match="cannot be started from a notebook or a console"):
         local_ranks.start_ranks(2)
+
+
+def test_a_first_node_without_an_address_is_told_once_a_node(monkeypatch: pytest.MonkeyPatch):
+    own = Rank("srun", rank=2, ranks=4, node=1, nodes=2, address="nowhere.invalid", port=2000)
+    monkeypatch.setattr(launch, "here", lambda: own)
+    monkeypatch.setattr(launch, "_be_quiet", lambda: None)
+    with pytest.raises(RecipeError, match="4 ranks cannot meet at nowhere.invalid:2000: this name has no address on"):
+        launch.join()
+    monkeypatch.setattr(launch, "here", lambda: replace(own, rank=3, local_rank=1))
+    with pytest.raises(OtherRankError):
+        launch.join()
 
 
 # a slow disk

@@ -101,14 +101,30 @@ def test_two_ranks_of_shards_validate_and_sample_as_one_process(tiny_recipe: Pat
     assert samples[0] == samples[1] and len(samples[0]) == 4
 
 
-# a step that is not finite
+# what goes wrong on one rank
 
 BROKEN = '''
-"""Two ranks, of which the second one's losses are not finite in step 2 and after."""
+"""Two ranks: the first one's disk is full at the second tensor of the weights; in another run the second one's losses
+are not finite in step 2 and after."""
 import os, sys
 import torch
 from lingen.run import NonFiniteError, fit
+from lingen.training import weights
 from lingen.training.denoiser import LinGenModule
+from lingen.training.environment import OtherRankError
+
+write = weights.write_pieces
+
+def full(path, tensors, pieces, metadata):
+    next(pieces)
+    raise OSError(28, "No space left on device", str(path))
+
+weights.write_pieces = full
+try:
+    fit(sys.argv[1], sys.argv[3:], run=sys.argv[2] + "-full", stage="images")
+except (OSError, OtherRankError) as error:
+    print("full", type(error).__name__, error)
+weights.write_pieces = write
 
 losses, rank = LinGenModule.losses, os.environ["RANK"]
 
@@ -128,11 +144,15 @@ except NonFiniteError as error:
 
 
 @pytest.mark.slow
-def test_all_ranks_stop_where_one_has_no_finite_loss_and_its_samples_are_named(tiny_recipe: Path, tmp_path: Path):
+def test_all_ranks_stop_where_one_cannot_write_or_has_no_finite_loss(tiny_recipe: Path, tmp_path: Path):
     program = tmp_path / "broken.py"
     program.write_text(BROKEN)
     overrides = ["trainer.devices=2", "trainer.strategy=fsdp", "train.max_nonfinite=2"]
     said = run_ranks([str(program), str(tiny_recipe), str(tmp_path / "run"), *overrides], 2)
+    full = [next(line for line in one.splitlines() if line.startswith("full")) for one in said]
+    assert full[0].startswith("full OSError [Errno 28] No space left on device")
+    assert full[1].startswith("full FirstRankError OSError: [Errno 28]")
+    assert not list((tmp_path / "run-full").rglob("weights*")) and list((tmp_path / "run-full").rglob("step-*"))
     ends = [
         re.search(r"not finite in 2 steps in a row, up to step 3 .* whose loss was not finite: (.*?)\. L", one)
         for one in said

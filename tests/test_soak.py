@@ -1,4 +1,4 @@
-"""Thirty seconds of the fuzz with a fixed seed, and that it finds what it looks for."""
+"""A short part of the long trials, with fixed seeds, and that the fuzz finds what it looks for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from tests.soak.fuzz import TARGETS, Case, Trial, fuzz, run_case
+from tests.soak.kill import kill
 
 
 @pytest.mark.slow
@@ -41,3 +42,10 @@ def test_what_gets_through_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TARGETS, "broken", broken)
     failure = run_case(Case(1, 1, "broken"))
     assert failure is not None and "ZeroDivisionError" in failure.reason
+
+
+@pytest.mark.slow
+def test_what_is_killed_goes_on_to_the_same_weights_and_samples(tmp_path: Path) -> None:
+    report = kill(tmp_path / "kill", seed=3, times=3)
+    assert not report.failures, "\n".join(report.failures)
+    assert report.kills.total() == 3 and report.finished >= 1

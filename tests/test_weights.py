@@ -25,6 +25,7 @@ from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.weights import load_denoiser, load_into
 from lingen.weights import export_weights, find_weights, names_now, read_metadata, read_weights, write_tensors
+from tests.helpers.commands import run_command
 
 SIZES = "strides: [2, 4, 4], channels: 4, width: 8, blocks: 1"
 TAE_RECIPE = """
@@ -77,6 +78,14 @@ def tae_run(tae_recipe: Path) -> Path:
 
 
 # a run's
+
+
+@pytest.mark.slow
+def test_two_ranks_train_an_autoencoder_and_show_what_it_does(tae_recipe: Path, tmp_path: Path):
+    words = ["--stage", "plain", "trainer.devices=2", "trainer.strategy=ddp", "train.sample_every=1"]
+    done = run_command("fit", "--recipe", str(tae_recipe), "--run", str(tmp_path / "run"), *words)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("run/samples/plain-*/sheet.png"))) == 2
 
 
 def test_a_stage_with_a_critic_starts_from_one_without_and_the_other_way_round(tae_recipe: Path, tae_run: Path):

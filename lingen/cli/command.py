@@ -25,6 +25,8 @@ class Command(NamedTuple):
     help: str
     arguments: tuple[Argument, ...]
     takes_overrides: bool
+    takes_command: bool
+    """Whether another command may stand behind ``--``."""
 
 
 COMMANDS: dict[str, Command] = {}
@@ -107,16 +109,18 @@ def ways_of_args(args: argparse.Namespace) -> tuple[str | None, tuple[int, int] 
     return "tiled", args.tile
 
 
-def command(help: str, *arguments: Argument, overrides: bool = False) -> Callable[[CommandFunction], CommandFunction]:
+def command(
+    help: str, *arguments: Argument, overrides: bool = False, behind: bool = False
+) -> Callable[[CommandFunction], CommandFunction]:
     """Makes a function the command of its name, `data_fetch` that of ``lingen data fetch``.
 
     With `overrides`, ``key=value`` words arrive in ``args.overrides``, and so does --import: it adds to `imports` of
-    the recipe.
+    the recipe. With `behind`, what stands behind ``--`` arrives in ``args.behind`` as it is.
     """
     arguments += (IMPORT,) if overrides else ()
 
     def add(run: CommandFunction) -> CommandFunction:
-        COMMANDS[run.__name__.rstrip("_").replace("_", " ")] = Command(run, help, arguments, overrides)
+        COMMANDS[run.__name__.rstrip("_").replace("_", " ")] = Command(run, help, arguments, overrides, behind)
         return run
 
     return add
@@ -124,9 +128,15 @@ def command(help: str, *arguments: Argument, overrides: bool = False) -> Callabl
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the command; what argparse leaves over are overrides, wherever they stand between the flags."""
-    _check_command(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    _check_command(words)
+    behind: list[str] = []
+    if "--" in words and any(one.takes_command for name, one in COMMANDS.items() if name == words[0]):
+        cut = words.index("--")
+        words, behind = words[:cut], words[cut + 1 :]
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(words)
+    args.behind = behind
     flags = [word for word in rest if word.startswith("-")]
     if flags or (rest and not COMMANDS[args.command].takes_overrides):
         parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
@@ -180,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
             groups[group] = commands.add_parser(group, help=about, description=about).add_subparsers(
                 metavar="WHAT", required=True
             )
-        usage = " [key=value ...]" if one.takes_overrides else ""
+        usage = (" [key=value ...]" if one.takes_overrides else "") + (" [-- COMMAND ...]" if one.takes_command else "")
         sub = groups.get(group, commands).add_parser(word, help=one.help, description=one.help, allow_abbrev=False)
         sub.set_defaults(command=name)
         for flags, options in one.arguments:

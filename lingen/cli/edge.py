@@ -5,7 +5,7 @@ import errno
 import os
 import re
 
-from lingen.training.environment import here
+from lingen.training.environment import here, is_lost_rank
 
 CURES = {
     errno.ENOSPC: "The disk is full: free some space, or name another place",
@@ -23,8 +23,6 @@ CURES = {
 """Error numbers of the operating system -> what helps."""
 ALLOCATIONS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 """Words in errors of torch that mean that memory ran out."""
-LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport")
-"""Words in errors of torch that mean that another rank is gone."""
 LOADER_ENDED = r"DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: .*)"
 """What torch says where a process that reads samples was killed."""
 LESS_MEMORY = {
@@ -60,13 +58,6 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
         place = f"{named[:300]}{'...' * (len(named) > 300)}: " if isinstance(named, str) else ""
         return f"{place}{what}. {cure}."
     return None
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a rank noticed only that another one is gone."""
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

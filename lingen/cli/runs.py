@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +35,7 @@ from lingen.training import signals
 from lingen.training.environment import OtherRankError, here, who
 
 if TYPE_CHECKING:
+    from lingen.plan.loading import Curriculum
     from lingen.text.rewrite import Rewritten
 
 T = TypeVar("T")
@@ -61,9 +61,11 @@ def fit(args: argparse.Namespace) -> int:
 def _fit(args: argparse.Namespace) -> int:
     from lingen.recipe import load_for_training
 
-    if args.recipe is None:
-        raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
-    load = partial(load_for_training, args.recipe, args.overrides, args.stage)
+    def load() -> Curriculum:
+        if args.recipe is None:
+            raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
+        return load_for_training(args.recipe, args.overrides, args.stage)
+
     if here().ranks == 1:
         curriculum = load()  # mistakes are reported before lightning and lingen.data are imported
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lingen.recipe.errors import RecipeError
 from lingen.training.earlier import EarlierCheckpoint
-from lingen.training.intact import Checkpoint
+from lingen.training.intact import BrokenError, Checkpoint
 from lingen.training.state import OptimizerState, load_state_by_name, state_by_name
 from lingen.training.storage import fill_rows
 
@@ -54,14 +54,17 @@ class Stored(Protocol):
 
 
 def open_checkpoint(path: Path, module: Trained) -> Stored:
-    """A checkpoint of this or of the earlier form. BrokenError where it cannot be read.
+    """A checkpoint of this or of the earlier form. RecipeError where it cannot be read.
 
     Args:
         module: its names tell whose moments a checkpoint of the earlier form holds.
     """
-    if path.is_dir():
-        return Checkpoint(path)
-    return EarlierCheckpoint(path, module)
+    try:
+        if path.is_dir():
+            return Checkpoint(path)
+        return EarlierCheckpoint(path, module)
+    except BrokenError as error:
+        raise RecipeError(f"{path} cannot be gone on from: {error}.") from error
 
 
 def tensors_of(module: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

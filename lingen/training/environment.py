@@ -14,6 +14,9 @@ OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_
 OF_TASKS = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS")
 """What srun tells a task; a batch script, which is no task, lacks the first one."""
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport")
+"""Words in errors of torch that mean that another rank is gone."""
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -38,6 +41,13 @@ class Rank:
 
 class OtherRankError(RuntimeError):
     """Another rank could not do something that all need; it says why itself."""
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a rank noticed only that another one is gone."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 _started: list[Rank] = []

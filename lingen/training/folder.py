@@ -39,6 +39,11 @@ class RunFolder:
     def score(self) -> Path:
         return self.path / "score.json"
 
+    @property
+    def ranks(self) -> Path:
+        """The signs of life of the ranks."""
+        return self.path / "ranks"
+
     def samples(self, stage: str, step: int) -> Path:
         return self.path / "samples" / f"{stage}-{step:07d}"
 

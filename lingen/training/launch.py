@@ -195,6 +195,7 @@ def ranks_to_start(stages: Sequence[Recipe]) -> int:
             "as many, or train one after the other with --stage."
         )
     for one in stages:
+        _check_devices(one, asked[str(one.stage)][0])
         strategy = one.trainer.get("strategy")
         if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
             raise RecipeError(
@@ -208,6 +209,17 @@ def _asked(recipe: Recipe) -> tuple[int, int]:
     """Devices of a node, and nodes."""
     nodes = int(recipe.trainer.get("num_nodes", 1))
     return ranks_here(recipe) // nodes, nodes
+
+
+def _check_devices(recipe: Recipe, devices: int) -> None:
+    """RecipeError where this machine has fewer GPUs than ranks; Lightning would say so on each of them."""
+    there = torch.cuda.device_count()
+    if devices > max(1, there) and recipe.trainer.get("accelerator", "auto") in ("gpu", "cuda"):
+        raise RecipeError(
+            f"Stage {recipe.stage} asks for {devices} GPUs of each machine (trainer.devices), but "
+            f"{socket.gethostname()} shows {there}. Set trainer.devices={max(1, there)}; under srun, let "
+            "each task see all GPUs of its node."
+        )
 
 
 def _other_ranks(own: Rank, stage: str, devices: int, nodes: int) -> str:

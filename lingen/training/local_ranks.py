@@ -37,8 +37,9 @@ def start_ranks(ranks: int) -> bool:
     Raises:
         RecipeError: this process has no command.
     """
-    if ranks == 1 or is_connected():
+    if ranks == 1 or (is_connected() and dist.get_world_size() > 1):
         return False
+    disconnect()  # a strategy for many ranks connects also one
     main = sys.modules["__main__"]
     if not (getattr(main, "__file__", None) or getattr(main, "__spec__", None) or "-c" in sys.orig_argv):
         raise RecipeError(

@@ -126,8 +126,8 @@ def _first(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], be
 
 
 def _is_no_leftover(path: Path) -> bool:
-    """Of a first start that was killed before it wrote its record."""
-    return not path.name.startswith(("lock.json", "run.json."))
+    """Of a first start that was killed before it wrote its record, or of `lingen submit`, which comes before it."""
+    return path.name != "submit" and not path.name.startswith(("lock.json", "run.json."))
 
 
 def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:

@@ -80,8 +80,8 @@ class Saver:
 
     def _sweep(self) -> None:
         """What killed processes left behind; this run has its folder alone."""
-        for left in (self.folder.path / "stages" / self.stage).glob(f"step-*{PARTIAL}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in (self.folder.path / "stages" / self.stage).glob("step-*partial*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()  # files are of earlier versions
 
     def prepare(self, tensors: Mapping[str, Tensor], pinned: bool) -> str | None:
         """Makes the buffer. Returns a sentence where there is no room for it: then `begin` ends when all is written.
@@ -127,6 +127,8 @@ class Saver:
             job.thread = threading.Thread(target=_write, args=(job.ended, file, pieces, bytes_of(buffer)))
             job.thread.start()
         self._job = job
+        if self._buffer is None:  # on all ranks: training waits anyway
+            self.finish()
 
     def _partial(self, step: int) -> Path:
         path = self.folder.checkpoint(self.stage, step)

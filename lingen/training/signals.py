@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from lingen.training.environment import here
-
 INTERRUPTED, REQUEUE = 130, 75
 """Exit codes of a run that was stopped: by Ctrl-C; by another signal, which wants to go on (EX_TEMPFAIL)."""
 TOGETHER = 0.2
@@ -96,6 +94,8 @@ class Listener:
 
     def _watch(self, heard: int) -> None:
         """In a thread: a handler waits until the main thread is back in Python, and where ranks hang that is never."""
+        from lingen.training.environment import here  # listening comes first
+
         while numbers := os.read(heard, 1):
             if numbers[0] != signal.SIGINT:
                 continue

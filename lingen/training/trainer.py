@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lingen.plan.trainer import listed, logger_of
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Component, Recipe
+from lingen.training.environment import here
 from lingen.training.folder import RunFolder
 from lingen.training.launch import RankEnvironment
 from lingen.training.strategy import Sharded, strategy_of
@@ -47,6 +48,11 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+        )
+    if {trainer.world_size, trainer.num_devices * trainer.num_nodes} != {(ranks := here().ranks)}:
+        raise RecipeError(
+            f"{ranks} ranks train, but trainer.strategy={recipe.trainer.get('strategy', 'auto')} makes "
+            f"{trainer.world_size} of them (trainer.devices, trainer.num_nodes). Set trainer.strategy=ddp."
         )
     # Its handler of SIGTERM would end the other ranks and wait for them inside of the handler; we listen ourselves.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

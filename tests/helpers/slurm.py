@@ -41,6 +41,7 @@ ReturnToService=2
 MpiDefault=none
 KillWait=5
 JobRequeue=1
+FirstJobId={first}
 {nodes}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 """
@@ -105,7 +106,8 @@ class Cluster:
 
 @contextmanager
 def slurm(nodes: int) -> Iterator[Cluster]:
-    """A cluster of so many nodes of two cores, all on this machine."""
+    """A cluster of so many nodes of two cores, all on this machine. A requeued job starts again after `cred_expire`
+    seconds."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short
     folder.chmod(0o755)
     daemons: list[subprocess.Popen[bytes]] = []
@@ -148,11 +150,12 @@ def _write(folder: Path, nodes: int) -> None:
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
     host, ports = socket.gethostname().split(".")[0], _free_ports(nodes + 1)
+    first = 1 + secrets.randbelow(50_000)  # ranks of a job meet at a port that follows from its number
     listed = "\n".join(
         f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN"
         for number, port in enumerate(ports[1:], 1)
     )
-    text = CONFIGURATION.format(host=host, port=ports[0], folder=folder, nodes=listed)
+    text = CONFIGURATION.format(host=host, port=ports[0], folder=folder, nodes=listed, first=first)
     (folder / "slurm.conf").write_text(text)
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 

@@ -1,5 +1,6 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
-``kill --seed S --times N`` kills training and goes on with it, ``ranks`` compares ranks with one process."""
+``kill --seed S --times N`` kills training and goes on with it,
+``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from tests.soak.ranks import compare_all
 
 def main() -> int:
     args = _arguments()
-    return {"fuzz": _fuzz, "kill": _kill, "ranks": _ranks}[args.trial](args)
+    return {"fuzz": _fuzz, "kill": _kill, "cluster": _cluster, "ranks": _ranks}[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -32,9 +33,27 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--times", type=int, default=20)
     two.add_argument("--strategy", default="ddp")
     two.add_argument("--keep", type=Path, default=Path("kill"), metavar="DIR", help="the runs lie there; made anew")
-    three = trials.add_parser("ranks", help="every strategy on 2, 3 and 4 ranks, against one process")
-    three.add_argument("--keep", type=Path, default=Path("ranks"), metavar="DIR", help="the runs lie there; made anew")
+    three = trials.add_parser("cluster", help="six small stages on a SLURM of two nodes, signalled and killed")
+    three.add_argument("--seed", type=int, default=0)
+    three.add_argument("--times", type=int, default=4)
+    three.add_argument("--minutes", type=float, default=20.0, help="after which it counts as one that does not end")
+    three.add_argument(
+        "--keep", type=Path, default=Path("cluster"), metavar="DIR", help="the run lies there; made anew"
+    )
+    four = trials.add_parser("ranks", help="every strategy on 2, 3 and 4 ranks, against one process")
+    four.add_argument("--keep", type=Path, default=Path("ranks"), metavar="DIR", help="the runs lie there; made anew")
     return parser.parse_args()
+
+
+def _cluster(args: argparse.Namespace) -> int:
+    from tests.soak.cluster import disturb
+
+    shutil.rmtree(args.keep, ignore_errors=True)
+    counts, wrong = disturb(args.keep.absolute(), args.seed, args.times, args.minutes)
+    print(*wrong, sep="\n")
+    told = ", ".join(f"{count} x {what}" for what, count in sorted(counts.items()))
+    print(f"{counts.total()} disturbances ({told}): {len(wrong)} failures")
+    return 1 if wrong else 0
 
 
 def _ranks(args: argparse.Namespace) -> int:
@@ -50,7 +69,7 @@ def _kill(args: argparse.Namespace) -> int:
     for failure in report.failures:
         print(failure)
     kills = ", ".join(f"{count} x {victim}" for victim, count in sorted(report.kills.items()))
-    print(f"{report.kills.total()} kills ({kills}) in {report.finished} runs: {len(report.failures)} failures")
+    print(f"{report.kills.total()} times ({kills}) in {report.finished} runs: {len(report.failures)} failures")
     return 1 if report.failures else 0
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -46,8 +47,8 @@ def note(self, batch, batch_idx):
 LinGenModule.training_step = note
 '''
 
-Notes = dict[tuple[str, int, int], Any]
-"""(stage, step, rank) -> what was trained on there."""
+Note = tuple[tuple[str, int, int], Any]
+"""(stage, step, rank), and what was trained on there."""
 
 
 @dataclass
@@ -76,7 +77,7 @@ def kill(folder: Path, seed: int, times: int, strategy: str = "ddp") -> Report:
     if start.end() != 0:
         report.failures.append(f"the undisturbed run {start.told()}")
         return report
-    length, wanted = time.monotonic() - began, (_weights_of(folder / "straight"), _notes_of(folder))
+    length, wanted = time.monotonic() - began, (weights_of(folder / "straight", STAGES), notes_of(folder))
     while report.kills.total() < times and not report.failures:
         shutil.rmtree(folder / "killed", ignore_errors=True)
         for notes in folder.glob("notes-*"):
@@ -84,7 +85,7 @@ def kill(folder: Path, seed: int, times: int, strategy: str = "ddp") -> Report:
         _one_run(folder, strategy, chance, length, times, report)
         if not report.failures:
             report.finished += 1
-            report.failures += _differences(folder, *wanted)
+            report.failures += differences(folder, STAGES, *wanted)
     return report
 
 
@@ -130,23 +131,12 @@ class Start:
             if victim == "everything":
                 os.killpg(self.process.pid, signal.SIGKILL)
                 return True
-            ranks, workers = self._processes()
+            ranks, workers = processes_of(self.process.pid)
             with contextlib.suppress(ProcessLookupError, IndexError):
                 os.kill(chance.choice(ranks if victim == "a rank" else workers), signal.SIGKILL)
                 return True
             time.sleep(0.05)
         return False
-
-    def _processes(self) -> tuple[list[int], list[int]]:
-        """The ranks, and their loader workers: forks, which show the environment of the rank that made them."""
-        parents = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                _, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-                if int(session) == self.process.pid:
-                    parents[int(stat.parent.name)] = int(parent)
-        workers = [pid for pid, parent in parents.items() if parent in parents and _started(pid) == _started(parent)]
-        return sorted(set(parents) - set(workers)), sorted(workers)
 
     def end(self) -> int | None:
         """The exit code; None where it had to be ended. Nothing is left of it."""
@@ -162,6 +152,19 @@ class Start:
         return f"{what}, and said: {self.log.read_text()[-2000:]}"
 
 
+def processes_of(session: int) -> tuple[list[int], list[int]]:
+    """The ranks of a session, and their loader workers: forks, which show the environment of the rank that made
+    them."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, parent, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session:
+                parents[int(stat.parent.name)] = int(parent)
+    workers = [pid for pid, parent in parents.items() if parent in parents and _started(pid) == _started(parent)]
+    return sorted(set(parents) - set(workers)), sorted(workers)
+
+
 def _started(pid: int) -> bytes:
     """The command and the environment that a process was started with."""
     with contextlib.suppress(OSError):
@@ -169,17 +172,17 @@ def _started(pid: int) -> bytes:
     return b""
 
 
-def _weights_of(run: Path) -> dict[str, str]:
+def weights_of(run: Path, stages: Iterable[str]) -> dict[str, str]:
     """``stage copy`` -> hash of the finished weights."""
     folder = RunFolder(run)
     return {
         f"{stage} {copy}": hash_tensors(read_weights(folder.weights(stage), copy))
-        for stage in STAGES
+        for stage in stages
         for copy in ("raw", "averaged")
     }
 
 
-def _notes_of(folder: Path) -> list[tuple[tuple[str, int, int], Any]]:
+def notes_of(folder: Path) -> list[Note]:
     """What every process noted; a line that a kill cut is no note."""
     found = []
     for file in folder.glob("notes-*.jsonl"):
@@ -190,10 +193,11 @@ def _notes_of(folder: Path) -> list[tuple[tuple[str, int, int], Any]]:
     return found
 
 
-def _differences(folder: Path, weights: dict[str, str], notes: list[tuple[tuple[str, int, int], Any]]) -> list[str]:
-    """Where the killed run is not the undisturbed one. A step may be trained again, on the same."""
+def differences(folder: Path, stages: Iterable[str], weights: dict[str, str], notes: list[Note]) -> list[str]:
+    """Where the run ``killed`` is not the run ``straight``, of which weights and notes are given. A step may be trained
+    again, on the same samples."""
     wanted, differs = dict(notes), []
-    found = _notes_of(folder)
+    found = notes_of(folder)
     differs += [
         f"{place} was trained on {used}, not on {wanted.get(place)}"
         for place, used in found
@@ -202,5 +206,5 @@ def _differences(folder: Path, weights: dict[str, str], notes: list[tuple[tuple[
     differs += [f"{place} was never trained" for place in wanted.keys() - dict(found).keys()]
     ledgers = [json.loads((folder / run / "ledger.json").read_text()) for run in ("straight", "killed")]
     differs += [f"the ledgers differ: {ledgers}"] if ledgers[0] != ledgers[1] else []
-    other = _weights_of(folder / "killed")
+    other = weights_of(folder / "killed", stages)
     return differs + [f"the weights of {name} differ" for name in weights if other[name] != weights[name]]

@@ -1,0 +1,195 @@
+"""Runs on a cluster: ``lingen submit`` and ``lingen status``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lingen.cli.command import DONE, JSON, RECIPE, argument, command, natural, parse_arguments, print_json
+from lingen.recipe.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lingen.launch.status import Status
+
+WATCH = 5.0
+"""Seconds between two looks of `lingen status --watch`."""
+IN_SHARES = ("encode", "data pack", "data caption")
+"""Commands whose work a job array shares."""
+
+
+def _count(text: str) -> int:
+    """A whole number, 0 included."""
+    return 0 if text == "0" else natural(text)
+
+
+@command(
+    "SLURM trains a recipe, and goes on by itself after a time limit, a preemption or a node that fails",
+    RECIPE,
+    argument("--nodes", type=natural, metavar="N", help="default: 1"),
+    argument("--gpus-per-node", type=natural, metavar="G", help="ranks of a node; default: trainer.devices"),
+    argument("--time", metavar="T", help="of a job, as sbatch takes it: HH:MM:SS, D-HH, ..."),
+    argument("--run", metavar="DIR", help="run folder; default: runs/RECIPE-FINGERPRINT"),
+    argument("--stage", metavar="S", help="train only this stage"),
+    argument(
+        "--sbatch", action="append", default=[], metavar="OPTIONS",
+        help="of sbatch, e.g. --sbatch='--partition=NAME --account=NAME'; may be given again",
+    ),
+    argument("--max-requeues", type=_count, metavar="N", help="how often a job goes on by itself; default: 20"),
+    argument(
+        "--signal-seconds", type=natural, metavar="S",
+        help="between the signal to stop and the end of a job; default: by the forecast of the longest step",
+    ),
+    argument(
+        "--array", type=natural, metavar="N",
+        help="no training: a job array that shares the work of the command behind --, which is encode, data pack or "
+        "data caption",
+    ),
+    argument("--dry-run", action="store_true", help="print the script; nothing is written or submitted"),
+    overrides=True,
+    behind=True,
+)  # fmt: skip
+def submit(args: argparse.Namespace) -> int:
+    if args.array is None and args.behind:
+        raise RecipeError("A command behind -- goes with --array N, which shares its work.")
+    from lingen.launch.options import read_options, read_settings, settings_file
+
+    options = read_options(args.sbatch, "--sbatch")
+    settings = read_settings(settings_file())
+    words = _check_array(args) if args.array is not None else []
+    if args.array is None and args.recipe is None:
+        raise RecipeError("Say which recipe: --recipe R.")
+    from lingen.launch import submit as jobs
+
+    wish = jobs.Wish(
+        nodes=args.nodes or 1, gpus_per_node=args.gpus_per_node, time=args.time, options=options,
+        max_requeues=args.max_requeues, signal_seconds=args.signal_seconds,
+    )  # fmt: skip
+    if args.array is not None:
+        job = jobs.prepare_array(words, args.array, Path(parse_arguments(words).out), wish, settings)
+    else:
+        job = jobs.prepare_training(args.recipe, args.overrides, wish, settings, run=args.run, stage=args.stage)
+    for line in job.lines:
+        print(line, file=sys.stderr)
+    if args.dry_run:
+        for problem in job.problems:
+            print(f"it would be refused: {problem}", file=sys.stderr)
+        print(job.script, end="")
+        return DONE
+    print(jobs.submit(job))
+    print(f"its script and its log lie in {job.folder}", file=sys.stderr)
+    if args.array is None:
+        print(f"lingen status {job.folder.parents[1]}", file=sys.stderr)
+    return DONE
+
+
+def _check_array(args: argparse.Namespace) -> list[str]:
+    """The words of the command behind ``--``. RecipeError where it does not go with --array."""
+    words = list(args.behind)
+    other = [flag for flag in ("recipe", "run", "stage", "nodes") if getattr(args, flag) is not None]
+    if other or args.overrides:
+        told = ", ".join([*(f"--{flag}" for flag in other), *args.overrides])
+        raise RecipeError(f"With --array, what is to be done stands behind --; {told} stands before it.")
+    name = next((name for name in IN_SHARES if words[: len(name.split())] == name.split()), None)
+    if name is None:
+        raise RecipeError(
+            f"--array shares the work of {', '.join(IN_SHARES)}. Write it behind --, for example: "
+            "lingen submit --array 8 -- encode --recipe R --out DIR"
+        )
+    if parse_arguments(words).part is not None:
+        raise RecipeError("--array says itself which --part each job does; leave --part out.")
+    return words
+
+
+@command(
+    "how far runs are, whether they are alive, and why they stopped",
+    argument("runs", nargs="+", metavar="RUN", help="run folders"),
+    argument("--watch", action="store_true", help="again every 5 seconds, until all have finished or failed"),
+    argument(
+        "--ended", type=natural, metavar="CODE",
+        help="for the script of `lingen submit`: srun ended with this code; returns 75 where "
+        "another start is worth it",
+    ),
+    JSON,
+)  # fmt: skip
+def status(args: argparse.Namespace) -> int:
+    from lingen.launch.status import status_of
+
+    if args.ended is not None:
+        return _judge(Path(args.runs[0]), args.ended)
+    while True:
+        found = [status_of(run) for run in args.runs]
+        if args.json:
+            told = [one.as_json() for one in found]
+            print_json(told[0] if len(told) == 1 else told)
+        else:
+            _print_status(found, clear=args.watch and sys.stdout.isatty())
+        if not args.watch or all(one.state in ("finished", "failed") for one in found):
+            return DONE
+        time.sleep(WATCH)
+
+
+def _judge(run: Path, code: int) -> int:
+    """For a script: whether a run whose ranks ended with an error is started again."""
+    from lingen.training.folder import RunFolder
+    from lingen.training.sessions import worth_another_start
+    from lingen.training.signals import REQUEUE
+
+    again, why = worth_another_start(RunFolder(run), code)
+    print(f"lingen: {why}", file=sys.stderr)
+    return REQUEUE if again else code
+
+
+def _print_status(found: Sequence[Status], *, clear: bool) -> None:
+    if clear:
+        print("\033[H\033[2J", end="")
+    for number, one in enumerate(found):
+        print(*([""] if number else []), *_lines_of(one), sep="\n", flush=True)
+
+
+def _lines_of(one: Status) -> Iterator[str]:
+    """A run in lines for people."""
+    yield f"{one.run}: {one.state}" + (f" ({one.reason})" if one.reason else "")
+    if one.stage is None:
+        return
+    stages = list(one.stages)
+    speed = f", {one.tokens_per_second:,.0f} tokens/s" if one.tokens_per_second is not None else ""
+    loss = f", loss {one.loss:.4f}" if one.loss is not None else ""
+    place = f"stage {stages.index(one.stage) + 1}/{len(stages)} {one.stage}: step {one.step:,} of {one.steps:,}"
+    yield f"  {place}{loss}{speed}"
+    if one.state != "finished":
+        yield f"  left: {_duration(one.eta_seconds)} of the stage, {_duration(one.eta_run_seconds)} of the run"
+    yield f"  checkpoint: {one.checkpoint or 'none yet'}"
+    for restart in one.restarts:
+        yield f"  restarted {restart['time']}: {restart['reason']}"
+    if one.ranks:
+        yield f"  ranks: {len(one.ranks)} on {len({rank.host for rank in one.ranks})} hosts; {_memory_line(one)}"
+    for rank in one.slowest():
+        now = f"{rank.doing} for {rank.doing_seconds:.0f} s, {rank.data_share:.0%} of its time waiting for data"
+        yield (
+            f"    rank {rank.rank} on {rank.host}: last sign {rank.age_seconds:.0f} s ago at step {rank.step:,}, "
+            + (rank.ended or now)
+        )
+
+
+def _memory_line(one: Status) -> str:
+    """The most that a rank, one of its workers and a GPU take."""
+    rank = max((each.memory.get("process", 0) for each in one.ranks), default=0)
+    worker = max((size for each in one.ranks for size in each.memory.get("workers", ())), default=0)
+    gpu = max((each.memory.get("gpu", 0) for each in one.ranks), default=0)
+    sizes = {"rank": rank, "worker": worker, "GPU": gpu}
+    return "most memory of a " + ", a ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in sizes.items() if size)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    minutes = math.ceil(seconds / 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"

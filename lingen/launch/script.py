@@ -1,0 +1,77 @@
+"""The script that sbatch is given: it starts the ranks, hands signals on, and puts the job into the queue again."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lingen.launch.options import Options, lines_of_options
+from lingen.training.signals import REQUEUE
+
+WAITS = """\
+# In the background, so that this shell can hand on signals that SLURM sends to it instead of to the ranks.
+{command} &
+ranks=$!
+hand_on() { handed=1; kill -s "$1" "$ranks" 2>/dev/null; }
+trap 'hand_on USR1' USR1
+trap 'hand_on TERM' TERM
+while handed=; wait "$ranks"; code=$?; [ -n "$handed" ]; do :; done
+"""
+
+REQUEUES = """\
+if [ "$code" -eq {late} ]; then
+  restarts=${SLURM_RESTART_COUNT:-0}
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  if [ "$state" != RUNNING ]; then  # cancelled, or in the queue again already
+    echo "lingen: job $SLURM_JOB_ID is ${state:-gone}; it is left so."
+  elif [ "$restarts" -ge {most} ]; then
+    echo "lingen: job $SLURM_JOB_ID was requeued $restarts times, --max-requeues={most}; it ends here."
+  else
+    echo "lingen: job $SLURM_JOB_ID goes into the queue again, $((restarts + 1)) of at most {most} times."
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script
+  fi
+fi
+exit "$code"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a script is made of."""
+
+    options: Options
+    command: Sequence[str]
+    """Of each rank, behind `srun`; words that begin with $ are left to the shell."""
+    judge: Sequence[str] = ()
+    """A command that gets the code of ranks that failed or were killed, and returns `REQUEUE` where they are worth
+    another start; none: those that were killed are."""
+    max_requeues: int = 0
+    srun: Sequence[str] = ()
+    """Further options of srun."""
+    setup: Sequence[str] = ()
+    """Lines of shell before anything else."""
+    about: Sequence[str] = field(default_factory=list)
+    """Comment lines at the top."""
+
+
+def script_of(job: Job) -> str:
+    """The whole script."""
+    srun = ["srun", "--kill-on-bad-exit=1", *job.srun]
+    judged = f'{_shell(job.judge)} "$code"; code=$?' if job.judge else f'[ "$code" -eq 1 ] || code={REQUEUE}'
+    parts = [
+        "#!/bin/bash",
+        *lines_of_options(job.options),
+        "",
+        *(f"# {line}" for line in job.about),
+        *job.setup,
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch",
+        "",
+        WAITS.replace("{command}", _shell([*srun, *job.command])),
+        "# Killed, by the kernel for want of memory, with a node; or an error, which may be that of a lost network.",
+        f'if [ "$code" -eq 1 ] || [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then {judged}; fi',
+        REQUEUES.replace("{late}", str(REQUEUE)).replace("{most}", str(job.max_requeues)),
+    ]
+    return "\n".join(parts)
+
+
+def _shell(words: Sequence[str]) -> str:
+    return " ".join(f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in words)

@@ -1,0 +1,223 @@
+"""``lingen submit``: everything that a job needs is checked and written down, then SLURM gets the script."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lingen.files import write_json, write_text
+from lingen.launch.lead import signal_seconds
+from lingen.launch.options import ClusterSettings, Options, merged, read_options, seconds_of, settings_file
+from lingen.launch.script import Job, script_of
+from lingen.plan.forecast import plan
+from lingen.plan.loading import Curriculum, load_for_training, to_yaml
+from lingen.provenance import git_commit, versions
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import Recipe
+from lingen.run import check_inputs
+from lingen.training import lock, record
+from lingen.training.folder import RunFolder
+from lingen.training.identity import Stage, described
+
+KEPT_VARIABLES = (
+    "CUDA", "NCCL", "GLOO", "TORCH", "PYTORCH", "TRITON", "OMP", "MKL", "LINGEN", "UCX", "FI_", "PYTHONPATH", "PATH",
+    "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "XDG_CACHE_HOME", "MASTER_",
+)  # fmt: skip
+"""Starts of the names of variables that are noted: what numbers and speed may depend on, and nothing that is secret."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the command line asks for; None: what the user's file says, else what is usual."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    time: str | None = None
+    options: Options = field(default_factory=dict)
+    """Of sbatch."""
+    max_requeues: int | None = None
+    signal_seconds: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A job that is ready to be submitted."""
+
+    folder: Path
+    """Of this submission; it is made when it is submitted."""
+    script: str
+    recipe: str | None = None
+    """The filled recipe, which the job trains whatever happens to the file meanwhile."""
+    lines: list[str] = field(default_factory=list)
+    """What is to be said of it."""
+    problems: Sequence[str] = ()
+    """Why it would fail as soon as it starts."""
+
+
+def prepare_training(
+    recipe: str,
+    overrides: Sequence[str],
+    wish: Wish,
+    settings: ClusterSettings,
+    *,
+    run: str | None = None,
+    stage: str | None = None,
+) -> Submission:
+    """The job that trains a recipe. Nothing is written. RecipeError for mistakes in the recipe or in what is wished."""
+    per_node = _per_node(recipe, overrides, wish, settings, stage)
+    ranks = [f"trainer.num_nodes={wish.nodes}", f"trainer.devices={per_node}"]
+    curriculum = load_for_training(recipe, [*overrides, *ranks], stage)
+    told, chosen, lines = described(curriculum.stages), curriculum.chosen(stage), list[str]()
+    folder = RunFolder(
+        (Path(run) if run else record.default_path(curriculum.stages[0].name, told, lines.append)).absolute()
+    )
+    place = _next_place(folder.path / "submit")
+    seconds = wish.signal_seconds or settings.signal_seconds or signal_seconds(chosen, [plan(one) for one in chosen])
+    time = _time(wish, settings)
+    if time is not None and seconds_of(time) <= 2 * seconds:
+        raise RecipeError(
+            f"--time {time}: the signal to stop comes {seconds} s before the end, as the longest step and a checkpoint "
+            f"need, so that most of the job would be lost. Ask for more time, or for less with --signal-seconds."
+        )
+    on_gpus = not _is_on_cpu(curriculum)
+    own: Options = _usual(folder.path.name, place, time) | {
+        "nodes": str(wish.nodes),
+        "ntasks-per-node": str(per_node),
+        **({"gpus-per-node": str(per_node)} if on_gpus else {}),
+        "cpus-per-task": str(1 + max(one.data.workers for one in chosen)),
+        "signal": f"USR1@{seconds}",
+    }
+    lingen = [sys.executable, "-m", "lingen"]
+    command = [*lingen, "fit", "--recipe", str(place / "recipe.yaml"), "--run", str(folder.path)]
+    judge = [*lingen, "status", str(folder.path), "--ended"]
+    command += ["--stage", stage] if stage else []
+    script = _script(own, command, wish, settings, judge)
+    return Submission(
+        folder=place, script=script, recipe=to_yaml(curriculum.base), lines=lines,
+        problems=_problems(folder, curriculum, chosen, told),
+    )  # fmt: skip
+
+
+def _problems(
+    folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], told: dict[str, Stage]
+) -> Sequence[str]:
+    """Whatever would stop `lingen fit`, as far as it shows on this machine."""
+    try:
+        check_inputs(chosen, folder)
+        lock.check_unlocked(folder.path)
+        record.start(folder, curriculum, told, str(chosen[0].stage))
+    except RecipeError as error:
+        return error.problems
+    return ()
+
+
+def prepare_array(words: Sequence[str], shares: int, out: Path, wish: Wish, settings: ClusterSettings) -> Submission:
+    """The job array that does `shares` shares of a command which takes --part.
+
+    Args:
+        words: of the command, behind `lingen`.
+        out: the folder that the command writes; beside it the script and the logs lie.
+    """
+    place = _next_place(out.absolute().with_name(f"{out.absolute().name}-submit"))
+    own: Options = _usual(out.name, place, _time(wish, settings), task="-%a") | {
+        "array": f"1-{shares}",
+        "ntasks": "1",
+        **({"gpus-per-node": str(wish.gpus_per_node)} if wish.gpus_per_node else {}),
+        "signal": f"TERM@{wish.signal_seconds or settings.signal_seconds or 60}",
+    }
+    command = [sys.executable, "-m", "lingen", *words, "--part", f"$SLURM_ARRAY_TASK_ID/{shares}"]
+    return Submission(folder=place, script=_script(own, command, wish, settings))
+
+
+def _per_node(recipe: str, overrides: Sequence[str], wish: Wish, settings: ClusterSettings, stage: str | None) -> int:
+    """Ranks of a node: --gpus-per-node, else what the recipe says, else the user's file."""
+    said = [one for one in overrides if one.partition("=")[0].endswith(("trainer.num_nodes", "trainer.devices"))]
+    curriculum = load_for_training(recipe, overrides, stage)
+    on_cpu, devices = _is_on_cpu(curriculum), curriculum.base.trainer.get("devices")
+    if any("num_nodes" in one for one in said):
+        raise RecipeError("trainer.num_nodes is what --nodes says; leave it out.")
+    if on_cpu and wish.gpus_per_node:
+        raise RecipeError("--gpus-per-node: the recipe trains on the CPU; trainer.devices=N makes N ranks a node.")
+    if wish.gpus_per_node and said:
+        raise RecipeError("trainer.devices is what --gpus-per-node says; leave one of them out.")
+    for count in (wish.gpus_per_node, devices, None if on_cpu else settings.gpus_per_node, 1 if on_cpu else None):
+        if isinstance(count, int) and count > 0:
+            return count
+    raise RecipeError("Say how many GPUs a node has: --gpus-per-node G, or gpus_per_node in your slurm.yaml.")
+
+
+def _is_on_cpu(curriculum: Curriculum) -> bool:
+    return curriculum.base.trainer.get("accelerator") == "cpu"
+
+
+def _time(wish: Wish, settings: ClusterSettings) -> str | None:
+    time = wish.time or settings.time
+    if time is not None:
+        seconds_of(time)  # refuses
+    return time
+
+
+def _next_place(folder: Path) -> Path:
+    """A numbered folder: an earlier job, which may still wait or run, keeps its recipe."""
+    numbers = [int(one.name) for one in folder.glob("[0-9]*") if one.name.isdecimal()]
+    return folder / f"{max(numbers, default=0) + 1:04d}"
+
+
+def _usual(name: str, place: Path, time: str | None, task: str = "") -> Options:
+    """Options of every job."""
+    return {
+        "job-name": f"lingen-{name}",
+        "chdir": str(Path.cwd()),
+        "output": str(place / f"%{'A' if task else 'j'}{task}.log"),
+        "open-mode": "append",
+        "requeue": None,
+        **({"time": time} if time is not None else {}),
+    }
+
+
+def _script(
+    own: Options, command: Sequence[str], wish: Wish, settings: ClusterSettings, judge: Sequence[str] = ()
+) -> str:
+    most = settings.max_requeues if wish.max_requeues is None else wish.max_requeues
+    job = Job(
+        options=merged(own, read_options(settings.sbatch, str(settings_file())), wish.options),
+        command=command, judge=judge, max_requeues=most, srun=settings.srun, setup=settings.setup,
+        about=[f"Written by: {shlex.join(['lingen', *sys.argv[1:]])}"],
+    )  # fmt: skip
+    return script_of(job)
+
+
+def submit(submission: Submission) -> str:
+    """Writes a job down and hands it to SLURM. Returns its number.
+
+    Raises:
+        RecipeError: it would fail at once, there is no sbatch here, or it refuses the job; nothing is left of it.
+    """
+    if submission.problems:
+        raise RecipeError(*submission.problems)
+    if shutil.which("sbatch") is None:
+        raise RecipeError("There is no sbatch on this machine, so nothing was submitted; --dry-run prints the script.")
+    place = submission.folder
+    place.mkdir(parents=True)
+    script = place / "job.sbatch"
+    write_text(script, submission.script)
+    if submission.recipe is not None:
+        write_text(place / "recipe.yaml", submission.recipe)
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(place)
+        raise RecipeError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
+    job = done.stdout.strip().partition(";")[0]
+    write_json(place / "submitted.json", {"job": job, **_about()})
+    return job
+
+
+def _about() -> dict[str, Any]:
+    """What a job was submitted with."""
+    kept = {name: value for name, value in sorted(os.environ.items()) if name.startswith(KEPT_VARIABLES)}
+    return {"command": sys.argv, "commit": git_commit(), "versions": versions(), "environment": kept}

@@ -1,0 +1,213 @@
+"""Signs of life: each rank keeps a small file in the run folder that says what it does and since when.
+
+A file is overwritten in place and has one size, so that a rank costs a shared file system one small write every
+`BEAT` seconds and a full disk does no harm. Imports neither torch nor lightning: `lingen status` reads here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lingen.recipe.errors import RecipeError
+from lingen.training.environment import OtherRankError, is_lost_rank
+from lingen.training.signals import Stopped, noted
+
+BEAT = 20.0
+"""Seconds between two writes."""
+SILENT = 90.0
+"""Seconds without one after which a process counts as gone."""
+SIZE = 2048
+"""Bytes of a file."""
+FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
+"""Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
+rank was gone, which says nothing of why."""
+
+
+class Beat(NamedTuple):
+    """What is known of a rank."""
+
+    rank: int
+    ranks: int
+    """Of the run."""
+    host: str
+    pid: int
+    session: str
+    """Mark of the session that it belongs to."""
+    stage: str | None
+    step: int
+    doing: str
+    age: float
+    """Seconds since it was written: how long the process has been silent."""
+    since: float
+    """Seconds since its last sign: how long it has been doing the same, by now."""
+    spent: dict[str, float]
+    """Seconds by what it did, between the last two writes."""
+    memory: dict[str, Any]
+    """Bytes: ``process``, ``workers`` (each process that it has started), ``gpu`` (the most that was allocated)."""
+    ended: str | None
+    """Its last word."""
+
+
+class Heart:
+    """Keeps the file of this rank.
+
+    Args:
+        folder: where the files of all ranks lie.
+        rank: of this process, of `ranks`.
+        session: mark of the session.
+    """
+
+    def __init__(self, folder: Path, rank: int, ranks: int, session: str):
+        self.path = folder / f"{rank:05d}.json"
+        self._told: dict[str, Any] = {
+            "rank": rank, "ranks": ranks, "host": host_name(), "pid": os.getpid(), "session": session,
+        }  # fmt: skip
+        self._place: tuple[str | None, int] = (None, 0)
+        self._doing, self._since = "start", time.monotonic()
+        self._spent: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._ended: str | None = None
+
+    def sign(self, doing: str, stage: str | None = None, step: int | None = None) -> None:
+        """A sign of life: from now on this rank does something else, or the same anew."""
+        now = time.monotonic()
+        with self._lock:
+            self._spent[self._doing] += now - self._since  # type: ignore[assignment]
+            self._doing, self._since = doing, now
+            self._place = (stage or self._place[0], self._place[1] if step is None else step)
+
+    def silence(self) -> float:
+        """Seconds since the last sign."""
+        return time.monotonic() - self._since
+
+    def write(self) -> None:
+        """Writes the file; what fails is tried again at the next beat."""
+        with self._lock:
+            stage, step = self._place
+            spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
+            self._spent.clear()
+            told = self._told | {
+                "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
+                "spent": spent, "memory": memory_now(), "ended": self._ended,
+            }  # fmt: skip
+            data = json.dumps(told).encode()
+            if len(data) >= SIZE:
+                data = json.dumps(told | {"memory": {}, "ended": (self._ended or "")[:200] or None}).encode()
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
+                try:
+                    os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
+                finally:
+                    os.close(file)
+
+    def begin(self) -> None:
+        def beating() -> None:
+            self.write()
+            while not self._over.wait(BEAT):
+                self.write()
+
+        threading.Thread(target=beating, name="lingen-heartbeat", daemon=True).start()
+
+    def end(self, word: str) -> None:
+        self._over.set()
+        self._ended = word
+        self.write()
+
+
+_heart: Heart | None = None
+
+
+@contextlib.contextmanager
+def beating(folder: Path, rank: int, ranks: int, session: str) -> Iterator[Heart]:
+    """Inside the block this rank gives signs of life; its file ends with how the block ended."""
+    global _heart
+    _heart = heart = Heart(folder, rank, ranks, session)
+    heart.begin()
+    word = "finished"
+    try:
+        yield heart
+    except BaseException as error:
+        word = word_of(error)
+        raise
+    finally:
+        _heart = None
+        heart.end(word)
+
+
+def sign(doing: str, stage: str | None = None, step: int | None = None) -> None:
+    """A sign of life of this process; nothing where it is no rank of a run."""
+    if _heart is not None:
+        _heart.sign(doing, stage, step)
+
+
+def word_of(error: BaseException) -> str:
+    """How something ended, in a line; errors begin with one of the words above."""
+    number = error.number if isinstance(error, Stopped) else noted()
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    if number is not None and not isinstance(error, RecipeError):  # the signal may have ended what was needed
+        return f"stopped by {signal.Signals(number).name}"
+    text = " ".join(str(error).split())
+    if isinstance(error, OtherRankError):
+        return f"{OTHER_WORD}{text}"[:500]
+    return LOST_WORD if is_lost_rank(error) else f"{FAILED_WORD}{type(error).__name__}: {text}"[:500]
+
+
+def host_name() -> str:
+    """What SLURM calls this node, else this machine's name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def memory_now() -> dict[str, Any]:
+    """Bytes in use: by this process, by each that it has started, and the most that was allocated on its GPU."""
+    pids = _children(os.getpid())
+    found: dict[str, Any] = {"process": _resident(os.getpid()), "workers": [_resident(pid) for pid in pids]}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["gpu"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return sorted(found)
+
+
+def _resident(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def read_beats(folder: Path, session: str | None = None) -> list[Beat]:
+    """What the ranks of a session have written, in order; without one, whatever lies there. A file that is being
+    written for the first time is left out. Ages are by the newest file where this machine's clock is behind."""
+    found: list[tuple[dict[str, Any], float]] = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            told, written = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
+            if isinstance(told, dict) and session in (None, told.get("session")):
+                found.append((told, written))
+    now = max([time.time(), *(written for _, written in found)])
+    beats = []
+    for told, written in found:
+        with contextlib.suppress(KeyError, TypeError):
+            age = now - written
+            beats.append(Beat(**told | {"age": age, "since": told["since"] + age}))
+    return sorted(beats, key=lambda one: one.rank)

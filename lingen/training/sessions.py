@@ -1,0 +1,134 @@
+"""The sessions of a run, in its run.json: each start of training, and how it ended. Imports no torch.
+
+A session that left no word, because its process was killed, gets one from the next one, or from the script of
+`lingen submit`: from what the lock says of its owner and from the signs of life of its ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lingen.files import write_json
+from lingen.recipe.text import decode_json
+from lingen.training.folder import RunFolder
+from lingen.training.heartbeat import BEAT, FAILED_WORD, LOST_WORD, OTHER_WORD, Beat, host_name, read_beats, word_of
+
+FINISHED = "finished"
+KILLED_WORD = "killed: "
+"""Start of how a session ended that left no word."""
+IN_VAIN = 3
+"""Sessions in a row that may be killed at the same step until the script gives up [ours]."""
+
+Session = dict[str, Any]
+
+
+def read_sessions(folder: RunFolder) -> list[Session]:
+    """Of a run folder, the oldest first; none of a run of an earlier version."""
+    return list(_read(folder).get("sessions", []))
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
+    return dict(decode_json(folder.about.read_bytes()))
+
+
+def _write(folder: RunFolder, sessions: list[Session], **more: Any) -> None:
+    write_json(folder.about, _read(folder) | {"sessions": sessions} | more)
+
+
+@contextlib.contextmanager
+def session(folder: RunFolder, *, stage: str, ranks: int, was: str | None, flop: Mapping[str, float]) -> Iterator[str]:
+    """Inside the block run.json says that the run is being trained, and after it how that ended. Gives the mark of the
+    session.
+
+    Args:
+        stage: that is trained first.
+        was: why the owner before counts as dead, where there was one.
+        flop: of an optimiser step of a rank in each stage, by which `lingen status` tells how long the run takes.
+    """
+    before = read_sessions(folder)
+    if before and before[-1]["how"] is None:
+        before[-1] |= {"how": killed(folder, before[-1], was or "it left no word")}
+    mark = secrets.token_hex(4)
+    began: Session = {
+        "mark": mark, "began": _now(), "host": host_name(), "ranks": ranks, "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT"), "stage": stage, "step": folder.last_step(stage),
+        "ended": None, "how": None,
+    }  # fmt: skip
+    _write(folder, [*before, began], flop_a_step=_read(folder).get("flop_a_step", {}) | dict(flop))
+    how = FINISHED
+    try:
+        yield mark
+    except BaseException as error:
+        how = word_of(error)
+        if how.startswith(OTHER_WORD):
+            how = FAILED_WORD + how.removeprefix(OTHER_WORD)
+        raise
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # what ended the run is told, not this
+            _end(folder, mark, how)
+
+
+def _end(folder: RunFolder, mark: str, how: str) -> None:
+    now = {"ended": _now(), "how": how}
+    _write(folder, [one | now if one["mark"] == mark else one for one in read_sessions(folder)])
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def killed(folder: RunFolder, one: Session, why: str) -> str:
+    """How a session ended that left no word: the word of a rank that failed, or `why` and the ranks that were silent
+    first."""
+    beats = read_beats(folder.ranks, one["mark"])
+    for beat in beats:
+        if beat.ended is not None and beat.ended.startswith(FAILED_WORD):
+            return f"{FAILED_WORD}rank {beat.rank} on {beat.host}: {beat.ended.removeprefix(FAILED_WORD)}"
+    suspects = _suspects(beats)
+    told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in suspects[:4])
+    more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""
+    return f"{KILLED_WORD}{why}" + (f"; silent first: {told}{more}" if suspects else "")
+
+
+def _suspects(beats: list[Beat]) -> list[Beat]:
+    """Ranks whose last sign is clearly older than that of others, or that left no word where others did."""
+    youngest = min((beat.age for beat in beats), default=0.0)
+    silent = [beat for beat in beats if beat.age > youngest + 2 * BEAT]
+    wordless = [beat for beat in beats if beat.ended is None]
+    return silent or (wordless if len(wordless) < len(beats) else [])
+
+
+def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
+    """Whether a run is worth another start whose ranks have ended with an error, and why: it is where some were killed,
+    or only lost each other, and the starts before went on. A session that left no word gets one.
+
+    Args:
+        code: exit code of srun, above 128 that number and the number of the signal that killed a rank.
+    """
+    ended = f"exit code {code}" + (f" ({_name_of(code - 128)})" if code > 128 else "")
+    sessions = read_sessions(folder) if folder.about.is_file() else []
+    job = (os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT"))
+    if not sessions or (sessions[-1]["job"], sessions[-1]["restart"]) != job:
+        return code > 128, f"{ended}, before it trained"
+    last = sessions[-1]
+    if last["how"] is None or last["how"].startswith(LOST_WORD):
+        last |= {"ended": _now(), "how": killed(folder, last, ended)}
+        _write(folder, sessions)
+    how, tail = str(last["how"]), sessions[-IN_VAIN:]
+    in_vain = len({(one["stage"], one["step"]) for one in tail}) == 1
+    if len(tail) == IN_VAIN and in_vain and all(str(one["how"]).startswith(KILLED_WORD) for one in tail):
+        return False, f"{how}; the last {IN_VAIN} starts went no further than step {last['step']}"
+    return not how.startswith(FAILED_WORD), how
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

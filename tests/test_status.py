@@ -1,0 +1,230 @@
+"""`lingen status`: what a run folder tells, from the signs of life of its ranks and the sessions in its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lingen.cli import main
+from lingen.launch.status import status_of
+from lingen.training.environment import OtherRankError
+from lingen.training.folder import RunFolder
+from lingen.training.heartbeat import SILENT, SIZE, beating, read_beats, sign
+from lingen.training.sessions import IN_VAIN, read_sessions, session, worth_another_start
+from lingen.training.signals import Stopped
+from tests.helpers.commands import ROOT, run_python
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
+    """A finished run, a copy of its own."""
+    return RunFolder(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+FLOP = {"clips": 2.0}
+
+
+def in_session(run: RunFolder, error: BaseException | None = None, was: str | None = None) -> None:
+    """A session that ends so."""
+    try:
+        with session(run, stage="clips", ranks=2, was=was, flop=FLOP):
+            if error is not None:
+                raise error
+    except type(error):  # type: ignore[arg-type]
+        pass
+
+
+def killed_session(run: RunFolder, was: str | None = None) -> str:
+    """A session that leaves no word; its mark."""
+    about = run.about.read_bytes()
+    with session(run, stage="clips", ranks=2, was=was, flop=FLOP) as mark:
+        about = run.about.read_bytes()
+    run.about.write_bytes(about)
+    return mark
+
+
+# signs of life
+
+
+def test_a_rank_says_what_it_does_and_since_when(tmp_path: Path):
+    with beating(tmp_path / "ranks", 1, 2, "m") as heart:
+        sign("data", "clips", 3)
+        sign("step", step=4)
+        heart.write()
+        (beat,) = read_beats(tmp_path / "ranks", "m")
+        assert (beat.rank, beat.ranks, beat.stage, beat.step, beat.doing) == (1, 2, "clips", 4, "step")
+        assert beat.pid == os.getpid() and beat.ended is None and 0 <= beat.age < 5 and beat.since >= beat.age
+        assert beat.memory["process"] > 1e6 and set(beat.spent) == {"start", "data"}
+        assert read_beats(tmp_path / "ranks", "of another session") == []
+        file = heart.path
+        os.utime(file, (time.time() - 100,) * 2)
+        assert 99 < read_beats(tmp_path / "ranks")[0].age < 105
+    assert read_beats(tmp_path / "ranks")[0].ended == "finished" and file.stat().st_size == SIZE
+    sign("step")  # of no rank: nothing happens
+
+
+def test_a_rank_that_fails_leaves_its_word(tmp_path: Path):
+    with pytest.raises(ValueError), beating(tmp_path, 0, 1, "m") as heart:
+        heart.sign("step", "s" * 100, 1)
+        raise ValueError("no\nway " + "x" * SIZE)
+    assert heart.path.stat().st_size == SIZE
+    word = json.loads(heart.path.read_text())["ended"]
+    assert word.startswith("failed: ValueError: no way xxx") and len(word) <= 500
+
+
+def test_a_folder_that_takes_nothing_does_no_harm(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with beating(tmp_path / "file" / "ranks", 0, 1, "m") as heart:
+        heart.write()
+
+
+# sessions
+
+
+def test_each_start_tells_why_the_one_before_ended(run: RunFolder):
+    before = json.loads(run.about.read_text())
+    first = len(read_sessions(run))
+    in_session(run, ValueError("of no\nuse"))
+    mark = killed_session(run)
+    with beating(run.ranks, 0, 2, mark), beating(run.ranks, 1, 2, mark):
+        pass
+    for file, age in ((run.ranks / "00000.json", 0), (run.ranks / "00001.json", 300)):
+        told = json.loads(file.read_text()) | {"ended": None, "host": "n7"}
+        file.write_text(json.dumps(told))
+        os.utime(file, (time.time() - age,) * 2)
+    in_session(run, was="job 3 was requeued")
+    found = [one["how"] for one in read_sessions(run)][first:]
+    assert found == [
+        "failed: ValueError: of no use",
+        "killed: job 3 was requeued; silent first: rank 1 on n7",
+        "finished",
+    ]
+    after = json.loads(run.about.read_text())
+    assert {key for key in after if after[key] != before[key]} == {"sessions", "flop_a_step"}
+    assert after["flop_a_step"] == before["flop_a_step"] | FLOP
+
+
+def test_a_killed_run_is_worth_another_start_unless_a_rank_failed_or_it_goes_no_further(run: RunFolder):
+    mark = killed_session(run)
+    with pytest.raises(OSError), beating(run.ranks, 3, 4, mark):
+        raise OSError("the disk is gone")
+    again, why = worth_another_start(run, 137)
+    assert not again and why.startswith("failed: rank 3 on ") and why.endswith(": OSError: the disk is gone")
+    for number in range(IN_VAIN):
+        killed_session(run)
+        again, why = worth_another_start(run, 137)
+        assert again == (number + 1 < IN_VAIN), why
+    assert why.startswith("killed: exit code 137 (SIGKILL)") and f"the last {IN_VAIN} starts went no further" in why
+    assert [one["how"][:6] for one in read_sessions(run)[-IN_VAIN:]] == ["killed"] * IN_VAIN
+    about = json.loads(run.about.read_text())
+    about["sessions"][-2]["step"] = 1
+    run.about.write_text(json.dumps(about))
+    assert worth_another_start(run, 137)[0]
+    assert main(["status", str(run.path), "--ended", "137"]) == 75
+
+
+def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: RunFolder, monkeypatch):
+    in_session(run, Stopped(signal.SIGUSR1))
+    assert worth_another_start(run, 1) == (True, "stopped by SIGUSR1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert worth_another_start(run, 1) == (False, "exit code 1, before it trained")
+    assert worth_another_start(run, 139) == (True, "exit code 139 (SIGSEGV), before it trained")
+    assert not worth_another_start(RunFolder(run.path / "nothing"), 1)[0]
+
+
+def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder):
+    try:
+        with session(run, stage="clips", ranks=2, was=None, flop=FLOP) as mark:
+            with beating(run.ranks, 1, 2, mark) as heart:
+                heart.write()
+            (told := json.loads(heart.path.read_text()))["ended"] = None
+            heart.path.write_text(json.dumps(told | {"host": "n4"}))
+            with beating(run.ranks, 0, 2, mark):
+                raise RuntimeError("[gloo/transport] Connection closed by peer")
+    except RuntimeError:
+        pass
+    assert worth_another_start(run, 1) == (True, "killed: exit code 1; silent first: rank 1 on n4")
+    in_session(run, OtherRankError("rank 3: TypeError: no"))
+    assert worth_another_start(run, 1) == (False, "failed: rank 3: TypeError: no")
+
+
+# what is told
+
+
+def test_a_finished_run(tiny_run: Path, capsys):
+    assert main(["status", str(tiny_run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    wanted = {"state": "finished", "stage": "clips", "step": 6, "steps": 6, "eta_seconds": 0.0, "alive": False}
+    assert wanted.items() <= told.items() and told["restarts"] == []
+    assert told["loss"] > 0 and told["tokens_per_second"] > 0
+    assert told["checkpoint"] == str(RunFolder(tiny_run).checkpoints("clips")[-1])
+    assert main(["status", str(tiny_run), str(tiny_run)]) == 0
+    assert capsys.readouterr().out.count(": finished\n") == 2
+
+
+def test_no_torch_is_needed_to_look(tiny_run: Path):
+    code = f"import sys\nfrom lingen.cli import main\nassert main(['status', {str(tiny_run)!r}]) == 0\n"
+    run_python("-c", code + "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)", cwd=ROOT)
+
+
+def test_a_run_amid_a_stage(run: RunFolder):
+    run.weights("clips").unlink()
+    for path in run.checkpoints("clips"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rows = run.metrics.read_text().splitlines()
+    run.metrics.write_text("\n".join(row for row in rows if not row.startswith("clips,6")) + "\nclips,")
+    killed_session(run)
+    told = status_of(run.path)
+    assert (told.state, told.reason, told.stage, told.step, told.steps) == (
+        "dead", "it left no word", "clips", 4, 6
+    )  # fmt: skip
+    assert told.eta_seconds == told.eta_run_seconds and told.eta_seconds is not None and told.eta_seconds > 0
+    assert told.checkpoint == str(run.checkpoints("images")[-1])
+    in_session(run, KeyboardInterrupt())
+    told = status_of(run.path)
+    assert (told.state, told.reason) == ("stopped", "stopped by SIGINT")
+    assert [one["reason"] for one in told.restarts][-1] == "killed: it left no word"
+
+
+def test_a_silent_rank_is_named(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys):
+    from lingen.training import lock
+
+    mark = killed_session(run)
+    with lock.locked(run.path), beating(run.ranks, 0, 2, mark) as heart:
+        heart.sign("step", "clips", 5)
+        heart.write()
+        (beat,) = status_of(run.path).ranks
+        assert (beat.step, beat.doing, status_of(run.path).state, status_of(run.path).alive) == (
+            5, "step", "running", True
+        )  # fmt: skip
+        other = run.ranks / "00001.json"
+        other.write_text(json.dumps(json.loads(heart.path.read_text()) | {"rank": 1, "host": "n9"}))
+        os.utime(other, (time.time() - SILENT - 10,) * 2)
+        told = status_of(run.path)
+        assert not told.alive and (told.state, told.reason) == ("dead", "rank 1 on n9 has given no sign for 100 s")
+        assert told.slowest()[0].rank == 1
+        assert main(["status", str(run.path)]) == 0
+        assert "rank 1 on n9: last sign 100 s ago at step 5" in capsys.readouterr().out
+
+
+def test_a_run_that_waits_in_the_queue(tmp_path: Path, capsys):
+    assert main(["status", str(tmp_path)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    (tmp_path / "submit" / "0001").mkdir(parents=True)
+    (tmp_path / "submit" / "0001" / "submitted.json").write_text('{"job": "12"}')
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["reason"], told["alive"]) == ("new", "job 12 has not begun to train", False)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"course": 3}', '{"stages": ["a"], "course": {"a": {}}}'])
+def test_a_damaged_record_is_one_line(run: RunFolder, text: str, capsys):
+    run.about.write_text(text)
+    assert main(["status", str(run.path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
