@@ -64,7 +64,8 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
         ok |= dict.fromkeys(_there(recipe))
         missing |= dict.fromkeys(_init(recipe))
         absent |= dict.fromkeys(_shards(recipe))
-    strategies = dict.fromkeys((recipe.trainer.get("strategy"), recipe.trains) for recipe in stages)
+    asked = [(recipe.trainer.get("strategy"), recipe.trains, recipe.trainer.get("precision")) for recipe in stages]
+    strategies = dict.fromkeys(asked)
     notes = [f"`lingen fit` refuses this: {text}" for one in strategies if (text := fault_of_strategy(*one))]
     return Checkup(list(missing), list(absent), list(ok), notes)
 

@@ -17,7 +17,6 @@ from lingen.cli import main
 from lingen.data import manifest
 from lingen.data.manifest import About, media_hash
 from lingen.data.shards import write_shards
-from lingen.data.starved import ranks_of
 from lingen.media import encode_mp4
 from lingen.prepare.captions import Captions
 from lingen.prepare.check import check_folders
@@ -29,6 +28,7 @@ from lingen.prepare.pack import Packing, find_footage, pack
 from lingen.prepare.stats import Measure, histograms, measure_folders, sample_sheet
 from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.sizes import ranks_of
 from tests.helpers.footage import film, frames
 
 WANTED = ClipRequirements((((32, 48),),), 8.0, (16, 8))

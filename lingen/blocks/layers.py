@@ -14,8 +14,9 @@ from lingen.recipe.sections import Triple
 
 P = TypeVar("P", bound=Tensor)
 M = TypeVar("M", bound=type[nn.Module])
+N = TypeVar("N", bound=nn.Module)
 _UNDECAYED = "_no_weight_decay"
-_FLOAT32 = "_stays_float32"
+_FLOAT32, _FLOAT32_IN_TRAINING = "_stays_float32", "_trains_in_float32"
 
 
 def stays_float32(kind: M) -> M:
@@ -25,9 +26,16 @@ def stays_float32(kind: M) -> M:
     return kind
 
 
-def is_float32(module: nn.Module) -> bool:
-    """Whether a module's own parameters stay float32."""
-    return bool(getattr(module, _FLOAT32, False))
+def trains_in_float32(module: N) -> N:
+    """Tags a module whose parameters are read in float32 under autocast, too, and so are gathered in it; to sample they
+    may be cast."""
+    setattr(module, _FLOAT32_IN_TRAINING, True)
+    return module
+
+
+def is_float32(module: nn.Module, training: bool = False) -> bool:
+    """Whether a module's own parameters stay float32: always, or at least in training."""
+    return bool(getattr(module, _FLOAT32, False) or training and getattr(module, _FLOAT32_IN_TRAINING, False))
 
 
 @stays_float32

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.blocks.layers import GatedRMSNorm, grid_of, stays_float32, undecayed
+from lingen.blocks.layers import GatedRMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
 from lingen.blocks.scan import order_of, permutation
 from lingen.kernels.choice import holds_numbers
 from lingen.kernels.conv import conv_silu
@@ -83,7 +83,7 @@ class Mamba2(nn.Module):
         self.memory = ScanMemory(self.directions, heads)
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         convolved = channels if self.centred else self.directions * channels
-        self.conv1d = nn.Conv1d(convolved, convolved, conv_width, groups=convolved)
+        self.conv1d = trains_in_float32(nn.Conv1d(convolved, convolved, conv_width, groups=convolved))
         self.memory.draw(dt_min, dt_max)
         self.norm = GatedRMSNorm(inner, groups)
         self.out_proj = nn.Linear(inner, dim, bias=False)

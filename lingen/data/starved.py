@@ -5,23 +5,6 @@ from collections.abc import Iterator
 from lingen.data.datamodule import ClipData
 from lingen.recipe.sections import Recipe
 
-BY_MACHINE = ("auto", "-1")
-"""Numbers of devices that say: as many as there are."""
-
-
-def ranks_of(recipe: Recipe, there: int = 1) -> int:
-    """How many ranks lightning.Trainer makes of a stage: devices times nodes.
-
-    Args:
-        there: devices of a machine, for a recipe that takes all of them.
-    """
-    devices, nodes = recipe.trainer.get("devices", "auto"), int(recipe.trainer.get("num_nodes", 1))
-    if isinstance(devices, str) and "," in devices:
-        devices = [one for one in devices.split(",") if one.strip()]
-    if isinstance(devices, list | tuple):
-        return max(1, len(devices)) * nodes
-    return max(1, there if str(devices) in BY_MACHINE else int(devices)) * nodes
-
 
 def starved(recipe: Recipe, data: ClipData, ranks: int) -> Iterator[str]:
     """A sentence with the cure for each bucket that holds fewer samples than one step takes.

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from lingen.frozen import is_trained, on_meta
 from lingen.kernels.choice import memory_here
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Triple
-from lingen.recipe.sizes import grids_of, patch_of
+from lingen.recipe.sizes import grids_of, patch_of, ranks_of
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bfloat16 FLOP/s by the makers' data sheets, for the share of it that training reaches (MFU)."""
@@ -20,7 +21,7 @@ DEFAULT_TEXT_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A stage's forecast for one rank that holds the whole model, not sharded."""
+    """A stage's forecast for one rank."""
 
     stage: str
     grids: dict[str, Triple]
@@ -30,7 +31,10 @@ class Plan:
     frozen: int
     """Parameters of the autoencoder and the text encoders that are not trained."""
     memory: dict[str, int]
-    """Bytes: weights, averaged weights, gradients and optimiser, activations of the largest batch."""
+    """Bytes of a rank: weights, averaged weights, gradients and optimiser, of which a strategy that shards leaves it a
+    part; what is gathered then; activations of the largest batch."""
+    shards: int = 1
+    """Ranks that share one copy of what is trained."""
     flops: dict[str, float]
     """FLOPs of one forward pass over one sample of each kind, counted on the meta device (`lingen.plan.flops`); a kind
     that cannot be counted, because a mixer does not run there, is left out."""
@@ -46,9 +50,8 @@ class Plan:
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: weights, averaged weights and two moments. While one is written, the memory of the
         machines, not of their GPUs, holds a copy; all ranks share in it."""
-        return (
-            self.memory["weights"] + self.memory["averaged weights"] + 2 * self.memory["gradients and optimiser"] // 3
-        )
+        held = self.memory["weights"] + self.memory["averaged weights"]
+        return self.shards * (held + 2 * self.memory["gradients and optimiser"] // 3)
 
     @property
     def trained(self) -> int:
@@ -124,7 +127,8 @@ def plan_denoiser(recipe: Recipe) -> Plan:
         grids=grids,
         parameters=dict(parameters),
         frozen=frozen,
-        memory=_memory(recipe, sum(parameters.values()), grids),
+        memory=_memory(recipe, parameters, grids),
+        shards=shards_of(recipe),
         flops=flops,
         training_flops={kind: flops[kind] * (3 + _recomputed_share(recipe, kind, grids[kind])) for kind in flops},
     )
@@ -144,8 +148,21 @@ def _by_part(model: Any) -> Counter[str]:
     return parts
 
 
-def _memory(recipe: Recipe, trained: int, grids: dict[str, Triple]) -> dict[str, int]:
-    """float32 weights, averaged copy, gradients and two moments; activations in the trainer's precision."""
+def shards_of(recipe: Recipe) -> int:
+    """Ranks that share one copy of what is trained, by the strategy; 1 where each holds all of it."""
+    import torch
+
+    strategy = str(recipe.trainer.get("strategy", "auto")).lower()
+    if strategy not in ("fsdp", "hsdp"):
+        return 1
+    ranks = ranks_of(recipe, torch.cuda.device_count())
+    return ranks // int(recipe.trainer.get("num_nodes", 1)) if strategy == "hsdp" else ranks
+
+
+def _memory(recipe: Recipe, parameters: Mapping[str, int], grids: dict[str, Triple]) -> dict[str, int]:
+    """float32 weights, averaged copy, gradients and two moments, in shards; activations in the trainer's precision."""
+    shards, trained = shards_of(recipe), sum(parameters.values())
+    trained = -(-trained // shards)
     held = 2 if str(recipe.trainer.get("precision")).endswith("16-true") else 4
     largest = max(_batch_tokens(recipe, kind, grid) for kind, grid in grids.items())
     recomputed = recomputed_blocks(recipe.model, largest, *_where(recipe))
@@ -153,8 +170,17 @@ def _memory(recipe: Recipe, trained: int, grids: dict[str, Triple]) -> dict[str,
         "weights": held * trained,
         "averaged weights": 4 * trained,
         "gradients and optimiser": 3 * held * trained,
+        **({"gathered": _gathered(recipe, parameters)} if shards > 1 else {}),
         "activations": activation_bytes(recipe.model, largest, recomputed, *_where(recipe)),
     }
+
+
+def _gathered(recipe: Recipe, parameters: Mapping[str, int]) -> int:
+    """Bytes of what a rank of shards holds whole at once: a block that runs, the next one, and a block's gradient, in
+    the precision of products; the rest of the model in float32, with its gradient [ours]."""
+    blocks = sum(count for part, count in parameters.items() if part.startswith("blocks."))
+    low = 2 if "16" in str(recipe.trainer.get("precision")) else 4
+    return 3 * low * blocks // recipe.model.depth + 8 * (sum(parameters.values()) - blocks)
 
 
 def _batch_tokens(recipe: Recipe, kind: str, grid: Triple) -> int:

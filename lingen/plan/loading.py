@@ -87,8 +87,11 @@ def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: 
         _check_stage(stage, list(draft.stages))
     chosen = [one for name, one in draft.stages.items() if stage in (None, name)]
     place = ("trainer", "strategy")
-    faults = ((one, fault_of_strategy(one.get(place), one.get(("trains",)))) for one in chosen)
-    raise_all(one.problem(place, text) for one, text in faults if text)
+    raise_all(
+        one.problem(place, text)
+        for one in chosen
+        if (text := fault_of_strategy(one.get(place), one.get(("trains",)), one.get(("trainer", "precision"))))
+    )
     _check_loggers(chosen)
     return _complete(draft)
 
@@ -129,13 +132,19 @@ def stages_of(recipe: str | Path, overrides: Sequence[str] = ()) -> list[str]:
     return list(read_draft(recipe, overrides).stages)
 
 
-def fault_of_strategy(strategy: Any, trains: Any) -> str | None:
+def fault_of_strategy(strategy: Any, trains: Any, precision: Any) -> str | None:
     """Why `lingen fit` refuses a `trainer.strategy`, with the cure; None for one that it takes.
 
     Args:
         trains: the recipe's subject.
+        precision: `trainer.precision`.
     """
     name = str(strategy or "auto").lower()
+    if name in ("fsdp", "hsdp") and str(precision) in ("16", "16-mixed"):
+        return (
+            f"strategy '{strategy}' does not go with precision {precision}, whose gradients each rank would scale for "
+            "itself. Set trainer.precision=bf16-mixed."
+        )
     if name in ("fsdp", "hsdp") and trains == "autoencoder":
         return (
             f"strategy '{strategy}' splits a denoiser over ranks; an autoencoder is whole on every rank. Set "

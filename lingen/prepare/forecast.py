@@ -12,9 +12,10 @@ from lingen.data.locations import Location, expand
 from lingen.data.manifest import ManifestError
 from lingen.data.order import count_before
 from lingen.data.remote import is_remote
-from lingen.data.starved import ranks_of, starved
+from lingen.data.starved import starved
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS, Recipe, Shards
+from lingen.recipe.sizes import ranks_of
 
 
 class Bucket(NamedTuple):

@@ -12,6 +12,9 @@ from lingen.recipe.sections import DataConfig, Recipe, Triple
 if TYPE_CHECKING:
     from lingen.autoencoder import Autoencoder
 
+BY_MACHINE = ("auto", "-1")
+"""Numbers of devices that say: as many as there are."""
+
 
 def patch_of(recipe: Recipe) -> Triple:
     """Latents per token; one where what is trained has no tokens."""
@@ -86,3 +89,17 @@ def all_grids(recipe: Recipe, autoencoder: Autoencoder) -> list[Triple]:
 def _neighbours_of(number: int, step: int) -> str:
     low = number // step * step
     return f"{low} or {low + step}" if low else str(step)
+
+
+def ranks_of(recipe: Recipe, there: int = 1) -> int:
+    """How many ranks lightning.Trainer makes of a stage: devices times nodes.
+
+    Args:
+        there: devices of a machine, for a recipe that takes all of them.
+    """
+    devices, nodes = recipe.trainer.get("devices", "auto"), int(recipe.trainer.get("num_nodes", 1))
+    if isinstance(devices, str) and "," in devices:
+        devices = [one for one in devices.split(",") if one.strip()]
+    if isinstance(devices, list | tuple):
+        return max(1, len(devices)) * nodes
+    return max(1, there if str(devices) in BY_MACHINE else int(devices)) * nodes

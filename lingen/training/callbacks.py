@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -285,7 +286,7 @@ class Rows(Callback):
 
     def __init__(self) -> None:
         self._hooks: list[Any] = []
-        self._rms: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
 
     @staticmethod
     def _is_due(pl_module: Any, steps: int) -> bool:
@@ -303,7 +304,7 @@ class Rows(Callback):
 
     def _note(self, name: str) -> Callable[..., None]:
         def hook(part: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._rms[name] = output.detach().float().square().mean().sqrt()
+            self._squares[name] = output.detach().float().square().mean()
 
         return hook
 
@@ -314,10 +315,15 @@ class Rows(Callback):
             return
         for hook in self._hooks:
             hook.remove()
-        for name, value in (self._rms | horizons(pl_module)).items():
+        for name, value in (self._all_rms() | horizons(pl_module)).items():
             pl_module.meter.add(name, value[None])
-        self._hooks, self._rms = [], {}
+        self._hooks, self._squares = [], {}
         pl_module.log_row(pl_module.collect_metrics())
+
+    def _all_rms(self) -> dict[str, Tensor]:
+        """Over the tokens of all ranks, which have as many each."""
+        ranks = gather_objects({name: float(square) for name, square in self._squares.items()})
+        return {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in self._squares}
 
 
 def blocks_of(module: Trained) -> Iterable[Any]:

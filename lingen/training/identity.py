@@ -17,7 +17,6 @@ from lingen.data.fingerprint import content_of
 from lingen.data.indexing import content_of_shards
 from lingen.data.locations import expand
 from lingen.data.sources import Reader
-from lingen.data.starved import BY_MACHINE, ranks_of
 from lingen.frozen import on_meta
 from lingen.recipe.bounds import COURSE, IDENTITY
 from lingen.recipe.marks import Entry, entries_of
@@ -25,6 +24,7 @@ from lingen.recipe.reading import components_of
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe
 from lingen.recipe.signature import as_plain
+from lingen.recipe.sizes import BY_MACHINE, ranks_of
 
 Values = dict[str, Any]
 """Dotted key -> plain value; of a file ``{"content": HASH}``, with null for one that is not on this machine."""

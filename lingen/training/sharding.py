@@ -24,8 +24,8 @@ def shard_denoiser(
     start from the weights of the first.
 
     Units, each gathered when it runs: every block, the rest of the denoiser, every text encoder. The modules of all
-    blocks that stay float32 (`lingen.blocks.layers.stays_float32`) are one unit more, so that they cost one collective:
-    it is gathered before the model runs and kept until its backward pass is over.
+    blocks that train in float32 (`lingen.blocks.layers.is_float32`) are one unit more, so that they cost one
+    collective: it is gathered before the model runs and kept until its backward pass is over.
 
     Args:
         model, encoders: whole, on any device.
@@ -35,7 +35,7 @@ def shard_denoiser(
     """
     own = MixedPrecisionPolicy(cast_forward_inputs=False)
     lowered = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False) if low else own
-    group = cast(list[nn.Module], [part for part in model.blocks.modules() if is_float32(part)])
+    group = cast(list[nn.Module], [part for part in model.blocks.modules() if is_float32(part, training=True)])
     if group:
         _start_alike(group, device)
         fully_shard(group, mesh=mesh, reshard_after_forward=False, mp_policy=own)
@@ -77,9 +77,9 @@ def _unhook(part: nn.Module) -> None:
 
 
 def _group_of(model: LinGen) -> FSDPModule | None:
-    """A module of the unit that stays float32; what is asked of one is done for all."""
-    parts = (part for part in model.blocks.modules() if is_float32(part) and isinstance(part, FSDPModule))
-    return cast(FSDPModule | None, next(parts, None))
+    """A module of the unit in float32; what is asked of one is done for all."""
+    parts = (part for part in model.blocks.modules() if is_float32(part, training=True))
+    return next((part for part in parts if isinstance(part, FSDPModule)), None)
 
 
 def _unshard_group(model: LinGen) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,15 @@ class Steps:
     """Step -> name -> gradient of all ranks, before it is clipped."""
 
 
+def _port() -> str:
+    """Where ranks meet: the test's own, or a free one."""
+    if "MASTER_PORT" in os.environ:
+        return os.environ["MASTER_PORT"]
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
 def run_ranks(words: Sequence[str], ranks: int, nodes: int = 1) -> list[str]:
     """What each rank of ``python WORDS`` prints; all must end well.
 
@@ -39,7 +49,8 @@ def run_ranks(words: Sequence[str], ranks: int, nodes: int = 1) -> list[str]:
     """
     each = ranks // nodes
     shared = os.environ | {
-        "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": _port(), "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(each),
     }  # fmt: skip
     own = [{"RANK": str(n), "LOCAL_RANK": str(n % each), "GROUP_RANK": str(n // each)} for n in range(ranks)]

@@ -1,6 +1,6 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
 ``kill --seed S --times N`` kills training and goes on with it,
-``cluster --seed S --times N`` disturbs a job that `lingen submit` made."""
+``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
+from tests.soak.ranks import compare_all
 
 
 def main() -> int:
     args = _arguments()
-    return {"fuzz": _fuzz, "kill": _kill, "cluster": _cluster}[args.trial](args)
+    return {"fuzz": _fuzz, "kill": _kill, "cluster": _cluster, "ranks": _ranks}[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -39,6 +40,8 @@ def _arguments() -> argparse.Namespace:
     three.add_argument(
         "--keep", type=Path, default=Path("cluster"), metavar="DIR", help="the run lies there; made anew"
     )
+    four = trials.add_parser("ranks", help="every strategy on 2, 3 and 4 ranks, against one process")
+    four.add_argument("--keep", type=Path, default=Path("ranks"), metavar="DIR", help="the runs lie there; made anew")
     return parser.parse_args()
 
 
@@ -51,6 +54,13 @@ def _cluster(args: argparse.Namespace) -> int:
     told = ", ".join(f"{count} x {what}" for what, count in sorted(counts.items()))
     print(f"{counts.total()} disturbances ({told}): {len(wrong)} failures")
     return 1 if wrong else 0
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    shutil.rmtree(args.keep, ignore_errors=True)
+    failed = compare_all(args.keep.absolute())
+    print(*(f"too far from one process: {line}" for line in failed), f"{len(failed)} failed", sep="\n")
+    return 1 if failed else 0
 
 
 def _kill(args: argparse.Namespace) -> int:
