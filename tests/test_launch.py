@@ -21,7 +21,7 @@ from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
 from lingen.training import launch, local_ranks, trainer
-from lingen.training.environment import OtherRankError, Rank
+from lingen.training.environment import OF_LAUNCHERS, OtherRankError, Rank
 from lingen.training.folder import RunFolder
 from lingen.training.launch import check_layout, ranks_to_start
 from lingen.weights import find_weights, read_weights
@@ -254,3 +254,13 @@ def test_a_slow_disk_is_waited_for_under_torchrun(two, tiny_recipe: Path):
     alone = fit(tiny_recipe, ["sample.prompts=[]"], run="alone")
     one, both = (read_weights(find_weights(run), "raw") for run in (alone, "run"))
     torch.testing.assert_close(both, one, rtol=1e-3, atol=1e-3)
+
+
+def test_only_rank_0_tells_of_wrong_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Of `fit`, which all ranks are given alike; tasks of other commands have words of their own."""
+    for name, value in zip(OF_LAUNCHERS, ("1", "2", "1", "2", "127.0.0.1", "2000"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert main(["fit", "--bogus"]) == 2
+    assert capsys.readouterr() == ("", "")
+    assert main(["encode", "--bogus"]) == 2
+    assert "usage: " in capsys.readouterr().err

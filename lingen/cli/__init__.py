@@ -4,6 +4,7 @@ Heavy imports are made inside the commands, so that ``lingen --help`` is instant
 """
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = None
     try:
-        with contextlib.redirect_stderr(None) if who() else contextlib.nullcontext():  # rank 0 prints the same
+        is_told = bool(who()) and (sys.argv[1:] if argv is None else argv)[:1] == ["fit"]  # by rank 0
+        with contextlib.redirect_stderr(io.StringIO()) if is_told else contextlib.nullcontext():
             args = parse_arguments(argv)
         return COMMANDS[args.command].run(args)
     except SystemExit as stop:  # argparse has printed the reason
