@@ -2,7 +2,7 @@
 
 import sys
 
-from lingen.training import signals
+from lingen.ranks import signals
 
 
 def enter() -> int:

@@ -17,22 +17,23 @@ from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.plan.forecast import flop_a_step, plan, too_large
+from lingen.ranks import heartbeat, launch, local_ranks, signals
+from lingen.ranks.collectives import is_first_rank, on_first_rank, together
+from lingen.ranks.environment import here
+from lingen.ranks.signs import LifeSigns
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
-from lingen.training import heartbeat, launch, local_ranks, lock, record, sessions, signals
+from lingen.training import lock, record, sessions
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
-from lingen.training.environment import here
 from lingen.training.folder import RunFolder
-from lingen.training.identity import described, ranks_here
+from lingen.training.identity import described
 from lingen.training.intact import wait_for_files
-from lingen.training.ranks import is_first_rank, on_first_rank, together
-from lingen.training.signs import LifeSigns
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
 from lingen.weights import find_weights
@@ -240,7 +241,7 @@ def _check_samples(recipe: Recipe) -> None:
             data.setup()
         except DataError as error:
             raise RecipeError(f"stage {recipe.stage}: {error}") from error
-        if problems := list(starved(recipe, data, ranks_here(recipe))):
+        if problems := list(starved(recipe, data, launch.ranks_here(recipe))):
             raise RecipeError(*problems)
 
 

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from lingen.training import saver as saving
 from lingen.training.folder import RunFolder
 from lingen.training.intact import Checkpoint
-from lingen.training.ranks import OtherRankError
+from lingen.ranks.collectives import OtherRankError
 from lingen.training.saver import Saver
 from lingen.training.state import state_by_name
 from lingen.training.storage import fill_rows

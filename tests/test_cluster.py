@@ -21,7 +21,7 @@ pytestmark = [
 EVENTS = '''
 """Of a job: its script is signalled in its first life, as --signal=B:USR1@600 does, a rank killed in its second."""
 import os, subprocess, time
-from lingen.training import signals
+from lingen.ranks import signals
 from lingen.training.denoiser import LinGenModule
 
 step = LinGenModule.training_step

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lingen.training.environment import Rank, first_host, rank_of
+from lingen.ranks.environment import Rank, first_host, rank_of
 from tests.helpers.commands import ROOT
 
 TASK = {
@@ -68,6 +68,6 @@ def test_the_first_host(nodes: str, first: str):
 
 
 def test_it_is_told_without_torch():
-    code = "import sys, lingen.training.environment; print('torch' in sys.modules)"
+    code = "import sys, lingen.ranks.environment; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"

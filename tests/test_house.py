@@ -17,6 +17,7 @@ FLOORS = (
     ("model", "autoencoder"),
     ("data", "plan"),
     ("text", "metrics"),
+    ("ranks",),
     ("training",),
     ("sampling",),
     ("prepare", "run"),

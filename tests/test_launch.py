@@ -17,13 +17,14 @@ import torch
 
 from lingen import files
 from lingen.cli import main
+from lingen.ranks import launch, local_ranks
+from lingen.ranks.environment import OF_LAUNCHERS, OtherRankError, Rank
+from lingen.ranks.launch import check_layout, ranks_to_start
 from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
-from lingen.training import launch, local_ranks, trainer
-from lingen.training.environment import OF_LAUNCHERS, OtherRankError, Rank
+from lingen.training import trainer
 from lingen.training.folder import RunFolder
-from lingen.training.launch import check_layout, ranks_to_start
 from lingen.weights import find_weights, read_weights
 from tests.helpers.commands import ROOT
 

@@ -122,7 +122,7 @@ import torch
 from lingen.run import NonFiniteError, fit
 from lingen.training import weights
 from lingen.training.denoiser import LinGenModule
-from lingen.training.environment import OtherRankError
+from lingen.ranks.environment import OtherRankError
 
 write = weights.write_pieces
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from lingen.run import fit
 from lingen.weights import find_weights, read_weights
 from tests.helpers import slurm
 from tests.helpers.commands import ROOT, lingen_command
-from tests.helpers.slurm import Cluster
+from tests.helpers.slurm import Cluster, script_of_docs
 from tests.helpers.tiny import write_recipe
 
 pytestmark = [
@@ -28,7 +27,7 @@ WORDS = [
 TASK = '''
 """A task of `lingen fit`: the last rank has SLURM signal the job in its first life."""
 import os, subprocess, sys, time
-from lingen.training import signals
+from lingen.ranks import signals
 from lingen.training.denoiser import LinGenModule
 
 step = LinGenModule.training_step
@@ -89,22 +88,6 @@ def test_ranks_that_do_not_fit_are_refused_once(cluster: Cluster, recipe: Path, 
     own = [line for line in ended.stderr.splitlines() if not line.startswith("srun: ")]
     assert len(own) == 1 and own[0].startswith("srun has started 2 ranks, 1 on each of 2 nodes, but stage images asks")
     assert not (tmp_path / "run").exists()
-
-
-def script_of_docs(fit: str, log: Path) -> str:
-    """The job script of docs/cluster.md for two nodes of one task, with another command in the place of its own."""
-    (script,) = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.S)
-    for old, new in {
-        "--nodes=16": "--nodes=2",
-        "--ntasks-per-node=8": "--ntasks-per-node=1",
-        "#SBATCH --gpus-per-node=8\n": "",
-        "--cpus-per-task=12": "--cpus-per-task=1",
-        "%x-%j.log": str(log),
-        "lingen fit --recipe t2v_68s --run /shared/runs/t2v_68s": fit,
-    }.items():
-        assert script.count(old) == 1, old
-        script = script.replace(old, new)
-    return script
 
 
 def test_the_script_of_the_docs_is_requeued_and_changes_nothing(

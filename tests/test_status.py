@@ -14,12 +14,12 @@ import pytest
 
 from lingen.cli import cluster, main
 from lingen.launch.status import status_of
-from lingen.training import heartbeat
-from lingen.training.environment import OtherRankError
+from lingen.ranks import heartbeat
+from lingen.ranks.environment import OtherRankError
+from lingen.ranks.heartbeat import SILENT, SIZE, beating, read_beats, sign
+from lingen.ranks.signals import Stopped
 from lingen.training.folder import RunFolder
-from lingen.training.heartbeat import SILENT, SIZE, beating, read_beats, sign
 from lingen.training.sessions import IN_VAIN, read_sessions, session, worth_another_start
-from lingen.training.signals import Stopped
 from tests.helpers.commands import ROOT, run_python
 
 

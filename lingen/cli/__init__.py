@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from lingen.cli import bench, bench_models, cluster, data, doctor, encode, evaluate, export, prompts, recipes, runs  # noqa: F401
 from lingen.cli.command import COMMANDS, DONE, FAILED, WRONG_USE, parse_arguments
 from lingen.cli.edge import line_of
+from lingen.ranks.environment import OtherRankError, who
+from lingen.ranks.signals import INTERRUPTED
 from lingen.recipe.errors import RecipeError
-from lingen.training.environment import OtherRankError, who
-from lingen.training.signals import INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

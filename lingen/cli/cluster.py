@@ -135,9 +135,9 @@ def status(args: argparse.Namespace) -> int:
 
 def _judge(run: Path, code: int) -> int:
     """For a script: whether a run is started again whose ranks ended with this code."""
+    from lingen.ranks.signals import REQUEUE
     from lingen.training.folder import RunFolder
     from lingen.training.sessions import worth_another_start
-    from lingen.training.signals import REQUEUE
 
     try:
         again, why = worth_another_start(RunFolder(run), code)

@@ -12,7 +12,7 @@ from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.registry import import_module
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
-"""Exit codes; beside them those of `lingen.training.signals`."""
+"""Exit codes; beside them those of `lingen.ranks.signals`."""
 
 CommandFunction = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]

@@ -5,7 +5,7 @@ import errno
 import os
 import re
 
-from lingen.training.environment import here, is_lost_rank
+from lingen.ranks.environment import here, is_lost_rank
 
 CURES = {
     errno.ENOSPC: "The disk is full: free some space, or name another place",

@@ -29,10 +29,10 @@ from lingen.cli.command import (
 )
 from lingen.cli.edge import line_of
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
+from lingen.ranks import signals
+from lingen.ranks.environment import OtherRankError, here, who
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
-from lingen.training import signals
-from lingen.training.environment import OtherRankError, here, who
 
 if TYPE_CHECKING:
     from lingen.plan.loading import Curriculum
@@ -69,7 +69,7 @@ def _fit(args: argparse.Namespace) -> int:
     if here().ranks == 1:
         curriculum = load()  # mistakes are reported before lightning and lingen.data are imported
     else:
-        from lingen.training.launch import load_together
+        from lingen.ranks.launch import load_together
 
         curriculum = load_together(load)
     from lingen import run

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lingen.launch.options import Options, lines_of_options
-from lingen.training.signals import REQUEUE
+from lingen.ranks.signals import REQUEUE
 
 WAITS = """\
 # In the background, so that this shell can hand on signals that SLURM sends to it instead of to the ranks.

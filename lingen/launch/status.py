@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lingen.launch.queue import waiting
+from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Beat, read_beats
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 from lingen.training import lock
 from lingen.training.folder import RunFolder
-from lingen.training.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Beat, read_beats
 from lingen.training.sessions import FINISHED, KILLED_WORD, read_sessions
 
 ROWS = 20

@@ -17,14 +17,14 @@ from lingen.data.datamodule import ClipData
 from lingen.files import write_json
 from lingen.kernels.choice import best_device
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
+from lingen.ranks import signals
+from lingen.ranks.collectives import on_first_rank
 from lingen.recipe.sections import Recipe
 from lingen.sampling.clips import Take, clip_size, clips_of, decoded, sample_takes, takes_of
 from lingen.sampling.notes import notes_of, notes_on
-from lingen.training import signals
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.ranks import on_first_rank
 from lingen.training.weights import load_denoiser
 
 if TYPE_CHECKING:

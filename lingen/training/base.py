@@ -18,11 +18,11 @@ from lingen.blocks.layers import decays
 from lingen.data.batch import Batch
 from lingen.data.ledger import is_cut
 from lingen.plan.forecast import peak_flops, plan
+from lingen.ranks.collectives import gather_objects, together
 from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
 from lingen.training.checkpoint import moments_of, open_checkpoint, restore
 from lingen.training.meter import Meter
-from lingen.training.ranks import gather_objects, together
 from lingen.training.sharding import clip_gradients
 from lingen.training.state import load_state_by_name
 

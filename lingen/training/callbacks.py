@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
 from lingen.files import naming, whole_file
-from lingen.training import signals
+from lingen.ranks import signals
+from lingen.ranks.collectives import gather_objects, is_first_rank, largest, on_first_rank
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
-from lingen.training.ranks import gather_objects, is_first_rank, largest, on_first_rank
 from lingen.training.saver import Saver
 from lingen.training.sharding import whole_float32
 from lingen.training.state import whole_of
@@ -34,7 +34,7 @@ class StepEdge(Callback):
 
     Each rank counts its own samples since the last checkpoint; at a checkpoint the counts of all ranks are added up.
 
-    One reduction a step tells all ranks whether any of them got a signal (`lingen.training.signals`) or too many
+    One reduction a step tells all ranks whether any of them got a signal (`lingen.ranks.signals`) or too many
     broken samples: they stop at the same step, with a checkpoint of it.
     """
 

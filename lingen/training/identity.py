@@ -11,20 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from lingen.data.fingerprint import content_of
 from lingen.data.indexing import content_of_shards
 from lingen.data.locations import expand
 from lingen.data.sources import Reader
 from lingen.frozen import on_meta
+from lingen.ranks.launch import ranks_here
 from lingen.recipe.bounds import COURSE, IDENTITY
 from lingen.recipe.marks import Entry, entries_of
 from lingen.recipe.reading import components_of
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe
 from lingen.recipe.signature import as_plain
-from lingen.recipe.sizes import BY_MACHINE, ranks_of
+from lingen.recipe.sizes import BY_MACHINE
 
 Values = dict[str, Any]
 """Dotted key -> plain value; of a file ``{"content": HASH}``, with null for one that is not on this machine."""
@@ -116,12 +115,6 @@ def _is_lightnings(key: str, entry: Entry) -> bool:
     known = inspect.signature(lightning.Trainer).parameters
     name = key.removeprefix("trainer.")
     return name != key and name in known and known[name].default == entry.value
-
-
-def ranks_here(recipe: Recipe) -> int:
-    """How many ranks lightning.Trainer makes of a stage on this machine."""
-    on_gpus = recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    return ranks_of(recipe, torch.cuda.device_count() if on_gpus else 1)
 
 
 # comparing

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lingen.files import write_json
 from lingen.kernels.choice import memory_here
+from lingen.ranks.collectives import broadcast_object, gather_objects, largest, on_first_rank, place, together
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.intact import ABOUT, about_of
-from lingen.training.ranks import broadcast_object, gather_objects, largest, on_first_rank, place, together
 from lingen.training.storage import RowPiece, Written, bytes_of, describe_tensors, header_of, pieces_of, write_file
 
 ROOM = 0.75

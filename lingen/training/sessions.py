@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lingen.files import write_json
+from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, OTHER_WORD, Beat, host_name, read_beats, word_of
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder
-from lingen.training.heartbeat import BEAT, FAILED_WORD, LOST_WORD, OTHER_WORD, Beat, host_name, read_beats, word_of
 
 FINISHED = "finished"
 KILLED_WORD = "killed: "

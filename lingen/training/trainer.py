@@ -11,11 +11,11 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lingen.plan.trainer import listed, logger_of
+from lingen.ranks.environment import here
+from lingen.ranks.launch import RankEnvironment
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Component, Recipe
-from lingen.training.environment import here
 from lingen.training.folder import RunFolder
-from lingen.training.launch import RankEnvironment
 from lingen.training.strategy import Sharded, strategy_of
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lingen.plan.loading import load_recipe
+from lingen.ranks.collectives import is_first_rank, on_first_rank
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import RecipeText
 from lingen.recipe.sections import Recipe
 from lingen.recipe.subjects import SUBJECTS
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
-from lingen.training.ranks import is_first_rank, on_first_rank
 from lingen.training.state import whole_of
 from lingen.weights import (
     OF_TRAINING,

@@ -18,8 +18,9 @@ import torch
 from lingen import run as runs
 from lingen.cli import main
 from lingen.data import datamodule
+from lingen.ranks import signals
 from lingen.sampling import clips, samples
-from lingen.training import begin, signals
+from lingen.training import begin
 from lingen.training.callbacks import StageEnd, StepEdge
 from lingen.training.denoiser import LinGenModule
 from lingen.weights import find_weights, read_weights

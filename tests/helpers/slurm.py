@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.helpers.commands import ROOT
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "UNKNOWN")
@@ -114,6 +117,22 @@ class Cluster:
             self.run("scancel", "--signal=KILL", "--full", "--user=root")
             self.run("scancel", "--user=root")
             time.sleep(0.2)
+
+
+def script_of_docs(fit: str, log: Path) -> str:
+    """The job script of docs/cluster.md for two nodes of one task, with another command in the place of its own."""
+    (script,) = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.S)
+    for old, new in {
+        "--nodes=16": "--nodes=2",
+        "--ntasks-per-node=8": "--ntasks-per-node=1",
+        "#SBATCH --gpus-per-node=8\n": "",
+        "--cpus-per-task=12": "--cpus-per-task=1",
+        "%x-%j.log": str(log),
+        "lingen fit --recipe t2v_68s --run /shared/runs/t2v_68s": fit,
+    }.items():
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    return script
 
 
 @contextmanager

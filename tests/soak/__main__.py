@@ -11,12 +11,13 @@ from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
+from tests.soak.moments import MOMENTS, moments
 from tests.soak.ranks import compare_all
 
 
 def main() -> int:
     args = _arguments()
-    return {"fuzz": _fuzz, "kill": _kill, "cluster": _cluster, "ranks": _ranks}[args.trial](args)
+    return {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks}[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -42,6 +43,8 @@ def _arguments() -> argparse.Namespace:
     )
     four = trials.add_parser("ranks", help="every strategy on 2, 3 and 4 ranks, against one process")
     four.add_argument("--keep", type=Path, default=Path("ranks"), metavar="DIR", help="the runs lie there; made anew")
+    last = trials.add_parser("moments", help="the main recipe on two nodes of SLURM, a signal at each moment of it")
+    last.add_argument("--keep", type=Path, default=Path("moments"), metavar="DIR", help="the runs lie there; made anew")
     return parser.parse_args()
 
 
@@ -61,6 +64,15 @@ def _ranks(args: argparse.Namespace) -> int:
     failed = compare_all(args.keep.absolute())
     print(*(f"too far from one process: {line}" for line in failed), f"{len(failed)} failed", sep="\n")
     return 1 if failed else 0
+
+
+def _moments(args: argparse.Namespace) -> int:
+    shutil.rmtree(args.keep, ignore_errors=True)
+    failures = list(moments(args.keep.absolute()))
+    for failure in failures:
+        print(failure)
+    print(f"{len(MOMENTS)} signals to a job of two nodes: {len(failures)} failures")
+    return 1 if failures else 0
 
 
 def _kill(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lingen.training.environment import OtherRankError, here
+from lingen.ranks.environment import OtherRankError, here
 
 T = TypeVar("T")
 

@@ -12,11 +12,11 @@ import time
 
 import torch.distributed as dist
 
+from lingen.ranks import environment, signals
+from lingen.ranks.collectives import is_connected
+from lingen.ranks.environment import PARENT, Rank
+from lingen.ranks.launch import MEETING, agree, connect, disconnect
 from lingen.recipe.errors import RecipeError
-from lingen.training import environment, signals
-from lingen.training.environment import PARENT, Rank
-from lingen.training.launch import MEETING, agree, connect, disconnect
-from lingen.training.ranks import is_connected
 
 log = logging.getLogger("lingen")
 

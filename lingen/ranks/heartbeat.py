@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lingen.ranks.environment import OtherRankError, is_lost_rank
+from lingen.ranks.signals import Stopped, noted
 from lingen.recipe.errors import RecipeError
-from lingen.training.environment import OtherRankError, is_lost_rank
-from lingen.training.signals import Stopped, noted
 
 BEAT = 20.0
 """Seconds between two writes."""

@@ -1,11 +1,11 @@
-"""What a rank tells of itself while it trains, as signs of life (`lingen.training.heartbeat`)."""
+"""What a rank tells of itself while it trains, as signs of life (`lingen.ranks.heartbeat`)."""
 
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from lingen.training.heartbeat import sign
+from lingen.ranks.heartbeat import sign
 
 
 class LifeSigns(Callback):

@@ -94,7 +94,7 @@ class Listener:
 
     def _watch(self, heard: int) -> None:
         """In a thread: a handler waits until the main thread is back in Python, and where ranks hang that is never."""
-        from lingen.training.environment import here  # listening comes first
+        from lingen.ranks.environment import here  # listening comes first
 
         while numbers := os.read(heard, 1):
             if numbers[0] != signal.SIGINT:
@@ -150,7 +150,7 @@ def noted() -> int | None:
 
 def agreed() -> int | None:
     """The signal that any rank got, on all ranks: a collective."""
-    from lingen.training.ranks import largest
+    from lingen.ranks.collectives import largest
 
     return largest(noted() or 0)[0] or None
 
@@ -185,7 +185,7 @@ def by_first_rank(work: Callable[[], Iterator[None]]) -> None:
         Stopped: any rank got one, and rank 0 is not done. On all ranks.
         FirstRankError: on the others, where rank 0 raised an error.
     """
-    from lingen.training.ranks import FirstRankError, is_first_rank, largest
+    from lingen.ranks.collectives import FirstRankError, is_first_rank, largest
 
     over, goes_on, failed = range(3)
     parts, state, error = (work() if is_first_rank() else iter(())), goes_on, None

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from lingen.ranks.collectives import gather_objects, is_connected, on_first_rank, together
+from lingen.ranks.environment import PARENT, OtherRankError, Rank, here
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training.environment import PARENT, OtherRankError, Rank, here
-from lingen.training.identity import ranks_here
-from lingen.training.ranks import gather_objects, is_connected, on_first_rank, together
+from lingen.recipe.sizes import ranks_of
 
 T = TypeVar("T")
 
@@ -203,6 +203,12 @@ def ranks_to_start(stages: Sequence[Recipe]) -> int:
                 "not follow; set trainer.strategy=ddp."
             )
     return asked.popitem()[1][0] if asked and own.ranks == 1 else 1
+
+
+def ranks_here(recipe: Recipe) -> int:
+    """How many ranks lightning.Trainer makes of a stage on this machine."""
+    on_gpus = recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return ranks_of(recipe, torch.cuda.device_count() if on_gpus else 1)
 
 
 def _asked(recipe: Recipe) -> tuple[int, int]:
