@@ -29,11 +29,12 @@ from lingen.tables import as_table
 from lingen.training import lock, record, sessions
 from lingen.training.base import NonFiniteError, Trained
 from lingen.training.begin import StageStart, hand_over, start_of
-from lingen.training.callbacks import ClipsDuringTraining, MetricsFile, Rows, StageEnd, StepEdge, Steps
+from lingen.training.callbacks import ClipsDuringTraining, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.identity import described
 from lingen.training.intact import wait_for_files
+from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
 from lingen.weights import find_weights

@@ -18,10 +18,10 @@ from lingen.data.ledger import DataError
 from lingen.run import fit
 from lingen.training.average import AveragedWeights
 from lingen.training.base import NonFiniteError
-from lingen.training.callbacks import MetricsFile
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.intact import Checkpoint
+from lingen.training.rows import MetricsFile
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights, read_metadata, read_weights
 from tests.helpers.closeness import assert_close

@@ -1,0 +1,137 @@
+"""Rows of metrics.csv: what is measured every few steps, and the file."""
+
+import csv
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from lingen.data.batch import Batch
+from lingen.files import naming, whole_file
+from lingen.ranks.collectives import gather_objects, is_first_rank
+from lingen.training.base import Trained
+from lingen.training.denoiser import LinGenModule
+from lingen.training.sharding import whole_float32
+from lingen.training.state import whole_of
+
+
+class MetricsFile:
+    """metrics.csv: a row for each logged step of every stage; a resumed stage drops the rows past its checkpoint.
+
+    Args:
+        path: the file.
+        stage: goes into each row.
+        resumed: step from which the stage goes on.
+        listen: a function that is called with each row.
+    """
+
+    def __init__(self, path: Path, stage: str, resumed: int, listen: Callable[[dict[str, Any]], None]):
+        self.path = path
+        self.stage = stage
+        self.listen = listen
+        self._rows: list[dict[str, Any]] = []
+        if is_first_rank() and path.is_file():
+            with path.open(newline="") as file:
+                self._rows = [row for row in csv.DictReader(file) if self._stays(row, resumed)]
+        self._columns = list(dict.fromkeys(("stage", "step", *(name for row in self._rows for name in row))))
+        self._began = False
+
+    def _stays(self, row: dict[str, Any], resumed: int) -> bool:
+        """A row is whole, and not of steps that are trained again."""
+        return bool(row["step"]) and (row["stage"] != self.stage or int(row["step"]) <= resumed)
+
+    @rank_zero_only
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds a row; values of the step that was written last join its row."""
+        row = {"stage": self.stage, "step": step, **values}
+        self.listen(row)
+        joins = self._began and self._rows[-1]["step"] == step
+        if joins:
+            self._rows[-1] |= row
+        else:
+            self._rows.append(row)
+        new = [name for name in row if name not in self._columns]
+        self._columns += new
+        if joins or new or not self._began:
+            with whole_file(self.path) as partial, partial.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(self._rows)
+        else:
+            with naming(self.path), self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+        self._began = True
+
+
+class Rows(Callback):
+    """Logs a row every `train.log_every` steps, before a checkpoint of the same step is written.
+
+    The row includes measures of the mixers at that step: the memory horizon of every scan (median and largest over
+    its heads, in tokens) and the output RMS of both branches of every MATE layer.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: list[Any] = []
+        self._squares: dict[str, Tensor] = {}
+
+    @staticmethod
+    def _is_due(pl_module: Any, steps: int) -> bool:
+        settings = pl_module.recipe.train
+        return steps % settings.log_every == 0 or steps >= settings.steps
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % pl_module.recipe.train.accumulate or not self._is_due(pl_module, trainer.global_step + 1):
+            return
+        for index, block in enumerate(blocks_of(pl_module)):
+            for branch in ("ma", "te"):
+                part = getattr(block.mixer, branch, None)
+                if isinstance(part, nn.Module):
+                    self._hooks.append(part.register_forward_hook(self._note(f"mixer/{index:02d}/{branch}_rms")))
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(part: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._squares[name] = output.detach().float().square().mean()
+
+        return hook
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % pl_module.recipe.train.accumulate or not self._is_due(pl_module, trainer.global_step):
+            return
+        for hook in self._hooks:
+            hook.remove()
+        for name, value in (self._all_rms() | horizons(pl_module)).items():
+            pl_module.meter.add(name, value[None])
+        self._hooks, self._squares = [], {}
+        pl_module.log_row(pl_module.collect_metrics())
+
+    def _all_rms(self) -> dict[str, Tensor]:
+        """Over the tokens of all ranks, which have as many each."""
+        ranks = gather_objects({name: float(square) for name, square in self._squares.items()})
+        return {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in self._squares}
+
+
+def blocks_of(module: Trained) -> Iterable[Any]:
+    """The denoiser's blocks; an autoencoder has none."""
+    return cast(Iterable[Any], module.model.blocks) if isinstance(module, LinGenModule) else ()
+
+
+def horizons(module: Trained) -> dict[str, Tensor]:
+    """Memory horizon of each scan, in tokens, see `Mamba2.horizon`. All ranks ask: where the model is sharded, what
+    sets the horizons of all blocks is gathered at once."""
+    values: dict[str, Tensor] = {}
+    with whole_float32(module.model) if isinstance(module, LinGenModule) else nullcontext():
+        for index, block in enumerate(blocks_of(module)):
+            for part in cast(nn.Module, block.mixer).modules():
+                if hasattr(part, "horizon"):
+                    horizon = whole_of(cast(Any, part).horizon()).flatten()
+                    values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
+                    values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
+    return values
