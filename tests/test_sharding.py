@@ -28,7 +28,9 @@ REFUSED = ["fsdp_cpu_offload", "deepspeed", "deepspeed_stage_3_offload", "model_
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_ways_to_shard_are_refused_with_the_cure(tiny_recipe: Path, tmp_path: Path, name: str):
-    with pytest.raises(RecipeError, match=rf"^command line: strategy '{name}' .*fsdp.*\(at trainer.strategy\)$"):
+    with pytest.raises(
+        RecipeError, match=rf"^command line: There is no strategy called '{name}'.*fsdp.*\(at trainer.strategy\)$"
+    ):
         fit(tiny_recipe, [f"trainer.strategy={name}"], run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lingen.plan.trainer import fault_of_logger, faults_of_names, listed
 from lingen.plan.trial import Trial
-from lingen.recipe.errors import RecipeError
+from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, read_draft, unknown_stage
 from lingen.recipe.sections import Recipe
@@ -152,9 +152,10 @@ def fault_of_strategy(strategy: Any, trains: Any, precision: Any) -> str | None:
         )
     if name in STRATEGIES or name == "single_device" or name.startswith("ddp"):
         return None
+    known = f"{did_you_mean(name, STRATEGIES)} Known: {', '.join(STRATEGIES)}"
     return (
-        f"strategy '{strategy}' is none that lingen trains with. Set trainer.strategy=fsdp to split the model over "
-        "ranks (FSDP2), hsdp to split it over the devices of each node, or ddp to keep it whole on every rank."
+        f"There is no strategy called '{strategy}'.{known}. Set trainer.strategy=fsdp to split the model over ranks "
+        "(FSDP2), hsdp to split it over the devices of each node, or ddp to keep it whole on every rank."
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks.attention import Attention
 from lingen.blocks.mamba2 import Mamba2
@@ -30,10 +31,14 @@ class PlainBlock(nn.Module):
         self.ours = ours
         self.mixer = plain_mixer(ours.mixer)
 
-    def forward(self, x: Tensor, positions: Tensor, modulation: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, modulation: Tensor, text: Tensor, mask: Tensor, recompute: bool = False
+    ) -> Tensor:
+        if recompute:
+            return checkpoint(self.forward, x, positions, modulation, text, mask, use_reentrant=False)
         """As `Block.forward`."""
         ours = self.ours
-        rows = (modulation + ours.modulation)[:, :, :, None, None]
+        rows = (modulation + ours.modulation.weight)[:, :, :, None, None]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)
         mixed = self.mixer(_modulated(rms_norm(x, ours.mixer_norm) + positions, shift, scale))
         x = x + (mixed * gate).to(x.dtype)
