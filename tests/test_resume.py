@@ -41,7 +41,7 @@ def note(self, batch, batch_idx):
 LinGenModule.training_step = note
 fit(recipe, overrides, run=run, stage="clips")
 '''
-STEPS = 40
+STEPS = 48
 
 
 @pytest.fixture
