@@ -57,17 +57,7 @@ class Block(nn.Module):
         recompute: bool = False,
     ) -> Float[Tensor, "b t h w d"]:
         if recompute:
-            return checkpoint(self._whole, x, positions, modulation, text, mask, use_reentrant=False)
-        return self._whole(x, positions, modulation, text, mask)
-
-    def _whole(
-        self,
-        x: Float[Tensor, "b t h w d"],
-        positions: Float[Tensor, "t h w d"],
-        modulation: Float[Tensor, "b f 6 d"],
-        text: Float[Tensor, "b n d"],
-        mask: Bool[Tensor, "b n"],
-    ) -> Float[Tensor, "b t h w d"]:
+            return checkpoint(self.forward, x, positions, modulation, text, mask, use_reentrant=False)
         shift, scale, *rows = (modulation + self.modulation.weight).unbind(2)
         norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)
         # Only the mixer holds its input, so that it is freed when the update is computed.

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 MEETING = timedelta(minutes=10)
 """How long ranks wait for each other to come."""
+CUDA_BACKEND = "cpu:gloo,cuda:nccl"
+"""Of the ranks' process group where tensors are on GPUs: plain values that they tell each other stay off them."""
 PATIENCE = timedelta(minutes=60)
 """How long a rank waits for what another one does alone, such as an index of new shards."""
 
@@ -125,7 +127,7 @@ def _no_meeting(own: Rank, why: str) -> RecipeError:
 def connect(own: Rank, store: Any) -> None:
     """Connects this process to the other ranks through a store that they share."""
     vars(rank_zero_only)["rank"] = own.rank
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = CUDA_BACKEND if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=own.rank, world_size=own.ranks, timeout=PATIENCE)
     atexit.register(disconnect)
 

@@ -7,12 +7,11 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lingen.ranks.launch import CUDA_BACKEND
 from lingen.recipe.sections import Recipe
 
 SHARDED = ("fsdp", "hsdp")
 """The strategies that split the model over ranks."""
-CUDA_BACKEND = "cpu:gloo,cuda:nccl"
-"""Of the ranks' process group where tensors are on GPUs: plain values that they tell each other stay off them."""
 
 
 def strategy_of(recipe: Recipe) -> str | Strategy:
