@@ -3,7 +3,7 @@
 import json
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -104,8 +104,13 @@ def fit_curriculum(
     run: str | Path | None = None,
     stage: str | None = None,
     reporter: Reporter | None = None,
+    before: Callable[[RunFolder, list[Recipe]], None] | None = None,
 ) -> Outcome:
-    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`."""
+    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`.
+
+    Args:
+        before: called by all ranks with the stages that are not finished, before the first of them.
+    """
     launch.join()
     watched = _Watched(reporter if reporter and is_first_rank() else Reporter())
     try:
@@ -117,6 +122,10 @@ def fit_curriculum(
             if begun.session is not None:
                 held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
             signals.check()
+            unfinished = on_first_rank(partial(_unfinished, folder, begun.curriculum.chosen(stage)))
+            if before is not None and unfinished:
+                before(folder, unfinished)
+                signals.check()
             return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), watched)
     except signals.Stopped:  # on all ranks
         local_ranks.end_ranks()

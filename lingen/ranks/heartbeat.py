@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingen.ranks.environment import OtherRankError, is_lost_rank
+from lingen.ranks.environment import OtherRankError, UnfitError, is_lost_rank
 from lingen.ranks.signals import Stopped, noted
 from lingen.recipe.errors import RecipeError
 
@@ -32,6 +32,8 @@ SIZE = 2048
 FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
 """Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
 rank was gone, which says nothing of why."""
+UNFIT_WORD = "unfit: "
+"""The same where nodes did not pass the preflight; behind it stand their names, ``n2,n7: ...``."""
 
 
 class Beat(NamedTuple):
@@ -158,6 +160,8 @@ def word_of(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OtherRankError):
         return f"{OTHER_WORD}{text}"[:500]
+    if isinstance(error, UnfitError) and error.nodes:
+        return f"{UNFIT_WORD}{','.join(error.nodes)}: {text}"[:500]
     if is_lost_rank(error):  # srun ends the other ranks by SIGTERM, which is not why they end
         return LOST_WORD
     number = error.number if isinstance(error, Stopped) else noted()

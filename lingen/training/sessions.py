@@ -15,7 +15,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lingen.files import write_json
-from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, OTHER_WORD, Beat, host_name, read_beats, word_of
+from lingen.ranks.heartbeat import (
+    BEAT,
+    FAILED_WORD,
+    LOST_WORD,
+    OTHER_WORD,
+    UNFIT_WORD,
+    Beat,
+    host_name,
+    read_beats,
+    word_of,
+)
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder
 
@@ -130,6 +140,12 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
     if len(tail) == IN_VAIN and in_vain and all(str(one["how"]).startswith(KILLED_WORD) for one in tail):
         return False, f"{how}; the last {IN_VAIN} starts went no further than step {last['step']}"
     return not how.startswith(FAILED_WORD), how
+
+
+def unfit_nodes(folder: RunFolder) -> str:
+    """Names of the nodes that the preflight of the last session refused, with commas between."""
+    how = str(read_sessions(folder)[-1]["how"]) if folder.about.is_file() else ""
+    return how.removeprefix(UNFIT_WORD).partition(":")[0] if how.startswith(UNFIT_WORD) else ""
 
 
 def _name_of(number: int) -> str:
