@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 from lingen.data.datamodule import ClipData, as_it_is
 from lingen.files import wait_for, write_text
 from lingen.launch.lead import signal_seconds
-from lingen.launch.queue import answer
 from lingen.plan.forecast import plan
 from lingen.provenance import git_commit, versions
 from lingen.ranks.environment import UnfitError, here
 from lingen.ranks.heartbeat import host_name
+from lingen.ranks.slurm import answer
 from lingen.recipe.sections import Recipe
 from lingen.training.folder import RunFolder
 from lingen.training.saver import memory_left

@@ -26,6 +26,7 @@ from lingen.ranks.heartbeat import (
     read_beats,
     word_of,
 )
+from lingen.ranks.slurm import held_back
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder
 
@@ -94,15 +95,17 @@ def _now() -> str:
 
 
 def killed(folder: RunFolder, one: Session, why: str) -> str:
-    """How a session ended that left no word: the word of a rank that failed, or `why` and the ranks that were silent
-    first."""
+    """How a session ended that left no word: the word of a rank that failed, or `why`, the ranks that were silent
+    first, and its nodes that SLURM holds back."""
     beats = read_beats(folder.ranks, one["mark"])
     for beat in _failed(beats):
         return f"{FAILED_WORD}rank {beat.rank} on {beat.host}: {str(beat.ended).removeprefix(FAILED_WORD)}"
     suspects = _suspects(beats)
     told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in suspects[:4])
     more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""
-    return f"{KILLED_WORD}{why}" + (f"; silent first: {told}{more}" if suspects else "")
+    held = held_back(beat.host for beat in beats) if one["job"] else ""
+    silent = f"; silent first: {told}{more}" if suspects else ""
+    return f"{KILLED_WORD}{why}{silent}" + (f"; {held}" if held else "")
 
 
 def _failed(beats: list[Beat]) -> list[Beat]:
