@@ -221,6 +221,10 @@ class ClipData(lightning.LightningDataModule):
         """The places of those batches."""
         return self.order(world).places(start, rank)
 
+    def names(self) -> Iterator[list[str]]:
+        """``shard:key`` of the samples of each batch of this rank, from where training stands."""
+        return map(self.train.names, self._places_from_here())
+
     def order(self, world: int = 1) -> BatchOrder:
         """The order of the stage's batches for this number of ranks, from where a loaded checkpoint leaves it."""
         lanes = {kind: pool.lanes for kind, pool in self.train.pools.items()}
