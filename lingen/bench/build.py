@@ -26,9 +26,7 @@ def built(make: Callable[[], Made], place: Place) -> Made:
 
     On a GPU it is constructed on `meta`, which runs none of its own code there, and `draw_weights` draws its weights;
     one that holds buffers is constructed where it belongs. Parameters that it keeps in float32 by itself stay so.
-
-    Raises:
-        SettingError: for a setting that it does not take.
+    SettingError for a setting that it does not take.
     """
     torch.manual_seed(0)
     if place.cuda:

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -65,12 +64,9 @@ def milliseconds_by_part(work: Work, device: torch.device, runs: int = 1) -> dic
             torch.cuda.synchronize(device)
     parts: Counter[str] = Counter()
     for event in profiled.key_averages():
-        if not cuda or _is_kernel(event):
+        # Operators carry the time of the kernels that they launch: counting both would count twice.
+        is_kernel = event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if is_kernel or not cuda:
             microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
             parts[part_of_kernel(event.key)] += microseconds / 1e3 / runs
     return dict(parts.most_common())
-
-
-def _is_kernel(event: Any) -> bool:
-    """Operators carry the time of the kernels that they launch: counting both would count twice."""
-    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)

@@ -29,7 +29,6 @@ PartTimes = dict[str, float]
 """Part -> milliseconds."""
 
 
-# what the rows show
 
 
 def findings(
@@ -39,10 +38,9 @@ def findings(
     grids: Sequence[Triple],
     splits: Mapping[str, Sequence[tuple[int, PartTimes]]],
 ) -> Fields:
-    """All of it, as fields of the result file.
+    """All of it, from the rows of the result file, as further fields of it.
 
     Args:
-        rows: of the result file.
         grids: on which FLOPs by part are counted.
         splits: mixer -> (tokens, its time by part) from the smallest grid to the largest.
     """
@@ -138,7 +136,6 @@ def says(called_out: Fields) -> str:
     )
 
 
-# tables
 
 
 def _exponents(files: Files) -> Iterator[Fields]:
@@ -184,7 +181,6 @@ BESIDE_THE_PAPER = Table(
 )
 
 
-# files to read
 
 
 def write_receipt(result: Fields, out: Path) -> list[Path]:

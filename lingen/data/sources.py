@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from lingen.data.pieces import PieceCache
@@ -40,16 +39,12 @@ class Piece(NamedTuple):
 
 
 class Reader:
-    """Reads pieces; holds nothing that may not cross into another process or thread.
+    """Reads pieces; holds nothing that may not cross into another process or thread. `settings` say time-outs, attempts
+    and room for the cache."""
 
-    Args:
-        settings: time-outs, attempts, and room for the cache.
-        cache: folder of the cache; default: in lingen's cache folder.
-    """
-
-    def __init__(self, settings: Remote, cache: Path | None = None):
+    def __init__(self, settings: Remote):
         self.settings = settings
-        self._kept = PieceCache(cache or cache_folder() / "pieces", int(settings.cache_gb * 1e9))
+        self._kept = PieceCache(cache_folder() / "pieces", int(settings.cache_gb * 1e9))
 
     def read(self, location: str, offset: int, length: int, version: str = "") -> Piece:
         """`length` bytes from `offset` on; fewer where the file ends before.
@@ -102,9 +97,6 @@ class Reader:
         raise SourceError(
             f"unreachable: {location} could not be read in {times} ({said})", retries=self.settings.attempts - 1
         )
-
-
-# local files
 
 
 @lru_cache(OPEN_FILES)

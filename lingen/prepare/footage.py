@@ -39,11 +39,6 @@ class Footage(NamedTuple):
     """Path below the folder and ``reason: detail`` of everything else, but for captions of the sources."""
 
 
-def find_sources(folders: Iterable[str | Path], kind: str) -> list[MediaSource]:
-    """The sources of `look_through`."""
-    return look_through(folders, kind).sources
-
-
 def look_through(folders: Iterable[str | Path], kind: str, others: Iterable[str | Path] = ()) -> Footage:
     """All files of a kind below the folders, hidden ones left out; linked folders are followed, each folder once.
 

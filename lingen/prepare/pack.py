@@ -70,13 +70,6 @@ def filters_for(wanted: ClipRequirements, given: dict[str, Any]) -> Filters:
     return Filters(**{"min_side": side, "min_fps": round(0.99 * wanted.fps, 3), **given})
 
 
-def find_footage(
-    videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements
-) -> list[MediaSource]:
-    """The sources of `look_for_footage`."""
-    return look_for_footage(videos, images, wanted).sources
-
-
 def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements) -> Footage:
     """All files of the folders. RecipeError where none are named, or where no stage wants what they hold."""
     if not videos and not images:
