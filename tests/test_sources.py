@@ -278,7 +278,7 @@ def test_pieces_of_an_object(s3: Any, folder: Path) -> None:
     assert reader.read("s3://pictures/set/image-001.tar", len(content) - 5, 50).data == content[-5:]
     assert reader.read("s3://pictures/set/image-001.tar", len(content) + 5, 50).data == b""
     stat = reader.stat("s3://pictures/set/image-001.tar")
-    assert stat.size == len(content) and stat.version
+    assert stat[0] == len(content) and stat[1]
 
 
 def test_patterns_of_objects(s3: Any) -> None:

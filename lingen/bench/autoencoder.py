@@ -141,8 +141,6 @@ def _ways(bench: ClipBench, asked: Sequence[str], lengths: Sequence[int]) -> lis
     return ways
 
 
-
-
 def _clips(bench: ClipBench, way: str, lengths: Sequence[int], results: Results) -> None:
     """A warm-up, then a row for each length until one does not fit."""
     results.say(f"{way}: a warm-up")
@@ -212,8 +210,6 @@ def clip(
         t = torch.arange(start, min(start + PIECE_FRAMES, frames), device=device, dtype=dtype).view(-1, 1, 1)
         across, down = 0.07 * x + (0.2 + 0.1 * colour) * t, 0.05 * y[:, None] - 0.13 * t + colour
         yield (across.sin() * down.cos())[None]
-
-
 
 
 def _compare(bench: ClipBench, ways: Sequence[str], results: Results) -> None:

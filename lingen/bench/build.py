@@ -99,11 +99,9 @@ def tflop_of(config: LinGenConfig, grid: Triple, place: Place) -> float:
 
 
 def compiled(run: Callable[..., Result]) -> Callable[..., Result]:
-    """`run` under torch.compile, for sizes that stay, forward and backward.
-
-    Without the fusion of sums over rows with sums over columns: torch 2.11 forgets the outer axes of a gradient
-    [1 1 d] there, which autograd refuses (pytorch issue 178080), and writes others nowhere (issue 193061).
-    """
+    """`run` under torch.compile, for sizes that stay, forward and backward. Without the fusion of sums over rows with
+    sums over columns: torch 2.11 forgets the outer axes of a gradient [1 1 d] there, which autograd refuses (pytorch
+    issue 178080), and writes others nowhere (issue 193061)."""
     made: Callable[..., Result] = torch.compile(run, dynamic=False, options={"triton.mix_order_reduction": False})
     return made
 

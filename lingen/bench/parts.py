@@ -35,10 +35,8 @@ def part_of_kernel(kernel: str) -> str:
 
 @lru_cache
 def triton_kernels() -> dict[str, str]:
-    """Name of each Triton function of `lingen.kernels` -> its operation; read from the sources, not imported.
-
-    A name that occurs in several operations stands for all of them, because a profile holds names only.
-    """
+    """Name of each Triton function of `lingen.kernels` -> its operation; read from the sources, not imported. A name
+    that occurs in several operations stands for all of them, because a profile holds names only."""
     owners: dict[str, list[str]] = {}
     for file in sorted((Path(__file__).parents[1] / "kernels").glob("*_triton.py")):
         operation = file.stem.removesuffix("_triton").removesuffix("_backward").replace("_", " ")
@@ -49,10 +47,8 @@ def triton_kernels() -> dict[str, str]:
 
 
 def milliseconds_by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]:
-    """Milliseconds of each part, most first: mean of the runs.
-
-    A part's time is that of its CUDA kernels, on the CPU of its operators without those inside of them.
-    """
+    """Milliseconds of each part, most first: mean of the runs. A part's time is that of its CUDA kernels, on the CPU of
+    its operators without those inside of them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     from torch.profiler import ProfilerActivity, profile
 

@@ -29,8 +29,6 @@ PartTimes = dict[str, float]
 """Part -> milliseconds."""
 
 
-
-
 def findings(
     rows: Sequence[Fields],
     mixers: Sequence[MixerChoice],
@@ -136,8 +134,6 @@ def says(called_out: Fields) -> str:
     )
 
 
-
-
 def _exponents(files: Files) -> Iterator[Fields]:
     """Of each mixer, in the last file that has them."""
     result = [file for file in files.values() if "fits" in file][-1:]
@@ -179,8 +175,6 @@ BESIDE_THE_PAPER = Table(
     _beside_the_paper,
     "size | time, ours=ms | FLOPs, ours=tflop | latency, paper=latency | FLOPs, paper=flops",
 )
-
-
 
 
 def write_receipt(result: Fields, out: Path) -> list[Path]:

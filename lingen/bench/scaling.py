@@ -44,11 +44,9 @@ def check_grids(grids: Sequence[Triple]) -> None:
 
 
 def scaling(mixers: Sequence[MixerChoice], dim: int, grids: Sequence[Triple], place: Place, results: Results) -> Fields:
-    """Measures every mixer on every grid, smallest first, and fits exponents; the file grows row by row.
-
-    Returns what the file holds: the head, rows, and ``fits: {mixer: {flops | time | memory: {exponent, low, high}}}``
-    of the forward; what else is in it is said at `findings`.
-    """
+    """Measures every mixer on every grid, smallest first, and fits exponents; the file grows row by row. Returns what
+    the file holds: the head, rows, and ``fits: {mixer: {flops | time | memory: {exponent, low, high}}}`` of the
+    forward; what else is in it is said at `findings`."""
     memory = "activation peak above weights" if place.cuda else "activations kept for the backward pass"
     results.data["memory"] = memory
     splits = measure_scaling(mixers, dim, grids, place, results)
@@ -79,8 +77,6 @@ def measure_scaling(
             results.add(row)
             splits[row["mixer"]] += [(row["tokens"], split)] if split else []
     return splits
-
-
 
 
 def _on_grid(

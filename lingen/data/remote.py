@@ -40,12 +40,8 @@ def is_remote(location: str) -> bool:
 
 
 def read_remote(location: str, offset: int, length: int, timeout: float) -> bytes:
-    """`length` bytes from `offset` on; fewer where the file ends before.
-
-    Raises:
-        SourceError: it cannot be read: no such file, no permission, a server that serves no pieces.
-        Passing: it could not be read this time.
-    """
+    """`length` bytes from `offset` on; fewer where the file ends before. SourceError where it cannot be read (no such
+    file, no permission, a server that serves no pieces), Passing where it could not be read this time."""
     if location.startswith("s3://"):
         span = f"bytes={offset}-{offset + length - 1}"
         reply = _ask(location, timeout, "get_object", Key=urlsplit(location).path[1:], Range=span)

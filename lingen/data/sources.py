@@ -47,14 +47,9 @@ class Reader:
         self._kept = PieceCache(cache_folder() / "pieces", int(settings.cache_gb * 1e9))
 
     def read(self, location: str, offset: int, length: int, version: str = "") -> Piece:
-        """`length` bytes from `offset` on; fewer where the file ends before.
-
-        Args:
-            version: changes when the file does; the cache takes a piece of another version for another one, and keeps
-                none whose version is not known.
-        Raises:
-            SourceError: it cannot be read.
-        """
+        """`length` bytes from `offset` on; fewer where the file ends before. SourceError where it cannot be read.
+        `version`: changes when the file does; the cache takes a piece of another version for another one, and keeps
+        none whose version is not known."""
         if length > LARGEST_READ:
             raise SourceError(f"too large: {length} bytes of {location}, at most {LARGEST_READ} are read at once")
         if not is_remote(location):
@@ -101,10 +96,8 @@ class Reader:
 
 @lru_cache(OPEN_FILES)
 def _open_file(path: str, device: int, inode: int) -> BinaryIO:
-    """The local shards that were read last, kept open; one that is dropped closes when its last reader is done.
-
-    Threads and forked processes may share one, as every read says from where.
-    """
+    """The local shards that were read last, kept open; one that is dropped closes when its last reader is done. Threads
+    and forked processes may share one, as every read says from where."""
     return open(path, "rb", buffering=0)
 
 
