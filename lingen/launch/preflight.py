@@ -9,10 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -48,7 +47,6 @@ def preflight(folder: RunFolder, stages: Sequence[Recipe]) -> Fitness:
     store = dist.distributed_c10d._get_default_store() if is_connected() else dist.HashStore()
     words = _Words(dist.PrefixStore(f"preflight-{next(_numbers)}", store), site)
     for look in ALL_LOOKS:
-        heartbeat.sign(f"preflight: {look.name}")
         if not words.agree(look, _within(look.seconds, lambda look=look: look.measure(site))):  # type: ignore[misc]
             break
     return site.report
@@ -92,10 +90,19 @@ def _within(seconds: float, act: Callable[[], Word]) -> Word:
         except Exception as error:
             found.append({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
-    thread = threading.Thread(target=run, name="lingen-preflight", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else {"late": True}
+    threading.Thread(target=run, name="lingen-preflight", daemon=True).start()
+    return found[0] if _wait(seconds, lambda: bool(found)) else {"late": True}
+
+
+def _wait(seconds: float, is_over: Callable[[], bool]) -> bool:
+    """Whether something is over in time. Meanwhile this rank gives signs of life, since a look has its own limit."""
+    end = time.monotonic() + seconds
+    while not is_over():
+        if time.monotonic() > end:
+            return False
+        heartbeat.sign("preflight")
+        time.sleep(0.1)
+    return True
 
 
 class _Words:
@@ -110,16 +117,14 @@ class _Words:
 
     def agree(self, look: Look, word: Word) -> bool:
         """Hands on what this rank found, and takes over what rank 0 says; whether the next look makes sense."""
-        site, patience = self.site, timedelta(seconds=look.seconds + 2 * LAG)
+        site = self.site
         self.store.set(f"{look.name}/{site.own.rank}", json.dumps(word | {"signal": signals.noted()}))
         if site.own.rank == 0:
             goes_on = self._judge(look)
             self.store.set(look.name, json.dumps([goes_on, asdict(site.report), site.told]))
-        try:
-            self.store.wait([look.name], patience)
-            goes_on, report, site.told = json.loads(self.store.get(look.name))
-        except RuntimeError as error:
-            raise UnfitError(f"rank 0 gives no answer in the preflight ({look.name})", hung=True) from error
+        if not _wait(look.seconds + 2 * LAG, lambda: self.store.check([look.name])):
+            raise UnfitError(f"rank 0 gives no answer in the preflight ({look.name})", hung=True)
+        goes_on, report, site.told = json.loads(self.store.get(look.name))
         site.report = Fitness(**report)
         return bool(goes_on)
 
@@ -146,6 +151,5 @@ class _Words:
     def _gather(self, look: Look) -> list[Word | None]:
         """Of each rank; None where it did not come."""
         keys = [f"{look.name}/{rank}" for rank in range(self.site.own.ranks)]
-        with suppress(RuntimeError):
-            self.store.wait(keys, timedelta(seconds=look.seconds + LAG))
+        _wait(look.seconds + LAG, lambda: self.store.check(keys))
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
