@@ -133,8 +133,8 @@ def fit_curriculum(
     except signals.Stopped:  # on all ranks
         local_ranks.end_ranks()
         raise
-    except BaseException:
-        local_ranks.give_up()
+    except BaseException as error:
+        local_ranks.give_up(getattr(error, "hung", False))
         raise
 
 

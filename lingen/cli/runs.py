@@ -124,6 +124,8 @@ def leave_unfit(error: UnfitError) -> int:
     """Exit code of a run whose preflight has failed: that of a start anew where other nodes may do."""
     code = signals.REQUEUE if error.nodes else FAILED
     if error.hung:  # a thread may never come back
+        if here().rank and not here().local_rank:
+            print(f"{who()}{error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -29,7 +29,6 @@ from lingen.launch.lead import signal_seconds
 from lingen.plan.forecast import plan
 from lingen.provenance import git_commit, versions
 from lingen.ranks.environment import UnfitError, here
-from lingen.ranks.heartbeat import host_name
 from lingen.ranks.slurm import answer
 from lingen.recipe.sections import Recipe
 from lingen.training.folder import RunFolder
@@ -45,7 +44,7 @@ SLOW = 0.25
 FEWEST = 4
 SKEW = 30.0
 """Seconds by which clocks may differ: how long a rank has been silent is read on another machine [ours]."""
-WORKER = 1 << 30
+WORKER = 1 << 28
 """Bytes of memory that a loader worker may take beside its batches [ours]."""
 AHEAD = 3
 """Batches that a worker holds in /dev/shm: two ahead, and one that is used."""
@@ -116,13 +115,6 @@ class Site:
         """Bytes."""
         return MESSAGE[self.device.type]
 
-    def names(self, words: Sequence[Word | None]) -> list[str]:
-        """The node of each rank; a rank that has not come is its own."""
-        if not self.report.nodes:
-            self._names = [word["node"] if word and "node" in word else f"rank {n}" for n, word in enumerate(words)]
-            self.report.nodes = {node: {"ranks": count} for node, count in Counter(self._names).items()}
-        return self._names
-
 
 class Look(NamedTuple):
     """A look."""
@@ -131,9 +123,10 @@ class Look(NamedTuple):
     seconds: float
     """That it may take [ours]."""
     measure: Callable[[Site], Word]
-    """By every rank."""
     judge: Callable[[Site, Told], None]
-    """By rank 0, where all ranks have measured."""
+    """By rank 0, of what all have measured."""
+    once: bool = False
+    """By one rank of each node; else by every rank."""
 
 
 # versions and the scheduler
@@ -143,7 +136,7 @@ def _versions(site: Site) -> Word:
     found = versions() | {"cuda": torch.version.cuda, "commit": git_commit()}
     with suppress(OSError, IndexError):
         found["driver"] = Path("/proc/driver/nvidia/version").read_text().split("Module")[1].split()[0]
-    return {"node": host_name(), "versions": {name: one for name, one in found.items() if one is not None}}
+    return {"versions": {name: one for name, one in found.items() if one is not None}}
 
 
 def _judge_versions(site: Site, words: Told) -> None:
@@ -194,7 +187,7 @@ def _disk(site: Site) -> Word:
     if site.own.rank == 0:
         write_text(place / "token", place.name)
     begun = time.perf_counter()
-    with (place / str(site.own.rank)).open("wb") as file:
+    with (place / str(site.own.node)).open("wb") as file:
         file.write(os.urandom(site.message))
         os.fsync(file.fileno())
     seconds = time.perf_counter() - begun
@@ -206,14 +199,13 @@ def _disk(site: Site) -> Word:
 
 def _judge_disk(site: Site, words: Told) -> None:
     report, place = site.report, Path(site.told["folder"])
-    shutil.rmtree(place, ignore_errors=True)
     if unseen := [node for node, word in words if not word["seen"]]:
         report.blame("run folder", unseen, f"{place.parent} is not the disk that rank 0 writes to: mount the same one")
     middle = median(word["clock"] for _, word in words)
     clocks = report.measured([(node, {"clock": word["clock"] - middle}) for node, word in words], "clock", max)
     if wrong := [node for node, skew in clocks.items() if abs(skew) > SKEW]:
         report.blame("clock", wrong, f"it is more than {SKEW:.0f} s off: let it follow a time server")
-    report.notes += _slow(report.measured(words, "write", sum), "writes to the run folder")
+    report.notes += _slow(report.measured(words, "write", max), "writes to the run folder")
     needed = sum(map(partial(_checkpoint_bytes, site), site.stages))
     if full := [node for node, free in report.measured(words, "free", min).items() if free < needed]:
         told = f"checkpoints still take {needed / 1e9:.3g} GB at {place.parent}: free some, or lower "
@@ -335,8 +327,8 @@ def _judge_step(site: Site, words: Told) -> None:
 
 
 ALL_LOOKS = (
-    Look("versions", 60.0, _versions, _judge_versions),
-    Look("run folder", 180.0, _disk, _judge_disk),
+    Look("versions", 60.0, _versions, _judge_versions, once=True),
+    Look("run folder", 180.0, _disk, _judge_disk, once=True),
     Look("samples", 300.0, _samples, _judge_samples),
     Look("network", 120.0, _network, _judge_network),
     Look("step", 1200.0, _step, _judge_step),

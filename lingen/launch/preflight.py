@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 
@@ -46,9 +49,13 @@ def preflight(folder: RunFolder, stages: Sequence[Recipe]) -> Fitness:
     site = Site(folder.path.absolute(), stages)
     store = dist.distributed_c10d._get_default_store() if is_connected() else dist.HashStore()
     words = _Words(dist.PrefixStore(f"preflight-{next(_numbers)}", store), site)
-    for look in ALL_LOOKS:
-        if not words.agree(look, _within(look.seconds, lambda look=look: look.measure(site))):  # type: ignore[misc]
-            break
+    try:
+        for look in ALL_LOOKS:
+            if not words.agree(look):
+                break
+    finally:
+        if site.own.rank == 0:
+            shutil.rmtree(site.told["folder"], ignore_errors=True)
     return site.report
 
 
@@ -60,11 +67,12 @@ def preflight_alone(run: str | Path, stages: Sequence[Recipe]) -> Fitness:
         if local_ranks.start_ranks(ranks):
             on_first_rank(lambda: ranks)
         report = preflight(RunFolder(Path(run)), stages)
-    except BaseException:
-        local_ranks.give_up()
+    except BaseException as error:
+        local_ranks.give_up(getattr(error, "hung", False))
         raise
-    signals.check()
-    local_ranks.end_ranks()
+    if not report.hung:
+        signals.check()
+        local_ranks.end_ranks()
     return report
 
 
@@ -80,8 +88,81 @@ def fitness_lines(report: Fitness) -> Iterator[str]:
         yield f"unfit: {', '.join(one['nodes']) or 'every node'}: {one['look']}: {one['told']}"
 
 
-def _within(seconds: float, act: Callable[[], Word]) -> Word:
-    """What a look finds, its error, or that it is not over."""
+class _Words:
+    """What the ranks tell each other.
+
+    Args:
+        store: of this preflight alone.
+    """
+
+    def __init__(self, store: dist.Store, site: Site):
+        self.store, self.site, self.first, self.names = store, site, site.own.rank == 0, list[str]()
+
+    def agree(self, look: Look) -> bool:
+        """This rank looks, hands on what it found, and takes over what rank 0 says: whether the next look makes sense.
+        Meanwhile it gives signs of life, since a look has a limit of its own."""
+        site, key = self.site, f"{look.name}/{self.site.own.rank}"
+        self.store.set(f"{key}/came", heartbeat.host_name())
+        found = _begin(lambda: look.measure(site) if site.own.local_rank == 0 or not look.once else {})
+        end, shortened = time.monotonic() + look.seconds + (LAG if self.first else 2 * LAG), False
+        while not self.store.check(self._keys(look) if self.first else [look.name]):
+            if found:
+                self.store.set(key, json.dumps((word := found.pop()) | {"signal": signals.noted()}))
+                if "error" in word:
+                    self.store.set(f"{look.name}/failed", "")
+            if not shortened and self.store.check([f"{look.name}/failed"]):  # who waits for that rank waits in vain
+                end, shortened = min(end, time.monotonic() + LAG), self.first
+            if time.monotonic() > end:
+                break
+            heartbeat.sign("preflight")
+            time.sleep(0.1)
+        if self.first:
+            goes_on = self._judge(look)
+            self.store.set(look.name, json.dumps([goes_on, asdict(site.report), site.told]))
+        elif not self.store.check([look.name]):
+            raise UnfitError(f"rank 0 gives no answer in the preflight ({look.name})", hung=True)
+        goes_on, report, site.told = json.loads(self.store.get(look.name))
+        site.report = Fitness(**report)
+        return bool(goes_on)
+
+    def _keys(self, look: Look) -> list[str]:
+        return [f"{look.name}/{rank}" for rank in range(self.site.own.ranks)]
+
+    def _names(self, keys: list[str]) -> list[str]:
+        """The node of each rank; one that never came is its own."""
+        if not self.names:
+            came = [self.store.check([f"{key}/came"]) for key in keys]
+            pairs = enumerate(zip(keys, came, strict=True))
+            self.names = [self.store.get(f"{key}/came").decode() if here else f"rank {n}" for n, (key, here) in pairs]
+            self.site.report.nodes = {node: {"ranks": count} for node, count in Counter(self.names).items()}
+        return self.names
+
+    def _judge(self, look: Look) -> bool:
+        keys = self._keys(look)
+        words: list[Word | None] = [
+            json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys
+        ]
+        report, names = self.site.report, self._names(keys)
+        late = [rank for rank, word in enumerate(words) if word is None]
+        missing = [rank for rank in late if not self.store.check([f"{keys[rank]}/came"])]
+        failed = {rank: str(word["error"]) for rank, word in enumerate(words) if word and "error" in word}
+        for text in dict.fromkeys(failed.values()):
+            report.blame(look.name, [names[rank] for rank, told in failed.items() if told == text], text)
+        # Who waits for a rank that has failed, or has not come, is not to blame.
+        waited = missing or ([] if failed else late)
+        if waited:
+            told = ", ".join(f"rank {rank} on {names[rank]}" for rank in waited[:16])
+            how = f"{'did not come' if missing else 'is not through'} after {look.seconds:.0f} s: look at its process"
+            report.blame(look.name, [names[rank] for rank in waited], f"{told} {how}")
+        report.hung = bool(late)
+        if not (report.hung or failed):
+            step = self.site.own.per_node if look.once else 1
+            look.judge(self.site, [(names[rank], cast(Word, words[rank])) for rank in range(0, len(words), step)])
+        return not (report.hung or failed or any(word and word["signal"] for word in words))
+
+
+def _begin(act: Callable[[], Word]) -> list[Word]:
+    """What a look finds, or its error, once it is over: the list is empty until then."""
     found: list[Word] = []
 
     def run() -> None:
@@ -91,65 +172,4 @@ def _within(seconds: float, act: Callable[[], Word]) -> Word:
             found.append({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
     threading.Thread(target=run, name="lingen-preflight", daemon=True).start()
-    return found[0] if _wait(seconds, lambda: bool(found)) else {"late": True}
-
-
-def _wait(seconds: float, is_over: Callable[[], bool]) -> bool:
-    """Whether something is over in time. Meanwhile this rank gives signs of life, since a look has its own limit."""
-    end = time.monotonic() + seconds
-    while not is_over():
-        if time.monotonic() > end:
-            return False
-        heartbeat.sign("preflight")
-        time.sleep(0.1)
-    return True
-
-
-class _Words:
-    """What the ranks tell each other.
-
-    Args:
-        store: of this preflight alone.
-    """
-
-    def __init__(self, store: dist.Store, site: Site):
-        self.store, self.site = store, site
-
-    def agree(self, look: Look, word: Word) -> bool:
-        """Hands on what this rank found, and takes over what rank 0 says; whether the next look makes sense."""
-        site = self.site
-        self.store.set(f"{look.name}/{site.own.rank}", json.dumps(word | {"signal": signals.noted()}))
-        if site.own.rank == 0:
-            goes_on = self._judge(look)
-            self.store.set(look.name, json.dumps([goes_on, asdict(site.report), site.told]))
-        if not _wait(look.seconds + 2 * LAG, lambda: self.store.check([look.name])):
-            raise UnfitError(f"rank 0 gives no answer in the preflight ({look.name})", hung=True)
-        goes_on, report, site.told = json.loads(self.store.get(look.name))
-        site.report = Fitness(**report)
-        return bool(goes_on)
-
-    def _judge(self, look: Look) -> bool:
-        words = self._gather(look)
-        report, names = self.site.report, self.site.names(words)
-        missing = [rank for rank, word in enumerate(words) if word is None]
-        late = [rank for rank, word in enumerate(words) if word and "late" in word]
-        failed = {rank: str(word["error"]) for rank, word in enumerate(words) if word and "error" in word}
-        whole = [(names[rank], word) for rank, word in enumerate(words) if word and not word.keys() & {"late", "error"}]
-        for text in dict.fromkeys(failed.values()):
-            report.blame(look.name, [names[rank] for rank, told in failed.items() if told == text], text)
-        # Who waits for a rank that has failed, or has not come, is not to blame.
-        waited = missing or ([] if failed else late)
-        if waited:
-            told = ", ".join(f"rank {rank} on {names[rank]}" for rank in waited[:16])
-            how = "did not come" if missing else "is not through"
-            report.blame(look.name, [names[rank] for rank in waited], f"{told} {how} after {look.seconds:.0f} s")
-        report.hung = bool(missing or late)
-        if not (report.hung or failed):
-            look.judge(self.site, whole)
-        return not (report.hung or failed or any(word["signal"] for _, word in whole))
-
-    def _gather(self, look: Look) -> list[Word | None]:
-        """Of each rank; None where it did not come."""
-        keys = [f"{look.name}/{rank}" for rank in range(self.site.own.ranks)]
-        _wait(look.seconds + LAG, lambda: self.store.check(keys))
-        return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
+    return found

@@ -218,8 +218,10 @@ def word_of(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OtherRankError):
         return f"{OTHER_WORD}{text}"[:500]
-    if isinstance(error, UnfitError) and error.nodes:
-        return f"{UNFIT_WORD}{','.join(error.nodes)}: {text}"[:500]
+    if isinstance(error, UnfitError):
+        return (f"{UNFIT_WORD}{','.join(error.nodes)}: {text}" if error.nodes else f"{FAILED_WORD}preflight: {text}")[
+            :500
+        ]
     if is_lost_rank(error):  # srun ends the other ranks by SIGTERM, which is not why they end
         return LOST_WORD
     number = error.number if isinstance(error, Stopped) else noted()
