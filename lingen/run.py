@@ -119,7 +119,7 @@ def fit_curriculum(
                 limits = [one.train.watchdog for one in begun.curriculum.stages if one.train.watchdog]
                 held.enter_context(watchdog.watching(heart, begun.session, min(limits, default=0)))
             signals.check()
-            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), watched)
+            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched)
     except signals.Stopped:  # on all ranks
         local_ranks.end_ranks()
         raise
@@ -138,6 +138,8 @@ class _Begun(NamedTuple):
     """Of the run, where the others are not there yet; else 1."""
     session: str | None = None
     """Its mark; None: there is nothing to train."""
+    start: StageStart | None = None
+    """Of the first stage that is trained."""
 
 
 class _Watched(Reporter):
@@ -178,15 +180,19 @@ def _begin(
     reporter.lock = held.enter_context(lock.locked(folder.path))
     if reporter.lock.was:
         reporter.say(f"goes on in {folder.path}: {reporter.lock.was}")
-    begun = record.start(folder, curriculum, told, begins)  # anew: another process may have been here a moment ago
+    start = start_of(folder, curriculum.stages, curriculum.names.index(begins), reporter.say)
+    step = start.step if start is not None else folder.last_step(begins)
+    begun = record.start(folder, curriculum, told, begins, step)  # anew: another process may have just been here
     record.put_on_record(folder, begun)
     for line in begun.lines:
         reporter.say(line)
     flop = {str(one.stage): flop_a_step(one, plans[str(one.stage)]) for one in unfinished}
     mark = held.enter_context(
-        sessions.session(folder, stage=begins, ranks=max(ranks, here().ranks), was=reporter.lock.was, flop=flop)
+        sessions.session(
+            folder, stage=begins, step=step, ranks=max(ranks, here().ranks), was=reporter.lock.was, flop=flop
+        )
     )
-    return _Begun(folder.path, curriculum._replace(base=begun.base), ranks, mark)
+    return _Begun(folder.path, curriculum._replace(base=begun.base), ranks, mark, start)
 
 
 def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
@@ -198,14 +204,17 @@ def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
     return bool(last.score.clips and steps and scored_steps(folder) != steps)
 
 
-def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], reporter: Reporter) -> Outcome:
-    """Every chosen stage that is not finished, and the score."""
+def _train(
+    folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], first: StageStart | None, reporter: Reporter
+) -> Outcome:
+    """Every chosen stage that is not finished, the first of them from `first`, and the score."""
     stages, names = curriculum.stages, curriculum.names
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
         heartbeat.begin_stage(settings.train.watchdog)
-        start = on_first_rank(partial(start_of, folder, stages, index, reporter.say))
+        known = first is not None and first.stage == names[index]
+        start = first if known else on_first_rank(partial(start_of, folder, stages, index, reporter.say))
         if start is None:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue

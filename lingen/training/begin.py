@@ -19,6 +19,7 @@ from lingen.weights import find_weights, read_weights
 class StageStart(NamedTuple):
     """What a stage that is not finished starts from."""
 
+    stage: str
     step: int
     """Of the checkpoint; 0: none."""
     checkpoint: Path | None
@@ -39,15 +40,15 @@ def start_of(folder: RunFolder, stages: Sequence[Recipe], index: int, say: Calla
     for line in passed_over:
         say(line)
     if checkpoint is not None:
-        return StageStart(step_of(checkpoint), checkpoint, None, None)
+        return StageStart(name, step_of(checkpoint), checkpoint, None, None)
     before = folder.finished([str(one.stage) for one in stages[:index]])
     own_init = recipe.init if index == 0 or recipe.init != stages[0].init or not before else None
     if own_init is not None:
-        return StageStart(0, None, find_weights(own_init), None)
+        return StageStart(name, 0, None, find_weights(own_init), None)
     if not before:
-        return StageStart(0, None, None, None)
+        return StageStart(name, 0, None, None, None)
     optimizer = _moments_of(folder, before[-1], name) if recipe.train.keep_optimizer else None
-    return StageStart(0, None, folder.weights(before[-1]), optimizer)
+    return StageStart(name, 0, None, folder.weights(before[-1]), optimizer)
 
 
 def _moments_of(folder: RunFolder, before: str, stage: str) -> Path:

@@ -52,12 +52,14 @@ def _write(folder: RunFolder, sessions: list[Session], **more: Any) -> None:
 
 
 @contextlib.contextmanager
-def session(folder: RunFolder, *, stage: str, ranks: int, was: str | None, flop: Mapping[str, float]) -> Iterator[str]:
+def session(
+    folder: RunFolder, *, stage: str, step: int, ranks: int, was: str | None, flop: Mapping[str, float]
+) -> Iterator[str]:
     """Inside the block run.json says that the run is being trained, and after it how that ended. Gives the mark of the
     session.
 
     Args:
-        stage: that is trained first.
+        stage, step: that is trained first, and from where.
         was: why the owner before counts as dead, where there was one.
         flop: of an optimiser step of a rank in each stage, by which `lingen status` tells how long the run takes.
     """
@@ -67,7 +69,7 @@ def session(folder: RunFolder, *, stage: str, ranks: int, was: str | None, flop:
     mark = secrets.token_hex(4)
     began: Session = {
         "mark": mark, "began": _now(), "host": host_name(), "ranks": ranks, "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": os.environ.get("SLURM_RESTART_COUNT"), "stage": stage, "step": folder.last_step(stage),
+        "restart": os.environ.get("SLURM_RESTART_COUNT"), "stage": stage, "step": step,
         "ended": None, "how": None,
     }  # fmt: skip
     _write(folder, [*before, began], flop_a_step=_read(folder).get("flop_a_step", {}) | dict(flop))
