@@ -12,9 +12,10 @@ from lingen.data.ledger import DataError, Ledger
 from lingen.ranks import signals
 from lingen.ranks.collectives import gather_objects, largest, on_first_rank
 from lingen.ranks.heartbeat import sign
-from lingen.training.base import NonFiniteError, Trained
+from lingen.training.base import Trained
 from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
 from lingen.training.folder import RunFolder
+from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.saver import Saver
 
 log = logging.getLogger("lingen")
@@ -46,11 +47,13 @@ class StepEdge(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         settings, data = pl_module.recipe.train, cast(Any, trainer).datamodule
-        self.saver = Saver(self.folder, self.stage, settings.keep_checkpoints, settings.keep_every)
+        back = settings.checkpoint_every if settings.on_spike == "rollback" else None
+        self.saver = Saver(self.folder, self.stage, settings.keep_checkpoints, settings.keep_every, back)
         no_room = self.saver.prepare(planned_tensors(pl_module), pinned=pl_module.device.type == "cuda")
         if no_room and trainer.is_global_zero:
             self.say(no_room)
         self._own.open(data.faults, data.left_out)
+        self.ledger.passed += data.passed
         self._saved = trainer.global_step
         if trainer.is_global_zero:
             for line in data.describe():
@@ -145,7 +148,7 @@ class StepEdge(Callback):
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self.saver is not None:
-            self.saver.abandon(together=isinstance(exception, NonFiniteError))
+            self.saver.abandon(together=isinstance(exception, NonFiniteError | GoBack))
 
 
 class ClipsDuringTraining(Callback):

@@ -66,13 +66,17 @@ class Saver:
         stage: whose checkpoints.
         keep: how many of the newest ones stay.
         keep_every: those of multiples of this step stay as well; None: no others.
+        back_every: so does the newest one of a multiple of this step.
     """
 
-    def __init__(self, folder: RunFolder, stage: str, keep: int, keep_every: int | None = None):
+    def __init__(
+        self, folder: RunFolder, stage: str, keep: int, keep_every: int | None = None, back_every: int | None = None
+    ):
         self.folder = folder
         self.stage = stage
         self.keep = keep
         self.keep_every = keep_every
+        self.back_every = back_every
         self._mark = broadcast_object(f"{PARTIAL}{secrets.token_hex(4)}")
         self._buffer: Tensor | None = None
         self._from_gpu = False
@@ -204,8 +208,9 @@ class Saver:
         there = self.folder.checkpoints(self.stage)
         yield from (path for path in there if step_of(path) > step)
         done = [path for path in there if step_of(path) <= step]
+        back = [path for path in done if self.back_every and step_of(path) % self.back_every == 0][-1:]
         for path in done[: -self.keep]:
-            if not self.stays(step_of(path)):
+            if not self.stays(step_of(path)) and path not in back:
                 yield path
 
     def _remove(self, path: Path) -> None:
