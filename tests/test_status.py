@@ -131,6 +131,19 @@ def test_a_killed_run_is_worth_another_start_unless_a_rank_failed_or_it_goes_no_
     assert main(["status", str(run.path), "--ended", "137"]) == 75
 
 
+def test_a_run_that_hangs_is_worth_another_start(run: RunFolder):
+    mark = killed_session(run)
+    for rank in range(2):
+        with beating(run.ranks, rank, 2, mark) as heart:
+            heart.end("failed: silent for 600 s: rank 1 on n7 is at a.py:1 (f)")
+    how = "killed: silent for 600 s: rank 1 on n7 is at a.py:1 (f)"
+    assert worth_another_start(run, 1) == (True, how)
+    with pytest.raises(OSError), beating(run.ranks, 1, 2, mark):
+        raise OSError("no")
+    again, why = worth_another_start(run, 75)  # where the others were silent because of an error
+    assert not again and why.startswith("failed: rank 1 on ") and why.endswith(": OSError: no")
+
+
 def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: RunFolder, monkeypatch):
     in_session(run, Stopped(signal.SIGUSR1))
     assert worth_another_start(run, 1) == (True, "stopped by SIGUSR1")
