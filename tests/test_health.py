@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lingen.training.folder import RunFolder
 from lingen.training.health import ALIKE_LEAST, ALIKE_MOST, LEAST_SPREAD, NORMAL, SPIKE, SpikeWatch, robust_score
 from lingen.training.intact import Checkpoint
 from lingen.training.meter import Meter
+from lingen.training.pace import Pace, RankPace, compared
 from tests.helpers.spikes import AT, SHORT, STEPS, write_pictures
 
 # when a step is a spike
@@ -236,3 +238,42 @@ def test_where_the_way_back_does_not_help_the_run_ends(pictures: Path, tmp_path:
     said = "went back to step 40 2 times, and the samples after it spike again"
     with pytest.raises(NonFiniteError, match=rf"{said}: step {AT + 4} of stage 'images'.*samples and their losses"):
         train(pictures, tmp_path / "run", "train.on_spike=rollback", "train.checkpoint_every=20")
+
+
+# which rank is slow
+
+
+def test_the_slowest_ranks_are_said_once_with_their_hosts():
+    pace, usual = Pace(), [RankPace(f"n{rank // 8}", 0.5 + rank % 7 / 1000, 0.01) for rank in range(150)]
+    slow = [*usual[:77], RankPace("n9", 0.7, 0.01), *usual[78:149], RankPace("n18", 0.5, 0.4)]
+    told = [pace.slow_ranks(ranks) for ranks in (usual, slow, slow, slow, slow, usual, slow)]
+    assert [line is not None for line in told] == [False, False, False, True, False, False, False]
+    assert told[3] == (
+        "slow: rank 77 on n9 (0.7 s of forward pass in a step, 0.01 s waiting for data), "
+        "rank 149 on n18 (0.5 s of forward pass in a step, 0.4 s waiting for data); "
+        "the median of all ranks is 0.503 s of forward pass in a step, 0.01 s waiting for data"
+    )
+    values = compared(slow)
+    assert (values["time/own_max"], values["time/own_slowest"], values["time/data_slowest"]) == (0.7, 77, 149)
+    assert values["time/own_median"] == pytest.approx(0.503) and values["time/data_median"] == 0.01
+
+
+def test_a_rank_measures_its_parts_in_training_and_its_wait_for_data():
+    part = torch.nn.Linear(2, 2)
+    part.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # as a strategy that waits for other ranks
+    pace = Pace([part])
+    part.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    for _ in range(2):
+        pace.wait()
+        time.sleep(0.02)
+        pace.work()
+        part(torch.ones(2, 2))
+        with torch.no_grad():
+            part(torch.ones(2, 2))
+        pace.step()
+    pace.wait(for_data=False)
+    time.sleep(0.1)
+    pace.work()
+    found = pace.flush()
+    assert 0.1 <= found.own < 0.145 and 0.02 <= found.data < 0.1 and found.host
+    assert pace.flush()[1:] == (0.0, 0.0)

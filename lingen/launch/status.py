@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lingen.launch.queue import waiting
-from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Beat, read_beats
+from lingen.ranks.heartbeat import (
+    BEAT,
+    FAILED_WORD,
+    LOST_WORD,
+    SILENT,
+    Beat,
+    lag_of,
+    read_beats,
+    slowest_count,
+)
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 from lingen.training import lock
@@ -20,7 +29,7 @@ from lingen.training.sessions import FINISHED, KILLED_WORD, read_sessions
 ROWS = 20
 """Rows of metrics.csv over which the speed is a mean."""
 SLOWEST = 3
-"""Ranks that are shown as the slowest."""
+"""Ranks that are shown as the slowest, at least."""
 
 Logged = dict[str, str]
 
@@ -40,6 +49,8 @@ class RankStatus:
     """Since it does that: of a rank that hangs this grows, while its process goes on giving signs."""
     data_share: float
     """Share of its time in which it waited for data."""
+    pace: tuple[float, float] | None
+    """Seconds of a step: in its own forward pass, and waiting for data."""
     memory: dict[str, Any]
     """Bytes: process, workers (of each), gpu."""
     ended: str | None
@@ -79,13 +90,15 @@ class Status:
         return asdict(self)
 
     def slowest(self) -> list[RankStatus]:
-        """Ranks that lag: those without a sign first, then those that wait for data, now and most of the time."""
+        """Ranks that lag, 1% of all at least: those without a sign first, then those that have been waiting for data
+        for long, then those that take longest for their own part of a step (see `lingen.training.pace`)."""
 
-        def lag(one: RankStatus) -> tuple[float, float, float]:
-            silent, waits = one.age_seconds > 2 * BEAT, one.doing == "data"
-            return (one.age_seconds if silent else 0.0, one.doing_seconds if waits else 0.0, one.data_share)
+        def lag(one: RankStatus) -> tuple[float, ...]:
+            silent, waits = one.age_seconds > 2 * BEAT, one.doing == "data" and one.doing_seconds > BEAT
+            since = one.doing_seconds if waits else 0.0
+            return (one.age_seconds if silent else 0.0, since, lag_of(*one.pace or (0.0, 0.0)), one.data_share)
 
-        return sorted(self.ranks, key=lag, reverse=True)[:SLOWEST]
+        return sorted(self.ranks, key=lag, reverse=True)[: max(SLOWEST, slowest_count(len(self.ranks)))]
 
 
 def status_of(path: str | Path) -> Status:
@@ -240,6 +253,6 @@ def _rank(beat: Beat) -> RankStatus:
     spent = sum(beat.spent.values())
     return RankStatus(
         rank=beat.rank, host=beat.host, age_seconds=round(beat.age, 1), stage=beat.stage, step=beat.step,
-        doing=beat.doing, doing_seconds=round(beat.since, 1), memory=beat.memory, ended=beat.ended,
+        doing=beat.doing, doing_seconds=round(beat.since, 1), memory=beat.memory, ended=beat.ended, pace=beat.pace,
         data_share=round(beat.spent.get("data", 0.0) / spent, 3) if spent else 0.0,
     )  # fmt: skip

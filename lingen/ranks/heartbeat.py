@@ -57,6 +57,8 @@ class Beat(NamedTuple):
     """Bytes: ``process``, ``workers`` (each process that it has started), ``gpu`` (the most that was allocated)."""
     ended: str | None
     """Its last word."""
+    pace: tuple[float, float] | None = None
+    """Seconds of a step: in its own forward pass, and waiting for data; see `lingen.training.pace`."""
 
 
 class Heart:
@@ -79,6 +81,7 @@ class Heart:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._ended: str | None = None
+        self.pace: tuple[float, float] | None = None
 
     def sign(self, doing: str, stage: str | None = None, step: int | None = None) -> None:
         """A sign of life: from now on this rank does something else, or the same anew."""
@@ -100,7 +103,7 @@ class Heart:
             self._spent.clear()
             told = self._told | {
                 "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
-                "spent": spent, "memory": memory_now(), "ended": self._ended,
+                "spent": spent, "memory": memory_now(), "ended": self._ended, "pace": self.pace,
             }  # fmt: skip
             data = json.dumps(told).encode()
             if len(data) >= SIZE:
@@ -151,6 +154,23 @@ def sign(doing: str, stage: str | None = None, step: int | None = None) -> None:
     """A sign of life of this process; nothing where it is no rank of a run."""
     if _heart is not None:
         _heart.sign(doing, stage, step)
+
+
+def tell_pace(own: float, data: float) -> None:
+    """From now on the file of this process says so, see `Beat.pace`."""
+    if _heart is not None:
+        _heart.pace = (round(own, 4), round(data, 4))
+
+
+def lag_of(own: float, data: float) -> float:
+    """About how many seconds of a step a rank needs until it waits for others, by `Beat.pace`: the backward pass takes
+    twice as long as the forward one."""
+    return 3 * own + data
+
+
+def slowest_count(ranks: int) -> int:
+    """How many ranks are the slowest 1%: at least one."""
+    return -(-ranks // 100)
 
 
 def word_of(error: BaseException) -> str:

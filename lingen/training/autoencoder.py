@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class AutoencoderModule(Trained):
             return super().begin()
         self.autoencoder.load()
         return str(self.autoencoder.path)
+
+    def own_parts(self) -> Iterable[nn.Module]:
+        """Encoder and decoder."""
+        return cast(nn.Module, self.autoencoder).children()
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """The perceptual distance."""

@@ -1,0 +1,113 @@
+"""How long each rank takes for its own part of a step: whole steps take all as long, as each waits for the slowest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from statistics import median_low
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lingen.ranks.heartbeat import host_name, lag_of, slowest_count, tell_pace
+
+SLOW = 1.2
+"""Times the median from which a rank is slow [ours]."""
+ROWS_SLOW = 3
+"""Lines of the log in a row in which a rank is the slowest, until that is said [ours]."""
+
+
+class RankPace(NamedTuple):
+    """Seconds of a step that a rank spends by itself."""
+
+    host: str
+    own: float
+    """In the forward pass of the parts that are measured."""
+    data: float
+    """Waiting for a batch."""
+
+
+class Pace:
+    """Measures the forward pass of parts of the model, in which no rank waits for another one: on a GPU by events, for
+    which nothing waits. And the time between the end of a batch and the next one.
+
+    Args:
+        parts: what a strategy does to them, which may wait for other ranks, is done already.
+        on_gpu: where they run.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module] = (), on_gpu: bool = False):
+        self._on_gpu = on_gpu
+        self._begun: dict[nn.Module, Any] = {}
+        self._spans: list[tuple[Any, Any]] = []
+        self._own = self._data = 0.0
+        self._steps = 0
+        self._idle: float | None = None
+        self._slowest = (-1, 0)
+        for part in parts:
+            part.register_forward_pre_hook(lambda part, _: self._begun.update({part: self._mark()}))
+            part.register_forward_hook(lambda part, *_: self._end(part))
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _end(self, part: nn.Module) -> None:
+        if torch.is_grad_enabled():  # neither validation nor sampling
+            self._spans.append((self._begun.pop(part), self._mark()))
+
+    def wait(self, *, for_data: bool = True) -> None:
+        """A batch is done: from now on this rank waits for the next one, or does what is no part of training."""
+        self._idle = time.perf_counter() if for_data else None
+
+    def work(self) -> None:
+        """A batch has come."""
+        self._data += time.perf_counter() - self._idle if self._idle is not None else 0.0
+        self._idle = None
+
+    def step(self) -> None:
+        """The forward pass of a step is over, on the GPU, too."""
+        self._steps += 1
+        for begin, end in self._spans:
+            self._own += begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
+        self._spans = []
+
+    def flush(self) -> RankPace:
+        """Means of a step since the last call; a sign of life tells them, too."""
+        steps = max(self._steps, 1)
+        found = RankPace(host_name(), self._own / steps, self._data / steps)
+        self._own, self._data, self._steps = 0.0, 0.0, 0
+        tell_pace(found.own, found.data)
+        return found
+
+    def slow_ranks(self, ranks: Sequence[RankPace]) -> str | None:
+        """A line with the slowest 1% of the ranks, once one of them has been the slowest for a while."""
+        lags = [lag_of(one.own, one.data) for one in ranks]
+        first = max(range(len(ranks)), key=lambda rank: lags[rank])
+        before, times = self._slowest
+        is_slow = lags[first] > SLOW * median_low(lags)
+        self._slowest = (first, (times if first == before else 0) + 1) if is_slow else (-1, 0)
+        if self._slowest[1] != ROWS_SLOW:
+            return None
+        order = sorted(range(len(ranks)), key=lambda rank: -lags[rank])[: slowest_count(len(ranks))]
+        told = [f"rank {rank} on {ranks[rank].host} ({_told(*ranks[rank][1:])})" for rank in order]
+        usual = _told(*(median_low(values) for values in zip(*(one[1:] for one in ranks), strict=True)))
+        return f"slow: {', '.join(told)}; the median of all ranks is {usual}"
+
+
+def _told(own: float, data: float) -> str:
+    return f"{own:.3g} s of forward pass in a step, {data:.3g} s waiting for data"
+
+
+def compared(ranks: Sequence[RankPace]) -> dict[str, float]:
+    """For metrics.csv: the median and the largest of both times, and which rank's that is."""
+    found: dict[str, float] = {}
+    for name, values in (("own", [one.own for one in ranks]), ("data", [one.data for one in ranks])):
+        largest = max(values)
+        found |= {f"time/{name}_median": median_low(values), f"time/{name}_max": largest}
+        found[f"time/{name}_slowest"] = values.index(largest)
+    return found
