@@ -17,7 +17,7 @@ from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.plan.forecast import flop_a_step, plan, too_large
-from lingen.ranks import heartbeat, launch, local_ranks, signals
+from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
 from lingen.ranks.signs import LifeSigns
@@ -116,7 +116,9 @@ def fit_curriculum(
                 on_first_rank(lambda: begun)
             folder, place = RunFolder(begun.folder), here()
             if begun.session is not None:
-                held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
+                heart = held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
+                limits = [one.train.watchdog for one in begun.curriculum.stages if one.train.watchdog]
+                held.enter_context(watchdog.watching(heart, begun.session, min(limits, default=0)))
             signals.check()
             return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched)
     except signals.Stopped:  # on all ranks
@@ -211,6 +213,7 @@ def _train(
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
+        heartbeat.begin_stage(settings.train.watchdog)
         known = first is not None and first.stage == names[index]
         start = first if known else on_first_rank(partial(start_of, folder, stages, index, reporter.say))
         if start is None:

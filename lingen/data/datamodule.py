@@ -159,8 +159,6 @@ class ClipData(lightning.LightningDataModule):
             index.encoded and all(about.settings.get("null_text") for about in index.abouts) for index in indexes
         )
 
-    # reports
-
     @property
     def faults(self) -> list[Drop]:
         """Training shards and samples that were found to be broken when they were opened."""
@@ -192,8 +190,6 @@ class ClipData(lightning.LightningDataModule):
             lines.append(f"{kind}: {buckets}{out}")
         return lines
 
-    # loaders
-
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless; it begins at the step that training stands at whenever it is iterated anew."""
         workers = self.recipe.data.workers
@@ -223,6 +219,10 @@ class ClipData(lightning.LightningDataModule):
         """The places of those batches."""
         return self.order(world).places(start, rank)
 
+    def names(self) -> Iterator[list[str]]:
+        """``shard:key`` of the samples of each batch of this rank, from where training stands."""
+        return map(self.train.names, self._places_from_here())
+
     def order(self, world: int = 1) -> BatchOrder:
         """The order of the stage's batches for this number of ranks, from where a loaded checkpoint leaves it."""
         lanes = {kind: pool.lanes for kind, pool in self.train.pools.items()}
@@ -250,8 +250,6 @@ class ClipData(lightning.LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    # resuming
 
     def state_dict(self) -> dict[str, Any]:
         """A few integers that follow from the steps trained, not from the batches handed out, which are ahead of
@@ -329,11 +327,9 @@ def _closing() -> Any:
 
 
 def _start_worker(closing: Any, worker: int) -> None:
-    """Signals are for the training process, which ends its workers itself.
-
-    A scheduler that stops a job signals all its processes. A worker that ended at once would break the step that is
-    still to be saved, so it ends only with the training process.
-    """
+    """Signals are for the training process, which ends its workers itself. A scheduler that stops a job signals all its
+    processes. A worker that ended at once would break the step that is still to be saved, so it ends only with the
+    training process."""
     for number in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), signal.SIG_IGN)

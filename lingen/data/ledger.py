@@ -101,11 +101,7 @@ class Ledger:
 
     def check(self, max_dropped: float, earlier: Ledger | None = None) -> None:
         """DataError where more is broken than `data.max_dropped` allows: 0 stops at the first, 1 never, else a share of
-        the samples seen, once 100 were seen.
-
-        Args:
-            earlier: what was counted before; it counts too.
-        """
+        the samples seen, once 100 were seen. `earlier`: what was counted before; it counts too."""
         ledgers = [earlier, self] if earlier is not None else [self]
         used, seen = sum(one.used for one in ledgers), sum(one.seen for one in ledgers)
         faults = {where: reason for one in ledgers for where, reason in one.faults.items()}

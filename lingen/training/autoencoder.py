@@ -17,6 +17,7 @@ from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
 from lingen.media import as_floats
 from lingen.plan.trial import features_of, trainable
+from lingen.ranks.heartbeat import sign
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL
 from lingen.recipe.sections import Recipe
 from lingen.training.base import Trained
@@ -241,6 +242,7 @@ class AutoencoderModule(Trained):
         total = square = torch.zeros((), dtype=torch.float64)
         positions = 0
         for batch in islice(batches, count):
+            sign()
             mean = self.posterior(as_floats(batch.clips.to(self.device)))[0].double().cpu()
             total, square = total + mean.sum((0, 2, 3, 4)), square + mean.square().sum((0, 2, 3, 4))
             positions += mean[:, 0].numel()

@@ -11,6 +11,7 @@ from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
 from lingen.ranks import signals
 from lingen.ranks.collectives import gather_objects, largest, on_first_rank
+from lingen.ranks.heartbeat import sign
 from lingen.training.base import Trained
 from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
 from lingen.training.folder import RunFolder
@@ -215,6 +216,7 @@ class StageEnd(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if trainer.global_step < pl_module.recipe.train.steps or self.edge.stopped is not None:
             return
+        sign("end of the stage", pl_module.recipe.stage, trainer.global_step)
         try:
             signals.check()  # one may have come in validation
             self.finish(pl_module, trainer.global_step)

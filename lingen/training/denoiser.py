@@ -14,6 +14,7 @@ from lingen.data.batch import Batch
 from lingen.frozen import is_trained
 from lingen.media import as_floats
 from lingen.model import LinGen, resize_tables
+from lingen.ranks.heartbeat import sign
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe
 from lingen.text import TextEncoder, replace_rows, with_frame_rate
@@ -97,6 +98,7 @@ class LinGenModule(Trained):
         null: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The tokens and mask of one encoder, as in `encode_text`."""
+        sign()  # it may read its weights anew
         encoder = cast(TextEncoder, self.text[number])
         prefix = fps if self.recipe.data.fps_prefix else 0.0
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(encoder)):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.files import wait_for
+from lingen.ranks.heartbeat import sign
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.storage import CHUNK, StoredRows, Written, is_covered
@@ -139,6 +140,7 @@ def _hash_file(path: Path) -> str:
     try:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
+                sign()
                 digest.update(buffer[:count])
     except OSError as error:
         if error.errno != errno.EIO:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lingen.files import write_json
 from lingen.kernels.choice import memory_here
 from lingen.ranks.collectives import broadcast_object, gather_objects, largest, on_first_rank, place, together
+from lingen.ranks.heartbeat import sign
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.intact import ABOUT, about_of
 from lingen.training.storage import RowPiece, Written, bytes_of, describe_tensors, header_of, pieces_of, write_file
@@ -259,7 +260,9 @@ def _write(
 
 def _all(header: bytes, chunks: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
     yield header
-    yield from chunks
+    for chunk in chunks:
+        sign()
+        yield chunk
 
 
 def _called(error: Exception, partial: Path) -> Exception:
