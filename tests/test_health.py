@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from lingen.ranks.heartbeat import beating, read_beats, sign
 from lingen.recipe import load_for_training
 from lingen.run import NonFiniteError, Reporter, fit, fit_curriculum
 from lingen.training.denoiser import LinGenModule
@@ -244,36 +245,38 @@ def test_where_the_way_back_does_not_help_the_run_ends(pictures: Path, tmp_path:
 
 
 def test_the_slowest_ranks_are_said_once_with_their_hosts():
-    pace, usual = Pace(), [RankPace(f"n{rank // 8}", 0.5 + rank % 7 / 1000, 0.01) for rank in range(150)]
-    slow = [*usual[:77], RankPace("n9", 0.7, 0.01), *usual[78:149], RankPace("n18", 0.5, 0.4)]
+    pace, usual = Pace(), [RankPace(0.5 + rank % 7 / 1000, 0.01, f"n{rank // 8}") for rank in range(150)]
+    slow = [*usual[:77], RankPace(0.7, 0.01, "n9"), *usual[78:149], RankPace(0.5, 0.4, "n18")]
     told = [pace.slow_ranks(ranks) for ranks in (usual, slow, slow, slow, slow, usual, slow)]
     assert [line is not None for line in told] == [False, False, False, True, False, False, False]
     assert told[3] == (
         "slow: rank 77 on n9 (0.7 s of forward pass in a step, 0.01 s waiting for data), "
         "rank 149 on n18 (0.5 s of forward pass in a step, 0.4 s waiting for data); "
-        "the median of all ranks is 0.503 s of forward pass in a step, 0.01 s waiting for data"
+        "the rank in the middle: 0.503 s of forward pass in a step, 0.01 s waiting for data"
     )
     values = compared(slow)
     assert (values["time/own_max"], values["time/own_slowest"], values["time/data_slowest"]) == (0.7, 77, 149)
     assert values["time/own_median"] == pytest.approx(0.503) and values["time/data_median"] == 0.01
 
 
-def test_a_rank_measures_its_parts_in_training_and_its_wait_for_data():
+def test_a_rank_measures_its_parts_in_training_and_its_wait_for_data(tmp_path: Path):
     part = torch.nn.Linear(2, 2)
     part.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # as a strategy that waits for other ranks
-    pace = Pace([part])
-    part.register_forward_pre_hook(lambda *_: time.sleep(0.1))
-    for _ in range(2):
-        pace.wait()
-        time.sleep(0.02)
-        pace.work()
-        part(torch.ones(2, 2))
-        with torch.no_grad():
+    with beating(tmp_path, 0, 1, "m") as heart:
+        pace = Pace([part])
+        part.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+        for _ in range(2):
+            sign("data")
+            time.sleep(0.02)
+            sign("step")
             part(torch.ones(2, 2))
-        pace.step()
-    pace.wait(for_data=False)
-    time.sleep(0.1)
-    pace.work()
-    found = pace.flush()
-    assert 0.1 <= found.own < 0.145 and 0.02 <= found.data < 0.1 and found.host
-    assert pace.flush()[1:] == (0.0, 0.0)
+            with torch.no_grad():
+                part(torch.ones(2, 2))
+            pace.step()
+        sign("validation")
+        time.sleep(0.1)
+        found = pace.flush()
+        assert 0.1 <= found.own < 0.145 and 0.02 <= found.data < 0.1
+        heart.write()
+        assert read_beats(tmp_path)[0].pace == pytest.approx(found[:2], abs=1e-4)
+        assert pace.flush()[:2] == (0.0, 0.0)

@@ -92,6 +92,8 @@ class Heart:
         self._over = threading.Event()
         self._ended: str | None = None
         self.pace: tuple[float, float] | None = None
+        self.waited = 0.0
+        """Seconds that it has waited for data."""
 
     def sign(
         self, doing: str | None, stage: str | None = None, step: int | None = None, samples: Samples | None = None
@@ -106,6 +108,7 @@ class Heart:
         now = time.monotonic()
         with self._lock:
             self._spent[self._doing] += now - self._since  # type: ignore[assignment]
+            self.waited += (now - self._since) * (self._doing == "data")
             self._doing, self._since = doing or self._doing, now
             self._turns += stage is not None
             self._samples = samples or self._samples
@@ -218,6 +221,11 @@ def tell_pace(own: float, data: float) -> None:
     """From now on the file of this process says so, see `Beat.pace`."""
     if _heart is not None:
         _heart.pace = (round(own, 4), round(data, 4))
+
+
+def waited() -> float:
+    """Seconds that this process has waited for data so far; 0 where it is no rank of a run."""
+    return _heart.waited if _heart is not None else 0.0
 
 
 def lag_of(own: float, data: float) -> float:

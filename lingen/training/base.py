@@ -301,12 +301,6 @@ class Trained(lightning.LightningModule):
         self._started = (clock.perf_counter(), self.global_step)
         self.pace = Pace(self.own_parts(), self.device.type == "cuda")
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self.pace.work()
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.pace.wait()
-
     def collect_metrics(self) -> dict[str, float]:
         """Means since the last call, over all ranks; speed in tokens per second of all ranks together."""
         values = self.meter.flush(gather_objects)
@@ -325,7 +319,6 @@ class Trained(lightning.LightningModule):
         return values | compared(ranks)
 
     def on_validation_start(self) -> None:
-        self.pace.wait(for_data=False)
         self._paused = clock.perf_counter()
         self._applied = self.averaged_weights()
         self._applied.__enter__()
@@ -335,7 +328,6 @@ class Trained(lightning.LightningModule):
         values = self.validation_meter.flush(gather_objects)
         self.log_row(values)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        self.pace.wait()
         # validation is not training time
         self._started = (self._started[0] + clock.perf_counter() - self._paused, self._started[1])
 

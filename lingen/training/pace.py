@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lingen.ranks.heartbeat import host_name, lag_of, slowest_count, tell_pace
+from lingen.ranks.heartbeat import host_name, lag_of, slowest_count, tell_pace, waited
 
-SLOW = 1.2
+CLEARLY = 1.2
 """Times the median from which a rank is slow [ours]."""
 ROWS_SLOW = 3
 """Lines of the log in a row in which a rank is the slowest, until that is said [ours]."""
@@ -21,16 +21,19 @@ ROWS_SLOW = 3
 class RankPace(NamedTuple):
     """Seconds of a step that a rank spends by itself."""
 
-    host: str
     own: float
     """In the forward pass of the parts that are measured."""
     data: float
     """Waiting for a batch."""
+    host: str
+
+    def __str__(self) -> str:
+        return f"{self.own:.3g} s of forward pass in a step, {self.data:.3g} s waiting for data"
 
 
 class Pace:
     """Measures the forward pass of parts of the model, in which no rank waits for another one: on a GPU by events, for
-    which nothing waits. And the time between the end of a batch and the next one.
+    which nothing waits.
 
     Args:
         parts: what a strategy does to them, which may wait for other ranks, is done already.
@@ -41,9 +44,7 @@ class Pace:
         self._on_gpu = on_gpu
         self._begun: dict[nn.Module, Any] = {}
         self._spans: list[tuple[Any, Any]] = []
-        self._own = self._data = 0.0
-        self._steps = 0
-        self._idle: float | None = None
+        self._own, self._steps, self._waited = 0.0, 0, waited()
         self._slowest = (-1, 0)
         for part in parts:
             part.register_forward_pre_hook(lambda part, _: self._begun.update({part: self._mark()}))
@@ -58,16 +59,7 @@ class Pace:
 
     def _end(self, part: nn.Module) -> None:
         if torch.is_grad_enabled():  # neither validation nor sampling
-            self._spans.append((self._begun.pop(part), self._mark()))
-
-    def wait(self, *, for_data: bool = True) -> None:
-        """A batch is done: from now on this rank waits for the next one, or does what is no part of training."""
-        self._idle = time.perf_counter() if for_data else None
-
-    def work(self) -> None:
-        """A batch has come."""
-        self._data += time.perf_counter() - self._idle if self._idle is not None else 0.0
-        self._idle = None
+            self._spans.append((self._begun[part], self._mark()))
 
     def step(self) -> None:
         """The forward pass of a step is over, on the GPU, too."""
@@ -78,36 +70,30 @@ class Pace:
 
     def flush(self) -> RankPace:
         """Means of a step since the last call; a sign of life tells them, too."""
-        steps = max(self._steps, 1)
-        found = RankPace(host_name(), self._own / steps, self._data / steps)
-        self._own, self._data, self._steps = 0.0, 0.0, 0
+        steps, before = max(self._steps, 1), self._waited
+        self._waited = waited()
+        found = RankPace(self._own / steps, (self._waited - before) / steps, host_name())
+        self._own, self._steps = 0.0, 0
         tell_pace(found.own, found.data)
         return found
 
     def slow_ranks(self, ranks: Sequence[RankPace]) -> str | None:
         """A line with the slowest 1% of the ranks, once one of them has been the slowest for a while."""
         lags = [lag_of(one.own, one.data) for one in ranks]
-        first = max(range(len(ranks)), key=lambda rank: lags[rank])
-        before, times = self._slowest
-        is_slow = lags[first] > SLOW * median_low(lags)
-        self._slowest = (first, (times if first == before else 0) + 1) if is_slow else (-1, 0)
+        order = sorted(range(len(ranks)), key=lambda rank: -lags[rank])
+        (before, times), first = self._slowest, order[0]
+        is_slow = lags[first] > CLEARLY * median_low(lags)
+        self._slowest = (first, times * (first == before) + 1) if is_slow else (-1, 0)
         if self._slowest[1] != ROWS_SLOW:
             return None
-        order = sorted(range(len(ranks)), key=lambda rank: -lags[rank])[: slowest_count(len(ranks))]
-        told = [f"rank {rank} on {ranks[rank].host} ({_told(*ranks[rank][1:])})" for rank in order]
-        usual = _told(*(median_low(values) for values in zip(*(one[1:] for one in ranks), strict=True)))
-        return f"slow: {', '.join(told)}; the median of all ranks is {usual}"
-
-
-def _told(own: float, data: float) -> str:
-    return f"{own:.3g} s of forward pass in a step, {data:.3g} s waiting for data"
+        told = [f"rank {rank} on {ranks[rank].host} ({ranks[rank]})" for rank in order[: slowest_count(len(ranks))]]
+        return f"slow: {', '.join(told)}; the rank in the middle: {ranks[order[len(order) // 2]]}"
 
 
 def compared(ranks: Sequence[RankPace]) -> dict[str, float]:
     """For metrics.csv: the median and the largest of both times, and which rank's that is."""
     found: dict[str, float] = {}
-    for name, values in (("own", [one.own for one in ranks]), ("data", [one.data for one in ranks])):
-        largest = max(values)
-        found |= {f"time/{name}_median": median_low(values), f"time/{name}_max": largest}
-        found[f"time/{name}_slowest"] = values.index(largest)
+    for name, values in {"own": [one.own for one in ranks], "data": [one.data for one in ranks]}.items():
+        found |= {f"time/{name}_median": median_low(values), f"time/{name}_max": max(values)}
+        found[f"time/{name}_slowest"] = values.index(max(values))
     return found
