@@ -24,6 +24,7 @@ from lingen.training.health import ALIKE_LEAST, ALIKE_MOST, LEAST_SPREAD, NORMAL
 from lingen.training.intact import Checkpoint
 from lingen.training.meter import Meter
 from lingen.training.pace import Pace, RankPace, compared
+from tests.helpers.ranks import run_ranks
 from tests.helpers.spikes import AT, SHORT, STEPS, write_pictures
 
 # when a step is a spike
@@ -280,3 +281,53 @@ def test_a_rank_measures_its_parts_in_training_and_its_wait_for_data(tmp_path: P
         heart.write()
         assert read_beats(tmp_path)[0].pace == pytest.approx(found[:2], abs=1e-4)
         assert pace.flush()[:2] == (0.0, 0.0)
+
+
+# several ranks
+
+RANKS = """
+import sys
+from lingen.recipe import load_for_training
+from lingen.run import Reporter, fit, fit_curriculum
+
+class Told(Reporter):
+    def say(self, text):
+        print("said", text, flush=True)
+
+recipe, run, tiny, other, *words = sys.argv[1:]
+fit_curriculum(load_for_training(recipe, words, "images"), run=run, stage="images", reporter=Told())
+fit(tiny, [*VALIDATION, "data.batch.video=1", *words[-2:]], run=other, stage="clips")
+"""
+VALIDATION = [
+    "train.lr=0", "train.validation_samples=5", "stages.clips.data.mix.image=0", "stages.clips.train.steps=1",
+    "sample.prompts=[]",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_a_spike_of_one_and_on_what_they_validate(
+    pictures: Path, tiny_recipe: Path, tmp_path: Path, tiny_shards: Path
+):
+    """Five held-out clips and two ranks: one clip comes again."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    (tmp_path / "ranks.py").write_text(f"VALIDATION = {VALIDATION}\n{RANKS}")
+    same = ["train.on_spike=rollback", "train.lr=1e-4", "train.log_every=4"]
+    words = [*SHORT, *same, "data.batch.image=1", "trainer.devices=2", "trainer.strategy=fsdp"]
+    said = run_ranks([str(tmp_path / "ranks.py"), *map(str, (pictures, two, tiny_recipe, tmp_path / "v2")), *words], 2)
+    told = [line.removeprefix("said ") for line in said[0].splitlines() if line.startswith("said ")]
+    (spike,) = (line for line in told if " spikes: " in line)
+    assert re.search(r"losses: \S+ \(rank 1\) \S+e\+07, \S+ \(rank 0\) [0-9.]+$", spike)
+    assert f"goes back to step {BACK}, and past the samples up to step {AT}" in told and "said" not in said[1]
+    train(pictures, one, *same)
+    losses = [[float(row["loss"]) for row in rows_of(run).values()] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == STEPS // 4
+    states = [Checkpoint(RunFolder(run).checkpoint("images", STEPS)).state for run in (one, two)]
+    assert states[0]["data"] == states[1]["data"] and states[0]["spikes"]["returns"] == states[1]["spikes"]["returns"]
+    assert {float(row["time/own_slowest"]) for row in rows_of(two).values()} <= {0.0, 1.0}
+
+    fit(tiny_recipe, [*VALIDATION, "data.batch.video=2"], run=tmp_path / "v1", stage="clips")
+    found = [
+        {name: float(text) for name, text in rows_of(tmp_path / run)[1].items() if name.startswith("validation/")}
+        for run in ("v1", "v2")
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) > 3
