@@ -10,16 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.launch.queue import waiting
-from lingen.ranks.heartbeat import (
-    BEAT,
-    FAILED_WORD,
-    LOST_WORD,
-    SILENT,
-    Beat,
-    lag_of,
-    read_beats,
-    slowest_count,
-)
+from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Beat, read_beats
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 from lingen.training import lock
@@ -91,14 +82,14 @@ class Status:
 
     def slowest(self) -> list[RankStatus]:
         """Ranks that lag, 1% of all at least: those without a sign first, then those that have been waiting for data
-        for long, then those that take longest for their own part of a step (see `lingen.training.pace`)."""
+        for long, then those that take longest for their own part of a step."""
 
         def lag(one: RankStatus) -> tuple[float, ...]:
             silent, waits = one.age_seconds > 2 * BEAT, one.doing == "data" and one.doing_seconds > BEAT
             since = one.doing_seconds if waits else 0.0
-            return (one.age_seconds if silent else 0.0, since, lag_of(*one.pace or (0.0, 0.0)), one.data_share)
+            return (one.age_seconds if silent else 0.0, since, sum(one.pace or ()), one.data_share)
 
-        return sorted(self.ranks, key=lag, reverse=True)[: max(SLOWEST, slowest_count(len(self.ranks)))]
+        return sorted(self.ranks, key=lag, reverse=True)[: max(SLOWEST, -(-len(self.ranks) // 100))]
 
 
 def status_of(path: str | Path) -> Status:

@@ -228,17 +228,6 @@ def waited() -> float:
     return _heart.waited if _heart is not None else 0.0
 
 
-def lag_of(own: float, data: float) -> float:
-    """About how many seconds of a step a rank needs until it waits for others, by `Beat.pace`: the backward pass takes
-    twice as long as the forward one."""
-    return 3 * own + data
-
-
-def slowest_count(ranks: int) -> int:
-    """How many ranks are the slowest 1%: at least one."""
-    return -(-ranks // 100)
-
-
 def word_of(error: BaseException) -> str:
     """How something ended, in a line; errors begin with one of the words above."""
     text = " ".join(str(error).split())

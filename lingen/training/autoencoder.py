@@ -187,9 +187,10 @@ class AutoencoderModule(Trained):
         if not isinstance(self.perceptual, NoDistance):
             found["perceptual"] = torch.stack([self._distance_of_all(*pair) for pair in zip(video, clips, strict=True)])
             found["loss"] = found["loss"] + self.settings.perceptual * found["perceptual"]
+        own = (batch.slots >= 0).to(clips.device)
         for name, values in found.items():
             for label in (f"validation/{name}", f"validation/{name}/{batch.kind}"):
-                self.validation_meter.add(label, values)
+                self.validation_meter.add(label, values, own)
 
     def _distance_of_all(self, video: Tensor, clip: Tensor) -> Tensor:
         """Mean over the frames of one clip [3 t h w]."""

@@ -72,8 +72,6 @@ class Trained(lightning.LightningModule):
         self._started = (clock.perf_counter(), 0)
         self._flops: dict[str, float] | None = None
 
-    # what is trained and what is not
-
     def frozen_parts(self) -> dict[str, nn.Module]:
         """Prefix of the parameters' names -> the frozen parts."""
         raise NotImplementedError
@@ -117,8 +115,6 @@ class Trained(lightning.LightningModule):
         for part in self.frozen_parts().values():
             part.eval()
         return self
-
-    # optimisation
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self._groups())
@@ -245,8 +241,6 @@ class Trained(lightning.LightningModule):
         if self.average is not None and self.bad_steps == 0:
             self.average.update()
 
-    # averaged weights, checkpoints
-
     def on_fit_start(self) -> None:
         self.average = AveragedWeights(self.trained_parameters(), self.recipe.train.ema)
         if self.checkpoint is not None:
@@ -263,8 +257,6 @@ class Trained(lightning.LightningModule):
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside the block the parameters hold the averaged values; a module loaded for sampling holds only those."""
         return self.average.applied() if self.average is not None else nullcontext()
-
-    # what is logged
 
     def note(self, batch: Batch, losses: Tensor, tokens: int) -> None:
         """Called with each training batch: what is counted of it goes into the next row.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lingen.ranks.heartbeat import host_name, lag_of, slowest_count, tell_pace, waited
+from lingen.ranks.heartbeat import host_name, tell_pace, waited
 
 CLEARLY = 1.2
 """Times the median from which a rank is slow [ours]."""
@@ -79,14 +79,14 @@ class Pace:
 
     def slow_ranks(self, ranks: Sequence[RankPace]) -> str | None:
         """A line with the slowest 1% of the ranks, once one of them has been the slowest for a while."""
-        lags = [lag_of(one.own, one.data) for one in ranks]
+        lags = [one.own + one.data for one in ranks]
         order = sorted(range(len(ranks)), key=lambda rank: -lags[rank])
         (before, times), first = self._slowest, order[0]
         is_slow = lags[first] > CLEARLY * median_low(lags)
         self._slowest = (first, times * (first == before) + 1) if is_slow else (-1, 0)
         if self._slowest[1] != ROWS_SLOW:
             return None
-        told = [f"rank {rank} on {ranks[rank].host} ({ranks[rank]})" for rank in order[: slowest_count(len(ranks))]]
+        told = [f"rank {rank} on {ranks[rank].host} ({ranks[rank]})" for rank in order[: -(-len(ranks) // 100)]]
         return f"slow: {', '.join(told)}; the rank in the middle: {ranks[order[len(order) // 2]]}"
 
 
