@@ -122,7 +122,6 @@ class Ledger:
         found = [f"{self.retried:,} reads tried again"] * bool(self.retried)
         found += [f"{len(self.faults):,} faults found in shards"] * bool(self.faults)
         found += [f"{sum(self.left_out.values()):,} samples fit no bucket"] * bool(self.left_out)
-        found += [f"{self.passed:,} samples passed over for spikes"] * bool(self.passed)
         return "; ".join([said, *found]) + "."
 
     def rows(self) -> list[dict[str, str]]:

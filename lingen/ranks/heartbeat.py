@@ -63,6 +63,8 @@ class Beat(NamedTuple):
     """Bytes: ``process``, ``workers`` (each process that it has started), ``gpu`` (the most that was allocated)."""
     ended: str | None
     """Its last word."""
+    pace: tuple[float, float] | None = None
+    """Seconds of a step: in its own forward pass, and waiting for data; see `lingen.training.pace`."""
 
 
 class Heart:
@@ -89,6 +91,9 @@ class Heart:
         self._lock, self._file = threading.Lock(), threading.Lock()
         self._over = threading.Event()
         self._ended: str | None = None
+        self.pace: tuple[float, float] | None = None
+        self.waited = 0.0
+        """Seconds that it has waited for data."""
 
     def sign(
         self, doing: str | None, stage: str | None = None, step: int | None = None, samples: Samples | None = None
@@ -103,6 +108,7 @@ class Heart:
         now = time.monotonic()
         with self._lock:
             self._spent[self._doing] += now - self._since  # type: ignore[assignment]
+            self.waited += (now - self._since) * (self._doing == "data")
             self._doing, self._since = doing or self._doing, now
             self._turns += stage is not None
             self._samples = samples or self._samples
@@ -135,7 +141,7 @@ class Heart:
             self._spent.clear()
             told = self._told | {
                 "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
-                "spent": spent, "memory": memory_now(), "ended": self._ended,
+                "spent": spent, "memory": memory_now(), "ended": self._ended, "pace": self.pace,
             }  # fmt: skip
             data = json.dumps(told).encode()
             if len(data) >= SIZE:
@@ -196,6 +202,17 @@ def begin_stage(limit: int) -> None:
     if _heart is not None:
         _heart.limit = limit
         _heart.sign("start")
+
+
+def tell_pace(own: float, data: float) -> None:
+    """From now on the file of this process says so, see `Beat.pace`."""
+    if _heart is not None:
+        _heart.pace = (round(own, 4), round(data, 4))
+
+
+def waited() -> float:
+    """Seconds that this process has waited for data so far; 0 where it is no rank of a run."""
+    return _heart.waited if _heart is not None else 0.0
 
 
 def word_of(error: BaseException) -> str:
