@@ -42,6 +42,8 @@ class Ledger:
         self.used = 0
         self.retried = 0
         """Attempts to read a sample after the first one."""
+        self.passed = 0
+        """Samples that were passed over for a spike (`train.on_spike`)."""
         self.dropped: Counter[str] = Counter()
         """Dropped samples by reason."""
         self.named: dict[str, list[str]] = {}
@@ -118,6 +120,7 @@ class Ledger:
         found = [f"{self.retried:,} reads tried again"] * bool(self.retried)
         found += [f"{len(self.faults):,} faults found in shards"] * bool(self.faults)
         found += [f"{sum(self.left_out.values()):,} samples fit no bucket"] * bool(self.left_out)
+        found += [f"{self.passed:,} samples passed over for spikes"] * bool(self.passed)
         return "; ".join([said, *found]) + "."
 
     def rows(self) -> list[dict[str, str]]:
@@ -129,6 +132,7 @@ class Ledger:
             example = next(f"{where}: {reason}" for where, reason in self.faults.items() if reason.startswith(group))
             rows.append((f"found: {group}", count, example))
         rows += [("retried", self.retried, "")] * bool(self.retried)
+        rows += [("passed over for spikes", self.passed, "")] * bool(self.passed)
         rows += [(f"left out: {reason}", count, "") for reason, count in self.left_out.items()]
         return [{"samples": what, "count": f"{count:,}", "for example": example} for what, count, example in rows]
 
@@ -141,6 +145,7 @@ class Ledger:
         return {
             "used": self.used,
             "retried": self.retried,
+            "passed": self.passed,
             "dropped": dict(self.dropped),
             "named": {group: list(lines) for group, lines in self.named.items()},
             "faults": dict(self.faults),
@@ -158,6 +163,7 @@ class Ledger:
         """Takes in the `state_dict` of another ledger."""
         self.used += state["used"]
         self.retried += state["retried"]
+        self.passed += state.get("passed", 0)  # earlier versions passed over none
         self.dropped.update(state["dropped"])
         for group, lines in state["named"].items():
             self._name(group, lines)

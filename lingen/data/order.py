@@ -274,7 +274,10 @@ def held_out_places(
 ) -> list[RankBatch]:
     """One rank's share of the first `count` held-out samples of a bucket in their fixed order, in batches of up to
     `batch`. Every rank gets as many batches of the same sizes; where `count` is no multiple of `world`, the first
-    samples come again."""
+    samples come again, with the slot -1: they are to be left out of means, which are then the same for any number of
+    ranks."""
     share = -(-count // world)
-    own = [(position * world + rank) % count for position in range(share)]
-    return [RankBatch(kind, 0, bucket, own[i : i + batch], own[i : i + batch]) for i in range(0, share, batch)]
+    own = [position * world + rank for position in range(share)]
+    slots = [number if number < count else -1 for number in own]
+    numbers = [number % count for number in own]
+    return [RankBatch(kind, 0, bucket, numbers[i : i + batch], slots[i : i + batch]) for i in range(0, share, batch)]

@@ -1,6 +1,7 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
 ``kill --seed S --times N`` kills training and goes on with it,
-``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process."""
+``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
+``gpu`` trains the main recipe on one GPU."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from pathlib import Path
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
 from tests.soak.moments import MOMENTS, moments
+from tests.soak.one_gpu import on_one_gpu
 from tests.soak.ranks import compare_all
 
 
 def main() -> int:
     args = _arguments()
-    return {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks}[args.trial](args)
+    trials = {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks, "gpu": _gpu}
+    return trials[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -45,6 +48,8 @@ def _arguments() -> argparse.Namespace:
     four.add_argument("--keep", type=Path, default=Path("ranks"), metavar="DIR", help="the runs lie there; made anew")
     last = trials.add_parser("moments", help="the main recipe on two nodes of SLURM, a signal at each moment of it")
     last.add_argument("--keep", type=Path, default=Path("moments"), metavar="DIR", help="the runs lie there; made anew")
+    more = trials.add_parser("gpu", help="the main recipe on one GPU, stopped and undisturbed")
+    more.add_argument("--keep", type=Path, default=Path("gpu"), metavar="DIR", help="the runs lie there; made anew")
     return parser.parse_args()
 
 
@@ -72,6 +77,16 @@ def _moments(args: argparse.Namespace) -> int:
     for failure in failures:
         print(failure)
     print(f"{len(MOMENTS)} signals to a job of two nodes: {len(failures)} failures")
+    return 1 if failures else 0
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    shutil.rmtree(args.keep, ignore_errors=True)
+    failures = 0
+    for line in on_one_gpu(args.keep.absolute()):
+        print(line, flush=True)
+        failures += line.startswith("failed")
+    print(f"{failures} failures")
     return 1 if failures else 0
 
 
