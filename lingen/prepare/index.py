@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,22 +23,10 @@ ROTATED = (5, 6, 7, 8)
 """Exif orientations that exchange height and width."""
 
 
-class Indexed(NamedTuple):
-    """The result for a folder of shards."""
-
-    rows: int
-    drops: list[Drop]
-    """Samples and shards that cannot be used; they are in no row."""
-
-
-def index_folder(folder: Path, processes: int, progress: Progress = no_progress) -> Indexed:
-    """Writes the manifest of the tar files in a folder. RecipeError where there is no tar file, or none of the samples
-    can be used.
-
-    Args:
-        processes: that read shards at the same time; 0: this one.
-        progress: called with the shards read and the shards to read.
-    """
+def index_folder(folder: Path, processes: int, progress: Progress = no_progress) -> tuple[int, list[Drop]]:
+    """Writes the manifest of the tar files in a folder. Returns the number of its rows, and the samples and shards that
+    cannot be used and are in none. RecipeError where there is no tar file, or none of the samples can be used.
+    `processes` read shards at the same time; 0: this one."""
     paths = tar_files(folder)
     if not paths:
         raise RecipeError(f"'{folder}' holds no tar file; name the folder of the shards.{packed_up(folder)}")
@@ -56,7 +44,7 @@ def index_folder(folder: Path, processes: int, progress: Progress = no_progress)
         (folder / manifest.NAME).unlink()
         first = f"{drops[0].where}: {drops[0].reason}" if drops else "its tar files hold no sample at all"
         raise RecipeError(f"'{folder}' holds no sample that can be used; the first: {first}")
-    return Indexed(count, drops)
+    return count, drops
 
 
 def compressed_shards(folder: Path) -> list[Drop]:
