@@ -33,9 +33,8 @@ def test_training_is_the_same_after_a_preflight(tiny_recipe: Path, here: Path):
     """Two ranks, bit for bit; and nothing else lies in the folder."""
     (here / "two_runs.py").write_text(TWO_RUNS)
     run_ranks([str(here / "two_runs.py"), str(tiny_recipe)], ranks=2, nodes=2)
-    without, after = (
-        read_weights(here / run / "stages/images/weights.safetensors", "raw") for run in ("without", "with")
-    )
+    runs = [here / "without", here / "with"]
+    without, after = (read_weights(run / "stages/images/weights.safetensors", "raw") for run in runs)
     assert without.keys() == after.keys() and all((after[name] == value).all() for name, value in without.items())
     files = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in runs]
     assert files[0] == files[1]

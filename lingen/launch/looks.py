@@ -39,7 +39,7 @@ MESSAGE = {"cuda": 256 << 20, "cpu": 4 << 20}
 """Bytes that are sent and written, by type of device [ours]."""
 TIMES = 3
 """Of each message; the first one makes the connection."""
-SLOW = 0.25
+SLOW_SHARE = 0.25
 """Share of the median speed below which a node is slow, where there are at least `FEWEST` [ours]."""
 FEWEST = 4
 SKEW = 30.0
@@ -134,8 +134,8 @@ class Look(NamedTuple):
 
 def _versions(site: Site) -> Word:
     found = versions() | {"cuda": torch.version.cuda, "commit": git_commit()}
-    with suppress(OSError, IndexError):
-        found["driver"] = Path("/proc/driver/nvidia/version").read_text().split("Module")[1].split()[0]
+    with suppress(OSError):
+        found["driver"] = " ".join(re.findall(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[:1])
     return {"versions": {name: one for name, one in found.items() if one is not None}}
 
 
@@ -223,7 +223,7 @@ def _checkpoint_bytes(site: Site, stage: Recipe) -> float:
 def _slow(speeds: Mapping[str, float], does: str) -> Iterator[str]:
     usual = median(speeds.values())
     for node, speed in speeds.items():
-        if len(speeds) >= FEWEST and speed < SLOW * usual:
+        if len(speeds) >= FEWEST and speed < SLOW_SHARE * usual:
             yield f"{node} {does} at {speed / 1e9:.3g} GB/s, the median is {usual / 1e9:.3g}"
 
 
@@ -308,7 +308,7 @@ def _step(site: Site) -> Word:
     kept = {key: value for key, value in site.stage.trainer.items() if key not in ("logger", "profiler")}
     short = replace(site.stage.train, steps=1, accumulate=1)
     recipe = replace(site.stage, train=short, trainer={**kept, "logger": False})
-    with isolate_rng(), warnings.catch_warnings(action="ignore"):
+    with isolate_rng(include_cuda=False), warnings.catch_warnings(action="ignore"):
         trainer = build_trainer(recipe, RunFolder(site.run), [])
         loader: DataLoader[Any] = DataLoader(cast(Any, [site.batch]), batch_size=None, collate_fn=as_it_is)
         trainer.fit(recipe.subject.build_module(recipe), loader)
@@ -316,9 +316,9 @@ def _step(site: Site) -> Word:
     gc.collect()
     if site.device.type == "cpu":
         return {}
-    most = torch.cuda.max_memory_allocated()
+    most = torch.cuda.max_memory_allocated(site.device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats(site.device)
     return {"gpu": most}
 
 

@@ -12,11 +12,12 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
+import torch
 import torch.distributed as dist
 
 from lingen.launch.looks import ALL_LOOKS, Fitness, Look, Site, Word
@@ -103,7 +104,7 @@ class _Words:
         Meanwhile it gives signs of life, since a look has a limit of its own."""
         site, key = self.site, f"{look.name}/{self.site.own.rank}"
         self.store.set(f"{key}/came", heartbeat.host_name())
-        found = _begin(lambda: look.measure(site) if site.own.local_rank == 0 or not look.once else {})
+        found = _begin(look, site)
         end, shortened = time.monotonic() + look.seconds + (LAG if self.first else 2 * LAG), False
         while not self.store.check(self._keys(look) if self.first else [look.name]):
             if found:
@@ -161,13 +162,15 @@ class _Words:
         return not (report.hung or failed or any(word and word["signal"] for word in words))
 
 
-def _begin(act: Callable[[], Word]) -> list[Word]:
+def _begin(look: Look, site: Site) -> list[Word]:
     """What a look finds, or its error, once it is over: the list is empty until then."""
     found: list[Word] = []
 
     def run() -> None:
         try:
-            found.append(act())
+            if site.device.type == "cuda":
+                torch.cuda.set_device(site.device)  # of this thread
+            found.append(look.measure(site) if site.own.local_rank == 0 or not look.once else {})
         except Exception as error:
             found.append({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
