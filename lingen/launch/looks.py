@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from lingen.data.datamodule import ClipData, as_it_is
 from lingen.files import wait_for, write_text
 from lingen.launch.lead import signal_seconds
-from lingen.plan.forecast import plan
+from lingen.plan.forecast import Plan, plan
 from lingen.provenance import git_commit, versions
 from lingen.ranks.environment import UnfitError, here
 from lingen.ranks.slurm import answer
@@ -101,14 +101,23 @@ class Site:
 
     def __init__(self, run: Path, stages: Sequence[Recipe]):
         self.run, self.stages, self.own, self.report = run, stages, here(), Fitness()
-        self.plans = {str(one.stage): plan(one) for one in stages}
-        self.stage = max(stages, key=lambda one: sum(self.plans[str(one.stage)].memory.values()))
-        on_gpu = torch.cuda.is_available() and self.stage.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+        on_gpu = torch.cuda.is_available() and stages[0].trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
         self.device = torch.device("cuda", self.own.local_rank) if on_gpu else torch.device("cpu")
         self.batch: Any = None
-        around = next(one for one in (run, *run.parents) if one.is_dir())
-        self.told = {"folder": str(around / f".lingen-preflight-{secrets.token_hex(4)}")}
+        self.plans: dict[str, Plan] = {}
+        """Of rank 0, as it takes a while."""
+        self.told: dict[str, str] = {}
         """What rank 0 tells all."""
+        if self.own.rank == 0:
+            self.plans = {str(one.stage): plan(one) for one in stages}
+            around = next(one for one in (run, *run.parents) if one.is_dir())
+            largest = max(self.plans, key=lambda name: sum(self.plans[name].memory.values()))
+            self.told = {"folder": str(around / f".lingen-preflight-{secrets.token_hex(4)}"), "stage": largest}
+
+    @property
+    def stage(self) -> Recipe:
+        """That takes the most memory."""
+        return next(one for one in self.stages if str(one.stage) == self.told["stage"])
 
     @property
     def message(self) -> int:
@@ -327,9 +336,9 @@ def _judge_step(site: Site, words: Told) -> None:
 
 
 ALL_LOOKS = (
-    Look("versions", 60.0, _versions, _judge_versions, once=True),
+    Look("versions", 300.0, _versions, _judge_versions, once=True),
     Look("run folder", 180.0, _disk, _judge_disk, once=True),
-    Look("samples", 300.0, _samples, _judge_samples),
+    Look("samples", 1800.0, _samples, _judge_samples),
     Look("network", 120.0, _network, _judge_network),
     Look("step", 1200.0, _step, _judge_step),
 )
