@@ -84,6 +84,8 @@ def fitness_lines(report: Fitness) -> Iterator[str]:
         cells = {title: f"{values[name] / unit:.3g}" for name, (title, unit) in SHOWN_UNITS.items() if name in values}
         rows.append({"node": node, "ranks": str(values["ranks"])} | cells)
     yield as_table(rows, terminal=False)
+    if not report.faults:
+        yield "every node is fit"
     yield from (f"note: {text}" for text in report.notes)
     for one in report.faults:
         yield f"unfit: {', '.join(one['nodes']) or 'every node'}: {one['look']}: {one['told']}"
