@@ -129,13 +129,14 @@ class Heart:
 
     def write(self) -> None:
         """Writes the file; what fails is tried again at the next beat. A disk that hangs holds up no sign."""
+        memory = memory_now()  # it may hang as well
         with self._lock:
             stage, step = self._place
             spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
             self._spent.clear()
             told = self._told | {
                 "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
-                "spent": spent, "memory": memory_now(), "ended": self._ended,
+                "spent": spent, "memory": memory, "ended": self._ended,
             }  # fmt: skip
             data = json.dumps(told).encode()
             if len(data) >= SIZE:
