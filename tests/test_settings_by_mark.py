@@ -18,7 +18,7 @@ from lingen.plan.loading import load_curriculum
 from lingen.recipe import load_stages
 from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Mark
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.marks import TRAINER, marks_of
+from lingen.recipe.marks import TRAINER, entries_of
 from lingen.run import fit
 from lingen.training import record
 from lingen.training.folder import RunFolder
@@ -145,9 +145,9 @@ def overrides_of(key: str, folder: Path, name: str = "quickstart_cpu") -> list[s
 def marks(name: str, folder: Path) -> dict[str, Mark]:
     """Of every setting that the last stage of a recipe has, small or as it is shipped, and of the Trainer's."""
     small = load_stages(name, small_of(name, folder))[-1]
-    found = (
-        marks_of(load_stages(name)[-1]) | marks_of(small) | {f"trainer.{key}": mark for key, mark in TRAINER.items()}
-    )
+    own = entries_of(load_stages(name)[-1]) | entries_of(small)
+    found = {key: entry.mark for key, entry in own.items()}
+    found |= {f"trainer.{key}": mark for key, mark in TRAINER.items()}
     return {key: mark for key, mark in found.items() if key != "data.synthetic"}
 
 

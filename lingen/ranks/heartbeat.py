@@ -63,6 +63,8 @@ class Beat(NamedTuple):
     """Bytes: ``process``, ``workers`` (each process that it has started), ``gpu`` (the most that was allocated)."""
     ended: str | None
     """Its last word."""
+    pace: tuple[float, float] | None = None
+    """Seconds of a step: in its own forward pass, and waiting for data; see `lingen.training.pace`."""
 
 
 class Heart:
@@ -89,6 +91,9 @@ class Heart:
         self._lock, self._file = threading.Lock(), threading.Lock()
         self._over = threading.Event()
         self._ended: str | None = None
+        self.pace: tuple[float, float] | None = None
+        self.waited = 0.0
+        """Seconds that it has waited for data."""
 
     def sign(
         self, doing: str | None, stage: str | None = None, step: int | None = None, samples: Samples | None = None
@@ -103,6 +108,7 @@ class Heart:
         now = time.monotonic()
         with self._lock:
             self._spent[self._doing] += now - self._since  # type: ignore[assignment]
+            self.waited += (now - self._since) * (self._doing == "data")
             self._doing, self._since = doing or self._doing, now
             self._turns += stage is not None
             self._samples = samples or self._samples
@@ -129,25 +135,25 @@ class Heart:
 
     def write(self) -> None:
         """Writes the file; what fails is tried again at the next beat. A disk that hangs holds up no sign."""
-        memory = memory_now()  # it may hang as well
-        with self._lock:
-            stage, step = self._place
-            spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
-            self._spent.clear()
-            told = self._told | {
-                "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
-                "spent": spent, "memory": memory, "ended": self._ended,
-            }  # fmt: skip
-            data = json.dumps(told).encode()
+        with self._file:
+            with self._lock:
+                stage, step = self._place
+                spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
+                self._spent.clear()
+                told = self._told | {
+                    "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
+                    "spent": spent, "ended": self._ended, "pace": self.pace,
+                }  # fmt: skip
+            data = json.dumps(told | {"memory": memory_now()}).encode()
             if len(data) >= SIZE:
-                data = json.dumps(told | {"memory": {}, "ended": (self._ended or "")[:200] or None}).encode()
-        with self._file, contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
-            try:
-                os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
-            finally:
-                os.close(file)
+                data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
+                try:
+                    os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
+                finally:
+                    os.close(file)
 
     def begin(self) -> None:
         def beating() -> None:
@@ -197,6 +203,17 @@ def begin_stage(limit: int) -> None:
     if _heart is not None:
         _heart.limit = limit
         _heart.sign("start")
+
+
+def tell_pace(own: float, data: float) -> None:
+    """From now on the file of this process says so, see `Beat.pace`."""
+    if _heart is not None:
+        _heart.pace = (round(own, 4), round(data, 4))
+
+
+def waited() -> float:
+    """Seconds that this process has waited for data so far; 0 where it is no rank of a run."""
+    return _heart.waited if _heart is not None else 0.0
 
 
 def word_of(error: BaseException) -> str:
