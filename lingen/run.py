@@ -118,8 +118,8 @@ def fit_curriculum(
             folder, place = RunFolder(begun.folder), here()
             if begun.session is not None:
                 heart = held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
-                limits = [one.train.watchdog for one in begun.curriculum.stages if one.train.watchdog]
-                held.enter_context(watchdog.watching(heart, begun.session, min(limits, default=0)))
+                limits = [one.train.watchdog for one in begun.curriculum.stages]
+                held.enter_context(watchdog.watching(heart, begun.session, limits))
             signals.check()
             return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched)
     except signals.Stopped:  # on all ranks

@@ -35,10 +35,8 @@ def is_cut(drop: Drop) -> bool:
 
 
 class Ledger:
-    """Counts of used, dropped, truncated and retried samples, in all, for each shard and for each source.
-
-    Faults that are found when shards are opened (a cut tar, a refused member) count once by name, also after a resume.
-    """
+    """Counts of used, dropped, truncated and retried samples, in all, for each shard and for each source. Faults that
+    are found when shards are opened (a cut tar, a refused member) count once by name, also after a resume."""
 
     def __init__(self) -> None:
         self.used = 0

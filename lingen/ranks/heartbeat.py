@@ -34,8 +34,8 @@ SAMPLES_TOLD = 3
 FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
 """Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
 rank was gone, which says nothing of why."""
-SILENT_WORD = "silent for "
-"""After `FAILED_WORD`, of a rank that hung: another start may help."""
+HUNG = "silent for "
+"""After `FAILED_WORD`, where the watchdog ended the run: another start may help."""
 
 Samples = tuple[list[str], list[str]]
 
@@ -143,9 +143,16 @@ class Heart:
                 "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
                 "spent": spent, "memory": memory_now(), "ended": self._ended, "pace": self.pace,
             }  # fmt: skip
+            data = json.dumps(told).encode()
+            if len(data) >= SIZE:
+                data = json.dumps(told | {"memory": {}, "ended": (self._ended or "")[:200] or None}).encode()
         with self._file, contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, told)
+            file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
+            try:
+                os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
+            finally:
+                os.close(file)
 
     def begin(self) -> None:
         def beating() -> None:
@@ -160,15 +167,6 @@ class Heart:
         self._over.set()
         self._ended = self._ended or word
         self.write()
-
-    def leave_word_of(self, rank: int, word: str) -> None:
-        """Writes the last word of a rank that cannot, unless it left one. The age of its file stays."""
-        path = self.path.with_name(f"{rank:05d}.json")
-        with contextlib.suppress(OSError, ValueError):
-            told, about = json.loads(path.read_text(encoding="utf-8")), path.stat()
-            if (told["session"], told["ended"]) == (self._told["session"], None):
-                _write(path, told | {"ended": word})
-                os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
 _heart: Heart | None = None
@@ -204,17 +202,6 @@ def begin_stage(limit: int) -> None:
     if _heart is not None:
         _heart.limit = limit
         _heart.sign("start")
-
-
-def _write(path: Path, told: dict[str, Any]) -> None:
-    data = json.dumps(told).encode()
-    if len(data) >= SIZE:
-        data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
-    file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-    try:
-        os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
-    finally:
-        os.close(file)
 
 
 def tell_pace(own: float, data: float) -> None:
