@@ -288,15 +288,13 @@ def scored_steps(folder: RunFolder) -> int:
 
 def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter) -> None:
     """Trains a stage, and goes back in it where `train.on_spike` says so. Stopped, after a checkpoint, where a signal
-    came; SpikeError where the way back to one place does not help."""
+    came; NonFiniteError where the way back to one place does not help."""
     stages, past = curriculum.stages, None
     while (past := _fit_once(folder, curriculum, index, start, past, reporter)) is not None:
         heartbeat.sign("start")
         gc.collect()  # the Trainer and the model that it was left with are a circle
         every = stages[index].train.checkpoint_every
-        found = on_first_rank(partial(start_of, folder, stages, index, reporter.say, every))
-        assert found is not None  # it is not finished
-        start = found
+        start = cast(StageStart, on_first_rank(partial(start_of, folder, stages, index, reporter.say, every)))
         past.count_return(start.step)
         reporter.say(f"goes back to step {start.step}, and past the samples up to step {past.step}")
 
