@@ -1,0 +1,158 @@
+"""What every stage of a run will take of a cluster, and which switch makes a stage fit that does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from lingen.plan.forecast import PEAK_FLOPS, Plan, flop_a_step, plan
+from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.sections import Recipe
+from lingen.recipe.sizes import ranks_of
+from lingen.training.rehearsal import Memory, rehearse
+
+GPUS = {
+    "h100-80": ("H100", 79.1), "h200": ("H200", 139.8), "b200": ("B200", 178.4), "a100-80": ("A100", 79.1),
+    "a100-40": ("A100", 39.4), "l40s": ("L40S", 44.4), "rtx-4090": ("RTX 4090", 23.5),
+}  # fmt: skip
+"""Name -> its key in `PEAK_FLOPS`, and GiB of memory as torch sees them."""
+ASIDE = 4 * 2**30
+"""Bytes of a GPU for CUDA's context, libraries' workspaces, NCCL's buffers, and gaps of the allocator [ours]."""
+NODE = 8
+"""GPUs of a node, where the recipe says no number."""
+MOST_RANKS = 512
+"""Of what is tried."""
+
+
+class Cluster(NamedTuple):
+    """Ranks, and the GPU that each has."""
+
+    nodes: int
+    each: int
+    """Ranks of a node."""
+    gpu: str
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.each
+
+    @property
+    def room(self) -> int:
+        """Bytes of a GPU that training may take."""
+        return int(GPUS[self.gpu][1] * 2**30) - ASIDE
+
+
+def cluster_of(recipe: Recipe, gpus: int | None, gpu: str) -> Cluster:
+    """So many GPUs, by default those that the recipe asks for.
+
+    Raises:
+        RecipeError: for a GPU that is not known, and for a number that does not fill nodes.
+    """
+    if gpu not in GPUS:
+        raise RecipeError(
+            f"--gpu: there is no GPU called '{gpu}' here.{did_you_mean(gpu, GPUS)} Known: {', '.join(GPUS)}."
+        )
+    nodes = int(recipe.trainer.get("num_nodes", 1))
+    asked = ranks_of(recipe, NODE if nodes > 1 else 1) // nodes
+    if gpus is None:
+        return Cluster(nodes, asked, gpu)
+    each = min(gpus, asked if nodes > 1 or asked > 1 else NODE)
+    if gpus % each:
+        raise RecipeError(f"--gpus: {gpus} GPUs do not fill nodes of {each} (trainer.devices).")
+    return Cluster(gpus // each, each, gpu)
+
+
+def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) -> Iterator[dict[str, Any]]:
+    """A row for each stage, for rank 0, whose shards are the largest; errors as `cluster_of`.
+
+    Args:
+        mfu: share of the GPU's bfloat16 FLOP/s that training reaches.
+    """
+    for recipe in stages:
+        cluster = cluster_of(recipe, gpus, gpu)
+        forecast, memory = plan(recipe), memory_of(recipe, cluster.nodes, cluster.each)
+        flop = recipe.train.steps * flop_a_step(recipe, forecast) * cluster.ranks
+        seconds = flop / (PEAK_FLOPS[GPUS[gpu][0]] * mfu)
+        fits = memory.peak <= cluster.room
+        yield {
+            "stage": forecast.stage,
+            "ranks": cluster.ranks,
+            "tokens": max(getattr(recipe.data.batch, kind) * count for kind, count in forecast.tokens.items()),
+            "parameters": forecast.trained,
+            "flop": flop,
+            "memory": dataclasses.asdict(memory),
+            "gpu_hours": seconds / 3600,
+            "disk": _disk(recipe, forecast),
+            "fits": fits,
+            "advice": None if fits else advice(recipe, cluster),
+        }
+
+
+def memory_of(recipe: Recipe, nodes: int, each: int) -> Memory:
+    """`rehearse`, once for stages that differ in nothing that takes memory."""
+    train = dataclasses.replace(recipe.train, steps=1, lr=1.0, warmup=0, decay="constant")
+    data = dataclasses.replace(recipe.data, shards=type(recipe.data.shards)())
+    alike = dataclasses.replace(recipe, stage=None, train=train, data=data)
+    return _rehearsed(_Alike(alike), nodes, each)
+
+
+class _Alike:
+    """A recipe as a key: equal where it reads the same."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.own = recipe, repr(recipe)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alike) and other.own == self.own
+
+    def __hash__(self) -> int:
+        return hash(self.own)
+
+
+@lru_cache(maxsize=64)
+def _rehearsed(alike: _Alike, nodes: int, each: int) -> Memory:
+    return rehearse(alike.recipe, nodes, each)
+
+
+def _disk(recipe: Recipe, forecast: Plan) -> int:
+    """Bytes of a stage in the run folder at its end: checkpoints that stay, one that is being written, weights."""
+    settings = recipe.train
+    kept = settings.keep_checkpoints + (settings.steps // settings.keep_every if settings.keep_every else 0)
+    return (kept + 1) * forecast.checkpoint + forecast.trained * (forecast.held + 4)
+
+
+def advice(recipe: Recipe, cluster: Cluster) -> str:
+    """The first switch with which a stage fits, each rehearsed."""
+    least = None
+    for words, changed, other in _switches(recipe, cluster):
+        memory = memory_of(changed, other.nodes, other.each)
+        if memory.peak <= cluster.room:
+            return f"{words} makes it fit: {memory.peak / 2**30:.1f} GiB of a rank"
+        least = min(memory.peak, least or memory.peak)
+    told = "" if least is None else f"; the least that was tried takes {least / 2**30:.1f} GiB of a rank"
+    return f"no switch that was tried makes it fit{told}: lower data.batch, or take GPUs of more memory"
+
+
+def _switches(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[str, Recipe, Cluster]]:
+    """What to set -> the stage with it, each with those before: the cheapest first."""
+    words: list[str] = []
+    is_split = recipe.subject.encoded  # an autoencoder is whole on every rank
+    if is_split and recipe.model.checkpointing is not True:
+        words.append("model.checkpointing=true")
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, checkpointing=True))
+        yield " ".join(words), recipe, cluster
+    if not is_split:
+        return
+    for name, helps in (("hsdp", cluster.each > 1), ("fsdp", cluster.nodes > 1)):
+        now = str(recipe.trainer.get("strategy", "auto")).lower()
+        if helps and now != name and now != "fsdp":
+            recipe = dataclasses.replace(recipe, trainer=recipe.trainer | {"strategy": name})
+            yield " ".join([*words, f"trainer.strategy={name}"]), recipe, cluster
+    strategy = "trainer.strategy=fsdp"
+    recipe = dataclasses.replace(recipe, trainer=recipe.trainer | {"strategy": "fsdp"})
+    while 2 * cluster.ranks <= MOST_RANKS:
+        grown = cluster.each if cluster.each >= NODE or cluster.nodes > 1 else 2 * cluster.each
+        cluster = cluster._replace(each=grown, nodes=cluster.nodes * (2 if grown == cluster.each else 1))
+        yield " ".join([*words, strategy, f"--gpus {cluster.ranks}"]), recipe, cluster
