@@ -17,7 +17,7 @@ from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.plan.forecast import flop_a_step, plan
-from lingen.ranks import heartbeat, launch, local_ranks, signals
+from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
 from lingen.ranks.signs import LifeSigns
@@ -27,11 +27,12 @@ from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
 from lingen.training import lock, record, sessions
-from lingen.training.base import NonFiniteError, Trained
+from lingen.training.base import Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
+from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.identity import described
 from lingen.training.intact import wait_for_files
 from lingen.training.rehearsal import too_large
@@ -116,9 +117,11 @@ def fit_curriculum(
                 on_first_rank(lambda: begun)
             folder, place = RunFolder(begun.folder), here()
             if begun.session is not None:
-                held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
+                heart = held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
+                limits = [one.train.watchdog for one in begun.curriculum.stages if one.train.watchdog]
+                held.enter_context(watchdog.watching(heart, begun.session, min(limits, default=0)))
             signals.check()
-            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), watched)
+            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched)
     except signals.Stopped:  # on all ranks
         local_ranks.end_ranks()
         raise
@@ -137,6 +140,8 @@ class _Begun(NamedTuple):
     """Of the run, where the others are not there yet; else 1."""
     session: str | None = None
     """Its mark; None: there is nothing to train."""
+    start: StageStart | None = None
+    """Of the first stage that is trained."""
 
 
 class _Watched(Reporter):
@@ -176,15 +181,19 @@ def _begin(
     reporter.lock = held.enter_context(lock.locked(folder.path))
     if reporter.lock.was:
         reporter.say(f"goes on in {folder.path}: {reporter.lock.was}")
-    begun = record.start(folder, curriculum, told, begins)  # anew: another process may have been here a moment ago
+    start = start_of(folder, curriculum.stages, curriculum.names.index(begins), reporter.say)
+    step = start.step if start is not None else folder.last_step(begins)
+    begun = record.start(folder, curriculum, told, begins, step)  # anew: another process may have just been here
     record.put_on_record(folder, begun)
     for line in begun.lines:
         reporter.say(line)
     flop = {str(one.stage): flop_a_step(one, plans[str(one.stage)]) for one in unfinished}
     mark = held.enter_context(
-        sessions.session(folder, stage=begins, ranks=max(ranks, here().ranks), was=reporter.lock.was, flop=flop)
+        sessions.session(
+            folder, stage=begins, step=step, ranks=max(ranks, here().ranks), was=reporter.lock.was, flop=flop
+        )
     )
-    return _Begun(folder.path, curriculum._replace(base=begun.base), ranks, mark)
+    return _Begun(folder.path, curriculum._replace(base=begun.base), ranks, mark, start)
 
 
 def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
@@ -196,13 +205,17 @@ def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
     return bool(last.score.clips and steps and scored_steps(folder) != steps)
 
 
-def _train(folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], reporter: Reporter) -> Outcome:
-    """Every chosen stage that is not finished, and the score."""
+def _train(
+    folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], first: StageStart | None, reporter: Reporter
+) -> Outcome:
+    """Every chosen stage that is not finished, the first of them from `first`, and the score."""
     stages, names = curriculum.stages, curriculum.names
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
-        start = on_first_rank(partial(start_of, folder, stages, index, reporter.say))
+        heartbeat.begin_stage(settings.train.watchdog)
+        known = first is not None and first.stage == names[index]
+        start = first if known else on_first_rank(partial(start_of, folder, stages, index, reporter.say))
         if start is None:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
@@ -273,7 +286,26 @@ def scored_steps(folder: RunFolder) -> int:
 
 
 def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter) -> None:
-    """One Trainer's fit. Stopped, after a checkpoint, where a signal came."""
+    """Trains a stage, and goes back in it where `train.on_spike` says so. Stopped, after a checkpoint, where a signal
+    came; SpikeError where the way back to one place does not help."""
+    stages, past = curriculum.stages, None
+    while (past := _fit_once(folder, curriculum, index, start, past, reporter)) is not None:
+        every = stages[index].train.checkpoint_every
+        found = on_first_rank(partial(start_of, folder, stages, index, reporter.say, every))
+        assert found is not None  # it is not finished
+        start = found
+        past.count_return(start.step)
+        reporter.say(f"goes back to step {start.step}, and past the samples up to step {past.step}")
+
+
+def _fit_once(
+    folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, past: GoBack | None, reporter: Reporter
+) -> GoBack | None:
+    """One Trainer's fit; the spike for which it was left, if it was.
+
+    Args:
+        past: the spike for which the stage went back to `start`.
+    """
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
     edge = StepEdge(folder, name, reporter.say)
@@ -301,6 +333,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)
         module.write_row = MetricsFile(folder.metrics, name, start.step, reporter.row).write
+        module.say, module.past = reporter.say, past
         module.steps_before = sum(stage.train.steps for stage in curriculum.stages[:index])
         if start.checkpoint is None:
             hand_over(module, start, reporter.say)
@@ -314,10 +347,14 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         end_only(trainer)
     with warnings.catch_warnings():
         quiet_lightning()
-        trainer.fit(module, datamodule=data)
+        try:
+            trainer.fit(module, datamodule=data)
+        except GoBack as found:
+            return found.with_traceback(None)  # which holds the model
     reporter.say(report(edge.ledger))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)
+    return None
 
 
 def report(ledger: Ledger) -> str:

@@ -24,7 +24,7 @@ from lingen.training.folder import RunFolder
 from lingen.training.intact import ABOUT, BrokenError, Checkpoint, check_intact, newest_intact
 from lingen.training.saver import Saver
 from lingen.training.storage import pieces_of
-from lingen.weights import read_weights
+from lingen.weights import read_run, read_weights
 from tests.helpers.commands import ROOT, run_python
 
 SHORT = ["train.checkpoint_every=1", "train.log_every=1", "sample.prompts=[]", "data.workers=0"]
@@ -356,6 +356,8 @@ def test_a_run_goes_on_from_the_one_before_as_if_nothing_had_been(tiny_recipe: P
     monkeypatch.setattr("pickle.loads", refuse)
     monkeypatch.setattr("torch.load", refuse)
     fit(tiny_recipe, SHORT, run=folder.path)
+    about = read_run(folder.about)
+    assert [one["step"] for one in (about["history"][-1], about["sessions"][-1])] == [3, 3], "the damaged one's is 4"
     for copy in ("raw", "averaged"):
         for name, value in read_weights(straight.weights("clips"), copy).items():
             assert torch.equal(value, read_weights(folder.weights("clips"), copy)[name]), name

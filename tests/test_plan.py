@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from lingen.cli import main
-from lingen.plan.watch import local
+from lingen.plan.watch import part_here
 from lingen.recipe import load_recipe
 from lingen.training.denoiser import LinGenModule
 from lingen.training.rehearsal import rehearse
@@ -36,7 +36,7 @@ def held_by(module: LinGenModule) -> dict[str, int]:
         "optimizer": [value for state in states for name, value in state.items() if name != "step"],
         "average": list(module.average.weights().values()),
     }
-    return {kind: sum(local(one).nbytes for one in tensors) for kind, tensors in kinds.items()}
+    return {kind: sum(part_here(one).nbytes for one in tensors) for kind, tensors in kinds.items()}
 
 
 def train(recipe: str, run: str) -> None:

@@ -86,7 +86,7 @@ def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) ->
             "gpu_hours": seconds / 3600,
             "disk": _disk(recipe, forecast),
             "fits": fits,
-            "advice": None if fits else advice(recipe, cluster),
+            "advice": None if fits else what_fits(recipe, cluster),
         }
 
 
@@ -123,7 +123,7 @@ def _disk(recipe: Recipe, forecast: Plan) -> int:
     return (kept + 1) * forecast.checkpoint + forecast.trained * (forecast.held + 4)
 
 
-def advice(recipe: Recipe, cluster: Cluster) -> str:
+def what_fits(recipe: Recipe, cluster: Cluster) -> str:
     """The first switch with which a stage fits, each rehearsed."""
     least = None
     for words, changed, other in _switches(recipe, cluster):

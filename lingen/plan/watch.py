@@ -70,7 +70,7 @@ class Watch(TorchDispatchMode):
 
     def numbers(self, tensors: Iterable[Any]) -> set[int]:
         """Of the storages in which tensors lie, of sharded ones their parts here; what is no tensor is left out."""
-        places = (local(one).untyped_storage()._cdata for one in tensors if isinstance(one, Tensor))
+        places = (part_here(one).untyped_storage()._cdata for one in tensors if isinstance(one, Tensor))
         return {self._numbers[place] for place in places if place in self._numbers}
 
     def _note(self, tensor: Tensor) -> None:
@@ -102,6 +102,6 @@ class Watch(TorchDispatchMode):
 
 
 @torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds: of a sharded one its rows, else all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def part_here(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, plain, in the same memory."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -19,6 +19,7 @@ from lingen.weights import find_weights, read_weights
 class StageStart(NamedTuple):
     """What a stage that is not finished starts from."""
 
+    stage: str
     step: int
     """Of the checkpoint; 0: none."""
     checkpoint: Path | None
@@ -28,26 +29,32 @@ class StageStart(NamedTuple):
     """The checkpoint whose moments of AdamW a fresh stage goes on with."""
 
 
-def start_of(folder: RunFolder, stages: Sequence[Recipe], index: int, say: Callable[[str], None]) -> StageStart | None:
+def start_of(
+    folder: RunFolder, stages: Sequence[Recipe], index: int, say: Callable[[str], None], every: int = 1
+) -> StageStart | None:
     """For rank 0: what a stage starts from; None where it is finished. It goes on from its newest checkpoint that is
     whole; a fresh stage takes its own `init`, else the weights of the last finished stage, else the recipe's `init`.
-    RecipeError where `init` or moments to keep are not there."""
+    RecipeError where `init` or moments to keep are not there.
+
+    Args:
+        every: only checkpoints of multiples of this step count.
+    """
     recipe, name = stages[index], str(stages[index].stage)
     if folder.finished_steps(name) >= recipe.train.steps:
         return None
-    checkpoint, passed_over = newest_intact(folder, name)
+    checkpoint, passed_over = newest_intact(folder, name, every)
     for line in passed_over:
         say(line)
     if checkpoint is not None:
-        return StageStart(step_of(checkpoint), checkpoint, None, None)
+        return StageStart(name, step_of(checkpoint), checkpoint, None, None)
     before = folder.finished([str(one.stage) for one in stages[:index]])
     own_init = recipe.init if index == 0 or recipe.init != stages[0].init or not before else None
     if own_init is not None:
-        return StageStart(0, None, find_weights(own_init), None)
+        return StageStart(name, 0, None, find_weights(own_init), None)
     if not before:
-        return StageStart(0, None, None, None)
+        return StageStart(name, 0, None, None, None)
     optimizer = _moments_of(folder, before[-1], name) if recipe.train.keep_optimizer else None
-    return StageStart(0, None, folder.weights(before[-1]), optimizer)
+    return StageStart(name, 0, None, folder.weights(before[-1]), optimizer)
 
 
 def _moments_of(folder: RunFolder, before: str, stage: str) -> Path:

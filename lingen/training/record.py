@@ -73,12 +73,15 @@ def _curriculum_of(folder: RunFolder) -> Curriculum:
         ) from error
 
 
-def start(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], begins: str) -> Start:
+def start(
+    folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], begins: str, step: int | None = None
+) -> Start:
     """What training this recipe makes of a folder; nothing is written.
 
     Args:
         here: the recipe's stages, as `described` gives them.
         begins: the stage that is trained first.
+        step: that it goes on from; default: that of its newest checkpoint, which may be damaged.
     Raises:
         RecipeError: the folder holds another run, something that is no run, a finished stage of which another course
             is asked for, or one that is further on than it is to go.
@@ -95,7 +98,8 @@ def start(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], beg
         raise RecipeError(_refusal(folder, changes))
     course = {name: held.stages[name].course if name in finished else stage.course for name, stage in here.items()}
     asked = {name: stage.course for name, stage in here.items() if stage.course != course[name]}
-    entries = [_entry(name, folder.last_step(name), change) for name, change in acting.items()]
+    steps = {name: folder.last_step(name) for name in here} | ({} if step is None else {begins: step})
+    entries = [_entry(name, steps[name], change) for name, change in acting.items()]
     about = held.about | {
         "identity": {name: _known(held.stages[name].identity, stage.identity) for name, stage in here.items()},
         "first_course": held.about.get("first_course", {name: one.course for name, one in held.stages.items()}),
@@ -103,13 +107,13 @@ def start(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], beg
         "asked": asked,
         "history": [
             *held.about.get("history", [_first_entry(held.about)]),
-            *(entries or [_entry(begins, folder.last_step(begins), {})]),
+            *(entries or [_entry(begins, steps[begins], {})]),
         ],
     }
     lines = [
-        f"stage {name} goes on from step {folder.last_step(name)} with {told(change)}"
+        f"stage {name} goes on from step {steps[name]} with {told(change)}"
         for name, change in acting.items()
-        if folder.last_step(name)
+        if steps[name]
     ]
     return Start(about, _true_recipe(folder, curriculum, set(asked)), lines)
 

@@ -19,7 +19,7 @@ from lingen.autoencoder.perceptual import NoDistance, Trunk, VGG16Distance
 from lingen.frozen import is_trained
 from lingen.kernels.choice import memory_here, unlaunched
 from lingen.plan.forecast import largest_batch, text_tokens
-from lingen.plan.watch import Watch, local
+from lingen.plan.watch import Watch, part_here
 from lingen.recipe.sections import Recipe, Triple
 from lingen.recipe.sizes import ranks_of
 from lingen.training.autoencoder import AutoencoderModule
@@ -100,7 +100,7 @@ def _steps(module: Trained, watch: Watch, copies: bool) -> Memory:
     """
     on_cpu = module.recipe.trainer.get("accelerator") == "cpu"
     trained = list(module.trained_parameters().values())
-    parts = {name: local(parameter).detach() for name, parameter in module.trained_parameters().items()}
+    parts = {name: part_here(parameter).detach() for name, parameter in module.trained_parameters().items()}
     average = AveragedWeights(parts, module.recipe.train.ema)
     optimizer = _flat_optimizer(module, on_cpu)
     optimizer.step()
@@ -147,7 +147,7 @@ def _flat_optimizer(module: Trained, on_cpu: bool) -> torch.optim.AdamW:
     for group in module.parameter_groups():
         sizes: Counter[torch.dtype] = Counter()
         for parameter in group["params"]:
-            sizes[parameter.dtype] += local(parameter).numel()
+            sizes[parameter.dtype] += part_here(parameter).numel()
         flat = [nn.Parameter(torch.empty(size, dtype=dtype)) for dtype, size in sizes.items()]
         for one in flat:
             one.grad = torch.empty_like(one)
@@ -157,7 +157,7 @@ def _flat_optimizer(module: Trained, on_cpu: bool) -> torch.optim.AdamW:
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
     """Of what this rank holds of them."""
-    return sum(local(one).nbytes for one in tensors if one is not None)
+    return sum(part_here(one).nbytes for one in tensors if one is not None)
 
 
 def _frozen(module: Trained) -> int:

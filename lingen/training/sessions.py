@@ -15,7 +15,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lingen.files import write_json
-from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, OTHER_WORD, Beat, host_name, read_beats, word_of
+from lingen.ranks.heartbeat import (
+    BEAT,
+    FAILED_WORD,
+    LOST_WORD,
+    OTHER_WORD,
+    SILENT_WORD,
+    Beat,
+    host_name,
+    read_beats,
+    word_of,
+)
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder
 
@@ -42,12 +52,14 @@ def _write(folder: RunFolder, sessions: list[Session], **more: Any) -> None:
 
 
 @contextlib.contextmanager
-def session(folder: RunFolder, *, stage: str, ranks: int, was: str | None, flop: Mapping[str, float]) -> Iterator[str]:
+def session(
+    folder: RunFolder, *, stage: str, step: int, ranks: int, was: str | None, flop: Mapping[str, float]
+) -> Iterator[str]:
     """Inside the block run.json says that the run is being trained, and after it how that ended. Gives the mark of the
     session.
 
     Args:
-        stage: that is trained first.
+        stage, step: that is trained first, and from where.
         was: why the owner before counts as dead, where there was one.
         flop: of an optimiser step of a rank in each stage, by which `lingen status` tells how long the run takes.
     """
@@ -57,7 +69,7 @@ def session(folder: RunFolder, *, stage: str, ranks: int, was: str | None, flop:
     mark = secrets.token_hex(4)
     began: Session = {
         "mark": mark, "began": _now(), "host": host_name(), "ranks": ranks, "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": os.environ.get("SLURM_RESTART_COUNT"), "stage": stage, "step": folder.last_step(stage),
+        "restart": os.environ.get("SLURM_RESTART_COUNT"), "stage": stage, "step": step,
         "ended": None, "how": None,
     }  # fmt: skip
     _write(folder, [*before, began], flop_a_step=_read(folder).get("flop_a_step", {}) | dict(flop))
@@ -88,7 +100,9 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
     first."""
     beats = read_beats(folder.ranks, one["mark"])
     for beat in _failed(beats):
-        return f"{FAILED_WORD}rank {beat.rank} on {beat.host}: {str(beat.ended).removeprefix(FAILED_WORD)}"
+        word = str(beat.ended).removeprefix(FAILED_WORD)
+        is_silent = word.startswith(SILENT_WORD)
+        return f"{KILLED_WORD if is_silent else FAILED_WORD}rank {beat.rank} on {beat.host}: {word}"
     suspects = _suspects(beats)
     told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in suspects[:4])
     more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""

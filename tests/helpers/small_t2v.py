@@ -22,7 +22,6 @@ from tests.helpers import encoders
 STEPS = 3
 """Of each stage."""
 CLIPS, IMAGES, QUALITY = 16, 12, 6
-FRAMES = 32
 SMALL = """
 extends: t2v_68s
 model: {dim: 32, depth: 3, ffn_dim: 64, mixer: {state_dim: 8, head_dim: 8}}
@@ -49,21 +48,29 @@ stages:
 """.replace("STEPS", str(STEPS))
 
 
-def write_small_t2v(folder: Path) -> Path:
+def write_small_t2v(folder: Path, recipe: str = SMALL, frames: int = 32, side: int = 32) -> Path:
     """Makes the recipe `small.yaml` in a folder, with ``weights/`` and encoded ``shards/`` beside it, which it names
-    relative to the folder."""
+    relative to the folder.
+
+    Args:
+        recipe: its text.
+        frames, side: of the drawn clips.
+    """
     weights = folder / "weights"
     encoders.t5(weights / "ul2")
     encoders.byt5(weights / "byt5-small")
     encoders.clip(weights / "metaclip-h14")
-    write_text(folder / "small.yaml", SMALL)
+    write_text(folder / "small.yaml", recipe)
     _write_autoencoder(folder)
     with contextlib.chdir(folder):
-        image, video = _write_raw("image", IMAGES), _write_raw("video", CLIPS)
+        image = _write_raw("image", IMAGES, 1, side)
+        video, quality = (
+            _write_raw(name, count, frames, side) for name, count in (("video", CLIPS), ("quality", QUALITY))
+        )
         _encode(
             "shards", f"data.shards={{image: {image}, video: {video}}}", f"stages.quality.data.shards.video={video}"
         )
-        _encode("shards/quality", f"data.shards.video={_write_raw('quality', QUALITY)}", "--stage", "quality")
+        _encode("shards/quality", f"data.shards.video={quality}", "--stage", "quality")
     return folder / "small.yaml"
 
 
@@ -78,12 +85,12 @@ def _write_autoencoder(folder: Path) -> None:
     write_tensors(folder / "weights" / "tae.safetensors", named, metadata)
 
 
-def _write_raw(name: str, count: int) -> str:
-    """Shards of drawn clips or pictures; their pattern."""
+def _write_raw(name: str, count: int, frames: int, side: int) -> str:
+    """Shards of drawn clips, or of pictures, which have one frame; their pattern."""
     rng, samples = np.random.default_rng(0), []
     for number, caption in enumerate((captions("train", "video") * count)[:count]):
-        clip = draw_clip(caption, (32, 32), 1 if name == "image" else FRAMES, rng)
-        media = {"png": encode_png(clip[0])} if name == "image" else {"mp4": encode_mp4(clip, 16, exact=True)}
+        clip = draw_clip(caption, (side, side), frames, rng)
+        media = {"png": encode_png(clip[0])} if frames == 1 else {"mp4": encode_mp4(clip, 16, exact=True)}
         samples.append({"__key__": f"{number:04d}", **media, "json": {"caption": caption}})
     write_shards(samples, f"raw/{name}-%05d.tar")
     return f"raw/{name}-*.tar"

@@ -1,7 +1,8 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
 ``kill --seed S --times N`` kills training and goes on with it,
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
-``plan`` rehearses every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a rehearsed step with one on a GPU."""
+``plan`` rehearses every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a rehearsed step with one on a GPU,
+``gpu`` trains the main recipe on one GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from pathlib import Path
 from tests.soak.fuzz import TARGETS, fuzz
 from tests.soak.kill import kill
 from tests.soak.moments import MOMENTS, moments
+from tests.soak.one_gpu import on_one_gpu
 from tests.soak.ranks import compare_all
 
 
 def main() -> int:
     args = _arguments()
-    trials = {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks}
+    trials = {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks, "gpu": _gpu}
     return (trials | {"plan": _plan, "plan-peak": _plan_peak})[args.trial](args)
 
 
@@ -53,6 +55,8 @@ def _arguments() -> argparse.Namespace:
     peak.add_argument("--steps", type=int, default=3)
     peak.add_argument("--keep", type=Path, default=Path("plan-peak"), metavar="DIR", help="shards and run; made anew")
     peak.add_argument("overrides", nargs="*", metavar="key=value")
+    more = trials.add_parser("gpu", help="the main recipe on one GPU, stopped and undisturbed")
+    more.add_argument("--keep", type=Path, default=Path("gpu"), metavar="DIR", help="the runs lie there; made anew")
     return parser.parse_args()
 
 
@@ -93,6 +97,16 @@ def _moments(args: argparse.Namespace) -> int:
     for failure in failures:
         print(failure)
     print(f"{len(MOMENTS)} signals to a job of two nodes: {len(failures)} failures")
+    return 1 if failures else 0
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    shutil.rmtree(args.keep, ignore_errors=True)
+    failures = 0
+    for line in on_one_gpu(args.keep.absolute()):
+        print(line, flush=True)
+        failures += line.startswith("failed")
+    print(f"{failures} failures")
     return 1 if failures else 0
 
 
