@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lingen.plan.forecast import PEAK_FLOPS, Plan, flop_a_step, plan
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.sections import Recipe
 from lingen.recipe.sizes import ranks_of
-from lingen.training.rehearsal import Memory, rehearse
+from lingen.training.rehearsal import rehearse
 
 GPUS = {
     "h100-80": ("H100", 79.1), "h200": ("H200", 139.8), "b200": ("B200", 178.4), "a100-80": ("A100", 79.1),
@@ -72,7 +71,7 @@ def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) ->
     """
     for recipe in stages:
         cluster = cluster_of(recipe, gpus, gpu)
-        forecast, memory = plan(recipe), memory_of(recipe, cluster.nodes, cluster.each)
+        forecast, memory = plan(recipe), rehearse(recipe, cluster.nodes, cluster.each)
         flop = recipe.train.steps * flop_a_step(recipe, forecast) * cluster.ranks
         seconds = flop / (PEAK_FLOPS[GPUS[gpu][0]] * mfu)
         fits = memory.peak <= cluster.room
@@ -90,32 +89,6 @@ def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) ->
         }
 
 
-def memory_of(recipe: Recipe, nodes: int, each: int) -> Memory:
-    """`rehearse`, once for stages that differ in nothing that takes memory."""
-    train = dataclasses.replace(recipe.train, steps=1, lr=1.0, warmup=0, decay="constant")
-    data = dataclasses.replace(recipe.data, shards=type(recipe.data.shards)())
-    alike = dataclasses.replace(recipe, stage=None, train=train, data=data)
-    return _rehearsed(_Alike(alike), nodes, each)
-
-
-class _Alike:
-    """A recipe as a key: equal where it reads the same."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.own = recipe, repr(recipe)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Alike) and other.own == self.own
-
-    def __hash__(self) -> int:
-        return hash(self.own)
-
-
-@lru_cache(maxsize=64)
-def _rehearsed(alike: _Alike, nodes: int, each: int) -> Memory:
-    return rehearse(alike.recipe, nodes, each)
-
-
 def _disk(recipe: Recipe, forecast: Plan) -> int:
     """Bytes of a stage in the run folder at its end: checkpoints that stay, one that is being written, weights."""
     settings = recipe.train
@@ -127,7 +100,7 @@ def what_fits(recipe: Recipe, cluster: Cluster) -> str:
     """The first switch with which a stage fits, each rehearsed."""
     least = None
     for words, changed, other in _switches(recipe, cluster):
-        memory = memory_of(changed, other.nodes, other.each)
+        memory = rehearse(changed, other.nodes, other.each)
         if memory.peak <= cluster.room:
             return f"{words} makes it fit: {memory.peak / 2**30:.1f} GiB of a rank"
         least = min(memory.peak, least or memory.peak)

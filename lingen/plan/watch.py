@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,7 +62,7 @@ class Watch(TorchDispatchMode):
         if any(issubclass(one, DTensor) for one in types):
             return NotImplemented  # seen once more as an operation on its part
         out = func(*args, **(kwargs or {}))
-        made = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
+        made = [one for one in tree_leaves(out) if isinstance(one, FakeTensor)]
         for tensor in made:
             self._note(tensor)
         if func.namespace in COLLECTIVE:

@@ -3,6 +3,7 @@ numbers and among ranks that are not there. What it allocates is the memory that
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from lingen.autoencoder.perceptual import NoDistance, Trunk, VGG16Distance
 from lingen.frozen import is_trained
 from lingen.kernels.choice import memory_here, unlaunched
 from lingen.plan.forecast import largest_batch, text_tokens
+from lingen.plan.trial import denoiser_on_meta
 from lingen.plan.watch import Watch, part_here
 from lingen.recipe.sections import Recipe, Triple
 from lingen.recipe.sizes import ranks_of
@@ -30,6 +32,10 @@ from lingen.training.strategy import Sharded, strategy_of
 
 TRUE_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
 """First half of a precision that ends in `-true`."""
+
+
+SHALLOW = 3
+"""Cycles of blocks of the shallower one of two models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +58,42 @@ class Memory:
 def rehearse(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) -> Memory:
     """The memory of a rank that trains a loaded stage with its largest batch, `each` ranks on so many nodes.
 
+    Blocks are alike, and each takes as much as the next: of a deep model two shallow ones are rehearsed, and what their
+    difference takes is added for each of the blocks that are left out.
+
     Raises:
         RuntimeError: in a process that is one of several ranks.
     """
+    depths = _depths(recipe) if recipe.subject.encoded else [0]
+    found = []
+    for depth in depths:
+        shallow = dataclasses.replace(recipe.model, depth=depth) if depth else recipe.model
+        found.append(_rehearsed(dataclasses.replace(recipe, model=shallow), nodes, each, rank))
+    times = (recipe.model.depth - depths[0]) // (depths[-1] - depths[0]) if len(depths) > 1 else 0
+    took = {name: size + times * (found[-1][name] - size) for name, size in found[0].items()}
+    phase = max(("forward", "backward"), key=lambda one: took[one])
+    lasting = {kind: took[kind] for kind in ("weights", "gradients", "optimizer", "average")}
+    return Memory(
+        **lasting,
+        activations=took[f"{phase} activations"],
+        buffers=took["frozen"] + took["copies"] + max(took[f"{phase} gathered"], took["work"]),
+        peak=took["copies"] + max(took[phase], sum(lasting.values()) + took["frozen"] + took["work"]),
+    )
+
+
+def _depths(recipe: Recipe) -> list[int]:
+    """The depths to rehearse: two that differ by a cycle of mixers, or all of it, where blocks are not alike."""
+    config = recipe.model
+    cycle = len(config.mixer) if isinstance(config.mixer, list) else 1
+    least = SHALLOW * cycle + config.depth % cycle
+    blocks = list(cast(Any, denoiser_on_meta(recipe)).blocks)
+    shapes = [[tuple(parameter.shape) for parameter in block.parameters()] for block in blocks]
+    is_alike = shapes[cycle:] == shapes[:-cycle] and isinstance(config.checkpointing, bool)
+    return [least, least + cycle] if is_alike and config.depth > least + cycle else [config.depth]
+
+
+def _rehearsed(recipe: Recipe, nodes: int, each: int, rank: int) -> dict[str, int]:
+    """Bytes that a step takes, by what for and when."""
     strategy = strategy_of(recipe)
     with ExitStack() as held:
         mesh = None
@@ -71,7 +110,8 @@ def rehearse(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) -> Me
             module.to(TRUE_DTYPES[precision.removesuffix("-true")])
         if isinstance(strategy, Sharded) and mesh is not None:
             module.shard(mesh, torch.device("cpu"), strategy.low)
-        return _steps(module, watch, copies=mesh is None and nodes * each > 1)
+        took = _steps(module, watch)
+    return took | {"copies": took["gradients"] if mesh is None and nodes * each > 1 else 0}  # DDP's, to be reduced
 
 
 def too_large(recipe: Recipe) -> str | None:
@@ -92,53 +132,50 @@ def too_large(recipe: Recipe) -> str | None:
     )
 
 
-def _steps(module: Trained, watch: Watch, copies: bool) -> Memory:
-    """A step as any but the first: with moments, and with the old gradients until the forward pass is over.
-
-    Args:
-        copies: each gradient is copied to be reduced, as DDP does.
-    """
+def _steps(module: Trained, watch: Watch) -> dict[str, int]:
+    """A step as any but the first: with moments, and with the old gradients until the forward pass is over."""
     on_cpu = module.recipe.trainer.get("accelerator") == "cpu"
-    trained = list(module.trained_parameters().values())
-    parts = {name: part_here(parameter).detach() for name, parameter in module.trained_parameters().items()}
-    average = AveragedWeights(parts, module.recipe.train.ema)
+    trained = module.trained_parameters()
+    average = AveragedWeights({name: part_here(one) for name, one in trained.items()}, module.recipe.train.ema)
     optimizer = _flat_optimizer(module, on_cpu)
     optimizer.step()
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     flat = [one for group in optimizer.param_groups for one in group["params"]]
-    old = watch.numbers(one.grad for one in flat)
-    lasting = old | watch.numbers([*module.parameters(), *module.buffers(), *moments, *average.weights().values()])
+    lasting = watch.numbers([*module.parameters(), *module.buffers(), *moments, *average.weights().values()])
+    lasting |= watch.numbers(one.grad for one in flat)
     watch.forget(flat)  # the weights stand there already
+    moments_here = {}
 
     watch.restart()
     with nullcontext() if on_cpu else unlaunched():
         with _autocast(module.recipe):
             loss = _loss(module)
+        moments_here["forward"] = watch.most, watch.at_most
         optimizer.zero_grad()
+        watch.restart()
         loss.backward()
-    del loss
-    gradients = [parameter.grad for parameter in trained]
+    moments_here["backward"] = watch.most, watch.at_most
+    gradients = [one.grad for one in trained.values()]
     lasting |= watch.numbers(gradients)
-    passing = {number: size for number, size in watch.at_most.items() if number not in lasting}
-    gathered = sum(size for number, size in passing.items() if number in watch.buffers)
-    most = watch.most
+    took = {
+        "weights": _bytes(trained.values()),
+        "gradients": _bytes(gradients),
+        "optimizer": _bytes(moments),
+        "average": _bytes(average.weights().values()),
+        "frozen": _bytes([*(one for one in module.parameters() if not one.requires_grad), *module.buffers()]),
+    }
+    for phase, (most, held) in moments_here.items():
+        passing = {number: size for number, size in held.items() if number not in lasting}
+        gathered = sum(size for number, size in passing.items() if number in watch.buffers)
+        took |= {phase: most, f"{phase} gathered": gathered}
+        took[f"{phase} activations"] = sum(passing.values()) - gathered
 
     for one in flat:
         one.grad = torch.empty_like(one)
-    watch.forget([one.grad for one in flat])
     watch.restart()
     before = watch.total
     optimizer.step()
-    reduced = _bytes(gradients) if copies else 0
-    return Memory(
-        weights=_bytes(trained),
-        gradients=_bytes(gradients),
-        optimizer=_bytes(moments),
-        average=_bytes(average.weights().values()),
-        activations=sum(passing.values()) - gathered,
-        buffers=_frozen(module) + reduced + max(gathered, watch.most - before),
-        peak=max(most, watch.most) + reduced,
-    )
+    return took | {"work": watch.most - before}
 
 
 def _flat_optimizer(module: Trained, on_cpu: bool) -> torch.optim.AdamW:
@@ -158,11 +195,6 @@ def _flat_optimizer(module: Trained, on_cpu: bool) -> torch.optim.AdamW:
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
     """Of what this rank holds of them."""
     return sum(part_here(one).nbytes for one in tensors if one is not None)
-
-
-def _frozen(module: Trained) -> int:
-    """Bytes on the device of what is not trained."""
-    return _bytes([*(p for p in module.parameters() if not p.requires_grad), *module.buffers()])
 
 
 def _autocast(recipe: Recipe) -> AbstractContextManager[Any]:
