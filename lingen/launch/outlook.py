@@ -102,30 +102,31 @@ def what_fits(recipe: Recipe, cluster: Cluster) -> str:
     for words, changed, other in _switches(recipe, cluster):
         memory = rehearse(changed, other.nodes, other.each)
         if memory.peak <= cluster.room:
-            return f"{words} makes it fit: {memory.peak / 2**30:.1f} GiB of a rank"
+            return f"with {words} it does: {memory.peak / 2**30:.1f} GiB of a rank"
         least = min(memory.peak, least or memory.peak)
-    told = "" if least is None else f"; the least that was tried takes {least / 2**30:.1f} GiB of a rank"
-    return f"no switch that was tried makes it fit{told}: lower data.batch, or take GPUs of more memory"
+        if other.ranks > cluster.ranks and memory.activations > cluster.room:
+            break  # which no further rank takes a part of
+    told = "" if least is None else f", the least is {least / 2**30:.1f} GiB of a rank"
+    return f"no switch makes it fit{told}; lower data.batch, or take GPUs of more memory"
 
 
 def _switches(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[str, Recipe, Cluster]]:
-    """What to set -> the stage with it, each with those before: the cheapest first."""
-    words: list[str] = []
-    is_split = recipe.subject.encoded  # an autoencoder is whole on every rank
-    if is_split and recipe.model.checkpointing is not True:
+    """What to set, the cheapest first and each with those before, and the stage with it."""
+    if not recipe.subject.encoded:  # an autoencoder is whole on every rank
+        return
+    words = []
+    if recipe.model.checkpointing is not True:
         words.append("model.checkpointing=true")
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, checkpointing=True))
-        yield " ".join(words), recipe, cluster
-    if not is_split:
-        return
-    for name, helps in (("hsdp", cluster.each > 1), ("fsdp", cluster.nodes > 1)):
-        now = str(recipe.trainer.get("strategy", "auto")).lower()
-        if helps and now != name and now != "fsdp":
+        yield words[0], recipe, cluster
+    strategy = str(recipe.trainer.get("strategy", "auto")).lower()
+    for name, helps in (("hsdp", cluster.nodes > 1 and cluster.each > 1), ("fsdp", True)):
+        if helps and strategy not in (name, "fsdp"):
             recipe = dataclasses.replace(recipe, trainer=recipe.trainer | {"strategy": name})
-            yield " ".join([*words, f"trainer.strategy={name}"]), recipe, cluster
-    strategy = "trainer.strategy=fsdp"
-    recipe = dataclasses.replace(recipe, trainer=recipe.trainer | {"strategy": "fsdp"})
+            if cluster.ranks > 1:
+                yield " ".join([*words, f"trainer.strategy={name}"]), recipe, cluster
+    words = words if strategy == "fsdp" else [*words, "trainer.strategy=fsdp"]
     while 2 * cluster.ranks <= MOST_RANKS:
-        grown = cluster.each if cluster.each >= NODE or cluster.nodes > 1 else 2 * cluster.each
-        cluster = cluster._replace(each=grown, nodes=cluster.nodes * (2 if grown == cluster.each else 1))
-        yield " ".join([*words, strategy, f"--gpus {cluster.ranks}"]), recipe, cluster
+        wider = cluster.nodes == 1 and cluster.each < NODE
+        cluster = cluster._replace(each=2 * cluster.each) if wider else cluster._replace(nodes=2 * cluster.nodes)
+        yield " ".join([*words, f"--gpus {cluster.ranks}"]), recipe, cluster

@@ -100,16 +100,18 @@ def _rehearsed(recipe: Recipe, nodes: int, each: int, rank: int) -> dict[str, in
         if isinstance(strategy, Sharded):
             held.enter_context(_absent_ranks(nodes * each, rank))
             mesh = strategy.mesh("cpu", nodes, each)
-        held.enter_context(FakeTensorMode())
-        watch = held.enter_context(Watch())
-        module: Trained = recipe.subject.build_module(recipe)
-        if isinstance(module, AutoencoderModule) and not isinstance(module.perceptual, NoDistance):
-            module.perceptual = VGG16Distance()  # others have its network, too; its weights are not read
-            module.perceptual.trunk = Trunk(ceil=True).requires_grad_(False)
+        with torch.device("meta"):
+            module: Trained = recipe.subject.build_module(recipe)
+            if isinstance(module, AutoencoderModule) and not isinstance(module.perceptual, NoDistance):
+                module.perceptual = VGG16Distance()  # others have its network, too; its weights are not read
+                module.perceptual.trunk = Trunk(ceil=True).requires_grad_(False)
         if (precision := str(recipe.trainer.get("precision"))).endswith("-true"):
             module.to(TRUE_DTYPES[precision.removesuffix("-true")])
         if isinstance(strategy, Sharded) and mesh is not None:
-            module.shard(mesh, torch.device("cpu"), strategy.low)
+            module.shard(mesh, torch.device("meta"), strategy.low)
+        held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        watch = held.enter_context(Watch())
+        module.to_empty(device="cpu")  # which stands for a GPU
         took = _steps(module, watch)
     return took | {"copies": took["gradients"] if mesh is None and nodes * each > 1 else 0}  # DDP's, to be reduced
 
@@ -156,7 +158,7 @@ def _steps(module: Trained, watch: Watch) -> dict[str, int]:
         loss.backward()
     moments_here["backward"] = watch.most, watch.at_most
     gradients = [one.grad for one in trained.values()]
-    lasting |= watch.numbers(gradients)
+    lasting |= watch.numbers([*gradients, *module.parameters()])  # rows that FSDP has filled up lie elsewhere
     took = {
         "weights": _bytes(trained.values()),
         "gradients": _bytes(gradients),
