@@ -123,10 +123,8 @@ def schedule(steps: int, kind: str, emulated_steps: int, shift: float) -> Float[
 
     linear_quadratic (Movie Gen, section 3.4.2): the first L = S // 2 of S steps are those of a solver with N =
     `emulated_steps` steps, the others grow: f(i) = i / N + (1 - S / N) (max(i - L, 0) / (S - L))^2. That is the
-    published a i^2 + b i + c with a = (1 - S / N) / (S - L)^2. With N at most S it is uniform.
-
-    Raises:
-        ValueError: for fewer than 1 step, or an unknown kind.
+    published a i^2 + b i + c with a = (1 - S / N) / (S - L)^2. With N at most S it is uniform. ValueError for fewer
+    than 1 step, or an unknown kind.
     """
     if steps < 1:
         raise ValueError(f"A schedule has at least 1 step, got {steps}.")
@@ -144,11 +142,9 @@ def schedule(steps: int, kind: str, emulated_steps: int, shift: float) -> Float[
 
 
 def untrained_share(times: Float[Tensor, "n"], config: TimeConfig, shift: float) -> float:
-    """Share of the sampling steps that start where training times are rare (`RARE`).
-
-    With logit-normal times, that is below 0.02 before the shift: linear-quadratic N = 1000 has 40% of 50 steps there,
-    N = 250 10%. Sampling and training are shifted alike, so the shift is undone first.
-    """
+    """Share of the sampling steps that start where training times are rare (`RARE`). With logit-normal times, that is
+    below 0.02 before the shift: linear-quadratic N = 1000 has 40% of 50 steps there, N = 250 10%. Sampling and training
+    are shifted alike, so the shift is undone first."""
     if config.distribution == "uniform":
         return 0.0
     time = shift_time(times[:-1].double(), 1 / shift).clamp(1e-9, 1 - 1e-9)
@@ -164,11 +160,9 @@ def solve(
     solver: str = "euler",
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "b *any"]:
-    """Integrates dx / dt = velocity(x, t) from noise at times[0] to times[-1].
-
-    euler has order 1 and one evaluation a step, heun order 2 and two. `progress` is called with (steps done, steps).
-    Raises ValueError for an unknown solver.
-    """
+    """Integrates dx / dt = velocity(x, t) from noise at times[0] to times[-1]. euler has order 1 and one evaluation a
+    step, heun order 2 and two. `progress` is called with (steps done, steps). Raises ValueError for an unknown
+    solver."""
     if solver not in ("euler", "heun"):
         raise ValueError(f"There is no solver called '{solver}'. Known: euler, heun.")
     x, steps = noise, len(times) - 1
@@ -198,11 +192,9 @@ def heun(
 def guided(
     conditional: Float[Tensor, "b *any"], unconditional: Float[Tensor, "b *any"], weight: float, rescale: float = 0.0
 ) -> Float[Tensor, "b *any"]:
-    """unconditional + weight (conditional - unconditional) (classifier-free guidance, arXiv 2207.12598).
-
-    `rescale` of 0..1 mixes in the same velocity with each sample's standard deviation brought back to that of the
-    conditional one (arXiv 2305.08891, eq. 15 and 16).
-    """
+    """unconditional + weight (conditional - unconditional) (classifier-free guidance, arXiv 2207.12598). `rescale` of
+    0..1 mixes in the same velocity with each sample's standard deviation brought back to that of the conditional one
+    (arXiv 2305.08891, eq. 15 and 16)."""
     out = unconditional + weight * (conditional - unconditional)
     if rescale == 0:
         return out
