@@ -82,10 +82,15 @@ def text_tokens(recipe: Recipe) -> list[int]:
     return [component.get("max_tokens") or DEFAULT_TEXT_TOKENS for component in recipe.text]
 
 
+def stage_grids(recipe: Recipe) -> dict[str, Triple]:
+    """Tokens (t, h, w) of one sample of each kind."""
+    return grids_of(recipe.data, tuple(on_meta(AUTOENCODERS, recipe.autoencoder).strides), patch_of(recipe))
+
+
 def largest_batch(recipe: Recipe) -> tuple[str, Triple]:
     """Kind and grid of the samples of a rank's largest batch, tokens of their captions included. Batches of other
     shapes have no more tokens."""
-    grids = grids_of(recipe.data, tuple(on_meta(AUTOENCODERS, recipe.autoencoder).strides), patch_of(recipe))
+    grids = stage_grids(recipe)
     text = sum(text_tokens(recipe)) if recipe.subject.encoded else 0
     return max(grids.items(), key=lambda one: getattr(recipe.data.batch, one[0]) * (math.prod(one[1]) + text))
 
@@ -106,7 +111,7 @@ def plan_denoiser(recipe: Recipe) -> Plan:
             parameters["text encoders"] += _count(encoder)
         elif isinstance(encoder, nn.Module):
             frozen += _count(encoder)
-    grids = grids_of(recipe.data, tuple(autoencoder.strides), patch_of(recipe))
+    grids = stage_grids(recipe)
     flops = _flops(recipe, grids)
     return Plan(
         stage=recipe.stage or "main",

@@ -19,7 +19,7 @@ from lingen import flow
 from lingen.autoencoder.perceptual import NoDistance, Trunk, VGG16Distance
 from lingen.frozen import is_trained
 from lingen.kernels.choice import memory_here, unlaunched
-from lingen.plan.forecast import largest_batch, text_tokens
+from lingen.plan.forecast import largest_batch, stage_grids, text_tokens
 from lingen.plan.trial import denoiser_on_meta
 from lingen.plan.watch import Watch, part_here
 from lingen.recipe.sections import Recipe, Triple
@@ -50,7 +50,8 @@ class Memory:
     activations: int
     """Kept for the backward pass and made in it, when forward and backward take most."""
     buffers: int
-    """Frozen parts; and what is gathered and reduced then, or the optimiser's work space, whichever is more."""
+    """Frozen parts; and what is gathered and reduced then, the optimiser's work space, or what a clip or a validation
+    takes, whichever is most."""
     peak: int
     """The most at one time; less than the sum of the others, since gradients come as activations go."""
 
@@ -72,12 +73,13 @@ def rehearse(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) -> Me
     times = (recipe.model.depth - depths[0]) // (depths[-1] - depths[0]) if len(depths) > 1 else 0
     took = {name: size + times * (found[-1][name] - size) for name, size in found[0].items()}
     phase = max(("forward", "backward"), key=lambda one: took[one])
+    work = max(took["work"], took["clips"])
     lasting = {kind: took[kind] for kind in ("weights", "gradients", "optimizer", "average")}
     return Memory(
         **lasting,
         activations=took[f"{phase} activations"],
-        buffers=took["frozen"] + took["copies"] + max(took[f"{phase} gathered"], took["work"]),
-        peak=took["copies"] + max(took[phase], sum(lasting.values()) + took["frozen"] + took["work"]),
+        buffers=took["frozen"] + took["copies"] + max(took[f"{phase} gathered"], work),
+        peak=took["copies"] + max(took[phase], sum(lasting.values()) + took["frozen"] + work),
     )
 
 
@@ -177,7 +179,27 @@ def _steps(module: Trained, watch: Watch) -> dict[str, int]:
     watch.restart()
     before = watch.total
     optimizer.step()
-    return took | {"work": watch.most - before}
+    took["work"] = watch.most - before
+    del loss, gradients
+    return took | {"clips": _clips(module, watch, on_cpu)}
+
+
+def _clips(module: Trained, watch: Watch, on_cpu: bool) -> int:
+    """Bytes beside what lasts while a clip is sampled, of which guidance makes two, or a batch is validated: the
+    weights for which the averaged ones stand in, and a pass without gradients."""
+    recipe = module.recipe
+    samples = 2 * bool(recipe.sample.prompts or recipe.score.clips)
+    validated = recipe.data.validation.image or recipe.data.validation.video
+    if not isinstance(module, LinGenModule) or not (samples or validated):
+        return 0
+    grids = stage_grids(recipe)
+    watch.restart()
+    before = watch.total
+    with torch.no_grad(), nullcontext() if on_cpu else unlaunched(), _autocast(recipe):
+        for kind, grid in grids.items():
+            rows = int(getattr(recipe.data.batch, kind)) if validated else samples
+            _loss_of_velocity(module, max(rows, samples), grid)
+    return watch.most - before + _bytes(module.trained_parameters().values())
 
 
 def _flat_optimizer(module: Trained, on_cpu: bool) -> torch.optim.AdamW:
