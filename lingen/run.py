@@ -17,7 +17,7 @@ from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
-from lingen.plan.forecast import flop_a_step, plan, too_large
+from lingen.plan.forecast import flop_a_step, plan
 from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
@@ -36,6 +36,7 @@ from lingen.training.folder import RunFolder
 from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.identity import described
 from lingen.training.intact import wait_for_files
+from lingen.training.rehearsal import too_large
 from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
@@ -171,9 +172,8 @@ def _begin(
     if signals.noted() is not None:
         return _Begun(folder.path, curriculum, 1)
     plans = {str(one.stage): plan(one) for one in unfinished}
-    for text in (too_large(plans[str(one.stage)], one) for one in unfinished):
-        if text is not None:
-            reporter.say(f"warning: {text}")
+    for text in filter(None, map(too_large, unfinished)):
+        reporter.say(f"warning: {text}")
     lock.check_unlocked(folder.path)
     begins = str((unfinished or [chosen[-1]])[0].stage)
     record.start(folder, curriculum, told, begins)  # refuses before anything is written
