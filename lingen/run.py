@@ -17,7 +17,7 @@ from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
-from lingen.plan.forecast import flop_a_step, plan, too_large
+from lingen.plan.forecast import flop_a_step, plan
 from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
@@ -36,6 +36,7 @@ from lingen.training.folder import RunFolder
 from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.identity import described
 from lingen.training.intact import wait_for_files
+from lingen.training.rehearsal import too_large
 from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
@@ -180,9 +181,8 @@ def _begin(
     if signals.noted() is not None:
         return _Begun(folder.path, curriculum, 1)
     plans = {str(one.stage): plan(one) for one in unfinished}
-    for text in (too_large(plans[str(one.stage)], one) for one in unfinished):
-        if text is not None:
-            reporter.say(f"warning: {text}")
+    for text in filter(None, map(too_large, unfinished)):
+        reporter.say(f"warning: {text}")
     lock.check_unlocked(folder.path)
     begins = str((unfinished or [chosen[-1]])[0].stage)
     record.start(folder, curriculum, told, begins)  # refuses before anything is written
@@ -297,15 +297,13 @@ def scored_steps(folder: RunFolder) -> int:
 
 def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter) -> None:
     """Trains a stage, and goes back in it where `train.on_spike` says so. Stopped, after a checkpoint, where a signal
-    came; SpikeError where the way back to one place does not help."""
+    came; NonFiniteError where the way back to one place does not help."""
     stages, past = curriculum.stages, None
     while (past := _fit_once(folder, curriculum, index, start, past, reporter)) is not None:
         heartbeat.sign("start")
         gc.collect()  # the Trainer and the model that it was left with are a circle
         every = stages[index].train.checkpoint_every
-        found = on_first_rank(partial(start_of, folder, stages, index, reporter.say, every))
-        assert found is not None  # it is not finished
-        start = found
+        start = cast(StageStart, on_first_rank(partial(start_of, folder, stages, index, reporter.say, every)))
         past.count_return(start.step)
         reporter.say(f"goes back to step {start.step}, and past the samples up to step {past.step}")
 

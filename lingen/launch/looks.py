@@ -111,12 +111,16 @@ class Site:
         if self.own.rank == 0:
             self.plans = {str(one.stage): plan(one) for one in stages}
             around = next(one for one in (run, *run.parents) if one.is_dir())
-            largest = max(self.plans, key=lambda name: sum(self.plans[name].memory.values()))
+            largest = str(max(stages, key=self._tokens).stage)
             self.told = {"folder": str(around / f".lingen-preflight-{secrets.token_hex(4)}"), "stage": largest}
+
+    def _tokens(self, stage: Recipe) -> int:
+        tokens = self.plans[str(stage.stage)].tokens
+        return max(getattr(stage.data.batch, kind) * count for kind, count in tokens.items())
 
     @property
     def stage(self) -> Recipe:
-        """That takes the most memory."""
+        """That with the most tokens in a batch."""
         return next(one for one in self.stages if str(one.stage) == self.told["stage"])
 
     @property

@@ -43,7 +43,7 @@ def preflight(folder: RunFolder, stages: Sequence[Recipe]) -> Fitness:
 
     Args:
         folder: of the run, which need not exist.
-        stages: that are to be trained; of the one that takes the most memory a step is made.
+        stages: that are to be trained; of the one with the most tokens in a batch a step is made.
     Raises:
         UnfitError: rank 0 has gone.
     """

@@ -137,24 +137,25 @@ class Heart:
 
     def write(self) -> None:
         """Writes the file; what fails is tried again at the next beat. A disk that hangs holds up no sign."""
-        with self._lock:
-            stage, step = self._place
-            spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
-            self._spent.clear()
-            told = self._told | {
-                "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
-                "spent": spent, "memory": memory_now(), "ended": self._ended, "pace": self.pace,
-            }  # fmt: skip
-            data = json.dumps(told).encode()
+        with self._file:
+            with self._lock:
+                stage, step = self._place
+                spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
+                self._spent.clear()
+                told = self._told | {
+                    "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
+                    "spent": spent, "ended": self._ended, "pace": self.pace,
+                }  # fmt: skip
+            data = json.dumps(told | {"memory": memory_now()}).encode()
             if len(data) >= SIZE:
-                data = json.dumps(told | {"memory": {}, "ended": (self._ended or "")[:200] or None}).encode()
-        with self._file, contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
-            try:
-                os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
-            finally:
-                os.close(file)
+                data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
+                try:
+                    os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
+                finally:
+                    os.close(file)
 
     def begin(self) -> None:
         def beating() -> None:
