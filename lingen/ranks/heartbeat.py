@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingen.ranks.environment import OtherRankError, is_lost_rank
+from lingen.ranks.environment import OtherRankError, UnfitError, is_lost_rank
 from lingen.ranks.signals import Stopped, noted
 from lingen.recipe.errors import RecipeError
 
@@ -34,6 +34,8 @@ SAMPLES_TOLD = 3
 FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
 """Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
 rank was gone, which says nothing of why."""
+UNFIT_WORD = "unfit: "
+"""The same where nodes did not pass the preflight; behind it stand their names, ``n2,n7: ...``."""
 HUNG = "silent for "
 """After `FAILED_WORD`, where the watchdog ended the run: another start may help."""
 
@@ -221,6 +223,10 @@ def word_of(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OtherRankError):
         return f"{OTHER_WORD}{text}"[:500]
+    if isinstance(error, UnfitError):
+        return (f"{UNFIT_WORD}{','.join(error.nodes)}: {text}" if error.nodes else f"{FAILED_WORD}preflight: {text}")[
+            :500
+        ]
     if is_lost_rank(error):  # srun ends the other ranks by SIGTERM, which is not why they end
         return LOST_WORD
     number = error.number if isinstance(error, Stopped) else noted()
