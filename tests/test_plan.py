@@ -147,5 +147,10 @@ def test_a_gpu_that_is_not_known_is_told_with_the_nearest(capsys: pytest.Capture
     assert "12 GPUs do not fill nodes of 8" in capsys.readouterr().err
 
 
+def test_a_mixer_that_needs_numbers_is_told(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):
+    assert main(["plan", "--recipe", str(tiny_recipe), "model.mixer=tests.test_flops:Stubborn"]) == 2
+    assert "stage images: a step cannot be rehearsed without numbers (" in capsys.readouterr().err
+
+
 if __name__ == "__main__":
     train(*sys.argv[1:])
