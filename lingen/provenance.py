@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+import time
 
 
 def version_of(package: str) -> str | None:
@@ -18,6 +19,11 @@ def versions() -> dict[str, str]:
     names = ("lingen", "torch", "lightning", "webdataset", "av", "mamba-ssm", "flash-attn", "triton")
     found = {name: version_of(name) for name in names}
     return {"python": platform.python_version()} | {name: one for name, one in found.items() if one is not None}
+
+
+def time_now() -> str:
+    """The time with its zone, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def git_commit() -> str | None:

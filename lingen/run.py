@@ -224,7 +224,9 @@ def _train(
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
-        heartbeat.begin_stage(settings.train.watchdog)
+        heart = heartbeat.own_heart()
+        heart.limit = settings.train.watchdog
+        heart.sign("start")
         known = first is not None and first.stage == names[index]
         start = first if known else on_first_rank(partial(start_of, folder, stages, index, reporter.say))
         if start is None:

@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a recipe calls the precision of weights."""
 
 
-_TYPES = {
+STORED_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -128,17 +128,22 @@ def write_pieces(
     """
     if not all(isinstance(value, str) for value in metadata.values()):
         raise TypeError(f"The metadata of a weights file is text, not {metadata!r}.")
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in file_order(tensors):
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    words = json.dumps(header, ensure_ascii=False).encode()
-    words += b" " * (-len(words) % 8)
     with whole_file(path) as partial, partial.open("wb") as file:
-        file.write(len(words).to_bytes(8, "little") + words)
+        file.write(header_of(file_order(tensors), metadata))
         for _, tensor in pieces:
             file.write(_bytes_of(tensor))
+
+
+def header_of(tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -> bytes:
+    """The beginning of a safetensors file that holds these tensors one behind the other."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": STORED_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    words = json.dumps(header, ensure_ascii=False).encode()
+    words += b" " * (-len(words) % 8)
+    return len(words).to_bytes(8, "little") + words
 
 
 def _bytes_of(tensor: Tensor) -> Any:

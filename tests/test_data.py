@@ -365,7 +365,7 @@ def faulty(tmp_path: Path) -> Path:
 def test_all_faults_at_once_are_replaced_counted_and_named(faulty: Path, workers: int) -> None:
     data = ClipData(recipe(faulty, mix=PerKind(image=0, video=1), workers=workers))
     ledger = Ledger()
-    ledger.open(data.faults, data.left_out)
+    ledger.open(data.train.faults, data.left_out)
     for batch in islice(data.train_dataloader(), 21):  # 3 epochs of 14 samples
         assert len(batch.keys) == len(batch.captions) == len(batch.clips) == 2
         assert not any(name in key for key in batch.keys for name in FAULTY)

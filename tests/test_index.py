@@ -185,7 +185,7 @@ def test_cut_and_missing_shards_are_found_when_they_are_opened(mixed: Path, tmp_
     (tmp_path / "video-1.tar").write_bytes(b"")
     (tmp_path / "video-2.tar").unlink()
     data = data_of(Shards(video=str(tmp_path / manifest.NAME)))
-    reasons = {drop.where: drop.reason.partition(":")[0] for drop in data.faults}
+    reasons = {drop.where: drop.reason.partition(":")[0] for drop in data.train.faults}
     assert reasons == {
         "video-0.tar": "truncated shard",
         "video-1.tar": "empty shard",

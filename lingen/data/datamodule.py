@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lingen.data import order
-from lingen.data.batch import Batch, Drop
+from lingen.data.batch import Batch
 from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
 from lingen.data.fingerprint import check_encoded
@@ -28,7 +28,7 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import Anchor, BatchOrder, RankBatch
 from lingen.data.sources import Reader
-from lingen.frozen import is_trained
+from lingen.frozen import is_trained, on_meta
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Shards
@@ -145,9 +145,8 @@ class ClipData(lightning.LightningDataModule):
 
     @cached_property
     def _wanted(self) -> LatentRequirements:
-        with torch.device("meta"):  # only their sizes are needed
-            autoencoder = AUTOENCODERS.build(self.recipe.autoencoder)
-            encoders = [TEXT_ENCODERS.build(component) for component in self.recipe.text]
+        autoencoder = on_meta(AUTOENCODERS, self.recipe.autoencoder)
+        encoders = [on_meta(TEXT_ENCODERS, component) for component in self.recipe.text]
         frozen = [number for number, encoder in enumerate(encoders) if not is_trained(encoder)]
         return LatentRequirements(autoencoder.channels, tuple(autoencoder.strides), frozenset(frozen))
 
@@ -158,16 +157,6 @@ class ClipData(lightning.LightningDataModule):
         return all(
             index.encoded and all(about.settings.get("null_text") for about in index.abouts) for index in indexes
         )
-
-    @property
-    def faults(self) -> list[Drop]:
-        """Training shards and samples that were found to be broken when they were opened."""
-        return [drop for pool in self.train.pools.values() for drop in pool.index.faults]
-
-    @property
-    def held_out_faults(self) -> list[Drop]:
-        """The same of the validation shards."""
-        return [drop for pool in self.validation.pools.values() for drop in pool.index.faults]
 
     @property
     def left_out(self) -> dict[str, int]:

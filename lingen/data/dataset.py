@@ -109,6 +109,11 @@ class Clips(Dataset[Batch]):
         self.cache = ClipCache(data.cache_mb << 20)
         self.ahead = {kind: Ahead(pool.index, reader) for kind, pool in pools.items()}
 
+    @property
+    def faults(self) -> list[Drop]:
+        """Shards and samples that were found to be broken when they were opened."""
+        return [drop for pool in self.pools.values() for drop in pool.index.faults]
+
     def __getitem__(self, place: RankBatch) -> Batch:
         """The samples of a place. DataError where no spare can fill a slot."""
         drops: list[Drop] = []

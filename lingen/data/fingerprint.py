@@ -3,13 +3,13 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lingen.data.manifest import About
-from lingen.frozen import is_trained
+from lingen.frozen import is_trained, on_meta
 from lingen.recipe.bounds import FREE
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, Registry
@@ -36,10 +36,7 @@ def frozen_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
-    import torch
-
-    with torch.device("meta"):
-        part = registry.build(component)
+    part = on_meta(registry, component)
     if is_trained(part):
         return None
     settings = settings_of(registry[component["name"]])
@@ -60,10 +57,9 @@ def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
 def hash_weights(path: Path, pieces: int = SAMPLED) -> str:
     """12 hex digits of a file of weights, or of a folder of them: their sizes, and so many pieces of each."""
     digest = hashlib.blake2b(digest_size=6)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    for file in files:
+    for name, file in _files_of(path):
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(path).as_posix() if path.is_dir() else ''} {size}".encode())
+        digest.update(f"{name} {size}".encode())
         with file.open("rb") as opened:
             for number in range(pieces):
                 opened.seek(max(0, size - PIECE_BYTES) * number // (pieces - 1))
@@ -85,11 +81,15 @@ def content_of(path: Path) -> str | None:
             return None
     if not path.exists():
         return None
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    names = [file.relative_to(path).as_posix() if path.is_dir() else "" for file in files]
-    abouts = [file.stat() for file in files]
-    hashes = [_content(file, about.st_size, about.st_mtime_ns) for file, about in zip(files, abouts, strict=True)]
-    return hashlib.blake2b(repr([*zip(names, hashes, strict=True)]).encode(), digest_size=6).hexdigest()
+    hashes = [(name, _content(file, file.stat().st_size, file.stat().st_mtime_ns)) for name, file in _files_of(path)]
+    return hashlib.blake2b(repr(hashes).encode(), digest_size=6).hexdigest()
+
+
+def _files_of(path: Path) -> list[tuple[str, Path]]:
+    """The files of a folder by their names in it; a file itself, without a name."""
+    if not path.is_dir():
+        return [("", path)]
+    return [(file.relative_to(path).as_posix(), file) for file in sorted(path.rglob("*")) if file.is_file()]
 
 
 @lru_cache(maxsize=4096)
@@ -122,7 +122,7 @@ def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None
             )
         wanted = _completed(here, held)
         if held != wanted:
-            told = "; ".join(differences(_named(held), _named(wanted)))
+            told = "; ".join(frozen_differences(held, wanted))
             raise RecipeError(
                 f"{setting}: these samples were encoded by something else ({about.fingerprint}) than the recipe has "
                 f"({hash_settings(wanted)}): {told}. Encode them anew with `lingen encode --recipe`, or train with the "
@@ -142,10 +142,16 @@ def _completed(here: Any, held: Any) -> Any:
     return here
 
 
+def frozen_differences(held: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """`differences` of two `frozen_settings`, as JSON keeps them."""
+    return differences(_named(held), _named(wanted))
+
+
 def _named(settings: dict[str, Any]) -> dict[str, Any]:
-    """The list of text encoders as a mapping, so that a message can name single settings."""
-    encoders: Sequence[Any] = settings["text"] or ()
-    return {**settings, "text": {str(number): encoder or "trained along" for number, encoder in enumerate(encoders)}}
+    """As JSON keeps it, with a mapping for the list of text encoders, so that a message can name single settings."""
+    held = json.loads(json.dumps(settings))
+    encoders = held["text"] if isinstance(held.get("text"), list) else []
+    return {**held, "text": {str(number): encoder or "trained along" for number, encoder in enumerate(encoders)}}
 
 
 def differences(held: dict[str, Any], wanted: dict[str, Any], path: str = "") -> list[str]:

@@ -3,25 +3,27 @@
 import multiprocessing
 import os
 import threading
-from multiprocessing.connection import wait
+import time
 
-LOOK_EVERY = 1.0
+LOOK_EVERY = 0.5
 """Seconds between looks at whether the parent is still there."""
 
 
 def follow_parent(worker: int = 0) -> None:
-    """For the start of a child process: ends it, without a word, as soon as its parent is gone. By itself it need not
-    end: a loader process whose batch nobody takes waits for ever. Its siblings hold the other ends of its pipes, so
-    that no pipe tells it; therefore the parent's number is looked at too."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
+    """For the start of a child process of multiprocessing: `end_with` its parent. By itself it need not end: a loader
+    process whose batch nobody takes waits for ever."""
     parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    above = os.getppid()
-    while not wait([parent.sentinel], LOOK_EVERY):
-        if os.getppid() != above:
-            break
+    if parent is not None and parent.pid is not None:
+        end_with(parent.pid)
+
+
+def end_with(parent: int) -> None:
+    """Ends this process, without a word, as soon as the process that started it is gone. Its siblings hold the other
+    ends of its pipes, so that no pipe tells it; therefore the parent's number is looked at."""
+    threading.Thread(target=_end_with, args=(parent,), name="lingen-parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_EVERY)
     os._exit(1)

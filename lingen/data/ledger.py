@@ -25,14 +25,14 @@ class DataError(ValueError):
         super().__init__(message.rpartition("DataError: ")[2])
 
 
-def reason_of(drop: Drop) -> str:
-    """The group of a drop: the part of its reason before the first colon."""
-    return drop.reason.partition(":")[0]
+def reason_of(reason: str) -> str:
+    """The group of a reason: its part before the first colon."""
+    return reason.partition(":")[0]
 
 
 def is_cut(drop: Drop) -> bool:
     """Whether the reason says that the end of a shard or of a sample is missing."""
-    return reason_of(drop) in CUT
+    return reason_of(drop.reason) in CUT
 
 
 class Ledger:
@@ -66,7 +66,7 @@ class Ledger:
     @property
     def truncated(self) -> int:
         """Shards and samples whose end is missing."""
-        found = sum(reason.partition(":")[0] in CUT for reason in self.faults.values())
+        found = sum(reason_of(reason) in CUT for reason in self.faults.values())
         return found + sum(self.dropped[reason] for reason in CUT)
 
     def open(self, faults: Iterable[Drop], left_out: Mapping[str, int]) -> None:
@@ -80,11 +80,11 @@ class Ledger:
         for where, source in zip(batch.keys, batch.sources, strict=True):
             self._count("used", where, source)
         for drop in batch.drops:
-            self.dropped[reason_of(drop)] += 1
+            self.dropped[reason_of(drop.reason)] += 1
             self._count("dropped", drop.where, drop.source)
             if is_cut(drop):
                 self._count("truncated", drop.where, drop.source)
-            self._name(reason_of(drop), [f"{drop.where}: {drop.reason}"])
+            self._name(reason_of(drop.reason), [f"{drop.where}: {drop.reason}"])
         self.retried += len(batch.retries)
         sources = dict(zip(batch.keys, batch.sources, strict=True)) | {d.where: d.source for d in batch.drops}
         for where in batch.retries:
@@ -127,7 +127,7 @@ class Ledger:
         """Rows (what, how many, an example) for a table; the first row counts the used samples."""
         rows = [("used", self.used, "")]
         rows += [(f"dropped: {group}", count, self.named[group][0]) for group, count in self.dropped.most_common()]
-        groups = Counter(reason.partition(":")[0] for reason in self.faults.values())
+        groups = Counter(map(reason_of, self.faults.values()))
         for group, count in groups.items():
             example = next(f"{where}: {reason}" for where, reason in self.faults.items() if reason.startswith(group))
             rows.append((f"found: {group}", count, example))

@@ -123,14 +123,14 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], about: About) -
 
 def about(path: Path) -> About:
     """What a manifest says of the whole set. ManifestError where it is none of ours or of a later version."""
-    stored = _stored(_open(path))
+    _, stored = _open(path)
     return About(stored.get("fingerprint", ""), stored.get("settings", {}), stored.get("version", VERSION))
 
 
 def batches(path: Path, size: int = GROUP) -> Iterator[pa.RecordBatch]:
     """The rows of a manifest as columns of `SCHEMA`, at most `size` at a time, in order."""
     try:
-        for batch in _open(path).iter_batches(size, columns=SCHEMA.names):
+        for batch in _open(path)[0].iter_batches(size, columns=SCHEMA.names):
             batch = batch.cast(SCHEMA)
             _check_values(path, batch)
             yield batch
@@ -155,7 +155,8 @@ def rows(path: Path) -> Iterator[Row]:
         yield from (Row(*values) for values in zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
+    """The file, and what is stored beside its rows."""
     try:
         file = pq.ParquetFile(path, memory_map=True)
         stored, names = _stored(file), file.schema_arrow.names
@@ -167,7 +168,7 @@ def _open(path: Path) -> pq.ParquetFile:
         raise ManifestError(f"{path} is no manifest of lingen's ({', '.join(missing) or 'no version'}).")
     if version > VERSION:
         raise ManifestError(f"{path} is of version {version}, this lingen reads up to {VERSION}; install a newer one.")
-    return file
+    return file, stored
 
 
 def _stored(file: pq.ParquetFile) -> dict[str, Any]:

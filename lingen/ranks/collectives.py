@@ -63,12 +63,7 @@ def on_first_rank(act: Callable[[], T]) -> T:
     for one that has ended."""
     if not is_connected():
         return act()
-    value, error = None, None
-    if is_first_rank():
-        try:
-            value = act()
-        except Exception as found:
-            error = found
+    value, error = _tried(act) if is_first_rank() else (None, None)
     told = broadcast_object((value, error and _told(error)))
     if error is not None:
         raise error
@@ -82,17 +77,20 @@ def together(act: Callable[[], T]) -> T:
     all others an `OtherRankError`: it is said once, and no rank waits for one that has ended."""
     if not is_connected():
         return act()
-    value, error = None, None
-    try:
-        value = act()
-    except Exception as found:
-        error = found
+    value, error = _tried(act)
     failed = [(rank, told) for rank, told in enumerate(gather_objects(error and _told(error))) if told]
     if failed and error is not None and failed[0][0] == dist.get_rank():
         raise error
     if failed:
         raise OtherRankError(f"rank {failed[0][0]}: {failed[0][1]}")
     return value  # type: ignore[return-value]
+
+
+def _tried(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return act(), None
+    except Exception as error:
+        return None, error
 
 
 def _told(error: Exception) -> str:

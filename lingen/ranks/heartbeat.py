@@ -69,6 +69,11 @@ class Beat(NamedTuple):
     """Seconds of a step: in its own forward pass, and waiting for data; see `lingen.training.pace`."""
 
 
+def host_name() -> str:
+    """What SLURM calls this node, else this machine's name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 class Heart:
     """Keeps the file of this rank.
 
@@ -94,6 +99,7 @@ class Heart:
         self._over = threading.Event()
         self._ended: str | None = None
         self.pace: tuple[float, float] | None = None
+        """See `Beat.pace`."""
         self.waited = 0.0
         """Seconds that it has waited for data."""
 
@@ -172,14 +178,15 @@ class Heart:
         self.write()
 
 
-_heart: Heart | None = None
+_heart = Heart(Path(os.devnull), 0, 1, "")
 
 
 @contextlib.contextmanager
 def beating(folder: Path, rank: int, ranks: int, session: str) -> Iterator[Heart]:
     """Inside the block this rank gives signs of life; its file ends with how the block ended."""
     global _heart
-    _heart = heart = Heart(folder, rank, ranks, session)
+    before, heart = _heart, Heart(folder, rank, ranks, session)
+    _heart = heart
     heart.begin()
     word = "finished"
     try:
@@ -188,34 +195,20 @@ def beating(folder: Path, rank: int, ranks: int, session: str) -> Iterator[Heart
         word = word_of(error)
         raise
     finally:
-        _heart = None
+        _heart = before
         heart.end(word)
 
 
 def sign(
     doing: str | None = None, stage: str | None = None, step: int | None = None, samples: Samples | None = None
 ) -> None:
-    """A sign of life of this process, see `Heart.sign`; nothing where it is no rank of a run."""
-    if _heart is not None:
-        _heart.sign(doing, stage, step, samples)
+    """A sign of life of this process, see `Heart.sign`."""
+    _heart.sign(doing, stage, step, samples)
 
 
-def begin_stage(limit: int) -> None:
-    """A stage starts, in which so many seconds without a sign are too many; 0: none are."""
-    if _heart is not None:
-        _heart.limit = limit
-        _heart.sign("start")
-
-
-def tell_pace(own: float, data: float) -> None:
-    """From now on the file of this process says so, see `Beat.pace`."""
-    if _heart is not None:
-        _heart.pace = (round(own, 4), round(data, 4))
-
-
-def waited() -> float:
-    """Seconds that this process has waited for data so far; 0 where it is no rank of a run."""
-    return _heart.waited if _heart is not None else 0.0
+def own_heart() -> Heart:
+    """Of this process; while it is no rank of a run nobody reads it."""
+    return _heart
 
 
 def word_of(error: BaseException) -> str:
@@ -235,11 +228,6 @@ def word_of(error: BaseException) -> str:
     if number is not None and not isinstance(error, RecipeError):  # the signal may have ended what was needed
         return f"stopped by {signal.Signals(number).name}"
     return f"{FAILED_WORD}{type(error).__name__}: {text}"[:500]
-
-
-def host_name() -> str:
-    """What SLURM calls this node, else this machine's name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def memory_now() -> dict[str, Any]:

@@ -4,8 +4,6 @@ import atexit
 import logging
 import os
 import socket
-import threading
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from lingen.data.follow import end_with
 from lingen.ranks.collectives import gather_objects, is_connected, on_first_rank, together
 from lingen.ranks.environment import PARENT, OtherRankError, Rank, here
 from lingen.recipe.errors import RecipeError
@@ -87,7 +86,7 @@ def join() -> None:
     if own.rank:
         _be_quiet()
     if PARENT in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), name="lingen-parent", daemon=True).start()
+        end_with(int(os.environ[PARENT]))
     _check_address(own)
     try:
         store, *_ = next(iter(dist.rendezvous(f"tcp://{own.address}:{own.port}", own.rank, own.ranks, timeout=MEETING)))
@@ -149,12 +148,6 @@ def _be_quiet() -> None:
     warnings.simplefilter("ignore")
     for name in ("lingen", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def check_layout(everyone: Sequence[Rank]) -> None:

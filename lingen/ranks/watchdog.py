@@ -51,7 +51,7 @@ def watching(heart: Heart, session: str, limits: Sequence[int]) -> Iterator[None
 
     Args:
         session: its mark.
-        limits: of the stages, see `heartbeat.begin_stage`; where all are 0, nothing is watched.
+        limits: of the stages, see `Heart.limit`; where all are 0, nothing is watched.
     """
     shortest = min(filter(None, limits), default=None)
     heart.limit = limits[-1]

@@ -124,17 +124,19 @@ def _write_takes(
     shared: Notes,
     progress: Progress | None,
 ) -> Iterator[Path]:
+    """Each clip's latents, with everything that decoding needs to know, and then what `decode_file` makes of them."""
     sampled = sample_takes(module, takes, clip, settings, best_device(), progress)
     for take, path, latents in zip(takes, paths, sampled, strict=True):
-        kept = save_latents(
-            path.with_suffix(LATENTS_SUFFIX),
-            latents,
-            module.recipe.autoencoder,
-            clip.frames,
-            clip.fps,
-            notes_on(shared, take, module.device),
-            {"way": settings.decode, "tile": settings.tile},
-        )
+        metadata = {
+            "format": LATENTS_FORMAT,
+            "autoencoder": module.recipe.autoencoder,
+            "frames": clip.frames,
+            "fps": clip.fps,
+            "about": notes_on(shared, take, module.device),
+            "decoding": {"way": settings.decode, "tile": settings.tile},
+        }
+        kept = path.with_suffix(LATENTS_SUFFIX)
+        write_tensors(kept, {"latents": latents}, {name: json.dumps(value) for name, value in metadata.items()})
         yield decode_file(kept, path)
 
 
@@ -157,29 +159,6 @@ def clip_paths(out: str | Path, count: int, beside: Sequence[str] = (".png", LAT
             target = one.with_suffix(end)
             check_target(target, target.suffix)
     return paths
-
-
-def save_latents(
-    path: Path,
-    latents: Tensor,
-    autoencoder: dict[str, Any],
-    frames: int,
-    fps: float,
-    about: dict[str, Any],
-    decoding: dict[str, Any],
-) -> Path:
-    """Writes latents [c t h w] with everything that decoding needs to know; `decoding`: the arguments of
-    `decode_frames` behind the frames."""
-    metadata = {
-        "format": LATENTS_FORMAT,
-        "autoencoder": autoencoder,
-        "frames": frames,
-        "fps": fps,
-        "about": about,
-        "decoding": decoding,
-    }
-    write_tensors(path, {"latents": latents}, {name: json.dumps(value) for name, value in metadata.items()})
-    return path
 
 
 def decode_file(
@@ -208,7 +187,7 @@ def decode_file(
 
 
 def read_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """Latents [c t h w] (CPU) and metadata that `save_latents` wrote. RecipeError for any other file."""
+    """Latents [c t h w] (CPU), and metadata with all that decoding needs to know. RecipeError for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import av
 import torch
 
-from lingen.data.fingerprint import differences, frozen_settings
+from lingen.data.fingerprint import frozen_differences, frozen_settings
 from lingen.provenance import versions
 from lingen.recipe.bounds import Above, AtLeast, Finite
 from lingen.recipe.errors import RecipeError
@@ -105,7 +105,7 @@ class Noted:
                 "--checkpoint F with a file that holds those: the stage's weights.safetensors, or what `lingen export "
                 "--precision fp32` made of it."
             )
-        changed = differences(_plain(self.frozen), _plain(now["frozen"]))
+        changed = frozen_differences(self.frozen, now["frozen"])
         if changed:
             raise RecipeError(
                 f"The clip was made with other frozen parts: {'; '.join(changed)}. Put back the weights that it was "
@@ -122,13 +122,6 @@ class Noted:
             **{name: (None, one) for name, one in now["versions"].items() if name not in self.versions},
         }
         return [f"{name} was {there}, is {here}" for name, (there, here) in pairs.items() if there != here]
-
-
-def _plain(frozen: dict[str, Any]) -> dict[str, Any]:
-    """As JSON keeps it, with a mapping for the list of text encoders."""
-    held = json.loads(json.dumps(frozen))
-    encoders = held["text"] if isinstance(held.get("text"), list) else []
-    return {**held, "text": {str(number): one or "trained along" for number, one in enumerate(encoders)}}
 
 
 def read_notes(path: str | Path) -> Noted:

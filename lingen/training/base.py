@@ -290,7 +290,7 @@ class Trained(lightning.LightningModule):
 
     def collect_metrics(self) -> dict[str, float]:
         """Means since the last call, over all ranks; speed in tokens per second of all ranks together."""
-        values = self.meter.flush(gather_objects)
+        values = self.meter.flush()
         seconds = clock.perf_counter() - self._started[0]
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
@@ -312,7 +312,7 @@ class Trained(lightning.LightningModule):
 
     def on_validation_end(self) -> None:
         self._applied.__exit__(None, None, None)
-        values = self.validation_meter.flush(gather_objects)
+        values = self.validation_meter.flush()
         self.log_row(values)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         # validation is not training time

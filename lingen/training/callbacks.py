@@ -52,13 +52,13 @@ class StepEdge(Callback):
         no_room = self.saver.prepare(planned_tensors(pl_module), pinned=pl_module.device.type == "cuda")
         if no_room and trainer.is_global_zero:
             self.say(no_room)
-        self._own.open(data.faults, data.left_out)
+        self._own.open(data.train.faults, data.left_out)
         self.ledger.passed += data.passed
         self._saved = trainer.global_step
         if trainer.is_global_zero:
             for line in data.describe():
                 self.say(line)
-            for drop in data.held_out_faults:
+            for drop in data.validation.faults:
                 log.warning("a fault in held-out shards: %s: %s", drop.where, drop.reason)
         if number := signals.agreed():
             self.stop(trainer, number)

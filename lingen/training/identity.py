@@ -33,15 +33,13 @@ SAMPLES = "samples."
 PER_STEP = ("data.batch.image", "data.batch.video", "train.accumulate", "trainer.devices", "trainer.num_nodes")
 """Settings that are no change of course as long as a step holds as many samples: only rounding differs."""
 PRECISION_SPELLINGS = {
-    None: "32-true",
-    32: "32-true",
-    64: "64-true",
+    "None": "32-true",
     "32": "32-true",
     "64": "64-true",
+    "16": "16-mixed",
     "bf16": "bf16-mixed",
 }
-PRECISION_SPELLINGS |= {16: "16-mixed", "16": "16-mixed"}
-"""Other spellings that Lightning knows."""
+"""Other spellings that Lightning knows, as texts; numbers are some, too."""
 
 
 class Stage(NamedTuple):
@@ -71,7 +69,7 @@ def course_of(recipe: Recipe) -> Values:
     told = {key: as_plain(entry.value) for key, entry in entries_of(recipe).items() if entry.mark is COURSE}
     precision = recipe.trainer.get("precision")
     told |= {"trainer.devices": recipe.trainer.get("devices", "auto"), "trainer.num_nodes": 1} | told
-    told["trainer.precision"] = PRECISION_SPELLINGS.get(precision, precision)
+    told["trainer.precision"] = PRECISION_SPELLINGS.get(str(precision), precision)
     per_rank, data = recipe.train.accumulate * ranks_here(recipe), recipe.data
     asked = {kind: per_rank if getattr(data.mix, kind) else 0 for kind in KINDS}
     return told | {f"{SAMPLES}{kind}": getattr(data.batch, kind) * times for kind, times in asked.items()}

@@ -47,15 +47,14 @@ def about_of(state: dict[str, Any], tensors: dict[str, Any], files: Sequence[Wri
 
     Args:
         state: as `checkpoint.state_of` makes it.
-        tensors: as `storage.describe_tensors` makes it.
+        tensors: as `storage.describe_tensors` makes it; their pieces are filled in.
         files: what each rank wrote.
     """
-    found = {name: {**of, "pieces": list(of["pieces"])} for name, of in tensors.items()}
     for one in files:
         for name, start, stop in one.pieces:
-            found[name]["pieces"].append([one.file, start, stop])
+            tensors[name]["pieces"].append([one.file, start, stop])
     sums = {one.file: {"size": one.size, "sha256": one.sha256} for one in files}
-    about = {"format": FORMAT, "state": state, "files": sums, "tensors": found}
+    about = {"format": FORMAT, "state": state, "files": sums, "tensors": tensors}
     return json.dumps({"sha256": _hash_of(about), **about}, indent=1).encode()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.files import check_place, remove_left
+from lingen.provenance import time_now
 from lingen.recipe.errors import RecipeError
 
 LOCK_NAME = "lock.json"
@@ -43,7 +44,7 @@ def myself() -> Owner:
         "process_started": started(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "since": time_now(),
         "mark": secrets.token_hex(8),
     }
 

@@ -1,10 +1,9 @@
 """Running means and counts between two lines of the log."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from lingen.ranks.collectives import gather_objects
 
 
 class Meter:
@@ -37,19 +36,15 @@ class Meter:
         """What was added to means since the last call is forgotten: the step was thrown away."""
         self._open = []
 
-    def flush(self, gather: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None) -> dict[str, float]:
-        """Means and sums since the last flush, and a fresh start.
-
-        Args:
-            gather: this rank's raw sums -> those of all ranks; ranks may have seen different names.
-        """
+    def flush(self) -> dict[str, float]:
+        """Means and sums of all ranks since the last flush, and a fresh start; ranks may have seen different names."""
         self.keep()
         means = {name: sums.tolist() for name, sums in self._sums.items()}
         raw = {name: (total, number) for name, (total, number) in means.items() if number}
         raw |= {name: (float(amount), 0) for name, amount in self._counts.items()}
         self._sums, self._counts = {}, {}
         merged: dict[str, tuple[float, float]] = {}
-        for part in gather(raw) if gather else [raw]:
+        for part in gather_objects(raw):
             for name, (total, count) in part.items():
                 before = merged.get(name, (0.0, 0.0))
                 merged[name] = (before[0] + total, before[1] + count)

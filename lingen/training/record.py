@@ -1,7 +1,6 @@
 """``run.json``: what a run is, its course, every start and change; and whether a recipe may go on with it."""
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 
 from lingen.files import write_json, write_text
 from lingen.plan.loading import Curriculum, load_curriculum, to_yaml, with_stages
-from lingen.provenance import git_commit, versions
+from lingen.provenance import git_commit, time_now, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.training.folder import RunFolder
@@ -224,8 +223,7 @@ def _true_recipe(folder: RunFolder, curriculum: Curriculum, kept: set[str]) -> R
 
 
 def _now() -> dict[str, Any]:
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return {"command": sys.argv, "started": started, "commit": git_commit(), "versions": versions()}
+    return {"command": sys.argv, "started": time_now(), "commit": git_commit(), "versions": versions()}
 
 
 def _entry(stage: str, step: int, changes: dict[str, list[Any]]) -> dict[str, Any]:

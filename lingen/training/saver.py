@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from torch import Tensor
 from lingen.files import write_json
 from lingen.kernels.choice import memory_here
 from lingen.ranks.collectives import broadcast_object, gather_objects, largest, on_first_rank, place, together
-from lingen.ranks.heartbeat import sign
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.intact import ABOUT, about_of
-from lingen.training.storage import RowPiece, Written, bytes_of, describe_tensors, header_of, pieces_of, write_file
+from lingen.training.storage import RowPiece, Written, bytes_of, describe_tensors, pieces_of, write_file
+from lingen.weights import header_of
 
 ROOM = 0.75
 """Share of the memory left that buffers may take: the loader needs some, too [ours]."""
@@ -252,17 +253,11 @@ def _write(
     """Writes a rank's file; tells how it went."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        size, found = write_file(file, _all(header_of(pieces), chunks))
+        header = header_of([(one.name, one.rows) for one in pieces], {"format": "pt"})
+        size, found = write_file(file, chain([header], chunks))
         ended.append(Written(file.name, size, found, tuple((one.name, one.start, one.stop) for one in pieces)))
     except Exception as error:
         ended.append(_called(error, file.parent))
-
-
-def _all(header: bytes, chunks: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
-    yield header
-    for chunk in chunks:
-        sign()
-        yield chunk
 
 
 def _called(error: Exception, partial: Path) -> Exception:

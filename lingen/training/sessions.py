@@ -10,11 +10,11 @@ import contextlib
 import os
 import secrets
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lingen.files import write_json
+from lingen.provenance import time_now
 from lingen.ranks.heartbeat import (
     BEAT,
     FAILED_WORD,
@@ -70,7 +70,7 @@ def session(
         before[-1] |= {"how": killed(folder, before[-1], before[-1]["how"] or was or "it left no word")}
     mark = secrets.token_hex(4)
     began: Session = {
-        "mark": mark, "began": _now(), "host": host_name(), "ranks": ranks, "job": os.environ.get("SLURM_JOB_ID"),
+        "mark": mark, "began": time_now(), "host": host_name(), "ranks": ranks, "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT"), "stage": stage, "step": step,
         "ended": None, "how": None,
     }  # fmt: skip
@@ -89,12 +89,8 @@ def session(
 
 
 def _end(folder: RunFolder, mark: str, how: str) -> None:
-    now = {"ended": _now(), "how": how}
+    now = {"ended": time_now(), "how": how}
     _write(folder, [one | now if one["mark"] == mark else one for one in read_sessions(folder)])
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def killed(folder: RunFolder, one: Session, why: str) -> str:
@@ -143,7 +139,7 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
     last = sessions[-1]
     # srun ends the others by SIGTERM where one fails: rank 0 may say that this stopped it.
     if last["how"] is None or last["how"].startswith(LOST_WORD) or _failed(read_beats(folder.ranks, last["mark"])):
-        last |= {"ended": _now(), "how": killed(folder, last, ended)}
+        last |= {"ended": time_now(), "how": killed(folder, last, ended)}
         _write(folder, sessions)
     how, tail = str(last["how"]), sessions[-IN_VAIN:]
     in_vain = len({(one["stage"], one["step"]) for one in tail}) == 1

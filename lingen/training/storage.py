@@ -6,10 +6,9 @@ A row is an index of axis 0; a tensor without axes is one row. Nothing here know
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from lingen.files import naming
 from lingen.plan.watch import part_here
+from lingen.ranks.heartbeat import sign
+from lingen.weights import STORED_TYPES
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""The types by the names that safetensors gives them."""
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPES = {name: dtype for dtype, name in STORED_TYPES.items()}
 CHUNK = 1 << 24
 """Bytes that are written and hashed at once."""
 
@@ -50,11 +46,6 @@ class Written(NamedTuple):
     """Name, first row, row after the last."""
 
 
-def row_count(value: Tensor) -> int:
-    """Rows of the whole tensor."""
-    return value.shape[0] if value.ndim else 1
-
-
 def pieces_of(tensors: Mapping[str, Tensor], rank: int, world: int) -> list[RowPiece]:
     """The rows that a rank writes, those of large elements first, so that each lies at a multiple of its element.
 
@@ -73,7 +64,7 @@ def pieces_of(tensors: Mapping[str, Tensor], rank: int, world: int) -> list[RowP
         if name not in whole:
             found.append(_own_share(name, value))
             continue
-        held, rows = part_here(value), row_count(value)
+        held, rows = part_here(value), value.shape[0] if value.ndim else 1
         start, stop = (_first_row(held.nbytes, rows, before, total, one, world) for one in (rank, rank + 1))
         found.append(RowPiece(name, start, stop, held[start:stop] if held.ndim else held))
         before += held.nbytes
@@ -121,23 +112,9 @@ def _local_rows(value: Tensor) -> tuple[int, Tensor, tuple[int, int]]:
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What `StoredRows` wants to know of tensors, before it is known which file holds which rows."""
     return {
-        name: {"shape": list(value.shape), "dtype": _NAMES[value.dtype], "pieces": []}
+        name: {"shape": list(value.shape), "dtype": STORED_TYPES[value.dtype], "pieces": []}
         for name, value in tensors.items()
     }
-
-
-def header_of(pieces: Sequence[RowPiece]) -> bytes:
-    """The beginning of a safetensors file that holds these pieces one behind the other."""
-    about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for piece in pieces:
-        begin, end = end, end + piece.rows.nbytes
-        about[piece.name] = {
-            "dtype": _NAMES[piece.rows.dtype], "shape": list(piece.rows.shape), "data_offsets": [begin, end],
-        }  # fmt: skip
-    text = json.dumps(about, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def bytes_of(value: Tensor) -> Iterator[memoryview]:
@@ -154,6 +131,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, s
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for chunk in chunks:
+                sign()
                 digest.update(chunk)
                 left = memoryview(chunk)
                 while left:

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from lingen.ranks.collectives import is_first_rank, on_first_rank
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import RecipeText
 from lingen.recipe.sections import Recipe
-from lingen.recipe.subjects import SUBJECTS
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.state import whole_of
@@ -105,12 +104,13 @@ def load_module(source: str | Path, device: str | torch.device = "cpu") -> Train
 def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> LinGenModule:
     """`load_module` for what makes clips. RecipeError for the weights of an autoencoder, too."""
     path = find_weights(source)
-    if recipe_of(path).subject is not SUBJECTS["denoiser"]:
+    module = load_module(path, device)
+    if not isinstance(module, LinGenModule):
         raise RecipeError(
             f"{path} holds the weights of an autoencoder, which makes no clips of its own. Train a denoiser with "
             f"autoencoder.path={source}."
         )
-    return cast(LinGenModule, load_module(path, device))
+    return module
 
 
 def recipe_of(path: Path) -> Recipe:
