@@ -170,6 +170,16 @@ class TimeConfig:
 
 @checked
 @dataclass(frozen=True, kw_only=True)
+class PowerAverage:
+    """Averaged weights that remember the same share of a stage at each of its steps (EDM2, arXiv 2312.02696, 3.1)."""
+
+    width: Annotated[
+        float, Between(0.001, 0.28), "standard deviation of the age of what is averaged, as a share of the stage so far"
+    ]
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One stage's optimisation."""
 
@@ -182,7 +192,11 @@ class TrainConfig:
     clip_grad: Annotated[float, Above(0), COURSE, "largest global gradient norm"] = 1.0
     accumulate: Annotated[int, AtLeast(1), COURSE, "batches (of one kind) per optimiser step"] = 1
     ema: Annotated[
-        float, SHARE, COURSE, "decay of the averaged weights, warmed up in each stage: min(ema, (1 + n) / (10 + n))"
+        float | PowerAverage,
+        SHARE,
+        COURSE,
+        "averaged weights, begun anew in each stage: a decay, min(ema, (1 + n) / (10 + n)) at update n, or "
+        "{width: 0.05}, which fits a stage of any length",
     ] = 0.9999
     text_drop: Annotated[float, SHARE, COURSE, "share of samples whose text is left out, for guidance"] = 0.1
     keep_optimizer: Annotated[bool, IDENTITY, "carry AdamW's moments over from the stage before"] = False
