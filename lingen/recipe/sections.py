@@ -164,7 +164,8 @@ class TimeConfig:
     shift: Annotated[
         float | Literal["auto"],
         Above(0),
-        "moves times towards noise, in training and sampling; auto: sqrt(tokens / 8704)",
+        "moves training times towards noise, and uniform sampling times with them; auto: by the number of tokens, "
+        "from 2 for 256 to 4 for 139,264",
     ] = "auto"
 
 
@@ -229,8 +230,12 @@ class SampleConfig:
     guidance_rescale: Annotated[
         float, SHARE, "0..1: pull the guided velocity back to the spread of the conditional one"
     ] = 0.0
-    solver: Literal["euler", "heun"] = "euler"
-    schedule: Annotated[Literal["linear_quadratic", "uniform"], "spacing of the sampling times"] = "linear_quadratic"
+    solver: Annotated[
+        Literal["euler", "heun", "ab2"], "order 1; 2, with two evaluations a step; 2, with one (Adams-Bashforth)"
+    ] = "euler"
+    schedule: Annotated[
+        Literal["linear_quadratic", "uniform"], "spacing of the sampling times; uniform ones are shifted as in training"
+    ] = "linear_quadratic"
     emulated_steps: Annotated[int, AtLeast(1), "N of the linear-quadratic schedule (Movie Gen: 250)"] = 250
     precision: Annotated[
         Literal["auto", "32-true", "bf16-true", "fp8"],
