@@ -33,11 +33,8 @@ def cache_folder() -> Path:
 
 
 def check_target(path: str | Path, suffix: str) -> Path:
-    """The path of an output file, checked before any work is done.
-
-    Raises:
-        RecipeError: it is a folder, it does not end with `suffix`, or nothing can be written where it is to be.
-    """
+    """The path of an output file, checked before any work is done. RecipeError where it is a folder, does not end with
+    `suffix`, or nothing can be written where it is to be."""
     path = Path(path)
     if path.is_dir():
         raise RecipeError(f"{path} is a folder; name a file to write, such as {path / 'name'}{suffix}.")
@@ -104,10 +101,8 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives a new folder to fill, beside `path`, and renames it at the end; after an error nothing is left of it.
-
-    Where another process came first, its folder stays. What killed processes left beside it is removed.
-    """
+    """Gives a new folder to fill, beside `path`, and renames it at the end; after an error nothing is left of it. Where
+    another process came first, its folder stays. What killed processes left beside it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left(path.parent, f"{BUILDING}*")
     work = path.parent / f"{BUILDING}{_mark()}"

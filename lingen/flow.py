@@ -211,11 +211,13 @@ def ab2(velocity: Velocity, x: Float[Tensor, "b *any"], times: Float[Tensor, "n"
     """x after each step of Adams and Bashforth's method of order 2 for steps of any length: it goes on along the
     straight line through the velocities at its start and at the start of the step before. One evaluation a step; the
     first one is Euler's."""
-    before, length = None, None
+    slope: Tensor | None = None
+    length = times[1] - times[0]
     for start, end in pairwise(times):
-        now, step = velocity(x, start), end - start
-        x = x + step * (now if before is None else now + step / (2 * length) * (now - before))
-        before, length = now, step
+        before, slope = slope, velocity(x, start)
+        step = end - start
+        x = x + step * (slope if before is None else slope + step / (2 * length) * (slope - before))
+        length = step
         yield x
 
 

@@ -19,9 +19,6 @@ Frames = UInt8[np.ndarray, "t h w 3"]
 Picture = UInt8[np.ndarray, "h w 3"]
 
 
-# pixels and floats
-
-
 def as_floats(pixels: Any) -> Any:
     """A uint8 tensor of pixels -> float32 in -1..1, what autoencoders take."""
     return pixels.float() / 127.5 - 1
@@ -33,13 +30,11 @@ def as_frames(clip: Any) -> Frames:
     return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
-# H.264
-
-
 def save_video(
     clip: Any, path: str | Path, fps: float, *, title: str = "", about: dict[str, Any] | None = None
 ) -> Path:
     """Writes frames as H.264 (yuv420p, index in front) with PyAV; the same frames give the same pictures, always.
+    ValueError for no frames, or frames that are not uint8 [h w 3].
 
     Args:
         clip: uint8 frames [t h w 3]: an array, a tensor, or an iterable of frames [h w 3] that is consumed one by one,
@@ -48,8 +43,6 @@ def save_video(
         fps: frames per second.
         title: stored as the MP4's title (the prompt, say).
         about: stored as JSON in the MP4's comment.
-    Raises:
-        ValueError: for no frames, or frames that are not uint8 [h w 3].
     """
     path, fast = Path(path), {"movflags": "+faststart"}
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=fast) as file:
@@ -68,24 +61,18 @@ def read_video(data: bytes) -> tuple[Frames, float]:
 
 
 def encode_mp4(
-    clip: Iterable[Any],
-    fps: float,
-    crf: int = 12,
-    preset: str = "veryfast",
-    key_seconds: float | None = None,
-    exact: bool = False,
+    clip: Iterable[Any], fps: float, crf: int = 12, key_seconds: float | None = None, exact: bool = False
 ) -> bytes:
-    """Frames as H.264 (yuv420p) in an MP4: a member of a shard.
+    """Frames as H.264 (yuv420p) in an MP4: a member of a shard. ValueError for no frames, or frames that are not uint8
+    [h w 3].
 
     Args:
         clip: uint8 frames [h w 3], taken one by one; an odd height or width is padded as `save_video` does.
         key_seconds: the most time between key frames, in seconds; None: x264's default, 250 frames.
         exact: the same bytes for the same frames, always. The file may become a fifth larger.
-    Raises:
-        ValueError: for no frames, or frames that are not uint8 [h w 3].
     """
     buffer = io.BytesIO()
-    options = {"crf": str(crf), "preset": preset, "threads": "1"} | (EXACT if exact else {})
+    options = {"crf": str(crf), "preset": "veryfast", "threads": "1"} | (EXACT if exact else {})
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as file:
         _encode(file, clip, fps, options, key_seconds)
     return buffer.getvalue()
@@ -108,7 +95,12 @@ def _encode(
             stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
             stream.height, stream.width = frame.shape[:2]
             stream.pix_fmt = "yuv420p"
-            _declare_colours(stream.codec_context)
+            # Tags of what is written (ITU-T H.273). Primaries and transfer are those of ordinary screens at every size,
+            # because pixels are converted by the matrix alone.
+            codec = stream.codec_context
+            codec.colorspace = MATRIX_709 if codec.height >= HD_ROWS else MATRIX_601
+            codec.color_range = ColorRange.MPEG
+            codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
             if key_seconds is not None:
                 stream.codec_context.gop_size = max(1, round(key_seconds * fps))
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -123,14 +115,6 @@ def _encode(
     file.mux(stream.encode())
 
 
-def _declare_colours(codec: Any) -> None:
-    """Tags of what `_encode` writes (ITU-T H.273). Primaries and transfer are those of ordinary screens at every size,
-    because pixels are converted by the matrix alone."""
-    codec.colorspace = MATRIX_709 if codec.height >= HD_ROWS else MATRIX_601
-    codec.color_range = ColorRange.MPEG
-    codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-
-
 def _checked(frame: Any) -> Picture:
     """A contiguous frame of even height and width."""
     array = np.asarray(frame)
@@ -140,9 +124,6 @@ def _checked(frame: Any) -> Picture:
     if height % 2 or width % 2:
         array = np.pad(array, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     return np.ascontiguousarray(array)
-
-
-# pictures
 
 
 def encode_png(image: Picture) -> bytes:
@@ -164,11 +145,8 @@ def _encode_picture(image: Picture, form: str, **options: int) -> bytes:
 def contact_sheet(
     clips: Sequence[np.ndarray], path: str | Path, captions: Sequence[str] = (), columns: int = 8
 ) -> Path:
-    """A PNG with a row for each clip: up to `columns` frames spread over its time, the caption above.
-
-    Args:
-        clips: uint8 [t h w 3] each; small frames are enlarged by whole factors so that a person can see them.
-    """
+    """A PNG with a row for each clip: up to `columns` frames spread over its time, the caption above. `clips`: uint8 [t
+    h w 3] each; small frames are enlarged by whole factors so that a person can see them."""
     rows = [_row(np.asarray(clip), columns) for clip in clips]
     line = 16 if captions else 0
     width = max(row.width for row in rows)

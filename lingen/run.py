@@ -17,7 +17,7 @@ from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
 from lingen.plan.forecast import flop_a_step, plan, too_large
-from lingen.ranks import heartbeat, launch, local_ranks, signals
+from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
 from lingen.ranks.signs import LifeSigns
@@ -27,11 +27,12 @@ from lingen.recipe.sections import Recipe
 from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
 from lingen.tables import as_table
 from lingen.training import lock, record, sessions
-from lingen.training.base import NonFiniteError, Trained
+from lingen.training.base import Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, StageEnd, StepEdge, Steps
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
+from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.identity import described
 from lingen.training.intact import wait_for_files
 from lingen.training.rows import MetricsFile, Rows
@@ -115,7 +116,9 @@ def fit_curriculum(
                 on_first_rank(lambda: begun)
             folder, place = RunFolder(begun.folder), here()
             if begun.session is not None:
-                held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
+                heart = held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
+                limits = [one.train.watchdog for one in begun.curriculum.stages if one.train.watchdog]
+                held.enter_context(watchdog.watching(heart, begun.session, min(limits, default=0)))
             signals.check()
             return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched)
     except signals.Stopped:  # on all ranks
@@ -210,6 +213,7 @@ def _train(
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
+        heartbeat.begin_stage(settings.train.watchdog)
         known = first is not None and first.stage == names[index]
         start = first if known else on_first_rank(partial(start_of, folder, stages, index, reporter.say))
         if start is None:
@@ -282,7 +286,26 @@ def scored_steps(folder: RunFolder) -> int:
 
 
 def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter) -> None:
-    """One Trainer's fit. Stopped, after a checkpoint, where a signal came."""
+    """Trains a stage, and goes back in it where `train.on_spike` says so. Stopped, after a checkpoint, where a signal
+    came; SpikeError where the way back to one place does not help."""
+    stages, past = curriculum.stages, None
+    while (past := _fit_once(folder, curriculum, index, start, past, reporter)) is not None:
+        every = stages[index].train.checkpoint_every
+        found = on_first_rank(partial(start_of, folder, stages, index, reporter.say, every))
+        assert found is not None  # it is not finished
+        start = found
+        past.count_return(start.step)
+        reporter.say(f"goes back to step {start.step}, and past the samples up to step {past.step}")
+
+
+def _fit_once(
+    folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, past: GoBack | None, reporter: Reporter
+) -> GoBack | None:
+    """One Trainer's fit; the spike for which it was left, if it was.
+
+    Args:
+        past: the spike for which the stage went back to `start`.
+    """
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
     edge = StepEdge(folder, name, reporter.say)
@@ -310,6 +333,7 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)
         module.write_row = MetricsFile(folder.metrics, name, start.step, reporter.row).write
+        module.say, module.past = reporter.say, past
         module.steps_before = sum(stage.train.steps for stage in curriculum.stages[:index])
         if start.checkpoint is None:
             hand_over(module, start, reporter.say)
@@ -323,10 +347,14 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
         end_only(trainer)
     with warnings.catch_warnings():
         quiet_lightning()
-        trainer.fit(module, datamodule=data)
+        try:
+            trainer.fit(module, datamodule=data)
+        except GoBack as found:
+            return found.with_traceback(None)  # which holds the model
     reporter.say(report(edge.ledger))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)
+    return None
 
 
 def report(ledger: Ledger) -> str:

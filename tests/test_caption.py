@@ -17,7 +17,7 @@ from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements
 from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Part
-from lingen.prepare.pack import Packing, find_footage, pack
+from lingen.prepare.pack import Packing, look_for_footage, pack
 from lingen.recipe.errors import RecipeError
 from tests.helpers.captioners import blip, qwen
 from tests.helpers.files import killed_before
@@ -42,7 +42,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "films" / "b.txt").write_text("a fractal")
     (folder / "pictures").mkdir()
     Image.fromarray(next(frames("rgbtestsrc", 1))).save(folder / "pictures" / "p.png")
-    sources = find_footage([folder / "films"], [folder / "pictures"], WANTED)
+    sources = look_for_footage([folder / "films"], [folder / "pictures"], WANTED).sources
     job = Packing(sources, Captions(), WANTED, Filters(still=None, frozen=None, jerky=None), keep_uncaptioned=True)
     pack(job, folder / "raw")
     return folder / "raw"

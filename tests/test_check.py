@@ -24,7 +24,7 @@ from lingen.prepare.cut import ClipRequirements
 from lingen.prepare.filters import Filters
 from lingen.prepare.forecast import forecast
 from lingen.prepare.journal import Part
-from lingen.prepare.pack import Packing, find_footage, pack
+from lingen.prepare.pack import Packing, look_for_footage, pack
 from lingen.prepare.stats import Measure, histograms, measure_folders, sample_sheet
 from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
@@ -49,7 +49,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / f"pictures/{name}.png"
         )
     (folder / "captions.json").write_text(json.dumps({key: f"about {key}" for key in "abcpq"}))
-    sources = find_footage([films], [folder / "pictures"], WANTED)
+    sources = look_for_footage([films], [folder / "pictures"], WANTED).sources
     pack(Packing(sources, Captions(folder / "captions.json"), WANTED, OPEN), folder / "packed")
     return folder / "packed"
 

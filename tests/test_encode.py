@@ -28,7 +28,7 @@ from lingen.prepare.encode import Encoding, _Clips, encode_shards, tasks_of
 from lingen.prepare.encoders import Encoders
 from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Part
-from lingen.prepare.pack import Packing, find_footage, pack
+from lingen.prepare.pack import Packing, look_for_footage, pack
 from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     wanted = ClipRequirements((((16, 16),),), 8.0, (24, 8, 4))
     filters = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)
-    sources = find_footage([folder / "films"], [], wanted)
+    sources = look_for_footage([folder / "films"], [], wanted).sources
     pack(Packing(sources, Captions(folder / "captions.jsonl"), wanted, filters), folder / "raw")
     np.random.default_rng(0).standard_normal((256, 6)).astype(np.float32).tofile(folder / "letters.f32")
     (folder / "r.yaml").write_text(RECIPE.format(folder=folder))

@@ -24,7 +24,7 @@ from lingen.data.shards import META
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, divide, make_samples, read_outcome, read_samples
 from lingen.prepare.filters import BANDS, LOOKS, Duplicates, Filters, frozen_share
-from lingen.prepare.footage import MediaSource, find_sources, read_frames, sample_key
+from lingen.prepare.footage import MediaSource, look_through, read_frames, sample_key
 from lingen.prepare.shots import follow
 from lingen.recipe.errors import RecipeError
 from tests.helpers.footage import SIZE, film, frames, write_film
@@ -53,17 +53,17 @@ def test_files_are_found_by_their_path_without_extension(tmp_path: Path) -> None
     for name in ("b.MP4", "a.b.mkv", "deep/er/c.webm", ".hidden.mp4", ".git/d.mp4", "x.txt", "p.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [source.key for source in find_sources([tmp_path], "video")] == ["a.b", "b", "deep/er/c"]
-    assert [source.key for source in find_sources([tmp_path], "image")] == ["p"]
+    assert [source.key for source in look_through([tmp_path], "video").sources] == ["a.b", "b", "deep/er/c"]
+    assert [source.key for source in look_through([tmp_path], "image").sources] == ["p"]
     (tmp_path / "b.avi").touch()
     with pytest.raises(RecipeError, match="have the same key, 'b'. Rename one of them"):
-        find_sources([tmp_path], "video")
+        look_through([tmp_path], "video")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not UTF-8")
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     os.link(film(tmp_path / "a.mp4", ("testsrc2", 2)), os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4"))
-    one, other = find_sources([tmp_path], "video")
+    one, other = look_through([tmp_path], "video").sources
     assert one.key == "a" and other.key == "caf\\xe9"
     made = make_samples(CutJob(other, ["a"], "", WANTED, OPEN, tmp_path / "out.tar")).samples
     assert [sample.key for sample in made] == ["caf\\xe9-0000"]
@@ -71,9 +71,9 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="holds no video file"):
-        find_sources([tmp_path], "video")
+        look_through([tmp_path], "video")
     with pytest.raises(RecipeError, match="There is no folder"):
-        find_sources([tmp_path / "nowhere"], "image")
+        look_through([tmp_path / "nowhere"], "image")
 
 
 @given(st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1), st.text(min_size=1))

@@ -28,7 +28,7 @@ from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, make_samples
 from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Note, Part, SetFolder, ShardStream, parse_part
-from lingen.prepare.pack import Packing, filters_for, find_footage, pack, wanted_by
+from lingen.prepare.pack import Packing, filters_for, look_for_footage, pack, wanted_by
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
@@ -64,7 +64,7 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packing(footage: Path, **how: object) -> Packing:
-    sources = find_footage([footage / "films"], [footage / "pictures"], WANTED)
+    sources = look_for_footage([footage / "films"], [footage / "pictures"], WANTED).sources
     filters = Filters(jerky=None, still=None, frozen=None)
     return Packing(sources, Captions(footage / "captions.csv"), WANTED, filters)._replace(**how)  # type: ignore[arg-type]
 
@@ -172,7 +172,7 @@ def test_footage_that_is_added_later_comes_behind(footage: Path, tmp_path: Path)
     captions.write_text('{"a": "first", "b": "second", "c": "third"}')
 
     def rows() -> list[str]:
-        job = Packing(find_footage([films], [], WANTED), Captions(captions), WANTED, Filters())
+        job = Packing(look_for_footage([films], [], WANTED).sources, Captions(captions), WANTED, Filters())
         pack(job, tmp_path / "out")
         return [row.key for row in manifest.rows(tmp_path / "out" / manifest.NAME)]
 
@@ -253,7 +253,9 @@ def test_a_stream_goes_on_behind_what_is_there(tmp_path: Path) -> None:
     first = stream()
     add(first, "abc")
     second = stream()  # the first is killed here
-    assert second.names() == {"a"} and [entry.row.key for entry in second.entries()] == ["a", "b"]
+    assert (
+        second.has("a", "") and not second.has("b", "") and [entry.row.key for entry in second.entries()] == ["a", "b"]
+    )
     add(second, "c")
     second.commit()
     rows = [entry.row for entry in stream().entries()]
@@ -279,13 +281,13 @@ def test_what_a_recipe_wants() -> None:
             filters_for(wanted, {name: value})
     assert set(FILTERS) == {field.name for field in fields(Filters)}
     with pytest.raises(RecipeError, match="No stage of the recipe trains on videos"):
-        find_footage(["."], [], wanted_by(stages[:1]))
+        look_for_footage(["."], [], wanted_by(stages[:1]))
     with pytest.raises(RecipeError, match="Say where the footage is"):
-        find_footage([], [], wanted)
+        look_for_footage([], [], wanted)
 
 
 def test_work_of_an_earlier_run_is_taken_over(footage: Path, tmp_path: Path) -> None:
-    source = find_footage([footage / "films"], [], WANTED)[0]
+    source = look_for_footage([footage / "films"], [], WANTED).sources[0]
     job = CutJob(source, ["a"], "", WANTED, Filters(), tmp_path / "work.tar")
     outcome = make_samples(job)
     assert make_samples(job._replace(source=source._replace(path=Path("gone")))) == outcome
@@ -295,7 +297,9 @@ def test_uncaptioned_footage_is_kept_on_demand(footage: Path, tmp_path: Path) ->
     write_film(tmp_path / "films" / "a.mp4", frames("testsrc2", 1))
     (tmp_path / "films" / "b.txt").write_text(" ")
     write_film(tmp_path / "films" / "b.mp4", frames("mandelbrot", 1))
-    job = Packing(find_footage([tmp_path / "films"], [], WANTED), Captions(), WANTED, Filters(), keep_uncaptioned=True)
+    job = Packing(
+        look_for_footage([tmp_path / "films"], [], WANTED).sources, Captions(), WANTED, Filters(), keep_uncaptioned=True
+    )
     report = pack(job, tmp_path / "out")
     assert report.made == {"video": 1} and report.left_out == {"no caption": 1}
     (row,) = manifest.rows(tmp_path / "out" / manifest.NAME)

@@ -16,9 +16,9 @@ import lingen
 from lingen.cli import main
 from lingen.data.ledger import DataError
 from lingen.run import fit
-from lingen.training.base import NonFiniteError
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
+from lingen.training.health import NonFiniteError
 from lingen.training.intact import Checkpoint
 from lingen.training.rows import MetricsFile
 from lingen.training.weights import load_denoiser

@@ -28,7 +28,7 @@ from lingen.data.sources import Reader
 from lingen.media import encode_png
 from lingen.prepare.captions import Captions, read_table
 from lingen.prepare.check import check_folders
-from lingen.prepare.footage import MediaSource, find_sources, look_through
+from lingen.prepare.footage import MediaSource, look_through
 from lingen.prepare.index import index_folder
 from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
@@ -165,12 +165,12 @@ def test_a_folder_of_the_other_kind_is_told_as_that(tmp_path: Path) -> None:
     for number in range(2):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.bmp")
     with pytest.raises(RecipeError, match="holds no video file, but 2 pictures: name it with --images"):
-        find_sources([tmp_path], "video")
-    assert [source.key for source in find_sources([tmp_path], "image")] == ["0", "1"]
+        look_through([tmp_path], "video")
+    assert [source.key for source in look_through([tmp_path], "image").sources] == ["0", "1"]
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "f.mkv").touch()
     with pytest.raises(RecipeError, match="holds no image file, but 1 film: name it with --videos"):
-        find_sources([tmp_path / "a"], "image")
+        look_through([tmp_path / "a"], "image")
     assert look_through([tmp_path], "video", [tmp_path]).unseen == []
 
 

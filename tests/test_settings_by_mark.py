@@ -93,7 +93,7 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "data.validation.video": "FOLDER/video.tar", "data.max_dropped": "0.5", "data.remote.timeout": "5",
     "data.remote.attempts": "2", "data.remote.cache_gb": "1", "data.workers": "1", "data.cache_mb": "0",
     "train.max_nonfinite": "1", "train.log_every": "1", "train.checkpoint_every": "1", "train.validate_every": "1",
-    "train.keep_checkpoints": "1", "train.keep_every": "1",
+    "train.keep_checkpoints": "1", "train.keep_every": "1", "train.on_spike": "skip",
     "train.validation_samples": "1", "train.sample_every": "1", "sample.steps": "2", "sample.guidance": "1.5",
     "sample.guidance_interval": "[0.1, 0.9]", "sample.guidance_rescale": "0.5", "sample.solver": "heun",
     "sample.schedule": "linear_quadratic", "sample.emulated_steps": "20", "sample.precision": "32-true",

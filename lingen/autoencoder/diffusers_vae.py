@@ -82,8 +82,6 @@ class DiffusersVAE(nn.Module):
         # In a list, so that no checkpoint holds it and no cast of the module around it reaches it.
         self._loaded: list[LoadedVae] = []
 
-    # before a run
-
     def missing(self) -> list[Missing]:
         """What would make a run with these settings fail; reads config.json and the header of the weights."""
         return [Missing("diffusers", self.path or "-", problem) for problem in self._problems()]
@@ -110,8 +108,7 @@ class DiffusersVAE(nn.Module):
     def frame_unit(self) -> int:
         """The number of frames is a multiple of this, plus 1 where the first frame has a latent frame of its own: the
         stride, or twice the stride for CogVideoX."""
-        model = self._model()
-        return (model and model.unit) or self.strides[0]
+        return (self._model and self._model.unit) or self.strides[0]
 
     def check_frames(self, frames: int) -> None:
         """ValueError, with the nearest that fit, where a clip of so many frames cannot be encoded."""
@@ -123,13 +120,9 @@ class DiffusersVAE(nn.Module):
                 f"come by {unit}. Closest: {below} or {below + unit} frames."
             )
 
-    # at work
-
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
-        """Pixels in -1..1 -> float32 latents: the posterior's mode, in the spread of the config.
-
-        Raises ValueError for sizes that do not fit, RecipeError where the weights cannot be used.
-        """
+        """Pixels in -1..1 -> float32 latents: the posterior's mode, in the spread of the config. Raises ValueError for
+        sizes that do not fit, RecipeError where the weights cannot be used."""
         vae, mean, std = self._ready(video.device)
         self._check_size(video, video.shape[2])
         latents = self._run(lambda clips: mode_of(vae.encode(clips)), video)
@@ -138,12 +131,10 @@ class DiffusersVAE(nn.Module):
         return (latents - frames_of(mean, latents)) / frames_of(std, latents)
 
     def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
-        """Latents -> float32 pixels, about -1..1: 1 + strides[0] * (t - 1) frames where the first stands alone.
-
-        Raises ValueError for a number of frames that does not fit, RecipeError where the weights cannot be used.
-        """
+        """Latents -> float32 pixels, about -1..1: 1 + strides[0] * (t - 1) frames where the first stands alone. Raises
+        ValueError for a number of frames that does not fit, RecipeError where the weights cannot be used."""
         vae, mean, std = self._ready(latents.device)
-        frames = self._frames(latents.shape[2])
+        frames = self.strides[0] * latents.shape[2] - (self.strides[0] - 1 if self.first_frame_alone else 0)
         self.check_frames(frames)
         latents = latents.float() * frames_of(std, latents) + frames_of(mean, latents)
         video = self._run(lambda clips: sample_of(self._decode(vae, clips)), latents)
@@ -181,13 +172,10 @@ class DiffusersVAE(nn.Module):
 
     def _run(self, run: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
         """In this part's own precision; tiles take one clip at a time, because some classes slice a batch wrongly."""
-        model = self._model()
-        alone = self.tiling or (model is not None and not model.batches)
+        alone = self.tiling or (self._model is not None and not self._model.batches)
         with torch.autocast(clips.device.type, enabled=False):
             clips = clips.to(self.dtype)
             return torch.cat([run(clip) for clip in (clips.split(1) if alone else [clips])]).float()
-
-    # sizes
 
     def _class(self) -> str:
         """The model's class as far as it is known: from the weights, else the recipe, else config.json."""
@@ -200,12 +188,9 @@ class DiffusersVAE(nn.Module):
         except RecipeError:  # `missing` tells, and so does the first use
             return ""
 
+    @property
     def _model(self) -> known.Known | None:
         return known.KNOWN.get(self._class())
-
-    def _frames(self, latent_frames: int) -> int:
-        alone = self.first_frame_alone
-        return 1 + self.strides[0] * (latent_frames - 1) if alone else self.strides[0] * latent_frames
 
     def _check_size(self, video: Tensor, frames: int) -> None:
         self.check_frames(frames)
@@ -224,8 +209,6 @@ class DiffusersVAE(nn.Module):
                 f"{list(wanted)}: strides {list(self.strides)}, channels {self.channels} and first_frame_alone "
                 f"{str(self.first_frame_alone).lower()} are not those of this model."
             )
-
-    # the model
 
     def _ready(self, device: torch.device) -> LoadedVae:
         """The model on a device, loaded once."""

@@ -18,20 +18,16 @@ def l1(a: Float[Tensor, "b *any"], b: Float[Tensor, "b *any"]) -> Float[Tensor, 
 
 
 def psnr(a: Float[Tensor, "b *any"], b: Float[Tensor, "b *any"]) -> Float[Tensor, "b"]:
-    """Peak signal-to-noise ratio of each sample in dB, for pixels in -1..1 (so the peak is 2): 10 log10(4 / MSE).
-
-    What lies outside is clamped, as it is when a clip is written. The mean square is over all frames; at most 100 dB.
-    """
+    """Peak signal-to-noise ratio of each sample in dB, for pixels in -1..1 (so the peak is 2): 10 log10(4 / MSE). What
+    lies outside is clamped, as it is when a clip is written. The mean square is over all frames; at most 100 dB."""
     error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp(min=4e-10))
 
 
 def kl_divergence(mean: Float[Tensor, "b *any"], logvar: Float[Tensor, "b *any"]) -> Float[Tensor, "b"]:
-    """KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2 of each sample (VAE, arXiv 1312.6114, appendix B).
-
-    A mean over all numbers of the latents, where LDM's code has sums over latents and pixels: its weight of 1e-6
-    becomes 1e-6 times (numbers of the latents) / (numbers of the clip) here.
-    """
+    """KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2 of each sample (VAE, arXiv 1312.6114, appendix B). A
+    mean over all numbers of the latents, where LDM's code has sums over latents and pixels: its weight of 1e-6 becomes
+    1e-6 times (numbers of the latents) / (numbers of the clip) here."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
 
 

@@ -53,10 +53,8 @@ class NetworkSizes:
 
     @cached_property
     def scales(self) -> list[Triple]:
-        """What each halving does to t, h and w, 1 or 2, from pixels to latents.
-
-        Where the strides differ, space is halved first, because that saves most, and time last, as in Wan.
-        """
+        """What each halving does to t, h and w, 1 or 2, from pixels to latents. Where the strides differ, space is
+        halved first, because that saves most, and time last, as in Wan."""
         t, h, w = (stride.bit_length() - 1 for stride in self.strides)
         count = max(t, h, w)
         return [(1 + (i >= count - t), 1 + (i < h), 1 + (i < w)) for i in range(count)]
@@ -209,13 +207,9 @@ class Network(nn.Module):
     def stream(
         self, piece: Float[Tensor, "b i t h w"], stream: Stream, most: int
     ) -> Iterator[Float[Tensor, "b o _t _h _w"]]:
-        """The next piece of a clip -> the frames that are ready by now; at the clip's end, all that are left.
-
-        Args:
-            most: frames that the first layer takes at once; later layers take as many as result from them. Where a
-                layer returns more, as at the end of a clip, when it returns all that it held, later ones take that in
-                several calls.
-        """
+        """The next piece of a clip -> the frames that are ready by now; at the clip's end, all that are left. `most`:
+        frames that the first layer takes at once; later layers take as many as result from them. Where a layer returns
+        more, as at the end of a clip, when it returns all that it held, later ones take that in several calls."""
         yield from self._stream(self._grid(piece), stream, most, list(self.layers.values()))
 
     def _stream(self, grid: Grid, stream: Stream, most: int, layers: list[nn.Module]) -> Iterator[Tensor]:

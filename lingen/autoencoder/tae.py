@@ -77,8 +77,6 @@ class TAE(nn.Module):
     mean: Tensor
     std: Tensor
 
-    # latents as the denoiser sees them
-
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> latents. With gradients on the clip is taken whole, else piece by piece."""
         if torch.is_grad_enabled():
@@ -94,10 +92,8 @@ class TAE(nn.Module):
         return torch.cat(list(self.decode_stream(latents)), 2)
 
     def encode_stream(self, pieces: Iterable[Float[Tensor, "b 3 _t h w"]]) -> Iterator[Float[Tensor, "b c _t _h _w"]]:
-        """Consecutive pieces of a clip, of any lengths -> its latents, in pieces. Runs without gradients.
-
-        Raises ValueError for a clip without frames, or of a size that the strides do not divide.
-        """
+        """Consecutive pieces of a clip, of any lengths -> its latents, in pieces. Runs without gradients. Raises
+        ValueError for a clip without frames, or of a size that the strides do not divide."""
         self._load_once()
         stream = Stream()
         most = self.chunk * self.strides[0]
@@ -117,8 +113,6 @@ class TAE(nn.Module):
 
     def _raw(self, latents: Tensor) -> Tensor:
         return latents * self.std.view(-1, 1, 1, 1) + self.mean.view(-1, 1, 1, 1)
-
-    # used to train the autoencoder itself; reads no file
 
     def posterior(
         self, video: Float[Tensor, "b 3 t h w"]
@@ -146,8 +140,6 @@ class TAE(nn.Module):
                 f"multiples of {across[0]} and {across[1]}."
             )
         return video
-
-    # weights
 
     def missing(self) -> list[Missing]:
         """What is missing for it to run, found without reading weights."""
@@ -198,9 +190,7 @@ class TAESmall(TAE):
 
 def regroup(pieces: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, bool]]:
     """Pieces [b c _t h w] of any lengths -> pieces of `size` frames (the last one of 1..size), and whether it is last.
-
-    Raises ValueError where there are no frames at all.
-    """
+    Raises ValueError where there are no frames at all."""
     held: Tensor | None = None
     for piece in pieces:
         held = piece if held is None else torch.cat([held, piece], 2)

@@ -33,14 +33,12 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Tiles | None:
-    """The tiles that are asked for, of which neighbours share a quarter (ours).
+    """The tiles that are asked for, of which neighbours share a quarter (ours). SettingError for sides that the strides
+    do not divide, or of which a quarter is less than a latent: without overlap, the edges of tiles would be visible.
 
     Args:
         tile: height and width in pixels; None: space is not cut.
         strides: the autoencoder's.
-    Raises:
-        SettingError: sides that the strides do not divide, or of which a quarter is less than a latent: without
-            overlap, the edges of tiles would be visible.
     """
     if tile is None:
         return None
@@ -63,10 +61,8 @@ def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Til
 
 
 def encode_tiled(autoencoder: Autoencoder, pieces: Iterable[Video], tiles: Tiles | None) -> Iterator[Latents]:
-    """A clip in -1..1 that comes piece by piece -> its latents, piece by piece; in one where it has no streams.
-
-    Raises ValueError where there are no pieces.
-    """
+    """A clip in -1..1 that comes piece by piece -> its latents, piece by piece; in one where it has no streams. Raises
+    ValueError where there are no pieces."""
     pieces = iter(pieces)
     first = next(pieces, None)
     if first is None:

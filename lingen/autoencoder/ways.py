@@ -25,11 +25,8 @@ def ways_of(autoencoder: Autoencoder) -> list[str]:
 
 
 def way_for(autoencoder: Autoencoder, asked: str | None, name: str) -> str:
-    """The way that was asked for; for None or ``auto`` exact where the autoencoder has streams, else whole.
-
-    Raises:
-        RecipeError: a way that it does not have.
-    """
+    """The way that was asked for; for None or ``auto`` exact where the autoencoder has streams, else whole. RecipeError
+    for a way that it does not have."""
     ways = ways_of(autoencoder)
     if asked in (None, "auto"):
         return "exact" if "exact" in ways else "whole"

@@ -4,7 +4,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -86,11 +86,7 @@ def prepared(
     ways: Sequence[str] = (),
 ) -> tuple[ClipBench, list[int], list[str]]:
     """The autoencoder, the lengths, shortest first, and the ways to go, in the order of `WAYS`; all that it has where
-    none is asked for.
-
-    Raises:
-        RecipeError: for settings, sizes, lengths and ways that the autoencoder does not take.
-    """
+    none is asked for. RecipeError for settings, sizes, lengths and ways that the autoencoder does not take."""
     scale = FULL if place.cuda else QUICK
     autoencoder, weights = _built(component, place.device, say)
     bench = ClipBench(autoencoder, component, weights, size or scale.size, place)
@@ -109,10 +105,8 @@ def bench_autoencoder(bench: ClipBench, lengths: Sequence[int], ways: Sequence[s
 
 
 def _built(component: dict[str, Any], device: torch.device, say: Say) -> tuple[Autoencoder, str]:
-    """The autoencoder on its device, and which weights it has: random ones where its own are missing.
-
-    Raises RecipeError where these are missing and it has no layers without them.
-    """
+    """The autoencoder on its device, and which weights it has: random ones where its own are missing. RecipeError where
+    these are missing and it has no layers without them."""
     torch.manual_seed(0)
     with device:
         autoencoder: Any = AUTOENCODERS.build(component)
@@ -145,9 +139,6 @@ def _ways(bench: ClipBench, asked: Sequence[str], lengths: Sequence[int]) -> lis
     for frames in lengths:
         check_frames(frames, autoencoder)
     return ways
-
-
-# long clips
 
 
 def _clips(bench: ClipBench, way: str, lengths: Sequence[int], results: Results) -> None:
@@ -221,9 +212,6 @@ def clip(
         yield (across.sin() * down.cos())[None]
 
 
-# how far the ways are apart
-
-
 def _compare(bench: ClipBench, ways: Sequence[str], results: Results) -> None:
     """Compares the ways in the run's precision and in float64, in which exact ways differ by rounding alone."""
     scale = FULL if bench.place.cuda else QUICK
@@ -236,16 +224,9 @@ def _compare(bench: ClipBench, ways: Sequence[str], results: Results) -> None:
     wide = replace(small, autoencoder=exact, place=bench.place._replace(dtype=torch.float64))
     for one in (small, wide) if ways else ():
         for frames in scale.compared:
-            if _takes(one.autoencoder, frames):
+            with suppress(SettingError):  # of a length that it does not take
+                check_frames(frames, one.autoencoder)
                 results.add(_agreement(one, ways, frames))
-
-
-def _takes(autoencoder: Autoencoder, frames: int) -> bool:
-    try:
-        check_frames(frames, autoencoder)
-    except SettingError:
-        return False
-    return True
 
 
 def _agreement(bench: ClipBench, ways: Sequence[str], frames: int) -> Fields:

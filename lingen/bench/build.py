@@ -26,9 +26,7 @@ def built(make: Callable[[], Made], place: Place) -> Made:
 
     On a GPU it is constructed on `meta`, which runs none of its own code there, and `draw_weights` draws its weights;
     one that holds buffers is constructed where it belongs. Parameters that it keeps in float32 by itself stay so.
-
-    Raises:
-        SettingError: for a setting that it does not take.
+    SettingError for a setting that it does not take.
     """
     torch.manual_seed(0)
     if place.cuda:
@@ -101,11 +99,9 @@ def tflop_of(config: LinGenConfig, grid: Triple, place: Place) -> float:
 
 
 def compiled(run: Callable[..., Result]) -> Callable[..., Result]:
-    """`run` under torch.compile, for sizes that stay, forward and backward.
-
-    Without the fusion of sums over rows with sums over columns: torch 2.11 forgets the outer axes of a gradient
-    [1 1 d] there, which autograd refuses (pytorch issue 178080), and writes others nowhere (issue 193061).
-    """
+    """`run` under torch.compile, for sizes that stay, forward and backward. Without the fusion of sums over rows with
+    sums over columns: torch 2.11 forgets the outer axes of a gradient [1 1 d] there, which autograd refuses (pytorch
+    issue 178080), and writes others nowhere (issue 193061)."""
     made: Callable[..., Result] = torch.compile(run, dynamic=False, options={"triton.mix_order_reduction": False})
     return made
 

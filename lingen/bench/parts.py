@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -36,10 +35,8 @@ def part_of_kernel(kernel: str) -> str:
 
 @lru_cache
 def triton_kernels() -> dict[str, str]:
-    """Name of each Triton function of `lingen.kernels` -> its operation; read from the sources, not imported.
-
-    A name that occurs in several operations stands for all of them, because a profile holds names only.
-    """
+    """Name of each Triton function of `lingen.kernels` -> its operation; read from the sources, not imported. A name
+    that occurs in several operations stands for all of them, because a profile holds names only."""
     owners: dict[str, list[str]] = {}
     for file in sorted((Path(__file__).parents[1] / "kernels").glob("*_triton.py")):
         operation = file.stem.removesuffix("_triton").removesuffix("_backward").replace("_", " ")
@@ -50,10 +47,8 @@ def triton_kernels() -> dict[str, str]:
 
 
 def milliseconds_by_part(work: Work, device: torch.device, runs: int = 1) -> dict[str, float]:
-    """Milliseconds of each part, most first: mean of the runs.
-
-    A part's time is that of its CUDA kernels, on the CPU of its operators without those inside of them.
-    """
+    """Milliseconds of each part, most first: mean of the runs. A part's time is that of its CUDA kernels, on the CPU of
+    its operators without those inside of them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     from torch.profiler import ProfilerActivity, profile
 
@@ -65,12 +60,9 @@ def milliseconds_by_part(work: Work, device: torch.device, runs: int = 1) -> dic
             torch.cuda.synchronize(device)
     parts: Counter[str] = Counter()
     for event in profiled.key_averages():
-        if not cuda or _is_kernel(event):
+        # Operators carry the time of the kernels that they launch: counting both would count twice.
+        is_kernel = event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if is_kernel or not cuda:
             microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
             parts[part_of_kernel(event.key)] += microseconds / 1e3 / runs
     return dict(parts.most_common())
-
-
-def _is_kernel(event: Any) -> bool:
-    """Operators carry the time of the kernels that they launch: counting both would count twice."""
-    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)

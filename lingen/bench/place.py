@@ -31,9 +31,7 @@ class Place(NamedTuple):
 
 def place_of(device: str | None, precision: str | None = None, budget: float | None = None) -> Place:
     """The place that is asked for; by default the GPU where there is one, in bfloat16, else the CPU in float32.
-
-    RecipeError for a device that is not here, or on which nothing is measured.
-    """
+    RecipeError for a device that is not here, or on which nothing is measured."""
     if device and device.partition(":")[0] not in ("cpu", "cuda"):
         raise RecipeError(f"There is no device '{device}' to measure on; say cpu or cuda.")
     found = best_device(device)

@@ -29,9 +29,6 @@ PartTimes = dict[str, float]
 """Part -> milliseconds."""
 
 
-# what the rows show
-
-
 def findings(
     rows: Sequence[Fields],
     mixers: Sequence[MixerChoice],
@@ -39,10 +36,9 @@ def findings(
     grids: Sequence[Triple],
     splits: Mapping[str, Sequence[tuple[int, PartTimes]]],
 ) -> Fields:
-    """All of it, as fields of the result file.
+    """All of it, from the rows of the result file, as further fields of it.
 
     Args:
-        rows: of the result file.
         grids: on which FLOPs by part are counted.
         splits: mixer -> (tokens, its time by part) from the smallest grid to the largest.
     """
@@ -138,9 +134,6 @@ def says(called_out: Fields) -> str:
     )
 
 
-# tables
-
-
 def _exponents(files: Files) -> Iterator[Fields]:
     """Of each mixer, in the last file that has them."""
     result = [file for file in files.values() if "fits" in file][-1:]
@@ -182,9 +175,6 @@ BESIDE_THE_PAPER = Table(
     _beside_the_paper,
     "size | time, ours=ms | FLOPs, ours=tflop | latency, paper=latency | FLOPs, paper=flops",
 )
-
-
-# files to read
 
 
 def write_receipt(result: Fields, out: Path) -> list[Path]:

@@ -27,16 +27,14 @@ GIB = 2**30
 
 
 class Results:
-    """A result file: device, versions, date, commit, command, further fields of the measurement, rows.
+    """A result file: device, versions, date, commit, command, further fields of the measurement, rows. RecipeError
+    where it cannot be written.
 
     Args:
         path: of the JSON file; its folder is made.
         about: further fields of the head.
-        device: what is measured.
         say: gets a line for each row.
         commit: where there is no checkout that could tell it.
-    Raises:
-        RecipeError: the file cannot be written there.
     """
 
     def __init__(self, path: Path, about: Fields, device: torch.device, say: Say, commit: str | None = None):

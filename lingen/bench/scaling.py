@@ -44,12 +44,9 @@ def check_grids(grids: Sequence[Triple]) -> None:
 
 
 def scaling(mixers: Sequence[MixerChoice], dim: int, grids: Sequence[Triple], place: Place, results: Results) -> Fields:
-    """Measures every mixer on every grid, smallest first, and fits exponents; the file grows row by row.
-
-    Returns:
-        what the file holds: the head, rows, and ``fits: {mixer: {flops | time | memory: {exponent, low, high}}}`` of
-        the forward; what else is in it is said at `findings`.
-    """
+    """Measures every mixer on every grid, smallest first, and fits exponents; the file grows row by row. Returns what
+    the file holds: the head, rows, and ``fits: {mixer: {flops | time | memory: {exponent, low, high}}}`` of the
+    forward; what else is in it is said at `findings`."""
     memory = "activation peak above weights" if place.cuda else "activations kept for the backward pass"
     results.data["memory"] = memory
     splits = measure_scaling(mixers, dim, grids, place, results)
@@ -65,27 +62,21 @@ def measure_scaling(
     """A row for each mixer and grid. Returns mixer -> (tokens, milliseconds of the parts) for each grid."""
     layers = {name_of(one): built(partial(MIXERS.build, one, dim, 1), place) for one in mixers}
     normal = partial(torch.randn, device=place.device, dtype=place.dtype)
-    _warm_up(layers, normal(1, *min(grids, key=math.prod), dim))
+    # Compiles kernels and lets the libraries take their workspace, which else counts as memory of the first size.
+    x = normal(1, *min(grids, key=math.prod), dim)
+    for layer in layers.values():
+        forward_work(layer, [x])()
+        forward_backward(layer, [x.detach().requires_grad_()], layer.parameters(), torch.randn_like(x))()
     weights = held(place.device)
     splits: dict[str, list[tuple[int, PartTimes]]] = defaultdict(list)
     for grid in sorted(grids, key=math.prod):
         results.say(f"{label(grid)}: {math.prod(grid):,} tokens")
-        tflop = {name_of(one): _tflop(one, dim, grid, place) for one in mixers}
+        of = {name_of(one): mixer_flops(one, dim, 1, grid, place.sixteen_bit, place.device.type) for one in mixers}
+        tflop = {name: sum(flops.values()) / 1e12 for name, flops in of.items()}
         for row, split in _on_grid(layers, tflop, normal(1, *grid, dim), weights, place):
             results.add(row)
             splits[row["mixer"]] += [(row["tokens"], split)] if split else []
     return splits
-
-
-def _tflop(component: MixerChoice, dim: int, grid: Triple, place: Place) -> float:
-    return sum(mixer_flops(component, dim, 1, grid, place.sixteen_bit, place.device.type).values()) / 1e12
-
-
-def _warm_up(layers: Mapping[str, nn.Module], x: Tensor) -> None:
-    """Compiles kernels and lets the libraries take their workspace, which else counts as memory of the first size."""
-    for layer in layers.values():
-        forward_work(layer, [x])()
-        forward_backward(layer, [x.detach().requires_grad_()], layer.parameters(), torch.randn_like(x))()
 
 
 def _on_grid(

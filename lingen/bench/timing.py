@@ -58,14 +58,9 @@ def milliseconds(work: Work, device: torch.device) -> float:
 
 
 def costs(works: Mapping[str, Work], place: Place, cold: Collection[str] = ()) -> dict[str, Cost]:
-    """Several pieces of work, round after round, so that a GPU that slows down slows all of them.
-
-    One that takes longer than the place's budget runs once, a short one `MOST_RUNS` times, the warm-up left out. One
-    that needs more memory than there is is left out.
-
-    Args:
-        cold: those that need no warm-up, or are too long for one.
-    """
+    """Several pieces of work, round after round, so that a GPU that slows down slows all of them. One that takes longer
+    than the place's budget runs once, a short one `MOST_RUNS` times, the warm-up left out. One that needs more memory
+    than there is is left out. `cold`: those that need no warm-up, or are too long for one."""
     device = place.device
     warm = {name: or_none(partial(milliseconds, work, device)) for name, work in works.items() if name not in cold}
     first = {

@@ -14,11 +14,7 @@ PACKAGE = "lingen_yardsticks"
 
 
 def yardstick(name: str) -> ModuleType:
-    """A module of tests/yardsticks, such as ``stock``.
-
-    Raises:
-        RecipeError: lingen was installed without its tests.
-    """
+    """A module of tests/yardsticks, such as ``stock``. RecipeError where lingen was installed without its tests."""
     if PACKAGE not in sys.modules:
         file = FOLDER / "__init__.py"
         if not file.is_file():

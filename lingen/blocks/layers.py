@@ -104,9 +104,7 @@ def decays(parameter: nn.Parameter) -> bool:
 
 def head_count(dim: int, num_heads: int | None) -> int:
     """Number of heads; None takes the widest heads among 128, 64, ..., 8 that give two or more, else one head [ours].
-
-    Raises SettingError where `num_heads` does not divide `dim`.
-    """
+    Raises SettingError where `num_heads` does not divide `dim`."""
     if num_heads is None:
         return next((dim // e for e in (128, 64, 32, 16, 8) if dim % e == 0 and dim >= 2 * e), 1)
     if dim % num_heads:

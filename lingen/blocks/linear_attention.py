@@ -41,11 +41,9 @@ class LinearAttention(nn.Module):
 def relu_attention(
     q: Float[Tensor, "b n k e"], k: Float[Tensor, "b n k e"], v: Float[Tensor, "b n k e"], eps: float = 1e-6
 ) -> Float[Tensor, "b n k e"]:
-    """out_i = sum_j w_ij v_j / (sum_j w_ij + n eps) with w_ij = relu(q_i) . relu(k_j), in O(n e^2).
-
-    A query without a positive channel gets zeros. Products in the inputs' dtype, their sums over the blocks of the
-    sequence in float32 at least; the result is in v's dtype.
-    """
+    """out_i = sum_j w_ij v_j / (sum_j w_ij + n eps) with w_ij = relu(q_i) . relu(k_j), in O(n e^2). A query without a
+    positive channel gets zeros. Products in the inputs' dtype, their sums over the blocks of the sequence in float32 at
+    least; the result is in v's dtype."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     q, k, v = (u.transpose(1, 2) for u in (F.relu(q), F.relu(k), v))  # [b k n e]
     n = k.shape[2]

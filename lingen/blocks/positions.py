@@ -41,10 +41,8 @@ class Positions(nn.Module):
 
 
 def sin_cos(rows: range, dim: int, axis: int, std: float) -> Float[Tensor, "n d"]:
-    """The start of a table: sine and cosine in the axis's own third of the channels, zeros elsewhere.
-
-    If the axes shared channels, the sum could not tell (t, h) = (3, 0) from (0, 3).
-    """
+    """The start of a table: sine and cosine in the axis's own third of the channels, zeros elsewhere. If the axes
+    shared channels, the sum could not tell (t, h) = (3, 0) from (0, 3)."""
     share = [dim // 2 // 3 + (i < dim // 2 % 3) for i in range(3)]
     start, pairs = 2 * sum(share[:axis]), share[axis]
     frequencies = _BASE ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
@@ -85,11 +83,9 @@ def _centred(table: Float[Tensor, "n d"], length: int, scale: float) -> Float[Te
 
 
 def resize_tables(state_dict: Mapping[str, Tensor], config: LinGenConfig) -> dict[str, Tensor]:
-    """Fits the positional tables of trained weights to `config.max_grid`; everything else is passed on as it is.
-
-    The new tables for h and w are what the old ones give for a frame of the new size; t is cut or continued. Use it
-    alike on the weights and on their averaged copy. Tables that are not there are left out.
-    """
+    """Fits the positional tables of trained weights to `config.max_grid`; everything else is passed on as it is. The
+    new tables for h and w are what the old ones give for a frame of the new size; t is cut or continued. Use it alike
+    on the weights and on their averaged copy. Tables that are not there are left out."""
     state = dict(state_dict)
     t, h, w = (state.get(f"positions.{axis}") for axis in "thw")
     if t is None or h is None or w is None:

@@ -61,10 +61,8 @@ def hilbert(t: int, h: int, w: int) -> Int[Tensor, "n"]:
 
 
 def order_of(scan: str | ScanEntry, layer: int) -> ScanOrder:
-    """The order that `layer` takes from an entry or from the name of one.
-
-    Raises SettingError for an unknown name and for what is not a scan order, and where a function gives no bijection.
-    """
+    """The order that `layer` takes from an entry or from the name of one. Raises SettingError for an unknown name and
+    for what is not a scan order, and where a function gives no bijection."""
     entry: Any = scan
     for _ in range(8):  # a cycle may hold names and cycles, nested at most 8 deep
         if entry in AXES or callable(entry):

@@ -74,10 +74,8 @@ class TemporalSwin(nn.Module):
 
 def window_padding(grid: Triple, window: Triple, shifted: bool) -> Padding:
     """Tokens to add before and after each axis so that windows tile it; at most one window less one on either side.
-
     Without shift they are split over both sides, so that no edge is left with a sliver. The shift moves all borders by
-    half a window, by padding more in front: a roll would let the last frames see the first.
-    """
+    half a window, by padding more in front: a roll would let the last frames see the first."""
 
     def of_axis(n: int, size: int) -> tuple[int, int]:
         before = (-n % size) // 2
@@ -92,10 +90,8 @@ def window_padding(grid: Triple, window: Triple, shifted: bool) -> Padding:
 def project_onto(
     onto: Float[Tensor, "*tokens d"], x: Float[Tensor, "*tokens e"], weight: Float[Tensor, "d e"]
 ) -> Float[Tensor, "*tokens d"]:
-    """onto + x weight^T, summed inside the matrix product; without autograd into the memory of `onto`.
-
-    `onto` has x's dtype, and the weight is cast to it.
-    """
+    """onto + x weight^T, summed inside the matrix product; without autograd into the memory of `onto`. `onto` has x's
+    dtype, and the weight is cast to it."""
     into, rows, weight = onto.flatten(0, -2), x.flatten(0, -2), weight.to(x.dtype).mT
     # addmm copies `onto` first, which costs as much as the sum.
     in_place = not torch.is_grad_enabled() and onto.is_contiguous()

@@ -175,15 +175,9 @@ def bench_show(args: argparse.Namespace) -> int:
     return DONE
 
 
-# what the commands share
-
-
 def place_for(args: argparse.Namespace, budget: float | None = None) -> Any:
     """Where it is measured: on the CPU with --quick. Fills in the width and the grids, which are small on a CPU.
-
-    Args:
-        budget: seconds for each number, where the user says none.
-    """
+    `budget`: seconds for each number, where the user says none."""
     from lingen.bench.place import place_of
 
     quick = getattr(args, "quick", False)

@@ -98,10 +98,7 @@ SHARD_MB = argument("--shard-mb", type=natural, default=1000, metavar="N", help=
 
 def ways_of_args(args: argparse.Namespace) -> tuple[str | None, tuple[int, int] | None]:
     """The way through the autoencoder that `STREAM_FLAGS` ask for (None: its own), and the tile; a tile means tiled.
-
-    Raises:
-        RecipeError: a tile with another way.
-    """
+    RecipeError for a tile with another way."""
     if args.tile is None or args.stream == "tiled":
         return args.stream, args.tile
     if args.stream is not None:
@@ -112,11 +109,9 @@ def ways_of_args(args: argparse.Namespace) -> tuple[str | None, tuple[int, int] 
 def command(
     help: str, *arguments: Argument, overrides: bool = False, behind: bool = False
 ) -> Callable[[CommandFunction], CommandFunction]:
-    """Makes a function the command of its name, `data_fetch` that of ``lingen data fetch``.
-
-    With `overrides`, ``key=value`` words arrive in ``args.overrides``, and so does --import: it adds to `imports` of
-    the recipe. With `behind`, what stands behind ``--`` arrives in ``args.behind`` as it is.
-    """
+    """Makes a function the command of its name, `data_fetch` that of ``lingen data fetch``. With `overrides`,
+    ``key=value`` words arrive in ``args.overrides``, and so does --import: it adds to `imports` of the recipe. With
+    `behind`, what stands behind ``--`` arrives in ``args.behind`` as it is."""
     arguments += (IMPORT,) if overrides else ()
 
     def add(run: CommandFunction) -> CommandFunction:

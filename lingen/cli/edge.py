@@ -35,14 +35,12 @@ LESS_MEMORY = {
 
 def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None:
     """One line for an error of files, of memory or of a killed loader process, with the cure; None for any other error.
-
-    Args:
-        args: of the command; its `out` or `run` names the place where the error does not.
-    """
+    `args`: of the command; its `out` or `run` names the place where the error does not."""
     if is_out_of_memory(error):
         command = getattr(args, "command", "")
         cure = LESS_MEMORY.get(command, "give it less at a time, or a machine with more memory")
-        return f"Out of memory ({_short(error)}): {cure}."
+        said = " ".join(str(error).split(". ")[0].split())[:160].rstrip(".") or type(error).__name__
+        return f"Out of memory ({said}): {cure}."
     if is_lost_rank(error):
         told = "Another rank has ended, so the run ends. What that one said, and its launcher, tell why."
         return told if here().rank == 0 and here().by != "lingen" else ""  # whoever started that rank tells
@@ -65,7 +63,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in ALLOCATIONS)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split(". ")[0].split())[:160].rstrip(".") or type(error).__name__

@@ -43,7 +43,8 @@ def prompts_rewrite(args: argparse.Namespace) -> int:
     if wrong and not args.json:  # one line for each prompt, so that none stands for another
         print("Nothing was written. Change what is named above; the others are kept.", file=sys.stderr)
         return FAILED
-    text = json.dumps([_row(one) for one in found], indent=2, ensure_ascii=False) if args.json else _lines(found)
+    lines = "\n".join(str(one.text) for one in found)
+    text = json.dumps([_row(one) for one in found], indent=2, ensure_ascii=False) if args.json else lines
     if args.out is None:
         print(text)
     else:
@@ -96,10 +97,6 @@ def report_faults(found: Sequence[Rewritten]) -> int:
 def _row(one: Rewritten) -> dict[str, str | bool | None]:
     row: dict[str, str | bool | None] = {"prompt": one.prompt, "rewritten": one.text, "cached": one.cached}
     return row | {"fault": one.fault} if one.fault else row
-
-
-def _lines(found: Sequence[Rewritten]) -> str:
-    return "\n".join(str(one.text) for one in found)
 
 
 def _write(path: str, text: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -199,12 +200,9 @@ def _sample_again(args: argparse.Namespace) -> int:
     made = Path(args.again)
     out = args.out or made.with_name(f"{made.stem}-again.mp4")
     with count_bar("sampling") as progress:
-        print(sample_again(made, out, args.run or args.checkpoint, say=_tell, progress=progress))
+        say = partial(print, file=sys.stderr)
+        print(sample_again(made, out, args.run or args.checkpoint, say=say, progress=progress))
     return DONE
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 NOTED = ("prompt", "prompts", "rewrite", "rewriter", "seed", "steps", "guidance", "seconds", "size", "repeat")

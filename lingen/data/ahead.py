@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from lingen.data.index import Index
 from lingen.data.remote import is_remote
@@ -20,13 +20,8 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
 
 
-class SampleSpan(NamedTuple):
-    """Where a sample lies, see `Reader.read`."""
-
-    shard: str
-    offset: int
-    length: int
-    version: str
+SampleSpan = tuple[str, int, int, str]
+"""Shard, offset, length and version of a sample, see `Reader.read`."""
 
 
 class Ahead:
@@ -58,7 +53,7 @@ class Ahead:
                 coming.cancel()
         for number in wanted.keys() - self._coming.keys():
             place = self._place(number)
-            if is_remote(place.shard):
+            if is_remote(place[0]):
                 self._coming[number] = _threads(os.getpid()).submit(self._read, place)
             else:
                 self.reader.announce(*place[:3])
@@ -80,11 +75,11 @@ class Ahead:
         # The hash is that of the media alone: captions may change beside them.
         version = f"{record['hash']:016x} {self.index.versions[record['shard']]}" if self.index.versions else ""
         shard = str(self.index.shards[record["shard"]])
-        return SampleSpan(shard, int(record["offset"]), int(record["length"]), version)
+        return shard, int(record["offset"]), int(record["length"]), version
 
     def _read(self, place: SampleSpan) -> Piece:
-        piece = self.reader.read(*place)
-        if len(piece.data) < place.length:
-            missing = f"{place.length - len(piece.data)} of {place.length} bytes at {place.offset} are missing"
+        piece, (_, offset, length, _) = self.reader.read(*place), place
+        if len(piece.data) < length:
+            missing = f"{length - len(piece.data)} of {length} bytes at {offset} are missing"
             raise ValueError(f"cut off: the shard ends before the sample does, {missing}")
         return piece

@@ -34,7 +34,8 @@ class Batch(NamedTuple):
     """Where each sample came from."""
     slots: Tensor
     """int64 [b]: the number of each sample in the stage's stream of all ranks and kinds. Noise and times follow
-    from it, so that training does not depend on how samples are spread over ranks."""
+    from it, so that training does not depend on how samples are spread over ranks. -1: a held-out sample that comes
+    again, only so that every rank has as many."""
     drops: list[Drop]
     """Samples that belong to this batch but could not be used, and were replaced."""
     retries: list[str]

@@ -86,14 +86,12 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
     A video goes to the longest clip that it fills, and among those to the frame whose aspect ratio is nearest. What the
     manifest does not tell counts as fitting ``data.frames`` and ``data.size``. Encoded samples must have been encoded
     for the very shape and frame rate. A batch holds as many samples as come to the tokens of ``data.batch`` samples of
-    the first shape.
+    the first shape. RecipeError where several shapes are asked for, and there is no manifest to sort by, and where one
+    sample of a shape comes to more tokens than a batch may have.
 
     Args:
         tokens: of one sample of a shape.
         setting: where the shards stand in the recipe, for messages.
-    Raises:
-        RecipeError: several shapes are asked for, and there is no manifest to sort by; or one sample of a shape comes
-            to more tokens than a batch may have.
     """
     shapes = shapes_of(data, kind)
     if len(shapes) > 1 and not index.mark:

@@ -8,11 +8,8 @@ NO_CAPTION = "no caption"
 
 
 def captions_of(sample: dict[str, bytes]) -> list[str]:
-    """`captions` (a list) or `caption` of the JSON, else the text of the .txt; at least one, each once.
-
-    Raises:
-        ValueError: ``no caption`` (none, or one of them empty), ``broken JSON``, ``caption is not UTF-8``.
-    """
+    """`captions` (a list) or `caption` of the JSON, else the text of the .txt; at least one, each once. ValueError:
+    ``no caption`` (none, or one of them empty), ``broken JSON``, ``caption is not UTF-8``."""
     try:
         about = decode_json(sample["json"]) if "json" in sample else None
         about = about if isinstance(about, dict) else {}

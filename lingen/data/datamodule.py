@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -53,6 +53,8 @@ class ClipData(lightning.LightningDataModule):
         self.start_step = 0
         """Optimiser step of the first training batch; the trainer's, where that is further on."""
         self._resumed: dict[str, Any] | None = None
+        self.passed = 0
+        """Samples that were passed over when the stage went back to an earlier step."""
 
     @property
     def kinds(self) -> list[str]:
@@ -157,8 +159,6 @@ class ClipData(lightning.LightningDataModule):
             index.encoded and all(about.settings.get("null_text") for about in index.abouts) for index in indexes
         )
 
-    # reports
-
     @property
     def faults(self) -> list[Drop]:
         """Training shards and samples that were found to be broken when they were opened."""
@@ -190,8 +190,6 @@ class ClipData(lightning.LightningDataModule):
             lines.append(f"{kind}: {buckets}{out}")
         return lines
 
-    # loaders
-
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless; it begins at the step that training stands at whenever it is iterated anew."""
         workers = self.recipe.data.workers
@@ -221,6 +219,10 @@ class ClipData(lightning.LightningDataModule):
         """The places of those batches."""
         return self.order(world).places(start, rank)
 
+    def names(self) -> Iterator[list[str]]:
+        """``shard:key`` of the samples of each batch of this rank, from where training stands."""
+        return map(self.train.names, self._places_from_here())
+
     def order(self, world: int = 1) -> BatchOrder:
         """The order of the stage's batches for this number of ranks, from where a loaded checkpoint leaves it."""
         lanes = {kind: pool.lanes for kind, pool in self.train.pools.items()}
@@ -249,8 +251,6 @@ class ClipData(lightning.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    # resuming
-
     def state_dict(self) -> dict[str, Any]:
         """A few integers that follow from the steps trained, not from the batches handed out, which are ahead of
         training."""
@@ -272,6 +272,18 @@ class ClipData(lightning.LightningDataModule):
                 "or start a new run with init=RUN, which goes on from its weights with new epochs."
             )
         self._resumed = state_dict
+
+    def taken(self, step: int) -> dict[str, list[int]]:
+        """Samples of each bucket that all ranks have taken before a step."""
+        return self.order(self._ranks()[1]).taken(step)
+
+    def go_past(self, taken: Mapping[str, Sequence[int]]) -> None:
+        """Goes on from this step with what comes after samples that were taken in later ones, see `Anchor`: those since
+        then are passed over."""
+        step = self._step()
+        self.passed = sum(map(sum, taken.values())) - sum(map(sum, self.taken(step).values()))
+        here = [step, {kind: list(counts) for kind, counts in taken.items()}]
+        self._resumed = {"samples": (self._resumed or {}).get("samples", {}), "anchor": here, "here": here}
 
     def _samples(self) -> dict[str, dict[str, int]]:
         """Kind -> bucket -> samples."""
@@ -315,11 +327,9 @@ def _closing() -> Any:
 
 
 def _start_worker(closing: Any, worker: int) -> None:
-    """Signals are for the training process, which ends its workers itself.
-
-    A scheduler that stops a job signals all its processes. A worker that ended at once would break the step that is
-    still to be saved, so it ends only with the training process.
-    """
+    """Signals are for the training process, which ends its workers itself. A scheduler that stops a job signals all its
+    processes. A worker that ended at once would break the step that is still to be saved, so it ends only with the
+    training process."""
     for number in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), signal.SIG_IGN)

@@ -134,6 +134,11 @@ class Clips(Dataset[Batch]):
             null=null,
         )
 
+    def names(self, place: RankBatch) -> list[str]:
+        """``shard:key`` of the samples of a place, unless spares take their places."""
+        index = self.pools[place.kind].index
+        return [index.where(self._choose(place, number).number) for number in place.numbers]
+
     def _read_ahead(self, place: RankBatch) -> None:
         """Starts reading this batch and the next one in threads, unless decoded clips are cached."""
         if self.cache.limit:

@@ -28,14 +28,12 @@ class Clip(NamedTuple):
 def decode_sample(
     sample: Mapping[str, Any], kind: str, *, frames: int, size: tuple[int, int], fps: float, start: float
 ) -> Clip:
-    """The clip (or the picture: t = 1) of a sample.
+    """The clip (or the picture: t = 1) of a sample. ValueError ``reason: detail`` where it cannot be used.
 
     Args:
         sample: extension -> content; what else it holds, such as webdataset's ``__key__``, is not read.
         kind: ``image`` or ``video``; a webp is a picture in the one and an animation in the other.
         frames, size, fps, start: see `decode_video`.
-    Raises:
-        ValueError: ``reason: detail``, where it cannot be used.
     """
     known = VIDEO if kind == "video" else IMAGE
     suffix = next((suffix for suffix in known if suffix in sample), None)
@@ -47,13 +45,11 @@ def decode_sample(
     return decode(sample[suffix], frames=frames, size=size, fps=fps, start=start)
 
 
-# video
-
-
 def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float, start: float) -> Clip:
     """A clip of an MP4 or a WebM, resampled by the time stamps of its frames, whatever its header says.
 
-    Decoding begins at the key frame before the clip and ends with its last frame.
+    Decoding begins at the key frame before the clip and ends with its last frame. ShortClip for too few frames,
+    ValueError for broken or refused bytes.
 
     Args:
         data: the file.
@@ -61,9 +57,6 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
         size: height and width in pixels: the smaller side is scaled to cover it, the centre is cut out.
         fps: frames per second wanted; each frame is the nearest one in time.
         start: 0 <= start < 1, where between the first and the last possible beginning the clip begins.
-    Raises:
-        ShortClip: too few frames.
-        ValueError: broken or refused bytes.
     """
     with opened_video(data) as (stream, packets, shown):
         tick = float(stream.time_base)
@@ -73,11 +66,9 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
 
 
 def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size: tuple[int, int]) -> list[np.ndarray]:
-    """The frames with the presentation times `chosen` (ascending, with repeats), fitted to `size`.
-
-    From the key frame before the first to the last one of them, without pictures that no other one is built from. Where
-    that does not give all, everything is decoded: a container may call a frame a key frame that is none.
-    """
+    """The frames with the presentation times `chosen` (ascending, with repeats), fitted to `size`. From the key frame
+    before the first to the last one of them, without pictures that no other one is built from. Where that does not give
+    all, everything is decoded: a container may call a frame a key frame that is none."""
     needed = set(chosen.tolist())
     key = max((i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= chosen[0]), default=0)
     if key and _is_old_x264(packets[0]):
@@ -95,11 +86,9 @@ def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size:
 
 
 def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int, int]) -> dict[int, np.ndarray]:
-    """Presentation time -> those of the needed frames that the packets give, fitted to `size`.
-
-    ValueError for what `refuse_odd` refuses, and where the times of frames are those of decoding them: decoders give
-    frames in the order in which they are shown.
-    """
+    """Presentation time -> those of the needed frames that the packets give, fitted to `size`. ValueError for what
+    `refuse_odd` refuses, and where the times of frames are those of decoding them: decoders give frames in the order in
+    which they are shown."""
     from av.video.reformatter import VideoReformatter
 
     scaler = VideoReformatter()  # one scaler for all frames, because it keeps its tables
@@ -144,17 +133,13 @@ def _stack(pictures: list[np.ndarray]) -> UInt8[Tensor, "3 t h w"]:
     return torch.from_numpy(np.stack(pictures).transpose(3, 0, 1, 2).copy())
 
 
-# pictures
-
-
 def decode_image(data: bytes, *, size: tuple[int, int]) -> UInt8[Tensor, "3 1 h w"]:
-    """A PNG, JPEG or WebP (its first picture), upright, on white where it is transparent.
+    """A PNG, JPEG or WebP (its first picture), upright, on white where it is transparent. ValueError for broken bytes,
+    or more than 50 million pixels.
 
     Args:
         data: the file.
         size: height and width in pixels: scaled to cover it, the centre is cut out.
-    Raises:
-        ValueError: broken bytes, or more than 50 million pixels.
     """
     from PIL import ImageOps
 

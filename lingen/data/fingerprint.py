@@ -25,11 +25,8 @@ WHOLE_BYTES = 1 << 28
 
 
 def frozen_settings(recipe: Recipe) -> dict[str, Any]:
-    """Everything on which a recipe's latents and text embeddings depend.
-
-    Null stands for a text encoder that is trained with the denoiser, because samples hold nothing of it, and for a path
-    that does not exist on this machine.
-    """
+    """Everything on which a recipe's latents and text embeddings depend. Null stands for a text encoder that is trained
+    with the denoiser, because samples hold nothing of it, and for a path that does not exist on this machine."""
     return {
         "made_by": MADE_BY,
         "autoencoder": _frozen(AUTOENCODERS, recipe.autoencoder),
@@ -90,13 +87,9 @@ def content_of(path: Path) -> str | None:
         return None
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     names = [file.relative_to(path).as_posix() if path.is_dir() else "" for file in files]
-    found = [(name, _content(file, *_version(file))) for name, file in zip(names, files, strict=True)]
-    return hashlib.blake2b(repr(found).encode(), digest_size=6).hexdigest()
-
-
-def _version(file: Path) -> tuple[int, int]:
-    about = file.stat()
-    return about.st_size, about.st_mtime_ns
+    abouts = [file.stat() for file in files]
+    hashes = [_content(file, about.st_size, about.st_mtime_ns) for file, about in zip(files, abouts, strict=True)]
+    return hashlib.blake2b(repr([*zip(names, hashes, strict=True)]).encode(), digest_size=6).hexdigest()
 
 
 @lru_cache(maxsize=4096)
@@ -114,12 +107,11 @@ def hash_settings(settings: dict[str, Any]) -> str:
 
 def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None:
     """Checks that sets were encoded by the recipe's frozen parts. Weights missing on this machine are not compared.
+    RecipeError names what differs, there and here.
 
     Args:
         abouts: what the manifests of encoded shards say.
         setting: where the shards stand in the recipe, for messages.
-    Raises:
-        RecipeError: names what differs, there and here.
     """
     here = json.loads(json.dumps(frozen_settings(recipe)))
     for about in abouts:

@@ -9,12 +9,10 @@ LOOK_EVERY = 1.0
 """Seconds between looks at whether the parent is still there."""
 
 
-def follow_parent() -> None:
-    """For the start of a child process: ends it, without a word, as soon as its parent is gone.
-
-    By itself it need not end: a loader process whose batch nobody takes waits for ever. Its siblings hold the other
-    ends of its pipes, so that no pipe tells it; therefore the parent's number is looked at too.
-    """
+def follow_parent(worker: int = 0) -> None:
+    """For the start of a child process: ends it, without a word, as soon as its parent is gone. By itself it need not
+    end: a loader process whose batch nobody takes waits for ever. Its siblings hold the other ends of its pipes, so
+    that no pipe tells it; therefore the parent's number is looked at too."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -33,10 +33,8 @@ def refuse_bomb(width: int, height: int) -> None:
 
 
 def picture_stream(file: Any, reason: str) -> Any:
-    """The pictures of an opened video, to be decoded by one thread, as the processes share the cores.
-
-    Raises ValueError where there are none (with this `reason`), or where they are too large to be decoded.
-    """
+    """The pictures of an opened video, to be decoded by one thread, as the processes share the cores. Raises ValueError
+    where there are none (with this `reason`), or where they are too large to be decoded."""
     if not file.streams.video:
         raise ValueError(f"{reason}: there is no picture in it")
     stream = default_stream(file.streams.video)
@@ -81,9 +79,7 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 @contextlib.contextmanager
 def opened_video(data: bytes) -> Iterator[tuple[Any, list[Any], Int[np.ndarray, " n"]]]:
     """The pictures of an MP4 or a WebM: the stream, its packets, and the time stamps of what is shown, ascending.
-
-    FFmpeg's errors inside the context are ValueErrors: ``broken video: ...``.
-    """
+    FFmpeg's errors inside the context are ValueErrors: ``broken video: ...``."""
     import av
 
     try:
@@ -220,11 +216,8 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
 def covering(
     size: tuple[int, int], wanted: Sequence[Sequence[tuple[int, int]]], *, even: bool = True
 ) -> tuple[int, int]:
-    """Height and width to which a picture of `size` is scaled down, never up; both even for H.264.
-
-    Args:
-        wanted: groups of sizes; of each group it covers the one whose aspect ratio is nearest to its own.
-    """
+    """Height and width to which a picture of `size` is scaled down, never up; both even for H.264. `wanted`: groups of
+    sizes; of each group it covers the one whose aspect ratio is nearest to its own."""
     nearest = [min(group, key=lambda one: abs(math.log(one[0] * size[1] / one[1] / size[0]))) for group in wanted]
     scale = min(1.0, max(max(h / size[0], w / size[1]) for h, w in nearest))
     if scale == 1:

@@ -54,16 +54,14 @@ class Set(NamedTuple):
 
 
 def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader) -> Index:
-    """The index of some shards and manifests.
+    """The index of some shards and manifests. RecipeError for a remote shard without a manifest, one that its manifest
+    does not know, one of another kind, or some with and some without.
 
     Args:
         locations: as `expand` gives them. Shards that have a manifest beside them are looked up in it; local ones
             without one are scanned.
         kind: ``image`` or ``video``: which samples to take of a manifest that is named as a whole.
         setting: where the shards stand in the recipe, for messages.
-    Raises:
-        RecipeError: a remote shard without a manifest, one that its manifest does not know, one of another kind, or
-            some with and some without.
     """
     sets, bare = _sort(locations, setting, reader)
     for shard in bare:
@@ -142,12 +140,11 @@ def _fetch(place: Location, needed: bool, setting: str, reader: Reader) -> tuple
     return folder / manifest.NAME, version
 
 
-# from manifests
-
-
 def _build(work: Path, sets: Sequence[Set], kind: str, setting: str) -> None:
     """Writes the files of an index: ``records``, ``keys`` and ``about.json``."""
-    _forget_unused(work.parent)
+    for old in work.parent.iterdir():
+        if time.time() - old.stat().st_mtime > UNUSED_DAYS * 86400:
+            shutil.rmtree(old, ignore_errors=True)
     shards: dict[Location, int] = {}
     sources: dict[str, int] = {}
     ends = np.zeros(0, np.int64)
@@ -273,15 +270,6 @@ def _cut(shards: Sequence[Location], ends: Sequence[int]) -> list[Drop]:
         elif size < end:
             faults.append(Drop(shard.name, f"truncated shard: {size} bytes, its last sample ends at {end}"))
     return faults
-
-
-def _forget_unused(folder: Path) -> None:
-    for old in folder.iterdir():
-        if time.time() - old.stat().st_mtime > UNUSED_DAYS * 86400:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-# from the tar files themselves
 
 
 def scan_shards(shards: Iterable[Location]) -> Index:

@@ -57,11 +57,8 @@ class LatentRequirements(NamedTuple):
 def read_encoded(
     members: dict[str, bytes], shape: tuple[int, int, int], wanted: LatentRequirements
 ) -> tuple[Tensor, list[str], StoredTokens]:
-    """Latents [c t h w], captions and their tokens of a clip of this many frames, this height and width.
-
-    Raises:
-        ValueError: ``no latents``, ``broken latents``, ``latents not finite``, and as `captions_of`.
-    """
+    """Latents [c t h w], captions and their tokens of a clip of this many frames, this height and width. ValueError:
+    ``no latents``, ``broken latents``, ``latents not finite``, and as `captions_of`."""
     latents, captions = read_sample_latents(members), captions_of(members)
     text = read_text(members, len(captions))
     if tuple(latents.shape) != wanted.latents(shape):
@@ -138,10 +135,8 @@ Padded = dict[int, tuple[Tensor, Tensor]]
 
 
 def pad_tokens(samples: Sequence[StoredTokens], told: Sequence[int]) -> tuple[Padded, Padded]:
-    """The tokens of a batch: of the chosen caption of each sample, and of no text.
-
-    An encoder whose tokens of no text are missing in any sample is not in the second.
-    """
+    """The tokens of a batch: of the chosen caption of each sample, and of no text. An encoder whose tokens of no text
+    are missing in any sample is not in the second."""
     captions = {
         number: pad_text([one.captions[number][which] for one, which in zip(samples, told, strict=True)])
         for number in samples[0].captions

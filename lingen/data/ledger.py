@@ -44,6 +44,8 @@ class Ledger:
         self.used = 0
         self.retried = 0
         """Attempts to read a sample after the first one."""
+        self.passed = 0
+        """Samples that were passed over for a spike (`train.on_spike`)."""
         self.dropped: Counter[str] = Counter()
         """Dropped samples by reason."""
         self.named: dict[str, list[str]] = {}
@@ -99,11 +101,7 @@ class Ledger:
 
     def check(self, max_dropped: float, earlier: Ledger | None = None) -> None:
         """DataError where more is broken than `data.max_dropped` allows: 0 stops at the first, 1 never, else a share of
-        the samples seen, once 100 were seen.
-
-        Args:
-            earlier: what was counted before; it counts too.
-        """
+        the samples seen, once 100 were seen. `earlier`: what was counted before; it counts too."""
         ledgers = [earlier, self] if earlier is not None else [self]
         used, seen = sum(one.used for one in ledgers), sum(one.seen for one in ledgers)
         faults = {where: reason for one in ledgers for where, reason in one.faults.items()}
@@ -124,6 +122,7 @@ class Ledger:
         found = [f"{self.retried:,} reads tried again"] * bool(self.retried)
         found += [f"{len(self.faults):,} faults found in shards"] * bool(self.faults)
         found += [f"{sum(self.left_out.values()):,} samples fit no bucket"] * bool(self.left_out)
+        found += [f"{self.passed:,} samples passed over for spikes"] * bool(self.passed)
         return "; ".join([said, *found]) + "."
 
     def rows(self) -> list[dict[str, str]]:
@@ -135,6 +134,7 @@ class Ledger:
             example = next(f"{where}: {reason}" for where, reason in self.faults.items() if reason.startswith(group))
             rows.append((f"found: {group}", count, example))
         rows += [("retried", self.retried, "")] * bool(self.retried)
+        rows += [("passed over for spikes", self.passed, "")] * bool(self.passed)
         rows += [(f"left out: {reason}", count, "") for reason, count in self.left_out.items()]
         return [{"samples": what, "count": f"{count:,}", "for example": example} for what, count, example in rows]
 
@@ -147,6 +147,7 @@ class Ledger:
         return {
             "used": self.used,
             "retried": self.retried,
+            "passed": self.passed,
             "dropped": dict(self.dropped),
             "named": {group: list(lines) for group, lines in self.named.items()},
             "faults": dict(self.faults),
@@ -164,6 +165,7 @@ class Ledger:
         """Takes in the `state_dict` of another ledger."""
         self.used += state["used"]
         self.retried += state["retried"]
+        self.passed += state.get("passed", 0)  # earlier versions passed over none
         self.dropped.update(state["dropped"])
         for group, lines in state["named"].items():
             self._name(group, lines)

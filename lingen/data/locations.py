@@ -38,15 +38,14 @@ def expand(patterns: str | list[str] | None, setting: str, timeout: float = 30.0
     """Paths and addresses of the tar files, and of the manifests, that a recipe names; sorted, each once.
 
     A manifest stands for all the samples of its kind in the shards beside it, and so does a folder that holds one.
+    RecipeError for a pattern that matches nothing, a missing file, a folder without a manifest, or something that
+    cannot be read piece by piece.
 
     Args:
         patterns: a path, an address, a glob (``s3://`` and local only), a brace pattern (``clips-{000..127}.tar``), or
             a list of them. A path that exists is that one, whatever signs of a pattern stand in it.
         setting: where it stands in the recipe, for messages, e.g. ``data.shards.video``.
         timeout: seconds until a server that is asked for a list counts as silent.
-    Raises:
-        RecipeError: a pattern that matches nothing, a missing file, a folder without a manifest, or something that
-            cannot be read piece by piece.
     """
     listed = [patterns] if isinstance(patterns, str) else patterns or []
     return sorted({file for pattern in listed for file in _expand_one(pattern, setting, timeout)})

@@ -36,9 +36,6 @@ StreamKey = tuple[object, ...]
 """What an order depends on, e.g. the seed, the stage and the kind."""
 
 
-# random numbers that are the same everywhere
-
-
 def digest(*parts: object) -> int:
     """A 64-bit hash of all parts (numbers and strings), the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
@@ -50,12 +47,9 @@ def uniform(*parts: object) -> float:
 
 
 def permute(position: int, size: int, key: int) -> int:
-    """Where `position` goes in the `key`-th pseudo-random order of ``range(size)``.
-
-    A Feistel network over the smallest square of powers of two that holds `size`, repeated until the result is below
-    `size` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection that takes no memory,
-    whatever the size.
-    """
+    """Where `position` goes in the `key`-th pseudo-random order of ``range(size)``. A Feistel network over the smallest
+    square of powers of two that holds `size`, repeated until the result is below `size` (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002): a bijection that takes no memory, whatever the size."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -73,9 +67,6 @@ def _scramble(value: int, key: int, turn: int) -> int:
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & WORD
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & WORD
     return value ^ value >> 31
-
-
-# the samples of one bucket
 
 
 def sample_at(number: int, size: int, stream: StreamKey, block: int = 1) -> tuple[int, int]:
@@ -111,14 +102,10 @@ def spare_for(number: int, attempt: int, size: int, stream: StreamKey) -> int:
     return digest("spare", stream, number, attempt) % size
 
 
-# the kinds of steps
-
-
 def kind_of(step: int, mix: PerKind) -> str:
     """``image`` or ``video``: exactly ``mix.image`` image steps in any ``mix.image + mix.video`` in a row, spread out.
-
-    Where both kinds are mixed, step 0 is an image step, so that both are seen early. ValueError for an impossible mix.
-    """
+    Where both kinds are mixed, step 0 is an image step, so that both are seen early. ValueError for an impossible
+    mix."""
     return "image" if count_before("image", step + 1, mix) > count_before("image", step, mix) else "video"
 
 
@@ -131,9 +118,6 @@ def count_before(kind: str, step: int, mix: PerKind) -> int:
         )
     images = (step * mix.image + period - 1) // period
     return images if kind == "image" else step - images
-
-
-# the buckets of the steps of one kind
 
 
 class Lane(NamedTuple):
@@ -193,9 +177,6 @@ class Turns:
         turns = [lane for lane, (a, b) in enumerate(zip(before, after, strict=True)) for _ in range(b - a)]
         key = digest("round", self.stream, number)
         return [turns[permute(position, len(turns), key)] for position in range(len(turns))]
-
-
-# kinds, buckets and samples together
 
 
 class RankBatch(NamedTuple):
@@ -294,11 +275,11 @@ def held_out_places(
     kind: str, count: int, batch: int, *, bucket: int = 0, rank: int = 0, world: int = 1
 ) -> list[RankBatch]:
     """One rank's share of the first `count` held-out samples of a bucket in their fixed order, in batches of up to
-    `batch`.
-
-    Every rank gets as many batches of the same sizes; where `count` is no multiple of `world`, the first samples come
-    again.
-    """
+    `batch`. Every rank gets as many batches of the same sizes; where `count` is no multiple of `world`, the first
+    samples come again, with the slot -1: they are to be left out of means, which are then the same for any number of
+    ranks."""
     share = -(-count // world)
-    own = [(position * world + rank) % count for position in range(share)]
-    return [RankBatch(kind, 0, bucket, own[i : i + batch], own[i : i + batch]) for i in range(0, share, batch)]
+    own = [position * world + rank for position in range(share)]
+    slots = [number if number < count else -1 for number in own]
+    numbers = [number % count for number in own]
+    return [RankBatch(kind, 0, bucket, numbers[i : i + batch], slots[i : i + batch]) for i in range(0, share, batch)]

@@ -48,11 +48,8 @@ def fit_picture(picture: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3
 
 
 def as_rgb(picture: Any) -> Any:
-    """A picture in sRGB, by its colour profile where it has one, on white where it is transparent.
-
-    Raises:
-        ValueError: ``broken colour profile: ...``
-    """
+    """A picture in sRGB, by its colour profile where it has one, on white where it is transparent. ValueError: ``broken
+    colour profile: ...``"""
     from PIL import Image
 
     profile = picture.info.get("icc_profile")

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -26,12 +26,8 @@ class SourceError(OSError):
         """Attempts after the first one."""
 
 
-class Stat(NamedTuple):
-    """A remote file."""
-
-    size: int
-    version: str
-    """Changes when the file does; empty where the server does not tell."""
+Stat = tuple[int, str]
+"""Bytes of a remote file, and its version, which changes when the file does; empty where the server does not tell."""
 
 
 class Passing(Exception):
@@ -44,18 +40,24 @@ def is_remote(location: str) -> bool:
 
 
 def read_remote(location: str, offset: int, length: int, timeout: float) -> bytes:
-    """`length` bytes from `offset` on; fewer where the file ends before.
-
-    Raises:
-        SourceError: it cannot be read: no such file, no permission, a server that serves no pieces.
-        Passing: it could not be read this time.
-    """
-    return (_read_s3 if location.startswith("s3://") else _read_http)(location, offset, length, timeout)
+    """`length` bytes from `offset` on; fewer where the file ends before. SourceError where it cannot be read (no such
+    file, no permission, a server that serves no pieces), Passing where it could not be read this time."""
+    if location.startswith("s3://"):
+        span = f"bytes={offset}-{offset + length - 1}"
+        reply = _ask(location, timeout, "get_object", Key=urlsplit(location).path[1:], Range=span)
+        data, told = reply["Body"], reply["ContentRange"]
+    else:
+        data, headers = _get(location, offset, length, timeout)
+        told = headers.get("Content-Range", "")
+    return _whole(data, told, offset, length)
 
 
 def stat_remote(location: str, timeout: float) -> Stat:
     """What is known of a file without reading it; errors as for `read_remote`."""
-    return (_stat_s3 if location.startswith("s3://") else _stat_http)(location, timeout)
+    if not location.startswith("s3://"):
+        return _stat_http(location, timeout)
+    reply = _ask(location, timeout, "head_object", Key=urlsplit(location).path[1:])
+    return int(reply["ContentLength"]), reply["ETag"]
 
 
 def _whole(data: bytes, told: str, offset: int, length: int) -> bytes:
@@ -65,9 +67,6 @@ def _whole(data: bytes, told: str, offset: int, length: int) -> bytes:
     if len(data) < wanted:
         raise Passing(f"{len(data)} of {wanted} bytes came")
     return data
-
-
-# https
 
 
 @cache
@@ -113,11 +112,6 @@ def _refusal(url: str, status: int) -> Exception:
     return SourceError(message, missing=status == 404)
 
 
-def _read_http(url: str, offset: int, length: int, timeout: float) -> bytes:
-    data, headers = _get(url, offset, length, timeout)
-    return _whole(data, headers.get("Content-Range", ""), offset, length)
-
-
 def _stat_http(url: str, timeout: float) -> Stat:
     data, headers = _get(url, 0, FIRST_LOOK, timeout)
     end = headers.get("Content-Range", "").rpartition("/")[2]
@@ -126,10 +120,7 @@ def _stat_http(url: str, timeout: float) -> Stat:
     version = headers.get("ETag", "") + headers.get("Last-Modified", "")
     if not version and len(data) == int(end):
         version = hashlib.sha256(data).hexdigest()
-    return Stat(int(end), version)
-
-
-# s3
+    return int(end), version
 
 
 @cache
@@ -157,7 +148,7 @@ def _ask(location: str, timeout: float, call: str, **arguments: Any) -> Any:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = str(error.response.get("Error", {}).get("Code", status))
         if code == "InvalidRange":
-            return {"Body": b"", "ContentRange": ""}
+            return {"Body": b"", "ContentRange": "bytes */0"}  # as a server of https says that nothing is there
         if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "RequestTimeTooSkewed"):
             raise Passing(f"S3 answers {code}") from error
         cure = "check the bucket and the key" if status == 404 else "check the credentials and their rights"
@@ -168,17 +159,6 @@ def _ask(location: str, timeout: float, call: str, **arguments: Any) -> Any:
         raise SourceError(f"unreadable shard: {location}: {' '.join(str(error).split())}") from error
     except (exceptions.BotoCoreError, exceptions.HTTPClientError) as error:
         raise Passing(str(error)) from error
-
-
-def _read_s3(location: str, offset: int, length: int, timeout: float) -> bytes:
-    span = f"bytes={offset}-{offset + length - 1}"
-    reply = _ask(location, timeout, "get_object", Key=urlsplit(location).path[1:], Range=span)
-    return _whole(reply["Body"], reply["ContentRange"], offset, length) if reply["ContentRange"] else b""
-
-
-def _stat_s3(location: str, timeout: float) -> Stat:
-    reply = _ask(location, timeout, "head_object", Key=urlsplit(location).path[1:])
-    return Stat(int(reply["ContentLength"]), reply["ETag"])
 
 
 def list_s3(pattern: str, timeout: float) -> list[str]:

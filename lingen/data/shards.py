@@ -23,13 +23,12 @@ LARGEST_SHARD = 3_000_000_000
 
 
 def parse_sample(data: bytes | bytearray, key: str) -> dict[str, bytes]:
-    """The members of the one sample in a piece of a tar file: extension in lower case -> content.
+    """The members of the one sample in a piece of a tar file: extension in lower case -> content. ValueError: ``damaged
+    sample`` (no tar, or another sample), ``cut off``, ``unsafe member``.
 
     Args:
         data: from its first header to the end of its last member's content.
         key: its name, as a manifest or `scan_shard` tells it.
-    Raises:
-        ValueError: ``damaged sample`` (no tar, or another sample), ``cut off``, ``unsafe member``.
     """
     from webdataset.tariterators import base_plus_ext
 
@@ -83,11 +82,7 @@ def compressed(folder: Path) -> list[Path]:
 def scan_shard(path: Path) -> Iterator[ScannedSample]:
     """The samples of a shard in order, each with its fault if it has one; last, with an empty key, the shard's own
     fault if it has one. tarfile and webdataset both end silently at a cut: here the archive must end in a block of
-    zeros.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    zeros. OSError where the file cannot be read."""
     entries = list(_scan(path))
     places: dict[str, list[ScannedSample]] = {}
     for entry in entries:
@@ -191,6 +186,7 @@ def read_shard(path: Path) -> Iterator[dict[str, Any]]:
 
 def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: int = 1000) -> list[Path]:
     """Writes samples to shards; the same samples give the same bytes. A shard gets its name when it is complete.
+    ValueError for no samples.
 
     Args:
         samples: ``{"__key__": "000001", "mp4": bytes, "json": {"caption": "..."}}``; a member is bytes, a string, or a
@@ -199,8 +195,6 @@ def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: 
         per_shard: samples in a shard.
     Returns:
         the shards written.
-    Raises:
-        ValueError: no samples.
     """
     written: list[Path] = []
     tar, count = None, 0

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from lingen.data.pieces import PieceCache
@@ -40,26 +39,17 @@ class Piece(NamedTuple):
 
 
 class Reader:
-    """Reads pieces; holds nothing that may not cross into another process or thread.
+    """Reads pieces; holds nothing that may not cross into another process or thread. `settings` say time-outs, attempts
+    and room for the cache."""
 
-    Args:
-        settings: time-outs, attempts, and room for the cache.
-        cache: folder of the cache; default: in lingen's cache folder.
-    """
-
-    def __init__(self, settings: Remote, cache: Path | None = None):
+    def __init__(self, settings: Remote):
         self.settings = settings
-        self._kept = PieceCache(cache or cache_folder() / "pieces", int(settings.cache_gb * 1e9))
+        self._kept = PieceCache(cache_folder() / "pieces", int(settings.cache_gb * 1e9))
 
     def read(self, location: str, offset: int, length: int, version: str = "") -> Piece:
-        """`length` bytes from `offset` on; fewer where the file ends before.
-
-        Args:
-            version: changes when the file does; the cache takes a piece of another version for another one, and keeps
-                none whose version is not known.
-        Raises:
-            SourceError: it cannot be read.
-        """
+        """`length` bytes from `offset` on; fewer where the file ends before. SourceError where it cannot be read.
+        `version`: changes when the file does; the cache takes a piece of another version for another one, and keeps
+        none whose version is not known."""
         if length > LARGEST_READ:
             raise SourceError(f"too large: {length} bytes of {location}, at most {LARGEST_READ} are read at once")
         if not is_remote(location):
@@ -104,15 +94,10 @@ class Reader:
         )
 
 
-# local files
-
-
 @lru_cache(OPEN_FILES)
 def _open_file(path: str, device: int, inode: int) -> BinaryIO:
-    """The local shards that were read last, kept open; one that is dropped closes when its last reader is done.
-
-    Threads and forked processes may share one, as every read says from where.
-    """
+    """The local shards that were read last, kept open; one that is dropped closes when its last reader is done. Threads
+    and forked processes may share one, as every read says from where."""
     return open(path, "rb", buffering=0)
 
 

@@ -7,11 +7,8 @@ from lingen.recipe.sections import Recipe
 
 
 def starved(recipe: Recipe, data: ClipData, ranks: int) -> Iterator[str]:
-    """A sentence with the cure for each bucket that holds fewer samples than one step takes.
-
-    Args:
-        data: of this stage; its indexes are opened.
-    """
+    """A sentence with the cure for each bucket that holds fewer samples than one step takes. `data`: of this stage; its
+    indexes are opened."""
     for kind, pool in data.train.pools.items():
         for shape, lane in zip(pool.shapes, pool.lanes, strict=True):
             step = lane.batch * ranks * recipe.train.accumulate

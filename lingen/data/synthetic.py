@@ -73,11 +73,9 @@ def parse_caption(caption: str) -> Caption:
 
 
 def captions(split: Split = "train", kind: str = "video") -> list[str]:
-    """The captions of a split, in a fixed order: 84, 12 and 12 for clips. Images have the same 18 in every split.
-
-    Each held-out split holds every colour and motion twice and every shape four times, and training keeps every pair of
-    two attributes, so that a held-out caption asks for a new combination and never for an unknown word.
-    """
+    """The captions of a split, in a fixed order: 84, 12 and 12 for clips. Images have the same 18 in every split. Each
+    held-out split holds every colour and motion twice and every shape four times, and training keeps every pair of two
+    attributes, so that a held-out caption asks for a new combination and never for an unknown word."""
     if kind == "image":
         return [str(Caption(colour, shape, None)) for colour in COLOURS for shape in SHAPES]
     return [
@@ -155,10 +153,8 @@ def ensure(recipe: Recipe) -> tuple[Shards, Shards]:
 
     Videos are H.264 MP4, images PNG, at the recipe's size, length and frame rate (clips have 8 frames where it wants
     single ones). They lie in the cache folder under a name that depends on all of this. The folder appears whole or not
-    at all, so two ranks may call this at once and a killed process leaves nothing half made.
-
-    Raises:
-        RecipeError: for an unknown name or setting of ``data.synthetic``.
+    at all, so two ranks may call this at once and a killed process leaves nothing half made. RecipeError for an unknown
+    name or setting of ``data.synthetic``.
     """
     folder = _folder(recipe)
     return _shards(folder, "train"), _shards(folder, "tune")
@@ -167,10 +163,8 @@ def ensure(recipe: Recipe) -> tuple[Shards, Shards]:
 def held_out_clips(
     recipe: Recipe, count: int, split: Split = "report"
 ) -> tuple[list[UInt8[np.ndarray, "t h w 3"]], list[str]]:
-    """The first `count` clips of a split (no more than were drawn), decoded from their MP4, with their captions.
-
-    How well the judge of `lingen.metrics.shapes` does on them is the most that a model can reach.
-    """
+    """The first `count` clips of a split (no more than were drawn), decoded from their MP4, with their captions. How
+    well the judge of `lingen.metrics.shapes` does on them is the most that a model can reach."""
     from lingen.data.shards import read_shard
 
     clips, texts = [], []

@@ -26,14 +26,13 @@ _HAS_TRITON = find_spec("triton") is not None  # at import: inside of a call, to
 def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain: str = "reference") -> str:
     """The twin to run: `kernel` itself, or for "auto" "triton" where it runs on `x` and else `plain`.
 
-    Where nothing is computed, on the meta device and in FakeTensorMode, `plain` stands for "triton".
+    Where nothing is computed, on the meta device and in FakeTensorMode, `plain` stands for "triton". RecipeError for an
+    unknown kernel, or "triton" where it cannot run.
 
     Args:
         operation: what the message calls it, e.g. "scan".
         known: the operation's twins, "auto" among them.
         x: a tensor of the operation; its device and dtype decide.
-    Raises:
-        RecipeError: for an unknown kernel, or "triton" where it cannot run.
     """
     if kernel not in known:
         raise RecipeError(f"There is no {operation} kernel called {kernel!r}. Known: {', '.join(known)}.")
@@ -102,11 +101,8 @@ def _say(operation: str, chosen: str, device: str) -> None:
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """The device of that name; without one the GPU where there is one, else the CPU.
-
-    Raises:
-        RecipeError: there is no device of that name here.
-    """
+    """The device of that name; without one the GPU where there is one, else the CPU. RecipeError where there is no
+    device of that name here."""
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -46,10 +46,8 @@ class Quantized(NamedTuple):
 
 
 def quantize(x: Float[Tensor, "*rows d"], *, kernel: str = "auto") -> Quantized:
-    """Each row divided by its scale, largest absolute value / 448, and rounded to the nearest.
-
-    kernel: "reference" (plain PyTorch) or "triton". Raises RecipeError for one that cannot run.
-    """
+    """Each row divided by its scale, largest absolute value / 448, and rounded to the nearest. kernel: "reference"
+    (plain PyTorch) or "triton". Raises RecipeError for one that cannot run."""
     if choose("quantization", kernel, QUANTIZE_KERNELS, x) == "triton":
         from lingen.kernels import fp8_triton
 
@@ -62,11 +60,9 @@ def quantize(x: Float[Tensor, "*rows d"], *, kernel: str = "auto") -> Quantized:
 def product(
     x: Quantized, weight: Quantized, bias: Float[Tensor, "o"] | None = None, *, kernel: str = "auto"
 ) -> Float[Tensor, "*rows o"]:
-    """x weight^T + bias in bfloat16, for x [*rows i] and weight [o i].
-
-    kernel: "scaled_mm" is `torch._scaled_mm` with scales by rows, on CUDA; it wants i and o to be multiples of 16.
-    "reference" multiplies the dequantised numbers in float32. "auto" is the first on CUDA, else the second.
-    """
+    """x weight^T + bias in bfloat16, for x [*rows i] and weight [o i]. kernel: "scaled_mm" is `torch._scaled_mm` with
+    scales by rows, on CUDA; it wants i and o to be multiples of 16. "reference" multiplies the dequantised numbers in
+    float32. "auto" is the first on CUDA, else the second."""
     fast = choose("8-bit product", kernel, PRODUCT_KERNELS, x.values, "scaled_mm" if x.values.is_cuda else "reference")
     if fast == "reference":
         wide = None if bias is None else bias.float()
@@ -140,11 +136,8 @@ def takes_part(layer: nn.Module) -> bool:
 
 
 def to_fp8(model: nn.Module) -> list[str]:
-    """Turns the layers that `takes_part` names into `Fp8Linear`, in place; returns their names.
-
-    Raises:
-        RecipeError: on a GPU without 8-bit products.
-    """
+    """Turns the layers that `takes_part` names into `Fp8Linear`, in place; returns their names. RecipeError on a GPU
+    without 8-bit products."""
     layers = {name: layer for name, layer in model.named_modules() if takes_part(layer)}
     for device in {layer.weight.device for layer in layers.values() if isinstance(layer.weight, Tensor)}:
         check_device(device)

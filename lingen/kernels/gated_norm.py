@@ -42,7 +42,11 @@ def gated_norm(
         raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
     if choose("gated norm", kernel, GATED_NORM_KERNELS, y) == "reference":
         out = _reference(y, z, weight, index, groups, eps)
-        return _quantized(out) if quantize else out.to(y.dtype)
+        if not quantize:
+            return out.to(y.dtype)
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        row = (out.abs().amax(-1) / largest).clamp_min(1e-12)
+        return (out / row[..., None]).clamp(-largest, largest).to(torch.float8_e4m3fn), row.float()
     if y.shape[-1] > WIDEST_ROW:
         raise ValueError(f"kernel='triton' of the gated norm takes up to {WIDEST_ROW} channels, not {y.shape[-1]}.")
     for name, x in (("y", y), ("z", z)):
@@ -79,9 +83,3 @@ def _reference(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, group
     gated = (raster.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
     return normed.flatten(-2) * weight.to(dtype)
-
-
-def _quantized(out: Tensor) -> tuple[Tensor, Tensor]:
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = (out.abs().amax(-1) / largest).clamp_min(1e-12)
-    return (out / scale[..., None]).clamp(-largest, largest).to(torch.float8_e4m3fn), scale.float()

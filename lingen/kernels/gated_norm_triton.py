@@ -38,10 +38,8 @@ SMALLEST_SCALE = 1e-12
 def gated_norm_forward(
     y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, *, groups: int, eps: float, quantize: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Result [b n c] of `gated_norm`, whose arguments these are, and the scales [b n] where it is quantized.
-
-    `y` and `z` may be views with a contiguous last axis.
-    """
+    """Result [b n c] of `gated_norm`, whose arguments these are, and the scales [b n] where it is quantized. `y` and
+    `z` may be views with a contiguous last axis."""
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (y, z))
     b, n, c = z.shape
     out = torch.empty(b, n, c, dtype=FLOAT8 if quantize else y.dtype, device=y.device)
@@ -65,11 +63,9 @@ def gated_norm_backward(
     eps: float,
     dz_out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `gated_norm` from grad [b n c]: (dy [b rows c], zero beyond n; dweight [c] in float32).
-
-    The gradient of `z` is written into `dz_out` [b n c], which may be a slice of a wider buffer. Sums have a fixed
-    order. `grad`, `y` and `z` may be views with a contiguous last axis.
-    """
+    """Gradients of `gated_norm` from grad [b n c]: (dy [b rows c], zero beyond n; dweight [c] in float32). The gradient
+    of `z` is written into `dz_out` [b n c], which may be a slice of a wider buffer. Sums have a fixed order. `grad`,
+    `y` and `z` may be views with a contiguous last axis."""
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (grad, y, z, dz_out))
     (b, rows, c), n = y.shape, z.shape[1]
     launch = _tiles(c, groups, LAUNCH["backward"])

@@ -66,9 +66,7 @@ def forward(
     projected: Tensor, weights: Weights, plan: Mamba2Plan, quantize: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The normed result [b n k*e] in raster order; the scales of its rows where it is quantized; the scan's result.
-
-    projected: [b t h w z | x | b | c | dt], dt raw.
-    """
+    projected: [b t h w z | x | b | c | dt], dt raw."""
     z, xbc, dt = plan.slices(projected.flatten(1, 3))
     begin = _review(projected, weights, plan)
     y = scan_forward(_scan(xbc, dt, weights, plan), weights.d.sum(0), begin)

@@ -31,15 +31,14 @@ def norm_modulate(
     kernel: str = "auto",
 ) -> Float[Tensor, "b t h w d"] | Quantized:
     """(RMSNorm(x) * weight + positions) * (1 + scale) + shift, in float32 at least and rounded once, at the end.
+    RecipeError for a kernel that cannot run; ValueError for 8 bits where a gradient is wanted, and where f is neither 1
+    nor t.
 
     Args:
         shift, scale: f is 1, or t for a row for each frame.
         dtype: of the result, by default that of x; float8_e4m3fn gives a `Quantized`, without gradients.
         kernel: "reference" (plain PyTorch) or "triton". x may be a slice of something wider; rows at unequal distances
             are copied first.
-    Raises:
-        RecipeError: for a kernel that cannot run.
-        ValueError: for 8 bits where a gradient is wanted, and where f is neither 1 nor t.
     """
     return _run((x, None, None, weight, shift, scale, positions), eps, dtype, None, kernel)[1]
 
@@ -83,10 +82,8 @@ def gated_add(
 def _run(
     operands: tuple[Tensor | None, ...], eps: float, dtype: torch.dtype | None, out: Tensor | None, kernel: str
 ) -> tuple[Any, Any]:
-    """(x_new, normed) by the twin that `kernel` names, from x, update, gate, weight, shift, scale and positions.
-
-    What takes no part is None. Without an update x_new means nothing, without a weight normed is None.
-    """
+    """(x_new, normed) by the twin that `kernel` names, from x, update, gate, weight, shift, scale and positions. What
+    takes no part is None. Without an update x_new means nothing, without a weight normed is None."""
     x, update, gate, weight, *moves = operands
     assert x is not None
     _check(x, dtype, *operands, out=out)

@@ -18,14 +18,9 @@ def norm_silu(
     *,
     kernel: str = "auto",
 ) -> Float[Tensor, "*rows d"]:
-    """silu(x / sqrt(mean(x^2) + eps) * weight + bias), computed in float32 at least, in x's dtype.
-
-    Args:
-        kernel: "reference" (plain PyTorch) or "triton", which keeps nothing but `x` for the backward pass and gives a
-            program many of these short rows (PyTorch's norm gives it one).
-    Raises:
-        RecipeError: for a kernel that cannot run.
-    """
+    """silu(x / sqrt(mean(x^2) + eps) * weight + bias), computed in float32 at least, in x's dtype. RecipeError for a
+    kernel that cannot run. `kernel`: "reference" (plain PyTorch) or "triton", which keeps nothing but `x` for the
+    backward pass and gives a program many of these short rows (PyTorch's norm gives it one)."""
     if choose("norm and SiLU", kernel, NORM_SILU_KERNELS, x) == "triton":
         from lingen.kernels.norm_silu_triton import NormSiLU
 

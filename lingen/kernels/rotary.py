@@ -15,11 +15,9 @@ _ROTARY_BASE = 100.0
 def rotary_table(
     grid: Triple, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "n 1 p"], Float[Tensor, "n 1 p"]]:
-    """Cosines and sines of the 3D rotary embedding of a grid's tokens in raster order, for heads of `width`.
-
-    The width // 2 pairs are shared out over t, h and w (t first where three does not divide them); an odd channel is
-    not turned. Axial form of arXiv 2104.09864; the base is ours.
-    """
+    """Cosines and sines of the 3D rotary embedding of a grid's tokens in raster order, for heads of `width`. The width
+    // 2 pairs are shared out over t, h and w (t first where three does not divide them); an odd channel is not turned.
+    Axial form of arXiv 2104.09864; the base is ours."""
     pairs = width // 2
     share = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
     angles = []

@@ -24,9 +24,7 @@ _WIDEST, _LARGEST_STATE = 128, 16_384
 
 def scan_kernel(kernel: str, u: Tensor, width: int, state_dim: int) -> str:
     """The twin of `scan` that runs on streams like `u`; "auto" does not take Triton where a state is too large for it.
-
-    Raises RecipeError for an unknown kernel, and for "triton" where it cannot run.
-    """
+    Raises RecipeError for an unknown kernel, and for "triton" where it cannot run."""
     wide, deep = (max(16, 1 << (size - 1).bit_length()) for size in (width, state_dim))
     largest = _LARGEST_STATE // 2 if u.dtype == torch.float32 else _LARGEST_STATE
     if wide <= _WIDEST and wide * deep <= largest:
@@ -66,7 +64,8 @@ def scan(
     state_dim: int,
     kernel: str = "auto",
 ) -> Float[Tensor, "b rows f"]:
-    """y of all directions summed, f = k e, in u's order and dtype.
+    """y of all directions summed, f = k e, in u's order and dtype. RecipeError for an unknown or unavailable kernel,
+    ValueError for shapes that do not fit.
 
     Args:
         u: x | b | c side by side, k e + 2 g s channels, in scan order; `rows_of` tells how many rows, those behind
@@ -77,8 +76,6 @@ def scan(
         kernel: "triton" reads x, b, c and dt once for both directions; "chunked" is `ssd` on the sequence and on its
             flipped copy, "reference" the recurrence itself, "stock" mamba_ssm on CUDA. "auto" is "triton" on CUDA and
             else "chunked".
-    Raises:
-        RecipeError: for an unknown or unavailable kernel. ValueError: for shapes that do not fit.
     """
     n, heads = dt.shape[1:]
     width = (u.shape[2] - 2 * groups * state_dim) // heads
@@ -125,11 +122,9 @@ def _by_flips(
 
 
 def _products_of_triton(u: Tensor, chunk: int, ways: int, heads: int, groups: int, state_dim: int) -> Tensor:
-    """The matrix products of `scan_triton`, to be counted on the meta device; what they give has y's shape, no more.
-
-    C B^T is shared by the directions. States are made and used by each; of the two halves of a chunk each meets itself
-    once for all directions, and each direction takes one half to the other.
-    """
+    """The matrix products of `scan_triton`, to be counted on the meta device; what they give has y's shape, no more. C
+    B^T is shared by the directions. States are made and used by each; of the two halves of a chunk each meets itself
+    once for all directions, and each direction takes one half to the other."""
     x, b, c = _in_chunks(u, chunk, heads, groups, state_dim)
     pairs = torch.einsum("zqgs,zrgs->zgqr", c, b)[:, :, None].expand(-1, -1, x.shape[3], -1, -1)
     states = [torch.einsum("zqgs,zqgme->zgmes", b, x) for _ in range(ways)]

@@ -107,10 +107,8 @@ def _scan_inter(
     BLOCK: tl.constexpr, DIRECTIONS: tl.constexpr, OF_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of c, or with OF_B of b: what comes through the states, summed over heads, plus dpairs (transposed)
-    times b (or c).
-
-    by_token: for each direction and head, k times what comes through its state, with OF_B before the step counts.
-    """
+    times b (or c). by_token: for each direction and head, k times what comes through its state, with OF_B before the
+    step counts."""
     tile, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles: tl.constexpr = CHUNK // BLOCK
     chunk, tile = tile // tiles, tile % tiles

@@ -115,11 +115,9 @@ def _scan_carry(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, DIRECTIONS: tl.constexpr, REVERSED: tl.constexpr, ADJOINT: tl.constexpr,
     HAS_BEGIN: tl.constexpr,
 ):  # fmt: skip
-    """Passes the states from chunk to chunk, in place: what a chunk adds becomes what it starts from.
-
-    The adjoint goes the other way. Its decayed state behind a chunk, times the forward pass's state before that chunk
-    (`other`), is the gradient of the chunk's whole log decay through all that passes the whole chunk.
-    """
+    """Passes the states from chunk to chunk, in place: what a chunk adds becomes what it starts from. The adjoint goes
+    the other way. Its decayed state behind a chunk, times the forward pass's state before that chunk (`other`), is the
+    gradient of the chunk's whole log decay through all that passes the whole chunk."""
     block, head, way = tl.program_id(0), tl.program_id(1), tl.program_id(2) % DIRECTIONS
     batch = tl.program_id(2) // DIRECTIONS
     offset = block * BLOCK + tl.arange(0, BLOCK)
@@ -156,9 +154,7 @@ def _side(
     EDGE: tl.constexpr, ENTER: tl.constexpr, CROSSES: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One direction's share of half a chunk: what its state and, where it CROSSES the border, the other half bring.
-
-    Also the logs whose sum, row + column, is the log of a pair's weight.
-    """
+    Also the logs whose sum, row + column, is the log of a pair's weight."""
     row = -tl.load(columns + line + i) if ADJOINT else tl.load(logs + line + i)
     column = tl.load(logs + line + i) if ADJOINT else -tl.load(columns + line + i)
     part = tl.dot(keys, state, input_precision=PRECISION)
@@ -239,11 +235,9 @@ def _scan_mix(
     E: tl.constexpr, S: tl.constexpr, E_PADDED: tl.constexpr, S_PADDED: tl.constexpr, HALF: tl.constexpr,
     DIRECTIONS: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out_i = sum_j pairs_ij w_ij v_j + k_i (states carried in from both sides) + d v_i, for half a chunk.
-
-    Forward: v = x, k = c, pairs = c b^T, and w as above. Adjoint: v = dy, k = b, pairs = b c^T, w transposed, so that
-    what came from before i comes from after it.
-    """
+    """out_i = sum_j pairs_ij w_ij v_j + k_i (states carried in from both sides) + d v_i, for half a chunk. Forward: v =
+    x, k = c, pairs = c b^T, and w as above. Adjoint: v = dy, k = b, pairs = b c^T, w transposed, so that what came from
+    before i comes from after it."""
     part, chunk, batch = tl.program_id(0), tl.program_id(1) // 2, tl.program_id(2)
     group, part = part // split, part % split
     share = tl.cdiv(per_group, split)
@@ -334,10 +328,8 @@ class Scan:
         return left @ right.mT
 
     def states(self, v: Tensor, k: Tensor, begin: Tensor | None, *, forward: Tensor | None = None):
-        """States [b chunks r k s e] at the edge where each chunk is entered, and those that are left at the end.
-
-        With `forward`, the states of the forward pass, it is the adjoint: also the products of both, [b r k chunks].
-        """
+        """States [b chunks r k s e] at the edge where each chunk is entered, and those that are left at the end. With
+        `forward`, the states of the forward pass, it is the adjoint: also the products of both, [b r k chunks]."""
         sizes, adjoint = self.sizes, forward is not None
         states = v.new_empty(self.batch, self.chunks, sizes.ways, sizes.heads, sizes.state, sizes.width)
         _scan_states[sizes.heads, self.chunks, self.batch](

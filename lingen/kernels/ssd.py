@@ -152,11 +152,9 @@ def _outer(x: Float[Tensor, "b count l k e"], b: Float[Tensor, "b count l g s"])
 
 
 def _pass_on(added: Tensor, logs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States before each chunk and after the last one.
-
-    added [b c k e s] is what each chunk adds, logs [b c k] its total log decay, state [b k e s] the start or None.
-    More chunks than a group holds are treated as chunks of chunks, so the products stay linear in their number.
-    """
+    """States before each chunk and after the last one. added [b c k e s] is what each chunk adds, logs [b c k] its
+    total log decay, state [b k e s] the start or None. More chunks than a group holds are treated as chunks of chunks,
+    so the products stay linear in their number."""
     count = added.shape[1]
     if count > _GROUP:
         groups = -(-count // _GROUP)

@@ -13,10 +13,8 @@ from lingen.recipe.errors import RecipeError
 
 @lru_cache
 def chunk_scan() -> Callable[..., Any]:
-    """`mamba_chunk_scan_combined` of mamba_ssm, also where it was built without its CUDA extension.
-
-    Raises RecipeError where mamba_ssm is not installed.
-    """
+    """`mamba_chunk_scan_combined` of mamba_ssm, also where it was built without its CUDA extension. Raises RecipeError
+    where mamba_ssm is not installed."""
     path = "mamba_ssm.ops.triton.ssd_combined"
     try:
         module = importlib.import_module(path)

@@ -14,13 +14,11 @@ SWIGLU_KERNELS = ("auto", "reference", "triton")
 def swiglu(
     gate_up: Float[Tensor, "*rows hidden"], *, dtype: torch.dtype | None = None, kernel: str = "auto"
 ) -> Float[Tensor, "*rows half"] | Quantized:
-    """silu(first half) * second half of the last axis, in float32 at least.
+    """silu(first half) * second half of the last axis, in float32 at least. RecipeError for a kernel that cannot run.
 
     Args:
         dtype: of the result, by default that of `gate_up`; float8_e4m3fn gives a `Quantized`, without gradients.
         kernel: "reference" (plain PyTorch) or "triton", which keeps nothing but `gate_up` for the backward pass.
-    Raises:
-        RecipeError: for a kernel that cannot run.
     """
     check_no_gradient(dtype, gate_up)
     if choose("swiglu", kernel, SWIGLU_KERNELS, gate_up) == "triton":

@@ -34,7 +34,8 @@ def window_attention(
     """Bidirectional softmax attention among the tokens of each window, separately in each head.
 
     Queries and keys are RMS-normed (arXiv 1910.07467) in each head, then turned by the 3D rotary embedding of their
-    place in the window; nothing attends to padding (docs/facts.md, "TESA at the edges"). Linear in tokens.
+    place in the window; nothing attends to padding (docs/facts.md, "TESA at the edges"). Linear in tokens. RecipeError
+    for a kernel that is unknown or cannot run.
 
     Args:
         qkv: queries, keys and values, each `num_heads` heads of e side by side; may be a slice of wider rows.
@@ -44,8 +45,6 @@ def window_attention(
         kernel: "triton" gathers the windows inside one kernel and saves only `qkv` for the backward pass; the others
             cut the grid into windows first: "reference" spells the softmax out, "sdpa" is torch's, "flash"
             flash-attn's. "auto" is "triton" on CUDA for heads of at most 256, else "sdpa".
-    Raises:
-        RecipeError: for a kernel that is unknown or cannot run.
     """
     _, t, h, w, _ = qkv.shape
     width, grid = q_weight.shape[0], (t, h, w)
@@ -67,9 +66,7 @@ def window_attention(
 
 def twins_of(width: int, kernel: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Those of an attention's twins that take heads of `width`; RecipeError where `kernel` asks for one that does not.
-
-    The Triton twins hold a block of a head's rows in registers.
-    """
+    The Triton twins hold a block of a head's rows in registers."""
     if width <= _WIDEST_HEAD:
         return known
     if kernel == "triton":
@@ -87,10 +84,8 @@ def rms_norm(x: Float[Tensor, "*any e"], weight: Float[Tensor, "e"], eps: float)
 
 @constants(maxsize=64)
 def window_rows(grid: Triple, window: Triple, padding: Padding, device: torch.device) -> Int32[Tensor, "m n"]:
-    """For each window the places of its tokens in the clip's raster order; -1 at padding.
-
-    Each window holds a real token, because padding is shorter than a window in every axis: no softmax over nothing.
-    """
+    """For each window the places of its tokens in the clip's raster order; -1 at padding. Each window holds a real
+    token, because padding is shorter than a window in every axis: no softmax over nothing."""
     numbers = torch.arange(1, grid[0] * grid[1] * grid[2] + 1, dtype=torch.int32).view(1, *grid, 1)
     return (partition(numbers, window, padding).squeeze(-1) - 1).to(device)
 

@@ -15,7 +15,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 from lingen.training import lock
 from lingen.training.folder import RunFolder
-from lingen.training.sessions import FINISHED, KILLED_WORD, read_sessions
+from lingen.training.sessions import FINISHED, KILLED_WORD, killed, read_sessions
 
 ROWS = 20
 """Rows of metrics.csv over which the speed is a mean."""
@@ -215,12 +215,18 @@ def _state(folder: RunFolder, last: dict[str, Any], beats: list[Beat], *, done: 
         death = lock.death_of(*owner)
         if death is None and not silent:
             return "running", None
+        if death is not None:
+            return _ended(killed(folder, last, death)) if last else ("dead", death)
         told = "; ".join(f"rank {one.rank} on {one.host} has given no sign for {one.age:.0f} s" for one in silent[:4])
-        return "dead", "; ".join(filter(None, (death, told)))
+        return "dead", told
     if done:
         return "finished", None
     if how is None:
         return "dead", "it left no word"
+    return _ended(killed(folder, last, how) if how.startswith(LOST_WORD) else how)
+
+
+def _ended(how: str) -> tuple[str, str]:
     for state, start in (("failed", FAILED_WORD), ("dead", LOST_WORD), ("dead", KILLED_WORD)):
         if how.startswith(start):
             return state, how.removeprefix(FAILED_WORD)

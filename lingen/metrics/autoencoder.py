@@ -59,6 +59,8 @@ def evaluate(
     recipe: Recipe, asked: Request, out: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
     """Judges the recipe's autoencoder; writes ``metrics.json``, ``side_by_side.png`` and ``side_by_side.mp4``.
+    RecipeError for missing weights or shards, shards of latents, sizes or ways that the autoencoder does not have, and
+    an `out` that is a file; DataError where no sample fits.
 
     Args:
         recipe: a loaded stage.
@@ -67,10 +69,6 @@ def evaluate(
     Returns:
         what metrics.json holds: `rows`, each the means over the clips of a kind; `clips`, the numbers of each clip;
         `compare`; `notes`, sentences that a reader should see.
-    Raises:
-        RecipeError: missing weights or shards, shards of latents, sizes or ways that the autoencoder does not have, an
-            `out` that is a file.
-        DataError: no sample fits.
     """
     check_place(out)
     recipe = _of_one_shape(recipe, asked.clips)
@@ -305,11 +303,8 @@ class _Judge:
 
 
 def pairs(clip: Iterator[Tensor], rebuilt: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two streams of one clip in steps of the same frames; surplus frames of the second are dropped.
-
-    Raises:
-        ValueError: the second has fewer frames.
-    """
+    """Two streams of one clip in steps of the same frames; surplus frames of the second are dropped. ValueError where
+    the second has fewer frames."""
     held: Tensor | None = None
     for piece in clip:
         while held is None or held.shape[2] < piece.shape[2]:

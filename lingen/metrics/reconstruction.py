@@ -54,11 +54,8 @@ class Comparison:
 
     @torch.no_grad()
     def add(self, clip: Video, rebuilt: Video) -> None:
-        """The next frames of one clip, in -1..1.
-
-        Raises:
-            ValueError: other shapes, frames too small for SSIM, a reconstruction that is not finite.
-        """
+        """The next frames of one clip, in -1..1. ValueError for other shapes, frames too small for SSIM, a
+        reconstruction that is not finite."""
         if clip.shape != rebuilt.shape or len(clip) != 1:
             raise ValueError(f"One clip and its reconstruction are compared, got {[*clip.shape]}, {[*rebuilt.shape]}.")
         if min(clip.shape[3:]) < LEAST_SIDE:
@@ -95,13 +92,11 @@ class Comparison:
         if not self.frames:
             raise ValueError("No frames were compared.")
         mean = {name: total / self.frames for name, total in self._sums.items()}
-        return Quality(mse_to_psnr(mean["squares"]), mean["ssim"], mean.get("perceptual"), *self._flicker())
-
-    def _flicker(self) -> tuple[float | None, float | None, float | None]:
+        scores = mse_to_psnr(mean["squares"]), mean["ssim"], mean.get("perceptual")
         if not self.steps:
-            return None, None, None
+            return Quality(*scores, None, None, None)
         before, after, error = (self._sums[f"{name}motion"] / self.steps for name in ("", "rebuilt_", "error_"))
-        return after - before, (after - before) / before if before else None, math.sqrt(error)
+        return Quality(*scores, after - before, (after - before) / before if before else None, math.sqrt(error))
 
 
 def mse_to_psnr(squares: float) -> float:

@@ -6,7 +6,7 @@ noisy clips of a small model are judged by the same measures as drawn ones. All 
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -62,17 +62,10 @@ class Score:
     all: Rate
     """Colour, shape and motion right together."""
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row for each attribute, for a table or JSON: ``attribute, share, low, high, chance``."""
-        return [{"attribute": name, **asdict(getattr(self, name))} for name in ("colour", "shape", "motion", "all")]
-
 
 def score_clips(clips: Sequence[UInt8[np.ndarray, "t h w 3"]], captions: Sequence[str]) -> Score:
-    """Judges each clip against its caption. A caption without a motion (an image's) is right with any.
-
-    Raises:
-        ValueError: for no clips, another number of captions than clips, or a caption of another data set.
-    """
+    """Judges each clip against its caption. A caption without a motion (an image's) is right with any. ValueError for
+    no clips, another number of captions than clips, or a caption of another data set."""
     if len(clips) != len(captions) or not clips:
         raise ValueError(
             f"A score needs clips and one caption for each, got {len(clips)} clips and {len(captions)} captions."

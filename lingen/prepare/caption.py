@@ -47,7 +47,6 @@ class Captioning(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Precision of the model."""
         return self.model.resolve().name
 
     @property
@@ -65,12 +64,8 @@ class Captioning(NamedTuple):
 
 
 class Captioner:
-    """A model and its processor. It is shown a video where it takes one, else the frames as pictures, else, where it
-    takes no instructions either, the frame in the middle.
-
-    Raises:
-        RecipeError: the folder holds no such model.
-    """
+    """A model and its processor; RecipeError where the folder holds none. It is shown a video where it takes one, else
+    the frames as pictures, else, where it takes no instructions either, the frame in the middle."""
 
     def __init__(self, how: Captioning):
         from transformers import AutoModelForImageTextToText, AutoProcessor, logging
@@ -90,12 +85,8 @@ class Captioner:
 
     @torch.no_grad()
     def describe(self, frames: np.ndarray, seed: int) -> list[str]:
-        """Captions, each once. ValueError where the model says nothing.
-
-        Args:
-            frames: uint8 [t h w 3]
-            seed: of the captions after the first.
-        """
+        """Captions of frames, uint8 [t h w 3], each once; those after the first by `seed`. ValueError where the model
+        says nothing."""
         inputs = self._inputs(frames)
         plain = {"max_new_tokens": self.how.max_tokens, "do_sample": False, "num_beams": 1}
         said = [*self._say(inputs, plain)]
@@ -145,13 +136,11 @@ def caption(
 ) -> Report:
     """Copies a set of shards with captions for what has none; writes the manifest once all parts are done.
 
-    The same call again goes on where a killed one was.
+    The same call again goes on where a killed one was. RecipeError without a manifest, and as `Captioner`, `SetFolder`.
 
     Args:
         folder: shards with a manifest, as `lingen data pack --keep-uncaptioned` writes them.
         progress: called with the samples dealt with and all samples of this part.
-    Raises:
-        RecipeError: no manifest, and as `Captioner` and `SetFolder`.
     """
     path = folder / manifest.NAME
     if not path.is_file():

@@ -24,12 +24,10 @@ DELIMITERS = ",;\t|"
 class Captions:
     """The captions of sources: those of a table where it has some, else those of a file's sidecar.
 
-    Args:
-        table: CSV, JSONL or Parquet with the columns ``key`` and ``caption`` (or ``captions``, lists), or a JSON object
-            of key -> caption. A key is the path of a file below the folder that was named, with or without its
-            extension. Several rows of a key are several captions.
-    Raises:
-        RecipeError: no such file, another format, or no column of keys or of captions.
+    The table is CSV, JSONL or Parquet with the columns ``key`` and ``caption`` (or ``captions``, lists), or a JSON
+    object of key -> caption. A key is the path of a file below the folder that was named, with or without its
+    extension. Several rows of a key are several captions. RecipeError for no such file, another format, or no column of
+    keys or of captions.
     """
 
     def __init__(self, table: str | Path | None = None):
@@ -76,18 +74,12 @@ class Captions:
 
 def read_table(table: Path) -> Iterator[tuple[Any, Any]]:
     """(key, caption or list of captions) of each row; errors as for `Captions`."""
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json}
+    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     if not table.is_file():
         raise RecipeError(f"There is no table of captions '{table}'.")
-    if table.suffix.lower() not in (*readers, ".parquet"):
+    if table.suffix.lower() not in readers:
         _refuse(table)
-    if table.suffix.lower() == ".parquet":
-        yield from _parquet(table)
-        return
-    try:
-        yield from readers[table.suffix.lower()](table, read_text_file(table))
-    except csv.Error as error:
-        raise RecipeError(f"'{table}' cannot be read: {error}.") from error
+    yield from readers[table.suffix.lower()](table)
 
 
 def _refuse(table: Path, columns: Iterable[Any] = ()) -> NoReturn:
@@ -115,25 +107,29 @@ def _pair(row: dict[Any, Any], where: str) -> tuple[Any, Any]:
     return row["key"], caption
 
 
-def _csv(table: Path, text: str) -> Iterator[tuple[Any, Any]]:
+def _csv(table: Path) -> Iterator[tuple[Any, Any]]:
+    text = read_text_file(table)
     first, _, rest = text.partition("\n")
     if first.lower().startswith("sep="):  # what Excel writes and reads, as if it were a row
         text, first = rest, rest.partition("\n")[0]
-    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in DELIMITERS}
-    mark = max(headers, key=lambda one: (_has_key(headers[one]), len(headers[one])))
-    if not _has_key(headers[mark]):
-        _refuse(table, headers[mark])
-    reader = csv.DictReader(io.StringIO(text), delimiter=mark)
-    for row in reader:
-        yield _pair(row, f"{table}:{reader.line_num}")
+    try:
+        headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in DELIMITERS}
+        mark = max(headers, key=lambda one: (_has_key(headers[one]), len(headers[one])))
+        if not _has_key(headers[mark]):
+            _refuse(table, headers[mark])
+        reader = csv.DictReader(io.StringIO(text), delimiter=mark)
+        for row in reader:
+            yield _pair(row, f"{table}:{reader.line_num}")
+    except csv.Error as error:
+        raise RecipeError(f"'{table}' cannot be read: {error}.") from error
 
 
 def _has_key(columns: Iterable[str]) -> bool:
     return "key" in [name.strip().lower() for name in columns]
 
 
-def _jsonl(table: Path, text: str) -> Iterator[tuple[Any, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _jsonl(table: Path) -> Iterator[tuple[Any, Any]]:
+    for number, line in enumerate(read_text_file(table).split("\n"), 1):
         if line.strip():
             row = _value(line, f"{table}:{number}")
             if not isinstance(row, dict):
@@ -141,8 +137,8 @@ def _jsonl(table: Path, text: str) -> Iterator[tuple[Any, Any]]:
             yield _pair(row, f"{table}:{number}")
 
 
-def _json(table: Path, text: str) -> Iterator[tuple[Any, Any]]:
-    found = _value(text, str(table))
+def _json(table: Path) -> Iterator[tuple[Any, Any]]:
+    found = _value(read_text_file(table), str(table))
     if not isinstance(found, dict):
         _refuse(table)
     yield from found.items()

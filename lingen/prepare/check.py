@@ -44,14 +44,12 @@ def check_folders(
     processes: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Checked:
-    """Checks all shards of local folders against each folder's manifest, where it has one.
+    """Checks all shards of local folders against each folder's manifest, where it has one. RecipeError for a folder
+    that is none, or holds no shard.
 
     Args:
-        depth: how much is read.
         processes: that read shards at the same time; 0: this one.
         progress: called with the shards checked and all shards.
-    Raises:
-        RecipeError: a folder that is none, or holds no shard.
     """
     samples, faults = 0, []
     jobs = []

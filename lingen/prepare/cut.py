@@ -104,11 +104,13 @@ def make_samples(job: CutJob) -> CutResult:
     return outcome
 
 
+Reasons = list[tuple[str, str]]
+"""(the source's key, or a clip's, and ``reason: detail``)"""
 SampleFiles = tuple[WrittenSample, bytes, dict[str, Any]]
 """A sample, its media, and its JSON."""
 
 
-def _make(job: CutJob, drops: list[tuple[str, str]], told: list[tuple[str, str]]) -> Iterator[SampleFiles]:
+def _make(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
     try:
         yield from _film(job, drops, told) if job.source.kind == "video" else _picture(job, drops)
     except (ValueError, av.FFmpegError, OSError, MemoryError) as error:
@@ -139,10 +141,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-# films
-
-
-def _film(job: CutJob, drops: list[tuple[str, str]], told: list[tuple[str, str]]) -> Iterator[SampleFiles]:
+def _film(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
     """The pieces of a film that no filter leaves out. The film is decoded twice, to measure it and to cut it."""
     track = follow(read_frames(job.source.path))
     verdict = judge_film(track, job.filters)
@@ -182,7 +181,7 @@ def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
         yield f"time stamps mended: {track.mended} of {len(track.times)} were missing or did not ascend"
 
 
-def _pieces(job: CutJob, track: Track, fps: float, drops: list[tuple[str, str]]) -> Iterator[Int[np.ndarray, " t"]]:
+def _pieces(job: CutJob, track: Track, fps: float, drops: Reasons) -> Iterator[Int[np.ndarray, " t"]]:
     """Of each piece of each shot, which source frames show it at `fps`; repeats where the film has fewer."""
     bounds = [0, *track.cuts, len(track.times)]
     for first, end in itertools.pairwise(bounds):
@@ -199,10 +198,8 @@ def _pieces(job: CutJob, track: Track, fps: float, drops: list[tuple[str, str]])
 
 def divide(available: int, lengths: tuple[int, ...], min_seconds: float | None, fps: float) -> list[tuple[int, int]]:
     """Pieces of a shot as (first frame, frames): the longest length that fits, again and again; what is left over
-    lengthens the last one.
-
-    A shot that is shorter than all lengths is one piece where `min_seconds` allows it: it serves other recipes.
-    """
+    lengthens the last one. A shot that is shorter than all lengths is one piece where `min_seconds` allows it: it
+    serves other recipes."""
     least = min(lengths, default=1)
     if available < least:
         keep = min_seconds is not None and available >= max(2.0, min_seconds * fps)
@@ -238,10 +235,7 @@ class _Reel:
             yield self._shown
 
 
-# pictures
-
-
-def _picture(job: CutJob, drops: list[tuple[str, str]]) -> Iterator[SampleFiles]:
+def _picture(job: CutJob, drops: Reasons) -> Iterator[SampleFiles]:
     """The picture, its own bytes where it need not be scaled down."""
     data = job.source.path.read_bytes()
     picture = open_picture(data, picture_formats())

@@ -151,15 +151,9 @@ class Encoding(NamedTuple):
 def encode_shards(
     stages: Sequence[Recipe], out: Path, how: Encoding, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Encodes this part of what the stages train on; writes the manifest once all parts are done.
-
-    The same call again goes on where a killed one was.
-
-    Args:
-        progress: called with the clips dealt with and all clips of this part.
-    Raises:
-        RecipeError: the stages do not have the same frozen parts, a part cannot run, and as `SetFolder`.
-    """
+    """Encodes this part of what the stages train on; writes the manifest once all parts are done. The same call again
+    goes on where a killed one was. RecipeError where the stages do not have the same frozen parts, where a part cannot
+    run, and as `SetFolder`. `progress`: called with the clips dealt with and all clips of this part."""
     settings = {**_common(stages), "null_text": True}
     encoders = Encoders(stages[0], how.device, how.precision)
     folder = SetFolder(out, how.part, {**settings, "precision": how.precision, "validation": how.validation})
@@ -204,7 +198,7 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
         batch_size=None,
         collate_fn=as_it_is,
         num_workers=min(workers, len(tasks)),
-        worker_init_fn=_start_decoder,
+        worker_init_fn=follow_parent,
         multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
     )
     group: Group = []
@@ -215,10 +209,6 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
         group.append((task, loaded))
     if group:
         yield group
-
-
-def _start_decoder(worker: int) -> None:
-    follow_parent()
 
 
 def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None:

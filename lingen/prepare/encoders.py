@@ -65,15 +65,14 @@ class Encoders:
         return self._null[fps]
 
     def members(self, latents: Tensor, captions: Sequence[str], fps: float, source: str) -> dict[str, bytes]:
-        """The members of a sample, as `lingen.data.latents` reads them.
+        """The members of a sample, as `lingen.data.latents` reads them. ValueError where something is not finite at
+        this precision.
 
         Args:
             latents: [c t h w]
             captions: at least one.
             fps: of the clip, 0 for an image.
             source: where it came from, for the JSON.
-        Raises:
-            ValueError: something is not finite at this precision.
         """
         tokens, null = self.tokens(captions, fps), self.null(fps)
         about: dict[str, Any] = {"captions": list(captions), "source": source}

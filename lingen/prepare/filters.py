@@ -105,11 +105,9 @@ def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Rejectio
 
 
 def motion_of(track: Track, first: int, end: int) -> tuple[float, float]:
-    """Mean motion, and jerk of the camera, both in picture heights a second.
-
-    The jerk is the root mean square of how its speed changes from one frame to the next that is not the same (many
-    films show frames twice); less where that is little against the speed itself, as in a fast pan.
-    """
+    """Mean motion, and jerk of the camera, both in picture heights a second. The jerk is the root mean square of how
+    its speed changes from one frame to the next that is not the same (many films show frames twice); less where that is
+    little against the speed itself, as in a fast pan."""
     motion, change = track.motion[first + 1 : end], track.change[first + 1 : end]
     again = max(FROZEN, REPEATED * float(change.mean())) if len(change) else FROZEN
     fresh = np.flatnonzero(change >= again) + first + 1

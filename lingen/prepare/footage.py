@@ -39,19 +39,10 @@ class Footage(NamedTuple):
     """Path below the folder and ``reason: detail`` of everything else, but for captions of the sources."""
 
 
-def find_sources(folders: Iterable[str | Path], kind: str) -> list[MediaSource]:
-    """The sources of `look_through`."""
-    return look_through(folders, kind).sources
-
-
 def look_through(folders: Iterable[str | Path], kind: str, others: Iterable[str | Path] = ()) -> Footage:
     """All files of a kind below the folders, hidden ones left out; linked folders are followed, each folder once.
-
-    Args:
-        others: folders that are looked through for the other kind: its files there are seen.
-    Raises:
-        RecipeError: a folder that is none or holds no such file, or two files of the same key.
-    """
+    RecipeError for a folder that is none or holds no such file, and two files of the same key. `others`: folders that
+    are looked through for the other kind: its files there are seen."""
     found: dict[str, MediaSource] = {}
     unseen: list[tuple[str, str]] = []
     both = {os.path.realpath(one) for one in others}
@@ -182,10 +173,8 @@ def read_frames(path: Path) -> Iterator[Frame]:
     """All frames of a video in the order in which they are shown; times ascend, whatever the time stamps do.
 
     A time stamp that is missing or not behind the one before is replaced by the average rate. Where they jump back by
-    more than one frame, as where two recordings were joined, the film goes on behind what was before.
-
-    Raises:
-        ValueError: ``unreadable: ...``, ``too large: ...``.
+    more than one frame, as where two recordings were joined, the film goes on behind what was before. ValueError:
+    ``unreadable: ...``, ``too large: ...``.
     """
     film = _animation(path) if path.suffix.lower() == ".webp" else _film(path)
     interval, tick = next(film)[:2]
@@ -232,11 +221,8 @@ def _film(path: Path) -> Iterator[tuple[Any, Any, Any]]:
 
 def _decoding_order(file: Any) -> list[int] | None:
     """The time stamps of a film that has only those of decoding, such as an AVI with B-frames, the last one first; None
-    where frames have times at which they are shown.
-
-    Frames that the decoder reorders cannot have stamps that ascend in the order of decoding, and a frame is shown at
-    the time of the one that is decoded in its place.
-    """
+    where frames have times at which they are shown. Frames that the decoder reorders cannot have stamps that ascend in
+    the order of decoding, and a frame is shown at the time of the one that is decoded in its place."""
     stream = picture_stream(file, "unreadable")
     packets = [(packet.pts, packet.dts) for packet in file.demux(stream) if packet.size]
     stamps = [dts if pts is None else pts for pts, dts in packets]

@@ -48,11 +48,8 @@ class Forecast(NamedTuple):
 
 
 def forecast(stages: Sequence[Recipe], ranks: int | None = None) -> Forecast:
-    """Works out all stages from the manifests alone; nothing is decoded.
-
-    Args:
-        ranks: None: those of the recipe's trainer.
-    """
+    """Works out all stages from the manifests alone; nothing is decoded. `ranks` are by default those of
+    the recipe's trainer."""
     whole = Forecast([], {}, {}, [])
     for recipe in stages:
         name = recipe.stage or "main"
@@ -85,11 +82,9 @@ def _add(whole: Forecast, recipe: Recipe, data: ClipData, ranks: int) -> None:
 
 
 def stages_on(stages: Sequence[Recipe], folders: Sequence[Path]) -> list[Recipe]:
-    """The stages with the shards of these folders in the place of the recipe's own.
-
-    A kind that none of the folders holds keeps the recipe's own shards. A folder without a manifest stays as it is,
-    so that the forecast tells that it needs one.
-    """
+    """The stages with the shards of these folders in the place of the recipe's own. A kind that none of the folders
+    holds keeps the recipe's own shards. A folder without a manifest stays as it is, so that the forecast tells that it
+    needs one."""
     held: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for folder in folders:
         for kind in _kinds_in(folder):

@@ -33,13 +33,12 @@ class Indexed(NamedTuple):
 def index_folder(
     folder: Path, processes: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Indexed:
-    """Writes the manifest of the tar files in a folder.
+    """Writes the manifest of the tar files in a folder. RecipeError where there is no tar file, or none of the samples
+    can be used.
 
     Args:
         processes: that read shards at the same time; 0: this one.
         progress: called with the shards read and the shards to read.
-    Raises:
-        RecipeError: there is no tar file, or none of the samples can be used.
     """
     paths = tar_files(folder)
     if not paths:

@@ -234,13 +234,9 @@ class ShardStream:
     def _stem(self) -> str:
         return f"{self.kind}-{self._number:05d}"
 
-    def names(self) -> set[str]:
-        """Everything that earlier runs are done with."""
-        return set(self._finished)
-
     @cached_property
     def _finished(self) -> dict[str, str]:
-        """The same, with the marks of contents."""
+        """Everything that earlier runs are done with, and the marks of contents."""
         return {note.name: note.mark for record in self.committed for note in record.notes if not note.reason}
 
     def has(self, name: str, mark: str) -> bool:

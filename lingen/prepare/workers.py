@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from lingen.data.follow import follow_parent
 
@@ -34,54 +34,39 @@ def in_order(
     if processes == 0:
         yield from ((item, work(item)) for item in items)
         return
-    crew = _Crew(work, processes, crashed)
-    waiting: deque[tuple[Item, Future[Result]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, crew.begin(item)))
-            if len(waiting) > 2 * processes:
-                yield crew.end(*waiting.popleft())
-        while waiting:
-            yield crew.end(*waiting.popleft())
-    finally:
-        crew.stop()
+    pool, waiting = _pool(processes), deque[tuple[Item, Future[Result]]]()
 
-
-class _Crew(Generic[Item, Result]):
-    """A process pool that is started again after a crash."""
-
-    def __init__(self, work: Callable[[Item], Result], processes: int, crashed: Callable[[Item], Result]):
-        self.work, self.processes, self.crashed = work, processes, crashed
-        self.pool = _pool(processes)
-
-    def begin(self, item: Item) -> Future[Result]:
-        try:
-            return self.pool.submit(self.work, item)
-        except BrokenProcessPool:
-            self.stop()
-            self.pool = _pool(self.processes)
-            return self.pool.submit(self.work, item)
-
-    def end(self, item: Item, future: Future[Result]) -> tuple[Item, Result]:
+    def settled(item: Item, future: Future[Result]) -> tuple[Item, Result]:
         try:
             return item, future.result()
-        except BrokenProcessPool:
-            return item, self._alone(item)
+        except BrokenProcessPool:  # all that were in work are repeated one by one, to find the one that killed it
+            with _pool(1) as alone:
+                try:
+                    return item, alone.submit(work, item).result()
+                except BrokenProcessPool:
+                    return item, crashed(item)
 
-    def _alone(self, item: Item) -> Result:
-        """Repeats one by one the items that were in work when a process died, to find the one that killed it."""
-        with _pool(1) as pool:
+    try:
+        for item in items:
             try:
-                return pool.submit(self.work, item).result()
+                waiting.append((item, pool.submit(work, item)))
             except BrokenProcessPool:
-                return self.crashed(item)
+                _stop(pool)
+                pool = _pool(processes)
+                waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > 2 * processes:
+                yield settled(*waiting.popleft())
+        while waiting:
+            yield settled(*waiting.popleft())
+    finally:
+        _stop(pool)
 
-    def stop(self) -> None:
-        """Ends the processes at once; the next run repeats their unfinished items."""
-        processes = list((self.pool._processes or {}).values())
-        for process in processes:
-            process.terminate()
-        self.pool.shutdown(cancel_futures=True)
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    """Ends the processes at once; the next run repeats their unfinished items."""
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    pool.shutdown(cancel_futures=True)
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

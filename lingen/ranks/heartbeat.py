@@ -29,9 +29,15 @@ SILENT = 90.0
 """Seconds without one after which a process counts as gone."""
 SIZE = 2048
 """Bytes of a file."""
+SAMPLES_TOLD = 3
+"""Samples of a batch that are named."""
 FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
 """Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
 rank was gone, which says nothing of why."""
+SILENT_WORD = "silent for "
+"""After `FAILED_WORD`, of a rank that hung: another start may help."""
+
+Samples = tuple[list[str], list[str]]
 
 
 class Beat(NamedTuple):
@@ -76,24 +82,53 @@ class Heart:
         self._place: tuple[str | None, int] = (None, 0)
         self._doing, self._since = "start", time.monotonic()
         self._spent: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._samples: Samples = ([], [])
+        self._turns = 0
+        self.limit = 0
+        """Seconds of silence of all ranks that are too long (`lingen.ranks.watchdog`); 0: none are."""
+        self._lock, self._file = threading.Lock(), threading.Lock()
         self._over = threading.Event()
         self._ended: str | None = None
 
-    def sign(self, doing: str, stage: str | None = None, step: int | None = None) -> None:
-        """A sign of life: from now on this rank does something else, or the same anew."""
+    def sign(
+        self, doing: str | None, stage: str | None = None, step: int | None = None, samples: Samples | None = None
+    ) -> None:
+        """A sign of life: from now on this rank does something else, or goes on with the same.
+
+        Args:
+            doing: None: the same as before, from any thread.
+            stage, step: given at turns that all ranks take alike.
+            samples: of its last batch, and those that it waits for.
+        """
         now = time.monotonic()
         with self._lock:
             self._spent[self._doing] += now - self._since  # type: ignore[assignment]
-            self._doing, self._since = doing, now
+            self._doing, self._since = doing or self._doing, now
+            self._turns += stage is not None
+            self._samples = samples or self._samples
             self._place = (stage or self._place[0], self._place[1] if step is None else step)
 
     def silence(self) -> float:
         """Seconds since the last sign."""
         return time.monotonic() - self._since
 
+    def pause(self, seconds: float) -> None:
+        """So much of the time since the last sign does not count: the process did not run."""
+        with self._lock:
+            self._since = min(time.monotonic(), self._since + seconds)
+
+    def report(self) -> dict[str, Any]:
+        """What another rank may want to know of this one."""
+        with self._lock:
+            (stage, step), (last, coming) = self._place, self._samples
+            return {
+                "rank": self._told["rank"], "host": self._told["host"], "stage": stage, "step": step,
+                "doing": self._doing, "silence": self.silence(), "turns": self._turns,
+                "batch": last[:SAMPLES_TOLD], "awaits": coming[:SAMPLES_TOLD],
+            }  # fmt: skip
+
     def write(self) -> None:
-        """Writes the file; what fails is tried again at the next beat."""
+        """Writes the file; what fails is tried again at the next beat. A disk that hangs holds up no sign."""
         with self._lock:
             stage, step = self._place
             spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
@@ -102,16 +137,9 @@ class Heart:
                 "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
                 "spent": spent, "memory": memory_now(), "ended": self._ended,
             }  # fmt: skip
-            data = json.dumps(told).encode()
-            if len(data) >= SIZE:
-                data = json.dumps(told | {"memory": {}, "ended": (self._ended or "")[:200] or None}).encode()
-            with contextlib.suppress(OSError):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
-                try:
-                    os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
-                finally:
-                    os.close(file)
+        with self._file, contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _write(self.path, told)
 
     def begin(self) -> None:
         def beating() -> None:
@@ -122,9 +150,19 @@ class Heart:
         threading.Thread(target=beating, name="lingen-heartbeat", daemon=True).start()
 
     def end(self, word: str) -> None:
+        """The last word; the first one stands."""
         self._over.set()
-        self._ended = word
+        self._ended = self._ended or word
         self.write()
+
+    def leave_word_of(self, rank: int, word: str) -> None:
+        """Writes the last word of a rank that cannot, unless it left one. The age of its file stays."""
+        path = self.path.with_name(f"{rank:05d}.json")
+        with contextlib.suppress(OSError, ValueError):
+            told, about = json.loads(path.read_text(encoding="utf-8")), path.stat()
+            if (told["session"], told["ended"]) == (self._told["session"], None):
+                _write(path, told | {"ended": word})
+                os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
 _heart: Heart | None = None
@@ -147,10 +185,30 @@ def beating(folder: Path, rank: int, ranks: int, session: str) -> Iterator[Heart
         heart.end(word)
 
 
-def sign(doing: str, stage: str | None = None, step: int | None = None) -> None:
-    """A sign of life of this process; nothing where it is no rank of a run."""
+def sign(
+    doing: str | None = None, stage: str | None = None, step: int | None = None, samples: Samples | None = None
+) -> None:
+    """A sign of life of this process, see `Heart.sign`; nothing where it is no rank of a run."""
     if _heart is not None:
-        _heart.sign(doing, stage, step)
+        _heart.sign(doing, stage, step, samples)
+
+
+def begin_stage(limit: int) -> None:
+    """A stage starts, in which so many seconds without a sign are too many; 0: none are."""
+    if _heart is not None:
+        _heart.limit = limit
+        _heart.sign("start")
+
+
+def _write(path: Path, told: dict[str, Any]) -> None:
+    data = json.dumps(told).encode()
+    if len(data) >= SIZE:
+        data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
+    file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+    try:
+        os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
+    finally:
+        os.close(file)
 
 
 def word_of(error: BaseException) -> str:

@@ -212,7 +212,7 @@ def _numbers() -> list[int]:
 
 def _leave() -> NoReturn:
     """Ends this process, without any of the work that is done at an end, and those that it started."""
-    _end_children()
+    end_children()
     if os.isatty(2):
         _write(SHOW_CURSOR)
     os._exit(INTERRUPTED)
@@ -224,7 +224,7 @@ def _write(text: bytes) -> None:
         os.write(2, text)
 
 
-def _end_children() -> None:
+def end_children() -> None:
     """Kills the other ranks that this process started, its loader processes, and whatever else. What these started ends
     with them (`lingen.data.follow`)."""
     for pid in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):

@@ -98,13 +98,9 @@ def _hint_schema(hint: Any, path: Path | None = None, limits: Schema | None = No
     if (origin or hint) in (tuple, *LISTS):
         return {"type": "array", "items": _hint_schema(arguments[0], None, limits)} if arguments else {"type": "array"}
     if (origin or hint) in MAPPINGS:
-        return {"type": "object"} if hint is Component or not arguments else _mapping_schema(arguments[1])
+        values = {} if hint is Component or not arguments else _hint_schema(arguments[1])
+        return {"type": "object"} | ({"additionalProperties": values} if values else {})
     return {}
-
-
-def _mapping_schema(hint: Any) -> Schema:
-    values = _hint_schema(hint)
-    return {"type": "object", "additionalProperties": values} if values else {"type": "object"}
 
 
 def _key(registry: Registry) -> str:

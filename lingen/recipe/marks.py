@@ -27,9 +27,7 @@ class Entry(NamedTuple):
 
 def marks_of(recipe: Recipe) -> dict[str, Mark]:
     """The mark of each setting of one filled stage, as `load_stages` gives it, by its dotted key: ``data.batch.video``.
-
-    ``stages`` is left out: what it holds are settings of other stages. Imports the recipe's parts.
-    """
+    ``stages`` is left out: what it holds are settings of other stages. Imports the recipe's parts."""
     return {key: entry.mark for key, entry in entries_of(recipe).items()}
 
 

@@ -14,12 +14,10 @@ def passes_on(*parts: Callable[..., Any]) -> Callable[[Part], Part]:
     """Class decorator: the keyword-only settings of other parts are settings of this one, too.
 
     They stand in its signature behind its own, with the types, bounds, marks and defaults that they are declared with
-    in the other parts, so that they are checked, filled in and documented from there. The constructor takes all of
-    them as one mapping, its last argument `flat`. A setting of several parts offers the choices of all and comes last.
-
-    Raises:
-        TypeError: parts disagree about the default or the type of a setting; and in the constructor, as for any other,
-            for a setting that does not exist.
+    in the other parts, so that they are checked, filled in and documented from there. The constructor takes all of them
+    as one mapping, its last argument `flat`. A setting of several parts offers the choices of all and comes last.
+    TypeError where parts disagree about the default or the type of a setting; and in the constructor, as for any other,
+    for a setting that does not exist.
     """
     settings = _joined(parts)
 

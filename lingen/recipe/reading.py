@@ -67,7 +67,8 @@ def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -
         raise RecipeError(str(stages.problem((), "Stages are a mapping: a name and an overlay for each.")))
     staged = bool(stages.tree)
     names = list(stages.tree) or [str(base.tree.get("stage") or "main")]
-    problems += _unknown_stages(of_stage, names)
+    unknown = [stage for stage in of_stage if stage not in names]
+    problems += [Problem("command line", unknown_stage(stage, names), f"stages.{stage}") for stage in unknown]
     drafts = {name: _merge(base, _overlay(stages, name), plain, of_stage.get(name, []), problems) for name in names}
     whole = _merge(base, Layered({}, {}), plain, [], problems)
     for draft in (whole, *drafts.values()):
@@ -105,7 +106,8 @@ def spell_out(layered: Layered, prefix: Path = ()) -> None:
     for component in COMPONENTS:
         path = (*prefix, *component)
         value = layered.get(path)
-        if component == ("text",) and _is_component(value):
+        one = isinstance(value, dict) and "name" in value or isinstance(value, str) and "${" not in value
+        if component == ("text",) and one:
             origin = layered.origin(path)
             layered.put(path, [value], layered, path)
             layered.origins[path] = layered.origins[(*path, 0)] = origin
@@ -115,10 +117,6 @@ def spell_out(layered: Layered, prefix: Path = ()) -> None:
                 _spell_out_word(layered, (*path, index), item)
         else:
             _spell_out_word(layered, path, value)
-
-
-def _is_component(value: Any) -> bool:
-    return isinstance(value, dict) and "name" in value or isinstance(value, str) and "${" not in value
 
 
 def _spell_out_word(layered: Layered, path: Path, word: Any) -> None:
@@ -222,11 +220,6 @@ def _read_overrides(
             spell_out(one)
             of_stage.setdefault(path[1], []).append(one)
     return plain, of_stage
-
-
-def _unknown_stages(of_stage: Iterable[str], names: list[str]) -> list[Problem]:
-    unknown = [stage for stage in of_stage if stage not in names]
-    return [Problem("command line", unknown_stage(stage, names), f"stages.{stage}") for stage in unknown]
 
 
 def unknown_stage(stage: str, names: list[str]) -> str:

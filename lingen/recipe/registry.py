@@ -26,11 +26,8 @@ def import_object(path: str) -> Any:
 
 def import_module(name: str) -> None:
     """Imports a module that registers parts. The current folder comes first, and stays on the path, at its end: what
-    the module imports later, and processes that are started from this one, find it too.
-
-    Raises:
-        RecipeError: it cannot be imported, or raises; with the place and the cure.
-    """
+    the module imports later, and processes that are started from this one, find it too. RecipeError, with the place and
+    the cure, where it cannot be imported, or raises."""
     here = os.getcwd()
     try:
         with _folder_on_path():
@@ -143,11 +140,9 @@ class Registry:
         )
 
     def build(self, component: str | dict[str, Any], *positional: Any) -> Any:
-        """Calls the named part with the model's positional arguments and the recipe's settings.
-
-        ``MIXERS.build({"name": "mate", "window": (8, 4, 4)}, dim, layer)``. Settings are checked against the part's
-        signature: SettingError for an unknown or missing one, a wrong type, a number out of bounds, naming it.
-        """
+        """Calls the named part with the model's positional arguments and the recipe's settings. ``MIXERS.build({"name":
+        "mate", "window": (8, 4, 4)}, dim, layer)``. Settings are checked against the part's signature: SettingError for
+        an unknown or missing one, a wrong type, a number out of bounds, naming it."""
         from lingen.recipe.signature import check_settings, refusal
 
         settings = {"name": component} if isinstance(component, str) else dict(component)

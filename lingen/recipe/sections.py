@@ -202,8 +202,14 @@ class TrainConfig:
     text_drop: Annotated[float, SHARE, COURSE, "share of samples whose text is left out, for guidance"] = 0.1
     keep_optimizer: Annotated[bool, IDENTITY, "carry AdamW's moments over from the stage before"] = False
     max_nonfinite: Annotated[
-        int, AtLeast(1), FREE, "steps in a row with a non-finite loss or gradient before the run stops"
+        int, AtLeast(1), FREE, "steps in a row with a non-finite loss or gradient, or skipped, before the run stops"
     ] = 3
+    on_spike: Annotated[
+        Literal["keep", "skip", "rollback"],
+        FREE,
+        "a loss or gradient norm far above those of steps like it is said, and then the step is taken; thrown away; or "
+        "training goes on from the last checkpoint of `checkpoint_every`, past all samples since (docs/health.md)",
+    ] = "keep"
     log_every: Annotated[int, AtLeast(1), FREE, "steps between lines of metrics.csv"] = 10
     checkpoint_every: Annotated[int, AtLeast(1), FREE, "steps between checkpoints for resuming"] = 500
     keep_checkpoints: Annotated[int, AtLeast(1), FREE, "the newest checkpoints of a stage that stay"] = 2
@@ -217,6 +223,9 @@ class TrainConfig:
     sample_every: Annotated[
         int, AtLeast(0), FREE, "steps between sampled clips of sample.prompts; 0: only at the end of the stage"
     ] = 0
+    watchdog: Annotated[
+        int, AtLeast(0), FREE, "seconds without a sign of life of any rank that end the run as one that hangs; 0: off"
+    ] = 600
 
 
 @checked

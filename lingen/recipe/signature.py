@@ -72,10 +72,8 @@ def settings_of(part: Callable[..., Any]) -> dict[str, Setting]:
 
 
 def check_settings(part: Callable[..., Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], Found]:
-    """Checks settings against a part's signature and fills in its defaults.
-
-    Returns the filled settings, lists made tuples where the hint says so, and the mistakes.
-    """
+    """Checks settings against a part's signature and fills in its defaults. Returns the filled settings, lists made
+    tuples where the hint says so, and the mistakes."""
     if not callable(part):
         return {}, [Mistake(("name",), f"{_show(part)} is neither a class nor a function.")]
     known = settings_of(part)
@@ -95,10 +93,8 @@ def check_settings(part: Callable[..., Any], settings: Mapping[str, Any]) -> tup
 
 
 def checked(part: Any) -> Any:
-    """Class decorator: the constructor itself refuses numbers out of bounds and unknown choices, as the loader does.
-
-    It raises SettingError for the settings that it is given by keyword.
-    """
+    """Class decorator: the constructor itself refuses numbers out of bounds and unknown choices, as the loader does. It
+    raises SettingError for the settings that it is given by keyword."""
     construct = part.__init__
 
     @functools.wraps(construct)

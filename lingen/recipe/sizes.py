@@ -22,13 +22,9 @@ def patch_of(recipe: Recipe) -> Triple:
 
 
 def check_frames(frames: int, autoencoder: Autoencoder, patch: int = 1) -> None:
-    """SettingError where an autoencoder does not take so many frames, or patches do not fill its latent frames.
-
-    One whose first latent frame holds one frame alone takes 1 + a multiple of `frame_unit` (else: of its stride).
-
-    Args:
-        patch: latent frames per token.
-    """
+    """SettingError where an autoencoder does not take so many frames, or patches do not fill its latent frames. One
+    whose first latent frame holds one frame alone takes 1 + a multiple of `frame_unit` (else: of its stride). `patch`:
+    latent frames per token."""
     stride, alone = autoencoder.strides[0], getattr(autoencoder, "first_frame_alone", False)
     unit = getattr(autoencoder, "frame_unit", stride)
     latents = math.ceil(frames / stride)
@@ -55,7 +51,8 @@ def grids_of(data: DataConfig, strides: Triple, patch: Triple) -> dict[str, Trip
         ("width", width, strides[2], patch[2]),
     ):
         if pixels % (stride * size):
-            fits = _neighbours_of(pixels, stride * size)
+            low = pixels // (stride * size) * stride * size
+            fits = f"{low} or {low + stride * size}" if low else stride * size
             raise SettingError(
                 "size",
                 f"The {axis} of {pixels} pixels is no multiple of {stride * size}, the autoencoder's stride {stride} "
@@ -86,17 +83,9 @@ def all_grids(recipe: Recipe, autoencoder: Autoencoder) -> list[Triple]:
     return grids
 
 
-def _neighbours_of(number: int, step: int) -> str:
-    low = number // step * step
-    return f"{low} or {low + step}" if low else str(step)
-
-
 def ranks_of(recipe: Recipe, there: int = 1) -> int:
-    """How many ranks lightning.Trainer makes of a stage: devices times nodes.
-
-    Args:
-        there: devices of a machine, for a recipe that takes all of them.
-    """
+    """How many ranks lightning.Trainer makes of a stage: devices times nodes. `there`: devices of a machine, for a
+    recipe that takes all of them."""
     devices, nodes = recipe.trainer.get("devices", "auto"), int(recipe.trainer.get("num_nodes", 1))
     if isinstance(devices, str) and "," in devices:
         devices = [one for one in devices.split(",") if one.strip()]

@@ -41,11 +41,8 @@ class Subject:
         return import_object(self.weights)(recipe)
 
     def frozen_parts(self, recipe: Recipe, *, begun: bool = False) -> list[Any]:
-        """What a stage uses as it is, on the meta device: nothing is read.
-
-        Args:
-            begun: there is a checkpoint of the stage, so it needs no weights to start from.
-        """
+        """What a stage uses as it is, on the meta device: nothing is read. `begun`: there is a checkpoint of the stage,
+        so it needs no weights to start from."""
         return import_object(self.frozen)(recipe, begun=begun)
 
     def plan(self, recipe: Recipe) -> Any:

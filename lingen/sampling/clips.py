@@ -23,6 +23,7 @@ from lingen.autoencoder.ways import way_for
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device, memory_here
 from lingen.media import as_frames
+from lingen.ranks.heartbeat import sign
 from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
 from lingen.sampling.precision import set_precision
@@ -302,6 +303,7 @@ def sample_latents(
     always = low <= 0 and high >= 1  # then no time is fetched from the device, which would wait for it at every step
 
     def velocity(latents: Tensor, time: Tensor) -> Tensor:
+        sign("sampling")
         time = time.expand(len(latents))
         if settings.guidance == 1 or not (always or low <= float(time[0]) <= high):
             return module.model(latents, time, text).float()
@@ -347,5 +349,6 @@ def decode_frames(
         while frames > 0 and (piece := next(pieces, None)) is not None:
             shown = as_frames(piece[:, :, :frames])
             frames -= len(shown)
+            sign("decoding")
             del piece  # otherwise it would be held while the next piece is made
             yield from shown

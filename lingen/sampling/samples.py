@@ -19,6 +19,7 @@ from lingen.kernels.choice import best_device
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
 from lingen.ranks import signals
 from lingen.ranks.collectives import on_first_rank
+from lingen.ranks.heartbeat import sign
 from lingen.recipe.sections import Recipe
 from lingen.sampling.clips import Take, clip_size, clips_of, decoded, sample_takes, takes_of
 from lingen.sampling.notes import notes_of, notes_on
@@ -75,6 +76,7 @@ def _write_reconstructions(module: AutoencoderModule, data: ClipData, folder: Ru
     clips = itertools.islice((clip for batch in shown for clip in batch.clips), RECONSTRUCTIONS)
     with module.averaged_weights(), torch.no_grad():
         for number, clip in enumerate(clips):
+            sign("sampling")
             video = as_floats(clip[None].to(module.device))
             rebuilt = module.reconstruct(module.posterior(video)[0], video.shape[2])
             one, other = as_frames(video), as_frames(rebuilt)
@@ -107,6 +109,7 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     from lingen.data.synthetic import held_out_clips
     from lingen.metrics.shapes import score_clips as judge
 
+    sign("score")
     module = load_denoiser(folder.weights(str(recipe.stage)), best_device())
     captions = list(itertools.islice(itertools.cycle(captions_of(recipe.score.split)), recipe.score.clips))
     clip, how, takes = clip_size(module), recipe.sample, takes_of(captions)
@@ -115,6 +118,7 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     for frames in clips_of(module, takes, clip, how):
         clips.append(frames)
         yield
+    sign("score")
     real, real_captions = held_out_clips(recipe, recipe.score.clips, recipe.score.split)
     step = folder.finished_steps(str(recipe.stage))
     result = {

@@ -25,10 +25,8 @@ class TextEncoder(Protocol):
 
 
 def with_frame_rate(caption: str, fps: float) -> str:
-    """The caption behind its frame rate, 'FPS-16. A red ball.', as in Movie Gen; fps 0 (an image): as it is.
-
-    An empty caption leaves the frame rate alone, so that guidance does not amplify it.
-    """
+    """The caption behind its frame rate, 'FPS-16. A red ball.', as in Movie Gen; fps 0 (an image): as it is. An empty
+    caption leaves the frame rate alone, so that guidance does not amplify it."""
     return f"FPS-{fps:g}. {caption}".rstrip() if fps else caption
 
 

@@ -48,13 +48,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_model(path: Path, families: Collection[str] | None, *, tokenizer: bool = True) -> dict[str, Any]:
-    """The config.json of a folder as `save_pretrained` writes it.
+    """The config.json of a folder as `save_pretrained` writes it. Lacking where the folder, one of its files, a part of
+    its weights, or the right kind of model is not there.
 
     Args:
         families: `model_type`s that will do; None: any.
         tokenizer: its files must be there, too.
-    Raises:
-        Lacking: the folder, one of its files, a part of its weights, or the right kind of model.
     """
     if not path.is_dir():
         raise Lacking("it is a file, not a folder" if path.is_file() else "there is no such folder")

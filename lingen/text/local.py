@@ -108,11 +108,8 @@ class LocalEncoder(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        """Tokens in float32, zeros where the mask is False, on the module's device; n is at least 1.
-
-        Raises:
-            RecipeError: the weights are not there or cannot be used.
-        """
+        """Tokens in float32, zeros where the mask is False, on the module's device; n is at least 1. RecipeError where
+        the weights are not there or cannot be used."""
         device, dtype = self._target()
         said = [self._said(text) for text in texts]
         fresh = self._encode([text for text in dict.fromkeys(said) if text], device, dtype)

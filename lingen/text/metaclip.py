@@ -80,7 +80,13 @@ class MetaCLIP(LocalEncoder):
         tower = _tower(config, _weights(path), dtype).to(device).eval().requires_grad_(False)
         text = config["text_cfg"]
         sizes = text.get("width", 512), text.get("context_length", 77)
-        return ClipReader(_forward_open_clip(tower), *sizes, device, self.pooled, text.get("tokenizer_kwargs") or {})
+        tower.output_tokens = True
+
+        def forward(ids: Tensor) -> tuple[Tensor, Tensor]:
+            whole, tokens = tower(ids)
+            return tokens, whole
+
+        return ClipReader(forward, *sizes, device, self.pooled, text.get("tokenizer_kwargs") or {})
 
     def _open_clip_config(self, path: Path) -> dict[str, Any]:
         """`embed_dim`, `text_cfg` and more; Lacking where the text tower is none that is read here."""
@@ -143,16 +149,6 @@ class ClipReader:
         if not self.pooled:
             return found
         return [torch.cat([one, whole[number : number + 1]]) if len(one) else one for number, one in enumerate(found)]
-
-
-def _forward_open_clip(tower: Any) -> Forward:
-    tower.output_tokens = True
-
-    def forward(ids: Tensor) -> tuple[Tensor, Tensor]:
-        whole, tokens = tower(ids)
-        return tokens, whole
-
-    return forward
 
 
 def _open_transformers(path: Path, dtype: torch.dtype, device: torch.device, pooled: bool) -> ClipReader:

@@ -14,8 +14,6 @@ _PARTS = re.compile(
 
 
 def quoted(prompt: str) -> str:
-    """What stands in quotes, part after part, one on each line; empty where nothing does.
-
-    Movie Gen (section 3.1.4) reads only this with ByT5, for text to be rendered; how parts are told and joined is ours.
-    """
+    """What stands in quotes, part after part, one on each line; empty where nothing does. Movie Gen (section 3.1.4)
+    reads only this with ByT5, for text to be rendered; how parts are told and joined is ours."""
     return "\n".join(part.strip() for found in _PARTS.findall(prompt) for part in found if part.strip())

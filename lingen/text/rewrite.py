@@ -73,12 +73,10 @@ class Rewriter:
     ) -> list[Rewritten]:
         """Rewrites prompts; one result for each, in order. An answer that cannot be used (empty, too long, without the
         words that the prompt has in quotation marks) is sent back once; where the second is no better, the prompt has a
-        `fault`. An empty prompt stays as it is.
+        `fault`. An empty prompt stays as it is. RecipeError where there is no such model, or it is no chat model.
 
         Args:
             progress: called with the prompts done and all of them.
-        Raises:
-            RecipeError: there is no such model, or it is no chat model.
         """
         check_ready([self])
         kept = _Kept(self.settings)

@@ -52,12 +52,8 @@ class TransformersReader:
 
 def load(kind: Any, path: Path, dtype: torch.dtype, device: torch.device, config: Any = None) -> Any:
     """The network that `kind` (a class of transformers) makes of a folder. ValueError where weights are missing in it.
-
     Only the tensors that the network has are read, each into its final dtype: of an encoder-decoder, half the file.
-
-    Args:
-        config: of transformers; None: as the folder has it.
-    """
+    `config`: of transformers; None: as the folder has it."""
     with quiet():
         network, told = kind.from_pretrained(
             path, config=config, local_files_only=True, dtype=dtype, output_loading_info=True

@@ -17,6 +17,7 @@ from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
 from lingen.media import as_floats
 from lingen.plan.trial import features_of, trainable
+from lingen.ranks.heartbeat import sign
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL
 from lingen.recipe.sections import Recipe
 from lingen.training.base import Trained
@@ -67,7 +68,6 @@ class AutoencoderModule(Trained):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch of clips, uint8 [b 3 t h w]; its gradient is that of all the terms."""
-        self.note(batch)
         clips = as_floats(batch.clips)
         mean, logvar = self.posterior(clips)
         stream = self.recipe.seed, self.recipe.stage or "main"
@@ -110,12 +110,15 @@ class AutoencoderModule(Trained):
         terms["perceptual"] = self.distance(seen, clips, uniform)
         value = settings.l1 * terms["l1"] + settings.perceptual * terms["perceptual"]
         (pull,) = torch.autograd.grad(value, seen)
-        if self.discriminator is None or step < settings.adversarial_start:
+        if not self._is_criticised(step):
             return value.detach(), pull
         terms["adversarial"] = self.fool(seen)
         (push,) = torch.autograd.grad(terms["adversarial"], seen)
         weight = settings.adversarial * self._adaptive_weight(video, pull, push, terms)
         return (value + weight * terms["adversarial"]).detach(), pull + weight * push
+
+    def _is_criticised(self, step: int) -> bool:
+        return self.discriminator is not None and step >= self.settings.adversarial_start
 
     def fool(self, video: Tensor) -> Tensor:
         """The adversarial term of the autoencoder; the discriminator's weights are constants in it."""
@@ -159,15 +162,17 @@ class AutoencoderModule(Trained):
         return terms["adaptive_weight"]
 
     def _record(self, loss: Tensor, terms: dict[str, Tensor], batch: Batch, positions: int) -> None:
-        """Into the next row: every term, by kind too; tokens are the latents' positions."""
-        if not torch.isfinite(loss):
-            self.not_finite += batch.keys
-            return  # reported by the guard
+        """Into the next row: every term, by kind too; tokens are the latents' positions. Steps are compared by the mean
+        absolute error: the adversarial term may be negative."""
+        compared = torch.where(torch.isfinite(loss), terms["l1"].detach(), loss)
+        self.note(batch, compared.expand(len(batch.keys)), len(batch.keys) * positions)
         for name, value in {"loss": loss, **{f"loss/{name}": value for name, value in terms.items()}}.items():
             for label in (name, f"{name}/{batch.kind}"):
                 self.meter.add(label, value.detach().expand(len(batch.keys)))
-        self.meter.count("tokens", len(batch.keys) * positions)
-        self.meter.count("flop", self.flop_of_training(batch.kind) * len(batch.keys))
+
+    def likeness(self, batch: Batch) -> str:
+        """With what it is trained against: the critic's opinion changes the gradient."""
+        return super().likeness(batch) + " with a critic" * self._is_criticised(batch.step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Reconstruction from the posterior's mean: L1, PSNR (dB) and perceptual distance of all frames."""
@@ -233,6 +238,7 @@ class AutoencoderModule(Trained):
         total = square = torch.zeros((), dtype=torch.float64)
         positions = 0
         for batch in islice(batches, count):
+            sign()
             mean = self.posterior(as_floats(batch.clips.to(self.device)))[0].double().cpu()
             total, square = total + mean.sum((0, 2, 3, 4)), square + mean.square().sum((0, 2, 3, 4))
             positions += mean[:, 0].numel()

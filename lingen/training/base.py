@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import lightning
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -18,20 +19,14 @@ from lingen.blocks.layers import decays
 from lingen.data.batch import Batch
 from lingen.data.ledger import is_cut
 from lingen.plan.forecast import peak_flops, plan
-from lingen.ranks.collectives import gather_objects, together
+from lingen.ranks.collectives import gather_objects, is_connected, is_first_rank, place, together
 from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
 from lingen.training.checkpoint import moments_of, open_checkpoint, restore
+from lingen.training.health import GoBack, NonFiniteError, Spike, SpikeError, SpikeWatch, told_samples
 from lingen.training.meter import Meter
 from lingen.training.sharding import clip_gradients
 from lingen.training.state import load_state_by_name
-
-SAMPLES_NAMED = 16
-"""Samples that a message names."""
-
-
-class NonFiniteError(RuntimeError):
-    """Several optimiser steps in a row had a loss or a gradient that is not finite."""
 
 
 class Trained(lightning.LightningModule):
@@ -61,8 +56,13 @@ class Trained(lightning.LightningModule):
         """What the stage goes on from, read when the strategy has set everything up."""
         self.moments_from: Path | None = None
         """A checkpoint of the stage before, whose moments AdamW takes over where the recipe keeps them."""
-        self.not_finite: list[str] = []
-        """Samples of this step whose loss was not finite."""
+        self._seen: list[tuple[list[str], Tensor]] = []
+        """Of each batch of this step, the samples and their losses."""
+        self.spikes = SpikeWatch()
+        self.past: GoBack | None = None
+        """The spike for which the stage goes on from an earlier step."""
+        self.say: Callable[[str], None] = lambda text: None
+        """Tells the user something; on rank 0."""
         self.write_row: Callable[[int, dict[str, float]], None] = lambda step, values: None
         """Writes a row of metrics.csv: the steps done, and values by name."""
         self.steps_before = 0
@@ -162,39 +162,76 @@ class Trained(lightning.LightningModule):
         return [self.trained_parameters().values()]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradient; one that is not finite is thrown away, and a few in a row, or all of a stage, stop the
-        run."""
-        limit = self.recipe.train.clip_grad
-        norms = [clip_gradients(parameters, limit) for parameters in self.clipped_together()]
-        if all(torch.isfinite(norm) for norm in norms):
+        """Clips the gradient. A step that is not finite is thrown away, and one that spikes where `train.on_spike` says
+        so; a few in a row, or all of a stage, stop the run."""
+        settings = self.recipe.train
+        norms = [clip_gradients(parameters, settings.clip_grad) for parameters in self.clipped_together()]
+        loss, *values = self._of_all_ranks(norms)
+        norm, is_finite = values[0], all(map(math.isfinite, (loss, *values)))
+        like = self.likeness(self._batch)
+        spike = self.spikes.look(like, loss, norm) if is_finite else None
+        if spike is not None:
+            self._meet(spike)
+        if is_finite and (spike is None or settings.on_spike == "keep"):
             self.bad_steps = 0
-            self.not_finite = []
+            self.meter.keep()
             self.meter.add("grad_norm", norms[0][None])
             self.meter.add(f"grad_norm/{self._batch.kind}", norms[0][None])
-            return
+            self.spikes.learn(like, loss, norm)
+        else:
+            self._throw_away(optimizer, spike)
+        self._seen = []
+
+    def likeness(self, batch: Batch) -> str:
+        """Names the steps that one of this batch is like, in the size of its loss and its gradient."""
+        return f"{batch.kind} {'x'.join(map(str, batch.clips.shape[2:]))}"
+
+    def _of_all_ranks(self, norms: Sequence[Tensor]) -> list[float]:
+        """The mean loss of the step's samples and the norms, the same on all ranks; for this a GPU is waited for."""
+        losses = torch.cat([losses for _, losses in self._seen]).to(norms[0])
+        told = torch.stack([losses.sum(), losses.new_full((), len(losses)), *norms])
+        if is_connected():
+            dist.all_reduce(told)
+        total, count, *sums = told.tolist()
+        return [total / count, *(one / place()[1] for one in sums)]
+
+    def _meet(self, spike: Spike) -> None:
+        """Counts a spike, and says it with its samples; of several in a row only the first one is said."""
+        self.meter.count("spikes", is_first_rank())
+        if spike.is_news:
+            samples = self._samples()
+            self.say(f"{self._where()} spikes: {spike}; train.on_spike={self.recipe.train.on_spike}; {samples}")
+
+    def _throw_away(self, optimizer: torch.optim.Optimizer, spike: Spike | None) -> None:
+        """Leaves the step out. GoBack where training goes on from an earlier one, NonFiniteError where it ends."""
         self.bad_steps += 1
-        self.meter.count("nonfinite_steps", 1)
+        self.meter.drop()
+        self.meter.count("nonfinite_steps" if spike is None else "skipped_steps", is_first_rank())
         optimizer.zero_grad(set_to_none=True)
         settings = self.recipe.train
-        if self.bad_steps >= min(settings.max_nonfinite, settings.steps):  # a shorter stage would count as trained
-            raise NonFiniteError(
-                f"The loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step "
-                f"{self.global_step + 1} of stage '{self.recipe.stage or 'main'}'; {self._suspects()}. Lower train.lr, "
-                "lengthen train.warmup, or look at these samples. Nothing of these steps was kept."
+        are_many = self.bad_steps >= min(settings.max_nonfinite, settings.steps)  # a shorter stage would be trained
+        if settings.on_spike == "rollback" and (spike is not None or are_many):
+            data, step = cast(Any, self.trainer).datamodule, self.global_step + 1
+            raise GoBack(
+                step,
+                data.taken(step),
+                self.spikes.returns,
+                f"{self._where()}: {spike or 'not finite'}; {self._samples()}",
             )
-        self.not_finite = []
+        if are_many:
+            error, what = (NonFiniteError, "was not finite") if spike is None else (SpikeError, "spiked")
+            raise error(
+                f"The loss or its gradient {what} in {self.bad_steps} steps in a row, up to {self._where()}; "
+                f"{self._samples()}. Lower train.lr, lengthen train.warmup, or look at these samples. Nothing of these "
+                "steps was kept."
+            )
 
-    def _suspects(self) -> str:
-        """The samples of all ranks whose loss was not finite in this step; where each was, those of the last batch."""
-        ranks = gather_objects((self.not_finite, list(self._batch.keys)))
-        found, last = (
-            [f"{key} (rank {rank})" if len(ranks) > 1 else key for rank, keys in enumerate(each) for key in keys]
-            for each in zip(*ranks, strict=True)
-        )
-        shown = found or last
-        more = f" and {len(shown) - SAMPLES_NAMED} more" if len(shown) > SAMPLES_NAMED else ""
-        what = "samples whose loss was not finite" if found else "every loss was; samples of the last batch"
-        return f"{what}: {', '.join(shown[:SAMPLES_NAMED])}{more}"
+    def _where(self) -> str:
+        return f"step {self.global_step + 1} of stage '{self.recipe.stage or 'main'}'"
+
+    def _samples(self) -> str:
+        own = [pair for keys, losses in self._seen for pair in zip(keys, losses.tolist(), strict=True)]
+        return told_samples(gather_objects(own))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -211,6 +248,10 @@ class Trained(lightning.LightningModule):
         elif self.moments_from is not None:
             moments = moments_of(open_checkpoint(self.moments_from, self), self)
             load_state_by_name(self, self.trainer.optimizers[0], moments)
+        if self.past is not None:
+            cast(Any, self.trainer).datamodule.go_past(self.past.taken)
+            self.spikes.returns = self.past.returns
+            self.meter.count("rollbacks", is_first_rank())
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside the block the parameters hold the averaged values; a module loaded for sampling holds only those."""
@@ -218,10 +259,17 @@ class Trained(lightning.LightningModule):
 
     # what is logged
 
-    def note(self, batch: Batch) -> None:
-        """Called with each training batch: adds what the ledger counts of it to the next row."""
+    def note(self, batch: Batch, losses: Tensor, tokens: int) -> None:
+        """Called with each training batch: what is counted of it goes into the next row.
+
+        Args:
+            losses: [b], of each sample: positive numbers by which steps are compared, or not finite.
+            tokens: of the batch.
+        """
         self._batch = batch
-        for name, count in counts(batch).items():
+        self._seen.append((batch.keys, losses.detach()))
+        flop = self.flop_of_training(batch.kind) * len(batch.keys)
+        for name, count in (counts(batch) | {"tokens": tokens, "flop": flop}).items():
             self.meter.count(name, count)
 
     def flop_of_training(self, kind: str) -> float:
@@ -273,7 +321,7 @@ class Trained(lightning.LightningModule):
         self._started = (self._started[0] + clock.perf_counter() - self._paused, self._started[1])
 
 
-def counts(batch: Batch) -> dict[str, int]:
+def counts(batch: Batch) -> dict[str, float]:
     """What the ledger counts of a batch, under the names of metrics.csv."""
     return {
         "data/used": len(batch.keys),

@@ -29,14 +29,20 @@ class StageStart(NamedTuple):
     """The checkpoint whose moments of AdamW a fresh stage goes on with."""
 
 
-def start_of(folder: RunFolder, stages: Sequence[Recipe], index: int, say: Callable[[str], None]) -> StageStart | None:
+def start_of(
+    folder: RunFolder, stages: Sequence[Recipe], index: int, say: Callable[[str], None], every: int = 1
+) -> StageStart | None:
     """For rank 0: what a stage starts from; None where it is finished. It goes on from its newest checkpoint that is
     whole; a fresh stage takes its own `init`, else the weights of the last finished stage, else the recipe's `init`.
-    RecipeError where `init` or moments to keep are not there."""
+    RecipeError where `init` or moments to keep are not there.
+
+    Args:
+        every: only checkpoints of multiples of this step count.
+    """
     recipe, name = stages[index], str(stages[index].stage)
     if folder.finished_steps(name) >= recipe.train.steps:
         return None
-    checkpoint, passed_over = newest_intact(folder, name)
+    checkpoint, passed_over = newest_intact(folder, name, every)
     for line in passed_over:
         say(line)
     if checkpoint is not None:

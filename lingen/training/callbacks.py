@@ -11,9 +11,11 @@ from lingen.data.batch import Batch, Drop
 from lingen.data.ledger import DataError, Ledger
 from lingen.ranks import signals
 from lingen.ranks.collectives import gather_objects, largest, on_first_rank
-from lingen.training.base import NonFiniteError, Trained
+from lingen.ranks.heartbeat import sign
+from lingen.training.base import Trained
 from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
 from lingen.training.folder import RunFolder
+from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.saver import Saver
 
 log = logging.getLogger("lingen")
@@ -45,11 +47,13 @@ class StepEdge(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         settings, data = pl_module.recipe.train, cast(Any, trainer).datamodule
-        self.saver = Saver(self.folder, self.stage, settings.keep_checkpoints, settings.keep_every)
+        back = settings.checkpoint_every if settings.on_spike == "rollback" else None
+        self.saver = Saver(self.folder, self.stage, settings.keep_checkpoints, settings.keep_every, back)
         no_room = self.saver.prepare(planned_tensors(pl_module), pinned=pl_module.device.type == "cuda")
         if no_room and trainer.is_global_zero:
             self.say(no_room)
         self._own.open(data.faults, data.left_out)
+        self.ledger.passed += data.passed
         self._saved = trainer.global_step
         if trainer.is_global_zero:
             for line in data.describe():
@@ -144,7 +148,7 @@ class StepEdge(Callback):
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self.saver is not None:
-            self.saver.abandon(together=isinstance(exception, NonFiniteError))
+            self.saver.abandon(together=isinstance(exception, NonFiniteError | GoBack))
 
 
 class ClipsDuringTraining(Callback):
@@ -212,6 +216,7 @@ class StageEnd(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if trainer.global_step < pl_module.recipe.train.steps or self.edge.stopped is not None:
             return
+        sign("end of the stage", pl_module.recipe.stage, trainer.global_step)
         try:
             signals.check()  # one may have come in validation
             self.finish(pl_module, trainer.global_step)

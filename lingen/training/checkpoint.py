@@ -89,8 +89,8 @@ def planned_tensors(module: Trained) -> dict[str, Tensor]:
 
 def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
     """What is no tensor, as plain values: the place in the stage, the schedule, the order of samples, the counts of the
-    average and of AdamW, of the ledger and of steps without a finite gradient, the scale of gradients in float16. The
-    optimiser's settings are for whoever looks: a run goes on with those of its recipe."""
+    average and of AdamW, of the ledger and of steps thrown away in a row, what steps are compared with, the scale of
+    gradients in float16. The optimiser's settings are for whoever looks: a run goes on with those of its recipe."""
     counts = {
         name: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
         for name, values in state_by_name(module, trainer.optimizers[0]).items()
@@ -107,6 +107,7 @@ def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
             {key: group[key] for key in group if key != "params"} for group in trainer.optimizers[0].param_groups
         ],
         "bad_steps": module.bad_steps,
+        "spikes": module.spikes.state_dict(),
         "average_updates": module.average.updates if module.average is not None else 0,
     }
 
@@ -122,6 +123,7 @@ def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None
     _fill_model(stored, module)
     load_state_by_name(module, trainer.optimizers[0], moments_of(stored, module))
     module.bad_steps = state["bad_steps"]
+    module.spikes.load_state_dict(state.get("spikes", {}))
     if state["precision"]:
         trainer.precision_plugin.load_state_dict(state["precision"])
     trainer.datamodule.load_state_dict(state["data"])  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from lingen.data.batch import Batch
 from lingen.frozen import is_trained
 from lingen.media import as_floats
 from lingen.model import LinGen, resize_tables
+from lingen.ranks.heartbeat import sign
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe
 from lingen.text import TextEncoder, replace_rows, with_frame_rate
@@ -93,6 +94,7 @@ class LinGenModule(Trained):
         null: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The tokens and mask of one encoder, as in `encode_text`."""
+        sign()  # it may read its weights anew
         encoder = cast(TextEncoder, self.text[number])
         prefix = fps if self.recipe.data.fps_prefix else 0.0
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(encoder)):
@@ -133,23 +135,14 @@ class LinGenModule(Trained):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, times = self.losses(batch, self.recipe.stage or "main")
-        self.note(batch)
-        self._record(losses.detach(), times, batch)
-        return losses.mean()
-
-    def _record(self, losses: Tensor, times: Tensor, batch: Batch) -> None:
-        finite = torch.isfinite(losses).tolist()
-        if not all(finite):
-            self.not_finite += [key for key, is_finite in zip(batch.keys, finite, strict=True) if not is_finite]
-            return  # reported by the guard
-        self.meter.add("loss", losses)
-        self.meter.add(f"loss/{batch.kind}", losses)
-        for name, picked in losses_by_time(losses, times):
-            self.meter.add(name, picked)
-        self.meter.count("flop", self.flop_of_training(batch.kind) * len(losses))
         size = batch.clips.shape[2:]
         latents = size if batch.clips.is_floating_point() else self.latent_size(size)
-        self.meter.count("tokens", len(losses) * math.prod(self.model.grid_of(latents)))
+        self.note(batch, losses, len(losses) * math.prod(self.model.grid_of(latents)))
+        self.meter.add("loss", losses)
+        self.meter.add(f"loss/{batch.kind}", losses)
+        for name, picked in bins_of(times):
+            self.meter.add(f"loss/{name}", losses, picked)
+        return losses.mean()
 
     def times_of(self, latents: Sequence[int]) -> flow.Times:
         """Training and sampling times of latents of a size (t, h, w)."""
@@ -161,13 +154,14 @@ class LinGenModule(Trained):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses, times = self.losses(batch, "validation")
-        self.validation_meter.add("validation/loss", losses)
-        self.validation_meter.add(f"validation/loss/{batch.kind}", losses)
-        for name, picked in losses_by_time(losses, times):
-            self.validation_meter.add(f"validation/{name}", picked)
+        own = (batch.slots >= 0).to(losses.device)
+        self.validation_meter.add("validation/loss", losses, own)
+        self.validation_meter.add(f"validation/loss/{batch.kind}", losses, own)
+        for name, picked in bins_of(times):
+            self.validation_meter.add(f"validation/loss/{name}", losses, own & picked)
 
 
-def losses_by_time(losses: Tensor, times: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The losses of each bin of times, under the name they are logged by."""
+def bins_of(times: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Which times [b] lie in each bin, by its name in the log."""
     for low, high in zip(TIME_BINS, TIME_BINS[1:], strict=False):
-        yield f"loss/time_{low:g}_{high:g}", losses[(times >= low) & (times < high)]
+        yield f"time_{low:g}_{high:g}", (times >= low) & (times < high)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.files import wait_for
+from lingen.ranks.heartbeat import sign
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.storage import CHUNK, StoredRows, Written, is_covered
@@ -88,14 +89,17 @@ def wait_for_files(path: Path) -> Path:
     return path
 
 
-def newest_intact(folder: RunFolder, stage: str) -> tuple[Path | None, list[str]]:
+def newest_intact(folder: RunFolder, stage: str, every: int = 1) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a stage in which every byte is as it was written, None where there is none; and for
     people: what was passed over and why.
 
     All of its files are read. For one rank; the others are told. OSError where a file is there and may not be read.
+
+    Args:
+        every: only those of multiples of this step count.
     """
     lines = []
-    for path in reversed(folder.checkpoints(stage)):
+    for path in (path for path in reversed(folder.checkpoints(stage)) if step_of(path) % every == 0):
         try:
             check_intact(path)
         except BrokenError as error:
@@ -136,6 +140,7 @@ def _hash_file(path: Path) -> str:
     try:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
+                sign()
                 digest.update(buffer[:count])
     except OSError as error:
         if error.errno != errno.EIO:

@@ -11,19 +11,31 @@ class Meter:
     """Sums that stay on the device until they are read, so that logging does not make the GPU wait at every step."""
 
     def __init__(self) -> None:
-        self._means: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, Tensor] = {}
+        """Name -> sum and number of its observations."""
+        self._open: list[tuple[str, Tensor]] = []
+        """The same of a step that may yet be thrown away."""
         self._counts: dict[str, float] = {}
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Takes a vector of observations into the mean `name`."""
-        if len(values) == 0:
-            return
-        total, count = self._means.get(name, (torch.zeros((), device=values.device), 0))
-        self._means[name] = (total + values.detach().float().sum(), count + len(values))
+    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Takes a vector of observations into the mean `name`; of them those that the vector `where` picks."""
+        values = values.detach().float()
+        picked = torch.ones_like(values, dtype=torch.bool) if where is None else where
+        self._open.append((name, torch.stack([values.where(picked, 0).sum(), picked.float().sum()])))
 
     def count(self, name: str, amount: float) -> None:
         """Adds to the sum `name`."""
         self._counts[name] = self._counts.get(name, 0) + amount
+
+    def keep(self) -> None:
+        """What was added to means since the last call counts."""
+        for name, sums in self._open:
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._open = []
+
+    def drop(self) -> None:
+        """What was added to means since the last call is forgotten: the step was thrown away."""
+        self._open = []
 
     def flush(self, gather: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None) -> dict[str, float]:
         """Means and sums since the last flush, and a fresh start.
@@ -31,12 +43,14 @@ class Meter:
         Args:
             gather: this rank's raw sums -> those of all ranks; ranks may have seen different names.
         """
-        raw = {name: (float(total), count) for name, (total, count) in self._means.items()}
+        self.keep()
+        means = {name: sums.tolist() for name, sums in self._sums.items()}
+        raw = {name: (total, number) for name, (total, number) in means.items() if number}
         raw |= {name: (float(amount), 0) for name, amount in self._counts.items()}
-        self._means, self._counts = {}, {}
-        merged: dict[str, tuple[float, int]] = {}
+        self._sums, self._counts = {}, {}
+        merged: dict[str, tuple[float, float]] = {}
         for part in gather(raw) if gather else [raw]:
             for name, (total, count) in part.items():
-                before = merged.get(name, (0.0, 0))
+                before = merged.get(name, (0.0, 0.0))
                 merged[name] = (before[0] + total, before[1] + count)
         return {name: total / count if count else total for name, (total, count) in sorted(merged.items())}

@@ -20,6 +20,7 @@ from torch import Tensor
 from lingen.files import write_json
 from lingen.kernels.choice import memory_here
 from lingen.ranks.collectives import broadcast_object, gather_objects, largest, on_first_rank, place, together
+from lingen.ranks.heartbeat import sign
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.intact import ABOUT, about_of
 from lingen.training.storage import RowPiece, Written, bytes_of, describe_tensors, header_of, pieces_of, write_file
@@ -65,13 +66,17 @@ class Saver:
         stage: whose checkpoints.
         keep: how many of the newest ones stay.
         keep_every: those of multiples of this step stay as well; None: no others.
+        back_every: so does the newest one of a multiple of this step.
     """
 
-    def __init__(self, folder: RunFolder, stage: str, keep: int, keep_every: int | None = None):
+    def __init__(
+        self, folder: RunFolder, stage: str, keep: int, keep_every: int | None = None, back_every: int | None = None
+    ):
         self.folder = folder
         self.stage = stage
         self.keep = keep
         self.keep_every = keep_every
+        self.back_every = back_every
         self._mark = broadcast_object(f"{PARTIAL}{secrets.token_hex(4)}")
         self._buffer: Tensor | None = None
         self._from_gpu = False
@@ -203,8 +208,9 @@ class Saver:
         there = self.folder.checkpoints(self.stage)
         yield from (path for path in there if step_of(path) > step)
         done = [path for path in there if step_of(path) <= step]
+        back = [path for path in done if self.back_every and step_of(path) % self.back_every == 0][-1:]
         for path in done[: -self.keep]:
-            if not self.stays(step_of(path)):
+            if not self.stays(step_of(path)) and path not in back:
                 yield path
 
     def _remove(self, path: Path) -> None:
@@ -254,7 +260,9 @@ def _write(
 
 def _all(header: bytes, chunks: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
     yield header
-    yield from chunks
+    for chunk in chunks:
+        sign()
+        yield chunk
 
 
 def _called(error: Exception, partial: Path) -> Exception:
