@@ -20,8 +20,9 @@ from lingen.recipe.sections import SampleConfig, TimeConfig
 SIGMA_MIN = 1e-5
 """s of the path: what is left of the noise at time 1."""
 
-IMAGE_ANCHOR, VIDEO_ANCHOR = (256, 2.0), (139_264, 4.0)
-"""(tokens, shift) between which `shift: auto` interpolates [ours]: 256 x 256 pixels, and 68 seconds of 512 x 512."""
+IMAGE_ANCHOR, VIDEO_ANCHOR = (256, 3.0), (139_264, 5.0)
+"""(tokens, shift) between which `shift: auto` interpolates: 256 x 256 pixels, and 68 seconds of 512 x 512 [ours, by the
+table in docs/model.md]."""
 
 RARE = 0.01
 """A time is rare in training where its density is below this [ours]; that of uniform times is 1 everywhere."""
@@ -228,11 +229,9 @@ SOLVERS: dict[str, Callable[[Velocity, Tensor, Tensor], Iterator[Tensor]]] = {"e
 def guided(
     conditional: Float[Tensor, "b *any"], unconditional: Float[Tensor, "b *any"], weight: float, rescale: float = 0.0
 ) -> Float[Tensor, "b *any"]:
-    """unconditional + weight (conditional - unconditional) (classifier-free guidance, arXiv 2207.12598).
-
-    `rescale` of 0..1 mixes in the same velocity with each sample's standard deviation brought back to that of the
-    conditional one (arXiv 2305.08891, eq. 15 and 16).
-    """
+    """unconditional + weight (conditional - unconditional) (classifier-free guidance, arXiv 2207.12598). `rescale` of
+    0..1 mixes in the same velocity with each sample's standard deviation brought back to that of the conditional one
+    (arXiv 2305.08891, eq. 15 and 16)."""
     out = unconditional + weight * (conditional - unconditional)
     if rescale == 0:
         return out

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -41,19 +40,17 @@ class LinGen(nn.Module):
     computed in float32 at least, under autocast too.
 
     With `predict: clip` the last layer puts out the clean clip, which is easier to learn where a patch holds more
-    numbers than a token, because it holds no noise; `forward` still returns a velocity,
-    (clip - latents) / max(1 - time, 0.05). The floor keeps both the sampler and the weight 1 / (1 - time)^2, which a
-    loss in velocity puts on the clip's error, finite (at most 400). Training and sampling share the formula, so the
-    velocity stays right above time 0.95 as well: there the best output is latents + 0.05 velocity, a point a little
-    beyond the clip.
+    numbers than a token, because it holds no noise; `forward` still returns a velocity, (clip - latents) / max(1 -
+    time, 0.05). The floor keeps both the sampler and the weight 1 / (1 - time)^2, which a loss in velocity puts on the
+    clip's error, finite (at most 400). Training and sampling share the formula, so the velocity stays right above time
+    0.95 as well: there the best output is latents + 0.05 velocity, a point a little beyond the clip.
 
     Where `checkpointing` is a number of GiB, the first blocks are computed again in the backward pass, as few as
-    `lingen.blocks.recompute.recomputed_blocks` finds for the tokens of the batch.
+    `lingen.blocks.recompute.recomputed_blocks` finds for the tokens of the batch. RecipeError or SettingError for a
+    mixer or a setting that does not exist or does not fit the width.
 
     Args:
         config: the model's settings, with the derived fields filled.
-    Raises:
-        RecipeError, SettingError: for a mixer or a setting that does not exist or does not fit the width.
     """
 
     def __init__(self, config: LinGenConfig):
@@ -75,15 +72,13 @@ class LinGen(nn.Module):
     def forward(
         self, latents: Float[Tensor, "b c t h w"], time: Float[Tensor, "b *frames"], text: Text, condition: Any = None
     ) -> Float[Tensor, "b c t h w"]:
-        """Velocity at `latents` and `time`, in the latents' dtype.
+        """Velocity at `latents` and `time`, in the latents' dtype. ValueError names what does not fit the model.
 
         Args:
             latents: an image has t = 1.
             time: [b], or [b t] with a time for each latent frame.
             text: one (tokens, mask) per encoder. A row without any unmasked token is told "no text" by a learned token.
             condition: reserved for image-to-video.
-        Raises:
-            ValueError: names what does not fit the model.
         """
         self._check(latents, time, text, condition)
         grid = self.grid_of(latents.shape[2:])
@@ -110,14 +105,6 @@ class LinGen(nn.Module):
     def grid_of(self, size: Sequence[int]) -> Triple:
         """Tokens (t, h, w) of latents of size (t, h, w). ValueError where the patch does not divide them."""
         return token_grid(size, self.config.patch)
-
-    def parameters_by_part(self) -> dict[str, int]:
-        """Part -> number of parameters; the blocks' parts (mixer, cross_attention, ffn, ...) are summed over depth."""
-        counts: Counter[str] = Counter()
-        for name, parameter in self.named_parameters():
-            path = name.split(".")
-            counts[f"blocks.{path[2]}" if path[0] == "blocks" else path[0]] += parameter.numel()
-        return dict(counts)
 
     def _recomputed(self, x: Tensor) -> int:
         """Number of blocks, from the first on, whose activations are computed again in the backward pass."""
@@ -208,9 +195,7 @@ def _say(recomputed: int, depth: int, size: int) -> None:
 
 def token_grid(size: Sequence[int], patch: Sequence[int]) -> Triple:
     """Tokens (t, h, w) of latents of size (t, h, w); fewer frames than a patch has, such as an image, are one token.
-
-    ValueError names the axis that the patch does not divide.
-    """
+    ValueError names the axis that the patch does not divide."""
     for axis, n, p in zip(("frames", "height", "width"), size, patch, strict=True):
         if n % p and not (axis == "frames" and n < p):
             raise ValueError(f"The latents' {axis} {n} is no multiple of the patch's {p} (patch: {list(patch)}).")

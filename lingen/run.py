@@ -1,5 +1,6 @@
 """A curriculum: ordered stages, each one Trainer; the same command goes on where it was stopped."""
 
+import gc
 import json
 import signal
 import warnings
@@ -117,8 +118,8 @@ def fit_curriculum(
             folder, place = RunFolder(begun.folder), here()
             if begun.session is not None:
                 heart = held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
-                limits = [one.train.watchdog for one in begun.curriculum.stages if one.train.watchdog]
-                held.enter_context(watchdog.watching(heart, begun.session, min(limits, default=0)))
+                limits = [one.train.watchdog for one in begun.curriculum.stages]
+                held.enter_context(watchdog.watching(heart, begun.session, limits))
             signals.check()
             return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched)
     except signals.Stopped:  # on all ranks
@@ -290,6 +291,8 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
     came; SpikeError where the way back to one place does not help."""
     stages, past = curriculum.stages, None
     while (past := _fit_once(folder, curriculum, index, start, past, reporter)) is not None:
+        heartbeat.sign("start")
+        gc.collect()  # the Trainer and the model that it was left with are a circle
         every = stages[index].train.checkpoint_every
         found = on_first_rank(partial(start_of, folder, stages, index, reporter.say, every))
         assert found is not None  # it is not finished

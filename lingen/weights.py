@@ -59,14 +59,13 @@ class WeightsError(RecipeError):
 
 
 def export_weights(source: str | Path, out: str | Path, precision: str = "bf16") -> Path:
-    """Writes only what is needed to use a finished stage: the averaged copy, without a discriminator.
+    """Writes only what is needed to use a finished stage: the averaged copy, without a discriminator. RecipeError where
+    there are no weights at `source`, or `out` cannot be written.
 
     Args:
         source: a run folder or a weights file.
         out: a .safetensors file.
         precision: ``bf16`` or ``fp32`` of everything of two or more axes; the rest stays as it is.
-    Raises:
-        RecipeError: no weights at `source`, or `out` cannot be written.
     """
     out = check_target(out, ".safetensors")
     path = find_weights(source)
@@ -80,11 +79,8 @@ def export_weights(source: str | Path, out: str | Path, precision: str = "bf16")
 
 def hash_tensors(tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = lambda value: value) -> str:
     """64 hex digits of the names, types, shapes and numbers of tensors: the same whatever file or device holds them,
-    and as in the first version, so that its clips can be made again.
-
-    Args:
-        whole: gathers a tensor of which this rank holds a part.
-    """
+    and as in the first version, so that its clips can be made again. `whole`: gathers a tensor of which this rank holds
+    a part."""
     digest = hashlib.sha256()
     for name, value in sorted((_first_name(name), value) for name, value in tensors.items()):
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())

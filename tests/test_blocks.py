@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lingen.blocks.layers import GatedRMSNorm, RMSNorm, SwiGLU, head_count
+from lingen.blocks.layers import RMSNorm, SwiGLU, head_count
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels.rotary import rotary_table, rotate
 from lingen.recipe.errors import SettingError
@@ -202,11 +202,8 @@ def test_head_width_shrinks_with_the_width(dim, heads):
 
 
 def test_norms_and_swiglu():
-    x, z = torch.randn(2, 3, 12, dtype=torch.float64)
+    x = torch.randn(3, 12, dtype=torch.float64)
     assert_close("RMSNorm", x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), RMSNorm(12).double()(x), 1e-12)
-    gated = (x * z * z.sigmoid()).view(3, 3, 4)
-    want = (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(3, 12)
-    assert_close("GatedRMSNorm", want, GatedRMSNorm(12, groups=3).double()(x, z), 1e-12)
     assert RMSNorm(12)(x.bfloat16()).dtype == torch.bfloat16
     swiglu = SwiGLU(12, 32)
     assert swiglu(x.float()).shape == x.shape and sum(p.numel() for p in swiglu.parameters()) == 3 * 12 * 32

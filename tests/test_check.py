@@ -25,7 +25,7 @@ from lingen.prepare.filters import Filters
 from lingen.prepare.forecast import forecast
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, look_for_footage, pack
-from lingen.prepare.stats import Measure, histograms, measure_folders, sample_sheet
+from lingen.prepare.stats import histograms, measure_folders, sample_sheet
 from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sizes import ranks_of
@@ -237,7 +237,7 @@ def test_stats(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     found = {row["kind"]: row for row in measure_folders([packed]).rows}
     assert found["video"]["samples"] == "4" and found["image"]["captions"] == "2"
     assert measure_folders([packed]).sources == {"films": 4, "pictures": 2}
-    by_name = {one.name: one.values for one in measure_folders([packed]).measures}
+    by_name = measure_folders([packed]).measures
     assert sorted(by_name["seconds of a clip"]) == pytest.approx([1.0, 1.0, 2.0, 2.5])
     sheet = Image.open(tmp_path / "samples.jpg")
     assert sheet.width > 700 and sheet.height == 4 * (96 + 16)  # three clips and a row of pictures
@@ -247,9 +247,7 @@ def test_stats(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_histogram_shows_where_the_values_lie(tmp_path: Path) -> None:
     values = np.concatenate([np.full(90, 1.0), np.full(30, 10.0)])
-    histograms(
-        [Measure("one", values), Measure("same", np.full(9, 4.0)), Measure("none", values[:0])], tmp_path / "h.png"
-    )
+    histograms({"one": values, "same": np.full(9, 4.0), "none": values[:0]}, tmp_path / "h.png")
     picture = np.asarray(Image.open(tmp_path / "h.png").convert("RGB")).astype(int)
     blue = (picture == (76, 120, 168)).all(2)
     left, right = blue[:230, :195].sum(), blue[:230, 195:390].sum()

@@ -63,7 +63,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_shards(clips, str(folder / "video-%d.tar"), per_shard=8)
     write_shards(pictures, str(folder / "image-%d.tar"), per_shard=5)
-    assert index_folder(folder, 0).rows == 38
+    assert index_folder(folder, 0)[0] == 38
     return folder
 
 
@@ -222,13 +222,13 @@ def test_index_folder_tells_every_sort_of_sample(tmp_path: Path) -> None:
     ]
     write_shards(samples, str(tmp_path / "%d.tar"), per_shard=4)
     (tmp_path / "zero.tar").write_bytes(b"")
-    found = index_folder(tmp_path, 0)
+    _, drops = index_folder(tmp_path, 0)
     assert [tuple(one[4:12]) for one in manifest.rows(tmp_path / manifest.NAME)] == [
         ("video", 16, 24, 5, 8.0, 2, 3, "mp4"),
         ("video", 8, 12, 3, 4.0, 1, 2, "webp"),
         ("image", 6, 10, 1, 0.0, 1, 3, "webp"),
     ]
-    assert {drop.where: drop.reason.partition(":")[0] for drop in found.drops} == {
+    assert {drop.where: drop.reason.partition(":")[0] for drop in drops} == {
         "0.tar:silent": "no caption", "1.tar:broken": "broken video", "1.tar:sound": "no media",
         "zero.tar": "empty shard",
     }  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lingen.recipe import load_recipe, load_stages
-from lingen.recipe.bounds import COURSE, FREE, IDENTITY
-from lingen.recipe.marks import marks_of
+from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Mark
+from lingen.recipe.marks import entries_of
 from lingen.recipe.reading import COMPONENTS, shipped_recipes
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, bare, settings_of
@@ -43,6 +43,10 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
             yield from leaves(value, (*path, key))
     else:
         yield ".".join(path)
+
+
+def marks_of(recipe: Recipe) -> dict[str, Mark]:
+    return {key: entry.mark for key, entry in entries_of(recipe).items()}
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

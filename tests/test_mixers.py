@@ -71,7 +71,9 @@ def explicit(mixer, x):
     y = sum(one_direction(mixer, x, direction, plain and direction == 1) for direction in range(mixer.directions))
     _, inverse = permutation(mixer.order, tuple(x.shape[1:4]), x.device)
     z = mixer.in_proj(x)[..., : mixer.sizes[0]]
-    return mixer.out_proj(mixer.norm(y[:, inverse].unflatten(1, x.shape[1:4]), z))
+    gated = (y[:, inverse].unflatten(1, x.shape[1:4]) * F.silu(z)).unflatten(-1, (mixer.norm.groups, -1))
+    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + mixer.norm.eps)
+    return mixer.out_proj(normed.flatten(-2) * mixer.norm.weight)
 
 
 @pytest.mark.parametrize(

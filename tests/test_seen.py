@@ -235,9 +235,9 @@ def test_index_and_check_find_the_same(tmp_path: Path, png: bytes) -> None:
     (tmp_path / "b.tar.gz").write_bytes(b"?")
     (tmp_path / "zero.tar").touch()
     before = check_folders([tmp_path], "full").faults
-    found = index_folder(tmp_path, 0)
-    assert set(before) == set(found.drops) and found.rows == 3
-    reasons = [drop.reason.partition(":")[0] for drop in found.drops]
+    rows, drops = index_folder(tmp_path, 0)
+    assert set(before) == set(drops) and rows == 3
+    reasons = [drop.reason.partition(":")[0] for drop in drops]
     assert sorted(reasons) == [
         "broken picture", "compressed tar", "empty shard", "no caption", "no media", "same key twice"
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from lingen.plan.loading import load_curriculum
 from lingen.recipe import load_stages
 from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Mark
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.marks import TRAINER, marks_of
+from lingen.recipe.marks import TRAINER, entries_of
 from lingen.run import fit
 from lingen.training import record
 from lingen.training.folder import RunFolder
@@ -93,7 +93,7 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "data.validation.video": "FOLDER/video.tar", "data.max_dropped": "0.5", "data.remote.timeout": "5",
     "data.remote.attempts": "2", "data.remote.cache_gb": "1", "data.workers": "1", "data.cache_mb": "0",
     "train.max_nonfinite": "1", "train.log_every": "1", "train.checkpoint_every": "1", "train.validate_every": "1",
-    "train.keep_checkpoints": "1", "train.keep_every": "1", "train.on_spike": "skip",
+    "train.keep_checkpoints": "1", "train.keep_every": "1", "train.watchdog": "60", "train.on_spike": "skip",
     "train.validation_samples": "1", "train.sample_every": "1", "sample.steps": "2", "sample.guidance": "1.5",
     "sample.guidance_interval": "[0.1, 0.9]", "sample.guidance_rescale": "0.5", "sample.solver": "heun",
     "sample.schedule": "linear_quadratic", "sample.emulated_steps": "20", "sample.precision": "32-true",
@@ -145,9 +145,9 @@ def overrides_of(key: str, folder: Path, name: str = "quickstart_cpu") -> list[s
 def marks(name: str, folder: Path) -> dict[str, Mark]:
     """Of every setting that the last stage of a recipe has, small or as it is shipped, and of the Trainer's."""
     small = load_stages(name, small_of(name, folder))[-1]
-    found = (
-        marks_of(load_stages(name)[-1]) | marks_of(small) | {f"trainer.{key}": mark for key, mark in TRAINER.items()}
-    )
+    own = entries_of(load_stages(name)[-1]) | entries_of(small)
+    found = {key: entry.mark for key, entry in own.items()}
+    found |= {f"trainer.{key}": mark for key, mark in TRAINER.items()}
     return {key: mark for key, mark in found.items() if key != "data.synthetic"}
 
 

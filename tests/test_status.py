@@ -35,7 +35,7 @@ FLOP = {"clips": 2.0}
 def in_session(run: RunFolder, error: BaseException | None = None, was: str | None = None) -> None:
     """A session that ends so."""
     try:
-        with session(run, stage="clips", ranks=2, was=was, flop=FLOP):
+        with session(run, stage="clips", step=6, ranks=2, was=was, flop=FLOP):
             if error is not None:
                 raise error
     except type(error):  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ def in_session(run: RunFolder, error: BaseException | None = None, was: str | No
 def killed_session(run: RunFolder, was: str | None = None) -> str:
     """A session that leaves no word; its mark."""
     about = run.about.read_bytes()
-    with session(run, stage="clips", ranks=2, was=was, flop=FLOP) as mark:
+    with session(run, stage="clips", step=6, ranks=2, was=was, flop=FLOP) as mark:
         about = run.about.read_bytes()
     run.about.write_bytes(about)
     return mark
@@ -131,6 +131,19 @@ def test_a_killed_run_is_worth_another_start_unless_a_rank_failed_or_it_goes_no_
     assert main(["status", str(run.path), "--ended", "137"]) == 75
 
 
+def test_a_run_that_hangs_is_worth_another_start(run: RunFolder):
+    mark = killed_session(run)
+    for rank in range(2):
+        with beating(run.ranks, rank, 2, mark) as heart:
+            heart.end("failed: silent for 600 s: rank 1 on n7 is at a.py:1 (f)")
+    how = "killed: silent for 600 s: rank 1 on n7 is at a.py:1 (f)"
+    assert worth_another_start(run, 1) == (True, how)
+    with pytest.raises(OSError), beating(run.ranks, 1, 2, mark):
+        raise OSError("no")
+    again, why = worth_another_start(run, 75)  # where the others were silent because of an error
+    assert not again and why.startswith("failed: rank 1 on ") and why.endswith(": OSError: no")
+
+
 def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: RunFolder, monkeypatch):
     in_session(run, Stopped(signal.SIGUSR1))
     assert worth_another_start(run, 1) == (True, "stopped by SIGUSR1")
@@ -143,7 +156,7 @@ def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: 
 
 def test_a_rank_that_failed_is_no_preemption(run: RunFolder):
     """Where rank 0 heard only the SIGTERM by which srun ended it."""
-    with pytest.raises(Stopped), session(run, stage="clips", ranks=2, was=None, flop=FLOP) as mark:
+    with pytest.raises(Stopped), session(run, stage="clips", step=6, ranks=2, was=None, flop=FLOP) as mark:
         with pytest.raises(OSError), beating(run.ranks, 1, 2, mark):
             raise OSError("no")
         raise Stopped(signal.SIGTERM)
@@ -154,7 +167,7 @@ def test_a_rank_that_failed_is_no_preemption(run: RunFolder):
 
 def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder, monkeypatch):
     try:
-        with session(run, stage="clips", ranks=2, was=None, flop=FLOP) as mark:
+        with session(run, stage="clips", step=6, ranks=2, was=None, flop=FLOP) as mark:
             with beating(run.ranks, 1, 2, mark) as heart:
                 heart.write()
             (told := json.loads(heart.path.read_text()))["ended"] = None

@@ -17,9 +17,11 @@ import pytest
 from lingen.launch.status import status_of
 from lingen.ranks.heartbeat import Heart
 from lingen.ranks.watchdog import SLOW_LIMIT, SLOW_UNHEARD, UNHEARD, hung, lost, watching
-from tests.helpers.commands import ROOT, lingen_command
+from tests.helpers import slurm
+from tests.helpers.commands import ROOT, lingen_command, wait_for
 
 LIMIT = 600
+GONE = "is stopped, or gone with its node; last sign: "
 
 
 def signs(rank: int, **more: Any) -> dict[str, Any]:
@@ -45,11 +47,10 @@ def signs(rank: int, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_the_one_for_which_the_others_wait_is_named(culprit: dict[str, Any]):
-    told = hung([signs(0), signs(1), signs(2, **culprit), signs(3)], LIMIT)
-    assert told is not None and (told["rank"], told["host"]) == (2, "n2")
-    assert told["word"].startswith(f"silent for {told['silence']:.0f} s: it is at {told['at']}")
-    assert "step 7 of stage s; last batch a.tar:1" in told["word"]
-    assert ("waits for b.tar:2" in told["word"]) == ("awaits" in culprit)
+    word = hung([signs(0), signs(1), signs(2, **culprit), signs(3)], LIMIT)
+    at = culprit.get("at", "torch/distributed/x.py:1 (f)")
+    assert word is not None and f" s: rank 2 on n2 is at {at}" in word and word.startswith("silent for 60")
+    assert "step 7 of stage s; last batch a.tar:1" in word and ("waits for b.tar:2" in word) == ("awaits" in culprit)
 
 
 def test_as_long_as_one_gives_signs_nothing_hangs():
@@ -60,21 +61,22 @@ def test_as_long_as_one_gives_signs_nothing_hangs():
 
 def test_a_rank_that_is_gone_is_named_within_a_minute():
     assert lost([signs(0), signs(1, age=UNHEARD - 1)], LIMIT) is None
-    told = lost([signs(0), signs(1, age=UNHEARD + 1), signs(2, age=UNHEARD + 2)], LIMIT)
-    assert told is not None and told["rank"] == 2 and "its process is stopped, or gone with its node" in told["word"]
+    word = lost([signs(0), signs(1, age=UNHEARD + 1), signs(2, age=UNHEARD + 2)], LIMIT)
+    assert word is not None and "rank 2 on n2 is stopped, or gone with its node" in word
+    assert hung([signs(0), signs(1, age=UNHEARD + 1)], LIMIT) == lost([signs(1, age=UNHEARD + 1)], LIMIT)
     assert lost([signs(1, age=SLOW_UNHEARD - 1, doing="start")], LIMIT) is None
 
 
 def test_off_is_off(tmp_path: Path):
     before = threading.active_count()
-    with watching(Heart(tmp_path, 0, 1, "m"), "m", 0):
+    with watching(Heart(tmp_path, 0, 1, "m"), "m", [0, 0]):
         assert threading.active_count() == before
 
 
 # whole runs
 
 EVENTS = '''
-"""What goes wrong on one rank in stage clips."""
+"""What goes wrong on one rank in stage clips, or takes long."""
 import os, signal, time
 from lingen.data.dataset import Clips
 from lingen.training.denoiser import LinGenModule
@@ -84,10 +86,10 @@ step, get = LinGenModule.training_step, Clips.__getitem__
 
 def act(self, batch, batch_idx):
     if self.recipe.stage == "clips" and self.global_step in (3, 4):
-        if HOW == "slow":
-            time.sleep(3)
-        if rank == HOW[-1] and not os.environ.get("SLURM_RESTART_COUNT"):
-            time.sleep(3)  # so that others know where it is
+        if HOW == "slow" and self.global_step == 4:
+            time.sleep(6)
+        if rank == HOW[-1]:
+            time.sleep(1.2)  # so that others know where it is
             os.kill(os.getpid(), signal.SIGSTOP)
     return step(self, batch, batch_idx)
 
@@ -98,6 +100,17 @@ def read(self, place):
     return get(self, place)
 
 LinGenModule.training_step, Clips.__getitem__ = act, read
+if HOW == "slow":
+    from lingen.model import LinGen
+    forward = LinGen.forward
+
+    def denoise(self, *args):
+        if not self.training:
+            open("sampling", "w").close()
+            time.sleep(0.5)
+        return forward(self, *args)
+
+    LinGen.forward = denoise
 '''
 
 
@@ -138,7 +151,7 @@ def test_a_loader_that_hangs_is_named_with_its_samples(tiny_recipe: Path, events
         out, err = process.communicate(timeout=120)
         names = ", ".join(eval(out.strip().splitlines()[-1]))
         assert process.returncode == 1
-        assert f"Rank 1 on {os.uname().nodename} is silent for" in err and f"waits for {names}" in err, err
+        assert f"rank 1 on {os.uname().nodename} is at" in err and f"waits for {names}" in err, err
         end = time.monotonic() + 20
         while left := living(process.pid):  # loader processes are gone, too
             assert time.monotonic() < end, left
@@ -147,3 +160,46 @@ def test_a_loader_that_hangs_is_named_with_its_samples(tiny_recipe: Path, events
     assert told.state == "dead" and f"waits for {names}" in str(told.reason) and "rank 1 on" in str(told.reason)
     assert "torch/utils/data/dataloader.py" in Path("run/ranks/00001.stacks.txt").read_text()
     assert "torch/" in Path("run/ranks/00000.stacks.txt").read_text()
+
+
+@pytest.mark.slow
+def test_what_takes_long_is_no_hang(tiny_recipe: Path, events: Path):
+    """Clips that take longer than the limit, during which all ranks are stopped; then a stage that is not watched."""
+    words = ["train.watchdog=4", "stages.images.sample.prompts=[a red square]", "stages.images.sample.steps=12"]
+    with fit(tiny_recipe, "slow", *words, "stages.clips.train.watchdog=0") as process:
+        wait_for(Path("sampling").is_file, process)
+        time.sleep(2)
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(7)
+        os.killpg(process.pid, signal.SIGCONT)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert status_of("run").state == "finished"
+
+
+@pytest.mark.slow
+def test_rank_0_may_be_the_one_that_is_stopped(tiny_recipe: Path, events: Path):
+    """Which holds the store, and started the other rank."""
+    with fit(tiny_recipe, "stop 0", "train.watchdog=4") as process:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL
+    assert f"rank 0 on {os.uname().nodename} {GONE}" in err, err
+    assert "silent for" in str(status_of("run").reason)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(slurm.fault() is not None, reason=f"no SLURM here: {slurm.fault()}")
+def test_a_stopped_rank_of_two_nodes_ends_the_job_and_is_named(tiny_recipe: Path, events: Path):
+    words = ["submit", "--recipe", str(tiny_recipe), "--run", str(events / "run"), "--nodes", "2", "--import", "events"]
+    words += ["sample.prompts=[]", "train.watchdog=4", "--max-requeues", "0"]
+    with slurm.slurm(2) as cluster:
+        cluster.env |= {"PYTHONPATH": f"{ROOT}:{events}", "OMP_NUM_THREADS": "1", "HOW": "stop 1"}
+        job = cluster.run(*lingen_command(*words)).stdout.strip()
+        end = time.monotonic() + 120
+        while cluster.state(job) in slurm.UNFINISHED and time.monotonic() < end:
+            time.sleep(0.5)
+        log = next((events / "run").glob("submit/0001/*.log")).read_text()
+        assert cluster.state(job) == "FAILED", log
+    told = status_of(events / "run")
+    assert told.state == "dead" and f"rank 1 on n2 {GONE}" in str(told.reason), told.reason
+    assert f"rank 1 on n2 {GONE}" in log and "was requeued 0 times, --max-requeues=0" in log

@@ -1,7 +1,6 @@
 """The video autoencoders of diffusers that meet lingen's contract, and what a folder of weights says of its model.
-
-Nothing here imports diffusers or reads weights: a recipe is checked before a run, on a machine that may have neither.
-"""
+Nothing here imports diffusers or reads weights: a recipe is checked before a run, on a machine that may have
+neither."""
 
 import difflib
 import json
@@ -84,11 +83,7 @@ KNOWN = {
         tiles_time=True,
     ),
     "AutoencoderKLLTX2Video": Known(
-        (8, 32, 32),
-        128,
-        "Lightricks/LTX-2",
-        lambda config: _ltx(config, (True, True, True, True)),
-        tiles_time=True,
+        (8, 32, 32), 128, "Lightricks/LTX-2", lambda config: _ltx(config, (True, True, True, True)), tiles_time=True
     ),
     # The class has the switch, but its encoder and decoder ignore it.
     "AutoencoderKLCosmos": Known(

@@ -1,7 +1,5 @@
-"""Wan's autoencoder piece by piece: the same results as for the whole clip, in memory that does not grow with it.
-
-Its convolutions see the past only, and its encoder and decoder take their memory of past frames as an argument.
-"""
+"""Wan's autoencoder piece by piece: the same results as for the whole clip, in memory that does not grow with it. Its
+convolutions see the past only, and its encoder and decoder take their memory of past frames as an argument."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

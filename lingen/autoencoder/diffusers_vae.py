@@ -239,6 +239,5 @@ def _given(setting: str, value: Any, class_name: str | None) -> Any:
         return getattr(known.KNOWN[class_name], setting)
     hint = did_you_mean(class_name, known.KNOWN) if class_name else ""
     raise SettingError(
-        setting,
-        f"'diffusers' needs {setting}, but for a class_name of these: {', '.join(known.KNOWN)}.{hint}",
+        setting, f"'diffusers' needs {setting}, but for a class_name of these: {', '.join(known.KNOWN)}.{hint}"
     )

@@ -1,8 +1,6 @@
-"""The losses of an autoencoder as pure functions: reconstruction, the latents' distribution, the adversarial terms.
-
-The terms are those of Movie Gen's TAE (arXiv 2410.13720, section 3.1.1). Each is a mean, never a sum, so that a weight
-means the same at every size of clip; an image is t = 1.
-"""
+"""The losses of an autoencoder as pure functions: reconstruction, the latents' distribution, the adversarial terms. The
+terms are those of Movie Gen's TAE (arXiv 2410.13720, section 3.1.1). Each is a mean, never a sum, so that a weight
+means the same at every size of clip; an image is t = 1."""
 
 import math
 
@@ -32,12 +30,10 @@ def kl_divergence(mean: Float[Tensor, "b *any"], logvar: Float[Tensor, "b *any"]
 
 
 def outlier_penalty(latents: Float[Tensor, "b c t h w"], radius: float) -> Float[Tensor, "b"]:
-    """Mean over positions of max(||X_ij - mean(X)|| - r ||std(X)||, 0) (Movie Gen, section 3.1.1, "outlier penalty").
-
-    X are the latents of one frame, mean and std are over its positions (std of all of them, not an estimate), norms
-    over channels; averaged over frames. It keeps the encoder from storing a frame's contents in a few bright spots.
-    ||std(X)|| is the root of the mean squared distance, written so because its gradient is finite at 0 too.
-    """
+    """Mean over positions of max(||X_ij - mean(X)|| - r ||std(X)||, 0) (Movie Gen, section 3.1.1, "outlier penalty"). X
+    are the latents of one frame, mean and std are over its positions (std of all of them, not an estimate), norms over
+    channels; averaged over frames. It keeps the encoder from storing a frame's contents in a few bright spots.
+    ||std(X)|| is the root of the mean squared distance, written so because its gradient is finite at 0 too."""
     centred = (latents - latents.mean((-2, -1), keepdim=True)).movedim(1, 2).flatten(3)  # [b t c n]
     distance = torch.linalg.vector_norm(centred, dim=2)
     spread = torch.linalg.vector_norm(centred, dim=(2, 3)) / math.sqrt(centred.shape[3])

@@ -27,9 +27,7 @@ MULTIPLIERS = (1, 2, 4)
 @dataclass(frozen=True)
 class NetworkSizes:
     """What a temporal autoencoder's weights depend on. Raises SettingError for strides or multipliers that do not fit.
-
-    Bounds of single numbers stand where they are declared, in `TAE`.
-    """
+    Bounds of single numbers stand where they are declared, in `TAE`."""
 
     strides: Triple
     channels: int

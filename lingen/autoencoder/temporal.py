@@ -28,10 +28,8 @@ Ready = Float[Tensor, "b _t h w d"]
 
 
 class Stream:
-    """What the temporal layers hold between the pieces of one clip; its size does not grow with the clip.
-
-    The last piece must hold a frame at least. A whole clip is a stream of one piece: `Stream(last=True)`.
-    """
+    """What the temporal layers hold between the pieces of one clip; its size does not grow with the clip. The last
+    piece must hold a frame at least. A whole clip is a stream of one piece: `Stream(last=True)`."""
 
     def __init__(self, *, last: bool = False):
         self.last = last
@@ -62,9 +60,7 @@ def add(x: Tensor, update: Tensor) -> Tensor:
 
 class _Ends(torch.autograd.Function):
     """A clip [b t h w d] with its first frame `before` times more in front of it and its last one `after` times behind.
-
-    One autograd function, because the backward pass of two slices would fill two whole clips with zeros.
-    """
+    One autograd function, because the backward pass of two slices would fill two whole clips with zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, before: int, after: int) -> Tensor:
@@ -82,10 +78,7 @@ class _Ends(torch.autograd.Function):
 
 class Activation(nn.Module):
     """silu(rms_norm(x) + bias) over channels, as in Wan's autoencoder: neither frames nor positions depend on each
-    other.
-
-    The only biases between two convolutions are here, where they cost no pass over the clip.
-    """
+    other. The only biases between two convolutions are here, where they cost no pass over the clip."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -180,10 +173,8 @@ class TimeBlock(nn.Module):
 
 class TimeAttention(nn.Module):
     """Attention of each position over its own past and future, `reach` frames each; at the start x passes unchanged.
-
     Movie Gen attends over a whole tile; a finite reach is what makes streaming exact (ours). A learned bias for each
-    head and distance stands for the order of frames.
-    """
+    head and distance stands for the order of frames."""
 
     def __init__(self, dim: int, reach: int):
         super().__init__()

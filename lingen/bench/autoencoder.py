@@ -155,11 +155,9 @@ def _clips(bench: ClipBench, way: str, lengths: Sequence[int], results: Results)
 
 def _measured(bench: ClipBench, way: str, frames: int) -> Fields:
     """Fields of a row: milliseconds of encoding and decoding, the seconds and the GiB above the weights of each, the
-    latents' size; without `ms`, and with a note, where the GPU has not enough memory.
-
-    Encoding begins with a clip that is made on the device and ends with its latents on the CPU; decoding begins there
-    and ends with frames in 8 bits on the CPU.
-    """
+    latents' size; without `ms`, and with a note, where the GPU has not enough memory. Encoding begins with a clip that
+    is made on the device and ends with its latents on the CPU; decoding begins there and ends with frames in 8 bits on
+    the CPU."""
     kept: dict[str, Tensor] = {}
     device = bench.place.device
 

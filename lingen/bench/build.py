@@ -22,12 +22,10 @@ TEXT_LENGTH = 512
 
 
 def built(make: Callable[[], Made], place: Place) -> Made:
-    """What `make` constructs, on the device and in the dtype from the start: 4B weights never exist in float32.
-
-    On a GPU it is constructed on `meta`, which runs none of its own code there, and `draw_weights` draws its weights;
-    one that holds buffers is constructed where it belongs. Parameters that it keeps in float32 by itself stay so.
-    SettingError for a setting that it does not take.
-    """
+    """What `make` constructs, on the device and in the dtype from the start: 4B weights never exist in float32. On a
+    GPU it is constructed on `meta`, which runs none of its own code there, and `draw_weights` draws its weights; one
+    that holds buffers is constructed where it belongs. Parameters that it keeps in float32 by itself stay so.
+    SettingError for a setting that it does not take."""
     torch.manual_seed(0)
     if place.cuda:
         empty = _constructed(make, torch.device("meta"), place.dtype)

@@ -64,7 +64,7 @@ class ModelBench:
 
     def add_forward(self, cost: Cost, batch: int = 1, **more: object) -> Fields:
         """A row named `forward`, with the seconds that 100 of them take for each clip."""
-        seconds, tflop = _seconds(cost.ms / batch), batch * self.tflop
+        seconds, tflop = cost.ms / batch * FORWARDS / 1e3, batch * self.tflop
         own = {"gib": cost.gib, "tflop": tflop, "batch": batch, "runs": cost.runs, "seconds_per_100": seconds}
         return self.add("forward", cost.ms, **own | more)
 
@@ -169,7 +169,7 @@ def bench_variants(bench: ModelBench, model: LinGen, configs: Sequence[LinGenCon
         other = replace(bench, config=config).make() if variant.overrides else model
         works = {"default": forward_work(model, bench.inputs()), "variant": forward_work(other, bench.inputs())}
         ms = {name: cost.ms for name, cost in costs(works, bench.place).items()}
-        seconds = {"seconds_per_100": _seconds(ms["variant"]), "paper_seconds": variant.paper_seconds}
+        seconds = {"seconds_per_100": ms["variant"] * FORWARDS / 1e3, "paper_seconds": variant.paper_seconds}
         bench.add("variant", ms["variant"], variant=variant.name, default_ms=ms["default"], **seconds)
         del other, works
         free(bench.place.device)
@@ -184,11 +184,7 @@ def bench_quality(bench: ModelBench) -> None:
     if not names:
         bench.results.say("  no layer is wide enough to multiply in 8 bits")
         return
-    found = quality(plain, low, *bench.inputs())
-    worst = max(found.layers, key=lambda name: found.layers[name])
-    errors = {"error": found.error, "worst_layer": worst, "worst_layer_error": found.layers[worst]}
-    bench.add("fp8 quality", None, dtype=FP8, layers=len(names), cosine=found.cosine, **errors, weights="random")
-
-
-def _seconds(ms: float) -> float:
-    return ms * FORWARDS / 1e3
+    layers, error, cosine = quality(plain, low, *bench.inputs())
+    worst = max(layers, key=lambda name: layers[name])
+    errors = {"error": error, "worst_layer": worst, "worst_layer_error": layers[worst]}
+    bench.add("fp8 quality", None, dtype=FP8, layers=len(names), cosine=cosine, **errors, weights="random")

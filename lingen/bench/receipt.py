@@ -172,8 +172,7 @@ MEASURED = Table(
 )
 PARTS = Table(_parts, "mixer | part | time ~ n^=fit | share=share:.0%")
 BESIDE_THE_PAPER = Table(
-    _beside_the_paper,
-    "size | time, ours=ms | FLOPs, ours=tflop | latency, paper=latency | FLOPs, paper=flops",
+    _beside_the_paper, "size | time, ours=ms | FLOPs, ours=tflop | latency, paper=latency | FLOPs, paper=flops"
 )
 
 

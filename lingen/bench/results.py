@@ -40,7 +40,9 @@ class Results:
     def __init__(self, path: Path, about: Fields, device: torch.device, say: Say, commit: str | None = None):
         self.path, self.say = path, say
         cuda = {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
-        self.data: Fields = {"device": device_name(device), **head(cuda, commit), **about, "rows": []}
+        self.rows: list[Fields] = []
+        """Those that were added."""
+        self.data: Fields = {"device": device_name(device), **head(cuda, commit), **about, "rows": self.rows}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(path.parent, os.W_OK):
@@ -48,12 +50,6 @@ class Results:
         except OSError as error:
             raise RecipeError(f"Results cannot be written to {path}: {error}. Choose another --out.") from error
         _twins().results = self
-
-    @property
-    def rows(self) -> list[Fields]:
-        """Those that were added."""
-        rows: list[Fields] = self.data["rows"]
-        return rows
 
     def add(self, row: Fields) -> Fields:
         """Appends a row, fields that are None left out and numbers rounded to five digits, and writes the file."""

@@ -12,10 +12,8 @@ Lines = list[list[str]]
 
 
 class Table(NamedTuple):
-    """Which rows of the result files, and which columns.
-
-    ``tokens | GiB=gib | share=share:.1%``: a field that is its own heading; heading and field; with a form (`as_text`).
-    """
+    """Which rows of the result files, and which columns. ``tokens | GiB=gib | share=share:.1%``: a field that is its
+    own heading; heading and field; with a form (`as_text`)."""
 
     rows: Callable[[Files], Iterable[Fields]]
     columns: str

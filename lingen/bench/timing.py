@@ -1,8 +1,6 @@
-"""Clocks and meters: milliseconds and GiB of pieces of work, by CUDA events or the CPU's clock.
-
-Not torch.utils.benchmark or triton.testing.do_bench: those measure one piece of work after the other, so that a GPU
-that slows down on the way slows the last ones, and neither measures memory.
-"""
+"""Clocks and meters: milliseconds and GiB of pieces of work, by CUDA events or the CPU's clock. Not
+torch.utils.benchmark or triton.testing.do_bench: those measure one piece of work after the other, so that a GPU that
+slows down on the way slows the last ones, and neither measures memory."""
 
 import gc
 import statistics

@@ -110,10 +110,8 @@ class ModulationRows(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Each token of the grid attends to the unmasked text tokens; queries and keys are RMS-normed.
-
-    Each row of `mask` must hold a True. The output starts scaled by `gate_init`: at 0 the text has no effect at first.
-    """
+    """Each token of the grid attends to the unmasked text tokens; queries and keys are RMS-normed. Each row of `mask`
+    must hold a True. The output starts scaled by `gate_init`: at 0 the text has no effect at first."""
 
     def __init__(self, dim: int, num_heads: int | None, gate_init: float):
         super().__init__()
@@ -140,11 +138,7 @@ class CrossAttention(nn.Module):
         k, v = self.kv_proj(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         return text_keys(k, v, mask, self.k_norm.weight, eps=self.k_norm.eps)
 
-    def attend(
-        self,
-        x: Float[Tensor, "b t h w d"] | Quantized,
-        text: TextKeys,
-    ) -> Float[Tensor, "b t h w d"]:
+    def attend(self, x: Float[Tensor, "b t h w d"] | Quantized, text: TextKeys) -> Float[Tensor, "b t h w d"]:
         """The attention of the grid's tokens to the text that `keys` prepared, projected."""
         q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
         out = cross_attention_to(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)

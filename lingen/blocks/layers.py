@@ -3,7 +3,6 @@
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -48,29 +47,20 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
-        return _rms_norm(x, self.weight, self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        high = x.to(dtype)
+        scale = torch.rsqrt(high.square().mean(-1, keepdim=True) + self.eps)
+        return (high * scale * self.weight.to(dtype)).to(x.dtype)
 
 
 @stays_float32
 class GatedRMSNorm(nn.Module):
-    """norm(y * silu(z)) over each of `groups` equal parts of the last axis, as in Mamba2 (arXiv 2405.21060, sec. 7)."""
+    """What `lingen.kernels.gated_norm` needs beside its tokens: a gain for each channel."""
 
     def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5):
         super().__init__()
         self.eps, self.groups = eps, groups
         self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, y: Float[Tensor, "*any d"], z: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        gated = (y.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (self.groups, -1))
-        return _rms_norm(gated, self.weight.view(self.groups, -1), self.eps).flatten(-2).to(y.dtype)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    high = x.to(dtype)
-    scale = torch.rsqrt(high.square().mean(-1, keepdim=True) + eps)
-    return (high * scale * weight.to(dtype)).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -67,7 +67,13 @@ class Mamba2(nn.Module):
         kernel: Annotated[Literal["auto", "reference", "chunked", "triton", "stock"], FREE] = "auto",
     ):
         super().__init__()
-        _check_heads(expand, dim, head_dim, groups)
+        inner = expand * dim
+        heads, channels = inner // head_dim, inner + 2 * groups * state_dim
+        if inner % head_dim:
+            message = f"head_dim={head_dim} does not divide expand * width = {expand} * {dim} = {inner}."
+            raise SettingError("head_dim", message)
+        if heads % groups:
+            raise SettingError("groups", f"groups={groups} does not divide the {heads} heads.")
         if dt_min > dt_max:
             raise SettingError("dt_min", f"dt_min={dt_min} must be at most dt_max={dt_max}.")
         self.order = order_of(scan, layer)
@@ -77,8 +83,6 @@ class Mamba2(nn.Module):
         self.directions = 2 if bidirectional else 1
         self.centred = bidirectional and conv == "shared"
 
-        inner = expand * dim
-        heads, channels = inner // head_dim, inner + 2 * groups * state_dim
         self.sizes = (inner, channels, heads)  # z | x, B, C | dt
         self.memory = ScanMemory(self.directions, heads)
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
@@ -252,12 +256,3 @@ class ScanMemory(nn.Module):
     def horizon(self) -> Float[Tensor, "r k"]:
         """Tokens after which a head has forgotten all but 1/e, per direction and head, at the bias's time step."""
         return 1 / (F.softplus(self.dt_bias.float()) * self.a_log.float().exp())
-
-
-def _check_heads(expand: int, dim: int, head_dim: int, groups: int) -> None:
-    inner = expand * dim
-    if inner % head_dim:
-        message = f"head_dim={head_dim} does not divide expand * width = {expand} * {dim} = {inner}."
-        raise SettingError("head_dim", message)
-    if (inner // head_dim) % groups:
-        raise SettingError("groups", f"groups={groups} does not divide the {inner // head_dim} heads.")

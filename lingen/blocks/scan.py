@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 from torch import Tensor
 
-from lingen.blocks.layers import grid_of
 from lingen.kernels.constants import constants
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.registry import SCANS
@@ -70,36 +69,15 @@ def order_of(scan: str | ScanEntry, layer: int) -> ScanOrder:
             permutation(order, (2, 3, 4), torch.device("cpu"))  # refuses what is no bijection
             return order
         if isinstance(entry, str):
-            entry = _looked_up(entry)
+            try:
+                entry = SCANS[entry]
+            except RecipeError as error:
+                raise SettingError("scan", str(error)) from error
         elif isinstance(entry, (tuple, list)) and entry:
             entry = entry[layer % len(entry)]
         else:
             break
     raise SettingError("scan", f"scan={scan!r} is no scan order: neither an axis string nor a function nor a cycle.")
-
-
-def _looked_up(name: str) -> ScanEntry:
-    try:
-        return SCANS[name]
-    except RecipeError as error:
-        raise SettingError("scan", str(error)) from error
-
-
-def to_sequence(x: Shaped[Tensor, "b t h w d"], order: ScanOrder) -> Shaped[Tensor, "b n d"]:
-    """The grid's tokens in scan order."""
-    if isinstance(order, str):
-        return x.permute(0, *(1 + "thw".index(axis) for axis in order), 4).flatten(1, 3)
-    index, _ = permutation(order, grid_of(x), x.device)
-    return x.flatten(1, 3).index_select(1, index)
-
-
-def to_grid(sequence: Shaped[Tensor, "b n d"], order: ScanOrder, grid: Triple) -> Shaped[Tensor, "b t h w d"]:
-    """Inverse of `to_sequence`."""
-    if isinstance(order, str):
-        sizes = [grid["thw".index(axis)] for axis in order]
-        return sequence.unflatten(1, sizes).permute(0, *(1 + order.index(axis) for axis in "thw"), 4)
-    _, inverse = permutation(order, grid, sequence.device)
-    return sequence.index_select(1, inverse).unflatten(1, grid)
 
 
 @constants(maxsize=128)
@@ -115,7 +93,7 @@ def permutation(order: ScanOrder, grid: Triple, device: torch.device) -> tuple[I
 def _raster_index(order: ScanOrder, grid: Triple) -> Int[Tensor, "n"]:
     raster = torch.arange(grid[0] * grid[1] * grid[2])
     if isinstance(order, str):
-        return to_sequence(raster.view(1, *grid, 1), order).flatten()
+        return raster.view(grid).permute(*map("thw".index, order)).flatten()
     index = torch.as_tensor(order(*grid))
     if index.shape != raster.shape or not torch.equal(index.long().sort().values, raster):
         name = getattr(order, "__name__", repr(order))

@@ -170,9 +170,11 @@ def _lines_of(one: Status) -> Iterator[str]:
     for restart in one.restarts:
         yield f"  restarted {restart['time']}: {restart['reason']}"
     if one.ranks:
-        yield f"  ranks: {len(one.ranks)} on {len({rank.host for rank in one.ranks})} hosts; {_memory_line(one)}"
+        hosts = len({rank.host for rank in one.ranks})
+        yield f"  ranks: {len(one.ranks)} on {hosts} host{'s' * (hosts > 1)}; {_memory_line(one)}"
     for rank in one.slowest():
         now = f"{rank.doing} for {rank.doing_seconds:.0f} s, {rank.data_share:.0%} of its time waiting for data"
+        now += f", {rank.pace[0]:.3g} s of forward pass in a step" if rank.pace else ""
         yield (
             f"    rank {rank.rank} on {rank.host}: last sign {rank.age_seconds:.0f} s ago at step {rank.step:,}, "
             + (rank.ended or now)

@@ -190,9 +190,9 @@ def data_index(args: argparse.Namespace) -> int:
     for folder in args.folders:
         with count_bar(f"reading {folder}") as progress:
             processes = processes_here() if args.processes is None else args.processes
-            found = index_folder(Path(folder), processes, progress)
-        _print_faults(found.drops, f" (all of them: lingen data check {folder} --json)")
-        print(f"{folder}: {found.rows:,} samples, {len(found.drops):,} left out")
+            rows, drops = index_folder(Path(folder), processes, progress)
+        _print_faults(drops, f" (all of them: lingen data check {folder} --json)")
+        print(f"{folder}: {rows:,} samples, {len(drops):,} left out")
     return DONE
 
 

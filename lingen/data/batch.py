@@ -1,8 +1,16 @@
 """What the datamodule gives to the LightningModule: tensors and strings, nothing else."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+
+Progress = Callable[[int, int], None]
+"""Called with how many clips, samples, steps, files or shards are done, and how many there are."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Shows none."""
 
 
 class Drop(NamedTuple):

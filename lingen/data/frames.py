@@ -1,7 +1,5 @@
-"""The size that frames are scaled to, the frames that make a clip, and limits checked before memory is allocated.
-
-No torch here: the processes that cut footage start quickly.
-"""
+"""The size that frames are scaled to, the frames that make a clip, and limits checked before memory is allocated. No
+torch here: the processes that cut footage start quickly."""
 
 import contextlib
 import io

@@ -35,10 +35,8 @@ def is_cut(drop: Drop) -> bool:
 
 
 class Ledger:
-    """Counts of used, dropped, truncated and retried samples, in all, for each shard and for each source.
-
-    Faults that are found when shards are opened (a cut tar, a refused member) count once by name, also after a resume.
-    """
+    """Counts of used, dropped, truncated and retried samples, in all, for each shard and for each source. Faults that
+    are found when shards are opened (a cut tar, a refused member) count once by name, also after a resume."""
 
     def __init__(self) -> None:
         self.used = 0
@@ -122,7 +120,6 @@ class Ledger:
         found = [f"{self.retried:,} reads tried again"] * bool(self.retried)
         found += [f"{len(self.faults):,} faults found in shards"] * bool(self.faults)
         found += [f"{sum(self.left_out.values()):,} samples fit no bucket"] * bool(self.left_out)
-        found += [f"{self.passed:,} samples passed over for spikes"] * bool(self.passed)
         return "; ".join([said, *found]) + "."
 
     def rows(self) -> list[dict[str, str]]:

@@ -1,8 +1,6 @@
 """The manifest of a set of shards: one Parquet file beside them, a row for every sample, in the order of the shards.
-
 Whoever writes shards writes it (`lingen data pack`, `lingen encode`, `lingen data index`); the loader decides buckets
-and finds samples by it and never opens a tar to learn what is in it. The format is ours.
-"""
+and finds samples by it and never opens a tar to learn what is in it. The format is ours."""
 
 import hashlib
 import json

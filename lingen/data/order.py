@@ -70,12 +70,10 @@ def _scramble(value: int, key: int, turn: int) -> int:
 
 
 def sample_at(number: int, size: int, stream: StreamKey, block: int = 1) -> tuple[int, int]:
-    """The `number`-th sample of an endless stream over `size` samples: (epoch, index).
-
-    An epoch holds each sample exactly once, each epoch in another order. With a `block` above 1, the order is one of
-    blocks of as many neighbours, shuffled within windows of `WINDOW` blocks: reads of the same time fall into few
-    places. Where blocks begin differs from epoch to epoch.
-    """
+    """The `number`-th sample of an endless stream over `size` samples: (epoch, index). An epoch holds each sample
+    exactly once, each epoch in another order. With a `block` above 1, the order is one of blocks of as many neighbours,
+    shuffled within windows of `WINDOW` blocks: reads of the same time fall into few places. Where blocks begin differs
+    from epoch to epoch."""
     epoch, position = divmod(number, size)
     key = _epoch_key(stream, epoch)
     return epoch, permute(position, size, key) if block == 1 else _in_blocks(position, size, key, block)

@@ -1,8 +1,6 @@
-"""Tar files of samples: what is in one, taking a sample apart, writing them.
-
-Members that stand next to each other and share the name up to its first dot are one sample (the convention of
-WebDataset). Headers alone tell where each sample lies, so that any one is one contiguous read away, in any order.
-"""
+"""Tar files of samples: what is in one, taking a sample apart, writing them. Members that stand next to each other and
+share the name up to its first dot are one sample (the convention of WebDataset). Headers alone tell where each sample
+lies, so that any one is one contiguous read away, in any order."""
 
 import contextlib
 import io
@@ -73,12 +71,6 @@ def tar_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix.lower() == ".tar")
 
 
-def compressed(folder: Path) -> list[Path]:
-    """The compressed tar files of a folder, of which no single sample can be read."""
-    endings = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst", ".tar.lz4")
-    return sorted(path for path in folder.glob("*") if path.name.lower().endswith(endings))
-
-
 def scan_shard(path: Path) -> Iterator[ScannedSample]:
     """The samples of a shard in order, each with its fault if it has one; last, with an empty key, the shard's own
     fault if it has one. tarfile and webdataset both end silently at a cut: here the archive must end in a block of
@@ -125,15 +117,10 @@ def _scan(path: Path) -> Iterator[ScannedSample]:
                 if sample is not None and sample.key != member.key:
                     yield sample
                     sample = None
-                sample = (
-                    member
-                    if sample is None
-                    else sample._replace(
-                        end=member.end,
-                        fault=sample.fault or member.fault,
-                        suffixes=sample.suffixes | member.suffixes,
-                    )
-                )
+                if sample is not None:
+                    fault, suffixes = sample.fault or member.fault, sample.suffixes | member.suffixes
+                    member = member._replace(start=sample.start, fault=fault, suffixes=suffixes)
+                sample = member
             if sample is not None:
                 yield sample
             file.seek(tar.offset)

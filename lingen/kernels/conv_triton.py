@@ -16,9 +16,6 @@ Names, beside those of `lingen.kernels`:
     partial              sums of the gradients of weight and bias [b runs TAPS+1 c], float32
 """
 
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def, assignment"
-
 from typing import Any
 
 import torch
@@ -50,22 +47,11 @@ def conv_silu_forward(
 
 
 def conv_silu_backward(
-    grad: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    index: Tensor | None,
-    *,
-    before: int,
-    out: Tensor,
-    add: bool = False,
+    grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, *, before: int, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `conv_silu` from grad [b rows c]: (dweight [c m], dbias [c]), float32, added in a fixed order.
-
-    The gradient of `u` is written into `out` [b n c], which may be a slice of a wider buffer, or with `add` added to
-    what is there; it must not overlap `u`. `grad` and `u` may be views with a contiguous last axis; what grad holds
-    behind n is ignored.
-    """
+    """Gradients of `conv_silu` from grad [b rows c]: (dweight [c m], dbias [c]), float32, added in a fixed order. The
+    gradient of `u` is written into `out` [b n c], which may be a slice of a wider buffer; it must not overlap `u`.
+    `grad` and `u` may be views with a contiguous last axis; what grad holds behind n is ignored."""
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (grad, u, out))
     (b, n, c), taps = u.shape, weight.shape[1]
     launch = LAUNCH["backward"]
@@ -74,7 +60,7 @@ def conv_silu_backward(
     _conv_backward[(runs * triton.cdiv(c, launch["CHANNELS"]), b)](
         grad, u, weight.contiguous(), bias, index, out, partial, n, runs, c, before,
         grad.stride(0), grad.stride(1), u.stride(0), u.stride(1), out.stride(0), out.stride(1),
-        TAPS=taps, INDEXED=index is not None, ADD=add, **launch,
+        TAPS=taps, INDEXED=index is not None, **launch,
     )  # fmt: skip
     total = partial.sum((0, 1))
     return total[:taps].T.contiguous(), total[taps]
@@ -140,7 +126,7 @@ def _conv_forward(
 def _conv_backward(
     grad, u, weight, bias, index, du, partial, n, runs, c, before,
     grad_batch, grad_row, u_batch, u_row, du_batch, du_row,
-    TAPS: tl.constexpr, INDEXED: tl.constexpr, ADD: tl.constexpr,
+    TAPS: tl.constexpr, INDEXED: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(c, CHANNELS)
@@ -169,19 +155,17 @@ def _conv_backward(
         slopes += (_slope(row, inputs, taps, shift, TAPS),)
 
     for step in range(0, POSITIONS, AHEAD):
-        fresh, grads, rows, old = (), (), (), ()
+        fresh, grads, rows = (), (), ()
         for i in tl.static_range(AHEAD):
             done = first + step + i - before
             fresh += (_row(u, index, done + TAPS - 1, n, u_row, channel, inside, INDEXED),)
             grads += (_row(grad, index, done + before, n, grad_row, channel, inside, False),)
             rows += (_place(index, done, n, INDEXED),)
-            if ADD:
-                old += (_row(du, index, done, n, du_row, channel, inside, INDEXED),)
         for i in tl.static_range(AHEAD):
             inputs = inputs[1:] + (fresh[i],)
             slope = _slope(grads[i], inputs, taps, shift, TAPS)
             slopes = slopes[1:] + (slope,)
-            result = old[i] if ADD else zero
+            result = zero
             sums = ()
             for tap in tl.static_range(TAPS):
                 sums += (dtaps[tap] + slope * inputs[tap],)

@@ -16,9 +16,6 @@ Names, beside those of `lingen.kernels`:
     blocks, splits       blocks of keys; parts of the queries whose sums are kept apart
 """
 
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def"
-
 from typing import Any, NamedTuple
 
 import torch

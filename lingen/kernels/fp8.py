@@ -80,10 +80,8 @@ def product(
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer with float8_e4m3fn weights and one scale for each output channel; no gradients.
-
-    Takes plain tensors, which it quantises, or `Quantized` ones; returns bfloat16.
-    """
+    """A linear layer with float8_e4m3fn weights and one scale for each output channel; no gradients. Takes plain
+    tensors, which it quantises, or `Quantized` ones; returns bfloat16."""
 
     values: Tensor
     scale: Tensor
@@ -165,20 +163,10 @@ def check_device(device: torch.device) -> None:
         )
 
 
-class Fp8Quality(NamedTuple):
-    """How far a model in 8 bits is from its plain twin."""
-
-    layers: dict[str, float]
-    """Relative RMS error of each layer's output, on the inputs that the plain model gives it."""
-    error: float
-    """Relative RMS error of the model's output."""
-    cosine: float
-    """Cosine similarity of both models' outputs."""
-
-
 @torch.no_grad()
-def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> Fp8Quality:
-    """Runs both models on the same inputs; `low` is `plain` after `to_fp8`."""
+def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> tuple[dict[str, float], float, float]:
+    """How far `low`, which is `plain` after `to_fp8`, is from it on these inputs: the relative RMS error of each
+    layer's output on what the plain model gives it, that of the model's output, and the cosine of both outputs."""
     twins = {name: layer for name, layer in low.named_modules() if isinstance(layer, Fp8Linear)}
     layers: dict[str, float] = {}
 
@@ -194,7 +182,7 @@ def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> Fp8Quality:
     finally:
         for handle in handles:
             handle.remove()
-    return Fp8Quality(layers, _relative(got, want), F.cosine_similarity(got.flatten(), want.flatten(), 0).item())
+    return layers, _relative(got, want), F.cosine_similarity(got.flatten(), want.flatten(), 0).item()
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

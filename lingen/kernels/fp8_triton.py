@@ -1,10 +1,5 @@
 """Triton twin of `lingen.kernels.fp8.quantize`, and `row_to_fp8`, with which other kernels quantise a row they hold.
-
-Names, beside those of `lingen.kernels`: width, numbers of a row; BLOCK, width as a power of two.
-"""
-
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def"
+Names, beside those of `lingen.kernels`: width, numbers of a row; BLOCK, width as a power of two."""
 
 import torch
 import triton

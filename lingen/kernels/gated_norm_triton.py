@@ -13,9 +13,6 @@ Names, beside those of `lingen.kernels`:
     turns, total         rows that a program takes, one after the other; rows of all clips
 """
 
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def, assignment"
-
 from typing import Any
 
 import torch
@@ -27,10 +24,7 @@ from lingen.kernels.fp8 import FLOAT8, LARGEST_FLOAT8
 
 # PROGRAMS of the backward pass share the rows, and each sums a gradient of the weight of its own.
 # 32 * num_warps threads with 4 lanes each read float32 weights and bfloat16 tokens alike, without a shuffle.
-LAUNCH = {
-    "forward": {"LANES": 1024, "num_warps": 8},
-    "backward": {"LANES": 1024, "num_warps": 4, "PROGRAMS": 1056},
-}
+LAUNCH = {"forward": {"LANES": 1024, "num_warps": 8}, "backward": {"LANES": 1024, "num_warps": 4, "PROGRAMS": 1056}}
 # Floor of a row's scale: a row of zeros is divided by it.
 SMALLEST_SCALE = 1e-12
 
@@ -53,15 +47,7 @@ def gated_norm_forward(
 
 
 def gated_norm_backward(
-    grad: Tensor,
-    y: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    *,
-    groups: int,
-    eps: float,
-    dz_out: Tensor,
+    grad: Tensor, y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, *, groups: int, eps: float, dz_out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `gated_norm` from grad [b n c]: (dy [b rows c], zero beyond n; dweight [c] in float32). The gradient
     of `z` is written into `dz_out` [b n c], which may be a slice of a wider buffer. Sums have a fixed order. `grad`,

@@ -16,9 +16,6 @@ Names, beside those of `lingen.kernels`, here and in `window_attention_triton`:
     softmax              of each query, log2 of the softmax's sum, and its pull: sum of p * dp [programs 2 N], float32
 """
 
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def"
-
 import triton
 import triton.language as tl
 

@@ -5,8 +5,6 @@ neither splits nor concatenates the widest tensor of a layer. Why only the state
 docs/facts.md, "Review tokens".
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 from typing import NamedTuple
 
 import torch
@@ -148,15 +146,9 @@ def _review_backward(
     rows, ways, sizes = dt.shape[1], plan.review_ways, plan.sizes
     u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, plan.review_order, before=plan.before, rows=rows)
     du, ddt, da, ddt_bias = state_gradients(
-        dbegin[:, :ways].mT,
-        u,
-        dt,
-        weights.a[:ways],
-        weights.dt_bias[:ways],
-        plan.review_order,
-        sizes.groups,
-        sizes.state,
-    )
+        dbegin[:, :ways].mT, u, dt, weights.a[:ways], weights.dt_bias[:ways], plan.review_order,
+        sizes.groups, sizes.state,
+    )  # fmt: skip
     dpooled = torch.empty_like(pooled)
     _, dxbc, ddt_out = plan.slices(dpooled)
     ddt_out.copy_(ddt)

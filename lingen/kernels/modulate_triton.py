@@ -16,9 +16,6 @@ Names, beside those of `lingen.kernels`:
     of_shift, of_norm, of_positions, of_gate   a program's part of `sums`
 """
 
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def"
-
 from typing import Any, NamedTuple
 
 import torch
@@ -170,10 +167,8 @@ def _modulate_backward(
 
 
 class Operands(NamedTuple):
-    """Operands of `lingen.kernels.modulate`'s functions, or their gradients; None for what takes no part.
-
-    Without an update there is no x_new, without a weight no norm.
-    """
+    """Operands of `lingen.kernels.modulate`'s functions, or their gradients; None for what takes no part. Without an
+    update there is no x_new, without a weight no norm."""
 
     x: Tensor | None
     update: Tensor | None = None

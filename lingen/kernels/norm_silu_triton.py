@@ -8,9 +8,6 @@ Names, beside those of `lingen.kernels`:
     d_weights            their sums of the gradients of weight and bias [programs 2 d], float32
 """
 
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def"
-
 from typing import Any
 
 import torch

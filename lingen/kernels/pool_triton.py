@@ -12,9 +12,6 @@ Names, beside those of `lingen.kernels`:
     share                1 / real tokens of the window
 """
 
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def, assignment"
-
 from typing import Any
 
 import torch

@@ -157,11 +157,9 @@ def scan_state(
     kernel: str = "auto",
 ) -> Float[Tensor, "b r k e s"]:
     """The states at the end of the sequence, without any outputs; every direction reads the sequence forwards.
-
-    Arguments as in `scan`. In float32 at least. kernel: "triton" runs the first half of the scan's kernels, every
-    other name one matrix product. The gradient is always that of the product, whose factors are 16-bit where the
-    streams are 16-bit on CUDA.
-    """
+    Arguments as in `scan`. In float32 at least. kernel: "triton" runs the first half of the scan's kernels, every other
+    name one matrix product. The gradient is always that of the product, whose factors are 16-bit where the streams are
+    16-bit on CUDA."""
     width = (u.shape[2] - 2 * groups * state_dim) // dt.shape[2]
     kernel = scan_kernel(kernel, u, width, state_dim)
     if kernel == "triton" and not holds_numbers(u):

@@ -1,9 +1,5 @@
-"""The backward pass of the scan in Triton: gradients of b, c and of the weights w; that of x is by `_scan_mix`.
-
-The formulas stand in `lingen.kernels.scan_triton`, the names of the kernels' arguments in `lingen.kernels`.
-"""
-
-# mypy: disable-error-code="no-untyped-def"
+"""The backward pass of the scan in Triton: gradients of b, c and of the weights w; that of x is by `_scan_mix`. The
+formulas stand in `lingen.kernels.scan_triton`, the names of the kernels' arguments in `lingen.kernels`."""
 
 from typing import NamedTuple
 
@@ -24,12 +20,10 @@ def _scan_pairs(
     E: tl.constexpr, E_PADDED: tl.constexpr, HALF: tl.constexpr, SIDE: tl.constexpr, DIRECTIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of c b^T, summed over heads, and of the weights w, per head summed over rows and over columns.
-
-    SIDE 0: the two blocks on the diagonal (`by_row` and `by_column` are added to); 1: the block of later rows and
-    earlier columns; 2: the other one. The diagonal itself is left out of the sums, where it would cancel, but for
-    `own` = dy_i x_i.
-    """
+    """Gradient of c b^T, summed over heads, and of the weights w, per head summed over rows and over columns. SIDE 0:
+    the two blocks on the diagonal (`by_row` and `by_column` are added to); 1: the block of later rows and earlier
+    columns; 2: the other one. The diagonal itself is left out of the sums, where it would cancel, but for `own` = dy_i
+    x_i."""
     CHUNK: tl.constexpr = 2 * HALF
     groups = heads // per_group
     chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)

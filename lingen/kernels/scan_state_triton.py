@@ -1,7 +1,5 @@
 """The states that a scan leaves, by the scan's own first two kernels: no outputs are computed."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 import torch
 
 from lingen.kernels.scan import state_gradients

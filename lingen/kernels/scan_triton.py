@@ -13,8 +13,6 @@ only the blocks on the diagonal pay an exponential for each pair. Decays are kep
 Padding up to whole chunks holds zeros in x, b, c and dt: no kernel masks the sequence. Names: see `lingen.kernels`.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 from typing import NamedTuple
 
 import torch

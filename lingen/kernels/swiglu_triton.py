@@ -1,11 +1,6 @@
-"""Triton twin of `lingen.kernels.swiglu`: both halves are read once and the result is written once.
-
-Names, beside those of `lingen.kernels`: half, width of the result; BLOCK, columns of a program; scales, those of the
-rows of an 8-bit result, else None.
-"""
-
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def"
+"""Triton twin of `lingen.kernels.swiglu`: both halves are read once and the result is written once. Names, beside those
+of `lingen.kernels`: half, width of the result; BLOCK, columns of a program; scales, those of the rows of an 8-bit
+result, else None."""
 
 from typing import Any
 

@@ -10,9 +10,6 @@ by block with a running softmax; their backward pass is two kernels, first by qu
 kernels' arguments stand in `heads_triton`.
 """
 
-# Kernels are written in Triton's language, of which mypy understands the functions around them.
-# mypy: disable-error-code="no-untyped-def"
-
 from collections.abc import Callable
 
 import torch

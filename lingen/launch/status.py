@@ -20,7 +20,7 @@ from lingen.training.sessions import FINISHED, KILLED_WORD, killed, read_session
 ROWS = 20
 """Rows of metrics.csv over which the speed is a mean."""
 SLOWEST = 3
-"""Ranks that are shown as the slowest."""
+"""Ranks that are shown as the slowest, at least."""
 
 Logged = dict[str, str]
 
@@ -40,6 +40,8 @@ class RankStatus:
     """Since it does that: of a rank that hangs this grows, while its process goes on giving signs."""
     data_share: float
     """Share of its time in which it waited for data."""
+    pace: tuple[float, float] | None
+    """Seconds of a step: in its own forward pass, and waiting for data."""
     memory: dict[str, Any]
     """Bytes: process, workers (of each), gpu."""
     ended: str | None
@@ -79,13 +81,15 @@ class Status:
         return asdict(self)
 
     def slowest(self) -> list[RankStatus]:
-        """Ranks that lag: those without a sign first, then those that wait for data, now and most of the time."""
+        """Ranks that lag, 1% of all at least: those without a sign first, then those that have been waiting for data
+        for long, then those that take longest for their own part of a step."""
 
-        def lag(one: RankStatus) -> tuple[float, float, float]:
-            silent, waits = one.age_seconds > 2 * BEAT, one.doing == "data"
-            return (one.age_seconds if silent else 0.0, one.doing_seconds if waits else 0.0, one.data_share)
+        def lag(one: RankStatus) -> tuple[float, ...]:
+            silent, waits = one.age_seconds > 2 * BEAT, one.doing == "data" and one.doing_seconds > BEAT
+            since = one.doing_seconds if waits else 0.0
+            return (one.age_seconds if silent else 0.0, since, sum(one.pace or ()), one.data_share)
 
-        return sorted(self.ranks, key=lag, reverse=True)[:SLOWEST]
+        return sorted(self.ranks, key=lag, reverse=True)[: max(SLOWEST, -(-len(self.ranks) // 100))]
 
 
 def status_of(path: str | Path) -> Status:
@@ -246,6 +250,6 @@ def _rank(beat: Beat) -> RankStatus:
     spent = sum(beat.spent.values())
     return RankStatus(
         rank=beat.rank, host=beat.host, age_seconds=round(beat.age, 1), stage=beat.stage, step=beat.step,
-        doing=beat.doing, doing_seconds=round(beat.since, 1), memory=beat.memory, ended=beat.ended,
+        doing=beat.doing, doing_seconds=round(beat.since, 1), memory=beat.memory, ended=beat.ended, pace=beat.pace,
         data_share=round(beat.spent.get("data", 0.0) / spent, 3) if spent else 0.0,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Evaluates an autoencoder on a recipe's clips, beside bicubic scaling to as many numbers."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,21 +15,13 @@ from lingen.autoencoder import Autoencoder
 from lingen.autoencoder.tiling import Tiles, tiles_of
 from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for, ways_of
 from lingen.data import synthetic as drawn
-from lingen.data.batch import Batch
+from lingen.data.batch import Batch, Progress, no_progress
 from lingen.data.buckets import Pool
 from lingen.data.datamodule import ClipData
 from lingen.files import check_place, write_json
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video, sheet_frames
-from lingen.metrics.reconstruction import (
-    LEAST_SIDE,
-    Comparison,
-    Quality,
-    average,
-    bicubic,
-    bicubic_shape,
-    mse_to_psnr,
-)
+from lingen.metrics.reconstruction import LEAST_SIDE, Comparison, Quality, average, bicubic, bicubic_shape, mse_to_psnr
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL
@@ -55,9 +47,7 @@ class Request:
     device: str = "cpu"
 
 
-def evaluate(
-    recipe: Recipe, asked: Request, out: Path, progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Any]:
+def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_progress) -> dict[str, Any]:
     """Judges the recipe's autoencoder; writes ``metrics.json``, ``side_by_side.png`` and ``side_by_side.mp4``.
     RecipeError for missing weights or shards, shards of latents, sizes or ways that the autoencoder does not have, and
     an `out` that is a file; DataError where no sample fits.
@@ -65,7 +55,6 @@ def evaluate(
     Args:
         recipe: a loaded stage.
         out: a folder.
-        progress: called with the clips done and all clips.
     Returns:
         what metrics.json holds: `rows`, each the means over the clips of a kind; `clips`, the numbers of each clip;
         `compare`; `notes`, sentences that a reader should see.

@@ -20,10 +20,8 @@ AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Quality:
-    """What a reconstruction x' of a clip x scores; frames are clamped to 0..1. Flicker's definitions are ours.
-
-    None where there is nothing to measure: perceptual distance without its weights, flicker of a single frame.
-    """
+    """What a reconstruction x' of a clip x scores; frames are clamped to 0..1. Flicker's definitions are ours. None
+    where there is nothing to measure: perceptual distance without its weights, flicker of a single frame."""
 
     psnr: float
     """dB: 10 log10(1 / mean squared error of all numbers of the clip), at most `MOST_PSNR`."""

@@ -1,8 +1,6 @@
-"""The judge of the shapes data set: which colour, shape and motion does a clip show? Image processing, no learning.
-
-It looks at how far a pixel lies from the background towards the object's colour (0..1, `_coverage`), so that soft or
-noisy clips of a small model are judged by the same measures as drawn ones. All thresholds are ours.
-"""
+"""The judge of the shapes data set: which colour, shape and motion does a clip show? Image processing, no learning. It
+looks at how far a pixel lies from the background towards the object's colour (0..1, `_coverage`), so that soft or noisy
+clips of a small model are judged by the same measures as drawn ones. All thresholds are ours."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """Captions for footage that has none, by a local image- or video-text model: `lingen data caption`."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lingen.data import manifest
+from lingen.data.batch import Progress, no_progress
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import hash_settings, hash_weights
@@ -131,17 +131,10 @@ def _pictures(frames: np.ndarray) -> list[Any]:
     return [Image.fromarray(frame) for frame in frames]
 
 
-def caption(
-    folder: Path, out: Path, how: Captioning, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Report:
-    """Copies a set of shards with captions for what has none; writes the manifest once all parts are done.
-
-    The same call again goes on where a killed one was. RecipeError without a manifest, and as `Captioner`, `SetFolder`.
-
-    Args:
-        folder: shards with a manifest, as `lingen data pack --keep-uncaptioned` writes them.
-        progress: called with the samples dealt with and all samples of this part.
-    """
+def caption(folder: Path, out: Path, how: Captioning, progress: Progress = no_progress) -> Report:
+    """Copies a set of shards with captions for what has none; writes the manifest once all parts are done. The folder
+    holds shards with a manifest, as `lingen data pack --keep-uncaptioned` writes them; RecipeError where it has none,
+    and as `Captioner` and `SetFolder`. The same call again goes on where a killed one was."""
     path = folder / manifest.NAME
     if not path.is_file():
         raise RecipeError(manifest.without_manifest(folder))

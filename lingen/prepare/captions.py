@@ -1,8 +1,6 @@
-"""Captions of files to be packed: beside a file, or in a table that is joined by key; never by position.
-
-A list whose lines have to match the order of files shifts all later captions as soon as one file is skipped; a file
-name is no caption. So both are refused, and a source without a caption is dropped and counted.
-"""
+"""Captions of files to be packed: beside a file, or in a table that is joined by key; never by position. A list whose
+lines have to match the order of files shifts all later captions as soon as one file is skipped; a file name is no
+caption. So both are refused, and a source without a caption is dropped and counted."""
 
 import csv
 import io

@@ -1,11 +1,11 @@
 """Checks that shards are complete and that their manifest is right: `lingen data check`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lingen.data import manifest
-from lingen.data.batch import Drop
+from lingen.data.batch import Drop, Progress, no_progress
 from lingen.data.captions import captions_of
 from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import ManifestError, Row, media_hash
@@ -39,10 +39,7 @@ class Checked(NamedTuple):
 
 
 def check_folders(
-    folders: Sequence[Path],
-    depth: Depth,
-    processes: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    folders: Sequence[Path], depth: Depth, processes: int = 0, progress: Progress = no_progress
 ) -> Checked:
     """Checks all shards of local folders against each folder's manifest, where it has one. RecipeError for a folder
     that is none, or holds no shard.

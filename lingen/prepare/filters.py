@@ -1,8 +1,6 @@
-"""What is left out of a data set, and why: each filter has a switch, and each drop a reason that is counted.
-
-Movie Gen (arXiv 2410.13720, section 3.2.1) removes small, still, jittery and near-duplicate clips; the measures and
-their limits are ours.
-"""
+"""What is left out of a data set, and why: each filter has a switch, and each drop a reason that is counted. Movie Gen
+(arXiv 2410.13720, section 3.2.1) removes small, still, jittery and near-duplicate clips; the measures and their limits
+are ours."""
 
 from collections import defaultdict
 from dataclasses import dataclass

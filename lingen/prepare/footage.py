@@ -170,12 +170,10 @@ class Frame(NamedTuple):
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
-    """All frames of a video in the order in which they are shown; times ascend, whatever the time stamps do.
-
-    A time stamp that is missing or not behind the one before is replaced by the average rate. Where they jump back by
-    more than one frame, as where two recordings were joined, the film goes on behind what was before. ValueError:
-    ``unreadable: ...``, ``too large: ...``.
-    """
+    """All frames of a video in the order in which they are shown; times ascend, whatever the time stamps do. A time
+    stamp that is missing or not behind the one before is replaced by the average rate. Where they jump back by more
+    than one frame, as where two recordings were joined, the film goes on behind what was before. ValueError:
+    ``unreadable: ...``, ``too large: ...``."""
     film = _animation(path) if path.suffix.lower() == ".webp" else _film(path)
     interval, tick = next(film)[:2]
     last, before, offset, gap = -interval, None, None, False

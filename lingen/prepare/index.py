@@ -1,45 +1,32 @@
 """Makes a manifest for shards that have none: each sample is read once, and described by its media."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lingen.data import manifest
-from lingen.data.batch import Drop
+from lingen.data.batch import Drop, Progress, no_progress
 from lingen.data.captions import captions_of
 from lingen.data.frames import opened_video, orientation, refuse_odd
 from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.pictures import open_picture, reported, webp_size, webp_times
-from lingen.data.shards import compressed, parse_sample, scan_shard, tar_files
+from lingen.data.shards import parse_sample, scan_shard, tar_files
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
 
 SUFFIXES = ("mp4", "webm", "webp", "jpg", "jpeg", "png")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst", ".tar.lz4")
 ROTATED = (5, 6, 7, 8)
 """Exif orientations that exchange height and width."""
 
 
-class Indexed(NamedTuple):
-    """The result for a folder of shards."""
-
-    rows: int
-    drops: list[Drop]
-    """Samples and shards that cannot be used; they are in no row."""
-
-
-def index_folder(
-    folder: Path, processes: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Indexed:
-    """Writes the manifest of the tar files in a folder. RecipeError where there is no tar file, or none of the samples
-    can be used.
-
-    Args:
-        processes: that read shards at the same time; 0: this one.
-        progress: called with the shards read and the shards to read.
-    """
+def index_folder(folder: Path, processes: int, progress: Progress = no_progress) -> tuple[int, list[Drop]]:
+    """Writes the manifest of the tar files in a folder. Returns the number of its rows, and the samples and shards that
+    cannot be used and are in none. RecipeError where there is no tar file, or none of the samples can be used.
+    `processes` read shards at the same time; 0: this one."""
     paths = tar_files(folder)
     if not paths:
         raise RecipeError(f"'{folder}' holds no tar file; name the folder of the shards.{packed_up(folder)}")
@@ -57,15 +44,14 @@ def index_folder(
         (folder / manifest.NAME).unlink()
         first = f"{drops[0].where}: {drops[0].reason}" if drops else "its tar files hold no sample at all"
         raise RecipeError(f"'{folder}' holds no sample that can be used; the first: {first}")
-    return Indexed(count, drops)
+    return count, drops
 
 
 def compressed_shards(folder: Path) -> list[Drop]:
     """The compressed tar files of a folder as faults."""
-    return [
-        Drop(path.name, "compressed tar: its samples cannot be read one by one; unpack it to a plain .tar")
-        for path in compressed(folder)
-    ]
+    why = "compressed tar: its samples cannot be read one by one; unpack it to a plain .tar"
+    names = sorted(path.name for path in folder.glob("*"))
+    return [Drop(name, why) for name in names if name.lower().endswith(COMPRESSED)]
 
 
 def packed_up(folder: Path) -> str:

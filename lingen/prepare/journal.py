@@ -86,14 +86,12 @@ class Record(NamedTuple):
 
 
 class SetFolder:
-    """The folder of a set, as one job sees it.
+    """The folder of a set, as one job sees it; it is made where it is missing. RecipeError where it holds something
+    else, or was begun in another way.
 
     Args:
-        out: the folder; it is made where it is missing.
         part: the share of this job.
         settings: plain values that all parts, and all runs, must have in common.
-    Raises:
-        RecipeError: the folder holds something else, was begun in another way, or another process is at this part.
     """
 
     def __init__(self, out: Path, part: Part, settings: dict[str, Any]):
@@ -102,27 +100,18 @@ class SetFolder:
         if out.exists() and not self.parts.is_dir() and (not out.is_dir() or any(out.iterdir())):
             raise RecipeError(f"'{out}' exists and was not begun by this command. Name a new or empty folder.")
         self.own = self.parts / str(part)
+        self.records, self.work = self.own / "records", self.own / "work"
+        """The second one is for files that are not in a shard yet."""
         self.records.mkdir(parents=True, exist_ok=True)
-        self._agree(json.loads(json.dumps({**settings, "parts": part.total})))
-
-    @property
-    def records(self) -> Path:
-        return self.own / "records"
-
-    @property
-    def work(self) -> Path:
-        """Folder for files that are not in a shard yet."""
-        return self.own / "work"
-
-    def _agree(self, settings: dict[str, Any]) -> None:
+        told = json.loads(json.dumps({**settings, "parts": part.total}))
         path = self.parts / "settings.json"
         if not path.is_file():
-            write_json(path, settings, indent=1)
+            write_json(path, told, indent=1)
         held = json.loads(path.read_text(encoding="utf-8"))
-        if held != settings:
+        if held != told:
             raise RecipeError(
-                f"'{self.out}' was begun in another way: {'; '.join(differences(held, settings))}. Go on as it was "
-                "begun, or name another folder."
+                f"'{out}' was begun in another way: {'; '.join(differences(held, told))}. Go on as it was begun, or "
+                "name another folder."
             )
 
     @contextlib.contextmanager

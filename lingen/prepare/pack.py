@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lingen.data.batch import Progress, no_progress
 from lingen.data.captions import NO_CAPTION
 from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.data.manifest import About, Row, media_hash
@@ -77,7 +78,7 @@ def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path],
     return Footage(pictures.sources + films.sources, sorted({*pictures.unseen, *films.unseen}))
 
 
-def pack(job: Packing, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+def pack(job: Packing, out: Path, progress: Progress = no_progress) -> Report:
     """Packs this part; when all parts are done, writes the manifest and the ledger of the whole set.
 
     The same call again goes on where a killed one was, and packs what has been added to the folders since. RecipeError

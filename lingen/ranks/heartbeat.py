@@ -34,8 +34,8 @@ SAMPLES_TOLD = 3
 FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
 """Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
 rank was gone, which says nothing of why."""
-SILENT_WORD = "silent for "
-"""After `FAILED_WORD`, of a rank that hung: another start may help."""
+HUNG = "silent for "
+"""After `FAILED_WORD`, where the watchdog ended the run: another start may help."""
 
 Samples = tuple[list[str], list[str]]
 
@@ -63,6 +63,8 @@ class Beat(NamedTuple):
     """Bytes: ``process``, ``workers`` (each process that it has started), ``gpu`` (the most that was allocated)."""
     ended: str | None
     """Its last word."""
+    pace: tuple[float, float] | None = None
+    """Seconds of a step: in its own forward pass, and waiting for data; see `lingen.training.pace`."""
 
 
 class Heart:
@@ -89,6 +91,9 @@ class Heart:
         self._lock, self._file = threading.Lock(), threading.Lock()
         self._over = threading.Event()
         self._ended: str | None = None
+        self.pace: tuple[float, float] | None = None
+        self.waited = 0.0
+        """Seconds that it has waited for data."""
 
     def sign(
         self, doing: str | None, stage: str | None = None, step: int | None = None, samples: Samples | None = None
@@ -103,6 +108,7 @@ class Heart:
         now = time.monotonic()
         with self._lock:
             self._spent[self._doing] += now - self._since  # type: ignore[assignment]
+            self.waited += (now - self._since) * (self._doing == "data")
             self._doing, self._since = doing or self._doing, now
             self._turns += stage is not None
             self._samples = samples or self._samples
@@ -135,11 +141,18 @@ class Heart:
             self._spent.clear()
             told = self._told | {
                 "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
-                "spent": spent, "memory": memory_now(), "ended": self._ended,
+                "spent": spent, "memory": memory_now(), "ended": self._ended, "pace": self.pace,
             }  # fmt: skip
+            data = json.dumps(told).encode()
+            if len(data) >= SIZE:
+                data = json.dumps(told | {"memory": {}, "ended": (self._ended or "")[:200] or None}).encode()
         with self._file, contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, told)
+            file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
+            try:
+                os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
+            finally:
+                os.close(file)
 
     def begin(self) -> None:
         def beating() -> None:
@@ -154,15 +167,6 @@ class Heart:
         self._over.set()
         self._ended = self._ended or word
         self.write()
-
-    def leave_word_of(self, rank: int, word: str) -> None:
-        """Writes the last word of a rank that cannot, unless it left one. The age of its file stays."""
-        path = self.path.with_name(f"{rank:05d}.json")
-        with contextlib.suppress(OSError, ValueError):
-            told, about = json.loads(path.read_text(encoding="utf-8")), path.stat()
-            if (told["session"], told["ended"]) == (self._told["session"], None):
-                _write(path, told | {"ended": word})
-                os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
 _heart: Heart | None = None
@@ -200,15 +204,15 @@ def begin_stage(limit: int) -> None:
         _heart.sign("start")
 
 
-def _write(path: Path, told: dict[str, Any]) -> None:
-    data = json.dumps(told).encode()
-    if len(data) >= SIZE:
-        data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
-    file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-    try:
-        os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
-    finally:
-        os.close(file)
+def tell_pace(own: float, data: float) -> None:
+    """From now on the file of this process says so, see `Beat.pace`."""
+    if _heart is not None:
+        _heart.pace = (round(own, 4), round(data, 4))
+
+
+def waited() -> float:
+    """Seconds that this process has waited for data so far; 0 where it is no rank of a run."""
+    return _heart.waited if _heart is not None else 0.0
 
 
 def word_of(error: BaseException) -> str:

@@ -7,15 +7,7 @@ if TYPE_CHECKING:
     from lingen.plan.loading import stages_of as stages_of
     from lingen.plan.loading import to_yaml as to_yaml
 
-__all__ = [
-    "Curriculum",
-    "load_curriculum",
-    "load_for_training",
-    "load_recipe",
-    "load_stages",
-    "stages_of",
-    "to_yaml",
-]
+__all__ = ["Curriculum", "load_curriculum", "load_for_training", "load_recipe", "load_stages", "stages_of", "to_yaml"]
 
 
 def __getattr__(name: str) -> Any:

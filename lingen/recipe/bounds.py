@@ -1,8 +1,6 @@
 """What is said of a setting beside its type, where it is declared: which numbers make sense, what a change of it does.
-
 ``steps: Annotated[int, AtLeast(1), Mark.COURSE, "optimiser steps of the stage"]``. The loader, the JSON Schema and the
-marks of a run read it from there. A bound holds for each number of a list or section. Nothing here imports torch.
-"""
+marks of a run read it from there. A bound holds for each number of a list or section. Nothing here imports torch."""
 
 import enum
 import math

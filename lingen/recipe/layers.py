@@ -83,12 +83,10 @@ class Layered:
         return Layered({} if value is None else value, origins)
 
     def merge(self, over: Layered) -> list[Problem]:
-        """Lays `over` on top: mappings are merged, all else is replaced.
-
-        A mapping with another ``name`` is another part, so it replaces the old one with its settings; a mapping with
-        numbers as keys changes entries of a list. A list of parts replaces a part or a list of parts, and a part a
-        list: each keeps the settings of the one that had its name.
-        """
+        """Lays `over` on top: mappings are merged, all else is replaced. A mapping with another ``name`` is another
+        part, so it replaces the old one with its settings; a mapping with numbers as keys changes entries of a list. A
+        list of parts replaces a part or a list of parts, and a part a list: each keeps the settings of the one that had
+        its name."""
         return list(self._merge((), over.tree, over, ()))
 
     def _merge(self, path: Path, value: Any, over: Layered, source: Path) -> Iterator[Problem]:

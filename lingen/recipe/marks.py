@@ -25,14 +25,9 @@ class Entry(NamedTuple):
     """The value is a path, of which the content counts (`CONTENT`); None: nothing is declared, so it may be one."""
 
 
-def marks_of(recipe: Recipe) -> dict[str, Mark]:
-    """The mark of each setting of one filled stage, as `load_stages` gives it, by its dotted key: ``data.batch.video``.
-    ``stages`` is left out: what it holds are settings of other stages. Imports the recipe's parts."""
-    return {key: entry.mark for key, entry in entries_of(recipe).items()}
-
-
 def entries_of(recipe: Recipe) -> dict[str, Entry]:
-    """The settings of one filled stage by dotted key, as `marks_of` has them, with their values."""
+    """The settings of one filled stage, as `load_stages` gives it, by their dotted keys: ``data.batch.video``.
+    ``stages`` is left out: what it holds are settings of other stages. Imports the recipe's parts."""
     return {".".join(map(str, path)): entry for path, entry in _of_section(recipe, (), IDENTITY)}
 
 

@@ -165,7 +165,7 @@ class TimeConfig:
         float | Literal["auto"],
         Above(0),
         "moves training times towards noise, and uniform sampling times with them; auto: by the number of tokens, "
-        "from 2 for 256 to 4 for 139,264",
+        "from 3 for 256 to 5 for 139,264",
     ] = "auto"
 
 

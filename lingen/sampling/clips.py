@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from lingen import flow
 from lingen.autoencoder import Autoencoder, ways
 from lingen.autoencoder.tiling import tiles_of
 from lingen.autoencoder.ways import way_for
+from lingen.data.batch import Progress
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device, memory_here
 from lingen.media import as_frames
@@ -35,9 +36,6 @@ log = logging.getLogger("lingen")
 GUIDANCE_TOKENS = 16_384
 """With `guidance_batch: auto`, up to this many tokens of all clips go with and without text in one batch [ours]: more
 fill a GPU on their own."""
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lingen.data.batch import Progress
 from lingen.files import check_target
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device
@@ -18,7 +19,6 @@ from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import SampleConfig
 from lingen.sampling.clips import (
     ClipSize,
-    Progress,
     Take,
     clip_size,
     decode_frames,

@@ -98,10 +98,6 @@ def log_sheet(module: Trained, sheet: Path, step: int) -> None:
             logger.log_image(tag, [str(sheet)], step=step)
 
 
-SHEET_ROWS = 40
-"""The most rows of the score's contact sheet."""
-
-
 def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     """Judges colour, shape and motion of clips sampled for held-out captions, and of real ones to measure the judge
     itself. Yields after each clip: there it may be left."""

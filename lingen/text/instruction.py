@@ -1,7 +1,5 @@
-"""The instruction for a chat model, and how its answer is cleaned. The paper does not give its own: all is ours.
-
-Pure functions of text.
-"""
+"""The instruction for a chat model, and how its answer is cleaned. The paper does not give its own: all is ours. Pure
+functions of text."""
 
 import re
 

@@ -4,12 +4,13 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from lingen.data.batch import Progress, no_progress
 from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.files import cache_folder, write_json
 from lingen.frozen import Missing, check_ready
@@ -68,9 +69,7 @@ class Rewriter:
             return [Missing(self.name, self.path or "-", f"{lacking}; {cure}")]
         return []
 
-    def rewrite(
-        self, prompts: Sequence[str], progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> list[Rewritten]:
+    def rewrite(self, prompts: Sequence[str], progress: Progress = no_progress) -> list[Rewritten]:
         """Rewrites prompts; one result for each, in order. An answer that cannot be used (empty, too long, without the
         words that the prompt has in quotation marks) is sent back once; where the second is no better, the prompt has a
         `fault`. An empty prompt stays as it is. RecipeError where there is no such model, or it is no chat model.

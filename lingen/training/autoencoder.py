@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ class AutoencoderModule(Trained):
             return super().begin()
         self.autoencoder.load()
         return str(self.autoencoder.path)
+
+    def own_parts(self) -> Iterable[nn.Module]:
+        """Encoder and decoder."""
+        return cast(nn.Module, self.autoencoder).children()
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """The perceptual distance."""
@@ -183,9 +187,10 @@ class AutoencoderModule(Trained):
         if not isinstance(self.perceptual, NoDistance):
             found["perceptual"] = torch.stack([self._distance_of_all(*pair) for pair in zip(video, clips, strict=True)])
             found["loss"] = found["loss"] + self.settings.perceptual * found["perceptual"]
+        own = (batch.slots >= 0).to(clips.device)
         for name, values in found.items():
             for label in (f"validation/{name}", f"validation/{name}/{batch.kind}"):
-                self.validation_meter.add(label, values)
+                self.validation_meter.add(label, values, own)
 
     def _distance_of_all(self, video: Tensor, clip: Tensor) -> Tensor:
         """Mean over the frames of one clip [3 t h w]."""

@@ -25,6 +25,7 @@ from lingen.training.average import AveragedWeights
 from lingen.training.checkpoint import moments_of, open_checkpoint, restore
 from lingen.training.health import GoBack, NonFiniteError, Spike, SpikeError, SpikeWatch, told_samples
 from lingen.training.meter import Meter
+from lingen.training.pace import Pace, compared
 from lingen.training.sharding import clip_gradients
 from lingen.training.state import load_state_by_name
 
@@ -59,6 +60,7 @@ class Trained(lightning.LightningModule):
         self._seen: list[tuple[list[str], Tensor]] = []
         """Of each batch of this step, the samples and their losses."""
         self.spikes = SpikeWatch()
+        self.pace = Pace()
         self.past: GoBack | None = None
         """The spike for which the stage goes on from an earlier step."""
         self.say: Callable[[str], None] = lambda text: None
@@ -69,8 +71,6 @@ class Trained(lightning.LightningModule):
         """Steps of the stages before: loggers count those of the whole run."""
         self._started = (clock.perf_counter(), 0)
         self._flops: dict[str, float] | None = None
-
-    # what is trained and what is not
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """Prefix of the parameters' names -> the frozen parts."""
@@ -86,6 +86,10 @@ class Trained(lightning.LightningModule):
 
     def before_saving(self, data: Any) -> None:
         """Measures what it needs on the data module's samples, before the weights of a finished stage are written."""
+
+    def own_parts(self) -> Iterable[nn.Module]:
+        """Modules in whose forward pass this rank waits for no other one; they tell its pace."""
+        return ()
 
     def freeze_parts(self) -> None:
         """For the end of a constructor: no gradients for the frozen parts; of the others decay is noted."""
@@ -111,8 +115,6 @@ class Trained(lightning.LightningModule):
         for part in self.frozen_parts().values():
             part.eval()
         return self
-
-    # optimisation
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self._groups())
@@ -167,6 +169,7 @@ class Trained(lightning.LightningModule):
         settings = self.recipe.train
         norms = [clip_gradients(parameters, settings.clip_grad) for parameters in self.clipped_together()]
         loss, *values = self._of_all_ranks(norms)
+        self.pace.step()
         norm, is_finite = values[0], all(map(math.isfinite, (loss, *values)))
         like = self.likeness(self._batch)
         spike = self.spikes.look(like, loss, norm) if is_finite else None
@@ -238,8 +241,6 @@ class Trained(lightning.LightningModule):
         if self.average is not None and self.bad_steps == 0:
             self.average.update()
 
-    # averaged weights, checkpoints
-
     def on_fit_start(self) -> None:
         self.average = AveragedWeights(self.trained_parameters(), self.recipe.train.ema)
         if self.checkpoint is not None:
@@ -256,8 +257,6 @@ class Trained(lightning.LightningModule):
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside the block the parameters hold the averaged values; a module loaded for sampling holds only those."""
         return self.average.applied() if self.average is not None else nullcontext()
-
-    # what is logged
 
     def note(self, batch: Batch, losses: Tensor, tokens: int) -> None:
         """Called with each training batch: what is counted of it goes into the next row.
@@ -292,6 +291,7 @@ class Trained(lightning.LightningModule):
     def on_train_start(self) -> None:
         self.follow_recipe(self.trainer.optimizers[0], cast(Any, self.trainer.lr_scheduler_configs[0].scheduler))
         self._started = (clock.perf_counter(), self.global_step)
+        self.pace = Pace(self.own_parts(), self.device.type == "cuda")
 
     def collect_metrics(self) -> dict[str, float]:
         """Means since the last call, over all ranks; speed in tokens per second of all ranks together."""
@@ -305,7 +305,10 @@ class Trained(lightning.LightningModule):
             values["mfu"] = flop / seconds / (peak * self.trainer.world_size)
         values["steps_per_second"] = (self.global_step - self._started[1]) / seconds
         self._started = (clock.perf_counter(), self.global_step)
-        return values
+        ranks = gather_objects(self.pace.flush())
+        if (slow := self.pace.slow_ranks(ranks)) is not None:
+            self.say(slow)
+        return values | compared(ranks)
 
     def on_validation_start(self) -> None:
         self._paused = clock.perf_counter()

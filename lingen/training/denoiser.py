@@ -1,7 +1,7 @@
 """The LightningModule of the denoiser: what one training step does."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -49,6 +49,10 @@ class LinGenModule(Trained):
         """Prefix of the parameters' names -> the frozen parts."""
         parts = {f"text.{i}.": encoder for i, encoder in enumerate(self.text) if not is_trained(encoder)}
         return {**parts, "autoencoder.": self.autoencoder}
+
+    def own_parts(self) -> Iterable[nn.Module]:
+        """The blocks: where they are sharded, ranks wait for each other's weights before each of them."""
+        return cast(Iterable[nn.Module], self.model.blocks)
 
     def shard(self, mesh: DeviceMesh, device: torch.device, low: torch.dtype | None) -> None:
         """See `lingen.training.sharding.shard_denoiser`; frozen parts stay whole on every rank."""

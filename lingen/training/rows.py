@@ -120,7 +120,7 @@ class Rows(Callback):
 
 def blocks_of(module: Trained) -> Iterable[Any]:
     """The denoiser's blocks; an autoencoder has none."""
-    return cast(Iterable[Any], module.model.blocks) if isinstance(module, LinGenModule) else ()
+    return module.own_parts() if isinstance(module, LinGenModule) else ()
 
 
 def horizons(module: Trained) -> dict[str, Tensor]:

@@ -15,17 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lingen.files import write_json
-from lingen.ranks.heartbeat import (
-    BEAT,
-    FAILED_WORD,
-    LOST_WORD,
-    OTHER_WORD,
-    SILENT_WORD,
-    Beat,
-    host_name,
-    read_beats,
-    word_of,
-)
+from lingen.ranks.heartbeat import BEAT, FAILED_WORD, HUNG, LOST_WORD, OTHER_WORD, Beat, host_name, read_beats, word_of
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder
 
@@ -99,10 +89,12 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
     """How a session ended that left no word: the word of a rank that failed, or `why` and the ranks that were silent
     first."""
     beats = read_beats(folder.ranks, one["mark"])
-    for beat in _failed(beats):
-        word = str(beat.ended).removeprefix(FAILED_WORD)
-        is_silent = word.startswith(SILENT_WORD)
-        return f"{KILLED_WORD if is_silent else FAILED_WORD}rank {beat.rank} on {beat.host}: {word}"
+    failed = [(str(beat.ended).removeprefix(FAILED_WORD), beat) for beat in _failed(beats)]
+    for word, beat in failed:
+        if not word.startswith(HUNG):
+            return f"{FAILED_WORD}rank {beat.rank} on {beat.host}: {word}"
+    for word, _ in failed:  # of whoever wrote it
+        return f"{KILLED_WORD}{word}"
     suspects = _suspects(beats)
     told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in suspects[:4])
     more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lingen.ranks.heartbeat import sign
+
 OptimizerState = dict[str, dict[str, Any]]
 """Name of a parameter -> what its optimiser keeps for it: AdamW's `exp_avg` and `exp_avg_sq`, tensors like the
 parameter (a DTensor where that is one), and `step`, a float. What else an optimiser keeps has its own names."""
@@ -49,6 +51,7 @@ def load_state_by_name(
 
 def whole_of(value: Tensor) -> Tensor:
     """A tensor of which each rank may hold a part, as a plain one; all ranks ask for it at once."""
+    sign()  # a model has many
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -1,6 +1,5 @@
 """Weights of a module: written when a stage is finished, read again with the recipe inside the file."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from lingen.plan.loading import load_recipe
 from lingen.ranks.collectives import is_first_rank, on_first_rank
-from lingen.ranks.heartbeat import sign
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import RecipeText
 from lingen.recipe.sections import Recipe
@@ -38,7 +36,7 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     copies = {"raw": module.trained_state(), "averaged": averaged_state(module)}
     tensors = {f"{copy}.{name}": value for copy, state in copies.items() for name, value in state.items()}
     metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
-    pieces = _gathered(tensors)
+    pieces = ((name, whole_of(tensor)) for name, tensor in file_order(tensors))
     fault: list[Exception] = []
     if is_first_rank():
         try:
@@ -48,12 +46,6 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     for _ in pieces:  # of the first rank after a fault, and of the others: each piece needs all ranks
         pass
     on_first_rank(partial(_raise_any, fault))
-
-
-def _gathered(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in file_order(tensors):
-        sign()
-        yield name, whole_of(tensor)
 
 
 def _raise_any(faults: list[Exception]) -> None:
