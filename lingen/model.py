@@ -16,7 +16,7 @@ from lingen.blocks.layers import RMSNorm, stays_float32, undecayed
 from lingen.blocks.positions import Positions, resize_tables
 from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.flow import along
-from lingen.kernels.choice import full_precision
+from lingen.kernels.choice import device_type, full_precision
 from lingen.kernels.fp8 import input_dtype
 from lingen.kernels.modulate import norm_modulate
 from lingen.recipe.sections import LinGenConfig, Triple
@@ -111,7 +111,7 @@ class LinGen(nn.Module):
         if not torch.is_grad_enabled():
             return 0
         where = self.config, x[..., 0].numel()
-        how = input_dtype(None, x).itemsize == 2, x.device.type
+        how = input_dtype(None, x).itemsize == 2, device_type(x)
         recomputed = recomputed_blocks(*where, *how)
         if not isinstance(self.config.checkpointing, bool):
             _say(recomputed, self.config.depth, activation_bytes(*where, recomputed, *how))

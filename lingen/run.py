@@ -4,7 +4,7 @@ import gc
 import json
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
 from lingen.data.starved import starved
 from lingen.frozen import Missing, missing_of, refuse
-from lingen.plan.forecast import flop_a_step, plan, too_large
+from lingen.plan.forecast import flop_a_step, plan
 from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
@@ -36,6 +36,7 @@ from lingen.training.folder import RunFolder
 from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.identity import described
 from lingen.training.intact import wait_for_files
+from lingen.training.rehearsal import too_large
 from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
@@ -106,8 +107,13 @@ def fit_curriculum(
     run: str | Path | None = None,
     stage: str | None = None,
     reporter: Reporter | None = None,
+    before: Callable[[RunFolder, list[Recipe]], None] | None = None,
 ) -> Outcome:
-    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`."""
+    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`.
+
+    Args:
+        before: called by all ranks with the stages that are not finished, before the first of them.
+    """
     launch.join()
     watched = _Watched(reporter if reporter and is_first_rank() else Reporter())
     try:
@@ -121,12 +127,16 @@ def fit_curriculum(
                 limits = [one.train.watchdog for one in begun.curriculum.stages]
                 held.enter_context(watchdog.watching(heart, begun.session, limits))
             signals.check()
+            unfinished = on_first_rank(partial(_unfinished, folder, begun.curriculum.chosen(stage)))
+            if before is not None and unfinished:
+                before(folder, unfinished)
+                signals.check()
             return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched)
     except signals.Stopped:  # on all ranks
         local_ranks.end_ranks()
         raise
-    except BaseException:
-        local_ranks.give_up()
+    except BaseException as error:
+        local_ranks.give_up(getattr(error, "hung", False))
         raise
 
 
@@ -171,9 +181,8 @@ def _begin(
     if signals.noted() is not None:
         return _Begun(folder.path, curriculum, 1)
     plans = {str(one.stage): plan(one) for one in unfinished}
-    for text in (too_large(plans[str(one.stage)], one) for one in unfinished):
-        if text is not None:
-            reporter.say(f"warning: {text}")
+    for text in filter(None, map(too_large, unfinished)):
+        reporter.say(f"warning: {text}")
     lock.check_unlocked(folder.path)
     begins = str((unfinished or [chosen[-1]])[0].stage)
     record.start(folder, curriculum, told, begins)  # refuses before anything is written
@@ -288,15 +297,13 @@ def scored_steps(folder: RunFolder) -> int:
 
 def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter) -> None:
     """Trains a stage, and goes back in it where `train.on_spike` says so. Stopped, after a checkpoint, where a signal
-    came; SpikeError where the way back to one place does not help."""
+    came; NonFiniteError where the way back to one place does not help."""
     stages, past = curriculum.stages, None
     while (past := _fit_once(folder, curriculum, index, start, past, reporter)) is not None:
         heartbeat.sign("start")
         gc.collect()  # the Trainer and the model that it was left with are a circle
         every = stages[index].train.checkpoint_every
-        found = on_first_rank(partial(start_of, folder, stages, index, reporter.say, every))
-        assert found is not None  # it is not finished
-        start = found
+        start = cast(StageStart, on_first_rank(partial(start_of, folder, stages, index, reporter.say, every)))
         past.count_return(start.step)
         reporter.say(f"goes back to step {start.step}, and past the samples up to step {past.step}")
 

@@ -59,7 +59,8 @@ def test_a_dry_run_prints_a_task_a_rank_and_writes_nothing(tiny_recipe: Path, he
         "signal": "USR1@120",
     }  # fmt: skip
     assert "srun --kill-on-bad-exit=1 " in script and f"--recipe {here}/r/submit/0001/recipe.yaml" in script
-    assert f"--run {here}/r --stage clips &" in script
+    assert f"--run {here}/r --stage clips --preflight &" in script
+    assert " --preflight" not in dry_run(capsys, "--recipe", str(tiny_recipe), "--no-preflight")
 
 
 def test_gpus_are_asked_for_one_a_task(tiny_recipe: Path, capsys, own_settings: Path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from lingen.launch.status import status_of
 from lingen.ranks.heartbeat import Heart
 from lingen.ranks.watchdog import SLOW_LIMIT, SLOW_UNHEARD, UNHEARD, hung, lost, watching
+from lingen.run import fit as run_fit
 from tests.helpers import slurm
 from tests.helpers.commands import ROOT, lingen_command, wait_for
 
@@ -71,6 +73,24 @@ def test_off_is_off(tmp_path: Path):
     before = threading.active_count()
     with watching(Heart(tmp_path, 0, 1, "m"), "m", [0, 0]):
         assert threading.active_count() == before
+
+
+def test_whatever_takes_long_gives_signs(tiny_recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch):
+    seen, sign = Counter[str](), Heart.sign
+
+    def note(self: Heart, doing: str | None, *more: Any) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        seen[doing or ("the same" if in_main else "a checkpoint, meanwhile")] += 1
+        sign(self, doing, *more)
+
+    monkeypatch.setattr(Heart, "sign", note)
+    run_fit(tiny_recipe, ["train.checkpoint_every=2", "train.watchdog=600"], run=here / "run")
+    steps = 2 + 6
+    assert seen["step"] + seen["start"] >= steps and seen["data"] == steps
+    assert seen["a checkpoint, meanwhile"] == steps / 2  # each fits into a piece
+    assert seen["sampling"] == 2 * 2 and seen["decoding"] == 2  # steps of the solver; clips
+    assert seen["validation"] and seen["end of the stage"] == 2
+    assert not any(thread.name == "lingen-watchdog" for thread in threading.enumerate())
 
 
 # whole runs

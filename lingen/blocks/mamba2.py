@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lingen.blocks.layers import GatedRMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
 from lingen.blocks.scan import order_of, permutation
-from lingen.kernels.choice import holds_numbers
+from lingen.kernels.choice import holds_numbers, is_unlaunched
 from lingen.kernels.conv import conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
@@ -102,7 +102,8 @@ class Mamba2(nn.Module):
         grid = grid_of(projected)
         z, streams = projected.split([self.sizes[0], sum(self.sizes[1:])], -1)
         kernel = scan_kernel(self.kernel, streams, self.head_dim, self.state_dim)
-        fused = "triton" if kernel == "triton" and holds_numbers(projected) else "reference"
+        launches = holds_numbers(projected) or is_unlaunched(projected)
+        fused = "triton" if kernel == "triton" and launches else "reference"
         if fused == "triton" and (self.centred or self.directions == 1):
             return self._fused(projected)
         state = None

@@ -49,6 +49,7 @@ def _count(text: str) -> int:
         help="no training: a job array that shares the work of the command behind --, which is encode, data pack or "
         "data caption",
     ),
+    argument("--no-preflight", action="store_true", help="do not look whether every node is fit before training"),
     argument("--dry-run", action="store_true", help="print the script; nothing is written or submitted"),
     overrides=True,
     behind=True,
@@ -67,7 +68,7 @@ def submit(args: argparse.Namespace) -> int:
 
     wish = jobs.Wish(
         nodes=args.nodes or 1, gpus_per_node=args.gpus_per_node, time=args.time, options=options,
-        max_requeues=args.max_requeues, signal_seconds=args.signal_seconds,
+        max_requeues=args.max_requeues, signal_seconds=args.signal_seconds, preflight=not args.no_preflight,
     )  # fmt: skip
     if args.array is not None:
         job = jobs.prepare_array(words, args.array, Path(parse_arguments(words).out), wish, settings)
@@ -112,7 +113,7 @@ def _check_array(args: argparse.Namespace) -> list[str]:
     argument(
         "--ended", type=natural, metavar="CODE",
         help="for the script of `lingen submit`: srun ended with this code; returns 75 where "
-        "another start is worth it",
+        "another start is worth it, and prints the nodes that are to be left out then",
     ),
     JSON,
 )  # fmt: skip
@@ -134,13 +135,14 @@ def status(args: argparse.Namespace) -> int:
 
 
 def _judge(run: Path, code: int) -> int:
-    """For a script: whether a run is started again whose ranks ended with this code."""
+    """For a script: whether a run is started again whose ranks ended with this code, and without which nodes."""
     from lingen.ranks.signals import REQUEUE
     from lingen.training.folder import RunFolder
-    from lingen.training.sessions import worth_another_start
+    from lingen.training.sessions import unfit_nodes, worth_another_start
 
     try:
         again, why = worth_another_start(RunFolder(run), code)
+        print(unfit_nodes(RunFolder(run)), end="")
     except (OSError, ValueError) as error:  # a record that cannot be read is no reason to end
         again, why = code != FAILED, str(error)
     print(f"lingen: {why}", file=sys.stderr)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, command, print_json
+from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, print_json
+from lingen.ranks.environment import UnfitError, here
 from lingen.recipe.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -17,10 +19,18 @@ if TYPE_CHECKING:
     "which weights and shards does a recipe lack, and where do they come from? Without one: about this machine",
     RECIPE,
     STAGE,
+    argument(
+        "--preflight", action="store_true",
+        help="look whether every node is fit to train it: run folder, memory, samples, network, a step; under srun, or "
+        "on this machine alone",
+    ),
+    argument("--run", metavar="DIR", help="run folder of --preflight; default: runs/RECIPE-FINGERPRINT"),
     JSON,
     overrides=True,
-)
+)  # fmt: skip
 def doctor(args: argparse.Namespace) -> int:
+    if args.preflight:
+        return _preflight(args)
     if args.recipe is None:
         if args.overrides or args.stage:
             raise RecipeError("--stage and key=value change a recipe: say which, --recipe R.")
@@ -37,6 +47,31 @@ def doctor(args: argparse.Namespace) -> int:
     else:
         _print(found)
     return FAILED if found.missing or found.absent else DONE
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    """As `lingen fit` starts, without training."""
+    from lingen.cli.runs import leave_unfit, load_alike
+    from lingen.ranks import signals
+
+    try:
+        with signals.listening():
+            curriculum = load_alike(args)
+            from lingen.launch.preflight import fitness_lines, preflight_alone
+            from lingen.training import record
+            from lingen.training.identity import described
+
+            stages = curriculum.stages
+            run = args.run or record.default_path(stages[0].name, described(stages), lambda text: None)
+            report = preflight_alone(run, curriculum.chosen(args.stage))
+        if here().rank == 0:
+            print_json(asdict(report)) if args.json else print(*fitness_lines(report), sep="\n")
+        report.check()
+    except signals.Stopped as stopped:
+        return stopped.code
+    except UnfitError as error:
+        return leave_unfit(error)
+    return DONE
 
 
 def _print(found: Checkup) -> None:

@@ -1,10 +1,23 @@
-"""The parts that recipes can name, and a recipe with all defaults filled in: ``lingen list`` and ``lingen show``."""
+"""The parts that recipes can name, a recipe with all defaults filled in, and what it takes: ``lingen list``, ``lingen
+show`` and ``lingen plan``."""
 
 import argparse
 import sys
 from typing import Any
 
-from lingen.cli.command import DONE, IMPORT, JSON, RECIPE, STAGE, argument, command, print_json, print_table
+from lingen.cli.command import (
+    DONE,
+    IMPORT,
+    JSON,
+    RECIPE,
+    STAGE,
+    argument,
+    command,
+    natural,
+    positive,
+    print_json,
+    print_table,
+)
 from lingen.recipe.errors import RecipeError
 
 
@@ -29,7 +42,7 @@ def list_(args: argparse.Namespace) -> int:
 
 
 @command(
-    "the recipe with every default filled in, its tokens, parameters and memory",
+    "the recipe with every default filled in, its tokens and parameters; for its memory see `lingen plan`",
     RECIPE,
     STAGE,
     JSON,
@@ -44,7 +57,7 @@ def show(args: argparse.Namespace) -> int:
         return DONE
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
-    from lingen.plan.forecast import plan, too_large
+    from lingen.plan.forecast import plan
     from lingen.plan.loading import load_to_run
     from lingen.recipe import to_yaml
     from lingen.recipe.signature import as_plain
@@ -53,8 +66,6 @@ def show(args: argparse.Namespace) -> int:
     stages = curriculum.chosen(args.stage)
     recipe = stages[0] if args.stage else curriculum.base
     plans = [plan(stage) for stage in stages]
-    for text in filter(None, map(too_large, plans, stages)):
-        print(f"warning: {text}", file=sys.stderr)
     if args.json:
         print_json({"recipe": as_plain(recipe), "stages": [one.as_dict() for one in plans]})
         return DONE
@@ -63,12 +74,60 @@ def show(args: argparse.Namespace) -> int:
     return DONE
 
 
+@command(
+    "what each stage takes: tokens, FLOPs and hours, memory of a GPU by kind, disk; and what makes it fit",
+    RECIPE,
+    STAGE,
+    argument("--gpus", type=natural, metavar="N", help="ranks; default: the recipe's"),
+    argument("--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, a100-40, ..."),
+    argument("--mfu", type=positive, default=0.4, metavar="SHARE", help="of its bfloat16 FLOP/s; default: 0.4"),
+    JSON,
+    overrides=True,
+)
+def plan(args: argparse.Namespace) -> int:
+    if args.recipe is None:
+        raise RecipeError("Say which recipe: --recipe R.")
+    if args.mfu > 1:
+        raise RecipeError(f"--mfu is a share of what the GPU can do, at most 1; got {args.mfu:g}.")
+    from lingen.launch.outlook import outlook
+    from lingen.recipe import load_curriculum
+
+    stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
+    rows = list(outlook(stages, args.gpus, args.gpu, args.mfu))
+    if args.json:
+        print_json({"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows})
+        return DONE
+    print_table(list(map(_plan_row, rows)))
+    hours = sum(row["gpu_hours"] for row in rows)
+    print(f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank")
+    for row in rows:
+        if not row["fits"]:
+            print(f"stage {row['stage']} does not fit: {row['advice']}")
+    return DONE
+
+
+def _plan_row(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        **{name: str(row[name]) for name in ("stage", "ranks")},
+        **{name: f"{row[name]:,}" for name in ("tokens", "parameters")},
+        "FLOP": f"{row['flop']:.3g}",
+        "GPU hours": f"{row['gpu_hours']:,.3g}",
+        **{name: f"{size / 2**30:.1f}" for name, size in row["memory"].items()},
+        "fits": "yes" if row["fits"] else "no",
+        "disk": f"{row['disk'] / 2**30:.1f} GiB",
+    }
+
+
 def _forecast_row(one: Any) -> dict[str, str]:
-    sizes = {**one.memory, "checkpoint (host memory)": one.checkpoint}
-    gib = {name: f"{size / 2**30:.3g} GiB" for name, size in sizes.items()}
     tokens = " + ".join(f"{count:,} ({kind})" for kind, count in one.tokens.items())
     flops = " + ".join(f"{count / 1e12:.3g}" for count in one.flops.values()) or "unknown"
-    return {"stage": one.stage, "tokens": tokens, "parameters": f"{one.trained:,}", "forward TFLOP": flops, **gib}
+    return {
+        "stage": one.stage,
+        "tokens": tokens,
+        "parameters": f"{one.trained:,}",
+        "forward TFLOP": flops,
+        "checkpoint (host memory)": f"{one.checkpoint / 2**30:.3g} GiB",
+    }
 
 
 def _print_forecast(rows: list[dict[str, str]], parameters: dict[str, int]) -> None:

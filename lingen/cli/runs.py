@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -31,13 +32,15 @@ from lingen.cli.command import (
 from lingen.cli.edge import line_of
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
 from lingen.ranks import signals
-from lingen.ranks.environment import OtherRankError, here, who
+from lingen.ranks.environment import OtherRankError, UnfitError, here, who
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.subjects import SUBJECTS, Subject
 
 if TYPE_CHECKING:
     from lingen.plan.loading import Curriculum
+    from lingen.recipe.sections import Recipe
     from lingen.text.rewrite import Rewritten
+    from lingen.training.folder import RunFolder
 
 T = TypeVar("T")
 
@@ -47,6 +50,7 @@ T = TypeVar("T")
     RECIPE,
     argument("--stage", metavar="S", help="train only this stage"),
     argument("--run", metavar="DIR", help="run folder; default: runs/RECIPE-FINGERPRINT"),
+    argument("--preflight", action="store_true", help="first look whether every node is fit, as lingen doctor does"),
     overrides=True,
 )
 def fit(args: argparse.Namespace) -> int:
@@ -60,26 +64,17 @@ def fit(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from lingen.recipe import load_for_training
-
-    def load() -> Curriculum:
-        if args.recipe is None:
-            raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
-        return load_for_training(args.recipe, args.overrides, args.stage)
-
-    if here().ranks == 1:
-        curriculum = load()  # mistakes are reported before lightning and lingen.data are imported
-    else:
-        from lingen.ranks.launch import load_together
-
-        curriculum = load_together(load)
+    curriculum = load_alike(args)
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
 
     with ConsoleReporter(console()) if here().rank == 0 else nullcontext(run.Reporter()) as reporter:
         try:
-            outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter)
+            before = partial(_look, reporter.say) if args.preflight else None
+            outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter, before=before)
+        except UnfitError as error:
+            return leave_unfit(error)
         except (DataError, run.NonFiniteError) as error:
             reporter.say(str(error))
             return FAILED
@@ -97,6 +92,44 @@ def _fit(args: argparse.Namespace) -> int:
     if outcome.is_first_rank:
         _print_outcome(outcome, curriculum.base.subject)
     return DONE
+
+
+def load_alike(args: argparse.Namespace) -> Curriculum:
+    """The recipe to train, on all ranks. RecipeError, on one of them."""
+    from lingen.recipe import load_for_training
+
+    def own() -> Curriculum:
+        if args.recipe is None:
+            raise RecipeError("Say which recipe: --recipe R. `lingen list recipes` shows those that come with lingen.")
+        return load_for_training(args.recipe, args.overrides, args.stage)
+
+    if here().ranks == 1:
+        return own()  # mistakes are reported before lightning and lingen.data are imported
+    from lingen.ranks.launch import load_together
+
+    return load_together(own)
+
+
+def _look(say: Callable[[str], None], folder: RunFolder, stages: Sequence[Recipe]) -> None:
+    """The preflight of all ranks. UnfitError where it finds a fault."""
+    from lingen.launch.preflight import fitness_lines, preflight
+
+    report = preflight(folder, stages)
+    for line in fitness_lines(report):
+        say(line)
+    report.check()
+
+
+def leave_unfit(error: UnfitError) -> int:
+    """Exit code of a run whose preflight has failed: that of a start anew where other nodes may do."""
+    code = signals.REQUEUE if error.nodes else FAILED
+    if error.hung:  # a thread may never come back
+        if here().rank and not here().local_rank:
+            print(f"{who()}{error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _print_outcome(outcome: Any, subject: Subject) -> None:

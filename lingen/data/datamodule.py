@@ -215,6 +215,19 @@ class ClipData(lightning.LightningDataModule):
         for place in Places(lambda: self.places(start, rank=rank, world=world)):
             yield self.train[place]
 
+    def largest(self, rank: int = 0) -> Batch:
+        """A training batch of the bucket whose batches have the most tokens, out of turn."""
+        buckets = ((kind, number) for kind, pool in self.train.pools.items() for number in range(len(pool.shapes)))
+
+        def size(kind: str, bucket: int) -> int:
+            pool = self.train.pools[kind]
+            return pool.batches[bucket] * self._tokens(pool.shapes[bucket])
+
+        kind, bucket = max(buckets, key=lambda one: size(*one))
+        count = self.train.pools[kind].batches[bucket]
+        own = range(rank * count, (rank + 1) * count)
+        return self.train[RankBatch(kind, 0, bucket, own, own)]
+
     def places(self, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[RankBatch]:
         """The places of those batches."""
         return self.order(world).places(start, rank)

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,14 +21,15 @@ log = logging.getLogger("lingen")
 
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLANNED: ContextVar[str] = ContextVar("planned for", default="cpu")
+_UNLAUNCHED: ContextVar[bool] = ContextVar("kernels are not launched", default=False)
 _HAS_TRITON = find_spec("triton") is not None  # at import: inside of a call, torch.compile would warn
 
 
 def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain: str = "reference") -> str:
     """The twin to run: `kernel` itself, or for "auto" "triton" where it runs on `x` and else `plain`.
 
-    Where nothing is computed, on the meta device and in FakeTensorMode, `plain` stands for "triton". RecipeError for an
-    unknown kernel, or "triton" where it cannot run.
+    Where nothing is computed, on the meta device and in FakeTensorMode, `plain` stands for "triton", but in a block of
+    `unlaunched` "triton" is itself. RecipeError for an unknown kernel, or "triton" where it cannot run.
 
     Args:
         operation: what the message calls it, e.g. "scan".
@@ -37,7 +39,7 @@ def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain
     if kernel not in known:
         raise RecipeError(f"There is no {operation} kernel called {kernel!r}. Known: {', '.join(known)}.")
     if kernel in ("auto", "triton") and not holds_numbers(x):
-        return plain
+        return "triton" if "triton" in known and is_unlaunched(x) else plain
     if kernel == "triton" and (why_not := _why_no_triton(x)):
         raise RecipeError(f"kernel='triton' of the {operation} cannot run: {why_not} kernel='auto' takes another.")
     if kernel != "auto":
@@ -78,6 +80,33 @@ def planned_for(device: str) -> Iterator[None]:
 def stands_for_cuda(x: Tensor) -> bool:
     """Whether `x` is on the meta device in a block of `planned_for("cuda")`."""
     return x.is_meta and _PLANNED.get() == "cuda"
+
+
+@contextmanager
+def unlaunched() -> Iterator[None]:
+    """In the block a fake tensor stands for one on a GPU: what has a Triton kernel allocates, keeps and frees what it
+    would there, and launches nothing. Where Triton is not installed, the plain twins run as ever."""
+    if not has_triton():
+        yield
+        return
+    from triton.runtime.jit import KernelInterface
+
+    token = _UNLAUNCHED.set(True)
+    try:
+        with patch.object(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None):
+            yield
+    finally:
+        _UNLAUNCHED.reset(token)
+
+
+def is_unlaunched(x: Tensor) -> bool:
+    """Whether kernels run on `x` without being launched, in a block of `unlaunched`."""
+    return _UNLAUNCHED.get() and x.dtype in _TRITON_TYPES
+
+
+def device_type(x: Tensor) -> str:
+    """Type of the device that `x` is on, or stands for in a block of `unlaunched`."""
+    return "cuda" if is_unlaunched(x) and not holds_numbers(x) else x.device.type
 
 
 def _why_no_triton(x: Tensor) -> str | None:

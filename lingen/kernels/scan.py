@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lingen.kernels.choice import choose, full_precision, holds_numbers, stands_for_cuda
+from lingen.kernels.choice import choose, device_type, full_precision, holds_numbers, is_unlaunched, stands_for_cuda
 from lingen.kernels.ssd import ssd
 from lingen.recipe.errors import RecipeError
 
@@ -83,7 +83,7 @@ def scan(
     if u.shape[1] != rows_of(n, kernel, u.dtype):
         rows = rows_of(n, kernel, u.dtype)
         raise ValueError(f"u has {u.shape[1]} rows; {n} tokens take {rows} with kernel='{kernel}'.")
-    if kernel == "triton" and not holds_numbers(u):
+    if kernel == "triton" and not (holds_numbers(u) or is_unlaunched(u)):
         return _products_of_triton(u, chunk_of(n, u.dtype), len(a), heads, groups, state_dim)
     if kernel == "triton":
         from lingen.kernels.scan_triton import FusedScan, ScanSizes
@@ -162,7 +162,7 @@ def scan_state(
     16-bit on CUDA."""
     width = (u.shape[2] - 2 * groups * state_dim) // dt.shape[2]
     kernel = scan_kernel(kernel, u, width, state_dim)
-    if kernel == "triton" and not holds_numbers(u):
+    if kernel == "triton" and not (holds_numbers(u) or is_unlaunched(u)):
         x, b, _ = _in_chunks(u, chunk_of(dt.shape[1], u.dtype), dt.shape[2], groups, state_dim)
         states = torch.stack([torch.einsum("zqgs,zqgme->zgmes", b, x) for _ in a], 1).flatten(2, 3)
         return states.unflatten(0, (len(u), -1)).sum(1, dtype=torch.float32)
@@ -189,7 +189,7 @@ def state_by_product(
         # Summed from the end, where the decay is near 1, so that what counts keeps its digits.
         later = F.pad(logs[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
         weight = (steps * later.exp()).permute(0, 3, 1, 2)  # [b n r k]
-        product = u.dtype if u.is_cuda else dtype
+        product = u.dtype if device_type(u) == "cuda" else dtype
         x, keys, _ = u.to(product).split([u.shape[2] - 2 * groups * state_dim, *[groups * state_dim] * 2], -1)
         x = x.unflatten(-1, (1, heads, -1)) * weight.to(product).unsqueeze(-1)
         # All heads of a group in one product, read where they lie; few scans have more than one group.

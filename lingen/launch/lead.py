@@ -24,7 +24,7 @@ def signal_seconds(stages: Sequence[Recipe], plans: Sequence[Plan]) -> int:
     slowest known is taken."""
     both = list(zip(stages, plans, strict=True))
     act = max(max(_step_flop(one, forecast), _clip_flop(one, forecast)) / _speed(one) for one, forecast in both)
-    checkpoint = max(_checkpoint_bytes(forecast) for forecast in plans) / WRITE_SPEED
+    checkpoint = max(forecast.checkpoint for forecast in plans) / WRITE_SPEED
     needed = 2 * act + checkpoint + SLURM_DELAY
     return min(MOST, max(LEAST, 60 * math.ceil(needed / 60)))
 
@@ -49,8 +49,3 @@ def _clip_flop(recipe: Recipe, forecast: Plan) -> float:
         return 0.0
     passes = 2 * recipe.sample.steps * (2 if recipe.sample.solver == "heun" else 1)
     return passes * max(forecast.flops.values(), default=0.0)
-
-
-def _checkpoint_bytes(forecast: Plan) -> float:
-    """Raw and averaged weights and two moments."""
-    return forecast.trained * 4 * 4

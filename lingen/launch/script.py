@@ -27,8 +27,14 @@ if [ "$code" -eq {late} ]; then
     echo "lingen: job $SLURM_JOB_ID was requeued $restarts times, --max-requeues={most}; it ends here."
   else
     echo "lingen: job $SLURM_JOB_ID goes into the queue again, $((restarts + 1)) of at most {most} times."
+    if [ -n "$unfit" ]; then
+      echo "lingen: it goes on without $unfit, where the preflight failed."
+      unfit="$unfit,$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%x)"
+    fi
     tries=0
     until scontrol requeue "$SLURM_JOB_ID" || [ $((tries += 1)) -ge 10 ]; do sleep 30; done
+    # Only a job in the queue can be told to leave nodes out; SLURM lets this script live for some seconds.
+    until [ -z "$unfit" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${unfit%,}"; do sleep 1; done
     sleep 60  # SLURM ends this script
   fi
 fi
@@ -45,7 +51,7 @@ class Job:
     """Of each rank, behind `srun`; words that begin with $ are left to the shell."""
     judge: Sequence[str] = ()
     """A command that gets the code of ranks that were stopped, failed or were killed, and returns `REQUEUE` where they
-    are worth another start; none: those that were killed are."""
+    are worth another start, and prints the nodes to do without, if any; none: those that were killed are."""
     max_requeues: int = 0
     srun: Sequence[str] = ()
     """Further options of srun."""
@@ -58,7 +64,7 @@ class Job:
 def script_of(job: Job) -> str:
     """The whole script."""
     srun = ["srun", "--kill-on-bad-exit=1", *job.srun]
-    judged = f'{_shell(job.judge)} "$code"; code=$?' if job.judge else f'[ "$code" -eq 1 ] || code={REQUEUE}'
+    judged = f'unfit=$({_shell(job.judge)} "$code"); code=$?' if job.judge else f'[ "$code" -eq 1 ] || code={REQUEUE}'
     parts = [
         "#!/bin/bash",
         *lines_of_options(job.options),

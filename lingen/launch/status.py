@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lingen.launch.queue import waiting
 from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Beat, read_beats
+from lingen.ranks.slurm import waiting
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 from lingen.training import lock

@@ -42,6 +42,7 @@ class Wish:
     """Of sbatch."""
     max_requeues: int | None = None
     signal_seconds: int | None = None
+    preflight: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def prepare_training(
     lingen = [sys.executable, "-m", "lingen"]
     command = [*lingen, "fit", "--recipe", str(place / "recipe.yaml"), "--run", str(folder.path)]
     judge = [*lingen, "status", str(folder.path), "--ended"]
-    command += ["--stage", stage] if stage else []
+    command += [*(["--stage", stage] if stage else []), *(["--preflight"] if wish.preflight else [])]
     script = _script(own, command, wish, settings, judge)
     return Submission(
         folder=place, script=script, recipe=to_yaml(curriculum.base), lines=lines,

@@ -1,17 +1,15 @@
-"""Forecast of a stage: tokens, parameters and FLOPs are counted, memory is estimated."""
+"""Forecast of a stage: its tokens, parameters and FLOPs, counted. Its memory: `lingen.training.rehearsal`."""
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lingen.blocks.recompute import activation_bytes, recomputed_blocks
+from lingen.blocks.recompute import recomputed_blocks
 from lingen.frozen import is_trained, on_meta
-from lingen.kernels.choice import memory_here
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Triple
-from lingen.recipe.sizes import grids_of, patch_of, ranks_of
+from lingen.recipe.sizes import grids_of, patch_of
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bfloat16 FLOP/s by the makers' data sheets, for the share of it that training reaches (MFU)."""
@@ -21,7 +19,7 @@ DEFAULT_TEXT_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A stage's forecast for one rank."""
+    """A stage's forecast."""
 
     stage: str
     grids: dict[str, Triple]
@@ -30,11 +28,8 @@ class Plan:
     """Trained parameters of each part."""
     frozen: int
     """Parameters of the autoencoder and the text encoders that are not trained."""
-    memory: dict[str, int]
-    """Bytes of a rank: weights, averaged weights, gradients and optimiser, of which a strategy that shards leaves it a
-    part; what is gathered then; activations of the largest batch."""
-    shards: int = 1
-    """Ranks that share one copy of what is trained."""
+    held: int
+    """Bytes of a trained number."""
     flops: dict[str, float]
     """FLOPs of one forward pass over one sample of each kind, counted on the meta device (`lingen.plan.flops`); a kind
     that cannot be counted, because a mixer does not run there, is left out."""
@@ -50,8 +45,7 @@ class Plan:
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: weights, averaged weights and two moments. While one is written, the memory of the
         machines, not of their GPUs, holds a copy; all ranks share in it."""
-        held = self.memory["weights"] + self.memory["averaged weights"]
-        return self.shards * (held + 2 * self.memory["gradients and optimiser"] // 3)
+        return self.trained * (3 * self.held + 4)
 
     @property
     def trained(self) -> int:
@@ -83,25 +77,22 @@ def flop_a_step(recipe: Recipe, forecast: Plan) -> float:
     return recipe.train.accumulate * flop / sum(mix.values())
 
 
-def too_large(forecast: Plan, recipe: Recipe) -> str | None:
-    """A sentence where training takes more memory than the device here has, with the settings that help; None where it
-    fits, by estimate. A GPU is looked at unless the trainer names the CPU or there is none."""
-    import torch
+def text_tokens(recipe: Recipe) -> list[int]:
+    """Tokens that each text encoder makes of a caption, at most."""
+    return [component.get("max_tokens") or DEFAULT_TEXT_TOKENS for component in recipe.text]
 
-    cuda = torch.cuda.is_available() and recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    there = memory_here(torch.device("cuda", 0) if cuda else None)
-    needed = sum(forecast.memory.values())
-    if needed <= there:
-        return None
-    batch = recipe.data.batch
-    helps = [f"lower data.batch ({batch.image} images, {batch.video} videos) and raise train.accumulate instead"]
-    if recipe.subject.section == "model" and recipe.model.checkpointing is not True:
-        helps.append("set model.checkpointing=true")
-    return (
-        f"stage {forecast.stage}: training takes about {needed / 2**30:.3g} GiB (activations of a batch: "
-        f"{forecast.memory.get('activations', 0) / 2**30:.3g}), more than the {there / 2**30:.3g} GiB of "
-        f"{'the GPU' if cuda else 'this machine'}; {', or '.join(helps)}."
-    )
+
+def stage_grids(recipe: Recipe) -> dict[str, Triple]:
+    """Tokens (t, h, w) of one sample of each kind."""
+    return grids_of(recipe.data, tuple(on_meta(AUTOENCODERS, recipe.autoencoder).strides), patch_of(recipe))
+
+
+def largest_batch(recipe: Recipe) -> tuple[str, Triple]:
+    """Kind and grid of the samples of a rank's largest batch, tokens of their captions included. Batches of other
+    shapes have no more tokens."""
+    grids = stage_grids(recipe)
+    text = sum(text_tokens(recipe)) if recipe.subject.encoded else 0
+    return max(grids.items(), key=lambda one: getattr(recipe.data.batch, one[0]) * (math.prod(one[1]) + text))
 
 
 def plan_denoiser(recipe: Recipe) -> Plan:
@@ -120,15 +111,14 @@ def plan_denoiser(recipe: Recipe) -> Plan:
             parameters["text encoders"] += _count(encoder)
         elif isinstance(encoder, nn.Module):
             frozen += _count(encoder)
-    grids = grids_of(recipe.data, tuple(autoencoder.strides), patch_of(recipe))
+    grids = stage_grids(recipe)
     flops = _flops(recipe, grids)
     return Plan(
         stage=recipe.stage or "main",
         grids=grids,
         parameters=dict(parameters),
         frozen=frozen,
-        memory=_memory(recipe, parameters, grids),
-        shards=shards_of(recipe),
+        held=bytes_of_a_number(recipe),
         flops=flops,
         training_flops={kind: flops[kind] * (3 + _recomputed_share(recipe, kind, grids[kind])) for kind in flops},
     )
@@ -148,39 +138,9 @@ def _by_part(model: Any) -> Counter[str]:
     return parts
 
 
-def shards_of(recipe: Recipe) -> int:
-    """Ranks that share one copy of what is trained, by the strategy; 1 where each holds all of it."""
-    import torch
-
-    strategy = str(recipe.trainer.get("strategy", "auto")).lower()
-    if strategy not in ("fsdp", "hsdp"):
-        return 1
-    ranks = ranks_of(recipe, torch.cuda.device_count())
-    return ranks // int(recipe.trainer.get("num_nodes", 1)) if strategy == "hsdp" else ranks
-
-
-def _memory(recipe: Recipe, parameters: Mapping[str, int], grids: dict[str, Triple]) -> dict[str, int]:
-    """float32 weights, averaged copy, gradients and two moments, in shards; activations in the trainer's precision."""
-    shards, trained = shards_of(recipe), sum(parameters.values())
-    trained = -(-trained // shards)
-    held = 2 if str(recipe.trainer.get("precision")).endswith("16-true") else 4
-    largest = max(_batch_tokens(recipe, kind, grid) for kind, grid in grids.items())
-    recomputed = recomputed_blocks(recipe.model, largest, *_where(recipe))
-    return {
-        "weights": held * trained,
-        "averaged weights": 4 * trained,
-        "gradients and optimiser": 3 * held * trained,
-        **({"gathered": _gathered(recipe, parameters)} if shards > 1 else {}),
-        "activations": activation_bytes(recipe.model, largest, recomputed, *_where(recipe)),
-    }
-
-
-def _gathered(recipe: Recipe, parameters: Mapping[str, int]) -> int:
-    """Bytes of what a rank of shards holds whole at once: a block that runs, the next one, and a block's gradient, in
-    the precision of products; the rest of the model in float32, with its gradient [ours]."""
-    blocks = sum(count for part, count in parameters.items() if part.startswith("blocks."))
-    low = 2 if "16" in str(recipe.trainer.get("precision")) else 4
-    return 3 * low * blocks // recipe.model.depth + 8 * (sum(parameters.values()) - blocks)
+def bytes_of_a_number(recipe: Recipe) -> int:
+    """Of what is trained, in the trainer's precision."""
+    return {"16-true": 2, "64-true": 8}.get(str(recipe.trainer.get("precision")).removeprefix("bf"), 4)
 
 
 def _batch_tokens(recipe: Recipe, kind: str, grid: Triple) -> int:
@@ -203,6 +163,6 @@ def _flops(recipe: Recipe, grids: dict[str, Triple]) -> dict[str, float]:
     """Of a forward over one sample of each kind; without those that cannot be counted."""
     from lingen.plan.flops import forward_flops
 
-    text = [component.get("max_tokens") or DEFAULT_TEXT_TOKENS for component in recipe.text]
+    text = text_tokens(recipe)
     counted = {kind: forward_flops(recipe.model, grid, text, *_where(recipe)) for kind, grid in grids.items()}
     return {kind: float(count) for kind, count in counted.items() if count is not None}

@@ -4,7 +4,7 @@ line asks before torch is imported."""
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PARENT = "LINGEN_PARENT"
@@ -41,6 +41,20 @@ class Rank:
 
 class OtherRankError(RuntimeError):
     """Another rank could not do something that all need; it says why itself."""
+
+
+class UnfitError(RuntimeError):
+    """The preflight found what keeps a run from training, on all ranks.
+
+    Args:
+        text: what is wrong, and the cure.
+        nodes: that cannot train, where others may; none: it is the same everywhere.
+        hung: a thread of a rank may hang for ever.
+    """
+
+    def __init__(self, text: str, nodes: Sequence[str] = (), hung: bool = False):
+        super().__init__(text)
+        self.nodes, self.hung = list(nodes), hung
 
 
 def is_lost_rank(error: BaseException) -> bool:

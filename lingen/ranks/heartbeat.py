@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingen.ranks.environment import OtherRankError, is_lost_rank
+from lingen.ranks.environment import OtherRankError, UnfitError, is_lost_rank
 from lingen.ranks.signals import Stopped, noted
 from lingen.recipe.errors import RecipeError
 
@@ -34,6 +34,8 @@ SAMPLES_TOLD = 3
 FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
 """Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
 rank was gone, which says nothing of why."""
+UNFIT_WORD = "unfit: "
+"""The same where nodes did not pass the preflight; behind it stand their names, ``n2,n7: ...``."""
 HUNG = "silent for "
 """After `FAILED_WORD`, where the watchdog ended the run: another start may help."""
 
@@ -135,24 +137,25 @@ class Heart:
 
     def write(self) -> None:
         """Writes the file; what fails is tried again at the next beat. A disk that hangs holds up no sign."""
-        with self._lock:
-            stage, step = self._place
-            spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
-            self._spent.clear()
-            told = self._told | {
-                "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
-                "spent": spent, "memory": memory_now(), "ended": self._ended, "pace": self.pace,
-            }  # fmt: skip
-            data = json.dumps(told).encode()
+        with self._file:
+            with self._lock:
+                stage, step = self._place
+                spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
+                self._spent.clear()
+                told = self._told | {
+                    "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
+                    "spent": spent, "ended": self._ended, "pace": self.pace,
+                }  # fmt: skip
+            data = json.dumps(told | {"memory": memory_now()}).encode()
             if len(data) >= SIZE:
-                data = json.dumps(told | {"memory": {}, "ended": (self._ended or "")[:200] or None}).encode()
-        with self._file, contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
-            try:
-                os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
-            finally:
-                os.close(file)
+                data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
+                try:
+                    os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
+                finally:
+                    os.close(file)
 
     def begin(self) -> None:
         def beating() -> None:
@@ -220,6 +223,10 @@ def word_of(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OtherRankError):
         return f"{OTHER_WORD}{text}"[:500]
+    if isinstance(error, UnfitError):
+        return (f"{UNFIT_WORD}{','.join(error.nodes)}: {text}" if error.nodes else f"{FAILED_WORD}preflight: {text}")[
+            :500
+        ]
     if is_lost_rank(error):  # srun ends the other ranks by SIGTERM, which is not why they end
         return LOST_WORD
     number = error.number if isinstance(error, Stopped) else noted()

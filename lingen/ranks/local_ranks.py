@@ -130,10 +130,14 @@ def end_ranks(grace: float = GRACE) -> None:
         disconnect()
 
 
-def give_up() -> None:
-    """After an error: other ranks may be gone, or wait for this one. Nobody waits for them, at the end either."""
+def give_up(hung: bool = False) -> None:
+    """After an error: other ranks may be gone, or wait for this one. Nobody waits for them, at the end either.
+
+    Args:
+        hung: a thread of this process waits for them.
+    """
     atexit.unregister(disconnect)
-    if is_connected() and "nccl" in str(dist.get_backend_config()):
+    if hung or is_connected() and "nccl" in str(dist.get_backend_config()):
         atexit.unregister(end_ranks)
         for one in _others:
             one.end(SHORT)

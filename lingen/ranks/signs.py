@@ -23,10 +23,10 @@ class LifeSigns(Callback):
     def __init__(self, stage: str):
         self.stage = stage
         self._coming: Iterator[list[str]] = iter(())
-        self._doing = "start"
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         # Lightning reads a batch ahead: after the first one has come, it waits for the second.
+        self._doing = "start"
         self._coming = islice(cast(Any, trainer).datamodule.names(), 1, None)
         sign("start", self.stage, trainer.global_step, ([], next(self._coming)))
 

@@ -54,6 +54,7 @@ def watching(heart: Heart, session: str, limits: Sequence[int]) -> Iterator[None
         limits: of the stages, see `heartbeat.begin_stage`; where all are 0, nothing is watched.
     """
     shortest = min(filter(None, limits), default=None)
+    heart.limit = limits[-1]
     dog = _Watchdog(heart, session, min(TICK, shortest / 4)) if shortest else None
     try:
         yield
@@ -150,10 +151,9 @@ class _Watchdog:
 
     def _leave_words(self, verdict: str) -> None:
         own, folder = here(), self.heart.path.parent
-        if own.rank == 0 or self._heard[0][0]["verdict"] is None:  # nobody else has said it
-            logging.getLogger("lingen").error(
-                "The run is ended, %s. The same command goes on from its last checkpoint. Stacks: %s", verdict, folder
-            )
+        if own.rank == 0 or (self._heard[0][0]["verdict"] is None and own.local_rank == (own.node == 0)):
+            told = "The run is ended, %s (train.watchdog). The same command goes on from its checkpoint. Stacks: %s"
+            logging.getLogger("lingen").error(told, verdict, folder)
         with (folder / f"{own.rank:05d}.stacks.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         self.heart.end(FAILED_WORD + verdict)

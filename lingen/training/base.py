@@ -23,7 +23,7 @@ from lingen.ranks.collectives import gather_objects, is_connected, is_first_rank
 from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
 from lingen.training.checkpoint import moments_of, open_checkpoint, restore
-from lingen.training.health import GoBack, NonFiniteError, Spike, SpikeError, SpikeWatch, told_samples
+from lingen.training.health import GoBack, NonFiniteError, Spike, SpikeWatch, told_samples
 from lingen.training.meter import Meter
 from lingen.training.pace import Pace, compared
 from lingen.training.sharding import clip_gradients
@@ -166,20 +166,19 @@ class Trained(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient. A step that is not finite is thrown away, and one that spikes where `train.on_spike` says
         so; a few in a row, or all of a stage, stop the run."""
-        settings = self.recipe.train
+        settings, like = self.recipe.train, self.likeness(self._batch)
         norms = [clip_gradients(parameters, settings.clip_grad) for parameters in self.clipped_together()]
-        loss, *values = self._of_all_ranks(norms)
+        loss, norm, *others = self._of_all_ranks(norms)
         self.pace.step()
-        norm, is_finite = values[0], all(map(math.isfinite, (loss, *values)))
-        like = self.likeness(self._batch)
+        is_finite = all(map(math.isfinite, (loss, norm, *others)))
         spike = self.spikes.look(like, loss, norm) if is_finite else None
         if spike is not None:
             self._meet(spike)
         if is_finite and (spike is None or settings.on_spike == "keep"):
             self.bad_steps = 0
             self.meter.keep()
-            self.meter.add("grad_norm", norms[0][None])
-            self.meter.add(f"grad_norm/{self._batch.kind}", norms[0][None])
+            for name in ("grad_norm", f"grad_norm/{self._batch.kind}"):
+                self.meter.add(name, norms[0][None])
             self.spikes.learn(like, loss, norm)
         else:
             self._throw_away(optimizer, spike)
@@ -202,8 +201,8 @@ class Trained(lightning.LightningModule):
         """Counts a spike, and says it with its samples; of several in a row only the first one is said."""
         self.meter.count("spikes", is_first_rank())
         if spike.is_news:
-            samples = self._samples()
-            self.say(f"{self._where()} spikes: {spike}; train.on_spike={self.recipe.train.on_spike}; {samples}")
+            done = f"train.on_spike={self.recipe.train.on_spike}"
+            self.say(f"{self._where()} spikes: {spike}; {done}; {self._samples()}")
 
     def _throw_away(self, optimizer: torch.optim.Optimizer, spike: Spike | None) -> None:
         """Leaves the step out. GoBack where training goes on from an earlier one, NonFiniteError where it ends."""
@@ -214,16 +213,12 @@ class Trained(lightning.LightningModule):
         settings = self.recipe.train
         are_many = self.bad_steps >= min(settings.max_nonfinite, settings.steps)  # a shorter stage would be trained
         if settings.on_spike == "rollback" and (spike is not None or are_many):
-            data, step = cast(Any, self.trainer).datamodule, self.global_step + 1
-            raise GoBack(
-                step,
-                data.taken(step),
-                self.spikes.returns,
-                f"{self._where()}: {spike or 'not finite'}; {self._samples()}",
-            )
+            data, what = cast(Any, self.trainer).datamodule, f"{spike or 'not finite'}; {self._samples()}"
+            step = self.global_step + 1
+            raise GoBack(step, data.taken(step), self.spikes.returns, f"{self._where()}: {what}")
         if are_many:
-            error, what = (NonFiniteError, "was not finite") if spike is None else (SpikeError, "spiked")
-            raise error(
+            what = "was not finite" if spike is None else "spiked"
+            raise NonFiniteError(
                 f"The loss or its gradient {what} in {self.bad_steps} steps in a row, up to {self._where()}; "
                 f"{self._samples()}. Lower train.lr, lengthen train.warmup, or look at these samples. Nothing of these "
                 "steps was kept."

@@ -17,7 +17,6 @@ LEAST_SPREAD = 0.05
 """Of a logarithm: where numbers hardly differ, those 1.8 times as large are spikes, not those 5% larger [ours]."""
 NORMAL = 1.4826
 """Standard deviation of normal numbers by their median absolute deviation."""
-TINIEST = 1e-30
 SAMPLES_NAMED = 16
 """Samples that a message names."""
 RETURNS = 3
@@ -25,11 +24,8 @@ RETURNS = 3
 
 
 class NonFiniteError(RuntimeError):
-    """Several optimiser steps in a row had a loss or a gradient that is not finite."""
-
-
-class SpikeError(NonFiniteError):
-    """Spikes that `train.on_spike` does not get rid of."""
+    """Losses or gradients are not finite, or spike: several steps in a row were thrown away, or going back did not
+    help."""
 
 
 class GoBack(Exception):
@@ -44,14 +40,14 @@ class GoBack(Exception):
 
     def __init__(self, step: int, taken: Mapping[str, Sequence[int]], returns: tuple[int, int], what: str):
         super().__init__(what)
-        self.step, self.taken, self.returns, self.what = step, taken, returns, what
+        self.step, self.taken, self.returns = step, taken, returns
 
     def count_return(self, place: int) -> None:
-        """Notes the step from which the stage goes on. SpikeError where it went back there too often."""
+        """Notes the step from which the stage goes on. NonFiniteError where it went back there too often."""
         before, times = self.returns
         if place == before and times >= RETURNS:
-            raise SpikeError(
-                f"Training went back to step {place} {times} times, and the samples after it spike again: {self.what}. "
+            raise NonFiniteError(
+                f"Training went back to step {place} {times} times, and the samples after it spike again: {self}. "
                 "Lower train.lr, or look at these samples."
             )
         self.returns = (place, times + 1 if place == before else 1)
@@ -71,7 +67,7 @@ class Spike(NamedTuple):
     like: str
     loss: float
     norm: float
-    scores: tuple[float, float]
+    scores: Sequence[float]
     """Of loss and norm."""
     is_news: bool
     """Not so the next ones of a row."""
@@ -102,15 +98,13 @@ class SpikeWatch:
         known = self._known.get(like, [])
         if len(known) < ALIKE_LEAST:
             return None
-        of_loss, of_norm = (
-            robust_score(*pair) for pair in zip(_logs(loss, norm), zip(*known, strict=True), strict=True)
-        )
-        if max(of_loss, of_norm) < SPIKE:
+        scores = [robust_score(*pair) for pair in zip(_logs(loss, norm), zip(*known, strict=True), strict=True)]
+        if max(scores) < SPIKE:
             self._in_spike.discard(like)
             return None
-        is_news = like not in self._in_spike
+        spike = Spike(like, loss, norm, scores, like not in self._in_spike)
         self._in_spike.add(like)
-        return Spike(like, loss, norm, (of_loss, of_norm), is_news)
+        return spike
 
     def learn(self, like: str, loss: float, norm: float) -> None:
         """Takes a step that was kept into the window."""
@@ -128,17 +122,14 @@ class SpikeWatch:
 
 
 def _logs(*values: float) -> list[float]:
-    return [math.log(max(value, TINIEST)) for value in values]
+    return [math.log(max(value, 1e-30)) for value in values]
 
 
 def told_samples(ranks: Sequence[Sequence[tuple[str, float]]]) -> str:
     """Of each rank the samples of a step and their losses -> a text: those that are not finite, else all, the highest
     loss first."""
-    named = [
-        (loss, f"{key} (rank {rank})" if len(ranks) > 1 else key)
-        for rank, pairs in enumerate(ranks)
-        for key, loss in pairs
-    ]
+    of = [f" (rank {rank})" if len(ranks) > 1 else "" for rank in range(len(ranks))]
+    named = [(loss, key + of[rank]) for rank, pairs in enumerate(ranks) for key, loss in pairs]
     found = [name for loss, name in named if not math.isfinite(loss)]
     shown = found or [f"{name} {loss:.4g}" for loss, name in sorted(named, reverse=True)]
     more = f" and {len(shown) - SAMPLES_NAMED} more" if len(shown) > SAMPLES_NAMED else ""

@@ -15,7 +15,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lingen.files import write_json
-from lingen.ranks.heartbeat import BEAT, FAILED_WORD, HUNG, LOST_WORD, OTHER_WORD, Beat, host_name, read_beats, word_of
+from lingen.ranks.heartbeat import (
+    BEAT,
+    FAILED_WORD,
+    HUNG,
+    LOST_WORD,
+    OTHER_WORD,
+    UNFIT_WORD,
+    Beat,
+    host_name,
+    read_beats,
+    word_of,
+)
+from lingen.ranks.slurm import held_back
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder
 
@@ -54,8 +66,8 @@ def session(
         flop: of an optimiser step of a rank in each stage, by which `lingen status` tells how long the run takes.
     """
     before = read_sessions(folder)
-    if before and before[-1]["how"] is None:
-        before[-1] |= {"how": killed(folder, before[-1], was or "it left no word")}
+    if before and before[-1]["how"] in (None, LOST_WORD):
+        before[-1] |= {"how": killed(folder, before[-1], before[-1]["how"] or was or "it left no word")}
     mark = secrets.token_hex(4)
     began: Session = {
         "mark": mark, "began": _now(), "host": host_name(), "ranks": ranks, "job": os.environ.get("SLURM_JOB_ID"),
@@ -86,8 +98,8 @@ def _now() -> str:
 
 
 def killed(folder: RunFolder, one: Session, why: str) -> str:
-    """How a session ended that left no word: the word of a rank that failed, or `why` and the ranks that were silent
-    first."""
+    """How a session ended that left no word: the word of a rank that failed, or `why`, the ranks that were silent
+    first, and its nodes that SLURM holds back."""
     beats = read_beats(folder.ranks, one["mark"])
     failed = [(str(beat.ended).removeprefix(FAILED_WORD), beat) for beat in _failed(beats)]
     for word, beat in failed:
@@ -98,7 +110,9 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
     suspects = _suspects(beats)
     told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in suspects[:4])
     more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""
-    return f"{KILLED_WORD}{why}" + (f"; silent first: {told}{more}" if suspects else "")
+    held = held_back(beat.host for beat in beats) if one["job"] else ""
+    silent = f"; silent first: {told}{more}" if suspects else ""
+    return f"{KILLED_WORD}{why}{silent}" + (f"; {held}" if held else "")
 
 
 def _failed(beats: list[Beat]) -> list[Beat]:
@@ -136,6 +150,12 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
     if len(tail) == IN_VAIN and in_vain and all(str(one["how"]).startswith(KILLED_WORD) for one in tail):
         return False, f"{how}; the last {IN_VAIN} starts went no further than step {last['step']}"
     return not how.startswith(FAILED_WORD), how
+
+
+def unfit_nodes(folder: RunFolder) -> str:
+    """Names of the nodes that the preflight of the last session refused, with commas between."""
+    how = str(read_sessions(folder)[-1]["how"]) if folder.about.is_file() else ""
+    return how.removeprefix(UNFIT_WORD).partition(":")[0] if how.startswith(UNFIT_WORD) else ""
 
 
 def _name_of(number: int) -> str:

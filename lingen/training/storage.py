@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lingen.files import naming
+from lingen.plan.watch import part_here
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -72,7 +73,7 @@ def pieces_of(tensors: Mapping[str, Tensor], rank: int, world: int) -> list[RowP
         if name not in whole:
             found.append(_own_share(name, value))
             continue
-        held, rows = local(value), row_count(value)
+        held, rows = part_here(value), row_count(value)
         start, stop = (_first_row(held.nbytes, rows, before, total, one, world) for one in (rank, rank + 1))
         found.append(RowPiece(name, start, stop, held[start:stop] if held.ndim else held))
         before += held.nbytes
@@ -99,11 +100,6 @@ def is_cut_into_rows(value: Tensor) -> bool:
     return isinstance(value, DTensor) and any(not placed.is_replicate() for placed in value.placements)
 
 
-def local(value: Tensor) -> Tensor:
-    """What this rank holds of it, plain, in the same memory."""
-    return (value.to_local() if isinstance(value, DTensor) else value).detach()
-
-
 def _local_rows(value: Tensor) -> tuple[int, Tensor, tuple[int, int]]:
     """First row here, the rows here, and which of how many equal copies of these rows this is."""
     assert isinstance(value, DTensor)
@@ -116,7 +112,7 @@ def _local_rows(value: Tensor) -> tuple[int, Tensor, tuple[int, int]]:
     for axis in range(mesh.ndim):
         if axis != cut[0]:
             copy, copies = copy * mesh.size(axis) + places[axis], copies * mesh.size(axis)
-    return min(size * places[cut[0]], value.shape[0]), local(value), (copy, copies)
+    return min(size * places[cut[0]], value.shape[0]), part_here(value), (copy, copies)
 
 
 # files
@@ -217,7 +213,7 @@ def fill_rows(target: Tensor, rows: Any, name: str) -> None:
         start, held, _ = _local_rows(target)
         held.copy_(rows.read(name, start, start + len(held)))
     else:
-        local(target).copy_(rows.read(name))
+        part_here(target).copy_(rows.read(name))
 
 
 def is_covered(about: Mapping[str, Any]) -> bool:

@@ -40,18 +40,18 @@ class Sharded(DDPStrategy):
     def _get_process_group_backend(self) -> str:
         return CUDA_BACKEND if self.root_device.type == "cuda" else super()._get_process_group_backend()
 
-    def mesh(self) -> DeviceMesh:
-        """The ranks: one axis, or (nodes, devices of a node)."""
-        kind = self.root_device.type
+    def mesh(self, kind: str, nodes: int, each: int) -> DeviceMesh:
+        """The ranks, `each` on so many nodes: one axis, or (nodes, devices of a node)."""
         if self.inside_nodes:
-            return init_device_mesh(kind, (self.num_nodes, self.num_processes), mesh_dim_names=("replicas", "shards"))
-        return init_device_mesh(kind, (self.num_nodes * self.num_processes,), mesh_dim_names=("shards",))
+            return init_device_mesh(kind, (nodes, each), mesh_dim_names=("replicas", "shards"))
+        return init_device_mesh(kind, (nodes * each,), mesh_dim_names=("shards",))
 
     def model_to_device(self) -> None:
         """Shards what is trained, unit by unit, before the rest is moved: the whole never lies on one device."""
         module = cast(Any, self.lightning_module)
         if module.trainer.state.fn == TrainerFn.FITTING:
-            module.shard(self.mesh(), self.root_device, self.low)
+            mesh = self.mesh(self.root_device.type, self.num_nodes, self.num_processes)
+            module.shard(mesh, self.root_device, self.low)
         super().model_to_device()
 
     def configure_ddp(self) -> None:

@@ -32,7 +32,7 @@ class Steps:
     """Step -> name -> gradient of all ranks, before it is clipped."""
 
 
-def _port() -> str:
+def free_port() -> str:
     """Where ranks meet: the test's own, or a free one."""
     if "MASTER_PORT" in os.environ:
         return os.environ["MASTER_PORT"]
@@ -50,7 +50,7 @@ def run_ranks(words: Sequence[str], ranks: int, nodes: int = 1) -> list[str]:
     each = ranks // nodes
     shared = os.environ | {
         "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": _port(), "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(each),
     }  # fmt: skip
     own = [{"RANK": str(n), "LOCAL_RANK": str(n % each), "GROUP_RANK": str(n // each)} for n in range(ranks)]

@@ -41,8 +41,9 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=2
 SlurmdParameters=config_overrides
-ReturnToService=2
+ReturnToService=1
 MpiDefault=none
 KillWait=5
 JobRequeue=1

@@ -1,6 +1,7 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
 ``kill --seed S --times N`` kills training and goes on with it,
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
+``plan`` rehearses every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a rehearsed step with one on a GPU,
 ``gpu`` trains the main recipe on one GPU."""
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.soak.ranks import compare_all
 def main() -> int:
     args = _arguments()
     trials = {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks, "gpu": _gpu}
-    return trials[args.trial](args)
+    return (trials | {"plan": _plan, "plan-peak": _plan_peak})[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -48,9 +49,28 @@ def _arguments() -> argparse.Namespace:
     four.add_argument("--keep", type=Path, default=Path("ranks"), metavar="DIR", help="the runs lie there; made anew")
     last = trials.add_parser("moments", help="the main recipe on two nodes of SLURM, a signal at each moment of it")
     last.add_argument("--keep", type=Path, default=Path("moments"), metavar="DIR", help="the runs lie there; made anew")
+    trials.add_parser("plan", help="every shipped stage on 1, 2, 8, 64 and 512 ranks")
+    peak = trials.add_parser("plan-peak", help="3 steps of a stage of t2v_68s on this GPU, beside what is rehearsed")
+    peak.add_argument("--stage", default="t2v_512_17s")
+    peak.add_argument("--steps", type=int, default=3)
+    peak.add_argument("--keep", type=Path, default=Path("plan-peak"), metavar="DIR", help="shards and run; made anew")
+    peak.add_argument("overrides", nargs="*", metavar="key=value")
     more = trials.add_parser("gpu", help="the main recipe on one GPU, stopped and undisturbed")
     more.add_argument("--keep", type=Path, default=Path("gpu"), metavar="DIR", help="the runs lie there; made anew")
     return parser.parse_args()
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tests.soak.plan import plan_all
+
+    return plan_all()
+
+
+def _plan_peak(args: argparse.Namespace) -> int:
+    from tests.soak.plan import compare_peak
+
+    shutil.rmtree(args.keep, ignore_errors=True)
+    return compare_peak(args.keep.absolute(), args.stage, args.steps, args.overrides)
 
 
 def _cluster(args: argparse.Namespace) -> int:

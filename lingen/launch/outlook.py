@@ -1,0 +1,132 @@
+"""What every stage of a run will take of a cluster, and which switch makes a stage fit that does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from lingen.plan.forecast import PEAK_FLOPS, Plan, flop_a_step, plan
+from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.sections import Recipe
+from lingen.recipe.sizes import ranks_of
+from lingen.training.rehearsal import rehearse
+
+GPUS = {
+    "h100-80": ("H100", 79.1), "h200": ("H200", 139.8), "b200": ("B200", 178.4), "a100-80": ("A100", 79.1),
+    "a100-40": ("A100", 39.4), "l40s": ("L40S", 44.4), "rtx-4090": ("RTX 4090", 23.5),
+}  # fmt: skip
+"""Name -> its key in `PEAK_FLOPS`, and GiB of memory as torch sees them."""
+ASIDE = 4 * 2**30
+"""Bytes of a GPU for CUDA's context, libraries' workspaces, NCCL's buffers, and gaps of the allocator [ours]."""
+NODE = 8
+"""GPUs of a node, where the recipe says no number."""
+MOST_RANKS = 512
+"""Of what is tried."""
+
+
+class Cluster(NamedTuple):
+    """Ranks, and the GPU that each has."""
+
+    nodes: int
+    each: int
+    """Ranks of a node."""
+    gpu: str
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.each
+
+    @property
+    def room(self) -> int:
+        """Bytes of a GPU that training may take."""
+        return int(GPUS[self.gpu][1] * 2**30) - ASIDE
+
+
+def cluster_of(recipe: Recipe, gpus: int | None, gpu: str) -> Cluster:
+    """So many GPUs, by default those that the recipe asks for.
+
+    Raises:
+        RecipeError: for a GPU that is not known, and for a number that does not fill nodes.
+    """
+    if gpu not in GPUS:
+        raise RecipeError(
+            f"--gpu: there is no GPU called '{gpu}' here.{did_you_mean(gpu, GPUS)} Known: {', '.join(GPUS)}."
+        )
+    nodes = int(recipe.trainer.get("num_nodes", 1))
+    asked = ranks_of(recipe, NODE if nodes > 1 else 1) // nodes
+    if gpus is None:
+        return Cluster(nodes, asked, gpu)
+    each = min(gpus, asked if nodes > 1 or asked > 1 else NODE)
+    if gpus % each:
+        raise RecipeError(f"--gpus: {gpus} GPUs do not fill nodes of {each} (trainer.devices).")
+    return Cluster(gpus // each, each, gpu)
+
+
+def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) -> Iterator[dict[str, Any]]:
+    """A row for each stage, for rank 0, whose shards are the largest; errors as `cluster_of`.
+
+    Args:
+        mfu: share of the GPU's bfloat16 FLOP/s that training reaches.
+    """
+    for recipe in stages:
+        cluster = cluster_of(recipe, gpus, gpu)
+        forecast, memory = plan(recipe), rehearse(recipe, cluster.nodes, cluster.each)
+        flop = recipe.train.steps * flop_a_step(recipe, forecast) * cluster.ranks
+        seconds = flop / (PEAK_FLOPS[GPUS[gpu][0]] * mfu)
+        fits = memory.peak <= cluster.room
+        yield {
+            "stage": forecast.stage,
+            "ranks": cluster.ranks,
+            "tokens": max(getattr(recipe.data.batch, kind) * count for kind, count in forecast.tokens.items()),
+            "parameters": forecast.trained,
+            "flop": flop,
+            "memory": dataclasses.asdict(memory),
+            "gpu_hours": seconds / 3600,
+            "disk": _disk(recipe, forecast),
+            "fits": fits,
+            "advice": None if fits else what_fits(recipe, cluster),
+        }
+
+
+def _disk(recipe: Recipe, forecast: Plan) -> int:
+    """Bytes of a stage in the run folder at its end: checkpoints that stay, one that is being written, weights."""
+    settings = recipe.train
+    kept = settings.keep_checkpoints + (settings.steps // settings.keep_every if settings.keep_every else 0)
+    return (kept + 1) * forecast.checkpoint + forecast.trained * (forecast.held + 4)
+
+
+def what_fits(recipe: Recipe, cluster: Cluster) -> str:
+    """The first switch with which a stage fits, each rehearsed."""
+    least = None
+    for words, changed, other in _switches(recipe, cluster):
+        memory = rehearse(changed, other.nodes, other.each)
+        if memory.peak <= cluster.room:
+            return f"with {words} it does: {memory.peak / 2**30:.1f} GiB of a rank"
+        least = min(memory.peak, least or memory.peak)
+        if other.ranks > cluster.ranks and memory.activations > cluster.room:
+            break  # which no further rank takes a part of
+    told = "" if least is None else f", the least is {least / 2**30:.1f} GiB of a rank"
+    return f"no switch makes it fit{told}; lower data.batch, or take GPUs of more memory"
+
+
+def _switches(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[str, Recipe, Cluster]]:
+    """What to set, the cheapest first and each with those before, and the stage with it."""
+    if not recipe.subject.encoded:  # an autoencoder is whole on every rank
+        return
+    words = []
+    if recipe.model.checkpointing is not True:
+        words.append("model.checkpointing=true")
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, checkpointing=True))
+        yield words[0], recipe, cluster
+    strategy = str(recipe.trainer.get("strategy", "auto")).lower()
+    for name, helps in (("hsdp", cluster.nodes > 1 and cluster.each > 1), ("fsdp", True)):
+        if helps and strategy not in (name, "fsdp"):
+            recipe = dataclasses.replace(recipe, trainer=recipe.trainer | {"strategy": name})
+            if cluster.ranks > 1:
+                yield " ".join([*words, f"trainer.strategy={name}"]), recipe, cluster
+    words = words if strategy == "fsdp" else [*words, "trainer.strategy=fsdp"]
+    while 2 * cluster.ranks <= MOST_RANKS:
+        wider = cluster.nodes == 1 and cluster.each < NODE
+        cluster = cluster._replace(each=2 * cluster.each) if wider else cluster._replace(nodes=2 * cluster.nodes)
+        yield " ".join([*words, f"--gpus {cluster.ranks}"]), recipe, cluster

@@ -1,0 +1,151 @@
+"""`lingen plan`: what is rehearsed without numbers is what real ranks hold, and what it advises makes a stage fit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from lingen.cli import main
+from lingen.launch import outlook
+from lingen.plan.forecast import plan
+from lingen.plan.watch import part_here
+from lingen.recipe import load_recipe
+from lingen.training import rehearsal
+from lingen.training.denoiser import LinGenModule
+from lingen.training.rehearsal import rehearse
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_t2v import write_small_t2v
+
+KINDS = {"weights", "gradients", "optimizer", "average"}
+ASKED = {"stage", "tokens", "parameters", "flop", "memory", "gpu_hours", "disk"}
+STAGE = "t2v_256_17s"
+TWO_RANKS = ["trainer.num_nodes=1", "trainer.devices=2", "sample.prompts=[]"]
+
+
+def held_by(module: LinGenModule) -> dict[str, int]:
+    """Bytes by kind of a rank that has just made a step."""
+    trained = list(module.trained_parameters().values())
+    states = module.trainer.optimizers[0].state.values()
+    assert module.average is not None
+    kinds: dict[str, list[Any]] = {
+        "weights": trained,
+        "gradients": [parameter.grad for parameter in trained],
+        "optimizer": [value for state in states for name, value in state.items() if name != "step"],
+        "average": list(module.average.weights().values()),
+    }
+    return {kind: sum(part_here(one).nbytes for one in tensors) for kind, tensors in kinds.items()}
+
+
+def train(recipe: str, run: str) -> None:
+    """As one of the ranks: trains a stage and prints what it holds after each step."""
+    from lingen.run import fit
+
+    step = LinGenModule.optimizer_step
+
+    def told(self: LinGenModule, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        print("held", json.dumps(held_by(self)), flush=True)
+
+    with mock.patch.object(LinGenModule, "optimizer_step", told):
+        fit(recipe, TWO_RANKS, run=run, stage=STAGE)
+
+
+@pytest.mark.slow
+def test_ranks_hold_what_was_rehearsed(tmp_path: Path):
+    recipe = write_small_t2v(tmp_path)
+    with contextlib.chdir(tmp_path):
+        said = run_ranks(["-m", "tests.test_plan", str(recipe), str(tmp_path / "run")], 2)
+        stage = load_recipe(recipe, TWO_RANKS, stage=STAGE)
+        for rank, text in enumerate(said):
+            found = [json.loads(line.split(" ", 1)[1]) for line in text.splitlines() if line.startswith("held ")]
+            memory = rehearse(stage, 1, 2, rank)
+            assert len(found) == stage.train.steps
+            assert all(one == {kind: getattr(memory, kind) for kind in KINDS} for one in found), (rank, found, memory)
+
+
+def test_every_rank_of_many_has_its_rows(tiny_recipe: Path):
+    """Rows that do not divide: the first ranks hold the most; together they hold the model once."""
+    recipe = load_recipe(tiny_recipe, ["trainer.strategy=fsdp"], stage="images")
+    ranks = [rehearse(recipe, 1, 3, rank).weights for rank in range(3)]
+    assert sum(ranks) == 4 * plan(recipe).trained and max(ranks) == ranks[0] > ranks[-1]
+
+
+def test_a_block_keeps_what_its_kernels_save(tiny_recipe: Path):
+    """In numbers a token and unit of width, in float32, where z, x, b, c, dt are 4.53 of them and the feed-forward 2.75
+    wide. The plain twins keep several times as much."""
+    pytest.importorskip("triton")
+    mixer = ["model.mixer.state_dim=64", "model.mixer.head_dim=64", "model.mixer.window=[4, 4, 4]"]
+    words = ["trainer.accelerator=gpu", "model.dim=256", "model.patch=[1, 2, 2]", "data.size=[64, 64]", *mixer]
+    kept = []
+    for depth in (3, 4):
+        recipe = load_recipe(tiny_recipe, [*words, f"model.depth={depth}"], stage="clips")
+        kept.append(rehearse(recipe).activations)
+    mamba = 4.53 + 2 + 2  # the projection, what the scan gives, what the gated norm gives
+    attention = 3 + 1  # of windows: queries, keys and values; what it gives
+    normed = 1 + 1 + 1 + 1 + 1 + 1  # three norms' inputs and outputs
+    others = 1 + 1 + 1 + 1 + 3 * 2.75  # both updates that are gated; queries and result of cross-attention; SwiGLU
+    want = 4 * (mamba + attention + normed + others)
+    assert (kept[1] - kept[0]) / (2 * 4 * 32 * 32 * 256) == pytest.approx(want, rel=0.02)
+
+
+def test_a_deep_model_takes_what_shallow_ones_tell(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = load_recipe(tiny_recipe, ["trainer.strategy=fsdp", "model.depth=5"], stage="images")
+    told = rehearse(recipe, 1, 2)
+    monkeypatch.setattr(rehearsal, "SHALLOW", 5)
+    found = rehearse(recipe, 1, 2)
+    for kind, size in dataclasses.asdict(found).items():
+        assert getattr(told, kind) == pytest.approx(size, rel=0.01), kind
+
+
+def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    """GPUs that are a little larger than what a switch leaves, and so too small without it."""
+    monkeypatch.setattr(outlook, "ASIDE", 0)
+    plain, less = (
+        load_recipe(tiny_recipe, ["model.mixer=attention", f"model.checkpointing={on}"], stage="clips")
+        for on in ("false", "true")
+    )
+    shared = dataclasses.replace(less, trainer=less.trainer | {"strategy": "fsdp"})
+    for recipe, ranks, words in (
+        (less, 1, "model.checkpointing=true"),
+        (shared, 2, "model.checkpointing=true trainer.strategy=fsdp"),
+        (shared, 4, "model.checkpointing=true trainer.strategy=fsdp --gpus 4"),
+    ):
+        room = rehearse(recipe, 1, ranks).peak + 1
+        monkeypatch.setitem(outlook.GPUS, "small", ("H100", room / 2**30))
+        told = outlook.what_fits(plain, outlook.Cluster(1, min(ranks, 2), "small"))
+        assert told.startswith(f"with {words} it does: "), told
+    monkeypatch.setitem(outlook.GPUS, "small", ("H100", 1e-6))
+    assert outlook.what_fits(plain, outlook.Cluster(1, 2, "small")).startswith("no switch makes it fit, the least is")
+
+
+def test_json_names_what_the_issue_asks_for(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):
+    assert main(["plan", "--recipe", str(tiny_recipe), "--gpus", "2", "--gpu", "h200", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [one["stage"] for one in told["stages"]] == ["images", "clips"]
+    for one in told["stages"]:
+        assert one.keys() >= ASKED and one["fits"] and one["advice"] is None and one["ranks"] == 2
+        memory = one["memory"]
+        assert memory.keys() == {*KINDS, "activations", "buffers", "peak"}
+        assert max(memory.values()) == memory["peak"] <= sum(memory.values()) - memory["peak"]
+        assert all(isinstance(size, int) and size > 0 for size in memory.values())
+        assert one["flop"] > 0 and one["gpu_hours"] == pytest.approx(one["flop"] / (989e12 * 0.4) / 3600)
+
+
+def test_a_gpu_that_is_not_known_is_told_with_the_nearest(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):
+    assert main(["plan", "--recipe", str(tiny_recipe), "--gpu", "h10-80"]) == 2
+    assert "there is no GPU called 'h10-80' here. Did you mean 'h100-80'?" in capsys.readouterr().err
+    assert main(["plan", "--recipe", str(tiny_recipe), "--mfu", "40"]) == 2
+    assert "--mfu is a share" in capsys.readouterr().err
+    assert main(["plan", "--recipe", "t2v_68s", "--gpus", "12"]) == 2
+    assert "12 GPUs do not fill nodes of 8" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    train(*sys.argv[1:])
