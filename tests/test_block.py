@@ -14,7 +14,6 @@ from lingen.model import LinGen
 from lingen.plan.forecast import plan
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import LinGenConfig
-from lingen.training.rehearsal import rehearse
 
 CONFIG = LinGenConfig(dim=16, depth=3, mixer={"name": "attention"}, channels=3, text_dims=(5,), max_grid=(4, 3, 5))
 
@@ -90,16 +89,13 @@ def test_the_forecast_of_activations():
 
 
 def test_the_plan_tells_what_recomputing_costs():
-    recipes = [
-        lingen.load_recipe("quickstart_cpu", [f"model.checkpointing={c}"], stage="videos")
+    kept, all_, some = (
+        plan(lingen.load_recipe("quickstart_cpu", [f"model.checkpointing={c}"], stage="videos"))
         for c in ("false", "true", "0.05")
-    ]
-    kept, all_, some = map(plan, recipes)
+    )
     assert kept.training_flops["video"] == 3 * kept.flops["video"]
     assert all_.training_flops["video"] == 4 * kept.flops["video"]
     assert kept.training_flops["video"] < some.training_flops["video"] < all_.training_flops["video"]
-    most, least, between = (rehearse(one).activations for one in recipes)
-    assert least < between < most and between < 0.05 * 2**30
     # An image batch needs less, so fewer of its blocks are recomputed.
     assert some.training_flops["image"] == kept.training_flops["image"]
 

@@ -26,6 +26,7 @@ from tests.helpers.small_t2v import write_small_t2v
 KINDS = {"weights", "gradients", "optimizer", "average"}
 ASKED = {"stage", "tokens", "parameters", "flop", "memory", "gpu_hours", "disk"}
 STAGE = "t2v_256_17s"
+QUICK = ["model.mixer=attention", "sample.prompts=[]", "data.validation.video=null"]
 TWO_RANKS = ["trainer.num_nodes=1", "trainer.devices=2", "sample.prompts=[]"]
 
 
@@ -72,7 +73,7 @@ def test_ranks_hold_what_was_rehearsed(tmp_path: Path):
 
 def test_every_rank_of_many_has_its_rows(tiny_recipe: Path):
     """Rows that do not divide: the first ranks hold the most; together they hold the model once."""
-    recipe = load_recipe(tiny_recipe, ["trainer.strategy=fsdp"], stage="images")
+    recipe = load_recipe(tiny_recipe, [*QUICK, "trainer.strategy=fsdp"], stage="images")
     ranks = [rehearse(recipe, 1, 3, rank).weights for rank in range(3)]
     assert sum(ranks) == 4 * plan(recipe).trained and max(ranks) == ranks[0] > ranks[-1]
 
@@ -96,7 +97,7 @@ def test_a_block_keeps_what_its_kernels_save(tiny_recipe: Path):
 
 
 def test_a_deep_model_takes_what_shallow_ones_tell(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
-    recipe = load_recipe(tiny_recipe, ["trainer.strategy=fsdp", "model.depth=5"], stage="images")
+    recipe = load_recipe(tiny_recipe, [*QUICK, "trainer.strategy=fsdp", "model.depth=5"], stage="images")
     told = rehearse(recipe, 1, 2)
     monkeypatch.setattr(rehearsal, "SHALLOW", 5)
     found = rehearse(recipe, 1, 2)
@@ -108,8 +109,7 @@ def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypat
     """GPUs that are a little larger than what a switch leaves, and so too small without it."""
     monkeypatch.setattr(outlook, "ASIDE", 0)
     plain, less = (
-        load_recipe(tiny_recipe, ["model.mixer=attention", f"model.checkpointing={on}"], stage="clips")
-        for on in ("false", "true")
+        load_recipe(tiny_recipe, [*QUICK, f"model.checkpointing={on}"], stage="clips") for on in ("false", "true")
     )
     shared = dataclasses.replace(less, trainer=less.trainer | {"strategy": "fsdp"})
     for recipe, ranks, words in (
@@ -126,7 +126,7 @@ def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypat
 
 
 def test_json_names_what_the_issue_asks_for(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):
-    assert main(["plan", "--recipe", str(tiny_recipe), "--gpus", "2", "--gpu", "h200", "--json"]) == 0
+    assert main(["plan", "--recipe", str(tiny_recipe), "--gpus", "2", "--gpu", "h200", "--json", *QUICK[1:]]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [one["stage"] for one in told["stages"]] == ["images", "clips"]
     for one in told["stages"]:
@@ -145,6 +145,11 @@ def test_a_gpu_that_is_not_known_is_told_with_the_nearest(capsys: pytest.Capture
     assert "--mfu is a share" in capsys.readouterr().err
     assert main(["plan", "--recipe", "t2v_68s", "--gpus", "12"]) == 2
     assert "12 GPUs do not fill nodes of 8" in capsys.readouterr().err
+
+
+def test_a_mixer_that_needs_numbers_is_told(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):
+    assert main(["plan", "--recipe", str(tiny_recipe), "model.mixer=tests.test_flops:Stubborn"]) == 2
+    assert "stage images: a step cannot be rehearsed without numbers (" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_goes_on_with_other_ranks_and_workers(
     def begin(part: int, ranks: int, workers: int) -> subprocess.Popen[bytes]:
         words = [sys.executable, "recorder.py", str(tmp_path / f"part{part}"), str(tiny_recipe), str(run), *overrides]
         words += [f"data.workers={workers}", f"trainer.devices={ranks}"]
-        words += ["trainer.strategy=ddp"] if ranks > 1 else []
+        words += ["trainer.strategy=fsdp"] if ranks > 1 else []
         return subprocess.Popen(words, cwd=tmp_path, start_new_session=True)
 
     starts, ranks = [0], [2, 3, 1]

@@ -107,7 +107,7 @@ step, get = LinGenModule.training_step, Clips.__getitem__
 def act(self, batch, batch_idx):
     if self.recipe.stage == "clips" and self.global_step in (3, 4):
         if HOW == "slow" and self.global_step == 4:
-            time.sleep(6)
+            time.sleep(5)
         if rank == HOW[-1]:
             time.sleep(1.2)  # so that others know where it is
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -185,12 +185,12 @@ def test_a_loader_that_hangs_is_named_with_its_samples(tiny_recipe: Path, events
 @pytest.mark.slow
 def test_what_takes_long_is_no_hang(tiny_recipe: Path, events: Path):
     """Clips that take longer than the limit, during which all ranks are stopped; then a stage that is not watched."""
-    words = ["train.watchdog=4", "stages.images.sample.prompts=[a red square]", "stages.images.sample.steps=12"]
+    words = ["train.watchdog=4", "stages.images.sample.prompts=[a red square]", "stages.images.sample.steps=10"]
     with fit(tiny_recipe, "slow", *words, "stages.clips.train.watchdog=0") as process:
         wait_for(Path("sampling").is_file, process)
         time.sleep(2)
         os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(7)
+        time.sleep(5)
         os.killpg(process.pid, signal.SIGCONT)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err

@@ -22,6 +22,7 @@ from lingen.kernels.choice import memory_here, unlaunched
 from lingen.plan.forecast import largest_batch, stage_grids, text_tokens
 from lingen.plan.trial import denoiser_on_meta
 from lingen.plan.watch import Watch, part_here
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe, Triple
 from lingen.recipe.sizes import ranks_of
 from lingen.training.autoencoder import AutoencoderModule
@@ -63,13 +64,20 @@ def rehearse(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) -> Me
     difference takes is added for each of the blocks that are left out.
 
     Raises:
-        RuntimeError: in a process that is one of several ranks.
+        RecipeError: a part, a third party's mixer say, does not run without numbers; or this process is one of several
+            ranks, and cannot be another.
     """
     depths = _depths(recipe) if recipe.subject.encoded else [0]
     found = []
     for depth in depths:
         shallow = dataclasses.replace(recipe.model, depth=depth) if depth else recipe.model
-        found.append(_rehearsed(dataclasses.replace(recipe, model=shallow), nodes, each, rank))
+        try:
+            found.append(_rehearsed(dataclasses.replace(recipe, model=shallow), nodes, each, rank))
+        except Exception as error:  # a third party's part may fail in any way
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise RecipeError(
+                f"stage {recipe.stage or 'main'}: a step cannot be rehearsed without numbers ({told})."
+            ) from error
     times = (recipe.model.depth - depths[0]) // (depths[-1] - depths[0]) if len(depths) > 1 else 0
     took = {name: size + times * (found[-1][name] - size) for name, size in found[0].items()}
     phase = max(("forward", "backward"), key=lambda one: took[one])
@@ -125,7 +133,10 @@ def too_large(recipe: Recipe) -> str | None:
     if not on_gpu or dist.is_initialized():
         return None
     nodes = int(recipe.trainer.get("num_nodes", 1))
-    memory = rehearse(recipe, nodes, ranks_of(recipe, torch.cuda.device_count()) // nodes)
+    try:
+        memory = rehearse(recipe, nodes, ranks_of(recipe, torch.cuda.device_count()) // nodes)
+    except RecipeError:
+        return None
     there = memory_here(torch.device("cuda", 0))
     if memory.peak <= there:
         return None
