@@ -1,6 +1,6 @@
 """Weights of a module: written when a stage is finished, read again with the recipe inside the file."""
 
-from functools import partial
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,17 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     tensors = {f"{copy}.{name}": value for copy, state in copies.items() for name, value in state.items()}
     metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
     pieces = ((name, whole_of(tensor)) for name, tensor in file_order(tensors))
-    fault: list[Exception] = []
-    if is_first_rank():
+
+    def write() -> None:
         try:
             write_pieces(path, tensors, pieces, metadata)
-        except Exception as error:
-            fault.append(error)
-    for _ in pieces:  # of the first rank after a fault, and of the others: each piece needs all ranks
-        pass
-    on_first_rank(partial(_raise_any, fault))
+        except Exception:
+            deque(pieces, maxlen=0)  # each piece needs all ranks
+            raise
 
-
-def _raise_any(faults: list[Exception]) -> None:
-    for fault in faults:
-        raise fault
+    if not is_first_rank():
+        deque(pieces, maxlen=0)
+    on_first_rank(write)
 
 
 def averaged_state(module: Trained) -> dict[str, Tensor]:
