@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,6 @@ class Status:
     restarts: list[dict[str, str]]
     """Time of each start after the first, and the reason why the one before ended."""
     ranks: list[RankStatus] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
     def slowest(self) -> list[RankStatus]:
         """Ranks that lag, 1% of all at least: those without a sign first, then those that have been waiting for data
