@@ -6,23 +6,26 @@ Time 0 is noise, 1 is data, everywhere.
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lingen.recipe.sections import TimeConfig
+from lingen.recipe.sections import SampleConfig, TimeConfig
 
 SIGMA_MIN = 1e-5
 """s of the path: what is left of the noise at time 1."""
 
-AUTO_SHIFT_TOKENS = 8704
-"""Tokens for which `shift: auto` is 1: 17 seconds at 256 x 256 [ours]."""
+IMAGE_ANCHOR, VIDEO_ANCHOR = (256, 3.0), (139_264, 5.0)
+"""(tokens, shift) between which `shift: auto` interpolates: 256 x 256 pixels, and 68 seconds of 512 x 512 [ours, by the
+table in docs/model.md]."""
 
 RARE = 0.01
-"""A time is rare in training where its density is below this share of the uniform one [ours]."""
+"""A time is rare in training where its density is below this [ours]; that of uniform times is 1 everywhere."""
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(latents [b ...], time, a scalar tensor) -> velocity [b ...]"""
@@ -48,25 +51,73 @@ def target(noise: Float[Tensor, "b *any"], data: Float[Tensor, "b *any"]) -> Flo
     return data - (1 - SIGMA_MIN) * noise
 
 
-def resolve_shift(shift: float | Literal["auto"], tokens: int) -> float:
-    """The shift itself; `auto` is sqrt(tokens / 8704), as noise hides less of a clip of more tokens (SD3, eq. 23)."""
-    return math.sqrt(tokens / AUTO_SHIFT_TOKENS) if shift == "auto" else float(shift)
-
-
 def shift_time(time: Float[Tensor, "*any"], shift: float) -> Float[Tensor, "*any"]:
     """t / (t + shift (1 - t)): a shift above 1 moves times towards noise (SD3, arXiv 2403.03206, eq. 23, where 1 is
     noise). The inverse is `shift_time(time, 1 / shift)`."""
     return time / (time + shift * (1 - time))
 
 
-def sample_times(n: int, config: TimeConfig, shift: float, generator: torch.Generator) -> Float[Tensor, "n"]:
-    """n training times: sigmoid of a normal number, or uniform, then shifted; float32, drawn in float64."""
-    if config.distribution == "uniform":
-        time = torch.rand(n, generator=generator, dtype=torch.float64)
-    else:
-        normal = torch.randn(n, generator=generator, dtype=torch.float64)
-        time = torch.sigmoid(config.mean + config.std * normal)
-    return shift_time(time, shift).float()
+def auto_shift(tokens: int) -> float:
+    """What `shift: auto` is for samples of so many tokens, of which noise hides the less the more there are (SD3): a
+    straight line between two anchors, in the logarithms of both, and never below 1 [ours]."""
+    (few, low), (many, high) = IMAGE_ANCHOR, VIDEO_ANCHOR
+    return max(1.0, low * (high / low) ** (math.log(tokens / few) / math.log(many / few)))
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times at which a model is trained on samples of so many tokens, and those at which a solver asks it."""
+
+    config: TimeConfig
+    tokens: int
+
+    @property
+    def shift(self) -> float:
+        """Of training times."""
+        return auto_shift(self.tokens) if self.config.shift == "auto" else float(self.config.shift)
+
+    def draw(self, n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
+        """n training times: sigmoid of a normal number, or uniform, then shifted; float32, drawn in float64."""
+        if self.config.distribution == "uniform":
+            time = torch.rand(n, generator=generator, dtype=torch.float64)
+        else:
+            normal = torch.randn(n, generator=generator, dtype=torch.float64)
+            time = torch.sigmoid(self.config.mean + self.config.std * normal)
+        return shift_time(time, self.shift).float()
+
+    def density(self, time: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Of training times, at times between 0 and 1; float64."""
+        time = time.double().clamp(1e-9, 1 - 1e-9)
+        slope = self.shift / (self.shift * time + 1 - time) ** 2  # of the time before the shift
+        if self.config.distribution == "uniform":
+            return slope
+        time, mean, std = shift_time(time, 1 / self.shift), self.config.mean, self.config.std
+        normal = (torch.logit(time) - mean) / std
+        return slope * torch.exp(-(normal**2) / 2) / (math.sqrt(2 * math.pi) * std * time * (1 - time))
+
+    def schedule(self, how: SampleConfig) -> Float[Tensor, "n"]:
+        """The steps + 1 times of a solver from exactly 0 to exactly 1, strictly rising, float32. Uniform ones are
+        shifted as training times are; linear-quadratic ones are as published, since they lie close to noise already:
+        with the shift too, the last of 50 steps would be 0.22 long at 68 seconds."""
+        if how.schedule == "linear_quadratic":
+            return linear_quadratic(how.steps, how.emulated_steps).float()
+        times = shift_time(torch.arange(how.steps + 1, dtype=torch.float64) / how.steps, self.shift)
+        times[-1] = 1.0  # exactly
+        return times.float()
+
+    def untrained_share(self, times: Float[Tensor, "n"]) -> float:
+        """Share of the steps between these times that start where training times are rare (`RARE`). Every schedule
+        starts at 0, which does not count."""
+        return float((self.density(times[1:-1]) < RARE).double().sum() / (len(times) - 1))
+
+
+def linear_quadratic(steps: int, emulated_steps: int) -> Float[Tensor, "n"]:
+    """Times of Movie Gen (section 3.4.2), float64: the first L = S // 2 of S steps are those of a solver with N =
+    `emulated_steps` steps, the others grow: f(i) = i / N + (1 - S / N) (max(i - L, 0) / (S - L))^2. That is the
+    published a i^2 + b i + c with a = (1 - S / N) / (S - L)^2. With N at most S it is uniform."""
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    linear, slow = steps // 2, max(emulated_steps, steps)
+    return i / slow + (1 - steps / slow) * ((i - linear).clamp(min=0) / (steps - linear)) ** 2
 
 
 class Draws(NamedTuple):
@@ -78,9 +129,7 @@ class Draws(NamedTuple):
     """In [0, 1), for the choice whether the text is left out."""
 
 
-def sample_draws(
-    shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[int, str], config: TimeConfig, shift: float
-) -> Draws:
+def sample_draws(shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[int, str], training: Times) -> Draws:
     """The random numbers of training or sampling for each sample: a function of (stream, slot) alone.
 
     They depend neither on the batch or the rank that a sample is in nor on earlier steps.
@@ -89,6 +138,7 @@ def sample_draws(
         shape: of one sample's latents.
         slots: the number of each sample in the stream.
         stream: (seed, what for), e.g. a stage's name.
+        training: what the times are drawn from.
     """
     noise, times, uniform = [], [], []
     for slot in slots.tolist():
@@ -97,7 +147,7 @@ def sample_draws(
         digest = hashlib.blake2b(repr((*stream, slot)).encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         uniform.append(torch.rand(1, generator=generator))
-        times.append(sample_times(1, config, shift, generator))
+        times.append(training.draw(1, generator))
         noise.append(torch.randn(1, *shape, generator=generator))
     return Draws(torch.cat(noise), torch.cat(times), torch.cat(uniform))
 
@@ -118,41 +168,6 @@ def clip_noise(shape: tuple[int, ...], seed: int, prompt: str, repetition: int) 
     return torch.randn(shape, generator=generator)
 
 
-def schedule(steps: int, kind: str, emulated_steps: int, shift: float) -> Float[Tensor, "n"]:
-    """The steps + 1 times of a solver from exactly 0 to exactly 1, strictly rising, float32, shifted as in training.
-
-    linear_quadratic (Movie Gen, section 3.4.2): the first L = S // 2 of S steps are those of a solver with N =
-    `emulated_steps` steps, the others grow: f(i) = i / N + (1 - S / N) (max(i - L, 0) / (S - L))^2. That is the
-    published a i^2 + b i + c with a = (1 - S / N) / (S - L)^2. With N at most S it is uniform. ValueError for fewer
-    than 1 step, or an unknown kind.
-    """
-    if steps < 1:
-        raise ValueError(f"A schedule has at least 1 step, got {steps}.")
-    i = torch.arange(steps + 1, dtype=torch.float64)
-    if kind == "uniform":
-        times = i / steps
-    elif kind == "linear_quadratic":
-        linear, slow = steps // 2, max(emulated_steps, steps)
-        times = i / slow + (1 - steps / slow) * ((i - linear).clamp(min=0) / (steps - linear)) ** 2
-    else:
-        raise ValueError(f"There is no schedule called '{kind}'. Known: linear_quadratic, uniform.")
-    times = shift_time(times, shift)
-    times[-1] = 1.0  # exactly
-    return times.float()
-
-
-def untrained_share(times: Float[Tensor, "n"], config: TimeConfig, shift: float) -> float:
-    """Share of the sampling steps that start where training times are rare (`RARE`). With logit-normal times, that is
-    below 0.02 before the shift: linear-quadratic N = 1000 has 40% of 50 steps there, N = 250 10%. Sampling and training
-    are shifted alike, so the shift is undone first."""
-    if config.distribution == "uniform":
-        return 0.0
-    time = shift_time(times[:-1].double(), 1 / shift).clamp(1e-9, 1 - 1e-9)
-    normal = (torch.logit(time) - config.mean) / config.std
-    density = torch.exp(-(normal**2) / 2) / (math.sqrt(2 * math.pi) * config.std * time * (1 - time))
-    return float((density < RARE).double().mean())
-
-
 def solve(
     velocity: Velocity,
     noise: Float[Tensor, "b *any"],
@@ -160,33 +175,55 @@ def solve(
     solver: str = "euler",
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "b *any"]:
-    """Integrates dx / dt = velocity(x, t) from noise at times[0] to times[-1]. euler has order 1 and one evaluation a
-    step, heun order 2 and two. `progress` is called with (steps done, steps). Raises ValueError for an unknown
-    solver."""
-    if solver not in ("euler", "heun"):
-        raise ValueError(f"There is no solver called '{solver}'. Known: euler, heun.")
+    """Integrates dx / dt = velocity(x, t) from noise at times[0] to times[-1], by one of `SOLVERS`. `progress` is
+    called with (steps done, steps). Raises ValueError for an unknown solver."""
+    if solver not in SOLVERS:
+        raise ValueError(f"There is no solver called '{solver}'. Known: {', '.join(SOLVERS)}.")
     x, steps = noise, len(times) - 1
-    for i in range(steps):
-        x = (euler if solver == "euler" else heun)(velocity, x, times[i], times[i + 1])
+    for done, after in enumerate(SOLVERS[solver](velocity, noise, times), start=1):
+        x = after
         if progress is not None:
-            progress(i + 1, steps)
+            progress(done, steps)
     return x
 
 
 def euler(
-    velocity: Velocity, x: Float[Tensor, "b *any"], start: Float[Tensor, ""], end: Float[Tensor, ""]
-) -> Float[Tensor, "b *any"]:
-    """One step of x + (end - start) v(x, start)."""
-    return x + (end - start) * velocity(x, start)
+    velocity: Velocity, x: Float[Tensor, "b *any"], times: Float[Tensor, "n"]
+) -> Iterator[Float[Tensor, "b *any"]]:
+    """x after each step of x + h v(x, t): order 1, one evaluation a step."""
+    for start, end in pairwise(times):
+        x = x + (end - start) * velocity(x, start)
+        yield x
 
 
 def heun(
-    velocity: Velocity, x: Float[Tensor, "b *any"], start: Float[Tensor, ""], end: Float[Tensor, ""]
-) -> Float[Tensor, "b *any"]:
-    """One step with the mean of the velocities at its start and where Euler's step ends."""
-    first = velocity(x, start)
-    second = velocity(x + (end - start) * first, end)
-    return x + (end - start) * (first + second) / 2
+    velocity: Velocity, x: Float[Tensor, "b *any"], times: Float[Tensor, "n"]
+) -> Iterator[Float[Tensor, "b *any"]]:
+    """x after each step with the mean of the velocities at its start and where Euler's step ends: order 2, two
+    evaluations a step."""
+    for start, end in pairwise(times):
+        first = velocity(x, start)
+        second = velocity(x + (end - start) * first, end)
+        x = x + (end - start) * (first + second) / 2
+        yield x
+
+
+def ab2(velocity: Velocity, x: Float[Tensor, "b *any"], times: Float[Tensor, "n"]) -> Iterator[Float[Tensor, "b *any"]]:
+    """x after each step of Adams and Bashforth's method of order 2 for steps of any length: it goes on along the
+    straight line through the velocities at its start and at the start of the step before. One evaluation a step; the
+    first one is Euler's."""
+    slope: Tensor | None = None
+    length = times[1] - times[0]
+    for start, end in pairwise(times):
+        before, slope = slope, velocity(x, start)
+        step = end - start
+        x = x + step * (slope if before is None else slope + step / (2 * length) * (slope - before))
+        length = step
+        yield x
+
+
+SOLVERS: dict[str, Callable[[Velocity, Tensor, Tensor], Iterator[Tensor]]] = {"euler": euler, "heun": heun, "ab2": ab2}
+"""Name -> (velocity, noise, times) -> x after each step."""
 
 
 def guided(

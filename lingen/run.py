@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning
+from lightning.pytorch.callbacks import LambdaCallback
 
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
@@ -30,7 +31,7 @@ from lingen.tables import as_table
 from lingen.training import lock, record, sessions
 from lingen.training.base import Trained
 from lingen.training.begin import StageStart, hand_over, start_of
-from lingen.training.callbacks import ClipsDuringTraining, StageEnd, StepEdge, Steps
+from lingen.training.callbacks import ClipsDuringTraining, StageEnd, StepEdge
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.health import GoBack, NonFiniteError
@@ -338,7 +339,8 @@ def _fit_once(
 
     def build() -> tuple[lightning.Trainer, Trained]:
         clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)
-        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), Steps(reporter.step), LifeSigns(name)]
+        steps = LambdaCallback(on_train_batch_end=lambda trainer, *_: reporter.step(trainer.global_step))
+        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), steps, LifeSigns(name)]
         trainer = build_trainer(recipe, folder, callbacks)
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)

@@ -1,6 +1,7 @@
 """Flow matching: the path, its target, times, schedules, solvers, guidance."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingen import flow
-from lingen.recipe.sections import TimeConfig
+from lingen.recipe.reading import shipped_recipes
+from lingen.recipe.sections import SampleConfig, TimeConfig
+from tests.yardsticks.times import kept, kept_by_recipe
 
-LOGIT_NORMAL = TimeConfig()
-UNIFORM = TimeConfig(distribution="uniform")
+LOGIT_NORMAL = TimeConfig(shift=1.0)
+UNIFORM = TimeConfig(distribution="uniform", shift=1.0)
+
+
+def times(config: TimeConfig = LOGIT_NORMAL, shift: float | None = None, tokens: int = 1) -> flow.Times:
+    return flow.Times(config if shift is None else replace(config, shift=shift), tokens)
+
+
+def schedule(steps: int, kind: str, emulated_steps: int = 250, shift: float = 1.0) -> torch.Tensor:
+    return times(shift=shift).schedule(SampleConfig(steps=steps, schedule=kind, emulated_steps=emulated_steps))
 
 
 def randn(*shape, seed=0):
@@ -36,10 +47,11 @@ def test_a_time_for_each_frame_mixes_each_frame_by_itself():
         assert torch.equal(mixed[:, :, frame], alone)
 
 
-def test_auto_shift_is_one_at_17_seconds_of_256p_and_4_at_68_seconds_of_512p():
-    assert flow.resolve_shift("auto", 8704) == 1
-    assert flow.resolve_shift("auto", 139_264) == 4
-    assert flow.resolve_shift(2.5, 7) == 2.5
+def test_auto_shift_goes_through_its_anchors_and_never_below_1():
+    shifts = [times(TimeConfig(), tokens=tokens).shift for tokens in (1, 36, 256, 4096, 34_816, 139_264, 10**9)]
+    assert shifts == sorted(shifts) and shifts[0] >= 1
+    assert (shifts[2], shifts[5]) == pytest.approx((flow.IMAGE_ANCHOR[1], flow.VIDEO_ANCHOR[1]))
+    assert times(shift=2.5, tokens=7).shift == 2.5
 
 
 @given(st.floats(0, 1), st.floats(0.1, 10))
@@ -58,23 +70,23 @@ def test_shift_of_three_at_one_half():
 @pytest.mark.parametrize(("config", "below"), [(LOGIT_NORMAL, 0.1359), (UNIFORM, 0.25)])
 def test_training_times_have_the_quantiles_of_their_distribution(config, below):
     """P(sigmoid(n) < 1/4) = P(n < -log 3) = 0.136; 40,000 draws have a standard error of 0.002."""
-    time = flow.sample_times(40_000, config, 1.0, torch.Generator().manual_seed(0))
+    time = times(config).draw(40_000, torch.Generator().manual_seed(0))
     assert time.dtype == torch.float32
     assert abs((time < 0.25).float().mean() - below) < 0.01
-    shifted = flow.sample_times(40_000, config, 3.0, torch.Generator().manual_seed(0))
+    shifted = times(config, 3.0).draw(40_000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(shifted, flow.shift_time(time, 3.0))
 
 
 def test_mean_and_std_of_the_normal():
     config = TimeConfig(mean=1.0, std=0.5)
-    normal = torch.logit(flow.sample_times(10_000, config, 1.0, torch.Generator().manual_seed(0)).double())
+    normal = torch.logit(times(config, 1.0).draw(10_000, torch.Generator().manual_seed(0)).double())
     assert abs(normal.mean() - 1) < 0.02 and abs(normal.std() - 0.5) < 0.02
 
 
 def test_what_a_sample_draws_depends_on_its_slot_alone():
-    every = flow.sample_draws((2, 3, 4, 4), torch.arange(6), (7, "t2v"), LOGIT_NORMAL, 2.0)
+    every = flow.sample_draws((2, 3, 4, 4), torch.arange(6), (7, "t2v"), times(shift=2.0))
     parts = [
-        flow.sample_draws((2, 3, 4, 4), slots, (7, "t2v"), LOGIT_NORMAL, 2.0) for slots in torch.arange(6).view(3, 2)
+        flow.sample_draws((2, 3, 4, 4), slots, (7, "t2v"), times(shift=2.0)) for slots in torch.arange(6).view(3, 2)
     ]
     for whole, pieces in zip(every, zip(*parts, strict=True), strict=True):
         assert torch.equal(whole, torch.cat(pieces))
@@ -84,13 +96,13 @@ def test_what_a_sample_draws_depends_on_its_slot_alone():
 
 @pytest.mark.parametrize("stream", [(8, "t2v"), (7, "t2i")])
 def test_another_seed_or_stage_draws_other_numbers(stream):
-    first = flow.sample_draws((2, 1, 2, 2), torch.arange(2), (7, "t2v"), LOGIT_NORMAL, 1.0)
-    other = flow.sample_draws((2, 1, 2, 2), torch.arange(2), stream, LOGIT_NORMAL, 1.0)
+    first = flow.sample_draws((2, 1, 2, 2), torch.arange(2), (7, "t2v"), times())
+    other = flow.sample_draws((2, 1, 2, 2), torch.arange(2), stream, times())
     assert all((a != b).all() for a, b in zip(first, other, strict=True))
 
 
 def test_noise_is_standard_normal_and_independent_of_the_drop():
-    draws = flow.sample_draws((1, 1, 2, 2), torch.arange(3000), (0, "x"), LOGIT_NORMAL, 1.0)
+    draws = flow.sample_draws((1, 1, 2, 2), torch.arange(3000), (0, "x"), times())
     assert abs(draws.noise.mean()) < 0.04 and abs(draws.noise.std() - 1) < 0.03
     assert abs((draws.uniform < 0.1).float().mean() - 0.1) < 0.02
     pairs = torch.stack([draws.uniform, draws.times, draws.noise[:, 0, 0, 0, 0]])
@@ -108,47 +120,73 @@ def published(steps, emulated_steps):
 
 @pytest.mark.parametrize("steps", [2, 7, 20, 50])
 @pytest.mark.parametrize("emulated_steps", [250, 1000])
-def test_linear_quadratic_is_the_published_formula(steps, emulated_steps):
-    times = flow.schedule(steps, "linear_quadratic", emulated_steps, 1.0)
-    torch.testing.assert_close(times, torch.tensor(published(steps, emulated_steps)), rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+def test_linear_quadratic_is_the_published_formula_whatever_the_shift_of_training(steps, emulated_steps, shift):
+    found = schedule(steps, "linear_quadratic", emulated_steps, shift)
+    torch.testing.assert_close(found, torch.tensor(published(steps, emulated_steps)), rtol=1e-6, atol=1e-7)
 
 
 @given(st.integers(1, 300), st.sampled_from(["linear_quadratic", "uniform"]), st.integers(1, 1000), st.floats(0.2, 8))
 @settings(deadline=None)
 def test_every_schedule_rises_from_0_to_1_exactly(steps, kind, emulated_steps, shift):
-    times = flow.schedule(steps, kind, emulated_steps, shift)
-    assert len(times) == steps + 1 and times[0] == 0 and times[-1] == 1
-    assert (times.diff() > 0).all()
+    found = schedule(steps, kind, emulated_steps, shift)
+    assert len(found) == steps + 1 and found[0] == 0 and found[-1] == 1
+    assert (found.diff() > 0).all()
 
 
-def test_a_schedule_is_shifted_as_the_training_times_are():
-    times = flow.schedule(4, "uniform", 250, 3.0)
-    torch.testing.assert_close(times, flow.shift_time(torch.linspace(0, 1, 5), 3.0))
+def test_a_uniform_schedule_is_shifted_as_the_training_times_are():
+    torch.testing.assert_close(schedule(4, "uniform", shift=3.0), flow.shift_time(torch.linspace(0, 1, 5), 3.0))
 
 
-def test_no_steps_and_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="at least 1 step, got 0"):
-        flow.schedule(0, "uniform", 250, 1.0)
-    with pytest.raises(ValueError, match="no schedule called 'cosine'.*linear_quadratic, uniform"):
-        flow.schedule(4, "cosine", 250, 1.0)
-    with pytest.raises(ValueError, match="no solver called 'rk4'.*euler, heun"):
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match="no solver called 'rk4'.*euler, heun, ab2"):
         flow.solve(lambda x, t: x, randn(1, 2), torch.linspace(0, 1, 3), "rk4")
 
 
-@pytest.mark.parametrize(("emulated_steps", "share"), [(1000, 0.4), (250, 0.1)])
-@pytest.mark.parametrize("shift", [1.0, 4.0])
-def test_share_of_steps_at_times_that_training_hardly_saw(emulated_steps, share, shift):
-    times = flow.schedule(50, "linear_quadratic", emulated_steps, shift)
-    assert flow.untrained_share(times, LOGIT_NORMAL, shift) == pytest.approx(share)
-    assert flow.untrained_share(times, UNIFORM, shift) == 0
+@pytest.mark.parametrize("config", [LOGIT_NORMAL, UNIFORM, TimeConfig(mean=0.5, std=0.7)])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_the_density_is_that_of_the_times_that_are_drawn(config, shift):
+    """A histogram of 200,000 draws: at most 1.5% of them lie in another bin than the density says."""
+    edges = torch.linspace(0, 1, 41, dtype=torch.float64)
+    middles = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
+    share = times(config, shift).density(middles).view(40, 1000).mean(1) / 40
+    drawn = times(config, shift).draw(200_000, torch.Generator().manual_seed(0)).double()
+    counted = torch.histogram(drawn, edges)[0] / 200_000
+    assert float(share.sum()) == pytest.approx(1, abs=2e-3)
+    assert float((share - counted).abs().sum()) / 2 < 0.015
+
+
+@pytest.mark.parametrize(("emulated_steps", "shift", "share"), [(1000, 1.0, 0.38), (250, 1.0, 0.08), (1000, 4.0, 0.08)])
+def test_share_of_steps_at_times_that_training_hardly_saw(emulated_steps, shift, share):
+    found = schedule(50, "linear_quadratic", emulated_steps, shift)
+    assert times(shift=shift).untrained_share(found) == pytest.approx(share)
+    assert times(UNIFORM, shift).untrained_share(found) == 0
 
 
 def test_a_narrow_distribution_leaves_most_times_untrained():
-    times = flow.schedule(100, "uniform", 250, 1.0)
-    assert flow.untrained_share(times, TimeConfig(std=0.1), 1.0) > 0.7
+    assert times(TimeConfig(std=0.1), 1.0).untrained_share(schedule(100, "uniform")) > 0.7
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize(
+    ("kind", "shift", "solver", "wanted"),
+    [
+        ("uniform", 1.0, "euler", (0.962, 0.914)), ("uniform", 4.0, "euler", (0.891, 0.713)),
+        ("linear_quadratic", 4.0, "euler", (0.891, 0.739)), ("uniform", 1.0, "ab2", (0.999, 0.987)),
+        ("uniform", 4.0, "ab2", (0.989, 0.858)), ("linear_quadratic", 1.0, "ab2", (0.987, 0.879)),
+    ],
+)  # fmt: skip
+def test_what_50_steps_keep_of_a_gaussian(kind, shift, solver, wanted):
+    found = [kept(schedule(50, kind, shift=shift), solver, deviation) for deviation in (0.3, 0.1)]
+    assert found == pytest.approx(list(wanted), abs=6e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, path in shipped_recipes().items()])
+def test_every_shipped_recipe_keeps_enough_of_a_gaussian(name):
+    """The floor of docs/model.md, for every stage at its longest clips; an autoencoder has no sampling times."""
+    assert all(share >= 0.85 for share in kept_by_recipe(name).values()), kept_by_recipe(name)
+
+
+@pytest.mark.parametrize("solver", flow.SOLVERS)
 @pytest.mark.parametrize("kind", ["linear_quadratic", "uniform"])
 def test_the_exact_velocity_of_a_point_leads_to_it(solver, kind):
     """Where all data are one clip, the velocity at (x, t) is known, and the path to it is a straight line."""
@@ -159,17 +197,17 @@ def test_the_exact_velocity_of_a_point_leads_to_it(solver, kind):
         x0 = (x - time.double() * clip) / (1 - (1 - s) * time.double())
         return flow.target(x0, clip.expand_as(x0))
 
-    out = flow.solve(velocity, noise, flow.schedule(9, kind, 250, 2.0), solver)
+    out = flow.solve(velocity, noise, schedule(9, kind, shift=2.0), solver)
     torch.testing.assert_close(out, clip + s * noise, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
 def test_order_of_the_solver(solver, order):
     """dx/dt = -2 t x from x = 1 ends at 1 / e: half the step, error down by 2 ** order."""
 
     def error(steps):
-        times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        return abs(flow.solve(lambda x, t: -2 * t * x, torch.ones(1).double(), times, solver).item() - math.exp(-1))
+        at = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        return abs(flow.solve(lambda x, t: -2 * t * x, torch.ones(1).double(), at, solver).item() - math.exp(-1))
 
     assert math.log2(error(64) / error(128)) == pytest.approx(order, abs=0.1)
 

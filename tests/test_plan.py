@@ -107,7 +107,7 @@ def test_a_deep_model_takes_what_shallow_ones_tell(tiny_recipe: Path, monkeypatc
 
 def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
     """GPUs that are a little larger than what a switch leaves, and so too small without it."""
-    monkeypatch.setattr(outlook, "ASIDE", 0)
+    monkeypatch.setattr(outlook, "USABLE", 1.0)
     plain, less = (
         load_recipe(tiny_recipe, [*QUICK, f"model.checkpointing={on}"], stage="clips") for on in ("false", "true")
     )

@@ -210,7 +210,7 @@ MISTAKES = {
     "a number for text": (TINY + "init: 3\n", "r.yaml:7: Expected text or null, got 3. (at init)"),
     "a wrong choice": (
         TINY + "sample: {solver: eular}\n",
-        "r.yaml:7: Expected 'euler' or 'heun', got 'eular'. Did you mean 'euler'? (at sample.solver)",
+        "r.yaml:7: Expected 'euler' or 'heun' or 'ab2', got 'eular'. Did you mean 'euler'? (at sample.solver)",
     ),
     "a wrong type in a part": (
         TINY.replace("num_heads: 2", "num_heads: two"),

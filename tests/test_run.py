@@ -16,7 +16,6 @@ import lingen
 from lingen.cli import main
 from lingen.data.ledger import DataError
 from lingen.run import fit
-from lingen.training.average import AveragedWeights
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.health import NonFiniteError
@@ -299,22 +298,6 @@ def test_too_many_broken_samples_stop_the_run_and_name_the_first(tiny_recipe: Pa
         tiny_recipe, [f"data.shards.video={broken_shard}", "data.max_dropped=1"], run=tmp_path / "lax", stage="clips"
     )
     assert sum(json.loads(RunFolder(kept).ledger.read_text())["dropped"].values()) > 0
-
-
-def test_average_warms_up_and_restores():
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    average = AveragedWeights({"p": parameter}, decay=0.99)
-    with torch.no_grad():
-        parameter.fill_(1.0)
-    average.update()
-    expected = torch.full((3,), 0.9)  # 1 - (1 + 0) / (10 + 0)
-    assert_close("average", expected, average.weights()["p"], 1e-6)
-    with average.applied():
-        assert_close("parameter", expected, parameter, 1e-6)
-    assert torch.equal(parameter, torch.ones(3))
-    for _ in range(2000):
-        average.update()
-    assert_close("average", torch.ones(3), average.weights()["p"], 5e-6)
 
 
 def test_decay_pulls_only_at_matrices(tiny_recipe: Path):

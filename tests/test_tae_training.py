@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_the_plain_sum_of_all_terms(step: int):
 
     s, clips = tae.settings, one.clips.float() / 127.5 - 1
     mean, logvar = tae.autoencoder.posterior(clips)
-    noise = flow.sample_draws(mean.shape[1:], one.slots, (0, "main"), tae.recipe.time, 1.0).noise
+    noise = flow.sample_draws(mean.shape[1:], one.slots, (0, "main"), flow.Times(tae.recipe.time, 1)).noise
     latents = mean + torch.exp(logvar / 2) * noise
     video = tae.autoencoder.reconstruct(latents)[:, :, :9]
     flat, whole = video.movedim(2, 1).flatten(0, 1), clips.movedim(2, 1).flatten(0, 1)

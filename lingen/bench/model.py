@@ -135,8 +135,7 @@ def bench_forward(bench: ModelBench, model: LinGen) -> dict[int, Fields]:
 def bench_sampling(bench: ModelBench, model: LinGen, recipe: Recipe, forwards: dict[int, Fields]) -> None:
     """One real sampling with guidance, in the faster of two ways: one pass of batch 2, or two of batch 1."""
     settings = recipe.sample
-    shift = flow.resolve_shift(recipe.time.shift, math.prod(bench.grid))
-    times = flow.schedule(settings.steps, settings.schedule, settings.emulated_steps, shift).to(bench.place.device)
+    times = flow.Times(recipe.time, math.prod(bench.grid)).schedule(settings).to(bench.place.device)
     latents, _, text = bench.inputs()
     null = tuple((tokens, torch.zeros_like(mask)) for tokens, mask in text)  # no text at all, as guidance has it
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))

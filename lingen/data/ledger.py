@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from lingen.data.batch import Batch, Drop
@@ -140,18 +141,8 @@ class Ledger:
         return {"seen": self.seen, "truncated": self.truncated, **self.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types, for a checkpoint."""
-        return {
-            "used": self.used,
-            "retried": self.retried,
-            "passed": self.passed,
-            "dropped": dict(self.dropped),
-            "named": {group: list(lines) for group, lines in self.named.items()},
-            "faults": dict(self.faults),
-            "left_out": dict(self.left_out),
-            "shards": {shard: dict(counts) for shard, counts in self.shards.items()},
-            "sources": {source: dict(counts) for source, counts in self.sources.items()},
-        }
+        """Plain types, for a checkpoint: what `add` takes in."""
+        return deepcopy(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`; what was counted before the call is forgotten."""

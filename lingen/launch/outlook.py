@@ -17,8 +17,9 @@ GPUS = {
     "a100-40": ("A100", 39.4), "l40s": ("L40S", 44.4), "rtx-4090": ("RTX 4090", 23.5),
 }  # fmt: skip
 """Name -> its key in `PEAK_FLOPS`, and GiB of memory as torch sees them."""
-ASIDE = 4 * 2**30
-"""Bytes of a GPU for CUDA's context, libraries' workspaces, NCCL's buffers, and gaps of the allocator [ours]."""
+USABLE = 0.84
+"""Share of a GPU that tensors may take; the rest is for CUDA's context and gaps of the allocator, which held 18% more
+than was in use at 17 seconds on an H200 [measured: docs/plan.md]."""
 NODE = 8
 """GPUs of a node, where the recipe says no number."""
 MOST_RANKS = 512
@@ -40,7 +41,7 @@ class Cluster(NamedTuple):
     @property
     def room(self) -> int:
         """Bytes of a GPU that training may take."""
-        return int(GPUS[self.gpu][1] * 2**30) - ASIDE
+        return int(USABLE * GPUS[self.gpu][1] * 2**30)
 
 
 def cluster_of(recipe: Recipe, gpus: int | None, gpu: str) -> Cluster:

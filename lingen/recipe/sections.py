@@ -164,8 +164,19 @@ class TimeConfig:
     shift: Annotated[
         float | Literal["auto"],
         Above(0),
-        "moves times towards noise, in training and sampling; auto: sqrt(tokens / 8704)",
+        "moves training times towards noise, and uniform sampling times with them; auto: by the number of tokens, "
+        "from 3 for 256 to 5 for 139,264",
     ] = "auto"
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
+class PowerAverage:
+    """Averaged weights that remember the same share of a stage at each of its steps (EDM2, arXiv 2312.02696, 3.1)."""
+
+    width: Annotated[
+        float, Between(0.001, 0.28), "standard deviation of the age of what is averaged, as a share of the stage so far"
+    ]
 
 
 @checked
@@ -182,7 +193,11 @@ class TrainConfig:
     clip_grad: Annotated[float, Above(0), COURSE, "largest global gradient norm"] = 1.0
     accumulate: Annotated[int, AtLeast(1), COURSE, "batches (of one kind) per optimiser step"] = 1
     ema: Annotated[
-        float, SHARE, COURSE, "decay of the averaged weights, warmed up in each stage: min(ema, (1 + n) / (10 + n))"
+        float | PowerAverage,
+        SHARE,
+        COURSE,
+        "averaged weights, begun anew in each stage: a decay, min(ema, (1 + n) / (10 + n)) at update n, or "
+        "{width: 0.05}, which fits a stage of any length",
     ] = 0.9999
     text_drop: Annotated[float, SHARE, COURSE, "share of samples whose text is left out, for guidance"] = 0.1
     keep_optimizer: Annotated[bool, IDENTITY, "carry AdamW's moments over from the stage before"] = False
@@ -224,8 +239,12 @@ class SampleConfig:
     guidance_rescale: Annotated[
         float, SHARE, "0..1: pull the guided velocity back to the spread of the conditional one"
     ] = 0.0
-    solver: Literal["euler", "heun"] = "euler"
-    schedule: Annotated[Literal["linear_quadratic", "uniform"], "spacing of the sampling times"] = "linear_quadratic"
+    solver: Annotated[
+        Literal["euler", "heun", "ab2"], "order 1; 2, with two evaluations a step; 2, with one (Adams-Bashforth)"
+    ] = "euler"
+    schedule: Annotated[
+        Literal["linear_quadratic", "uniform"], "spacing of the sampling times; uniform ones are shifted as in training"
+    ] = "linear_quadratic"
     emulated_steps: Annotated[int, AtLeast(1), "N of the linear-quadratic schedule (Movie Gen: 250)"] = 250
     precision: Annotated[
         Literal["auto", "32-true", "bf16-true", "fp8"],

@@ -289,13 +289,13 @@ def sample_latents(
         agree to 1e-5 in others.
     """
     shape = (module.recipe.model.channels, *module.latent_size((clip.frames, *clip.size)))
-    shift = flow.resolve_shift(module.recipe.time.shift, math.prod(module.model.grid_of(shape[1:])))
-    times = flow.schedule(settings.steps, settings.schedule, settings.emulated_steps, shift)
-    warn_untrained(module, times, shift)
+    training = module.times_of(shape[1:])
+    times = training.schedule(settings)
+    warn_untrained(training, times)
     noise = torch.stack([flow.clip_noise(shape, settings.seed, take.words, take.repetition) for take in takes])
     null, text = tuple(texts.null), tuple(texts.text)
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
-    tokens = len(takes) * math.prod(module.model.grid_of(shape[1:]))
+    tokens = len(takes) * training.tokens
     one_batch = tokens <= GUIDANCE_TOKENS if settings.guidance_batch == "auto" else settings.guidance_batch
     low, high = settings.guidance_interval
     always = low <= 0 and high >= 1  # then no time is fetched from the device, which would wait for it at every step
@@ -316,9 +316,9 @@ def sample_latents(
         return flow.solve(velocity, noise.to(module.device), times.to(module.device), settings.solver, progress)
 
 
-def warn_untrained(module: LinGenModule, times: Tensor, shift: float) -> None:
+def warn_untrained(training: flow.Times, times: Tensor) -> None:
     """Warns where many sampling steps lie at times that are rare in training."""
-    share = flow.untrained_share(times[1:], module.recipe.time, shift)  # every schedule starts at time 0
+    share = training.untrained_share(times)
     if share > 0.25:
         log.warning(
             "%.0f%% of the sampling steps lie at times that training hardly saw; use a smaller sample.emulated_steps "

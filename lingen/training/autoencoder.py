@@ -75,7 +75,7 @@ class AutoencoderModule(Trained):
         clips = as_floats(batch.clips)
         mean, logvar = self.posterior(clips)
         stream = self.recipe.seed, self.recipe.stage or "main"
-        draws = flow.sample_draws(mean.shape[1:], batch.slots, stream, self.recipe.time, 1.0)
+        draws = flow.sample_draws(mean.shape[1:], batch.slots, stream, flow.Times(self.recipe.time, tokens=1))
         latents = mean + (0.5 * logvar).exp() * draws.noise.to(mean)
         video = self.reconstruct(latents, clips.shape[2])
 

@@ -192,16 +192,6 @@ class ClipsDuringTraining(Callback):
             self.edge.stop(trainer, stopped.number)
 
 
-class Steps(Callback):
-    """Reports the progress of the stage."""
-
-    def __init__(self, tell: Callable[[int], None]):
-        self.tell = tell
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        self.tell(trainer.global_step)
-
-
 class StageEnd(Callback):
     """Calls `finish(module, step)` on all ranks after the stage's last step, while the module is still on its device.
 

@@ -6,9 +6,8 @@ Tensors are called ``raw.NAME`` (what is trained), ``averaged.NAME``, and after 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -29,28 +28,8 @@ COPIES = ("raw", "averaged")
 """What tensors of a checkpoint are called that the optimiser does not keep."""
 
 
-class Stored(Protocol):
-    """A checkpoint to read from, whatever its form."""
-
-    state: dict[str, Any]
-    """As `state_of` makes it."""
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """By name; a value is this form's own."""
-        ...
-
-    def shape(self, name: str) -> torch.Size:
-        """Of the whole tensor."""
-        ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of its elements."""
-        ...
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Some rows, on the CPU."""
-        ...
+Stored = Checkpoint | EarlierCheckpoint
+"""A checkpoint to read from, whatever its form."""
 
 
 def open_checkpoint(path: Path, module: Trained) -> Stored:
@@ -69,9 +48,7 @@ def open_checkpoint(path: Path, module: Trained) -> Stored:
 
 def tensors_of(module: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by name: no copies, and only this rank's part of what ranks share."""
-    held = {f"raw.{name}": value for name, value in module.trained_state().items()}
-    if module.average is not None:
-        held |= {f"averaged.{name}": value for name, value in module.average.weights().items()}
+    held = _copies_of(module)
     for name, values in state_by_name(module, optimizer).items():
         held |= {f"{key}.{name}": value for key, value in values.items() if isinstance(value, Tensor)}
     return held
@@ -79,12 +56,16 @@ def tensors_of(module: Trained, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 def planned_tensors(module: Trained) -> dict[str, Tensor]:
     """Tensors of the names and sizes that a checkpoint will have once AdamW has moved every parameter."""
-    held = {f"raw.{name}": value for name, value in module.trained_state().items()}
-    if module.average is not None:
-        held |= {f"averaged.{name}": value for name, value in module.average.weights().items()}
+    held = _copies_of(module)
     for moment in MOMENTS:
         held |= {f"{moment}.{name}": value for name, value in module.trained_parameters().items()}
     return held
+
+
+def _copies_of(module: Trained) -> dict[str, Tensor]:
+    averaged = module.average.weights() if module.average is not None else {}
+    copies = zip(COPIES, (module.trained_state(), averaged), strict=True)
+    return {f"{copy}.{name}": value for copy, state in copies for name, value in state.items()}
 
 
 def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
@@ -136,11 +117,9 @@ def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None
 
 
 def _fill_model(stored: Stored, module: Trained) -> None:
-    targets = {f"raw.{name}": value for name, value in module.trained_state().items()}
     if module.average is not None:
-        targets |= {f"averaged.{name}": value for name, value in module.average.weights().items()}
         module.average.updates = stored.state["average_updates"]
-    for name, target in targets.items():
+    for name, target in _copies_of(module).items():
         if name not in stored.tensors or stored.shape(name) != target.shape:
             there = list(stored.shape(name)) if name in stored.tensors else "nothing"
             raise RecipeError(
@@ -151,8 +130,8 @@ def _fill_model(stored: Stored, module: Trained) -> None:
 
 
 def moments_of(stored: Stored, module: Trained) -> OptimizerState:
-    """What the optimiser keeps, read as this rank holds each parameter; names that the module lacks, and moments of
-    another shape, are left out."""
+    """What the optimiser keeps, read as this rank holds each parameter, and in its type; names that the module lacks,
+    and moments of another shape, are left out."""
     parameters, kept = module.trained_parameters(), _kept_for_parameters(stored)
     found: OptimizerState = {}
     for name, counts in stored.state["optimizer"].items():
@@ -161,7 +140,7 @@ def moments_of(stored: Stored, module: Trained) -> OptimizerState:
             continue
         found[name] = dict(counts)
         for key, tensor in kept[name].items():
-            found[name][key] = torch.empty_like(like, dtype=stored.dtype(tensor), requires_grad=False)
+            found[name][key] = torch.empty_like(like, requires_grad=False)
             fill_rows(found[name][key], stored, tensor)
     return found
 

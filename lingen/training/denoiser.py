@@ -1,7 +1,7 @@
 """The LightningModule of the denoiser: what one training step does."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -124,8 +124,9 @@ class LinGenModule(Trained):
         """
         dtype = torch.promote_types(self.model.patchify.weight.dtype, torch.float32)
         latents = self.encode_clips(batch.clips).to(dtype)
-        shift = flow.resolve_shift(self.recipe.time.shift, math.prod(self.model.grid_of(latents.shape[2:])))
-        draws = flow.sample_draws(latents.shape[1:], batch.slots, (self.recipe.seed, purpose), self.recipe.time, shift)
+        draws = flow.sample_draws(
+            latents.shape[1:], batch.slots, (self.recipe.seed, purpose), self.times_of(latents.shape[2:])
+        )
         noise, times = draws.noise.to(latents), draws.times.to(latents)
         drop = draws.uniform < (0.0 if purpose == "validation" else self.recipe.train.text_drop)
         captions = [
@@ -146,6 +147,10 @@ class LinGenModule(Trained):
         for name, picked in bins_of(times):
             self.meter.add(f"loss/{name}", losses, picked)
         return losses.mean()
+
+    def times_of(self, latents: Sequence[int]) -> flow.Times:
+        """Training and sampling times of latents of a size (t, h, w)."""
+        return flow.Times(self.recipe.time, math.prod(self.model.grid_of(latents)))
 
     def latent_size(self, clip: Any) -> tuple[int, int, int]:
         """(frames, height, width) of a clip -> (t, h, w) of its latents; a last partial group of frames is one more."""

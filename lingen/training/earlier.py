@@ -50,10 +50,6 @@ class EarlierCheckpoint:
         """Of the whole tensor."""
         return self.tensors[name].shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Of its elements."""
-        return self.tensors[name].dtype
-
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Some rows, on the CPU."""
         value = self.tensors[name]

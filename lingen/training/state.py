@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from lingen.ranks.heartbeat import sign
 
@@ -25,28 +25,20 @@ def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> Optimi
     return {name: {key: _noted(key, value) for key, value in held.items()} for name, held in named if held}
 
 
-@torch.no_grad()
 def load_state_by_name(
     module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
-    """Gives an optimiser the state of the parameters that it moves; its settings stay as they are.
+) -> None:
+    """Gives an optimiser the state of parameters that it moves; its settings, and what it keeps of others, stay.
 
     Args:
         module, optimizer: as for `state_by_name`.
-        state: as `state_by_name` gives it; a tensor of a sharded parameter may also be whole, and on another device.
-    Returns:
-        The names that were left out: the optimiser moves no parameter of this name and shape. A parameter without a
-        name in `state` keeps what it had.
+        state: as `state_by_name` gives it; the optimiser goes on in these tensors.
     """
     moved = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    own = {name: p for name, p in module.named_parameters() if id(p) in moved}
-    left_out = [name for name, held in state.items() if name not in own or not _fits(held, own[name])]
-    for name in state.keys() - set(left_out):
+    own = dict(module.named_parameters())
+    for name, held in state.items():
         parameter = own[name]
-        optimizer.state[parameter] = {
-            key: _held(value, parameter, moved[id(parameter)]) for key, value in state[name].items()
-        }
-    return left_out
+        optimizer.state[parameter] = {key: _held(value, parameter, moved[id(parameter)]) for key, value in held.items()}
 
 
 def whole_of(value: Tensor) -> Tensor:
@@ -55,28 +47,14 @@ def whole_of(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as `like` is held on this rank, in its type and on its device; every rank has the whole one, and
-    none is told anything."""
-    value = value.to(like.device, like.dtype)
-    if not isinstance(like, DTensor) or isinstance(value, DTensor):
-        return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def _noted(key: str, value: Any) -> Any:
     """A count as a number. A tensor of a parameter without axes has none either, so that the name has to tell."""
     return float(value) if key == "step" else value
 
 
-def _fits(held: Mapping[str, Any], parameter: Tensor) -> bool:
-    return all(value.shape == parameter.shape for value in held.values() if isinstance(value, Tensor))
-
-
 def _held(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
-    """A value as AdamW keeps it: a copy of a tensor like the parameter, a count in float32 on the CPU unless it is read
-    by a kernel."""
+    """A value as AdamW keeps it: a count in float32 on the CPU unless it is read by a kernel."""
     if isinstance(value, Tensor):
-        return shard_like(value, parameter).clone()
+        return value
     on_device = group.get("capturable") or group.get("fused")
     return torch.tensor(value, dtype=torch.float32, device=parameter.device if on_device else "cpu")

@@ -1,0 +1,210 @@
+"""``python -m tests.yardsticks.times``: which training shift, which sampling times, which solver.
+
+- ``gauss``: the share of the deviation of a Gaussian that a solver keeps on its exact velocity, for the usual
+  schedules and for every shipped recipe.
+- ``train``: the quickstart with one shift after another, for several seeds.
+- ``heldout``: the loss of runs on held-out samples, in bins of times that are drawn alike whatever they trained at.
+- ``follow``: how often clips of those runs show what their held-out captions say, by schedule and solver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from lingen import flow
+from lingen.data.datamodule import ClipData
+from lingen.data.synthetic import captions, parse_caption
+from lingen.kernels.choice import best_device
+from lingen.metrics.shapes import clustered_interval, judge
+from lingen.plan.loading import load_curriculum
+from lingen.recipe.reading import shipped_recipes
+from lingen.recipe.sections import Recipe, SampleConfig, TimeConfig
+from lingen.sampling.clips import clip_size, decoded, encode_prompts, joined, sample_latents, takes_of
+from lingen.tables import as_table
+from lingen.training.denoiser import LinGenModule
+from lingen.training.weights import load_denoiser
+from tests.helpers.commands import lingen_command
+
+DEVIATIONS = (0.3, 0.1)
+WAYS = {
+    "uniform, shifted": {"schedule": "uniform"},
+    "uniform, unshifted": {"schedule": "linear_quadratic", "emulated_steps": 1},  # which is that
+    "linear-quadratic": {"schedule": "linear_quadratic", "emulated_steps": 250},
+}
+"""Name -> settings of `sample`."""
+ATTRIBUTES = ("colour", "shape", "motion")
+BATCH = 60
+"""Clips at a time."""
+
+
+def kept(times: Tensor, solver: str, deviation: float) -> float:
+    """Share of a Gaussian's standard deviation that is left of it at the end of sampling.
+
+    The data are N(0, s^2), so X_t is N(0, v(t)) with v = t^2 s^2 + (1 - (1 - e) t)^2, and the exact velocity at (x, t)
+    is x v'(t) / (2 v(t)).
+    """
+    rest = 1 - flow.SIGMA_MIN
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        t = time.double()
+        slope = t * deviation**2 - rest * (1 - rest * t)
+        return x * slope / ((t * deviation) ** 2 + (1 - rest * t) ** 2)
+
+    return float(flow.solve(velocity, torch.ones(1, dtype=torch.float64), times, solver)) / deviation
+
+
+def kept_by_recipe(name: str) -> dict[str, float]:
+    """Stage -> what its sampling keeps of a deviation of 0.3 at its own clips; of a denoiser's recipe."""
+    stages = load_curriculum(name).stages
+    return {str(one.stage): kept(_times_of(one).schedule(one.sample), one.sample.solver, 0.3) for one in stages
+            if one.subject.encoded}  # fmt: skip
+
+
+def _times_of(recipe: Recipe) -> flow.Times:
+    from lingen.plan.forecast import plan
+
+    return flow.Times(recipe.time, max(plan(recipe).tokens.values()))
+
+
+def gauss() -> Iterator[dict[str, Any]]:
+    for shift in (1.0, 4.0):
+        for way, settings in WAYS.items():
+            for solver in flow.SOLVERS:
+                steps = 25 if solver == "heun" else 50
+                how = SampleConfig(steps=steps, solver=solver, **settings)  # type: ignore[arg-type]
+                times = flow.Times(TimeConfig(shift=shift), 1).schedule(how)
+                shares = {f"s = {one}": round(kept(times, solver, one), 3) for one in DEVIATIONS}
+                yield {"shift": shift, "schedule": way, "solver": solver, "steps": steps} | shares
+    for name in shipped_recipes():
+        for stage, share in kept_by_recipe(name).items():
+            yield {"schedule": f"recipe {name}, stage {stage}", f"s = {DEVIATIONS[0]}": round(share, 3)}
+
+
+def train(out: Path, shifts: Sequence[str], seeds: Sequence[int], jobs: int) -> Iterator[dict[str, Any]]:
+    """Trains the quickstart in processes of one thread each; the set of clips is drawn first."""
+    common = ["fit", "--recipe", "quickstart_cpu", "score.clips=0", "sample.prompts=[]", "train.log_every=100"]
+    _fit([*common, "--run", str(out / "first"), "stages.images.train.steps=1", "stages.videos.train.steps=1"])
+    asked = [(shift, seed) for seed in seeds for shift in shifts]
+    with ThreadPoolExecutor(jobs) as pool:
+        words = [[*common, "--run", str(out / f"shift-{s}-seed-{n}"), f"time.shift={s}", f"seed={n}"] for s, n in asked]
+        for (shift, seed), code in zip(asked, pool.map(_fit, words), strict=True):
+            yield {"shift": shift, "seed": seed, "exit code": code}
+
+
+def _fit(words: list[str]) -> int:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(lingen_command(*words), env=env, stdout=2, check=False).returncode
+
+
+def follow(
+    weights: Sequence[Path], ways: Sequence[str], solvers: Sequence[str], clips: int, steps: int | None
+) -> Iterator[dict[str, Any]]:
+    """Verdicts on clips of both held-out splits: a row for each file of weights, schedule and solver."""
+    for path in weights:
+        module = load_denoiser(path, torch.device("cpu"))
+        for way in ways:
+            for solver in solvers:
+                budget = steps or module.recipe.sample.steps
+                how = replace(
+                    module.recipe.sample, solver=solver, steps=budget // (2 if solver == "heun" else 1),  # type: ignore[arg-type]
+                    **(WAYS[way] if way != "recipe" else {}),  # type: ignore[arg-type]
+                )  # fmt: skip
+                yield {"weights": str(path), "schedule": way, "solver": solver, "evaluations": budget} | _followed(
+                    module, how, clips
+                )
+
+
+@torch.no_grad()
+def heldout(weights: Sequence[Path], samples: int) -> Iterator[dict[str, Any]]:
+    """Mean loss by bin of uniform times, with fixed noise."""
+    for path in weights:
+        module = load_denoiser(path, best_device())
+        settings = replace(module.recipe.train, validation_samples=samples)
+        module.recipe = replace(module.recipe, time=TimeConfig(distribution="uniform", shift=1.0), train=settings)
+        module.eval()
+        for batch in ClipData(module.recipe).val_dataloader():
+            with torch.autocast(module.device.type, torch.bfloat16, enabled=module.device.type == "cuda"):
+                module.validation_step(move_data_to_device(batch, module.device), 0)
+        yield {"weights": str(path)} | module.validation_meter.flush()
+
+
+@torch.no_grad()
+def _followed(module: LinGenModule, how: SampleConfig, clips: int) -> dict[str, Any]:
+    """Shares of clips with the right colour, shape and motion, and their intervals over captions."""
+    words = [*captions("tune"), *captions("report")]
+    takes = takes_of(words, repeat=math.ceil(clips / len(words)))[:clips]
+    size, right = clip_size(module), np.zeros((len(takes), 3), bool)
+    module.eval()
+    for first in range(0, len(takes), BATCH):
+        part = takes[first : first + BATCH]
+        texts = joined(encode_prompts(module, [take.words for take in part], size))
+        for number, latents in enumerate(sample_latents(module, part, texts, size, how), start=first):
+            shown, asked = judge(decoded(module, latents, size, how)), parse_caption(takes[number].words)
+            right[number] = [getattr(shown, name) == getattr(asked, name) for name in ATTRIBUTES]
+    rows: dict[str, Any] = {}
+    for column, name in enumerate(ATTRIBUTES):
+        by_caption = {take.words: [0, 0] for take in takes}
+        for take, is_right in zip(takes, right[:, column], strict=True):
+            by_caption[take.words][0] += int(is_right)
+            by_caption[take.words][1] += 1
+        low, high = clustered_interval([(good, count) for good, count in by_caption.values()])
+        rows |= {name: round(float(right[:, column].mean()), 4), f"{name} interval": [round(low, 3), round(high, 3)],
+                 f"{name} by caption": {words: good for words, (good, _) in by_caption.items()}}  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.yardsticks.times", description=__doc__)
+    acts = parser.add_subparsers(dest="act", required=True)
+    acts.add_parser("gauss")
+    one = acts.add_parser("train")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--shifts", nargs="+", default=["1", "2", "3", "5"])
+    one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    one.add_argument("--jobs", type=int, default=2)
+    three = acts.add_parser("heldout")
+    three.add_argument("weights", nargs="+", type=Path)
+    three.add_argument("--samples", type=int, default=256)
+    two = acts.add_parser("follow")
+    two.add_argument("weights", nargs="+", type=Path)
+    two.add_argument("--schedules", nargs="+", default=["recipe"], choices=["recipe", *WAYS])
+    two.add_argument("--solvers", nargs="+", default=["euler"], choices=list(flow.SOLVERS))
+    two.add_argument("--clips", type=int, default=312)
+    two.add_argument("--steps", type=int, help="evaluations for a clip; default: the recipe's steps")
+    two.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.act == "gauss":
+        rows = list(gauss())
+    elif args.act == "train":
+        rows = list(train(args.out, args.shifts, args.seeds, args.jobs))
+    elif args.act == "heldout":
+        rows = list(heldout(args.weights, args.samples))
+    else:
+        rows = []
+        for row in follow(args.weights, args.schedules, args.solvers, args.clips, args.steps):
+            rows.append(row)
+            print(json.dumps({key: value for key, value in row.items() if "by caption" not in key}), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1))
+        return 0
+    print(as_table([{key: str(value) for key, value in row.items()} for row in rows], terminal=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
