@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,7 +126,7 @@ def status(args: argparse.Namespace) -> int:
     while True:
         found = [status_of(run) for run in args.runs]
         if args.json:
-            told = [one.as_json() for one in found]
+            told = [asdict(one) for one in found]
             print_json(told[0] if len(told) == 1 else told)
         else:
             _print_status(found, clear=args.watch and sys.stdout.isatty())

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from lingen.data.datamodule import ClipData, as_it_is
 from lingen.files import wait_for, write_text
 from lingen.launch.lead import signal_seconds
-from lingen.plan.forecast import Plan, plan
+from lingen.plan.forecast import Plan, disk_of, plan
 from lingen.provenance import git_commit, versions
 from lingen.ranks.environment import UnfitError, here
 from lingen.ranks.slurm import answer
@@ -219,18 +219,13 @@ def _judge_disk(site: Site, words: Told) -> None:
     if wrong := [node for node, skew in clocks.items() if abs(skew) > SKEW]:
         report.blame("clock", wrong, f"it is more than {SKEW:.0f} s off: let it follow a time server")
     report.notes += _slow(report.measured(words, "write", max), "writes to the run folder")
-    needed = sum(map(partial(_checkpoint_bytes, site), site.stages))
+    run = RunFolder(site.run)
+    needed = sum(
+        disk_of(stage, site.plans[str(stage.stage)], len(run.checkpoints(str(stage.stage)))) for stage in site.stages
+    )
     if full := [node for node, free in report.measured(words, "free", min).items() if free < needed]:
         told = f"checkpoints still take {needed / 1e9:.3g} GB at {place.parent}: free some, or lower "
         report.blame("run folder", full, f"{told}train.keep_checkpoints")
-
-
-def _checkpoint_bytes(site: Site, stage: Recipe) -> float:
-    """What a stage will add to the disk: checkpoints that stay, one that is being written, and the weights."""
-    name, settings = str(stage.stage), stage.train
-    kept = settings.keep_checkpoints + (settings.steps // settings.keep_every if settings.keep_every else 0)
-    there = len(RunFolder(site.run).checkpoints(name))
-    return site.plans[name].checkpoint * (max(0, kept - there) + 1.5)
 
 
 def _slow(speeds: Mapping[str, float], does: str) -> Iterator[str]:

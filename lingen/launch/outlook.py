@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lingen.plan.forecast import PEAK_FLOPS, Plan, flop_a_step, plan
+from lingen.plan.forecast import PEAK_FLOPS, disk_of, flop_a_step, plan
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.sections import Recipe
 from lingen.recipe.sizes import ranks_of
@@ -84,17 +84,10 @@ def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) ->
             "flop": flop,
             "memory": dataclasses.asdict(memory),
             "gpu_hours": seconds / 3600,
-            "disk": _disk(recipe, forecast),
+            "disk": disk_of(recipe, forecast),
             "fits": fits,
             "advice": None if fits else what_fits(recipe, cluster),
         }
-
-
-def _disk(recipe: Recipe, forecast: Plan) -> int:
-    """Bytes of a stage in the run folder at its end: checkpoints that stay, one that is being written, weights."""
-    settings = recipe.train
-    kept = settings.keep_checkpoints + (settings.steps // settings.keep_every if settings.keep_every else 0)
-    return (kept + 1) * forecast.checkpoint + forecast.trained * (forecast.held + 4)
 
 
 def what_fits(recipe: Recipe, cluster: Cluster) -> str:

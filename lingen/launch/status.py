@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,6 @@ class Status:
     """Time of each start after the first, and the reason why the one before ended."""
     ranks: list[RankStatus] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
     def slowest(self) -> list[RankStatus]:
         """Ranks that lag, 1% of all at least: those without a sign first, then those that have been waiting for data
         for long, then those that take longest for their own part of a step."""
@@ -101,11 +97,12 @@ def status_of(path: str | Path) -> Status:
     sessions = read_sessions(folder)
     last = sessions[-1] if sessions else {}
     beats = read_beats(folder.ranks, last.get("mark")) if last else []
-    stages = _stages(folder, about, beats)
+    logged = _read_rows(folder)
+    stages = _stages(folder, about, beats, logged)
     name = next((name for name, one in stages.items() if one["step"] < one["steps"] or not one["finished"]), None)
     stage = name or list(stages)[-1]
     step, steps = stages[stage]["step"], stages[stage]["steps"]
-    rows = _rows(folder, stage)
+    rows = [row for row in logged if row["stage"] == stage and row.get("loss")]
     speed = _steps_per_second(rows)
     eta = (steps - step) / speed if speed else (0.0 if name is None else None)
     state, reason = _state(folder, last, beats, done=name is None)
@@ -154,17 +151,18 @@ def _about(folder: RunFolder) -> dict[str, Any]:
     return about
 
 
-def _stages(folder: RunFolder, about: dict[str, Any], beats: list[Beat]) -> dict[str, dict[str, int]]:
+def _stages(
+    folder: RunFolder, about: dict[str, Any], beats: list[Beat], logged: list[Logged]
+) -> dict[str, dict[str, int]]:
     """Step, steps and whether it is finished, of each stage."""
-    logged: dict[str, int] = {}
     # Until the first row of a session, rows of steps that are trained again stand there.
-    if folder.metrics.is_file() and folder.metrics.stat().st_mtime >= folder.about.stat().st_mtime or not beats:
-        logged = {row["stage"]: int(row["step"]) for row in _read_rows(folder)}
+    is_old = not logged or folder.metrics.stat().st_mtime < folder.about.stat().st_mtime
+    steps_of = {} if beats and is_old else {row["stage"]: int(row["step"]) for row in logged}
     found = {}
     for name in about["stages"]:
         steps, has_weights = int(about["course"][name]["train.steps"]), folder.weights(name).is_file()
         beaten = max((one.step for one in beats if one.stage == name), default=0)
-        step = max(logged.get(name, 0), folder.last_step(name), beaten) or (steps if has_weights else 0)
+        step = max(steps_of.get(name, 0), folder.last_step(name), beaten) or (steps if has_weights else 0)
         found[name] = {"step": min(step, steps), "steps": steps, "finished": int(has_weights and step >= steps)}
     return found
 
@@ -175,10 +173,6 @@ def _read_rows(folder: RunFolder) -> list[Logged]:
         return []
     with folder.metrics.open(newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
-
-
-def _rows(folder: RunFolder, stage: str) -> list[Logged]:
-    return [row for row in _read_rows(folder) if row["stage"] == stage and row.get("loss")]
 
 
 def _last(rows: list[Logged], name: str) -> float | None:

@@ -5,16 +5,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lingen.autoencoder import TrainableAutoencoder
 from lingen.frozen import on_meta
-from lingen.plan.forecast import Plan, bytes_of_a_number
+from lingen.plan.forecast import Plan, bytes_of_a_number, stage_grids
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import Recipe
-from lingen.recipe.sizes import grids_of, patch_of
 
 
 def plan_autoencoder(recipe: Recipe) -> Plan:
     """Forecast of a stage that trains its autoencoder; what the losses and their networks take is not in it."""
     autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
-    grids = grids_of(recipe.data, tuple(autoencoder.strides), patch_of(recipe))
+    grids = stage_grids(recipe)
     frames = {kind: 1 if kind == "image" else recipe.data.frames for kind in grids}
     counted = {kind: _count(autoencoder, (length, *recipe.data.size)) for kind, length in frames.items()}
     parameters = {

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lingen.blocks.block import mixers_of
 from lingen.kernels.choice import planned_for
 from lingen.model import LinGen
+from lingen.plan.trial import ModelKey
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Component, LinGenConfig, Triple
 
@@ -42,7 +43,7 @@ def forward_flops(
         device: type of the device that it is to run on; kernels multiply differently on "cuda".
     """
     try:
-        return _of_model(_Key(replace(config, checkpointing=False)), grid, tuple(text_tokens), sixteen_bit, device)
+        return _of_model(ModelKey(replace(config, checkpointing=False)), grid, tuple(text_tokens), sixteen_bit, device)
     except Exception as error:  # a third party's mixer may fail in any way
         _warn(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return None
@@ -74,23 +75,8 @@ def flops_by_part(
     }
 
 
-class _Key:
-    """A model's settings as a key: equal where they read the same and name the same mixers."""
-
-    def __init__(self, config: LinGenConfig):
-        self.config = config
-        mixers = config.mixer if isinstance(config.mixer, list | tuple) else [config.mixer]
-        self.own = repr(config), tuple(MIXERS[one if isinstance(one, str) else one["name"]] for one in mixers)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.own == self.own
-
-    def __hash__(self) -> int:
-        return hash(self.own)
-
-
 @lru_cache(maxsize=16)
-def _built(key: _Key) -> tuple[LinGen, dict[str, tuple[nn.Module, int]]]:
+def _built(key: ModelKey) -> tuple[LinGen, dict[str, tuple[nn.Module, int]]]:
     """The model with its first block alone, and each distinct mixer with the number of blocks that have it."""
     config = key.config
     with torch.device("meta"):
@@ -102,7 +88,7 @@ def _built(key: _Key) -> tuple[LinGen, dict[str, tuple[nn.Module, int]]]:
 
 
 @lru_cache(maxsize=256)
-def _of_model(key: _Key, grid: Triple, text_tokens: tuple[int, ...], sixteen_bit: bool, device: str) -> int:
+def _of_model(key: ModelKey, grid: Triple, text_tokens: tuple[int, ...], sixteen_bit: bool, device: str) -> int:
     config = key.config
     model, mixers = _built(key)
     size = [tokens * patch for tokens, patch in zip(grid, config.patch, strict=True)]

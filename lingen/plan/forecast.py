@@ -77,6 +77,14 @@ def flop_a_step(recipe: Recipe, forecast: Plan) -> float:
     return recipe.train.accumulate * flop / sum(mix.values())
 
 
+def disk_of(recipe: Recipe, forecast: Plan, there: int = 0) -> int:
+    """Bytes that a stage adds to the run folder until its end: checkpoints that stay, but for those that are there
+    already, one that is being written, and the weights."""
+    settings = recipe.train
+    kept = settings.keep_checkpoints + (settings.steps // settings.keep_every if settings.keep_every else 0)
+    return (max(0, kept - there) + 1) * forecast.checkpoint + forecast.trained * (forecast.held + 4)
+
+
 def text_tokens(recipe: Recipe) -> list[int]:
     """Tokens that each text encoder makes of a caption, at most."""
     return [component.get("max_tokens") or DEFAULT_TEXT_TOKENS for component in recipe.text]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,8 @@ if TYPE_CHECKING:
     from lingen.text import TextEncoder
 
 
-DENOISERS_KEPT = 16
-"""Models on the meta device that are kept: a recipe's stages share one, or have a few."""
 CYCLE = 8
 """Layers whose scan orders are tried: a cycle is hardly longer."""
-_DENOISERS: dict[Any, nn.Module] = {}
 
 
 class Trial:
@@ -111,20 +109,34 @@ class Trial:
                 yield draft.problem(_changed(stages[0][2], recipe), text)
 
 
+class ModelKey:
+    """A model's settings as a key: equal where they read the same and name the same mixers."""
+
+    def __init__(self, config: LinGenConfig):
+        self.config = config
+        mixers = config.mixer if isinstance(config.mixer, list | tuple) else [config.mixer]
+        self.own = repr(config), tuple(MIXERS[one if isinstance(one, str) else one["name"]] for one in mixers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelKey) and other.own == self.own
+
+    def __hash__(self) -> int:
+        return hash(self.own)
+
+
 def denoiser_on_meta(recipe: Recipe) -> nn.Module:
     """A stage's denoiser on the meta device; each distinct one is built once, so leave it as it is."""
+    return _denoiser(ModelKey(recipe.model))
+
+
+@lru_cache(maxsize=16)  # a recipe's stages share one, or have a few
+def _denoiser(key: ModelKey) -> nn.Module:
     import torch
 
     from lingen.model import LinGen
 
-    mixers = recipe.model.mixer if isinstance(recipe.model.mixer, list) else [recipe.model.mixer]
-    key = repr(recipe.model), tuple(MIXERS[mixer["name"]] for mixer in mixers)  # a name may be registered anew
-    if key not in _DENOISERS:
-        if len(_DENOISERS) >= DENOISERS_KEPT:
-            _DENOISERS.clear()
-        with torch.device("meta"):
-            _DENOISERS[key] = LinGen(recipe.model)
-    return _DENOISERS[key]
+    with torch.device("meta"):
+        return LinGen(key.config)
 
 
 def autoencoder_on_meta(recipe: Recipe) -> TrainableAutoencoder:

@@ -1,6 +1,7 @@
 """A data set in numbers and pictures: `lingen data stats`."""
 
 import hashlib
+import heapq
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -98,17 +99,15 @@ def histograms(measures: Mapping[str, np.ndarray], path: Path) -> Path:
 
 def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Path, Row]]:
     """Samples to look at: `count` of each kind, drawn by chance, the same for the same seed; latents left out."""
-    kept: dict[str, list[tuple[bytes, Path, Row]]] = {"video": [], "image": []}
-    for folder in folders:
-        for row in manifest.rows(folder / manifest.NAME):
-            if row.kind not in kept:
-                continue
-            key = hashlib.blake2b(f"{seed} {row.shard}:{row.key}".encode(), digest_size=8).digest()
-            kept[row.kind].append((key, folder, row))
-            if len(kept[row.kind]) > 2 * count:
-                kept[row.kind] = sorted(kept[row.kind], key=lambda one: one[0])[:count]
-    ordered = [sorted(of_kind, key=lambda one: one[0])[:count] for of_kind in kept.values()]
-    return [(folder, row) for of_kind in ordered for _, folder, row in of_kind]
+
+    def lot(one: tuple[Path, Row]) -> bytes:
+        return hashlib.blake2b(f"{seed} {one[1].shard}:{one[1].key}".encode(), digest_size=8).digest()
+
+    def drawn(kind: str) -> list[tuple[Path, Row]]:
+        rows = ((folder, row) for folder in folders for row in manifest.rows(folder / manifest.NAME))
+        return heapq.nsmallest(count, (one for one in rows if one[1].kind == kind), lot)
+
+    return drawn("video") + drawn("image")
 
 
 def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int = 0) -> Path | None:
