@@ -368,3 +368,11 @@ def test_metrics_join_a_step_and_drop_what_is_trained_again(tmp_path: Path):
     MetricsFile(path, "one", 1, heard.append).write(2, {"loss": 0.9})
     assert path.read_text().splitlines()[1:] == ["one,1,2.0,3.0", "two,1,0.5,", "one,2,0.9,"]
     assert heard[1] == {"stage": "one", "step": 1, "validation/loss": 3.0}
+
+
+def test_the_learning_rate_of_a_row_is_that_of_its_step(tiny_recipe: Path, tmp_path: Path):
+    words = ["train.lr=0.004", "train.warmup=4", "train.log_every=1", "stages.images.train.steps=5"]
+    run = fit(tiny_recipe, [*words, "sample.prompts=[]"], run=tmp_path / "run", stage="images")
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    found = {int(row["step"]): float(row["lr"]) for row in rows if row["lr"]}
+    assert found == pytest.approx({1: 0.001, 2: 0.002, 3: 0.003, 4: 0.004, 5: 0.004})

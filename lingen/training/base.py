@@ -71,6 +71,8 @@ class Trained(lightning.LightningModule):
         """Steps of the stages before: loggers count those of the whole run."""
         self._started = (clock.perf_counter(), 0)
         self._flops: dict[str, float] | None = None
+        self._lr = 0.0
+        """Of the last step."""
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """Prefix of the parameters' names -> the frozen parts."""
@@ -167,6 +169,7 @@ class Trained(lightning.LightningModule):
         """Clips the gradient. A step that is not finite is thrown away, and one that spikes where `train.on_spike` says
         so; a few in a row, or all of a stage, stop the run."""
         settings, like = self.recipe.train, self.likeness(self._batch)
+        self._lr = float(optimizer.param_groups[0]["lr"])
         norms = [clip_gradients(parameters, settings.clip_grad) for parameters in self.clipped_together()]
         loss, norm, *others = self._of_all_ranks(norms)
         self.pace.step()
@@ -292,7 +295,7 @@ class Trained(lightning.LightningModule):
         """Means since the last call, over all ranks; speed in tokens per second of all ranks together."""
         values = self.meter.flush()
         seconds = clock.perf_counter() - self._started[0]
-        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["lr"] = self._lr
         values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
         flop = values.pop("flop", 0.0)
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
