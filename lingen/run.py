@@ -182,7 +182,7 @@ def _begin(
     if signals.noted() is not None:
         return _Begun(folder.path, curriculum, 1)
     plans = {str(one.stage): plan(one) for one in unfinished}
-    for text in filter(None, map(too_large, unfinished)):
+    for text in filter(None, (too_large(one, plans[str(one.stage)]) for one in unfinished)):
         reporter.say(f"warning: {text}")
     lock.check_unlocked(folder.path)
     begins = str((unfinished or [chosen[-1]])[0].stage)

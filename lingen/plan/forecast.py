@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lingen.blocks.recompute import recomputed_blocks
+from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Triple
@@ -174,3 +174,11 @@ def _flops(recipe: Recipe, grids: dict[str, Triple]) -> dict[str, float]:
     text = text_tokens(recipe)
     counted = {kind: forward_flops(recipe.model, grid, text, *_where(recipe)) for kind, grid in grids.items()}
     return {kind: float(count) for kind, count in counted.items() if count is not None}
+
+
+def rough_memory(recipe: Recipe, forecast: Plan) -> int:
+    """Bytes that training a denoiser takes in one process, by a rule of thumb: weights, gradients, moments and average
+    in float32, and what blocks keep of the largest batch. `lingen plan` counts them."""
+    tokens = max(_batch_tokens(recipe, kind, grid) for kind, grid in forecast.grids.items())
+    recomputed = recomputed_blocks(recipe.model, tokens, *_where(recipe))
+    return 20 * forecast.trained + activation_bytes(recipe.model, tokens, recomputed, *_where(recipe))

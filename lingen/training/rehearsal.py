@@ -19,7 +19,7 @@ from lingen import flow
 from lingen.autoencoder.perceptual import NoDistance, Trunk, VGG16Distance
 from lingen.frozen import is_trained
 from lingen.kernels.choice import memory_here, unlaunched
-from lingen.plan.forecast import largest_batch, stage_grids, text_tokens
+from lingen.plan.forecast import Plan, largest_batch, rough_memory, stage_grids, text_tokens
 from lingen.plan.trial import denoiser_on_meta
 from lingen.plan.watch import Watch, part_here
 from lingen.recipe.errors import RecipeError
@@ -126,24 +126,26 @@ def _rehearsed(recipe: Recipe, nodes: int, each: int, rank: int) -> dict[str, in
     return took | {"copies": took["gradients"] if mesh is None and nodes * each > 1 else 0}  # DDP's, to be reduced
 
 
-def too_large(recipe: Recipe) -> str | None:
-    """A sentence where a rank's training takes more memory than the GPU here has; None where it fits, where none is
-    trained on, and where this is one of several ranks already: `lingen plan` and the preflight look at those."""
+def too_large(recipe: Recipe, forecast: Plan) -> str | None:
+    """A sentence where a rank's training takes more memory than the GPU here has, by rehearsal, or a denoiser's on a
+    CPU more than this machine has, by a rule of thumb. None where it fits, and where this is one of several ranks already:
+    `lingen plan` and the preflight look at those."""
     on_gpu = torch.cuda.is_available() and recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    if not on_gpu or dist.is_initialized():
+    there = memory_here(torch.device("cuda", 0) if on_gpu else None)
+    needed = rough_memory(recipe, forecast) if recipe.subject.encoded else there * on_gpu
+    if on_gpu and 2 * needed > there and not dist.is_initialized():  # else a rehearsal is not worth its seconds
+        nodes = int(recipe.trainer.get("num_nodes", 1))
+        try:
+            needed = rehearse(recipe, nodes, ranks_of(recipe, torch.cuda.device_count()) // nodes).peak
+        except RecipeError:
+            return None
+    if needed <= there or dist.is_initialized():
         return None
-    nodes = int(recipe.trainer.get("num_nodes", 1))
-    try:
-        memory = rehearse(recipe, nodes, ranks_of(recipe, torch.cuda.device_count()) // nodes)
-    except RecipeError:
-        return None
-    there = memory_here(torch.device("cuda", 0))
-    if memory.peak <= there:
-        return None
+    batch = recipe.data.batch
     return (
-        f"stage {recipe.stage or 'main'}: training takes {memory.peak / 2**30:.3g} GiB (activations of a batch: "
-        f"{memory.activations / 2**30:.3g}), more than the {there / 2**30:.3g} GiB of the GPU; `lingen plan` says what "
-        "makes it fit."
+        f"stage {recipe.stage or 'main'}: training takes about {needed / 2**30:.3g} GiB, more than the "
+        f"{there / 2**30:.3g} GiB of {'the GPU' if on_gpu else 'this machine'}; lower data.batch ({batch.image} "
+        f"images, {batch.video} videos) and raise train.accumulate instead, or see which switch `lingen plan` names."
     )
 
 
