@@ -128,8 +128,8 @@ def _rehearsed(recipe: Recipe, nodes: int, each: int, rank: int) -> dict[str, in
 
 def too_large(recipe: Recipe, forecast: Plan) -> str | None:
     """A sentence where a rank's training takes more memory than the GPU here has, by rehearsal, or a denoiser's on a
-    CPU more than this machine has, by a rule of thumb. None where it fits, and where this is one of several ranks already:
-    `lingen plan` and the preflight look at those."""
+    CPU more than this machine has, by a rule of thumb. None where it fits, and where this is one of several ranks
+    already: `lingen plan` and the preflight look at those."""
     on_gpu = torch.cuda.is_available() and recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     there = memory_here(torch.device("cuda", 0) if on_gpu else None)
     needed = rough_memory(recipe, forecast) if recipe.subject.encoded else there * on_gpu
