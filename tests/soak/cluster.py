@@ -20,7 +20,7 @@ from tests.helpers.small_t2v import write_small_t2v
 
 DISTURBANCES = ("the ranks signalled", "the script signalled", "a rank killed")
 LIVES = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
-PAUSE = 45.0
+PAUSE = 15.0
 """Seconds between two disturbances, at most."""
 
 
@@ -42,17 +42,19 @@ def disturb(folder: Path, seed: int, times: int, minutes: float) -> tuple[Counte
         if done.returncode:
             return counts, [f"submit: {done.stderr}"]
         job, wrong = done.stdout.strip(), list[str]()
-        end, next_one = time.monotonic() + 60 * minutes, time.monotonic() + random.uniform(5, PAUSE)
+        end, next_one = time.monotonic() + 60 * minutes, time.monotonic() + random.uniform(3, PAUSE)
         while (state := cluster.state(job)) in LIVES and time.monotonic() < end:
             wrong += _untrue(_status(cluster, run))
             if counts.total() < times and time.monotonic() > next_one and state == "RUNNING":
                 what = random.choice(DISTURBANCES)
                 counts[what] += _act(cluster, run, job, what)
-                next_one = time.monotonic() + random.uniform(5, PAUSE)
+                next_one = time.monotonic() + random.uniform(3, PAUSE)
             time.sleep(1)
         told = _status(cluster, run)
         if (state, told["state"]) != ("COMPLETED", "finished"):
             wrong.append(f"job {job} is {state}, the run {told['state']} ({told['reason']})")
+        if times and not counts.total():
+            wrong.append("the run was through before anything disturbed it: nothing was tried")
     return counts, list(dict.fromkeys(wrong))
 
 
