@@ -50,8 +50,7 @@ LinGenModule.training_step = act
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[slurm.Cluster]:
-    with slurm.slurm(3) as one:
-        one.env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CONFIG_HOME": str(one.folder / "config")}
+    with slurm.slurm_for_lingen(3) as one:
         yield one
 
 

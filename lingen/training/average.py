@@ -15,7 +15,7 @@ class AveragedWeights:
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), or by a power function (1 - 1 / (n + 1))^(g + 1), which
     gives weights s steps into a stage of t a share of s^(g + 1) - (s - 1)^(g + 1) in t^(g + 1) (EDM2, arXiv 2312.02696,
-    eq. 2). n is counted from 0 at the start of a stage, so that neither the initialisation nor the previous stage stays
+    section 3.1). n is counted from 0 at the start of a stage, so that neither the initialisation nor the previous stage stays
     in the average (docs/facts.md, "Averaged weights over a hand-over"). Works on shards too: every operation is
     element-wise.
 
@@ -64,7 +64,7 @@ class AveragedWeights:
 
 
 def power_of_width(width: float) -> float:
-    """The power g whose average has a relative standard deviation of `width` (EDM2, appendix C), which is
+    """The power g whose average has a relative standard deviation of `width` (EDM2, section 3.1), which is
     sqrt((g + 1) / (g + 3)) / (g + 2) and falls in g. By halving, from g = 0 (width 0.289) on."""
     low, high = 0.0, 1 / width
     for _ in range(60):

@@ -132,14 +132,17 @@ def too_large(recipe: Recipe, forecast: Plan) -> str | None:
     already: `lingen plan` and the preflight look at those."""
     on_gpu = torch.cuda.is_available() and recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     there = memory_here(torch.device("cuda", 0) if on_gpu else None)
-    needed = rough_memory(recipe, forecast) if recipe.subject.encoded else there * on_gpu
-    if on_gpu and 2 * needed > there and not dist.is_initialized():  # else a rehearsal is not worth its seconds
+    rough = rough_memory(recipe, forecast) if recipe.subject.encoded else None
+    if dist.is_initialized() or (rough is None and not on_gpu):
+        return None
+    needed = rough or 0
+    if on_gpu and (rough is None or 2 * rough > there):  # else a rehearsal is not worth its seconds
         nodes = int(recipe.trainer.get("num_nodes", 1))
         try:
             needed = rehearse(recipe, nodes, ranks_of(recipe, torch.cuda.device_count()) // nodes).peak
         except RecipeError:
             return None
-    if needed <= there or dist.is_initialized():
+    if needed <= there:
         return None
     batch = recipe.data.batch
     return (

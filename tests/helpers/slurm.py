@@ -175,6 +175,14 @@ def slurm(nodes: int) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def slurm_for_lingen(nodes: int) -> Iterator[Cluster]:
+    """`slurm`, whose jobs run this checkout, one thread a rank, without the user's own settings of `lingen submit`."""
+    with slurm(nodes) as one:
+        one.env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CONFIG_HOME": str(one.folder / "config")}
+        yield one
+
+
 def _write(folder: Path, nodes: int) -> None:
     for name in ("munge", "run", "state"):
         (folder / name).mkdir(mode=0o755 if name == "run" else 0o700)

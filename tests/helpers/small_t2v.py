@@ -22,14 +22,17 @@ from tests.helpers import encoders
 STEPS = 3
 """Of each stage."""
 CLIPS, IMAGES, QUALITY = 16, 12, 6
-SMALL = """
+PARTS = """
 extends: t2v_68s
-model: {dim: 32, depth: 3, ffn_dim: 64, mixer: {state_dim: 8, head_dim: 8}}
 autoencoder: {name: tae, path: weights/tae.safetensors, width: 8}
 text:
   - {name: ul2, path: weights/ul2, dim: 16}
   - {name: byt5, path: weights/byt5-small, read: quoted, dim: 16}
   - {name: metaclip, path: weights/metaclip-h14, dim: 16}
+"""
+"""What `write_small_t2v` makes weights of."""
+SMALL = """
+model: {dim: 32, depth: 3, ffn_dim: 64, mixer: {state_dim: 8, head_dim: 8}}
 data:
   shards: {image: "shards/image-*.tar", video: "shards/video-*.tar"}
   size: [32, 32]
@@ -53,14 +56,14 @@ def write_small_t2v(folder: Path, recipe: str = SMALL, frames: int = 32, side: i
     relative to the folder.
 
     Args:
-        recipe: its text.
+        recipe: its text, but for `PARTS`.
         frames, side: of the drawn clips.
     """
     weights = folder / "weights"
     encoders.t5(weights / "ul2")
     encoders.byt5(weights / "byt5-small")
     encoders.clip(weights / "metaclip-h14")
-    write_text(folder / "small.yaml", recipe)
+    write_text(folder / "small.yaml", PARTS + recipe)
     _write_autoencoder(folder)
     with contextlib.chdir(folder):
         image = _write_raw("image", IMAGES, 1, side)

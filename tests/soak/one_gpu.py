@@ -18,13 +18,7 @@ from tests.soak.kill import RECORDER, notes_of
 STOPS = {"t2i_256": 3, "t2v_512_17s": 5}
 """Stage -> the step in which a signal comes."""
 RECIPE = """
-extends: t2v_68s
 model: {dim: 1024, depth: 4, ffn_dim: 2752}
-autoencoder: {name: tae, path: weights/tae.safetensors, width: 8}
-text:
-  - {name: ul2, path: weights/ul2, dim: 16}
-  - {name: byt5, path: weights/byt5-small, read: quoted, dim: 16}
-  - {name: metaclip, path: weights/metaclip-h14, dim: 16}
 data:
   shards: {image: "shards/image-*.tar", video: "shards/video-*.tar"}
   size: [256, 256]
