@@ -51,9 +51,7 @@ class LinGenConfig:
         float, "start of the gates and of the cross-attention's output: 0 in large recipes, 1 in tiny ones"
     ] = 0.0
     position_std: Annotated[float, Above(0), "standard deviation of the sin-cos start of the positional tables"] = 0.5
-    pool_text: Annotated[bool, "add the mean text token to the timestep embedding (not LinGen: for tiny models)"] = (
-        False
-    )
+    pool_text: Annotated[bool, "add the mean text token to the timestep's (not LinGen: for tiny models)"] = False
     checkpointing: Annotated[
         bool | float,
         Above(0),
@@ -137,10 +135,7 @@ class DataConfig:
         bool, IDENTITY, "put the frame rate before the caption, as Movie Gen does ('FPS-16. ...')"
     ] = True
     max_dropped: Annotated[
-        float,
-        SHARE,
-        FREE,
-        "share of broken samples that stops the run, once 100 were seen; 0: the first one stops, 1: none does",
+        float, SHARE, FREE, "share of broken samples that stops the run, once 100 were seen; 0: the first one, 1: none"
     ] = 0.05
     block: Annotated[
         int,
@@ -288,9 +283,7 @@ class ReconstructionConfig:
         Component, "what the perceptual distance is: vgg16 (`lingen data fetch vgg16`), lpips, none"
     ] = field(default_factory=lambda: {"name": "vgg16"})
     perceptual_frames: Annotated[
-        int,
-        AtLeast(0),
-        "frames of a clip that the perceptual distance looks at, drawn anew at each step; 0: all (ours)",
+        int, AtLeast(0), "frames of a clip that the perceptual distance sees, drawn anew at each step; 0: all (ours)"
     ] = 8
     kl: Annotated[
         float, AtLeast(0), "weight of the KL divergence from N(0, 1), a mean over the numbers of a latent (ours)"

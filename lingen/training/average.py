@@ -15,8 +15,8 @@ class AveragedWeights:
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), or by a power function (1 - 1 / (n + 1))^(g + 1), which
     gives weights s steps into a stage of t a share of s^(g + 1) - (s - 1)^(g + 1) in t^(g + 1) (EDM2, arXiv 2312.02696,
-    section 3.1). n is counted from 0 at the start of a stage, so that neither the initialisation nor the previous stage stays
-    in the average (docs/facts.md, "Averaged weights over a hand-over"). Works on shards too: every operation is
+    section 3.1). n is counted from 0 at the start of a stage, so that neither the initialisation nor the previous stage
+    stays in the average (docs/facts.md, "Averaged weights over a hand-over"). Works on shards too: every operation is
     element-wise.
 
     Args:
