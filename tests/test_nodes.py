@@ -110,7 +110,7 @@ def test_a_node_is_named_with_all_that_it_lacks(cluster: slurm.Cluster, tiny_rec
     cluster.finish(script, here / "log", 120)
     told = json.loads((here / "told").read_text())
     assert (here / "code").read_text() == "75\n" and [list(told["nodes"]), told["hung"]] == [["n1", "n2"], False]
-    assert [(one["look"], one["nodes"]) for one in told["faults"]] == [("run folder", ["n2"]), ("/dev/shm", ["n2"])]
+    assert [(one["check"], one["nodes"]) for one in told["faults"]] == [("run folder", ["n2"]), ("/dev/shm", ["n2"])]
     assert told["nodes"]["n2"]["shm"] == 4096 and told["nodes"]["n1"]["network"] > 0
     assert [note.rpartition(" ")[2] for note in told["notes"]] == [
         "--requeue", "--signal=USR1@120", "--kill-on-bad-exit=1"

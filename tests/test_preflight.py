@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lingen.launch.looks import ALL_LOOKS, Site
+from lingen.launch.checks import NODE_CHECKS, PreflightContext
 from lingen.ranks.environment import UnfitError
 from lingen.recipe import load_stages
 from lingen.weights import read_weights
@@ -55,7 +55,7 @@ import os, signal, threading, time
 import lingen.launch.preflight as preflight
 
 preflight.LAG = 2.0
-preflight.ALL_LOOKS = tuple(look._replace(seconds=8.0) for look in preflight.ALL_LOOKS)
+preflight.NODE_CHECKS = tuple(look._replace(seconds=8.0) for look in preflight.NODE_CHECKS)
 
 def stop():
     while not any(thread.name == "lingen-preflight" for thread in threading.enumerate()):
@@ -104,16 +104,16 @@ def test_a_rank_is_named_that_others_wait_for(fault: str, tiny_recipe: Path, tin
 
 
 def test_a_slow_node_and_a_wrong_clock_are_named(tiny_recipe: Path):
-    site = Site(Path("r"), load_stages(tiny_recipe))
+    site = PreflightContext(Path("r"), load_stages(tiny_recipe))
     site.report.nodes = {f"n{number}": {} for number in range(5)}
     speeds = {"n0": 20e9, "n1": 21e9, "n2": 4e9, "n3": 19e9, "n4": 20e9}
     words = [(node, {"all_reduce": 1e9, "network": speed}) for node, speed in speeds.items()]
-    judges = {look.name: look.judge for look in ALL_LOOKS}
+    judges = {look.name: look.judge for look in NODE_CHECKS}
     judges["network"](site, words)
     clock = {"n0": 0.0, "n1": 0.3, "n2": 0.0, "n3": -90.0, "n4": 0.1}
     disk = {"write": 1e9, "free": 1e9, "seen": True}
     judges["run folder"](site, [(node, disk | {"clock": 1e9 + late}) for node, late in clock.items()])
-    assert [(one["look"], one["nodes"]) for one in site.report.faults] == [
+    assert [(one["check"], one["nodes"]) for one in site.report.faults] == [
         ("network", ["n2"]), ("clock", ["n3"])
     ]  # fmt: skip
     judges["run folder"](site, [(node, disk | {"clock": 1e9, "free": 10.0}) for node in clock])

@@ -57,7 +57,7 @@ def _preflight(args: argparse.Namespace) -> int:
     try:
         with signals.listening():
             curriculum = load_alike(args)
-            from lingen.launch.preflight import fitness_lines, preflight_alone
+            from lingen.launch.preflight import preflight_alone, report_lines
             from lingen.training import record
             from lingen.training.identity import described
 
@@ -65,7 +65,7 @@ def _preflight(args: argparse.Namespace) -> int:
             run = args.run or record.default_path(stages[0].name, described(stages), lambda text: None)
             report = preflight_alone(run, curriculum.chosen(args.stage))
         if here().rank == 0:
-            print_json(asdict(report)) if args.json else print(*fitness_lines(report), sep="\n")
+            print_json(asdict(report)) if args.json else print(*report_lines(report), sep="\n")
         report.check()
     except signals.Stopped as stopped:
         return stopped.code

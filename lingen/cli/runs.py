@@ -112,10 +112,10 @@ def load_alike(args: argparse.Namespace) -> Curriculum:
 
 def _look(say: Callable[[str], None], folder: RunFolder, stages: Sequence[Recipe]) -> None:
     """The preflight of all ranks. UnfitError where it finds a fault."""
-    from lingen.launch.preflight import fitness_lines, preflight
+    from lingen.launch.preflight import preflight, report_lines
 
     report = preflight(folder, stages)
-    for line in fitness_lines(report):
+    for line in report_lines(report):
         say(line)
     report.check()
 

@@ -1,6 +1,6 @@
 """Is every node fit to train? ``lingen doctor --preflight``, and ``lingen fit --preflight`` before its first step.
 
-A look runs in a thread, since what it waits for may never come, and ranks tell what they found through the store where
+A check runs in a thread, since what it waits for may never come, and ranks tell what they found through the store where
 they met: it answers where a collective hangs. Rank 0 waits for all and judges, and the others hear what it says.
 """
 
@@ -20,7 +20,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from lingen.launch.looks import ALL_LOOKS, Fitness, Look, Site, Word
+from lingen.launch.checks import NODE_CHECKS, Measured, NodeCheck, PreflightContext, PreflightReport
 from lingen.ranks import heartbeat, launch, local_ranks, signals
 from lingen.ranks.collectives import is_connected, on_first_rank
 from lingen.ranks.environment import UnfitError
@@ -29,7 +29,7 @@ from lingen.tables import as_table
 from lingen.training.folder import RunFolder
 
 LAG = 20.0
-"""Seconds by which one rank may begin a look after another [ours]."""
+"""Seconds by which one rank may begin a check after another [ours]."""
 SHOWN_UNITS = {
     "all_reduce": ("all-reduce GB/s", 1e9), "network": ("network GB/s", 1e9), "write": ("disk GB/s", 1e9),
     "free": ("disk free GB", 1e9), "shm": ("/dev/shm GiB", 2**30), "memory": ("memory GiB", 2**30),
@@ -38,8 +38,8 @@ SHOWN_UNITS = {
 _numbers = itertools.count()
 
 
-def preflight(folder: RunFolder, stages: Sequence[Recipe]) -> Fitness:
-    """All looks, by all ranks together; what they found, on each.
+def preflight(folder: RunFolder, stages: Sequence[Recipe]) -> PreflightReport:
+    """All checks, by all ranks together; what they found, on each.
 
     Args:
         folder: of the run, which need not exist.
@@ -47,20 +47,20 @@ def preflight(folder: RunFolder, stages: Sequence[Recipe]) -> Fitness:
     Raises:
         UnfitError: rank 0 has gone.
     """
-    site = Site(folder.path.absolute(), stages)
+    context = PreflightContext(folder.path.absolute(), stages)
     store = dist.distributed_c10d._get_default_store() if is_connected() else dist.HashStore()
-    words = _Words(dist.PrefixStore(f"preflight-{next(_numbers)}", store), site)
+    words = _Exchange(dist.PrefixStore(f"preflight-{next(_numbers)}", store), context)
     try:
-        for look in ALL_LOOKS:
-            if not words.agree(look):
+        for check in NODE_CHECKS:
+            if not words.agree(check):
                 break
     finally:
-        if site.own.rank == 0:
-            shutil.rmtree(site.told["folder"], ignore_errors=True)
-    return site.report
+        if context.own.rank == 0:
+            shutil.rmtree(context.told["folder"], ignore_errors=True)
+    return context.report
 
 
-def preflight_alone(run: str | Path, stages: Sequence[Recipe]) -> Fitness:
+def preflight_alone(run: str | Path, stages: Sequence[Recipe]) -> PreflightReport:
     """The same where nothing is trained after it; starts the ranks that the stages ask for, as `lingen fit` does."""
     launch.join()
     try:
@@ -77,7 +77,7 @@ def preflight_alone(run: str | Path, stages: Sequence[Recipe]) -> Fitness:
     return report
 
 
-def fitness_lines(report: Fitness) -> Iterator[str]:
+def report_lines(report: PreflightReport) -> Iterator[str]:
     """A row for each node, and a line for whatever is wrong."""
     rows = []
     for node, values in report.nodes.items():
@@ -88,48 +88,48 @@ def fitness_lines(report: Fitness) -> Iterator[str]:
         yield "every node is fit"
     yield from (f"note: {text}" for text in report.notes)
     for one in report.faults:
-        yield f"unfit: {', '.join(one['nodes']) or 'every node'}: {one['look']}: {one['told']}"
+        yield f"unfit: {', '.join(one['nodes']) or 'every node'}: {one['check']}: {one['told']}"
 
 
-class _Words:
+class _Exchange:
     """What the ranks tell each other.
 
     Args:
         store: of this preflight alone.
     """
 
-    def __init__(self, store: dist.Store, site: Site):
-        self.store, self.site, self.first, self.names = store, site, site.own.rank == 0, list[str]()
+    def __init__(self, store: dist.Store, context: PreflightContext):
+        self.store, self.context, self.first, self.names = store, context, context.own.rank == 0, list[str]()
 
-    def agree(self, look: Look) -> bool:
-        """This rank looks, hands on what it found, and takes over what rank 0 says: whether the next look makes sense.
-        Meanwhile it gives signs of life, since a look has a limit of its own."""
-        site, key = self.site, f"{look.name}/{self.site.own.rank}"
+    def agree(self, check: NodeCheck) -> bool:
+        """This rank checks, hands on what it found, and takes over what rank 0 says: whether the next check makes
+        sense. Meanwhile it gives signs of life, since a check has a limit of its own."""
+        context, key = self.context, f"{check.name}/{self.context.own.rank}"
         self.store.set(f"{key}/came", heartbeat.host_name())
-        found = _begin(look, site)
-        end, shortened = time.monotonic() + look.seconds + (LAG if self.first else 2 * LAG), False
-        while not self.store.check(self._keys(look) if self.first else [look.name]):
+        found = _begin(check, context)
+        end, shortened = time.monotonic() + check.seconds + (LAG if self.first else 2 * LAG), False
+        while not self.store.check(self._keys(check) if self.first else [check.name]):
             if found:
                 self.store.set(key, json.dumps((word := found.pop()) | {"signal": signals.noted()}))
                 if "error" in word:
-                    self.store.set(f"{look.name}/failed", "")
-            if not shortened and self.store.check([f"{look.name}/failed"]):  # who waits for that rank waits in vain
+                    self.store.set(f"{check.name}/failed", "")
+            if not shortened and self.store.check([f"{check.name}/failed"]):  # who waits for that rank waits in vain
                 end, shortened = min(end, time.monotonic() + LAG), self.first
             if time.monotonic() > end:
                 break
             heartbeat.sign("preflight")
             time.sleep(0.1)
         if self.first:
-            goes_on = self._judge(look)
-            self.store.set(look.name, json.dumps([goes_on, asdict(site.report), site.told]))
-        elif not self.store.check([look.name]):
-            raise UnfitError(f"rank 0 gives no answer in the preflight ({look.name})", hung=True)
-        goes_on, report, site.told = json.loads(self.store.get(look.name))
-        site.report = Fitness(**report)
+            goes_on = self._judge(check)
+            self.store.set(check.name, json.dumps([goes_on, asdict(context.report), context.told]))
+        elif not self.store.check([check.name]):
+            raise UnfitError(f"rank 0 gives no answer in the preflight ({check.name})", hung=True)
+        goes_on, report, context.told = json.loads(self.store.get(check.name))
+        context.report = PreflightReport(**report)
         return bool(goes_on)
 
-    def _keys(self, look: Look) -> list[str]:
-        return [f"{look.name}/{rank}" for rank in range(self.site.own.ranks)]
+    def _keys(self, check: NodeCheck) -> list[str]:
+        return [f"{check.name}/{rank}" for rank in range(self.context.own.ranks)]
 
     def _names(self, keys: list[str]) -> list[str]:
         """The node of each rank; one that never came is its own."""
@@ -137,42 +137,44 @@ class _Words:
             came = [self.store.check([f"{key}/came"]) for key in keys]
             pairs = enumerate(zip(keys, came, strict=True))
             self.names = [self.store.get(f"{key}/came").decode() if here else f"rank {n}" for n, (key, here) in pairs]
-            self.site.report.nodes = {node: {"ranks": count} for node, count in Counter(self.names).items()}
+            self.context.report.nodes = {node: {"ranks": count} for node, count in Counter(self.names).items()}
         return self.names
 
-    def _judge(self, look: Look) -> bool:
-        keys = self._keys(look)
-        words: list[Word | None] = [
+    def _judge(self, check: NodeCheck) -> bool:
+        keys = self._keys(check)
+        words: list[Measured | None] = [
             json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys
         ]
-        report, names = self.site.report, self._names(keys)
+        report, names = self.context.report, self._names(keys)
         late = [rank for rank, word in enumerate(words) if word is None]
         missing = [rank for rank in late if not self.store.check([f"{keys[rank]}/came"])]
         failed = {rank: str(word["error"]) for rank, word in enumerate(words) if word and "error" in word}
         for text in dict.fromkeys(failed.values()):
-            report.blame(look.name, [names[rank] for rank, told in failed.items() if told == text], text)
+            report.blame(check.name, [names[rank] for rank, told in failed.items() if told == text], text)
         # Who waits for a rank that has failed, or has not come, is not to blame.
         waited = missing or ([] if failed else late)
         if waited:
             told = ", ".join(f"rank {rank} on {names[rank]}" for rank in waited[:16])
-            how = f"{'did not come' if missing else 'is not through'} after {look.seconds:.0f} s: look at its process"
-            report.blame(look.name, [names[rank] for rank in waited], f"{told} {how}")
+            how = f"{'did not come' if missing else 'is not through'} after {check.seconds:.0f} s: look at its process"
+            report.blame(check.name, [names[rank] for rank in waited], f"{told} {how}")
         report.hung = bool(late)
         if not (report.hung or failed):
-            step = self.site.own.per_node if look.once else 1
-            look.judge(self.site, [(names[rank], cast(Word, words[rank])) for rank in range(0, len(words), step)])
+            step = self.context.own.per_node if check.once else 1
+            check.judge(
+                self.context, [(names[rank], cast(Measured, words[rank])) for rank in range(0, len(words), step)]
+            )
         return not (report.hung or failed or any(word and word["signal"] for word in words))
 
 
-def _begin(look: Look, site: Site) -> list[Word]:
-    """What a look finds, or its error, once it is over: the list is empty until then."""
-    found: list[Word] = []
+def _begin(check: NodeCheck, context: PreflightContext) -> list[Measured]:
+    """What a check finds, or its error, once it is over: the list is empty until then."""
+    found: list[Measured] = []
 
     def run() -> None:
         try:
-            if site.device.type == "cuda":
-                torch.cuda.set_device(site.device)  # of this thread
-            found.append(look.measure(site) if site.own.local_rank == 0 or not look.once else {})
+            if context.device.type == "cuda":
+                torch.cuda.set_device(context.device)  # of this thread
+            found.append(check.measure(context) if context.own.local_rank == 0 or not check.once else {})
         except Exception as error:
             found.append({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 

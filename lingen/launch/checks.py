@@ -1,4 +1,4 @@
-"""The looks of a preflight: what each rank measures, and what rank 0 makes of it (`lingen.launch.preflight`)."""
+"""The checks of a preflight: what each rank measures, and what rank 0 makes of it (`lingen.launch.preflight`)."""
 
 from __future__ import annotations
 
@@ -49,38 +49,38 @@ WORKER = 1 << 28
 AHEAD = 3
 """Batches that a worker holds in /dev/shm: two ahead, and one that is used."""
 
-Word = dict[str, Any]
+Measured = dict[str, Any]
 """What a rank found: plain values."""
-Told = Sequence[tuple[str, Word]]
+AllMeasured = Sequence[tuple[str, Measured]]
 """Those of all ranks, in order, with the names of their nodes."""
 
 
 @dataclass
-class Fitness:
+class PreflightReport:
     """What was found."""
 
     nodes: dict[str, dict[str, float]] = field(default_factory=dict)
     """Name of each node -> what was measured there: bytes, bytes a second, seconds."""
     faults: list[dict[str, Any]] = field(default_factory=list)
-    """What keeps a run from training: ``look``, ``nodes`` (none: it is the same on all) and ``told``, with the cure."""
+    """What keeps a run from training: ``check``, ``nodes`` (none: the same on all) and ``told``, with the cure."""
     notes: list[str] = field(default_factory=list)
     """What costs time or work."""
     hung: bool = False
 
-    def blame(self, look: str, nodes: Iterable[str], told: str) -> None:
+    def blame(self, check: str, nodes: Iterable[str], told: str) -> None:
         """Notes a fault of these nodes."""
         named = sorted(set(nodes))
-        self.faults.append({"look": look, "nodes": [] if named == sorted(self.nodes) else named, "told": told})
+        self.faults.append({"check": check, "nodes": [] if named == sorted(self.nodes) else named, "told": told})
 
     def check(self) -> None:
         """UnfitError where there is a fault; its nodes are those that others may stand in for."""
         if self.faults:
             nodes = sorted({node for one in self.faults for node in one["nodes"]})
             everywhere = any(not one["nodes"] for one in self.faults) or nodes == sorted(self.nodes)
-            text = "; ".join(f"{one['look']}: {one['told']}" for one in self.faults)
+            text = "; ".join(f"{one['check']}: {one['told']}" for one in self.faults)
             raise UnfitError(text, [] if everywhere else nodes, self.hung)
 
-    def measured(self, words: Told, name: str, how: Callable[[Iterable[float]], float]) -> dict[str, float]:
+    def measured(self, words: AllMeasured, name: str, how: Callable[[Iterable[float]], float]) -> dict[str, float]:
         """Node -> one value of those of its ranks, which is noted."""
         found: dict[str, list[float]] = {}
         for node, word in words:
@@ -91,8 +91,8 @@ class Fitness:
         return {node: how(values) for node, values in found.items()}
 
 
-class Site:
-    """Where a preflight looks.
+class PreflightContext:
+    """Where a preflight checks.
 
     Args:
         run: folder of the run; it need not exist.
@@ -100,7 +100,7 @@ class Site:
     """
 
     def __init__(self, run: Path, stages: Sequence[Recipe]):
-        self.run, self.stages, self.own, self.report = run, stages, here(), Fitness()
+        self.run, self.stages, self.own, self.report = run, stages, here(), PreflightReport()
         on_gpu = torch.cuda.is_available() and stages[0].trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
         self.device = torch.device("cuda", self.own.local_rank) if on_gpu else torch.device("cpu")
         self.batch: Any = None
@@ -129,14 +129,14 @@ class Site:
         return MESSAGE[self.device.type]
 
 
-class Look(NamedTuple):
-    """A look."""
+class NodeCheck(NamedTuple):
+    """A check of every node."""
 
     name: str
     seconds: float
     """That it may take [ours]."""
-    measure: Callable[[Site], Word]
-    judge: Callable[[Site, Told], None]
+    measure: Callable[[PreflightContext], Measured]
+    judge: Callable[[PreflightContext, AllMeasured], None]
     """By rank 0, of what all have measured."""
     once: bool = False
     """By one rank of each node; else by every rank."""
@@ -145,22 +145,24 @@ class Look(NamedTuple):
 # versions and the scheduler
 
 
-def _versions(site: Site) -> Word:
+def _versions(context: PreflightContext) -> Measured:
     found = versions() | {"cuda": torch.version.cuda, "commit": git_commit()}
     with suppress(OSError):
         found["driver"] = " ".join(re.findall(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[:1])
     return {"versions": {name: one for name, one in found.items() if one is not None}}
 
 
-def _judge_versions(site: Site, words: Told) -> None:
+def _judge_versions(context: PreflightContext, words: AllMeasured) -> None:
     for name in sorted({name for _, word in words for name in word["versions"]}):
         held = [(node, str(word["versions"].get(name))) for node, word in words]
         usual = Counter(version for _, version in held).most_common(1)[0][0]
         for other in sorted({version for _, version in held} - {usual}):
             nodes = [node for node, version in held if version == other]
-            site.report.blame("versions", nodes, f"{name} is {other} there and {usual} elsewhere; make them the same")
-    needed = signal_seconds(site.stages, list(site.plans.values()))
-    site.report.notes += faults_of_job(os.environ.get("SLURM_JOB_ID"), needed)
+            context.report.blame(
+                "versions", nodes, f"{name} is {other} there and {usual} elsewhere; make them the same"
+            )
+    needed = signal_seconds(context.stages, list(context.plans.values()))
+    context.report.notes += faults_of_job(os.environ.get("SLURM_JOB_ID"), needed)
 
 
 def faults_of_job(job: str | None, needed: int) -> Iterator[str]:
@@ -194,24 +196,24 @@ def faults_of_job(job: str | None, needed: int) -> Iterator[str]:
 # the run folder
 
 
-def _disk(site: Site) -> Word:
-    clock, place = time.time(), Path(site.told["folder"])
+def _disk(context: PreflightContext) -> Measured:
+    clock, place = time.time(), Path(context.told["folder"])
     place.mkdir(exist_ok=True)
-    if site.own.rank == 0:
+    if context.own.rank == 0:
         write_text(place / "token", place.name)
     begun = time.perf_counter()
-    with (place / str(site.own.node)).open("wb") as file:
-        file.write(os.urandom(site.message))
+    with (place / str(context.own.node)).open("wb") as file:
+        file.write(os.urandom(context.message))
         os.fsync(file.fileno())
     seconds = time.perf_counter() - begun
     with suppress(FileNotFoundError):
         wait_for(place / "token")
-    found = {"clock": clock, "write": site.message / seconds, "free": shutil.disk_usage(place).free}
+    found = {"clock": clock, "write": context.message / seconds, "free": shutil.disk_usage(place).free}
     return found | {"seen": (place / "token").is_file()}
 
 
-def _judge_disk(site: Site, words: Told) -> None:
-    report, place = site.report, Path(site.told["folder"])
+def _judge_disk(context: PreflightContext, words: AllMeasured) -> None:
+    report, place = context.report, Path(context.told["folder"])
     if unseen := [node for node, word in words if not word["seen"]]:
         report.blame("run folder", unseen, f"{place.parent} is not the disk that rank 0 writes to: mount the same one")
     middle = median(word["clock"] for _, word in words)
@@ -219,9 +221,10 @@ def _judge_disk(site: Site, words: Told) -> None:
     if wrong := [node for node, skew in clocks.items() if abs(skew) > SKEW]:
         report.blame("clock", wrong, f"it is more than {SKEW:.0f} s off: let it follow a time server")
     report.notes += _slow(report.measured(words, "write", max), "writes to the run folder")
-    run = RunFolder(site.run)
+    run = RunFolder(context.run)
     needed = sum(
-        disk_of(stage, site.plans[str(stage.stage)], len(run.checkpoints(str(stage.stage)))) for stage in site.stages
+        disk_of(stage, context.plans[str(stage.stage)], len(run.checkpoints(str(stage.stage))))
+        for stage in context.stages
     )
     if full := [node for node, free in report.measured(words, "free", min).items() if free < needed]:
         told = f"checkpoints still take {needed / 1e9:.3g} GB at {place.parent}: free some, or lower "
@@ -238,20 +241,20 @@ def _slow(speeds: Mapping[str, float], does: str) -> Iterator[str]:
 # samples, and memory for those who read them
 
 
-def _samples(site: Site) -> Word:
-    site.batch = ClipData(site.stage).largest(site.own.rank)
-    text = [tensor for pair in (*site.batch.text.values(), *site.batch.null.values()) for tensor in pair]
+def _samples(context: PreflightContext) -> Measured:
+    context.batch = ClipData(context.stage).largest(context.own.rank)
+    text = [tensor for pair in (*context.batch.text.values(), *context.batch.null.values()) for tensor in pair]
     shm = {"shm": shutil.disk_usage("/dev/shm").free} if Path("/dev/shm").is_dir() else {}
-    return {"batch": sum(one.nbytes for one in (site.batch.clips, *text)), "memory": memory_left()} | shm
+    return {"batch": sum(one.nbytes for one in (context.batch.clips, *text)), "memory": memory_left()} | shm
 
 
-def _judge_samples(site: Site, words: Told) -> None:
-    report, per_node, workers = site.report, site.own.per_node, site.stage.data.workers * site.own.per_node
+def _judge_samples(context: PreflightContext, words: AllMeasured) -> None:
+    report, per_node, workers = context.report, context.own.per_node, context.stage.data.workers * context.own.per_node
     held = AHEAD * workers * max(word["batch"] for _, word in words)
     if small := [node for node, free in report.measured(words, "shm", min).items() if free < held]:
         told = f"{workers} loader workers may need {held / 2**30:.3g} GiB: enlarge it (docker run --shm-size), or lower"
         report.blame("/dev/shm", small, f"{told} data.workers")
-    copies = max(one.checkpoint for one in site.plans.values()) / site.own.ranks * per_node
+    copies = max(one.checkpoint for one in context.plans.values()) / context.own.ranks * per_node
     left = report.measured(words, "memory", min)
     if poor := [node for node, free in left.items() if free < workers * WORKER + held]:
         told = f"{workers} loader workers may need {(workers * WORKER + held) / 2**30:.3g} GiB: lower data.workers"
@@ -264,13 +267,13 @@ def _judge_samples(site: Site, words: Told) -> None:
 # the network
 
 
-def _network(site: Site) -> Word:
+def _network(context: PreflightContext) -> Measured:
     """Bytes a second of an all-reduce by all, and with two other nodes at least: of a slow node both are slow, of its
     neighbours one."""
-    own, device = site.own, site.device
+    own, device = context.own, context.device
     if own.ranks == 1:
         return {}
-    numbers, other = (torch.empty(site.message // 4, device=device) for _ in range(2))
+    numbers, other = (torch.empty(context.message // 4, device=device) for _ in range(2))
     seconds = _seconds(device, lambda: dist.all_reduce(numbers.fill_(1.0)))
     if not (numbers == own.ranks).all():
         raise RuntimeError(f"a sum over {own.ranks} ranks came out wrong: the network or a GPU changes numbers")
@@ -299,8 +302,8 @@ def _seconds(device: torch.device, act: Callable[[], Any]) -> float:
     return min(found)
 
 
-def _judge_network(site: Site, words: Told) -> None:
-    report = site.report
+def _judge_network(context: PreflightContext, words: AllMeasured) -> None:
+    report = context.report
     report.measured(words, "all_reduce", min)
     speeds = report.measured(words, "network", sum)
     for told in _slow(speeds, "sends and receives") if speeds else ():
@@ -310,35 +313,35 @@ def _judge_network(site: Site, words: Told) -> None:
 # a step
 
 
-def _step(site: Site) -> Word:
+def _step(context: PreflightContext) -> Measured:
     """Trains from random weights for one step, with strategy, module and optimiser of the stage. Nothing is written,
     and random numbers go on as if it had not been."""
-    kept = {key: value for key, value in site.stage.trainer.items() if key not in ("logger", "profiler")}
-    short = replace(site.stage.train, steps=1, accumulate=1)
-    recipe = replace(site.stage, train=short, trainer={**kept, "logger": False})
+    kept = {key: value for key, value in context.stage.trainer.items() if key not in ("logger", "profiler")}
+    short = replace(context.stage.train, steps=1, accumulate=1)
+    recipe = replace(context.stage, train=short, trainer={**kept, "logger": False})
     with isolate_rng(include_cuda=False), warnings.catch_warnings(action="ignore"):
-        trainer = build_trainer(recipe, RunFolder(site.run), [])
-        loader: DataLoader[Any] = DataLoader(cast(Any, [site.batch]), batch_size=None, collate_fn=as_it_is)
+        trainer = build_trainer(recipe, RunFolder(context.run), [])
+        loader: DataLoader[Any] = DataLoader(cast(Any, [context.batch]), batch_size=None, collate_fn=as_it_is)
         trainer.fit(recipe.subject.build_module(recipe), loader)
     del trainer
     gc.collect()
-    if site.device.type == "cpu":
+    if context.device.type == "cpu":
         return {}
-    most = torch.cuda.max_memory_allocated(site.device)
+    most = torch.cuda.max_memory_allocated(context.device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(site.device)
+    torch.cuda.reset_peak_memory_stats(context.device)
     return {"gpu": most}
 
 
-def _judge_step(site: Site, words: Told) -> None:
-    site.report.measured(words, "gpu", max)
+def _judge_step(context: PreflightContext, words: AllMeasured) -> None:
+    context.report.measured(words, "gpu", max)
 
 
-ALL_LOOKS = (
-    Look("versions", 300.0, _versions, _judge_versions, once=True),
-    Look("run folder", 180.0, _disk, _judge_disk, once=True),
-    Look("samples", 1800.0, _samples, _judge_samples),
-    Look("network", 120.0, _network, _judge_network),
-    Look("step", 1200.0, _step, _judge_step),
+NODE_CHECKS = (
+    NodeCheck("versions", 300.0, _versions, _judge_versions, once=True),
+    NodeCheck("run folder", 180.0, _disk, _judge_disk, once=True),
+    NodeCheck("samples", 1800.0, _samples, _judge_samples),
+    NodeCheck("network", 120.0, _network, _judge_network),
+    NodeCheck("step", 1200.0, _step, _judge_step),
 )
 """In their order."""
