@@ -144,6 +144,15 @@ def test_a_run_that_hangs_is_worth_another_start(run: RunFolder):
     assert not again and why.startswith("failed: rank 1 on ") and why.endswith(": OSError: no")
 
 
+@pytest.mark.parametrize(("code", "how"), [(75, "stopped by SIGUSR1"), (137, "killed: exit code 137 (SIGKILL)")])
+def test_a_rank_that_was_stopped_tells_what_a_lost_one_does_not_know(run: RunFolder, code: int, how: str):
+    mark = killed_session(run)
+    with pytest.raises(Stopped), beating(run.ranks, 1, 2, mark):
+        raise Stopped(signal.SIGUSR1)
+    assert worth_another_start(run, code) == (True, how)
+    assert read_sessions(run)[-1]["how"] == how
+
+
 def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: RunFolder, monkeypatch):
     in_session(run, Stopped(signal.SIGUSR1))
     assert worth_another_start(run, 1) == (True, "stopped by SIGUSR1")

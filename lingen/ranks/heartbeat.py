@@ -31,9 +31,10 @@ SIZE = 2048
 """Bytes of a file."""
 SAMPLES_TOLD = 3
 """Samples of a batch that are named."""
-FAILED_WORD, OTHER_WORD, LOST_WORD = "failed: ", "another rank failed: ", "lost another rank"
-"""Starts of how something ended: by an error of its own, which would come again; by another rank's; because another
-rank was gone, which says nothing of why."""
+FAILED_WORD, OTHER_WORD, STOPPED_WORD = "failed: ", "another rank failed: ", "stopped by "
+LOST_WORD = "lost another rank"
+"""Starts of how something ended: because another rank was gone, which says nothing of why; and above by an error of its
+own, which would come again; by another rank's; by a signal."""
 UNFIT_WORD = "unfit: "
 """The same where nodes did not pass the preflight; behind it stand their names, ``n2,n7: ...``."""
 HUNG = "silent for "
@@ -226,7 +227,7 @@ def word_of(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         number = signal.SIGINT
     if number is not None and not isinstance(error, RecipeError):  # the signal may have ended what was needed
-        return f"stopped by {signal.Signals(number).name}"
+        return f"{STOPPED_WORD}{signal.Signals(number).name}"
     return f"{FAILED_WORD}{type(error).__name__}: {text}"[:500]
 
 

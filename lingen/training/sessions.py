@@ -21,12 +21,14 @@ from lingen.ranks.heartbeat import (
     HUNG,
     LOST_WORD,
     OTHER_WORD,
+    STOPPED_WORD,
     UNFIT_WORD,
     Beat,
     host_name,
     read_beats,
     word_of,
 )
+from lingen.ranks.signals import REQUEUE
 from lingen.ranks.slurm import held_back
 from lingen.recipe.text import decode_json
 from lingen.training.folder import RunFolder
@@ -138,8 +140,14 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
         return code != 1, f"{ended}, before it trained"
     last = sessions[-1]
     # srun ends the others by SIGTERM where one fails: rank 0 may say that this stopped it.
-    if last["how"] is None or last["how"].startswith(LOST_WORD) or _failed(read_beats(folder.ranks, last["mark"])):
-        last |= {"ended": time_now(), "how": killed(folder, last, ended)}
+    beats = read_beats(folder.ranks, last["mark"])
+    if last["how"] is None or last["how"].startswith(LOST_WORD) or _failed(beats):
+        # None was killed: a rank that was stopped may leave before another one is done, which then finds it gone.
+        stopped = [beat.ended for beat in beats if code == REQUEUE and str(beat.ended).startswith(STOPPED_WORD)]
+        last |= {
+            "ended": time_now(),
+            "how": killed(folder, last, ended) if _failed(beats) or not stopped else stopped[0],
+        }
         _write(folder, sessions)
     how, tail = str(last["how"]), sessions[-IN_VAIN:]
     in_vain = len({(one["stage"], one["step"]) for one in tail}) == 1
