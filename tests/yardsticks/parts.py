@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-from lingen.bench.timing import Work
+from lingen import kernels
+
+from .timing import Work
 
 PATTERNS = (
     ("scan", r"_chunk_(scan|state|cumsum)|_state_passing|_bmm_chunk"),  # mamba_ssm's own names
@@ -38,7 +40,7 @@ def triton_kernels() -> dict[str, str]:
     """Name of each Triton function of `lingen.kernels` -> its operation; read from the sources, not imported. A name
     that occurs in several operations stands for all of them, because a profile holds names only."""
     owners: dict[str, list[str]] = {}
-    for file in sorted((Path(__file__).parents[1] / "kernels").glob("*_triton.py")):
+    for file in sorted(Path(*kernels.__path__).glob("*_triton.py")):
         operation = file.stem.removesuffix("_triton").removesuffix("_backward").replace("_", " ")
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):

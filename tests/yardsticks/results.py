@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from lingen.bench.place import device_name
 from lingen.files import write_json
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
+
+from .place import device_name
 
 Fields = dict[str, Any]
 Say = Callable[[str], None]
