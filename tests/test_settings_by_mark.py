@@ -30,7 +30,7 @@ SETS = "data.synthetic={name: shapes, clips: 6, images: 6, held_out: 2}"
 SMALL = {
     "quickstart_cpu": (
         SETS, "model.dim=16", "model.depth=1", "model.mixer.state_dim=4", "model.mixer.head_dim=8", "text.0.dim=8",
-        "text.0.buckets=64", "data.batch={image: 2, video: 2}", "stages.videos.data.mix={image: 1, video: 1}",
+        "text.0.buckets=64", "data.batch={image: 2, video: 1}", "stages.videos.data.mix={image: 1, video: 1}",
         "train.warmup=1", "trainer.precision=32-true", "trainer.logger=false", "score.clips=0", "sample.prompts=[]",
         "reconstruction.features.path=FOLDER/one", "stages.images.train.steps=1",
     ),
@@ -82,7 +82,8 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "autoencoder.path": "FOLDER/tae.safetensors", "autoencoder.multipliers": "[1, 1, 1]", "autoencoder.blocks": "2",
     "autoencoder.attention": "false", "autoencoder.reach": "1",
     # course
-    "data.mix.image": "0", "data.mix.video": "3", "data.batch.image": "1", "data.batch.video": "1",
+    "data.mix.image": "0", "data.mix.video": "3", "data.mix_by": "samples", "data.batch.image": "1",
+    "data.batch.video": "2",
     "time.distribution": "uniform", "time.mean": "1", "time.std": "2", "time.shift": "1", "train.lr": "1e-5",
     "train.warmup": "5", "train.decay": "constant", "train.weight_decay": "0.5", "train.betas": "[0.5, 0.6]",
     "train.clip_grad": "1e-3", "train.accumulate": "2", "train.ema": "0.01", "train.text_drop": "1",
