@@ -57,6 +57,8 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "model.mixer.state_dim": "8", "model.mixer.head_dim": "4", "model.mixer.window": "[2, 2, 2]",
     "model.mixer.ma": "null", "model.mixer.te": "null", "model.mixer.branch_gate": "each", "model.mixer.scan": "thw",
     "model.mixer.groups": "2", "model.mixer.expand": "4", "model.mixer.dt_min": "1e-4", "model.mixer.dt_max": "0.2",
+    "model.mixer.long_heads": "0.5", "model.mixer.a_min": "1e-3", "model.mixer.a_max": "8",
+    "model.mixer.norm": "per_head",
     "model.mixer.conv": "per_direction", "model.mixer.conv_width": "3", "model.mixer.review": "[1, 1, 1]",
     "model.mixer.review_reverse": "plain", "model.mixer.bidirectional": "false", "model.mixer.num_heads": "4",
     "model.num_heads": "2", "model.ffn_dim": "64", "model.patch": "[1, 8, 8]", "model.predict": "velocity",
