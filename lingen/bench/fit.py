@@ -5,10 +5,9 @@ whose parts are timed, and on a GPU steps under the profiler.
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -25,7 +24,7 @@ from lingen.run import fit_curriculum
 
 WARM = 3
 """Steps before anything is measured, in which kernels are compiled and the loader fills its queue."""
-PARTS = {
+PARTS_OF_A_STEP = {
     "train_dataloader_next": "data",
     ".training_step": "forward",
     ".backward": "backward",
@@ -38,13 +37,13 @@ PARTS = {
 inside of another one counts for itself alone; what is left between them is the loop's."""
 
 
-class PartTimes(Profiler):
+class StepProfiler(Profiler):
     """Milliseconds of the parts of training steps, by the actions that Lightning and `Trained` name; the GPU is waited
     for at each one's beginning and end."""
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.times: Counter[str] = Counter()
+        self.times: dict[str, float] = {}
         self._device = device
         self._open: list[str] = []
         self._last = 0.0
@@ -67,12 +66,12 @@ class PartTimes(Profiler):
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         if self._last:
-            self.times[self._part()] += 1e3 * (now - self._last)
+            self.times[self._part()] = self.times.get(self._part(), 0.0) + 1e3 * (now - self._last)
         self._last = now
 
     def _part(self) -> str:
         for action in reversed(self._open):
-            for name, part in PARTS.items():
+            for name, part in PARTS_OF_A_STEP.items():
                 if action.endswith(name) or action.startswith(name):
                     return part
         return "loop"
@@ -86,6 +85,9 @@ class LoopMeter(Callback):
         self.steps = steps
         self.found: Fields = {}
         self.device_name = ""
+        self._phase, self._began = -1, 0.0
+        self._parts: StepProfiler
+        self._profile: torch.profiler.profile
 
     def row(self, recipe: Recipe, kind: str) -> Fields:
         """What was found, of a recipe that trains on one kind."""
@@ -99,21 +101,25 @@ class LoopMeter(Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule, *args: Any) -> None:
         done, device = trainer.global_step - WARM, module.device
-        if done < 0 or done % self.steps:
+        phase = done // self.steps
+        if done < 0 or done % self.steps or phase == self._phase:  # another batch of the same step
             return
+        self._phase = phase
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        phase, now = done // self.steps, time.perf_counter()
+        now = time.perf_counter()
         self.device_name = device_name(device)
         if phase == 0 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if phase == 1:
             self.found["ms"] = 1e3 * (now - self._began) / self.steps
             self.found["gib"] = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
-            trainer.profiler = self._parts = PartTimes(device)
+            cast(Any, trainer).profiler = self._parts = StepProfiler(device)
         if phase == 2:
-            self.found["parts"] = {part: ms / self.steps for part, ms in self._parts.times.most_common()}
-            trainer.profiler = PassThroughProfiler()
+            self.found["parts"] = {
+                part: ms / self.steps for part, ms in sorted(self._parts.times.items(), key=lambda one: -one[1])
+            }
+            cast(Any, trainer).profiler = PassThroughProfiler()
             if device.type == "cuda":
                 self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self._profile.start()

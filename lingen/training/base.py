@@ -237,7 +237,7 @@ class Trained(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.average is not None and self.bad_steps == 0:
-            with self.trainer.profiler.profile("average"):
+            with cast(Any, self.trainer).profiler.profile("average"):
                 self.average.update()
 
     def on_fit_start(self) -> None:
