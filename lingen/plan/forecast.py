@@ -37,6 +37,11 @@ class Plan:
     """FLOPs of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
 
     @property
+    def model_flops(self) -> dict[str, float]:
+        """The same without what is computed twice, as model FLOPs utilisation counts it (PaLM, arXiv 2204.02311)."""
+        return {kind: 3 * flops for kind, flops in self.flops.items()}
+
+    @property
     def tokens(self) -> dict[str, int]:
         """Tokens of one sample of each kind."""
         return {kind: math.prod(grid) for kind, grid in self.grids.items()}
