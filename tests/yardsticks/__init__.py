@@ -4,6 +4,7 @@ lingen is measured against. Nothing here is something that lingen itself runs on
 - `commands`, `model_commands`: the command line.
 - `scaling`, `receipt`, `exponent`: ``lingen bench scaling``, how cost grows with the tokens; `model`: the denoiser;
   `autoencoder`: ``lingen bench tae``. They use `place`, `build`, `timing`, `parts`.
+- `fit`: ``lingen bench fit``, a recipe's own training loop by part.
 - `results`: the result files. `show`, `tables`, `plots`: what is printed of them, over the numbers of `paper`.
 
 - `stock`: MATE's branches wired from stock parts (mamba_ssm's scan, torch's conv1d and SDPA), on the weights of ours.

@@ -164,6 +164,26 @@ def bench_training(args: argparse.Namespace) -> int:
 
 
 @command(
+    "a recipe's own training loop by part: waiting for data, forward, backward, optimiser, average; tokens a second",
+    BENCH_RECIPE,
+    argument("--stage", metavar="NAME", help="of the recipe (default: the last one)"),
+    argument("--steps", type=natural, default=20, metavar="N", help="of each measurement (default: 20)"),
+    out("bench/fit.json"),
+    argument("--commit", metavar="HASH", help="for the result file, where there is no checkout"),
+    overrides=True,
+)
+def bench_fit(args: argparse.Namespace) -> int:
+    import torch
+
+    from . import fit, results
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    file = results.Results(Path(args.out), {}, device, say, args.commit)
+    fit.bench_fit(args.recipe, args.overrides, args.stage, args.steps, file)
+    return print_tables(file, "fit")
+
+
+@command(
     "committed results next to the targets: reached, or by how much missed",
     argument("--results", default="docs/results", metavar="DIR", help="folder of result files (default: docs/results)"),
     argument("--markdown", metavar="PAGE", help="make the tables of this page anew from the files, in place"),

@@ -60,11 +60,16 @@ def milliseconds_by_part(work: Work, device: torch.device, runs: int = 1) -> dic
             work()
         if cuda:
             torch.cuda.synchronize(device)
+    return {part: ms / runs for part, ms in profiled_milliseconds(profiled, cuda).items()}
+
+
+def profiled_milliseconds(profiled: torch.profiler.profile, cuda: bool) -> dict[str, float]:
+    """Milliseconds of each part in a profile that has ended, most first."""
     parts: Counter[str] = Counter()
     for event in profiled.key_averages():
         # Operators carry the time of the kernels that they launch: counting both would count twice.
         is_kernel = event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         if is_kernel or not cuda:
             microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-            parts[part_of_kernel(event.key)] += microseconds / 1e3 / runs
+            parts[part_of_kernel(event.key)] += microseconds / 1e3
     return dict(parts.most_common())

@@ -39,7 +39,7 @@ class Results:
     """
 
     def __init__(self, path: Path, about: Fields, device: torch.device, say: Say, commit: str | None = None):
-        self.path, self.say = path, say
+        self.path, self.say, self.device = path, say, device
         cuda = {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
         self.rows: list[Fields] = []
         """Those that were added."""
