@@ -16,7 +16,7 @@ from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
 from lingen.kernels.scan import rows_of, scan, scan_kernel, scan_state
-from lingen.recipe.bounds import FREE, IDENTITY, Above, AtLeast
+from lingen.recipe.bounds import FREE, IDENTITY, Above, AtLeast, Between
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
@@ -35,8 +35,11 @@ class Mamba2(nn.Module):
     Settings:
         scan: name in SCANS (or 'module:attr'); a cycle gives each layer its own order.
         state_dim, head_dim, groups, expand: sizes as in mamba_ssm (d_state, headdim, ngroups, expand).
-        dt_min, dt_max: range of the initial time steps. A head forgets after about 1 / (dt A) tokens with A from U(1,
-            16); `horizon` returns this. What a small dt_min costs: docs/facts.md, "Memory of the scan".
+        dt_min, dt_max: range of the initial time steps, with which a head also writes: lower them and it writes less.
+        long_heads: share of the heads that begin with a long memory, as `ScanMemory.draw` says; 0 is mamba_ssm's start.
+        a_min, a_max: the decay A begins log-uniform in [a_min, 1] in long heads, and uniform in [1, a_max] in the
+            others. A head forgets after about 1 / (dt A) tokens (docs/model.md, "Memory of the scan").
+        norm: the gated norm is "shared" by the heads of a group, or "per_head", so that no head drowns another [ours].
         conv: "shared" is one conv, centred; "per_direction" one for each, causal in its direction.
         conv_width: tokens that the conv sees.
         conv_ends: "masked": in orders that read column by column in time, the conv does not join a column's last frame
@@ -61,6 +64,10 @@ class Mamba2(nn.Module):
         expand: Annotated[int, AtLeast(1), IDENTITY] = 2,
         dt_min: Annotated[float, Above(0), IDENTITY] = 1e-3,
         dt_max: Annotated[float, IDENTITY] = 0.1,
+        long_heads: Annotated[float, Between(0, 1), IDENTITY] = 0.25,
+        a_min: Annotated[float, Between(1e-6, 1), IDENTITY] = 1e-2,
+        a_max: Annotated[float, Above(1), IDENTITY] = 16.0,
+        norm: Annotated[Literal["shared", "per_head"], IDENTITY] = "shared",
         conv: Annotated[Literal["shared", "per_direction"], IDENTITY] = "shared",
         conv_width: Annotated[int, AtLeast(1), IDENTITY] = 4,
         conv_ends: Annotated[Literal["joined", "masked"], IDENTITY] = "joined",
@@ -91,8 +98,8 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         convolved = channels if self.centred else self.directions * channels
         self.conv1d = trains_in_float32(nn.Conv1d(convolved, convolved, conv_width, groups=convolved))
-        self.memory.draw(dt_min, dt_max)
-        self.norm = GatedRMSNorm(inner, groups)
+        self.memory.draw(dt_min, dt_max, long_heads, a_min, a_max)
+        self.norm = GatedRMSNorm(inner, heads if norm == "per_head" else groups)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     @property
@@ -154,7 +161,7 @@ class Mamba2(nn.Module):
         width = self.conv1d.kernel_size[0]
         return width // 2 if self.centred else width - 1
 
-    def horizon(self) -> Float[Tensor, "r k"]:
+    def horizon(self) -> Float[Tensor, ""]:
         """See `ScanMemory.horizon`."""
         return self.memory.horizon()
 
@@ -260,9 +267,18 @@ class ScanMemory(nn.Module):
         self.a_log, self.d, self.dt_bias = (undecayed(nn.Parameter(torch.ones_like(each))) for _ in range(3))
 
     @torch.no_grad()
-    def draw(self, dt_min: float, dt_max: float) -> None:
-        """A from U(1, 16), log dt uniform between the two, D 1 (arXiv 2405.21060)."""
-        self.a_log.uniform_(1, 16).log_()
+    def draw(self, dt_min: float, dt_max: float, long_heads: float, a_min: float, a_max: float) -> None:
+        """A from U(1, a_max), log dt uniform between the two, D 1 (arXiv 2405.21060); and in long heads log A uniform
+        between those of a_min and 1 [ours], from the same random numbers.
+
+        Long are the nearest whole number to `long_heads` of all k heads, the same ones in both directions, spread
+        evenly over them and so over the groups of B and C: of every four heads the last one for 0.25.
+        """
+        a, heads = self.a_log.uniform_(1, a_max), self.a_log.shape[1]
+        count = int(long_heads * heads + 0.5)
+        is_long = torch.arange(1, heads + 1, device=a.device) * count % heads < count
+        share = (a - 1) / (a_max - 1)
+        a.copy_(torch.where(is_long, math.log(a_min) * share, a.log()))
         log_dt = self.dt_bias.uniform_(math.log(dt_min), math.log(dt_max))
         log_dt.exp_().expm1_().log_()  # inverse of softplus
 
@@ -271,6 +287,8 @@ class ScanMemory(nn.Module):
         return -self.a_log.to(dtype).exp(), self.d, self.dt_bias
 
     @torch.no_grad()
-    def horizon(self) -> Float[Tensor, "r k"]:
-        """Tokens after which a head has forgotten all but 1/e, per direction and head, at the bias's time step."""
-        return 1 / (F.softplus(self.dt_bias.float()) * self.a_log.float().exp())
+    def horizon(self) -> Float[Tensor, ""]:
+        """Reach in tokens, at the biases' time steps: the mean over all heads of 1 / (dt A), after which a head has
+        forgotten all but 1/e, weighted by dt, with which it writes; that is sum(1 / A) / sum(dt). It is what is left
+        of a write, sum(dt exp(-lag dt A)), integrated over the lag and divided by its start [ours]."""
+        return (-self.a_log.float()).exp().sum() / F.softplus(self.dt_bias.float()).sum()
