@@ -49,7 +49,11 @@ def one_direction(mixer, x, direction, flip_review):
         xbc, dt = streams.split([channels, heads], -1)
         if flipped and not mixer.centred:
             xbc = xbc.flip(1)
-        xbc = F.silu(F.conv1d(F.pad(xbc.mT, (before, taps - 1 - before)), weight, bias, groups=channels).mT)
+        # Masked, each column of a temporal order is a sequence of its own; one frame has no columns.
+        column = source.shape[1] if mixer.masked and str(mixer.order).endswith("t") and source.shape[1] > 1 else None
+        pieces = xbc.mT.split(column or xbc.shape[1], -1)
+        padded = (F.pad(piece, (before, taps - 1 - before)) for piece in pieces)
+        xbc = F.silu(torch.cat([F.conv1d(piece, weight, bias, groups=channels) for piece in padded], -1).mT)
         if flipped and mixer.centred:
             xbc = xbc.flip(1)
         sequences.append(torch.cat([xbc, dt.flip(1) if flipped else dt], -1))
@@ -88,6 +92,9 @@ def explicit(mixer, x):
         {"groups": 2, "scan": "hilbert", "conv_width": 3},
         {"review": None, "scan": "zigzag"},
         {"review": (1, 1, 1), "expand": 1, "conv_width": 1},
+        {"conv_ends": "masked", "scan": "hwt", "review": (1, 2, 2)},
+        {"conv_ends": "masked", "scan": "wht", "conv": "per_direction"},
+        {"conv_ends": "masked"},
     ],
     ids=str,
 )
@@ -145,7 +152,8 @@ def test_kernels_agree_inside_the_mixer():
     "settings",
     [{}, {"scan": "hilbert", "groups": 2}, {"conv": "per_direction", "scan": "wth"}, {"bidirectional": False},
      {"review_reverse": "plain", "scan": "thw"}, {"review": None, "conv_width": 3},
-     {"norm": "per_head", "head_dim": 4}],
+     {"conv_ends": "masked", "scan": "hwt", "review": (1, 2, 2)},
+     {"conv_ends": "masked", "scan": "wht", "conv": "per_direction"}, {"norm": "per_head", "head_dim": 4}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.usefixtures("poisoned")
@@ -169,6 +177,25 @@ def test_triton_inside_the_mixer(settings, device, monkeypatch):
         seed = torch.sin(torch.arange(y.numel(), device=device)).view_as(y).to(y.dtype)
         found.append({"y": y} | dict(zip(parts, torch.autograd.grad(y, list(parts.values()), seed), strict=True)))
     assert_close("triton", *found, 1e-4)
+
+
+@pytest.mark.parametrize("conv", ["shared", "per_direction"])
+@pytest.mark.parametrize("scan", ["hwt", "wht", "thw"])
+def test_a_masked_conv_keeps_a_last_frame_from_the_next_columns_first(scan, conv):
+    """With a state that remembers nothing, a token hears what the conv gives it, and no more."""
+    x = tokens(6, 2, 3).requires_grad_()
+    heard = {}
+    for ends in ("joined", "masked"):
+        mixer = mamba2(scan=scan, conv=conv, conv_ends=ends, review=None)
+        with torch.no_grad():
+            mixer.memory.a_log.fill_(12.0)
+        seen = torch.autograd.grad(mixer(x)[:, 5, 0, 0].square().sum(), x)[0].square().sum((0, 2, 3, 4))
+        heard[ends] = (seen / seen.sum()).tolist()
+    if scan == "thw":
+        assert heard["masked"] == heard["joined"]
+    else:
+        assert heard["joined"][0] > 1e-2 and heard["masked"][0] < 1e-12
+        assert min(heard["masked"][4:]) > 1e-2
 
 
 def test_sizes_at_the_width_of_the_large_model():

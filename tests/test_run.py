@@ -318,7 +318,10 @@ def test_mfu_is_logged_where_the_peak_is_known(tiny_recipe: Path):
     assert peak_flops("NVIDIA Unheard-of") is None
     recipe = lingen.load_recipe(tiny_recipe, stage="clips")
     module = LinGenModule(recipe)
-    assert module.flop_of_training("video") == 3 * plan(recipe).flops["video"] > 0
+    of_model, of_hardware = module.flop_of_training("video")
+    assert of_model == of_hardware == 3 * plan(recipe).flops["video"] > 0
+    again = LinGenModule(lingen.load_recipe(tiny_recipe, ["model.checkpointing=true"], stage="clips"))
+    assert again.flop_of_training("video") == (of_model, pytest.approx(of_model * 4 / 3))
 
 
 def test_fit_is_public_and_tells_how_a_signal_ended_it(

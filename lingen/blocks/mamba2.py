@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lingen.blocks.layers import GatedRMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
-from lingen.blocks.scan import order_of, permutation
+from lingen.blocks.scan import column_length, order_of, permutation
 from lingen.kernels.choice import holds_numbers, is_unlaunched
 from lingen.kernels.conv import conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
@@ -42,6 +42,8 @@ class Mamba2(nn.Module):
         norm: the gated norm is "shared" by the heads of a group, or "per_head", so that no head drowns another [ours].
         conv: "shared" is one conv, centred; "per_direction" one for each, causal in its direction.
         conv_width: tokens that the conv sees.
+        conv_ends: "masked": in orders that read column by column in time, the conv does not join a column's last frame
+            to the next one's first (one frame is read as "joined"); the state goes on. docs/model.md, "Order of time".
         review: tokens that are pooled into one, along t, h, w; null for no review.
         review_reverse: "front": the reverse direction, too, reads the review first; "plain" flips everything, so that
             it reads the review last and gains nothing from it.
@@ -68,6 +70,7 @@ class Mamba2(nn.Module):
         norm: Annotated[Literal["shared", "per_head"], IDENTITY] = "shared",
         conv: Annotated[Literal["shared", "per_direction"], IDENTITY] = "shared",
         conv_width: Annotated[int, AtLeast(1), IDENTITY] = 4,
+        conv_ends: Annotated[Literal["joined", "masked"], IDENTITY] = "joined",
         review: Annotated[tuple[int, int, int] | None, AtLeast(1), IDENTITY] = (2, 2, 2),
         review_reverse: Annotated[Literal["front", "plain"], IDENTITY] = "front",
         bidirectional: Annotated[bool, IDENTITY] = True,
@@ -84,7 +87,7 @@ class Mamba2(nn.Module):
         if dt_min > dt_max:
             raise SettingError("dt_min", f"dt_min={dt_min} must be at most dt_max={dt_max}.")
         self.order = order_of(scan, layer)
-        self.review = review
+        self.review, self.masked = review, conv_ends == "masked"
         self.review_reverse, self.kernel = review_reverse, kernel
         self.groups, self.state_dim, self.head_dim = groups, state_dim, head_dim
         self.directions = 2 if bidirectional else 1
@@ -117,7 +120,7 @@ class Mamba2(nn.Module):
         if self.review is not None:
             state = self._review_state(pool(streams, self.review, kernel=fused), kernel, fused)
         index = self._index(grid, projected.device)
-        y = self._scan(streams.flatten(1, 3), index, state, kernel, fused)
+        y = self._scan(streams.flatten(1, 3), index, self._segment(grid), state, kernel, fused)
         norm, low = self.norm, wants_fp8(self.out_proj)
         out = gated_norm(
             y, z.flatten(1, 3), norm.weight, index, groups=norm.groups, eps=norm.eps, quantize=low, kernel=fused
@@ -133,14 +136,14 @@ class Mamba2(nn.Module):
 
         grid, device = grid_of(projected), projected.device
         sizes = ScanSizes(self.sizes[2], self.head_dim, self.groups, self.state_dim, self.directions)
-        review_index, ways = None, 0
+        review_index, review_segment, ways = None, 0, 0
         if self.review is not None:
             _, windows = windows_of(projected, self.review)
-            review_index = self._index(windows, device)
+            review_index, review_segment = self._index(windows, device), self._segment(windows)
             ways = self.directions if self.review_reverse == "front" else 1
         plan = Mamba2Plan(
-            sizes, self._index(grid, device), self.review, review_index, ways, self._before, self.norm.groups,
-            self.norm.eps,
+            sizes, self._index(grid, device), self.review, review_index, ways, self._before, self._segment(grid),
+            review_segment, self.norm.groups, self.norm.eps,
         )  # fmt: skip
         bias = self.conv1d.bias
         assert bias is not None
@@ -166,10 +169,15 @@ class Mamba2(nn.Module):
         """Raster row of each position of the sequence; None where the scan is raster order itself."""
         return None if self.order == "thw" else permutation(self.order, grid, device)[0]
 
+    def _segment(self, grid: Triple) -> int:
+        """Positions that the conv keeps together, see `conv_silu`."""
+        return column_length(self.order, grid) if self.masked else 0
+
     def _scan(
         self,
         streams: Float[Tensor, "b n c"],
         index: Int[Tensor, "n"] | None,
+        segment: int,
         state: Float[Tensor, "b r k e s"] | None,
         kernel: str,
         fused: str,
@@ -178,14 +186,14 @@ class Mamba2(nn.Module):
         n = streams.shape[1]
         xbc, dt = streams.split(self.sizes[1:], -1)
         if self.centred or self.directions == 1:
-            u = self._conv(xbc, index, 0, rows_of(n, kernel, xbc.dtype), fused)
+            u = self._conv(xbc, index, 0, segment, rows_of(n, kernel, xbc.dtype), fused)
             return self._one_scan(u, dt, slice(None), index, state, kernel)
         if index is None:
             index = torch.arange(n, device=streams.device)
         sides = []
         # Each direction has streams of its own: two scans of one direction, the second of the reversed sequence.
         for way, order in enumerate((index, index.flip(0))):
-            u = self._conv(xbc, order, way, rows_of(n, kernel, xbc.dtype), fused)
+            u = self._conv(xbc, order, way, segment, rows_of(n, kernel, xbc.dtype), fused)
             sides.append(self._one_scan(u, dt, slice(way, way + 1), order, state, kernel)[:, :n])
         return sides[0] + sides[1].flip(1)
 
@@ -207,7 +215,8 @@ class Mamba2(nn.Module):
 
     def _review_state(self, streams: Float[Tensor, "b t h w c"], kernel: str, fused: str) -> Float[Tensor, "b r k e s"]:
         """What the directions remember of the review tokens, which all of them read forwards."""
-        index = self._index(grid_of(streams), streams.device)
+        grid = grid_of(streams)
+        index, segment = self._index(grid, streams.device), self._segment(grid)
         xbc, dt = streams.flatten(1, 3).split(self.sizes[1:], -1)
         rows = rows_of(xbc.shape[1], kernel, xbc.dtype)
         ways = self.directions if self.review_reverse == "front" else 1
@@ -216,7 +225,7 @@ class Mamba2(nn.Module):
         a, _, dt_bias = self.memory()
         states = [
             scan_state(
-                self._conv(xbc, index, one.start, rows, fused), dt, a[one], dt_bias[one], index,
+                self._conv(xbc, index, one.start, segment, rows, fused), dt, a[one], dt_bias[one], index,
                 groups=self.groups, state_dim=self.state_dim, kernel=kernel,
             )
             for one in shared
@@ -226,14 +235,22 @@ class Mamba2(nn.Module):
         return torch.cat([state, torch.zeros_like(state)], 1) if missing else state
 
     def _conv(
-        self, xbc: Float[Tensor, "b n c"], index: Int[Tensor, "n"] | None, way: int, rows: int, kernel: str
+        self,
+        xbc: Float[Tensor, "b n c"],
+        index: Int[Tensor, "n"] | None,
+        way: int,
+        segment: int,
+        rows: int,
+        kernel: str,
     ) -> Float[Tensor, "b rows c"]:
         """Depthwise conv along the scan and SiLU: centred, or causal with the weights of direction `way`."""
         channels = self.sizes[1]
         mine = slice(way * channels, (way + 1) * channels)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
-        return conv_silu(xbc, weight[mine], bias[mine], index, before=self._before, rows=rows, kernel=kernel)
+        return conv_silu(
+            xbc, weight[mine], bias[mine], index, before=self._before, segment=segment, rows=rows, kernel=kernel
+        )
 
 
 @stays_float32
