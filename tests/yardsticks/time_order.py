@@ -219,10 +219,11 @@ def speed(recipe: str, grid: Triple, pairs: int, device: str | None) -> Iterator
     """Milliseconds of a forward, each way against the paper's in turn the one or the other first."""
     from dataclasses import replace
 
-    from lingen.bench.build import denoiser, sample_inputs
-    from lingen.bench.place import device_name, place_of
-    from lingen.bench.timing import forward_work, milliseconds
     from lingen.recipe import load_recipe, load_stages
+
+    from .build import denoiser, sample_inputs
+    from .place import device_name, place_of
+    from .timing import forward_work, milliseconds
 
     place = place_of(device)
     stage = load_stages(recipe)[-1].stage
