@@ -222,6 +222,10 @@ def speed(recipe: str, grid: Triple, pairs: int, device: str | None, ways: Seque
     from tests.yardsticks.place import device_name, place_of
     from tests.yardsticks.timing import forward_work, milliseconds
 
+    from .build import denoiser, sample_inputs
+    from .place import device_name, place_of
+    from .timing import forward_work, milliseconds
+
     place = place_of(device)
     stage = load_stages(recipe)[-1].stage
     config = load_recipe(recipe, (), stage).model
