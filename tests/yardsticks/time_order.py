@@ -218,9 +218,6 @@ def speed(recipe: str, grid: Triple, pairs: int, device: str | None, ways: Seque
     from dataclasses import replace
 
     from lingen.recipe import load_recipe, load_stages
-    from tests.yardsticks.build import denoiser, sample_inputs
-    from tests.yardsticks.place import device_name, place_of
-    from tests.yardsticks.timing import forward_work, milliseconds
 
     from .build import denoiser, sample_inputs
     from .place import device_name, place_of
