@@ -1,4 +1,4 @@
-"""Forecast of a stage: its tokens, parameters and FLOPs, counted. Its memory: `lingen.training.rehearsal`."""
+"""Forecast of a stage: its tokens, parameters and FLOPs, counted. Its memory: `lingen.training.dry_run`."""
 
 import math
 from collections import Counter
@@ -35,6 +35,11 @@ class Plan:
     that cannot be counted, because a mixer does not run there, is left out."""
     training_flops: dict[str, float]
     """FLOPs of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
+
+    @property
+    def model_flops(self) -> dict[str, float]:
+        """The same without what is computed twice, as model FLOPs utilisation counts it (PaLM, arXiv 2204.02311)."""
+        return {kind: 3 * flops for kind, flops in self.flops.items()}
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lingen.bench.paper import PAPER_SIZES, VARIANTS
-from lingen.bench.receipt import EXPONENTS, MEASURED
-from lingen.bench.results import Fields
-from lingen.bench.tables import Files, Table, as_markdown, every, named, ratio, row_of, source
-from lingen.bench.yardsticks import yardstick
 from lingen.recipe.errors import RecipeError
+
+from . import targets
+from .paper import PAPER_SIZES, VARIANTS
+from .receipt import EXPONENTS, MEASURED
+from .results import Fields
+from .tables import Files, Table, as_markdown, every, named, ratio, row_of, source
 
 MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 """Where a page holds a table: between these two comments."""
@@ -65,6 +66,11 @@ def _worst_gradient(row: Fields) -> str:
     return f"{error:.1e} ({name})"
 
 
+def _shares(row: Fields) -> str:
+    whole = sum(row["parts"].values())
+    return ", ".join(f"{part} {ms / whole:.0%}" for part, ms in row["parts"].items())
+
+
 def _sources(files: Files) -> Iterator[Fields]:
     """Files of measurements of tokens or frames."""
     for name, file in files.items():
@@ -74,7 +80,7 @@ def _sources(files: Files) -> Iterator[Fields]:
 
 PAGE = {
     "targets": Table(
-        lambda files: yardstick("targets").targets(files),
+        targets.targets,
         "what | paper | stock parts=stock | to reach=reach | stretch | ours | =verdict | file",
     ),
     "forwards": Table(
@@ -108,6 +114,12 @@ PAGE = {
         named("training"),
         "kernels=kernel | tokens | ms a layer=ms | tokens/s, full depth=tokens_per_second | MFU=share | file",
         {"share": lambda row: f"{row['mfu']:.1%} of {row['mfu_of']}" if "mfu" in row else None},
+    ),
+    "fit": Table(
+        named("fit"),
+        "recipe | stage | kind | tokens | ms a step=ms | tokens/s=tokens_per_second | MFU=mfu:.1% | HFU=hfu:.1% | "
+        "GiB=gib | GPU busy=busy:.0% | of a step=shares | file",
+        {"shares": _shares},
     ),
     "autoencoder": Table(
         named("clip"),
