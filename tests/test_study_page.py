@@ -177,4 +177,4 @@ def test_the_page_tells_no_side(tmp_path: Path) -> None:
     assert "__" not in text.split("<script")[1]
     for word in ("secret", str(tmp_path), '"pair"', '"system"', "http://", "https://"):
         assert word not in text, word
-    assert text.count('id="clip-') == 2 * len(PROMPTS) + 4
+    assert text.count('id="clip-') == 2 * len(PROMPTS)

@@ -4,17 +4,16 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import av
-import numpy as np
 
 from lingen.files import check_target, write_json, write_text
-from lingen.media import Frames, encode_mp4, read_video
+from lingen.media import encode_mp4, read_video
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 
@@ -22,6 +21,16 @@ QUESTIONS = ("overall", "consistency", "motion", "text")
 KEY_FORMAT = "lingen-study-1"
 LARGE_PAGE, SHOWN = 100e6, 10
 """Bytes above which a page opens slowly and is too large for mail; problems of a kind that are named."""
+
+
+KNOWN_PAIRS = (
+    ("overall", "blurred", "One clip was blurred; the other one is better."),
+    ("consistency", "flickering", "One clip flickers; the other one keeps its light."),
+    ("overall", "", "Both clips were the same: 'Equal' is a good answer whenever you see no difference."),
+    ("consistency", "flickering", ""),
+    ("overall", "blurred", ""),
+)
+"""Known answers: the axis that counts, how the page spoils one side, what training says; without a word no training."""
 
 
 class StudyClip(NamedTuple):
@@ -114,7 +123,7 @@ def _study(
     systems: list[str], prompts: list[str], rows: list[list[StudyClip]], seed: int, per_rater: int | None
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Name of a clip -> its bytes, and the key. Names and order of clips and trials tell nothing."""
-    random, count = Random(seed), len(rows) * len(systems) + sum(one is not None for _, one, _ in KNOWN_PAIRS)
+    random, count = Random(seed), len(rows) * len(systems)
     names = [f"{number:04d}" for number in random.sample(range(count), count)]
     content: dict[str, bytes] = {}
     clips: dict[str, Any] = {}
@@ -125,40 +134,16 @@ def _study(
         clips |= {name: {"system": side, "file": str(row[side].path)} for side, name in enumerate(own)}
         trials += [{"prompt": prompt, "shown": random.sample([own[side] for side in pair], 2), "pair": pair}
                    for pair in combinations(range(len(systems)), 2)]  # fmt: skip
-    for number, (axis, spoil, hint) in enumerate(KNOWN_PAIRS):
-        place = number % len(rows)
-        good = other = list(content)[place * len(systems) + number % len(systems)]
-        if spoil:
-            other, (frames, fps) = names.pop(), read_video(content[good])
-            content[other] = encode_mp4(spoil(frames), fps, crf=18, exact=True)
-        known = {"axis": axis, "answer": good if spoil else "tie", "hint": hint}
-        trials.append({"prompt": prompts[place], "shown": random.sample([good, other], 2), "known": known})
+    for number, (axis, spoilt, hint) in enumerate(KNOWN_PAIRS):
+        good = list(content)[number * (len(systems) + 1) % count]
+        shown = random.sample([good, f"{good} {spoilt}".strip()], 2)
+        known = {"axis": axis, "answer": good if spoilt else "tie", "hint": hint}
+        trials.append({"prompt": prompts[list(content).index(good) // len(systems)], "shown": shown, "known": known})
     random.shuffle(trials)
     hashes = [hashlib.sha256(data).hexdigest() for data in content.values()]
     study = hashlib.sha256(json.dumps([seed, per_rater, systems, trials, hashes]).encode()).hexdigest()[:12]
     key = {"format": KEY_FORMAT, "study": study, "seed": seed, "systems": systems, "per_rater": per_rater}
     return content, key | {"clips": clips, "trials": {f"{number:04d}": one for number, one in enumerate(trials)}}
-
-
-def _coarse(frames: Frames) -> Frames:
-    block = max(2, frames.shape[1] // 8)
-    small = frames[:, block // 2 :: block, block // 2 :: block]
-    return small.repeat(block, axis=1).repeat(block, axis=2)[:, : frames.shape[1], : frames.shape[2]]
-
-
-def _flickering(frames: Frames) -> Frames:
-    steps = np.where(np.arange(len(frames)) // 2 % 2, -60, 60)[:, None, None, None]
-    return (frames.astype(int) + steps).clip(0, 255).astype(np.uint8)
-
-
-KNOWN_PAIRS: tuple[tuple[str, Callable[[Frames], Frames] | None, str], ...] = (
-    ("overall", _coarse, "One clip was made of coarse blocks; the other one is better."),
-    ("consistency", _flickering, "One clip flickers; the other one keeps its light."),
-    ("overall", None, "Both clips were the same: 'Equal' is a good answer whenever you see no difference."),
-    ("consistency", _flickering, ""),
-    ("overall", _coarse, ""),
-)
-"""Known answers: the axis that counts, how a copy is spoilt, what training says; without a word it is no training."""
 
 
 def _page(content: dict[str, bytes], key: dict[str, Any]) -> str:
@@ -168,20 +153,18 @@ def _page(content: dict[str, bytes], key: dict[str, Any]) -> str:
         trials.append({"id": name, "prompt": trial["prompt"], "clips": trial["shown"], "always": "known" in trial})
         if (known := trial.get("known")) and known["hint"]:
             trials[-1] |= {"answer": [known["axis"], known["answer"]], "hint": known["hint"]}
-    told = {"study": key["study"], "axes": QUESTIONS, "per_rater": key["per_rater"], "trials": trials}
-    films = (f'<script type="text/plain" id="clip-{name}">{base64.b64encode(data).decode()}</script>'
-             for name, data in sorted(content.items()))  # fmt: skip
-    template = Path(__file__).with_name("study.html").read_text(encoding="utf-8")
-    before, after = template.split("__CLIPS__")
-    return before.replace("__DATA__", json.dumps(told).replace("<", "\\u003c")) + "\n".join(films) + after
+    told = json.dumps({"study": key["study"], "axes": QUESTIONS, "per_rater": key["per_rater"], "trials": trials})
+    coded = {name: base64.b64encode(data).decode() for name, data in sorted(content.items())}
+    films = "\n".join(f'<script type="text/plain" id="clip-{name}">{data}</script>' for name, data in coded.items())
+    before, after = Path(__file__).with_name("study.html").read_text(encoding="utf-8").split("__CLIPS__")
+    return before.replace("__DATA__", told.replace("<", "\\u003c")) + films + after
 
 
 def read_key(path: str | Path) -> dict[str, Any]:
     """The key of a study. RecipeError for any other file."""
     try:
-        key = decode_json(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read as the key of a study: {error}.") from error
-    if not isinstance(key, dict) or key.get("format") != KEY_FORMAT:
-        raise RecipeError(f"{path} is no key of `lingen study make`; its name ends with .key.json.")
-    return key
+        if (key := decode_json(Path(path).read_bytes()))["format"] == KEY_FORMAT:
+            return dict(key)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise RecipeError(f"{path} is not there, or no key of `lingen study make`, whose name ends with .key.json.")

@@ -80,7 +80,7 @@ def spread(ballot: np.ndarray, pairs: int, statistic: Callable[[np.ndarray], np.
         found.append(np.nanvar(drawn, axis=0) * size / max(1, size - 1))
         own = own + (found[-1] ** 2 / max(1, size - 1) if len(found) < 3 else 0)
     raters, prompts, votes = found
-    total = np.maximum(raters + prompts - votes, np.maximum(raters, prompts))
+    total = np.maximum(raters + prompts - votes, votes)
     degrees = np.maximum(1, total**2 / np.maximum(own, 1e-30))
     return stats.t.ppf(1 - SIGNIFICANT / 2, degrees) * np.sqrt(total), raters, prompts, votes
 
