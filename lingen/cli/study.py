@@ -49,14 +49,11 @@ def study_report(args: argparse.Namespace) -> int:
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
-    shares = {
-        name: _cell(row[name], form)
-        for name, form in {"win": ".0%", "tie": ".0%", "loss": ".0%", "net": "+.0%"}.items()
-    }
-    return {"axis": row["axis"], "of": row["of"], "against": row["against"], "votes": str(row["n"]), **shares,
-            "raters": f"{row['ahead']}:{row['behind']}", "p": f"{row['p']:.2g}", "p, Holm": f"{row['p_holm']:.2g}",
-            "agreement": "-" if row["agreement"] is None else f"{row['agreement']:.2f}",
-            "raters needed": "-" if row["raters_needed"] is None else str(row["raters_needed"])}  # fmt: skip
+    cells = {name: _cell(row[name], "+.0%" if name == "net" else ".0%") for name in ("win", "tie", "loss", "net")}
+    cells |= {"raters": f"{row['ahead']}:{row['behind']}", "p": f"{row['p']:.2g}", "p, Holm": f"{row['p_holm']:.2g}"}
+    cells |= {"agreement": "-" if row["agreement"] is None else f"{row['agreement']:.2f}"}
+    cells |= {"raters needed": "-" if row["raters_needed"] is None else str(row["raters_needed"])}
+    return {"axis": row["axis"], "of": row["of"], "against": row["against"], "votes": str(row["n"]), **cells}
 
 
 def _cell(one: dict[str, Any], form: str) -> str:

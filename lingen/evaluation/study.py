@@ -75,9 +75,7 @@ def make_study(
     content, key = _study([str(folder) for folder in folders], [take[0] for take in takes], rows, seed, per_rater)
     text = _page(content, key)
     if (file := page.with_suffix(".key.json")).exists() and read_key(file)["study"] != key["study"]:
-        raise RecipeError(
-            f"{file} is the key of another study, whose votes are worth nothing without it. Name another --out."
-        )
+        raise RecipeError(f"{file} is the key of another study, whose votes need it. Name another --out.")
     if len(text) > LARGE_PAGE:
         notes.append(f"The page has {len(text) / 1e6:.0f} MB: slow to open, too large for mail. Take fewer prompts.")
     write_json(file, key)
@@ -86,37 +84,29 @@ def make_study(
 
 
 def _clips_in(folder: Path) -> dict[tuple[str, int], StudyClip]:
-    """(prompt, repetition) -> clip."""
+    """(prompt, repetition) -> clip. All are encoded anew alike: they play everywhere, none tells its maker."""
     found: dict[tuple[str, int], StudyClip] = {}
     for path in sorted(folder.glob("*.mp4")):
         try:
-            title, comment, clip = _read(path)
+            with av.open(str(path)) as file:
+                count, about = file.streams.video[0].frames, file.metadata
+            frames, fps = read_video(path.read_bytes())
+            if len(frames) < max(2, count):
+                raise ValueError(f"it has {len(frames)} of {max(2, count)} frames")
+            data = encode_mp4(frames, fps, crf=14, exact=True)
         except (OSError, ValueError, IndexError, av.FFmpegError) as error:
             raise RecipeError(f"{path} cannot be read as a film: {error}. Make it again.") from error
         try:
-            take = str((notes := json.loads(comment))["prompt"]), int(notes["repetition"])
+            take = str((notes := json.loads(about["comment"]))["prompt"]), int(notes["repetition"])
         except (ValueError, KeyError, TypeError):
-            prompt = title or re.sub(r"-\d+$", "", path.stem)
+            prompt = about.get("title", "").strip() or re.sub(r"-\d+$", "", path.stem)
             take = prompt, sum(one[0] == prompt for one in found)
         if take in found:
             raise RecipeError(f"{found[take].path} and {path} are the same take of '{take[0]}'; remove one.")
-        found[take] = clip
+        found[take] = StudyClip(path, data, f"{'x'.join(map(str, frames.shape[:3]))} at {fps:.4g} fps")
     if not found:
         raise RecipeError(f"There is no .mp4 in {folder}; name a folder of clips that `lingen sample` made.")
     return found
-
-
-def _read(path: Path) -> tuple[str, str, StudyClip]:
-    """Title, comment and clip. All sides are encoded anew alike: a file of another program plays, too, and none tells
-    its maker."""
-    with av.open(str(path)) as file:
-        count, about = file.streams.video[0].frames, file.metadata
-    frames, fps = read_video(path.read_bytes())
-    if len(frames) < max(2, count):
-        raise ValueError(f"it has {len(frames)} of {max(2, count)} frames")
-    shape = f"{'x'.join(map(str, frames.shape[:3]))} at {fps:.4g} fps"
-    data = encode_mp4(frames, fps, crf=14, exact=True)
-    return about.get("title", "").strip(), about.get("comment", ""), StudyClip(path, data, shape)
 
 
 def _study(

@@ -4,7 +4,9 @@ Raters and prompts are both a sample: a variance is that by raters plus that by 
 (Cameron, Gelbach and Miller 2011), each by its own bootstrap; intervals are Student's, with Satterthwaite's degrees.
 """
 
+import csv
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -13,12 +15,16 @@ from typing import Any
 import numpy as np
 
 from lingen.evaluation.study import QUESTIONS, read_key
-from lingen.evaluation.study_votes import Vote, read_votes
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.text import read_text_file
 
 DRAWS, SIGNIFICANT, POWER, PENALTY = 1000, 0.05, 0.8, 0.1
 RATER, PROMPT, TRIAL, PAIR, VOTED = range(5)
 """Columns of a ballot: whole numbers [n 5], a row for each vote. Outcome 0: the pair's first system wins, 1: tie."""
+VOTE_COLUMNS = ("study", "rater", "session", "trial", "left", "right", "axis", "choice", "seconds", "time")
+PASSED, KNOWN_LEAST = 0.75, 3
+"""Share of the known answers that a rater who counts has given, and of how many at least."""
+Vote = dict[str, str]
 
 
 def report_votes(files: Sequence[str | Path], key_file: str | Path, margin: float = 0.1) -> dict[str, Any]:
@@ -51,6 +57,56 @@ def report_votes(files: Sequence[str | Path], key_file: str | Path, margin: floa
     notes.append(f"left was chosen in {sides.count('left') / max(1, len(sides)):.0%} of {len(sides)} decided votes.")
     counted = {"study": key["study"], "margin": margin, "raters": sorted({vote["rater"] for vote in votes})}
     return {**counted, "pairs": rows, "strengths": strengths, "notes": notes}
+
+
+def read_votes(files: Sequence[str | Path], key: dict[str, Any]) -> tuple[list[Vote], list[str]]:
+    """Votes on pairs, one for each rater, trial and axis, of raters who passed the training; and notes on what is odd.
+    RecipeError for a file that holds anything but votes of this study."""
+    found: dict[tuple[str, str, str], Vote] = {}
+    sources: dict[str, set[str]] = defaultdict(set)
+    odd: Counter[str] = Counter()
+    for file in files:
+        for row in _rows(Path(file), key):
+            sources[row["rater"]] |= {f"file {file}", f"browser {row['session']}"}
+            vote = row["rater"], row["trial"], row["axis"]
+            if before := found.get(vote):
+                same = all(before[name] == row[name] for name in ("left", "choice"))
+                odd["stand twice and count once" if same else "contradict another one; the latest counts"] += 1
+            found[vote] = max(before or row, row, key=lambda one: one["time"])
+    notes = [f"{count} votes {what}." for what, count in odd.items()]
+    votes: list[Vote] = []
+    for rater, names in sources.items():
+        if len(names) > 2:
+            notes.append(f"{rater} comes from {', '.join(sorted(names))}: taken as one person.")
+        kept, told = _judged([vote for vote in found.values() if vote["rater"] == rater], key)
+        votes, notes = votes + kept, notes + [f"{rater} {told}"] * bool(told)
+    return votes, notes
+
+
+def _judged(votes: list[Vote], key: dict[str, Any]) -> tuple[list[Vote], str]:
+    """The votes of a rater that count, and what is to be said of them."""
+    known = [(vote, key["trials"][vote["trial"]].get("known", {})) for vote in votes]
+    right = [vote.get(vote["choice"], "tie") == one["answer"] for vote, one in known if one.get("axis") == vote["axis"]]
+    if len(right) < KNOWN_LEAST or sum(right) < PASSED * len(right):
+        return [], f"failed the training and is left out: {sum(right)} of {len(right)} known answers are right."
+    kept, pairs = [vote for vote, one in known if not one], sum("pair" in one for one in key["trials"].values())
+    asked = min(pairs, key["per_rater"] or pairs) * len(QUESTIONS)
+    return kept, f"gave {len(kept)} of {asked} answers, which count." if len(kept) < asked else ""
+
+
+def _rows(file: Path, key: dict[str, Any]) -> list[Vote]:
+    rows = list(csv.DictReader(read_text_file(file).splitlines()))
+    if not rows or not set(VOTE_COLUMNS) <= rows[0].keys():
+        raise RecipeError(f"{file} holds no votes; what the page downloads begins with {','.join(VOTE_COLUMNS)}.")
+    for line, row in enumerate(rows, 2):
+        if row["study"] != key["study"]:
+            raise RecipeError(f"{file} holds votes of study {row['study']}; the key is that of {key['study']}.")
+        shown = key["trials"].get(row["trial"], {}).get("shown", [])
+        is_whole = sorted(shown) == sorted([row["left"] or "", row["right"] or ""]) and bool(row["time"])
+        if not is_whole or row["axis"] not in QUESTIONS or row["choice"] not in ("left", "tie", "right"):
+            raise RecipeError(f"{file}, line {line}, is no vote of this study. Was it edited? Download it again.")
+        row["rater"] = " ".join(row["rater"].split()).casefold()
+    return rows
 
 
 def ballot_of(votes: Sequence[Vote], key: dict[str, Any]) -> np.ndarray:
@@ -135,9 +191,9 @@ def agreement(ballot: np.ndarray) -> float | None:
 def strengths_of(ballot: np.ndarray, systems: int) -> tuple[list[float], list[float]]:
     """Logarithms of the systems' strengths by `davidson`, and half their 95% intervals."""
     pairs = systems * (systems - 1) // 2
-    counts = np.bincount(3 * ballot[:, PAIR] + ballot[:, VOTED], minlength=3 * pairs)
+    counts = np.bincount(3 * ballot[:, PAIR] + ballot[:, VOTED], minlength=3 * pairs)[None]
     half = spread(ballot, pairs, lambda drawn: davidson(drawn, systems))[0]
-    return davidson(counts[None], systems)[0].tolist(), half.tolist()
+    return davidson(counts, systems)[0].tolist(), half.tolist()
 
 
 def davidson(counts: np.ndarray, systems: int) -> np.ndarray:

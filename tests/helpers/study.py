@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lingen.evaluation.study import QUESTIONS
-from lingen.evaluation.study_votes import VOTE_COLUMNS
+from lingen.evaluation.study_report import VOTE_COLUMNS
 from lingen.media import save_video
 
 PROMPTS = ["a red circle moves right", "a blue square turns", "a green star falls"]
