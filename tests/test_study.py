@@ -192,7 +192,7 @@ def test_raters_needed_shrink_with_the_margin_and_may_be_out_of_reach():
 
 @pytest.mark.slow
 def test_intervals_cover(monkeypatch: pytest.MonkeyPatch):
-    """100 studies of 10 raters and 30 prompts with effects of both; three standard errors of 95% are 6.5 points."""
+    """60 studies of 10 raters and 30 prompts with effects of both; three standard errors of 95% are 8.4 points."""
     monkeypatch.setattr("lingen.evaluation.study_report.DRAWS", 200)
-    found = coverage(seed=1, times=100, raters=10, prompts=30, spread=0.5)
-    assert all(0.885 <= share for share in found.values()), found
+    found = coverage(seed=1, times=60, raters=10, prompts=30, spread=0.5)
+    assert all(0.866 <= share for share in found.values()), found
