@@ -20,7 +20,7 @@ FLOORS = (
     ("ranks",),
     ("training",),
     ("sampling",),
-    ("prepare", "run"),
+    ("prepare", "run", "evaluation"),
     ("doctor", "launch"),
     ("cli",),
     ("__init__", "__main__"),

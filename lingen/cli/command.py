@@ -31,6 +31,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {}
 GROUPS = {"data": "data sets", "prompts": "texts that say what to show", "bench": "measurements", "eval": "judgements"}
+GROUPS["study"] = "what people prefer"
 """First words of two-word commands, and what they are about."""
 
 
