@@ -1,0 +1,158 @@
+"""Subjects side by side: means over clips, distances to real clips, intervals, floors, and tests of each pair."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from lingen.data.batch import Progress
+from lingen.evaluation import distances
+from lingen.evaluation.clips import ClipFile, Key
+from lingen.evaluation.judging import Judge, Judged
+from lingen.evaluation.statistics import SEED, holm, mean_interval, paired_p
+from lingen.recipe.errors import RecipeError
+
+FEW = 2048
+"""Clips below which a Frechet distance is mostly its bias."""
+REAL = "real"
+BLIND = "I3D hardly sees how things move: a claim about motion rests on motion, flicker, coherence and raters, too."
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject's clips as they were measured, and why the others failed."""
+
+    name: str
+    judged: dict[Key, Judged]
+    failures: dict[Key, str]
+
+    def features(self, network: str, keys: Sequence[Key]) -> distances.FeatureSet:
+        rows = np.stack([self.judged[key].features[network] for key in keys])
+        return distances.FeatureSet(rows, [prompt for prompt, _ in keys])
+
+    def metrics(self) -> dict[str, dict[Key, float]]:
+        """Each measure by take. A failed clip follows no text; other measures lack it, and `failed clips` counts it."""
+        found = {"failed clips": dict.fromkeys(self.judged, 0.0) | dict.fromkeys(self.failures, 1.0)}
+        for key, one in self.judged.items():
+            for name, value in one.values.items():
+                wrong = dict.fromkeys(self.failures, 0.0) if name.startswith("text:") else {}
+                found.setdefault(name, wrong)[key] = value
+        return found
+
+
+def judge_all(judge: Judge, name: str, clips: Sequence[ClipFile], takes: Sequence[Key], progress: Progress) -> Subject:
+    """Measures the clips of a subject; what is missing or cannot be read is a failure with its reason."""
+    found = Subject(name, {}, {})
+    held = {clip.key: clip for clip in clips}
+    for done, key in enumerate(takes, start=1):
+        try:
+            if key in held:
+                found.judged[key] = judge(held[key])
+            else:
+                found.failures[key] = "missing"
+        except (ValueError, OSError) as error:
+            found.failures[key] = f"{held[key].path.name}: {error}"
+        progress(done, len(takes))
+    return found
+
+
+def compare_subjects(judge: Judge, subjects: Sequence[Subject], real: Subject | None = None) -> dict[str, Any]:
+    """``{results, comparisons, failures, notes, fingerprint}``, plain values; a result is {subject, metric, value,
+    interval [low, high], n, floor}. RecipeError where subjects are stored by different codecs."""
+    everyone = [*subjects, real] if real else list(subjects)
+    codecs = {one.name: sorted({clip.codec for clip in one.judged.values()}) for one in everyone}
+    used = sorted({codec for one in subjects for codec in codecs[one.name]})
+    if len(used) > 1:
+        raise RecipeError(f"Clips are stored by different codecs ({codecs}), which is judged, too: encode all alike.")
+    results = [row for one in everyone for row in _means(one)]
+    comparisons = [row for pair in combinations(subjects, 2) for row in _pairs(*pair)]
+    notes = [BLIND] if real and "i3d" in judge.networks else []
+    able = [one for one in subjects if len({prompt for prompt, _ in one.judged}) > 1]
+    if real and able and len(real.judged) > 3:
+        if codecs[REAL] != used:
+            notes.append(f"Real clips are stored as {codecs[REAL]}, the others as {used}: distances hold that, too.")
+        n = min(len(real.judged) // 2, *(len(one.judged) for one in able))
+        if n < FEW:
+            notes.append(f"Frechet distances and FVD are of {n:,} clips a side: below {FEW:,} they are mostly bias.")
+        for network in judge.networks:
+            results += _distances(network, able, real, n)
+            comparisons += [row for a, b in combinations(able, 2) for row in _pair_of_kernels(network, a, b, real)]
+    for row, p in zip(comparisons, holm([row["p"] for row in comparisons]), strict=True):
+        row["holm"] = p
+    takes = sorted({key for one in subjects for key in (*one.judged, *one.failures)})
+    theirs = sorted(clip.sha256 for clip in real.judged.values()) if real else None
+    own = {"n": len(takes), "takes": _hash(takes), "codec": used, "real": _hash(theirs)}
+    failures = {one.name: dict(Counter(one.failures.values())) for one in everyone}
+    found = {"results": results, "comparisons": comparisons, "failures": failures, "notes": notes}
+    return {**found, "fingerprint": judge.fingerprint | own}
+
+
+def join_results(found: dict[str, Any], earlier: dict[str, Any], path: object) -> dict[str, Any]:
+    """An earlier result beside a new one. RecipeError where anything in their fingerprints differs."""
+    ours, theirs = found["fingerprint"], earlier.get("fingerprint", {})
+    differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if differing:
+        told = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in differing)
+        raise RecipeError(f"{path} was measured differently and is not compared ({told}). Measure its clips again.")
+    rows = [row for row in earlier["results"] if row["subject"] != REAL]
+    return found | {"results": [*found["results"], *rows], "notes": [*found["notes"], f"{path}: no tests of pairs."]}
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _result(subject: str, metric: str, value: float, interval: Any, n: int, floor: Any = None) -> dict[str, Any]:
+    shown = None if interval is None else [float(round(end, 12)) for end in interval]
+    return {"subject": subject, "metric": metric, "value": value, "interval": shown, "n": n, "floor": floor}
+
+
+def _means(subject: Subject) -> Iterator[dict[str, Any]]:
+    for metric, held in subject.metrics().items():
+        values = list(held.values())
+        interval = mean_interval(values, [prompt for prompt, _ in held])
+        yield _result(subject.name, metric, float(np.mean(values)), interval, len(values))
+
+
+def names_of(network: str) -> tuple[str, str]:
+    """What the kernel and the Frechet distance of a network's features are called."""
+    words = ("KVD", "FVD") if network == "i3d" else ("kernel distance", "Frechet distance")
+    return f"{words[0]}, {network}", f"{words[1]}, {network}"
+
+
+def _distances(network: str, subjects: Sequence[Subject], real: Subject, n: int) -> Iterator[dict[str, Any]]:
+    """The kernel distance of all clips leads; the Frechet distance is of n on all sides, its floor too."""
+    (kernel, frechet), there = names_of(network), real.features(network, list(real.judged))
+    floor = distances.frechet_floor(there.rows, n)
+    for one in subjects:
+        own = one.features(network, list(one.judged))
+        distance, count = distances.KernelDistance(own, there), len(own.rows)
+        low = distances.kernel_floor(there, count)
+        yield _result(one.name, kernel, distance.value(), distance.interval(), count, low)
+        some = [side.rows[np.random.default_rng(SEED).permutation(len(side.rows))[:n]] for side in (own, there)]
+        yield _result(one.name, frechet, distances.frechet_distance(*some), None, n, floor)
+
+
+def _pairs(a: Subject, b: Subject) -> Iterator[dict[str, Any]]:
+    theirs = b.metrics()
+    for name, held in a.metrics().items():
+        keys = [key for key in held if key in theirs.get(name, {})]
+        first, second = [held[key] for key in keys], [theirs[name][key] for key in keys]
+        if keys:
+            p = paired_p(first, second, [prompt for prompt, _ in keys])
+            yield _comparison(a, b, name, float(np.mean(first) - np.mean(second)), p, len(keys))
+
+
+def _pair_of_kernels(network: str, a: Subject, b: Subject, real: Subject) -> Iterator[dict[str, Any]]:
+    keys = [key for key in a.judged if key in b.judged]
+    if len({prompt for prompt, _ in keys}) > 1:
+        sides = [one.features(network, held) for one, held in ((a, keys), (b, keys), (real, list(real.judged)))]
+        yield _comparison(a, b, names_of(network)[0], *distances.paired_kernel_p(*sides), len(keys))
+
+
+def _comparison(a: Subject, b: Subject, metric: str, difference: float, p: float, n: int) -> dict[str, Any]:
+    return {"metric": metric, "first": a.name, "second": b.name, "difference": difference, "n": n, "p": p}
