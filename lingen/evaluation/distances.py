@@ -10,17 +10,16 @@ from lingen.evaluation.statistics import SEED, Interval, clusters_of
 
 HALVES, SPLITS, SWAPS = 400, 100, 999
 """Half-samples of an interval, splits of a floor, permutations of a test."""
-Rows = Float[np.ndarray, "_n d"]
 
 
 class FeatureSet(NamedTuple):
     """Features of clips, and the prompt of each row."""
 
-    rows: Rows
+    rows: Float[np.ndarray, "_n d"]
     prompts: list[Hashable]
 
 
-def polynomial_kernel(x: Rows, y: Rows) -> Float[np.ndarray, "_n _m"]:
+def polynomial_kernel(x: Float[np.ndarray, "_n d"], y: Float[np.ndarray, "_m d"]) -> Float[np.ndarray, "_n _m"]:
     """(x y / d + 1)^3, of KID (Binkowski et al., arXiv 1801.01401)."""
     return (x.astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3
 
@@ -74,7 +73,7 @@ def paired_kernel_p(first: FeatureSet, second: FeatureSet, real: FeatureSet) -> 
     return float(apart[0]), float((abs(apart) >= abs(apart[0]) * (1 - 1e-9)).mean())
 
 
-def frechet_distance(x: Rows, y: Rows) -> float:
+def frechet_distance(x: Float[np.ndarray, "_n d"], y: Float[np.ndarray, "_m d"]) -> float:
     """|mean difference|^2 + tr(Sx + Sy - 2 (Sx Sy)^1/2) of Gaussians with the sets' moments (Dowson and Landau 1982;
     Heusel et al., arXiv 1706.08500). The trace of the root is the sum of singular values of the product of the centred
     sets, which needs no root of a matrix and no full rank. It grows as sets get smaller: compare at equal numbers."""
@@ -99,7 +98,7 @@ def kernel_floor(real: FeatureSet, n: int) -> float | None:
     return float(np.quantile(KernelDistance(real, real).of(*sides), 0.95))
 
 
-def frechet_floor(real: Rows, n: int) -> float:
+def frechet_floor(real: Float[np.ndarray, "_n d"], n: int) -> float:
     """The mean Frechet distance between two disjoint sets of n real clips, over five splits."""
     rng = np.random.default_rng(SEED)
     splits = [rng.permutation(len(real))[: 2 * n] for _ in range(5)]

