@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError, Ledger
@@ -75,7 +75,12 @@ class Outcome:
 
 
 def fit(
-    recipe: str | Path, overrides: Sequence[str] = (), *, run: str | Path | None = None, stage: str | None = None
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    run: str | Path | None = None,
+    stage: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Trains a recipe as ``lingen fit`` does: every stage that is not finished, each handing over to the next. The same
     call again goes on where it was stopped.
@@ -85,6 +90,7 @@ def fit(
         overrides: ``key=value`` and ``stages.NAME.key=value``.
         run: run folder; default ``runs/<recipe>-<fingerprint>`` in the current folder, by identity and first course.
         stage: train only this one.
+        callbacks: of Lightning's Trainer, beside lingen's own; the same objects in every stage.
     Returns:
         The run folder.
     Raises:
@@ -97,7 +103,7 @@ def fit(
     try:
         with signals.listening():
             curriculum = launch.load_together(lambda: load_for_training(recipe, overrides, stage))
-            return fit_curriculum(curriculum, run=run, stage=stage).folder.path
+            return fit_curriculum(curriculum, run=run, stage=stage, callbacks=callbacks).folder.path
     except signals.Stopped as stopped:
         raise KeyboardInterrupt if stopped.number == signal.SIGINT else SystemExit(stopped.code) from None
 
@@ -109,6 +115,7 @@ def fit_curriculum(
     stage: str | None = None,
     reporter: Reporter | None = None,
     before: Callable[[RunFolder, list[Recipe]], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`.
 
@@ -132,7 +139,7 @@ def fit_curriculum(
             if before is not None and unfinished:
                 before(folder, unfinished)
                 signals.check()
-            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched)
+            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched, callbacks)
     except signals.Stopped:  # on all ranks
         local_ranks.end_ranks()
         raise
@@ -217,7 +224,12 @@ def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
 
 
 def _train(
-    folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], first: StageStart | None, reporter: Reporter
+    folder: RunFolder,
+    curriculum: Curriculum,
+    chosen: Sequence[Recipe],
+    first: StageStart | None,
+    reporter: Reporter,
+    callbacks: Sequence[Callback],
 ) -> Outcome:
     """Every chosen stage that is not finished, the first of them from `first`, and the score."""
     stages, names = curriculum.stages, curriculum.names
@@ -234,7 +246,7 @@ def _train(
             continue
         signals.check()
         reporter.stage(settings, index + 1, len(stages), done=start.step)
-        train_stage(folder, curriculum, index, start, reporter)
+        train_stage(folder, curriculum, index, start, reporter, callbacks)
     signals.by_first_rank(lambda: _score(folder, stages[-1], reporter))
     return Outcome(folder)
 
@@ -298,11 +310,18 @@ def scored_steps(folder: RunFolder) -> int:
     return int(json.loads(folder.score.read_text())["step"]) if folder.score.is_file() else 0
 
 
-def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter) -> None:
+def train_stage(
+    folder: RunFolder,
+    curriculum: Curriculum,
+    index: int,
+    start: StageStart,
+    reporter: Reporter,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """Trains a stage, and goes back in it where `train.on_spike` says so. Stopped, after a checkpoint, where a signal
     came; NonFiniteError where the way back to one place does not help."""
     stages, past = curriculum.stages, None
-    while (past := _fit_once(folder, curriculum, index, start, past, reporter)) is not None:
+    while (past := _fit_once(folder, curriculum, index, start, past, reporter, callbacks)) is not None:
         heartbeat.sign("start")
         gc.collect()  # the Trainer and the model that it was left with are a circle
         every = stages[index].train.checkpoint_every
@@ -312,12 +331,19 @@ def train_stage(folder: RunFolder, curriculum: Curriculum, index: int, start: St
 
 
 def _fit_once(
-    folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, past: GoBack | None, reporter: Reporter
+    folder: RunFolder,
+    curriculum: Curriculum,
+    index: int,
+    start: StageStart,
+    past: GoBack | None,
+    reporter: Reporter,
+    more: Sequence[Callback],
 ) -> GoBack | None:
     """One Trainer's fit; the spike for which it was left, if it was.
 
     Args:
         past: the spike for which the stage went back to `start`.
+        more: callbacks of the user's.
     """
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
@@ -342,7 +368,7 @@ def _fit_once(
     def build() -> tuple[lightning.Trainer, Trained]:
         clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)
         steps = LambdaCallback(on_train_batch_end=lambda trainer, *_: reporter.step(trainer.global_step))
-        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), steps, LifeSigns(name)]
+        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), steps, LifeSigns(name), *more]
         trainer = build_trainer(recipe, folder, callbacks)
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)

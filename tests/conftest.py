@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import lingen.cli.bench  # noqa: F401  # loads lingen_yardsticks, which tests import
 from lingen.recipe import registry
 from tests.helpers.files import times_of
 from tests.helpers.interpreter import one_patch_a_launch, products_of_bfloat16

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lingen_yardsticks import timing
+from lingen_yardsticks.build import built, denoiser, sample_inputs, tflop_of
+from lingen_yardsticks.exponent import crossover, fit_exponent
+from lingen_yardsticks.parts import milliseconds_by_part, part_of_kernel, triton_kernels
+from lingen_yardsticks.place import Place
+from lingen_yardsticks.receipt import by_flops, by_time, meets, part_fits, says
+from lingen_yardsticks.scaling import GRIDS, QUICK_GRIDS
+from lingen_yardsticks.timing import saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingen.bench import timing
-from lingen.bench.build import built, denoiser, sample_inputs, tflop_of
-from lingen.bench.exponent import crossover, fit_exponent
-from lingen.bench.parts import milliseconds_by_part, part_of_kernel, triton_kernels
-from lingen.bench.place import Place
-from lingen.bench.receipt import by_flops, by_time, meets, part_fits, says
-from lingen.bench.scaling import GRIDS, QUICK_GRIDS
-from lingen.bench.timing import saved_bytes
 from lingen.cli import main
 from lingen.plan.flops import mixer_flops
 from lingen.recipe.errors import RecipeError
@@ -208,7 +208,7 @@ def test_weights_are_drawn_on_the_device_in_their_dtype():
     )
     with torch.device("meta"):
         empty = MIXERS.build({"name": "mate", "state_dim": 4, "head_dim": 8}, 16, 0)
-    from lingen.bench.build import draw_weights
+    from lingen_yardsticks.build import draw_weights
 
     empty.to_empty(device=CPU)
     draw_weights(empty)

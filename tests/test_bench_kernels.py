@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lingen.bench.yardsticks import yardstick
+from lingen.cli.bench import yardstick
 from lingen.kernels.scan import chunk_of
 from tests.helpers.commands import ROOT, run_python
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lingen.bench.yardsticks import yardstick
 from lingen.cli import main
+from lingen.cli.bench import yardstick
 from lingen.data.decode import decode_video
 from lingen.data.shards import write_shards
 from lingen.media import encode_mp4

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lingen_yardsticks.paper import VARIANTS
+from lingen_yardsticks.place import FP8
+from lingen_yardsticks.results import Results, command_line
+from lingen_yardsticks.show import PAGE, fill, read
 
-from lingen.bench.paper import VARIANTS
-from lingen.bench.place import FP8
-from lingen.bench.results import Results, command_line
-from lingen.bench.show import PAGE, fill, read
-from lingen.bench.yardsticks import yardstick
 from lingen.cli import main
+from lingen.cli.bench import yardstick
 from lingen.kernels.choice import has_triton
 from tests.helpers.commands import ROOT
 

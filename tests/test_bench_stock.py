@@ -1,23 +1,21 @@
 """The yardstick computes what lingen computes, else its speed says nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lingen_yardsticks.build import draw_weights
 
 import lingen
-from lingen.bench import yardsticks
-from lingen.bench.build import draw_weights
-from lingen.bench.yardsticks import yardstick
 from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.temporal_swin import TemporalSwin
-from lingen.cli import main
+from lingen.cli.bench import yardstick
 from lingen.model import LinGen
 from lingen.recipe.sections import LinGenConfig
 from tests.helpers.closeness import assert_close
-from tests.helpers.commands import ROOT
 
 PlainDenoiser = yardstick("plain").PlainDenoiser
 StockMamba2, StockSwin = yardstick("stock").StockMamba2, yardstick("stock").StockSwin
@@ -83,7 +81,7 @@ def test_yardsticks_are_those_of_the_checkout_from_any_folder(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("mine = 1\n")
     script = (
-        "import sys; from lingen.bench.yardsticks import yardstick; stock = yardstick('stock'); import tests; "
+        "import sys; from lingen.cli.bench import yardstick; stock = yardstick('stock'); import tests; "
         "print(tests.mine, stock.StockSwin.__name__, yardstick('plain').StockSwin is stock.StockSwin)"
     )
     root = str(Path(lingen.__file__).parents[1])
@@ -92,20 +90,12 @@ def test_yardsticks_are_those_of_the_checkout_from_any_folder(tmp_path):
     assert done.stdout == "1 StockSwin True\n", done.stderr
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["stock", "--recipe", "quickstart_cpu"],
-        ["training", "--recipe", "quickstart_cpu"],
-        ["model", "--recipe", "quickstart_cpu", "--twins", "all"],
-        ["loader"],
-        ["show", "--results", str(ROOT / "docs" / "results")],
-    ],
-)
-def test_without_a_checkout_a_comparison_is_refused(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, yardsticks.PACKAGE)
-    monkeypatch.setattr(yardsticks, "FOLDER", tmp_path / "tests" / "yardsticks")
-    assert main(["bench", *words]) == 2
-    assert "run this command from a checkout of lingen" in capsys.readouterr().err.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("words", [["stock", "--recipe", "quickstart_cpu"], ["show"], []])
+def test_without_a_checkout_measurements_are_refused(words, tmp_path):
+    """As an installed package has it: lingen/ without tests/ beside it."""
+    (tmp_path / "lingen").symlink_to(Path(lingen.__file__).parent)
+    command = [sys.executable, "-m", "lingen", "bench", *words]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100)
+    assert done.returncode == 2 and "run this command from a checkout of lingen" in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["lingen"]

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lingen_yardsticks import autoencoder as bench
+from lingen_yardsticks.autoencoder import PIECE_FRAMES, bench_autoencoder, clip, prepared
+from lingen_yardsticks.build import draw_weights
+from lingen_yardsticks.place import place_of
+from lingen_yardsticks.results import Results
+from lingen_yardsticks.show import PAGE
 
 from lingen.autoencoder.pixels import Pixels
 from lingen.autoencoder.tae import TAE
-from lingen.bench import autoencoder as bench
-from lingen.bench.autoencoder import PIECE_FRAMES, bench_autoencoder, clip, prepared
-from lingen.bench.build import draw_weights
-from lingen.bench.place import place_of
-from lingen.bench.results import Results
-from lingen.bench.show import PAGE
 from lingen.cli import main
 from lingen.media import as_frames
 from lingen.recipe.errors import RecipeError

@@ -187,6 +187,12 @@ def test_stages_are_worked_out(recipe: Path) -> None:
     assert list(found.left_out.values()) == [2] and "long: video: short clip" in next(iter(found.left_out))
 
 
+def test_epochs_are_counted_by_samples_where_the_mix_is(recipe: Path) -> None:
+    found = forecast(load_stages(recipe, ["data.mix_by=samples", "data.batch.image=2"]))
+    assert found.epochs["short"] == {"image": 12 / 3 * 2 / 2, "video": 12 * 2 / 3 * 2 / 4}  # 1:2 by steps, too
+    assert found.epochs["long"] == {"image": 3 * 2 / 2, "video": 9 * 1 / 2}  # one step of 2 images for four of a clip
+
+
 @pytest.mark.parametrize(("overrides", "ranks", "message"), [
     (["data.batch.video=5"], 1, "stage short would starve: 4 videos of 8x32x32 are fewer than the 5 of one step (5 a "
      "batch, 1 ranks, 1 batches accumulated); set data.batch.video=4, or pack more videos."),

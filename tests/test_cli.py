@@ -65,7 +65,8 @@ def test_show_prints_a_recipe_that_loads_again(capsys):
     Path("filled.yaml").write_text(out)
     assert load_recipe("filled.yaml") == load_recipe("quickstart_cpu", ["model.depth=2", "train.lr=1e-3"])
     comments = [line for line in out.splitlines() if line.startswith("#")]
-    assert "stage: videos, tokens: 9 (image) + 36 (video)" in comments[1] and "GiB" in comments[1]
+    told = "stage: videos, tokens: 9 (image) + 36 (video), steps: 100 (image) + 900 (video)"
+    assert told in comments[1] and "GiB" in comments[1]
     assert "blocks.mixer: " in comments[-1]
 
 
@@ -74,6 +75,12 @@ def test_show_one_stage_as_json(capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["recipe"]["stage"] == "t2v_512_68s" and shown["stages"][0]["tokens"]["video"] == 139_264
     assert shown["stages"][0]["trained"] == sum(shown["stages"][0]["parameters"].values())
+
+
+def test_show_counts_the_steps_of_each_kind(capsys):
+    words = ["data.mix_by=samples", "data.batch={image: 10, video: 1}", "train.steps=2002"]
+    assert main(["show", "--recipe", "t2v_68s", "--stage", "t2v_512_17s", "--json", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][0]["steps"] == {"image": 2, "video": 2000}
 
 
 def test_show_an_autoencoders_recipe(capsys):

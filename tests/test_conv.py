@@ -35,33 +35,37 @@ def operands(grid, taps, device, dtype=torch.float32, channels=40, order=zigzag)
     return u, torch.randn(channels, taps, device=device), torch.randn(channels, device=device), index
 
 
-def twin(operands, grad, before, rows):
+def twin(operands, grad, before, rows, segment=0):
     """Result and gradients of the reference in float64."""
     *parts, index = operands
     parts = [part.detach().double().requires_grad_() for part in parts]
-    y = conv_silu(*parts, index, before=before, rows=rows, kernel="reference")
+    y = conv_silu(*parts, index, before=before, rows=rows, segment=segment, kernel="reference")
     return y, dict(zip(PARTS, torch.autograd.grad(y, parts, grad.double()), strict=True))
 
 
 @pytest.mark.parametrize(
-    "grid, taps, before, extra, dtype",
+    "grid, taps, before, extra, segment, dtype",
     [
-        ((1, 1, 1), 4, 2, 0, torch.float32),
-        ((1, 1, 7), 1, 0, 3, torch.bfloat16),
-        ((7, 5, 3), 4, 2, 23, torch.float32),
-        ((1, 4, 6), 4, 3, 0, torch.bfloat16),
-        ((3, 3, 3), 8, 0, 5, torch.float32),
+        ((1, 1, 1), 4, 2, 0, 0, torch.float32),
+        ((1, 1, 7), 1, 0, 3, 0, torch.bfloat16),
+        ((7, 5, 3), 4, 2, 23, 0, torch.float32),
+        ((1, 4, 6), 4, 3, 0, 0, torch.bfloat16),
+        ((3, 3, 3), 8, 0, 5, 0, torch.float32),
+        ((7, 3, 2), 4, 2, 8, 7, torch.float32),
+        ((5, 3, 2), 4, 3, 0, 15, torch.float32),
+        ((2, 3, 3), 4, 3, 0, 2, torch.bfloat16),  # segments shorter than the taps
+        ((1, 3, 3), 4, 2, 0, 1, torch.float32),
     ],
 )
-def test_outputs_and_every_gradient(grid, taps, before, extra, dtype, device, small_programs):
+def test_outputs_and_every_gradient(grid, taps, before, extra, segment, dtype, device, small_programs):
     args = operands(grid, taps, device, dtype)
     leaves = [part.requires_grad_() for part in args[:3]]
     rows = grid[0] * grid[1] * grid[2] + extra
-    y = conv_silu(*args, before=before, rows=rows, kernel="triton")
+    y = conv_silu(*args, before=before, rows=rows, segment=segment, kernel="triton")
     assert y.shape == (2, rows, 40) and y.dtype == dtype and y.is_contiguous()
     assert torch.equal(y[:, rows - extra :], torch.zeros_like(y[:, rows - extra :]))
     grad = torch.randn_like(y)
-    want, wanted = twin(args, grad, before, rows)
+    want, wanted = twin(args, grad, before, rows, segment)
     tokens, weights = LIMITS[dtype]
     assert_close("y", want, y, tokens)
     found = dict(zip(PARTS, torch.autograd.grad(y, leaves, grad), strict=True))
@@ -116,6 +120,24 @@ def test_the_twin_is_a_depthwise_conv1d(taps, before):
     assert_close("y", want, conv_silu(u, weight, bias, index, before=before), 1e-12)
 
 
+@pytest.mark.parametrize("taps, before", [(4, 2), (4, 3), (7, 0)])
+def test_each_segment_of_the_twin_is_a_conv1d_of_its_own(taps, before):
+    u, weight, bias, index = operands((2, 3, 4), taps, "cpu", torch.float64)
+    weight, bias = weight.double(), bias.double()
+    pieces = u[:, index].mT.split(6, -1)
+    want = [F.conv1d(F.pad(piece, (before, taps - 1 - before)), weight[:, None], bias, groups=40) for piece in pieces]
+    got = conv_silu(u, weight, bias, index, before=before, segment=6)
+    assert_close("y", F.silu(torch.cat(want, -1)).mT, got, 1e-12)
+
+
+def test_nothing_crosses_an_end_not_even_nan(device):
+    u, weight, bias, index = operands((2, 3, 4), 4, device)
+    u = u.clone()
+    u[:, index[6:12]] = torch.nan
+    y = conv_silu(u, weight, bias, index, before=2, segment=6, kernel="triton")
+    assert y[:, :6].isfinite().all() and y[:, 12:].isfinite().all() and y[:, 6:12].isnan().all()
+
+
 def test_on_meta_and_in_low_precision():
     args = operands((2, 3, 4), 4, "cpu", torch.bfloat16)
     got = conv_silu(*args, before=2, rows=30)
@@ -132,6 +154,7 @@ def test_on_meta_and_in_low_precision():
         ({"before": 4}, "with 0 to m - 1 before, not 4 with 4"),
         ({"weight": torch.zeros(40, 9)}, "1 to 8 taps"),
         ({"weight": torch.zeros(39, 4)}, "weight [c m]"),
+        ({"segment": 7}, "24 tokens into segments of 7"),
         ({"index": torch.arange(23)}, "index of the 24 tokens"),
         ({"u": torch.zeros(2, 40, 24).mT, "kernel": "triton"}, "side by side"),
     ],

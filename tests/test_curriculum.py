@@ -10,8 +10,12 @@ import pytest
 import torch
 
 import lingen
+from lingen.plan.forecast import stage_grids
 from lingen.prepare.index import index_folder
+from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import PerKind
+from lingen.recipe.sizes import ranks_of, round_of
 from lingen.run import fit
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
@@ -47,6 +51,28 @@ stages:
   t2v_512_68s: {data: {frames: 32}, train: {steps: 3, warmup: 1}}
   quality:     {data: {frames: 32, shards: {video: null}}, train: {steps: 3, warmup: 1}}
 """
+
+
+def test_all_stages_of_videos_mix_in_images_of_their_own_size_1_to_100():
+    stages = load_stages("t2v_68s")
+    assert [one.data.size for one in stages[1:5]] == [(256, 256), *[(512, 512)] * 3]
+    for one in stages[1:5]:
+        grids, steps, batch = stage_grids(one), round_of(one.data), one.data.batch
+        assert grids["image"] == (1, *grids["video"][1:])
+        assert steps.video * batch.video == 100 * steps.image * batch.image
+        assert (steps.image + steps.video) / steps.image < 1 / (
+            1 - one.train.betas[1]
+        )  # Adam has not forgotten the last
+    assert [round_of(one.data) for one in (stages[0], stages[-1])] == [
+        PerKind(image=1, video=0),
+        PerKind(image=0, video=1),
+    ]
+
+
+def test_3000_curated_clips_are_not_learnt_by_heart():
+    quality = load_stages("t2v_68s")[-1]
+    epochs = quality.train.steps * quality.data.batch.video * ranks_of(quality) / 3000
+    assert 500 <= quality.train.steps <= 1000 and epochs == pytest.approx(30, abs=0.5)
 
 
 @pytest.mark.slow

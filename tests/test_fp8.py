@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from lingen_yardsticks.model import quality
 from torch import nn
 
 from lingen.kernels import fp8
 from lingen.kernels.choice import interpreted
-from lingen.kernels.fp8 import FLOAT8, Fp8Linear, Quantized, product, quality, quantize, to_fp8, wants_fp8
+from lingen.kernels.fp8 import FLOAT8, Fp8Linear, Quantized, product, quantize, to_fp8, wants_fp8
 from lingen.kernels.modulate import add_norm, norm_modulate
 from lingen.kernels.swiglu import swiglu
 from lingen.recipe.errors import RecipeError

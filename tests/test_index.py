@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -373,6 +374,26 @@ def test_a_checkpoint_of_other_data_is_refused(mixed: Path) -> None:
         DataError, match="changed since step 0: there were video: 24 of 4x16x16, now there are video: 20"
     ):
         other.load_state_dict(state)
+
+
+def test_a_resumed_run_that_counts_its_mix_otherwise_takes_what_comes_next(mixed: Path) -> None:
+    shards = Shards(image=str(mixed), video=str(mixed))
+    mix, batch = PerKind(image=1, video=2), PerKind(image=4, video=2)
+    first = data_of(shards, mix=mix, batch=batch)
+    first.start_step = 5
+    places = list(islice(first.places(), 5))
+    second = data_of(shards, mix=mix, batch=batch, mix_by="samples")  # one step of 4 images for four of 2 videos
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.start_step = 12
+    places += islice(second.places(5), 7)
+    third = data_of(shards, mix=mix, batch=batch, mix_by="samples")
+    third.load_state_dict(json.loads(json.dumps(second.state_dict())))
+    places += islice(third.places(12), 8)
+    assert [place.kind[0] for place in places] == [*"ivviv", *"ivvvviv", *"vvvivvvv"]
+    for kind in ("image", "video"):
+        numbers = [number for place in places if place.kind == kind for number in place.numbers]
+        assert numbers == list(range(len(numbers)))
+    assert [slot for place in places for slot in place.slots] == list(range(sum(len(one.slots) for one in places)))
 
 
 def test_a_resumed_run_with_other_batches_goes_on_in_the_same_epoch(mixed: Path) -> None:

@@ -1,13 +1,14 @@
 """Mamba2 and MATE against independent forms of themselves, and the sharp edges that facts.md names."""
 
 import inspect
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lingen.blocks import Mixer
-from lingen.blocks.mamba2 import Mamba2
+from lingen.blocks.mamba2 import Mamba2, ScanMemory
 from lingen.blocks.mate import MATE
 from lingen.blocks.scan import permutation
 from lingen.blocks.temporal_swin import TemporalSwin
@@ -48,7 +49,11 @@ def one_direction(mixer, x, direction, flip_review):
         xbc, dt = streams.split([channels, heads], -1)
         if flipped and not mixer.centred:
             xbc = xbc.flip(1)
-        xbc = F.silu(F.conv1d(F.pad(xbc.mT, (before, taps - 1 - before)), weight, bias, groups=channels).mT)
+        # Masked, each column of a temporal order is a sequence of its own; one frame has no columns.
+        column = source.shape[1] if mixer.masked and str(mixer.order).endswith("t") and source.shape[1] > 1 else None
+        pieces = xbc.mT.split(column or xbc.shape[1], -1)
+        padded = (F.pad(piece, (before, taps - 1 - before)) for piece in pieces)
+        xbc = F.silu(torch.cat([F.conv1d(piece, weight, bias, groups=channels) for piece in padded], -1).mT)
         if flipped and mixer.centred:
             xbc = xbc.flip(1)
         sequences.append(torch.cat([xbc, dt.flip(1) if flipped else dt], -1))
@@ -87,6 +92,9 @@ def explicit(mixer, x):
         {"groups": 2, "scan": "hilbert", "conv_width": 3},
         {"review": None, "scan": "zigzag"},
         {"review": (1, 1, 1), "expand": 1, "conv_width": 1},
+        {"conv_ends": "masked", "scan": "hwt", "review": (1, 2, 2)},
+        {"conv_ends": "masked", "scan": "wht", "conv": "per_direction"},
+        {"conv_ends": "masked"},
     ],
     ids=str,
 )
@@ -143,7 +151,9 @@ def test_kernels_agree_inside_the_mixer():
 @pytest.mark.parametrize(
     "settings",
     [{}, {"scan": "hilbert", "groups": 2}, {"conv": "per_direction", "scan": "wth"}, {"bidirectional": False},
-     {"review_reverse": "plain", "scan": "thw"}, {"review": None, "conv_width": 3}],
+     {"review_reverse": "plain", "scan": "thw"}, {"review": None, "conv_width": 3},
+     {"conv_ends": "masked", "scan": "hwt", "review": (1, 2, 2)},
+     {"conv_ends": "masked", "scan": "wht", "conv": "per_direction"}, {"norm": "per_head", "head_dim": 4}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.usefixtures("poisoned")
@@ -169,6 +179,25 @@ def test_triton_inside_the_mixer(settings, device, monkeypatch):
     assert_close("triton", *found, 1e-4)
 
 
+@pytest.mark.parametrize("conv", ["shared", "per_direction"])
+@pytest.mark.parametrize("scan", ["hwt", "wht", "thw"])
+def test_a_masked_conv_keeps_a_last_frame_from_the_next_columns_first(scan, conv):
+    """With a state that remembers nothing, a token hears what the conv gives it, and no more."""
+    x = tokens(6, 2, 3).requires_grad_()
+    heard = {}
+    for ends in ("joined", "masked"):
+        mixer = mamba2(scan=scan, conv=conv, conv_ends=ends, review=None)
+        with torch.no_grad():
+            mixer.memory.a_log.fill_(12.0)
+        seen = torch.autograd.grad(mixer(x)[:, 5, 0, 0].square().sum(), x)[0].square().sum((0, 2, 3, 4))
+        heard[ends] = (seen / seen.sum()).tolist()
+    if scan == "thw":
+        assert heard["masked"] == heard["joined"]
+    else:
+        assert heard["joined"][0] > 1e-2 and heard["masked"][0] < 1e-12
+        assert min(heard["masked"][4:]) > 1e-2
+
+
 def test_sizes_at_the_width_of_the_large_model():
     with torch.device("meta"):
         mixer = Mamba2(2560, 0)
@@ -187,11 +216,70 @@ def test_what_must_be_float32_is():
     assert mixer(tokens(2, 3, 3, dtype=torch.bfloat16)).isfinite().all()
 
 
+def drawn(**settings):
+    torch.manual_seed(3)
+    return Mamba2(64, 0, head_dim=1, state_dim=4, **settings)
+
+
 def test_time_steps_start_in_their_range():
-    mixer = Mamba2(64, 0, head_dim=1, dt_min=1e-5, dt_max=1e-4)
+    mixer = drawn(dt_min=1e-5, dt_max=1e-4)
     steps = F.softplus(mixer.memory.dt_bias)
     assert steps.min() > 0.99e-5 and steps.max() < 1.01e-4 and steps.std() > 1e-5
-    assert mixer.horizon().shape == (2, 128) and 600 < mixer.horizon().min() and mixer.horizon().max() < 1.1e5
+
+
+def test_without_long_heads_a_scan_starts_as_mamba_ssms():
+    """Bit for bit: mamba_ssm draws A from U(1, 16); and no other parameter moves with the share."""
+    none = drawn(long_heads=0)
+    torch.manual_seed(3)
+    torch.nn.Linear(64, none.in_proj.out_features, bias=False)
+    torch.nn.Conv1d(none.sizes[1], none.sizes[1], 4, groups=none.sizes[1])
+    assert torch.equal(none.memory.a_log, torch.empty(2, 128).uniform_(1, 16).log())
+    assert torch.equal(
+        none.memory.dt_bias, torch.empty(2, 128).uniform_(math.log(1e-3), math.log(0.1)).exp().expm1().log()
+    )
+    some = dict(drawn(long_heads=0.25).named_parameters())
+    for name, value in none.named_parameters():
+        assert torch.equal(value, some[name]) is (name != "memory.a_log"), name
+
+
+@pytest.mark.parametrize("share, every", [(0.25, 4), (0.5, 2), (1.0, 1)])
+def test_every_so_many_heads_are_long_in_both_directions(share, every):
+    a = drawn(long_heads=share, a_min=1e-4, a_max=4).memory.a_log.exp()
+    is_long = torch.arange(128) % every == every - 1
+    assert (a[:, is_long] <= 1).all() and a[:, is_long].min() > 0.99e-4
+    assert (a[:, ~is_long] >= 1).all() and (every == 1 or 3.5 < a[:, ~is_long].max() < 4)
+    logs = a[:, is_long].log() / math.log(1e-4)  # log-uniform: these are uniform in [0, 1]
+    assert abs(logs.mean() - 0.5) < 3 * 12**-0.5 / logs.numel() ** 0.5
+
+
+@pytest.mark.parametrize(
+    "heads, share, count", [(1, 0.25, 0), (2, 0.25, 1), (3, 0.25, 1), (10, 0.25, 3), (10, 0.1, 1), (7, 0.0, 0)]
+)
+def test_the_nearest_number_of_heads_is_long(heads, share, count):
+    memory = ScanMemory(1, heads)
+    memory.draw(1e-3, 0.1, share, 1e-6, 16)
+    assert (memory.a_log < 0).sum() == count
+
+
+def test_the_horizon_is_weighted_by_what_is_written():
+    """Against the response itself: what is left of a write, summed over the lags, over what it was."""
+    memory = ScanMemory(1, 3)
+    with torch.no_grad():
+        memory.a_log.copy_(torch.tensor([[16.0, 1.0, 0.01]]).log())
+        memory.dt_bias.copy_(torch.tensor([[0.1, 0.01, 1e-5]]).expm1().log())
+    a, dt = memory.a_log.double().exp(), F.softplus(memory.dt_bias.double())
+    lags = torch.logspace(-3, 9, 100_001, dtype=torch.float64)
+    left = (dt * torch.exp(-lags[:, None] * dt * a)).sum(1)
+    want = torch.trapezoid(left, lags) / dt.sum()
+    assert memory.horizon().shape == () and abs(memory.horizon() / want - 1) < 1e-3
+    assert memory.horizon() < 0.001 * (1 / (dt * a)).max()  # the head that remembers longest hardly writes
+
+
+def test_long_heads_reach_where_small_steps_do_not():
+    reach = {name: drawn(**settings).horizon() for name, settings in {
+        "usual": {"long_heads": 0}, "small steps": {"long_heads": 0, "dt_min": 1e-5}, "long": {"a_min": 7e-4},
+    }.items()}  # fmt: skip
+    assert reach["small steps"] < 3 * reach["usual"] and reach["long"] > 100 * reach["usual"]
 
 
 def review_share(mixer, x, place):
@@ -203,18 +291,34 @@ def review_share(mixer, x, place):
     return relative_error(*(y.flatten(1, 3)[:, place] for y in (with_review, without)))
 
 
-def test_how_far_the_review_reaches_depends_on_the_smallest_step():
-    """facts.md, sharp edge 1: with the usual steps the overview is forgotten within a frame."""
+def test_how_far_the_review_reaches_depends_on_the_decay():
+    """facts.md, sharp edge 1: with the usual heads the overview is forgotten within a frame."""
     x = tokens(16, 16, 8, batch=1)
     shares = {}
-    for dt_min, dt_max in ((1e-3, 0.1), (1e-5, 1e-4)):
-        mixer = mamba2(scan="thw", bidirectional=False, dt_min=dt_min, dt_max=dt_max, state_dim=16)
+    for share in (0.0, 0.25):
+        mixer = mamba2(scan="thw", bidirectional=False, dt_max=0.1, state_dim=16, long_heads=share, a_min=7e-4)
         with torch.no_grad():
             mixer.memory.d.zero_()  # what the scan remembers, without the token itself
-            shares[dt_min] = [review_share(mixer, x, place) for place in (0, 2000)]
-    (near, far), (near_long, far_long) = shares[1e-3], shares[1e-5]
+            shares[share] = [review_share(mixer, x, place) for place in (0, 2000)]
+    (near, far), (near_long, far_long) = shares[0.0], shares[0.25]
     assert near > 0.05 and far < near * 1e-3
     assert far_long > near_long * 0.05 and far_long > 100 * far
+
+
+def test_a_norm_for_each_head_keeps_a_loud_one_from_drowning_the_others():
+    x = tokens(2, 3, 4)
+    found = {}
+    for norm in ("shared", "per_head"):
+        mixer = mamba2(norm=norm, expand=1)
+        heads = mixer.sizes[2]
+        assert mixer.norm.groups == (heads if norm == "per_head" else 1)
+        mixer.out_proj = torch.nn.Identity()
+        before = mixer(x).unflatten(-1, (heads, -1))
+        with torch.no_grad():
+            mixer.memory.d[:, 0] += 1e3  # the first head is loud
+        after = mixer(x).unflatten(-1, (heads, -1))
+        found[norm] = relative_error(before[..., 1:, :], after[..., 1:, :])
+    assert found["shared"] > 0.9 and found["per_head"] < 1e-12
 
 
 def mate(layer=0, **settings):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby, islice
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,11 +14,14 @@ from hypothesis import strategies as st
 
 from lingen.data import order
 from lingen.data.order import Anchor, BatchOrder, Lane, RankBatch
-from lingen.recipe.sections import KINDS, PerKind
+from lingen.recipe.sections import KINDS, DataConfig, PerKind, Recipe, TrainConfig
+from lingen.recipe.sizes import round_of
 
 mixes = st.builds(PerKind, image=st.integers(0, 7), video=st.integers(0, 120)).filter(lambda m: m.image + m.video > 0)
 lanes = st.lists(st.builds(Lane, samples=st.integers(1, 60), batch=st.integers(1, 4)), min_size=1, max_size=4)
 kinds = st.fixed_dictionaries({"image": lanes, "video": lanes})
+batches = st.builds(PerKind, image=st.integers(1, 40), video=st.integers(1, 40))
+COUNTED = st.sampled_from(["steps", "samples"])
 STREAM = (0, "main", "video")
 
 
@@ -44,6 +49,29 @@ def test_the_rarer_kind_is_spread_evenly(mix: PerKind, start: int) -> None:
 def test_count_before_counts(mix: PerKind, step: int) -> None:
     for kind in KINDS:
         assert order.count_before(kind, step, mix) == sum(order.kind_of(s, mix) == kind for s in range(step))
+
+
+@given(mixes, batches, st.integers(0, 10**9), st.integers(1, 64))
+def test_counted_by_samples_they_stand_as_the_mix_says_on_any_number_of_ranks(
+    mix: PerKind, batch: PerKind, start: int, ranks: int
+) -> None:
+    steps = round_of(DataConfig(mix=mix, mix_by="samples", batch=batch))
+    kinds = Counter(order.kind_of(step, steps) for step in range(start, start + steps.image + steps.video))
+    assert kinds["image"] * batch.image * mix.video == kinds["video"] * batch.video * mix.image
+    alone = PerKind(image=ranks * batch.image, video=ranks * batch.video)
+    assert round_of(DataConfig(mix=mix, mix_by="samples", batch=alone)) == steps
+    assert round_of(DataConfig(mix=mix, batch=batch)) == mix
+
+
+def test_batches_of_34_images_are_rarer_by_samples() -> None:
+    data = DataConfig(mix=PerKind(image=1, video=100), batch=PerKind(image=34, video=1))
+    recipe = Recipe(data=data, train=TrainConfig(steps=20_000))
+    assert order.steps_of(recipe) == {"image": 199, "video": 19_801}
+    by_samples = replace(recipe, data=replace(data, mix_by="samples"))
+    assert round_of(by_samples.data) == PerKind(image=1, video=3400)
+    assert order.steps_of(by_samples) == {"image": 6, "video": 19_994}
+    one_kind = replace(recipe, data=replace(data, mix=PerKind(image=0, video=100), mix_by="samples"))
+    assert order.steps_of(one_kind) == {"video": 20_000}
 
 
 @pytest.mark.parametrize("mix", [PerKind(image=0, video=0), PerKind(image=-1, video=2)])
@@ -203,17 +231,22 @@ def test_ranks_share_what_one_rank_would_take(
 
 @settings(max_examples=60)
 @given(
-    mixes, kinds, st.lists(st.tuples(st.integers(0, 25), st.integers(1, 3), st.integers(1, 3)), min_size=2, max_size=4)
+    mixes,
+    kinds,
+    st.lists(st.tuples(st.integers(0, 25), st.integers(1, 3), st.integers(1, 3), COUNTED), min_size=2, max_size=4),
 )
-def test_resuming_with_other_ranks_and_batches_loses_and_repeats_nothing(
-    mix: PerKind, kinds: dict[str, list[Lane]], parts: list[tuple[int, int, int]]
+def test_resuming_with_other_ranks_batches_and_counts_loses_and_repeats_nothing(
+    mix: PerKind, kinds: dict[str, list[Lane]], parts: list[tuple[int, int, int, Any]]
 ) -> None:
-    """Parts of a run: steps, ranks, and batches that are so many times as large."""
+    """Parts of a run: steps, ranks, batches of videos that are so many times as large, and what the mix counts."""
     places: list[RankBatch] = []
     step, anchor = 0, None
-    for steps, world, scale in parts:
-        scaled = {kind: [Lane(lane.samples, scale * lane.batch) for lane in of] for kind, of in kinds.items()}
-        ordered = BatchOrder(scaled, mix, (0, "main"), world=world, anchor=anchor)
+    for steps, world, scale, counted in parts:
+        times = {"image": 1, "video": scale}
+        scaled = {kind: [Lane(lane.samples, times[kind] * lane.batch) for lane in of] for kind, of in kinds.items()}
+        batch = PerKind(**{kind: of[0].batch for kind, of in scaled.items()})
+        steps_mix = round_of(DataConfig(mix=mix, mix_by=counted, batch=batch))
+        ordered = BatchOrder(scaled, steps_mix, (0, "main"), world=world, anchor=anchor)
         places += taken_by_all(ordered, range(step, step + steps))
         step += steps
         anchor = Anchor(step, ordered.taken(step))

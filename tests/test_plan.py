@@ -14,7 +14,7 @@ import pytest
 
 from lingen.cli import main
 from lingen.launch import outlook
-from lingen.plan.forecast import plan
+from lingen.plan.forecast import flop_a_step, plan
 from lingen.plan.watch import part_here
 from lingen.recipe import load_recipe
 from lingen.training import rehearsal
@@ -24,7 +24,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.small_t2v import write_small_t2v
 
 KINDS = {"weights", "gradients", "optimizer", "average"}
-ASKED = {"stage", "tokens", "parameters", "flop", "memory", "gpu_hours", "disk"}
+ASKED = {"stage", "steps", "tokens", "parameters", "flop", "memory", "gpu_hours", "disk"}
 STAGE = "t2v_256_17s"
 QUICK = ["model.mixer=attention", "sample.prompts=[]", "data.validation.video=null"]
 TWO_RANKS = ["trainer.num_nodes=1", "trainer.devices=2", "sample.prompts=[]"]
@@ -123,6 +123,15 @@ def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypat
         assert told.startswith(f"with {words} it does: "), told
     monkeypatch.setitem(outlook.GPUS, "small", ("H100", 1e-6))
     assert outlook.what_fits(plain, outlook.Cluster(1, 2, "small")).startswith("no switch makes it fit, the least is")
+
+
+def test_flops_are_counted_by_samples_where_the_mix_is(tiny_recipe: Path):
+    words = ["model.mixer=attention", "data.mix={image: 1, video: 10}", "data.batch={image: 6, video: 2}"]
+    recipe = load_recipe(tiny_recipe, [*words, "data.mix_by=samples"], stage="clips")
+    forecast = plan(recipe)
+    assert forecast.training_flops["image"] != forecast.training_flops["video"]
+    a_round = 6 * forecast.training_flops["image"] + 30 * 2 * forecast.training_flops["video"]  # 6 images, 60 clips
+    assert flop_a_step(recipe, forecast) == pytest.approx(a_round / 31)
 
 
 def test_json_names_what_the_issue_asks_for(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):

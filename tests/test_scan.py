@@ -9,6 +9,7 @@ from lingen.blocks.scan import (
     AXES,
     ROTARY_MAJOR,
     adjacency,
+    column_length,
     hilbert,
     order_of,
     permutation,
@@ -45,6 +46,29 @@ def test_rotary_major_takes_turns():
 def test_cycles_hold_names_and_functions():
     mixed = ("hilbert", ("thw", zigzag), "rotary_major")
     assert [order_of(mixed, layer) for layer in range(6)] == [hilbert, zigzag, "hwt", hilbert, "thw", "twh"]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", SCANS.names())
+def test_columns_are_found_where_they_are(name, grid):
+    for layer in range(4):
+        order = order_of(name, layer)
+        index = permutation(order, grid, CPU)[0]
+        places = (index % (grid[1] * grid[2])).view(-1, grid[0])
+        is_temporal = layer > 1 if name.startswith("rotary_major") else name in ("hwt", "wht")
+        assert column_length(order, grid) == (grid[0] if is_temporal and grid[0] > 1 else 0)
+        assert not is_temporal or (places == places[:, :1]).all()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_folded_columns_go_on_at_the_frame_where_the_last_one_ended(grid):
+    for layer in (2, 3):
+        folded, plain = (permutation(order_of(name, layer), grid, CPU)[0].view(-1, grid[0])
+                         for name in ("rotary_major_folded", "rotary_major"))  # fmt: skip
+        assert torch.equal(folded[::2], plain[::2]) and torch.equal(folded[1::2], plain[1::2].flip(1))
+        frames = folded // (grid[1] * grid[2])
+        assert torch.equal(frames[:-1, -1], frames[1:, 0])
+        assert order_of("rotary_major_folded", layer - 2) == order_of("rotary_major", layer - 2)
 
 
 def steps(name, grid):

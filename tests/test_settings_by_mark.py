@@ -30,7 +30,7 @@ SETS = "data.synthetic={name: shapes, clips: 6, images: 6, held_out: 2}"
 SMALL = {
     "quickstart_cpu": (
         SETS, "model.dim=16", "model.depth=1", "model.mixer.state_dim=4", "model.mixer.head_dim=8", "text.0.dim=8",
-        "text.0.buckets=64", "data.batch={image: 2, video: 2}", "stages.videos.data.mix={image: 1, video: 1}",
+        "text.0.buckets=64", "data.batch={image: 2, video: 1}", "stages.videos.data.mix={image: 1, video: 1}",
         "train.warmup=1", "trainer.precision=32-true", "trainer.logger=false", "score.clips=0", "sample.prompts=[]",
         "reconstruction.features.path=FOLDER/one", "stages.images.train.steps=1",
     ),
@@ -57,7 +57,9 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "model.mixer.state_dim": "8", "model.mixer.head_dim": "4", "model.mixer.window": "[2, 2, 2]",
     "model.mixer.ma": "null", "model.mixer.te": "null", "model.mixer.branch_gate": "each", "model.mixer.scan": "thw",
     "model.mixer.groups": "2", "model.mixer.expand": "4", "model.mixer.dt_min": "1e-4", "model.mixer.dt_max": "0.2",
-    "model.mixer.conv": "per_direction", "model.mixer.conv_width": "3", "model.mixer.review": "[1, 1, 1]",
+    "model.mixer.long_heads": "0.5", "model.mixer.a_min": "1e-3", "model.mixer.a_max": "8",
+    "model.mixer.norm": "per_head", "model.mixer.conv": "per_direction", "model.mixer.conv_width": "3",
+    "model.mixer.conv_ends": "masked", "model.mixer.review": "[1, 1, 1]",
     "model.mixer.review_reverse": "plain", "model.mixer.bidirectional": "false", "model.mixer.num_heads": "4",
     "model.num_heads": "2", "model.ffn_dim": "64", "model.patch": "[1, 8, 8]", "model.predict": "velocity",
     "model.gate_init": "0.5", "model.position_std": "0.6", "model.pool_text": "false", "model.max_grid": "[8, 8, 8]",
@@ -82,7 +84,8 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "autoencoder.path": "FOLDER/tae.safetensors", "autoencoder.multipliers": "[1, 1, 1]", "autoencoder.blocks": "2",
     "autoencoder.attention": "false", "autoencoder.reach": "1",
     # course
-    "data.mix.image": "0", "data.mix.video": "3", "data.batch.image": "1", "data.batch.video": "1",
+    "data.mix.image": "0", "data.mix.video": "3", "data.mix_by": "samples", "data.batch.image": "1",
+    "data.batch.video": "2",
     "time.distribution": "uniform", "time.mean": "1", "time.std": "2", "time.shift": "1", "train.lr": "1e-5",
     "train.warmup": "5", "train.decay": "constant", "train.weight_decay": "0.5", "train.betas": "[0.5, 0.6]",
     "train.clip_grad": "1e-3", "train.accumulate": "2", "train.ema": "0.01", "train.text_drop": "1",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lingen.bench.yardsticks import yardstick
+from lingen.cli.bench import yardstick
 from lingen.data import manifest, remote, sources
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger

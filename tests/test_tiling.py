@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lingen_yardsticks.build import draw_weights
 from torch import Tensor, nn
 
 from lingen.autoencoder.tae import TAE
 from lingen.autoencoder.tiling import Tiles, _spread, _trapezoid, _weights, decode_tiled, encode_tiled
-from lingen.bench.build import draw_weights
 
 
 class Tiny(nn.Module):

@@ -32,8 +32,8 @@ class Mixer(Protocol):
             `lingen.kernels.fp8.Quantized`, whose `shape` is that of x.
         ``adds_onto = True``: ``mixer(x, onto=y)`` gives y + mixer(x) and may overwrite y where no gradient is wanted.
             Used for a TE-branch when sampling.
-        ``horizon()``: tokens after which a head has forgotten all but 1/e, [directions heads]; logged in training, of
-            every module inside the mixer that has it.
+        ``horizon()``: tokens over which it remembers, as a tensor whose mean is logged; at the start and in training,
+            of every module inside the mixer that has it.
         ``kernel``: name of the twin that runs; "auto" must be among its values, and is set while MATE measures its
             branches, on whatever device it is built.
         ``tile(grid)``: the part of a grid that it treats like the whole, such as a window; MATE measures on one.

@@ -9,14 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lingen.blocks.layers import GatedRMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
-from lingen.blocks.scan import order_of, permutation
+from lingen.blocks.scan import column_length, order_of, permutation
 from lingen.kernels.choice import holds_numbers, is_unlaunched
 from lingen.kernels.conv import conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
 from lingen.kernels.scan import rows_of, scan, scan_kernel, scan_state
-from lingen.recipe.bounds import FREE, IDENTITY, Above, AtLeast
+from lingen.recipe.bounds import FREE, IDENTITY, Above, AtLeast, Between
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
@@ -35,10 +35,15 @@ class Mamba2(nn.Module):
     Settings:
         scan: name in SCANS (or 'module:attr'); a cycle gives each layer its own order.
         state_dim, head_dim, groups, expand: sizes as in mamba_ssm (d_state, headdim, ngroups, expand).
-        dt_min, dt_max: range of the initial time steps. A head forgets after about 1 / (dt A) tokens with A from U(1,
-            16); `horizon` returns this. What a small dt_min costs: docs/facts.md, "Memory of the scan".
+        dt_min, dt_max: range of the initial time steps, with which a head also writes: lower them and it writes less.
+        long_heads: share of the heads that begin with a long memory, as `ScanMemory.draw` says; 0 is mamba_ssm's start.
+        a_min, a_max: the decay A begins log-uniform in [a_min, 1] in long heads, and uniform in [1, a_max] in the
+            others. A head forgets after about 1 / (dt A) tokens (docs/model.md, "Memory of the scan").
+        norm: the gated norm is "shared" by the heads of a group, or "per_head", so that no head drowns another [ours].
         conv: "shared" is one conv, centred; "per_direction" one for each, causal in its direction.
         conv_width: tokens that the conv sees.
+        conv_ends: "masked": in orders that read column by column in time, the conv does not join a column's last frame
+            to the next one's first (one frame is read as "joined"); the state goes on. docs/model.md, "Order of time".
         review: tokens that are pooled into one, along t, h, w; null for no review.
         review_reverse: "front": the reverse direction, too, reads the review first; "plain" flips everything, so that
             it reads the review last and gains nothing from it.
@@ -59,8 +64,13 @@ class Mamba2(nn.Module):
         expand: Annotated[int, AtLeast(1), IDENTITY] = 2,
         dt_min: Annotated[float, Above(0), IDENTITY] = 1e-3,
         dt_max: Annotated[float, IDENTITY] = 0.1,
+        long_heads: Annotated[float, Between(0, 1), IDENTITY] = 0.25,
+        a_min: Annotated[float, Between(1e-6, 1), IDENTITY] = 1e-2,
+        a_max: Annotated[float, Above(1), IDENTITY] = 16.0,
+        norm: Annotated[Literal["shared", "per_head"], IDENTITY] = "shared",
         conv: Annotated[Literal["shared", "per_direction"], IDENTITY] = "shared",
         conv_width: Annotated[int, AtLeast(1), IDENTITY] = 4,
+        conv_ends: Annotated[Literal["joined", "masked"], IDENTITY] = "joined",
         review: Annotated[tuple[int, int, int] | None, AtLeast(1), IDENTITY] = (2, 2, 2),
         review_reverse: Annotated[Literal["front", "plain"], IDENTITY] = "front",
         bidirectional: Annotated[bool, IDENTITY] = True,
@@ -77,7 +87,7 @@ class Mamba2(nn.Module):
         if dt_min > dt_max:
             raise SettingError("dt_min", f"dt_min={dt_min} must be at most dt_max={dt_max}.")
         self.order = order_of(scan, layer)
-        self.review = review
+        self.review, self.masked = review, conv_ends == "masked"
         self.review_reverse, self.kernel = review_reverse, kernel
         self.groups, self.state_dim, self.head_dim = groups, state_dim, head_dim
         self.directions = 2 if bidirectional else 1
@@ -88,8 +98,8 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         convolved = channels if self.centred else self.directions * channels
         self.conv1d = trains_in_float32(nn.Conv1d(convolved, convolved, conv_width, groups=convolved))
-        self.memory.draw(dt_min, dt_max)
-        self.norm = GatedRMSNorm(inner, groups)
+        self.memory.draw(dt_min, dt_max, long_heads, a_min, a_max)
+        self.norm = GatedRMSNorm(inner, heads if norm == "per_head" else groups)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     @property
@@ -110,7 +120,7 @@ class Mamba2(nn.Module):
         if self.review is not None:
             state = self._review_state(pool(streams, self.review, kernel=fused), kernel, fused)
         index = self._index(grid, projected.device)
-        y = self._scan(streams.flatten(1, 3), index, state, kernel, fused)
+        y = self._scan(streams.flatten(1, 3), index, self._segment(grid), state, kernel, fused)
         norm, low = self.norm, wants_fp8(self.out_proj)
         out = gated_norm(
             y, z.flatten(1, 3), norm.weight, index, groups=norm.groups, eps=norm.eps, quantize=low, kernel=fused
@@ -126,14 +136,14 @@ class Mamba2(nn.Module):
 
         grid, device = grid_of(projected), projected.device
         sizes = ScanSizes(self.sizes[2], self.head_dim, self.groups, self.state_dim, self.directions)
-        review_index, ways = None, 0
+        review_index, review_segment, ways = None, 0, 0
         if self.review is not None:
             _, windows = windows_of(projected, self.review)
-            review_index = self._index(windows, device)
+            review_index, review_segment = self._index(windows, device), self._segment(windows)
             ways = self.directions if self.review_reverse == "front" else 1
         plan = Mamba2Plan(
-            sizes, self._index(grid, device), self.review, review_index, ways, self._before, self.norm.groups,
-            self.norm.eps,
+            sizes, self._index(grid, device), self.review, review_index, ways, self._before, self._segment(grid),
+            review_segment, self.norm.groups, self.norm.eps,
         )  # fmt: skip
         bias = self.conv1d.bias
         assert bias is not None
@@ -151,7 +161,7 @@ class Mamba2(nn.Module):
         width = self.conv1d.kernel_size[0]
         return width // 2 if self.centred else width - 1
 
-    def horizon(self) -> Float[Tensor, "r k"]:
+    def horizon(self) -> Float[Tensor, ""]:
         """See `ScanMemory.horizon`."""
         return self.memory.horizon()
 
@@ -159,10 +169,15 @@ class Mamba2(nn.Module):
         """Raster row of each position of the sequence; None where the scan is raster order itself."""
         return None if self.order == "thw" else permutation(self.order, grid, device)[0]
 
+    def _segment(self, grid: Triple) -> int:
+        """Positions that the conv keeps together, see `conv_silu`."""
+        return column_length(self.order, grid) if self.masked else 0
+
     def _scan(
         self,
         streams: Float[Tensor, "b n c"],
         index: Int[Tensor, "n"] | None,
+        segment: int,
         state: Float[Tensor, "b r k e s"] | None,
         kernel: str,
         fused: str,
@@ -171,14 +186,14 @@ class Mamba2(nn.Module):
         n = streams.shape[1]
         xbc, dt = streams.split(self.sizes[1:], -1)
         if self.centred or self.directions == 1:
-            u = self._conv(xbc, index, 0, rows_of(n, kernel, xbc.dtype), fused)
+            u = self._conv(xbc, index, 0, segment, rows_of(n, kernel, xbc.dtype), fused)
             return self._one_scan(u, dt, slice(None), index, state, kernel)
         if index is None:
             index = torch.arange(n, device=streams.device)
         sides = []
         # Each direction has streams of its own: two scans of one direction, the second of the reversed sequence.
         for way, order in enumerate((index, index.flip(0))):
-            u = self._conv(xbc, order, way, rows_of(n, kernel, xbc.dtype), fused)
+            u = self._conv(xbc, order, way, segment, rows_of(n, kernel, xbc.dtype), fused)
             sides.append(self._one_scan(u, dt, slice(way, way + 1), order, state, kernel)[:, :n])
         return sides[0] + sides[1].flip(1)
 
@@ -200,7 +215,8 @@ class Mamba2(nn.Module):
 
     def _review_state(self, streams: Float[Tensor, "b t h w c"], kernel: str, fused: str) -> Float[Tensor, "b r k e s"]:
         """What the directions remember of the review tokens, which all of them read forwards."""
-        index = self._index(grid_of(streams), streams.device)
+        grid = grid_of(streams)
+        index, segment = self._index(grid, streams.device), self._segment(grid)
         xbc, dt = streams.flatten(1, 3).split(self.sizes[1:], -1)
         rows = rows_of(xbc.shape[1], kernel, xbc.dtype)
         ways = self.directions if self.review_reverse == "front" else 1
@@ -209,7 +225,7 @@ class Mamba2(nn.Module):
         a, _, dt_bias = self.memory()
         states = [
             scan_state(
-                self._conv(xbc, index, one.start, rows, fused), dt, a[one], dt_bias[one], index,
+                self._conv(xbc, index, one.start, segment, rows, fused), dt, a[one], dt_bias[one], index,
                 groups=self.groups, state_dim=self.state_dim, kernel=kernel,
             )
             for one in shared
@@ -219,14 +235,22 @@ class Mamba2(nn.Module):
         return torch.cat([state, torch.zeros_like(state)], 1) if missing else state
 
     def _conv(
-        self, xbc: Float[Tensor, "b n c"], index: Int[Tensor, "n"] | None, way: int, rows: int, kernel: str
+        self,
+        xbc: Float[Tensor, "b n c"],
+        index: Int[Tensor, "n"] | None,
+        way: int,
+        segment: int,
+        rows: int,
+        kernel: str,
     ) -> Float[Tensor, "b rows c"]:
         """Depthwise conv along the scan and SiLU: centred, or causal with the weights of direction `way`."""
         channels = self.sizes[1]
         mine = slice(way * channels, (way + 1) * channels)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
-        return conv_silu(xbc, weight[mine], bias[mine], index, before=self._before, rows=rows, kernel=kernel)
+        return conv_silu(
+            xbc, weight[mine], bias[mine], index, before=self._before, segment=segment, rows=rows, kernel=kernel
+        )
 
 
 @stays_float32
@@ -243,9 +267,18 @@ class ScanMemory(nn.Module):
         self.a_log, self.d, self.dt_bias = (undecayed(nn.Parameter(torch.ones_like(each))) for _ in range(3))
 
     @torch.no_grad()
-    def draw(self, dt_min: float, dt_max: float) -> None:
-        """A from U(1, 16), log dt uniform between the two, D 1 (arXiv 2405.21060)."""
-        self.a_log.uniform_(1, 16).log_()
+    def draw(self, dt_min: float, dt_max: float, long_heads: float, a_min: float, a_max: float) -> None:
+        """A from U(1, a_max), log dt uniform between the two, D 1 (arXiv 2405.21060); and in long heads log A uniform
+        between those of a_min and 1 [ours], from the same random numbers.
+
+        Long are the nearest whole number to `long_heads` of all k heads, the same ones in both directions, spread
+        evenly over them and so over the groups of B and C: of every four heads the last one for 0.25.
+        """
+        a, heads = self.a_log.uniform_(1, a_max), self.a_log.shape[1]
+        count = int(long_heads * heads + 0.5)
+        is_long = torch.arange(1, heads + 1, device=a.device) * count % heads < count
+        share = (a - 1) / (a_max - 1)
+        a.copy_(torch.where(is_long, math.log(a_min) * share, a.log()))
         log_dt = self.dt_bias.uniform_(math.log(dt_min), math.log(dt_max))
         log_dt.exp_().expm1_().log_()  # inverse of softplus
 
@@ -254,6 +287,8 @@ class ScanMemory(nn.Module):
         return -self.a_log.to(dtype).exp(), self.d, self.dt_bias
 
     @torch.no_grad()
-    def horizon(self) -> Float[Tensor, "r k"]:
-        """Tokens after which a head has forgotten all but 1/e, per direction and head, at the bias's time step."""
-        return 1 / (F.softplus(self.dt_bias.float()) * self.a_log.float().exp())
+    def horizon(self) -> Float[Tensor, ""]:
+        """Reach in tokens, at the biases' time steps: the mean over all heads of 1 / (dt A), after which a head has
+        forgotten all but 1/e, weighted by dt, with which it writes; that is sum(1 / A) / sum(dt). It is what is left
+        of a write, sum(dt exp(-lag dt A)), integrated over the lag and divided by its start [ours]."""
+        return (-self.a_log.float()).exp().sum() / F.softplus(self.dt_bias.float()).sum()

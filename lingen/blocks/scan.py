@@ -35,6 +35,34 @@ def zigzag(t: int, h: int, w: int) -> Int[Tensor, "n"]:
     return raster.flatten()
 
 
+def hwt_folded(t: int, h: int, w: int) -> Int[Tensor, "n"]:
+    """'hwt', every second column backwards in time: each goes on at the frame where the one before it ended [ours]."""
+    return _folded("hwt", (t, h, w))
+
+
+def wht_folded(t: int, h: int, w: int) -> Int[Tensor, "n"]:
+    """'wht', every second column backwards in time, as in `hwt_folded`."""
+    return _folded("wht", (t, h, w))
+
+
+def _folded(order: str, grid: Triple) -> Int[Tensor, "n"]:
+    columns = _raster_index(order, grid).view(-1, grid[0])
+    columns[1::2] = columns[1::2].flip(1)
+    return columns.flatten()
+
+
+# The paper's cycle, but in its temporal orders no clip's end is joined to a clip's start.
+ROTARY_MAJOR_FOLDED = ("thw", "twh", hwt_folded, wht_folded)
+
+_IN_COLUMNS = ("hwt", "wht", hwt_folded, wht_folded)
+
+
+def column_length(order: ScanOrder, grid: Triple) -> int:
+    """Tokens of a column where `order` reads the grid column by column, each from one end of time to the other; 0 for
+    other orders, and for one frame, whose columns have nothing between their ends."""
+    return grid[0] if order in _IN_COLUMNS and grid[0] > 1 else 0
+
+
 def hilbert(t: int, h: int, w: int) -> Int[Tensor, "n"]:
     """Hilbert curve of the enclosing cube with the tokens outside of the grid left out (Skilling 2004)."""
     bits = max(1, (max(t, h, w) - 1).bit_length())

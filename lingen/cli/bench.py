@@ -1,218 +1,26 @@
-"""Measurements: ``lingen bench ...``. Every command says what it does as it goes, and writes after each number."""
+"""Measurements, ``lingen bench ...``: they and what lingen is measured against lie in tests/yardsticks."""
 
-import argparse
-import json
+import importlib
 import sys
-from collections.abc import Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-from lingen.cli.command import DONE, JSON, Argument, argument, command, natural, positive, print_json, print_table
-from lingen.recipe.errors import RecipeError
-
-
-def _grid(text: str) -> tuple[int, int, int]:
-    try:
-        t, h, w = map(natural, text.split("x"))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"'{text}' is no grid; say tokens in t, h and w, e.g. 34x32x32") from None
-    return t, h, w
+FOLDER = Path(__file__).parents[2] / "tests" / "yardsticks"
+PACKAGE = "lingen_yardsticks"
+"""Its name once it is loaded: one that nobody else has, as "tests" would be."""
 
 
-BENCH_MIXERS = argument(
-    "--mixers", nargs="+", default=["attention", "temporal_swin", "mamba2", "mate", "linear_attention"], metavar="M"
-)
-BENCH_RECIPE = argument("--recipe", default="t2v_68s", metavar="R", help="a YAML file or a name (default: t2v_68s)")
-DIM = argument("--dim", type=natural, help="width of a token; default: 2560, on a CPU 64")
-BENCH_GRIDS = argument(
-    "--grid", dest="grids", type=_grid, action="append", metavar="TxHxW",
-    help="tokens in t, h, w, e.g. 34x32x32, which is 512x512 for 17 s; may be given again",
-)  # fmt: skip
-WHERE = (
-    argument("--device", help="cuda or cpu; default: the GPU where there is one"),
-    argument("--budget", type=positive, metavar="S", help="seconds for each number; what takes longer runs once"),
-    argument("--commit", metavar="HASH", help="for the result file, where there is no checkout"),
-)
+def yardstick(name: str) -> ModuleType:
+    """A module of tests/yardsticks, such as ``stock``."""
+    if PACKAGE not in sys.modules:
+        spec = spec_from_file_location(PACKAGE, FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)])
+        assert spec is not None and spec.loader is not None
+        sys.modules[PACKAGE] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[PACKAGE])
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def out(path: str) -> Argument:
-    """The result file."""
-    return argument("--out", default=path, metavar="FILE", help=f"result file (default: {path})")
-
-
-@command(
-    "how FLOPs, time and memory of mixers grow with the tokens: scaling.json, .csv, .png and .md",
-    BENCH_MIXERS,
-    DIM,
-    argument(
-        "--sizes", type=_grid, nargs="+", metavar="TxHxW", help="three or more; default: 256x256 17 s to 512x512 136 s"
-    ),
-    argument("--quick", action="store_true", help="small sizes on the CPU, under two minutes; a CPU's default"),
-    argument("--render", action="store_true", help="measure nothing: .csv, .png and .md anew from DIR/scaling.json"),
-    argument("--out", default="bench", metavar="DIR", help="default: bench"),
-    *WHERE,
-)
-def bench_scaling(args: argparse.Namespace) -> int:
-    from lingen.bench.receipt import write_receipt
-    from lingen.bench.scaling import GRIDS, QUICK_GRIDS, check_grids, scaling
-
-    folder = Path(args.out)
-    args.out = folder / "scaling.json"
-    if not args.render:
-        place = place_for(args, 0.5)
-        grids = args.sizes or (GRIDS if place.cuda else QUICK_GRIDS)
-        check_grids(grids)
-        scaling(args.mixers, args.dim, grids, place, results_for(args, place, dim=args.dim, batch=1))
-    elif not args.out.is_file():
-        raise RecipeError(f"There is no {args.out} to render; name its folder with --out.")
-    files = write_receipt(json.loads(args.out.read_text(encoding="utf-8")), folder)
-    print(files[-1].read_text(encoding="utf-8"), end="")
-    print(*files, sep="\n")
-    return DONE
-
-
-@command(
-    "mixers at equal width: parameters, FLOPs, time and memory of a layer",
-    BENCH_MIXERS,
-    DIM,
-    BENCH_GRIDS,
-    out("bench/mixers.json"),
-    *WHERE,
-)
-def bench_mixers(args: argparse.Namespace) -> int:
-    from lingen.bench.scaling import measure_scaling
-
-    place = place_for(args)
-    results = results_for(args, place, dim=args.dim, batch=1)
-    measure_scaling(args.mixers, args.dim, args.grids, place, results)
-    return print_tables(results, "mixers")
-
-
-@command(
-    "each kernel against its twins and its roofline, forward and backward, and how exact it is",
-    argument("--only", nargs="+", default=[], metavar="NAME", help="operations; default: all"),
-    DIM,
-    BENCH_GRIDS,
-    out("bench/kernels.json"),
-    *WHERE,
-)
-def bench_kernels(args: argparse.Namespace) -> int:
-    from lingen.bench.yardsticks import yardstick
-
-    kernels = yardstick("kernels")
-    kernels.check_names(args.only)
-    place = place_for(args)
-    results = results_for(args, place, dim=args.dim, batch=1)
-    kernels.bench_kernels(args.grids, args.dim, place, results, args.only)
-    return print_tables(results, "kernels")
-
-
-@command(
-    "MATE's branches without their projections against stock parts, forward and backward",
-    BENCH_RECIPE,
-    BENCH_GRIDS,
-    out("bench/stock.json"),
-    *WHERE,
-    overrides=True,
-)
-def bench_stock(args: argparse.Namespace) -> int:
-    from lingen.bench.yardsticks import yardstick
-    from lingen.recipe import load_recipe
-
-    branches, model = yardstick("branches"), load_recipe(args.recipe, args.overrides).model
-    if isinstance(model.mixer, list) or model.mixer["name"] != "mate":
-        raise RecipeError(f"'{args.recipe}' has no mixer 'mate', whose branches are measured here.")
-    place = place_for(args)
-    results = results_for(args, place, dim=model.dim, batch=1)
-    branches.bench_branches(model.mixer, model.dim, args.grids, place, results)
-    return print_tables(results, "branches")
-
-
-@command(
-    "forward and backward of the denoiser's layers: tokens a second and MFU, against stock parts",
-    BENCH_RECIPE,
-    BENCH_GRIDS,
-    argument("--layers", default="0,1", help="which ones (default: 0,1)"),
-    out("bench/training.json"),
-    *WHERE,
-    overrides=True,
-)
-def bench_training(args: argparse.Namespace) -> int:
-    from lingen.bench.yardsticks import yardstick
-    from lingen.recipe import load_recipe
-
-    training, model = yardstick("training"), load_recipe(args.recipe, args.overrides).model
-    layers = [int(word) for word in args.layers.split(",") if word.isdecimal()]
-    if len(layers) < len(args.layers.split(",")) or max(layers) >= model.depth:
-        raise RecipeError(f"--layers {args.layers}: say layers of 0 to {model.depth - 1}, e.g. --layers 0,1.")
-    place = place_for(args)
-    results = results_for(args, place, dim=model.dim, batch=1)
-    training.bench_training(model, args.grids, place, results, layers)
-    return print_tables(results, "training")
-
-
-@command(
-    "committed results next to the targets: reached, or by how much missed",
-    argument("--results", default="docs/results", metavar="DIR", help="folder of result files (default: docs/results)"),
-    argument("--markdown", metavar="PAGE", help="make the tables of this page anew from the files, in place"),
-    JSON,
-)
-def bench_show(args: argparse.Namespace) -> int:
-    from lingen.bench.show import PAGE, fill, read
-
-    files = read(Path(args.results))
-    lines = PAGE["targets"].lines(files)
-    if args.markdown:
-        page = Path(args.markdown)
-        if not page.is_file():
-            raise RecipeError(f"There is no page {page}.")
-        page.write_text(fill(page.read_text(encoding="utf-8"), files), encoding="utf-8")
-        print(page)
-    elif args.json:
-        print_json([dict(zip(lines[0], line, strict=True)) for line in lines[1:]])
-    else:
-        _print_lines(lines)
-    return DONE
-
-
-def place_for(args: argparse.Namespace, budget: float | None = None) -> Any:
-    """Where it is measured: on the CPU with --quick. Fills in the width and the grids, which are small on a CPU.
-    `budget`: seconds for each number, where the user says none."""
-    from lingen.bench.place import place_of
-
-    quick = getattr(args, "quick", False)
-    if quick and args.device not in (None, "cpu"):
-        raise RecipeError(f"--quick measures on the CPU; leave out --quick, or --device {args.device}.")
-    place = place_of("cpu" if quick else args.device, getattr(args, "precision", None), args.budget or budget)
-    args.dim = getattr(args, "dim", None) or (2560 if place.cuda else 64)
-    args.grids = getattr(args, "grids", None) or [(34, 32, 32) if place.cuda else (4, 8, 8)]
-    return place
-
-
-def results_for(args: argparse.Namespace, place: Any, **about: object) -> Any:
-    """The result file that --out names, with what its head says."""
-    from lingen.bench.results import Results
-
-    return Results(Path(args.out), about, place.device, say, args.commit)
-
-
-def say(text: str) -> None:
-    """Prints a line at once, so that an interrupted run shows how far it came."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def print_tables(results: Any, *names: str) -> int:
-    """Those of these tables that have something of this run."""
-    from lingen.bench.show import TABLES
-
-    for name in names:
-        lines = TABLES[name].lines({"this run": results.data})
-        if len(lines) > 1:
-            _print_lines(lines)
-    return DONE
-
-
-def _print_lines(lines: Sequence[Sequence[str]]) -> None:
-    head, *rest = lines
-    unique = [name + " " * head[:i].count(name) for i, name in enumerate(head)]  # columns may have the same heading
-    print_table([dict(zip(unique, line, strict=True)) for line in rest])
+if FOLDER.is_dir():  # a checkout: an installed package does not hold it
+    yardstick("commands")  # which register themselves
+    yardstick("model_commands")

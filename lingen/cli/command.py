@@ -154,6 +154,11 @@ def _check_command(words: Sequence[str]) -> None:
     for name in COMMANDS:
         head, _, tail = name.partition(" ")
         groups.setdefault(head, []).append(tail)
+    if words[0] == "bench" and words[0] not in groups:
+        raise RecipeError(
+            "Measurements lie in tests/yardsticks, which an installed package does not hold: run this command from a "
+            "checkout of lingen, installed with pip install -e ."
+        )
     if words[0] not in groups:
         raise RecipeError(
             f"There is no command '{words[0]}'.{did_you_mean(words[0], groups)} Known: {', '.join(groups)}."

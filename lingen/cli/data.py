@@ -197,37 +197,3 @@ def data_index(args: argparse.Namespace) -> int:
         _print_faults(drops, f" (all of them: lingen data check {folder} --json)")
         print(f"{folder}: {rows:,} samples, {len(drops):,} left out")
     return DONE
-
-
-@command(
-    "how fast the loader is, beside a bare PyAV loop and plain webdataset (CPU)",
-    argument("--shards", default="data/footage/*video-*.tar", metavar="S", help="default: `lingen data fetch footage`"),
-    argument("--out", default="bench", metavar="DIR", help="loader.json goes there"),
-    argument("--pairs", type=int, default=7, metavar="N", help="measurements of each of both sides; default: 7"),
-    argument("--seconds", type=float, default=5.0, metavar="S", help="that a measurement takes about; default: 5"),
-    argument("--rows", type=int, default=1_000_000, metavar="N", help="of a synthetic manifest; 0: none"),
-)
-def bench_loader(args: argparse.Namespace) -> int:
-    from lingen.bench.yardsticks import yardstick
-
-    with count_bar("measuring") as progress:
-        result = yardstick("loader").bench(
-            args.shards, Path(args.out), pairs=args.pairs, seconds=args.seconds, rows=args.rows, progress=progress
-        )
-    print_table([_comparison_row(one) for one in result["comparisons"]])
-    if args.rows:
-        print(f"\nthe index of {args.rows:,} rows: ", end="")
-        print(
-            ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["index"].items() if name != "rows")
-        )
-    print(Path(args.out) / "loader.json")
-    return DONE
-
-
-def _comparison_row(one: dict[str, Any]) -> dict[str, str]:
-    ours, theirs = one["clips_per_second"]
-    cpu = [f"{milliseconds:.3g}" for milliseconds in one["cpu_ms_per_clip"]]
-    return {
-        "shards": one["what"], "beside": one["beside"], "workers": str(one["workers"]), "ratio": f"{one['ratio']:.2f}",
-        "clips/s": f"{ours:.4g}", "theirs": f"{theirs:.4g}", "CPU ms/clip": cpu[0], "theirs, ms": cpu[1],
-    }  # fmt: skip

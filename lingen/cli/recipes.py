@@ -57,6 +57,7 @@ def show(args: argparse.Namespace) -> int:
         return DONE
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
+    from lingen.data.order import steps_of
     from lingen.plan.forecast import plan
     from lingen.plan.loading import load_to_run
     from lingen.recipe import to_yaml
@@ -65,11 +66,11 @@ def show(args: argparse.Namespace) -> int:
     curriculum = load_to_run(args.recipe, args.overrides)
     stages = curriculum.chosen(args.stage)
     recipe = stages[0] if args.stage else curriculum.base
-    plans = [plan(stage) for stage in stages]
+    plans = [(plan(stage), steps_of(stage)) for stage in stages]
     if args.json:
-        print_json({"recipe": as_plain(recipe), "stages": [one.as_dict() for one in plans]})
+        print_json({"recipe": as_plain(recipe), "stages": [one.as_dict() | {"steps": steps} for one, steps in plans]})
         return DONE
-    _print_forecast([_forecast_row(one) for one in plans], plans[0].parameters)
+    _print_forecast([_forecast_row(*one) for one in plans], plans[0][0].parameters)
     print(to_yaml(recipe), end="")
     return DONE
 
@@ -118,12 +119,13 @@ def _plan_row(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _forecast_row(one: Any) -> dict[str, str]:
+def _forecast_row(one: Any, steps: dict[str, int]) -> dict[str, str]:
     tokens = " + ".join(f"{count:,} ({kind})" for kind, count in one.tokens.items())
     flops = " + ".join(f"{count / 1e12:.3g}" for count in one.flops.values()) or "unknown"
     return {
         "stage": one.stage,
         "tokens": tokens,
+        "steps": " + ".join(f"{count:,} ({kind})" for kind, count in steps.items()),
         "parameters": f"{one.trained:,}",
         "forward TFLOP": flops,
         "checkpoint (host memory)": f"{one.checkpoint / 2**30:.3g} GiB",

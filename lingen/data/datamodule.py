@@ -32,7 +32,7 @@ from lingen.frozen import is_trained, on_meta
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Shards
-from lingen.recipe.sizes import patch_of
+from lingen.recipe.sizes import patch_of, round_of
 
 
 class ClipData(lightning.LightningDataModule):
@@ -231,7 +231,7 @@ class ClipData(lightning.LightningDataModule):
         ordered = partial(
             BatchOrder,
             lanes,
-            self.recipe.data.mix,
+            round_of(self.recipe.data),
             self.train.stream,
             accumulate=self.recipe.train.accumulate,
             world=world,

@@ -3,7 +3,8 @@
 Nothing here keeps state: everything follows from the seed, the sizes and the number of the optimiser step, plus, after
 a run went on with another number of ranks, another batch or another mix, a few integers (`Anchor`).
 
-- Kinds: exactly ``mix.image`` image steps in any ``mix.image + mix.video`` in a row.
+- Kinds: exactly ``mix.image`` image steps in any ``mix.image + mix.video`` in a row; `round_of` a stage's data tells
+  that mix of steps where the recipe counts samples.
 - Buckets: all ranks take samples of one bucket in a step, so that their tensors have one shape. Buckets take turns in
   shuffled rounds, in proportion to their samples.
 - Samples: each bucket is an endless stream of epochs, each of which holds each of its samples exactly once, in another
@@ -23,7 +24,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from lingen.recipe.sections import PerKind
+from lingen.recipe.sections import KINDS, PerKind, Recipe
+from lingen.recipe.sizes import round_of
 
 ROUND = 512
 """Steps, about, in a round of buckets."""
@@ -116,6 +118,12 @@ def count_before(kind: str, step: int, mix: PerKind) -> int:
         )
     images = (step * mix.image + period - 1) // period
     return images if kind == "image" else step - images
+
+
+def steps_of(recipe: Recipe) -> dict[str, int]:
+    """Optimiser steps of each kind in a whole stage."""
+    mix = round_of(recipe.data)
+    return {kind: count_before(kind, recipe.train.steps, mix) for kind in KINDS if getattr(mix, kind)}
 
 
 class Lane(NamedTuple):

@@ -18,6 +18,7 @@ def conv_silu(
     index: Int[Tensor, "n"] | None = None,
     *,
     before: int,
+    segment: int = 0,
     rows: int | None = None,
     kernel: str = "auto",
 ) -> Float[Tensor, "b rows c"]:
@@ -27,6 +28,8 @@ def conv_silu(
         u: tokens in raster order; a slice of a wider projection is read where it lies (last axis contiguous).
         index: raster row of each position of the sequence, a bijection; None for raster order.
         before: how many of the taps lie in the past: m - 1 is causal. Positions outside of the sequence count as zero.
+        segment: positions between two ends that the conv does not reach across: beyond them, too, it counts zero. A
+            divisor of n; 0 (the default): the sequence is one piece.
         rows: rows of the result, at least n (the default); those behind the sequence are zero.
         kernel: one of CONV_KERNELS.
 
@@ -34,17 +37,17 @@ def conv_silu(
     fit and for a kernel that cannot run.
     """
     rows = u.shape[1] if rows is None else rows
-    _check(u, weight, bias, index, before, rows)
+    _check(u, weight, bias, index, before, segment, rows)
     if choose("conv", kernel, CONV_KERNELS, u) == "reference":
-        return _reference(u, weight, bias, index, before, rows)
+        return _reference(u, weight, bias, index, before, segment, rows)
     if u.stride(-1) != 1 and u.shape[-1] > 1:
         raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")
     from lingen.kernels.conv_triton import ConvSilu
 
-    return ConvSilu.apply(u, weight, bias, index, before, rows)
+    return ConvSilu.apply(u, weight, bias, index, before, segment, rows)
 
 
-def _check(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, rows: int) -> None:
+def _check(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int) -> None:
     n, c = u.shape[1:]
     taps = weight.shape[1]
     if n == 0 or weight.shape[0] != c or bias.shape != (c,):
@@ -54,14 +57,19 @@ def _check(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before
         raise ValueError(f"conv_silu takes 1 to {MOST_TAPS} taps with 0 to m - 1 before, not {taps} with {before}.")
     if index is not None and index.shape != (n,):
         raise ValueError(f"conv_silu needs an index of the {n} tokens of u, not of {list(index.shape)}.")
+    if segment < 0 or (segment and n % segment):
+        raise ValueError(f"conv_silu cannot cut {n} tokens into segments of {segment}.")
     if rows < n:
         raise ValueError(f"conv_silu writes {n} tokens: rows={rows} is too few.")
 
 
-def _reference(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, rows: int) -> Tensor:
+def _reference(
+    u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int
+) -> Tensor:
     dtype = torch.promote_types(u.dtype, torch.float32)
     n, taps = u.shape[1], weight.to(dtype).unbind(1)
     sequence = u if index is None else u.index_select(1, index)
-    padded = F.pad(sequence.to(dtype), (0, 0, before, len(taps) - 1 - before))
-    pre = sum((padded[:, i : i + n] * tap for i, tap in enumerate(taps)), bias.to(dtype))
-    return F.pad(F.silu(pre), (0, 0, 0, rows - n)).to(u.dtype)
+    segment = segment or n
+    padded = F.pad(sequence.to(dtype).unflatten(1, (-1, segment)), (0, 0, before, len(taps) - 1 - before))
+    pre = sum((padded[:, :, i : i + segment] * tap for i, tap in enumerate(taps)), bias.to(dtype))
+    return F.pad(F.silu(pre.flatten(1, 2)), (0, 0, 0, rows - n)).to(u.dtype)

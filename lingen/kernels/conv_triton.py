@@ -8,6 +8,7 @@ Names, beside those of `lingen.kernels`:
 
     n, rows, c           tokens of u and grad; rows of y, at least n; channels
     before               taps that lie in the past
+    SEGMENT              positions between two ends that the conv does not reach across; 0: there are none
     TAPS                 m, taps of the conv
     POSITIONS, CHANNELS  positions and channels of a program; run: its number among the runs of POSITIONS
     AHEAD                positions whose rows are loaded before they are computed with
@@ -31,7 +32,7 @@ LAUNCH = {
 
 
 def conv_silu_forward(
-    u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, *, before: int, rows: int
+    u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, *, before: int, segment: int = 0, rows: int
 ) -> Tensor:
     """y [b rows c] of `conv_silu`, whose arguments these are; `u` may be a view with a contiguous last axis."""
     assert u.stride(-1) == 1 or u.shape[-1] == 1
@@ -41,13 +42,21 @@ def conv_silu_forward(
     grid = (triton.cdiv(rows, launch["POSITIONS"]) * triton.cdiv(c, launch["CHANNELS"]), b)
     _conv_forward[grid](
         u, weight.contiguous(), bias, index, y, n, rows, c, before, u.stride(0), u.stride(1),
-        TAPS=weight.shape[1], INDEXED=index is not None, **launch,
+        TAPS=weight.shape[1], INDEXED=index is not None, SEGMENT=segment, **launch,
     )  # fmt: skip
     return y
 
 
 def conv_silu_backward(
-    grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, *, before: int, out: Tensor
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    index: Tensor | None,
+    *,
+    before: int,
+    segment: int = 0,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `conv_silu` from grad [b rows c]: (dweight [c m], dbias [c]), float32, added in a fixed order. The
     gradient of `u` is written into `out` [b n c], which may be a slice of a wider buffer; it must not overlap `u`.
@@ -60,7 +69,7 @@ def conv_silu_backward(
     _conv_backward[(runs * triton.cdiv(c, launch["CHANNELS"]), b)](
         grad, u, weight.contiguous(), bias, index, out, partial, n, runs, c, before,
         grad.stride(0), grad.stride(1), u.stride(0), u.stride(1), out.stride(0), out.stride(1),
-        TAPS=taps, INDEXED=index is not None, **launch,
+        TAPS=taps, INDEXED=index is not None, SEGMENT=segment, **launch,
     )  # fmt: skip
     total = partial.sum((0, 1))
     return total[:taps].T.contiguous(), total[taps]
@@ -71,11 +80,11 @@ class ConvSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, rows: int
+        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int
     ) -> Tensor:
         ctx.save_for_backward(u, weight, bias, index)
-        ctx.before = before
-        return conv_silu_forward(u, weight, bias, index, before=before, rows=rows)
+        ctx.reach = {"before": before, "segment": segment}
+        return conv_silu_forward(u, weight, bias, index, rows=rows, **ctx.reach)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -84,14 +93,14 @@ class ConvSilu(torch.autograd.Function):
         du = u.new_empty(u.shape)
         # Autograd may pass one number that is expanded to all channels: the kernel needs them side by side.
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        dweight, dbias = conv_silu_backward(grad, u, weight, bias, index, before=ctx.before, out=du)
-        return du, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None
+        dweight, dbias = conv_silu_backward(grad, u, weight, bias, index, out=du, **ctx.reach)
+        return du, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None, None
 
 
 @triton.jit
 def _conv_forward(
     u, weight, bias, index, y, n, rows, c, before, u_batch, u_row,
-    TAPS: tl.constexpr, INDEXED: tl.constexpr,
+    TAPS: tl.constexpr, INDEXED: tl.constexpr, SEGMENT: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     # Channels first: programs that run together read whole rows.
@@ -116,8 +125,8 @@ def _conv_forward(
             fresh += (_row(u, index, ahead, n, u_row, channel, inside, INDEXED),)
         for i in tl.static_range(AHEAD):
             inputs = inputs[1:] + (fresh[i],)
-            pre = _conv(inputs, taps, shift, TAPS)
             position = first + step + i
+            pre = _conv(_near(inputs, position, before, TAPS, SEGMENT), taps, shift, TAPS)
             result = tl.where(position < n, pre * tl.sigmoid(pre), 0.0).to(y.dtype.element_ty)
             tl.store(y + position.to(tl.int64) * c + channel, result, mask=inside & (position < rows))
 
@@ -126,7 +135,7 @@ def _conv_forward(
 def _conv_backward(
     grad, u, weight, bias, index, du, partial, n, runs, c, before,
     grad_batch, grad_row, u_batch, u_row, du_batch, du_row,
-    TAPS: tl.constexpr, INDEXED: tl.constexpr,
+    TAPS: tl.constexpr, INDEXED: tl.constexpr, SEGMENT: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(c, CHANNELS)
@@ -152,7 +161,8 @@ def _conv_backward(
     for i in tl.static_range(TAPS - 1):
         inputs = inputs[1:] + (_row(u, index, early + i - before + TAPS - 1, n, u_row, channel, inside, INDEXED),)
         row = _row(grad, index, early + i, n, grad_row, channel, inside, False)
-        slopes += (_slope(row, inputs, taps, shift, TAPS),)
+        near = _near(inputs, early + i, before, TAPS, SEGMENT)
+        slopes += (_slope(row, near, taps, shift, TAPS),)
 
     for step in range(0, POSITIONS, AHEAD):
         fresh, grads, rows = (), (), ()
@@ -163,16 +173,18 @@ def _conv_backward(
             rows += (_place(index, done, n, INDEXED),)
         for i in tl.static_range(AHEAD):
             inputs = inputs[1:] + (fresh[i],)
-            slope = _slope(grads[i], inputs, taps, shift, TAPS)
+            done = first + step + i - before
+            near = _near(inputs, done + before, before, TAPS, SEGMENT)
+            slope = _slope(grads[i], near, taps, shift, TAPS)
             slopes = slopes[1:] + (slope,)
+            heard = _near(slopes, done, TAPS - 1 - before, TAPS, SEGMENT)  # by which positions row `done` was
             result = zero
             sums = ()
             for tap in tl.static_range(TAPS):
-                sums += (dtaps[tap] + slope * inputs[tap],)
-                result += taps[tap] * slopes[TAPS - 1 - tap]
+                sums += (dtaps[tap] + slope * near[tap],)
+                result += taps[tap] * heard[TAPS - 1 - tap]
             dtaps = sums
             dbias += slope
-            done = first + step + i - before
             real = inside & (done >= 0) & (done < n)
             tl.store(du + rows[i] * du_row + channel, result.to(du.dtype.element_ty), mask=real)
 
@@ -203,6 +215,18 @@ def _row(x, index, position, n, stride, channel, inside, INDEXED: tl.constexpr):
     """The channels of a position in float32, zero outside of the sequence."""
     real = inside & (position >= 0) & (position < n)
     return tl.load(x + _place(index, position, n, INDEXED) * stride + channel, mask=real, other=0).to(tl.float32)
+
+
+@triton.jit
+def _near(rows, position, before, TAPS: tl.constexpr, SEGMENT: tl.constexpr):
+    """The rows from position - before on, zero where they lie beyond an end of the segment of `position`."""
+    near = rows
+    if SEGMENT > 0:
+        first = position % SEGMENT - before  # place in the segment of the first of them
+        near = ()
+        for i in tl.static_range(TAPS):
+            near += (tl.where((first + i >= 0) & (first + i < SEGMENT), rows[i], 0.0),)
+    return near
 
 
 @triton.jit

@@ -161,30 +161,3 @@ def check_device(device: torch.device) -> None:
             f"sample.precision=fp8 needs a GPU of compute capability 8.9 or more; {torch.cuda.get_device_name(device)} "
             f"has {major}.{minor}. Use sample.precision=bf16-true."
         )
-
-
-@torch.no_grad()
-def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> tuple[dict[str, float], float, float]:
-    """How far `low`, which is `plain` after `to_fp8`, is from it on these inputs: the relative RMS error of each
-    layer's output on what the plain model gives it, that of the model's output, and the cosine of both outputs."""
-    twins = {name: layer for name, layer in low.named_modules() if isinstance(layer, Fp8Linear)}
-    layers: dict[str, float] = {}
-
-    def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def compare(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            layers[name] = _relative(twins[name](*arguments), output)
-
-        return layer.register_forward_hook(compare)
-
-    handles = [watch(name, layer) for name, layer in plain.named_modules() if name in twins]
-    try:
-        want, got = plain(*inputs).double(), low(*inputs).double()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return layers, _relative(got, want), F.cosine_similarity(got.flatten(), want.flatten(), 0).item()
-
-
-def _relative(got: Tensor, want: Tensor) -> float:
-    error = (got.double() - want.double()).square().mean()
-    return (error / want.double().square().mean().clamp(min=1e-24)).sqrt().item()

@@ -41,7 +41,8 @@ class Mamba2Plan(NamedTuple):
 
     order and review_order: raster row of each position of the scan, over the grid and over the pooled grid; None for
     raster order. review: pooling size, or None. review_ways: directions that read the review first, 0 without one.
-    before: taps of the conv that lie in the past. norm_groups, eps: of the gated norm.
+    before, segment, review_segment: see `conv_silu`; the latter over the pooled grid. norm_groups, eps: of the gated
+    norm.
     """
 
     sizes: ScanSizes
@@ -50,6 +51,8 @@ class Mamba2Plan(NamedTuple):
     review_order: Tensor | None
     review_ways: int
     before: int
+    segment: int
+    review_segment: int
     norm_groups: int
     eps: float
 
@@ -76,11 +79,12 @@ def forward(
 
 def _scan(xbc: Tensor, dt: Tensor, weights: Weights, plan: Mamba2Plan, review: bool = False) -> Scan:
     """The scan over the conv's result. Over the review tokens, every direction reads forwards."""
-    n, sizes, index = dt.shape[1], plan.sizes, plan.order
+    n, sizes, index, segment = dt.shape[1], plan.sizes, plan.order, plan.segment
     if review:
-        sizes, index = sizes._replace(ways=plan.review_ways, turns=False), plan.review_order
+        sizes = sizes._replace(ways=plan.review_ways, turns=False)
+        index, segment = plan.review_order, plan.review_segment
     rows = rows_of(n, "triton", xbc.dtype)
-    u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, index, before=plan.before, rows=rows)
+    u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, index, before=plan.before, segment=segment, rows=rows)
     a, bias = weights.a[: sizes.ways], weights.dt_bias[: sizes.ways]
     return Scan(u, dt, a, bias, index, sizes, chunk_of(n, xbc.dtype))
 
@@ -128,8 +132,9 @@ class Mamba2Core(torch.autograd.Function):
         found = scan_backward(scan, dy, weights.d.sum(0), begin)
         da, ddt_bias = step_gradients(scan, found, weights.a, plan.order, ddt)
         dconv, dconv_bias = conv_silu_backward(
-            found.u, xbc, weights.conv, weights.conv_bias, plan.order, before=plan.before, out=dxbc
-        )
+            found.u, xbc, weights.conv, weights.conv_bias, plan.order, before=plan.before, segment=plan.segment,
+            out=dxbc,
+        )  # fmt: skip
         grads = Weights(dconv, dconv_bias, da, found.d.expand_as(weights.d), ddt_bias, dnorm)
         if plan.review is not None:
             grads = _review_backward(projected, weights, plan, found.begin, dprojected, grads)
@@ -144,7 +149,9 @@ def _review_backward(
     pooled = _pooled(projected, plan)
     _, xbc, dt = plan.slices(pooled)
     rows, ways, sizes = dt.shape[1], plan.review_ways, plan.sizes
-    u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, plan.review_order, before=plan.before, rows=rows)
+    conv = (weights.conv, weights.conv_bias, plan.review_order)
+    before, segment = plan.before, plan.review_segment
+    u = conv_silu_forward(xbc, *conv, before=before, segment=segment, rows=rows)
     du, ddt, da, ddt_bias = state_gradients(
         dbegin[:, :ways].mT, u, dt, weights.a[:ways], weights.dt_bias[:ways], plan.review_order,
         sizes.groups, sizes.state,
@@ -152,9 +159,7 @@ def _review_backward(
     dpooled = torch.empty_like(pooled)
     _, dxbc, ddt_out = plan.slices(dpooled)
     ddt_out.copy_(ddt)
-    dconv, dconv_bias = conv_silu_backward(
-        du, xbc, weights.conv, weights.conv_bias, plan.review_order, before=plan.before, out=dxbc
-    )
+    dconv, dconv_bias = conv_silu_backward(du, xbc, *conv, before=before, segment=segment, out=dxbc)
     inner = sizes.heads * sizes.width
     streams = dprojected[..., inner:]
     grid = [-(-n // min(n, size)) for n, size in zip(projected.shape[1:4], plan.review, strict=True)]

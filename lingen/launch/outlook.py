@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lingen.data.order import steps_of
 from lingen.plan.forecast import PEAK_FLOPS, disk_of, flop_a_step, plan
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.sections import Recipe
@@ -79,6 +80,7 @@ def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) ->
         yield {
             "stage": forecast.stage,
             "ranks": cluster.ranks,
+            "steps": steps_of(recipe),
             "tokens": max(getattr(recipe.data.batch, kind) * count for kind, count in forecast.tokens.items()),
             "parameters": forecast.trained,
             "flop": flop,

@@ -9,7 +9,7 @@ from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Triple
-from lingen.recipe.sizes import grids_of, patch_of
+from lingen.recipe.sizes import grids_of, patch_of, round_of
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bfloat16 FLOP/s by the makers' data sheets, for the share of it that training reaches (MFU)."""
@@ -35,6 +35,11 @@ class Plan:
     that cannot be counted, because a mixer does not run there, is left out."""
     training_flops: dict[str, float]
     """FLOPs of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
+
+    @property
+    def model_flops(self) -> dict[str, float]:
+        """The same without what is computed twice, as model FLOPs utilisation counts it (PaLM, arXiv 2204.02311)."""
+        return {kind: 3 * flops for kind, flops in self.flops.items()}
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -70,7 +75,8 @@ def plan(recipe: Recipe) -> Plan:
 
 def flop_a_step(recipe: Recipe, forecast: Plan) -> float:
     """FLOPs of a rank in the mean of all optimiser steps, by the mix; 0 where a kind cannot be counted."""
-    mix = {kind: getattr(recipe.data.mix, kind) for kind in KINDS if getattr(recipe.data.mix, kind)}
+    steps = round_of(recipe.data)
+    mix = {kind: getattr(steps, kind) for kind in KINDS if getattr(steps, kind)}
     if not mix or any(kind not in forecast.training_flops for kind in mix):
         return 0.0
     flop = sum(times * getattr(recipe.data.batch, kind) * forecast.training_flops[kind] for kind, times in mix.items())

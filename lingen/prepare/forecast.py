@@ -10,7 +10,7 @@ from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError
 from lingen.data.locations import Location, expand
 from lingen.data.manifest import ManifestError
-from lingen.data.order import count_before
+from lingen.data.order import steps_of
 from lingen.data.remote import is_remote
 from lingen.data.starved import starved
 from lingen.recipe.errors import RecipeError
@@ -75,8 +75,7 @@ def _add(whole: Forecast, recipe: Recipe, data: ClipData, ranks: int) -> None:
             for step in [lane.batch * ranks * recipe.train.accumulate]
         ]
         whole.buckets.extend(own)
-        taken = count_before(kind, recipe.train.steps, recipe.data.mix)
-        whole.epochs[name][kind] = taken / sum(bucket.steps for bucket in own)
+        whole.epochs[name][kind] = steps_of(recipe)[kind] / sum(bucket.steps for bucket in own)
         for reason, out in pool.left_out.items():
             whole.left_out[f"{name}: {kind}: {reason}, such as {out.example}"] = out.number
 

@@ -196,6 +196,7 @@ SCANS = Registry(
     {axes: axes for axes in ("thw", "twh", "htw", "hwt", "wth", "wht")}
     | {
         "rotary_major": "lingen.blocks.scan:ROTARY_MAJOR",
+        "rotary_major_folded": "lingen.blocks.scan:ROTARY_MAJOR_FOLDED",
         "zigzag": "lingen.blocks.scan:zigzag",
         "hilbert": "lingen.blocks.scan:hilbert",
     },

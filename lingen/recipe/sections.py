@@ -111,12 +111,10 @@ class DataConfig:
     synthetic: Annotated[
         Component | None, IDENTITY, "clips that lingen draws itself on first use, where no shards are named"
     ] = None
-    mix: Annotated[
-        PerKind,
-        AtLeast(0),
-        COURSE,
-        "optimiser steps of each kind in one round, e.g. one image step for every 100 video steps (paper)",
-    ] = PerKind(image=1, video=100)
+    mix: Annotated[PerKind, AtLeast(0), COURSE, "of each kind in one round, as `mix_by` counts: e.g. one image for "
+                   "every 100 videos (paper)"] = PerKind(image=1, video=100)  # fmt: skip
+    mix_by: Annotated[Literal["steps", "samples"], COURSE, "what `mix` counts: optimiser steps; or samples of `frames` "
+                      "and `size`: a kind with the larger `batch` has its steps the rarer"] = "steps"  # fmt: skip
     batch: Annotated[PerKind, AtLeast(1), COURSE, "samples per rank in one batch of each kind; in a batch of another "
                      "of `sizes` and `lengths`, as many as come to the same number of tokens"] = PerKind()  # fmt: skip
     frames: Annotated[int, AtLeast(1), IDENTITY, "frames of a video clip"] = 16

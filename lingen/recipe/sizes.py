@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lingen.recipe.errors import SettingError
-from lingen.recipe.sections import DataConfig, Recipe, Triple
+from lingen.recipe.sections import DataConfig, PerKind, Recipe, Triple
 
 if TYPE_CHECKING:
     from lingen.autoencoder import Autoencoder
@@ -19,6 +19,16 @@ BY_MACHINE = ("auto", "-1")
 def patch_of(recipe: Recipe) -> Triple:
     """Latents per token; one where what is trained has no tokens."""
     return recipe.model.patch if recipe.subject.encoded else (1, 1, 1)
+
+
+def round_of(data: DataConfig) -> PerKind:
+    """Optimiser steps of each kind in a round; in lowest terms where `mix_by` is samples. Ranks and accumulated batches
+    multiply the samples of both kinds alike, so they do not count; buckets of other shapes count as the first."""
+    if data.mix_by == "steps":
+        return data.mix
+    image, video = data.mix.image * data.batch.video, data.mix.video * data.batch.image
+    shared = max(1, math.gcd(image, video))
+    return PerKind(image=image // shared, video=video // shared)
 
 
 def check_frames(frames: int, autoencoder: Autoencoder, patch: int = 1) -> None:

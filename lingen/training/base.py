@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lingen.blocks.layers import decays
 from lingen.data.batch import Batch
 from lingen.data.ledger import is_cut
-from lingen.plan.forecast import peak_flops, plan
+from lingen.plan.forecast import Plan, peak_flops, plan
 from lingen.ranks.collectives import gather_objects, is_connected, is_first_rank, place, together
 from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
@@ -70,7 +70,7 @@ class Trained(lightning.LightningModule):
         self.steps_before = 0
         """Steps of the stages before: loggers count those of the whole run."""
         self._started = (clock.perf_counter(), 0)
-        self._flops: dict[str, float] | None = None
+        self._plan: Plan | None = None
         self._lr = 0.0
         """Of the last step."""
 
@@ -237,7 +237,8 @@ class Trained(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.average is not None and self.bad_steps == 0:
-            self.average.update()
+            with cast(Any, self.trainer).profiler.profile("average"):
+                self.average.update()
 
     def on_fit_start(self) -> None:
         self.average = AveragedWeights(self.trained_parameters(), self.recipe.train.ema)
@@ -265,16 +266,17 @@ class Trained(lightning.LightningModule):
         """
         self._batch = batch
         self._seen.append((batch.keys, losses.detach()))
-        flop = self.flop_of_training(batch.kind) * len(batch.keys)
-        for name, count in (counts(batch) | {"tokens": tokens, "flop": flop}).items():
+        of_model, of_hardware = self.flop_of_training(batch.kind)
+        of_batch = {"mfu": of_model * len(batch.keys), "hfu": of_hardware * len(batch.keys)}
+        for name, count in (counts(batch) | {"tokens": tokens} | of_batch).items():
             self.meter.count(name, count)
 
-    def flop_of_training(self, kind: str) -> float:
-        """FLOPs of forward and backward of one sample, what is recomputed included (`Plan.training_flops`); 0 where
-        they cannot be counted, and then there is no MFU."""
-        if self._flops is None:
-            self._flops = plan(self.recipe).training_flops
-        return self._flops.get(kind, 0.0)
+    def flop_of_training(self, kind: str) -> tuple[float, float]:
+        """FLOPs of forward and backward of one sample: of the model, and with what is recomputed (`Plan`); 0 where they
+        cannot be counted, and then there is neither MFU nor HFU."""
+        if self._plan is None:
+            self._plan = plan(self.recipe)
+        return self._plan.model_flops.get(kind, 0.0), self._plan.training_flops.get(kind, 0.0)
 
     def log_row(self, values: dict[str, float]) -> None:
         """Hands values to metrics.csv, and to every logger under the stage's name and the steps of the whole run.
@@ -297,10 +299,10 @@ class Trained(lightning.LightningModule):
         seconds = clock.perf_counter() - self._started[0]
         values["lr"] = self._lr
         values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
-        flop = values.pop("flop", 0.0)
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        if peak is not None and flop:
-            values["mfu"] = flop / seconds / (peak * self.trainer.world_size)
+        for name, flop in [(name, values.pop(name, 0.0)) for name in ("mfu", "hfu")]:
+            if peak is not None and flop:
+                values[name] = flop / seconds / (peak * self.trainer.world_size)
         values["steps_per_second"] = (self.global_step - self._started[1]) / seconds
         self._started = (clock.perf_counter(), self.global_step)
         ranks = gather_objects(self.pace.flush())

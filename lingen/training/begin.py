@@ -12,6 +12,7 @@ from lingen.recipe.sections import Recipe
 from lingen.training.base import Trained
 from lingen.training.folder import RunFolder, step_of
 from lingen.training.intact import newest_intact, wait_for_files
+from lingen.training.rows import horizons
 from lingen.training.weights import load_into
 from lingen.weights import find_weights, read_weights
 
@@ -72,6 +73,8 @@ def hand_over(module: Trained, start: StageStart, say: Callable[[str], None]) ->
     """Gives a fresh stage its weights, and the moments that it keeps."""
     if start.weights is None:
         say(f"stage {module.recipe.stage} starts from {module.begin()}")
+        if reach := [f"{float(tokens):.0f}" for tokens in horizons(module).values()]:
+            say(f"its scans remember over so many tokens, layer by layer: {', '.join(reach)}")
         return
     source = wait_for(start.weights)
     load_into(module, read_weights(source, "raw") or read_weights(source, "averaged"), source)  # `lingen export`

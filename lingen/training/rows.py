@@ -72,8 +72,8 @@ class MetricsFile:
 class Rows(Callback):
     """Logs a row every `train.log_every` steps, before a checkpoint of the same step is written.
 
-    The row includes measures of the mixers at that step: the memory horizon of every scan (median and largest over
-    its heads, in tokens) and the output RMS of both branches of every MATE layer.
+    The row includes measures of the mixers at that step: the memory horizon of every scan, in tokens, and the output
+    RMS of both branches of every MATE layer.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,5 @@ def horizons(module: Trained) -> dict[str, Tensor]:
         for index, block in enumerate(blocks_of(module)):
             for part in cast(nn.Module, block.mixer).modules():
                 if hasattr(part, "horizon"):
-                    horizon = whole_of(cast(Any, part).horizon()).flatten()
-                    values[f"mixer/{index:02d}/horizon_median"] = horizon.median()
-                    values[f"mixer/{index:02d}/horizon_max"] = horizon.max()
+                    values[f"mixer/{index:02d}/horizon"] = whole_of(cast(Any, part).horizon()).mean()
     return values

@@ -8,14 +8,13 @@ from functools import partial
 
 import torch
 
-from lingen.bench.build import built, compiled
-from lingen.bench.place import Place
-from lingen.bench.yardsticks import yardstick
 from lingen.blocks.block import Block
+from lingen.cli.bench import yardstick
 from lingen.recipe.sections import LinGenConfig
 
 KERNELS = yardstick("kernels")
-CPU = Place(torch.device("cpu"), torch.float32, 0.1)
+built, compiled = yardstick("build").built, yardstick("build").compiled
+CPU = yardstick("place").Place(torch.device("cpu"), torch.float32, 0.1)
 
 
 def twins():
@@ -54,4 +53,4 @@ if __name__ == "__main__":
     elif sys.argv[1] == "block":
         block(16, (2, 3, 4), CPU, partial(torch.compile, backend="aot_eager"), 1e-5)
     else:  # a size at which inductor would fuse sums over rows with sums over columns
-        block(1280, (17, 16, 16), Place(torch.device("cuda"), torch.float32, 0.1), compiled, 1e-2)
+        block(1280, (17, 16, 16), CPU._replace(device=torch.device("cuda")), compiled, 1e-2)

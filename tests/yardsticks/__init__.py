@@ -1,4 +1,11 @@
-"""Yardsticks: what lingen is measured against, and nothing that lingen itself runs on.
+"""Measurements, ``lingen bench ...``: every number that README states comes from here. Beside them yardsticks, what
+lingen is measured against. Nothing here is something that lingen itself runs on.
+
+- `commands`, `model_commands`: the command line.
+- `scaling`, `receipt`, `exponent`: ``lingen bench scaling``, how cost grows with the tokens; `model`: the denoiser;
+  `autoencoder`: ``lingen bench tae``. They use `place`, `build`, `timing`, `parts`.
+- `fit`: ``lingen bench fit``, a recipe's own training loop by part.
+- `results`: the result files. `show`, `tables`, `plots`: what is printed of them, over the numbers of `paper`.
 
 - `stock`: MATE's branches wired from stock parts (mamba_ssm's scan, torch's conv1d and SDPA), on the weights of ours.
 - `plain`: the whole denoiser in plain PyTorch, made of these.
@@ -11,7 +18,7 @@
   `rivals`: a bare PyAV loop and plain webdataset; beside them the cost of an index of very many samples, `index_scale`.
 - `loopback`: a web server on this machine, a stand-in for remote shards.
 
-`lingen.bench.yardsticks.yardstick` loads them by their place beside the package; an installed wheel does not hold them.
+`lingen.cli.bench.yardstick` loads them by their place beside the package; an installed wheel does not hold them.
 Tests hold each of them to computing what lingen computes, else its speed would say nothing
 (`tests/test_bench_stock.py`, `tests/test_bench_loader.py`).
 """

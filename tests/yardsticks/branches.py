@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingen.bench.build import built
-from lingen.bench.place import Place
-from lingen.bench.results import Results
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Triple
 
+from .build import built
+from .place import Place
+from .results import Results
 from .stock import StockMamba2, StockSwin
 from .targets import MA, TESA
 from .training import compared, on_cuda_compiled

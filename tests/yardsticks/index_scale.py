@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from lingen.bench.yardsticks import yardstick
+from lingen.cli.bench import yardstick
 from lingen.data import manifest
 from lingen.data.datamodule import ClipData
 from lingen.data.manifest import About

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingen.bench.build import compiled
-from lingen.bench.place import Place, dtype_name
-from lingen.bench.results import Fields, Results, Say
-from lingen.bench.timing import Work, costs, forward_work
 from lingen.kernels.choice import interpreted
 from lingen.kernels.stock import chunk_scan
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
+from .build import compiled
 from .cases import CASES, Case, Inputs, LayerSizes
+from .place import Place, dtype_name
+from .results import Fields, Results, Say
+from .timing import Work, costs, forward_work
 
 ODD_GRID: Triple = (9, 7, 5)
 """The grid on which errors are measured: no size is a power of two, and windows and the last chunk are not full."""

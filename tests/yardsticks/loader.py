@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lingen.bench.results import head
 from lingen.data import latents, manifest
 from lingen.data.datamodule import ClipData
 from lingen.data.dataset import Clips
@@ -36,6 +35,7 @@ from lingen.recipe.sections import DataConfig, PerKind, Recipe, Shards
 
 from .index_scale import index_at_scale
 from .pairs import Measured, Watch, measure
+from .results import head
 
 RAW = Recipe(data=DataConfig(frames=16, size=(256, 256), fps=16.0))
 """The clips of the raw comparison."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from lingen.bench.paper import FORWARDS, TOKENS_17S, TOKENS_68S
-from lingen.bench.place import FP8
-from lingen.bench.results import Fields
-from lingen.bench.tables import Files, as_text, ratio, row_of
+from .paper import FORWARDS, TOKENS_17S, TOKENS_68S
+from .place import FP8
+from .results import Fields
+from .tables import Files, as_text, ratio, row_of
 
 FRAMES_17S, FRAMES_68S = 272, 1088
 """Frames of clips of 17 and 68 seconds, at 16 a second."""

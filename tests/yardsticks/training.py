@@ -10,15 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lingen.bench.build import TEXT_LENGTH, built, compiled, tflop_of
-from lingen.bench.place import Place, device_name, dtype_name
-from lingen.bench.results import GIB, Fields, Results
-from lingen.bench.timing import Operation, both_ways, saved_bytes
 from lingen.blocks.block import Block
 from lingen.plan.forecast import peak_flops
 from lingen.recipe.sections import LinGenConfig, Triple
 
+from .build import TEXT_LENGTH, built, compiled, tflop_of
+from .place import Place, device_name, dtype_name
 from .plain import PlainBlock
+from .results import GIB, Fields, Results
+from .timing import Operation, both_ways, saved_bytes
 
 AVERAGED = ("mixer", "kernel", "dtype", "tokens", "dim", "grid")
 """Fields of a mean that are those of each of its layers."""

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lingen.bench.build import denoiser
-from lingen.bench.model import ModelBench
-from lingen.bench.timing import Work, costs, forward_work
 from lingen.kernels.attention import ATTENTION_KERNELS
 from lingen.model import LinGen
 from lingen.recipe.sections import LinGenConfig
 
+from .build import denoiser
+from .model import ModelBench
 from .plain import PlainDenoiser, blocks_of, run_block
 from .targets import CUDNN, FLASH2
+from .timing import Work, costs, forward_work
 
 DIT_DEPTH = 38 / 28
 """Layers of a DiT for one of LinGen's, at equal parameters [ours]."""

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from lingen.autoencoder import Autoencoder
 from lingen.autoencoder.tiling import Tiles, tiles_of
 from lingen.autoencoder.ways import PIECE_FRAMES, WAYS, decode, encode, ways_of
-from lingen.bench.build import draw_weights
-from lingen.bench.place import Place, dtype_name
-from lingen.bench.results import GIB, Fields, Results, Say
-from lingen.bench.timing import costs, free, held
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_frames
 from lingen.metrics.reconstruction import mse_to_psnr
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sizes import check_frames
+
+from .build import draw_weights
+from .place import Place, dtype_name
+from .results import GIB, Fields, Results, Say
+from .timing import costs, free, held
 
 WARM_UP = 64
 """Frames that go through unmeasured first, at most: pieces from the start, the middle and the end of a clip."""

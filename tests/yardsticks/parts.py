@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-from lingen.bench.timing import Work
+from lingen import kernels
+
+from .timing import Work
 
 PATTERNS = (
     ("scan", r"_chunk_(scan|state|cumsum)|_state_passing|_bmm_chunk"),  # mamba_ssm's own names
@@ -38,7 +40,7 @@ def triton_kernels() -> dict[str, str]:
     """Name of each Triton function of `lingen.kernels` -> its operation; read from the sources, not imported. A name
     that occurs in several operations stands for all of them, because a profile holds names only."""
     owners: dict[str, list[str]] = {}
-    for file in sorted((Path(__file__).parents[1] / "kernels").glob("*_triton.py")):
+    for file in sorted(Path(*kernels.__path__).glob("*_triton.py")):
         operation = file.stem.removesuffix("_triton").removesuffix("_backward").replace("_", " ")
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
@@ -58,11 +60,16 @@ def milliseconds_by_part(work: Work, device: torch.device, runs: int = 1) -> dic
             work()
         if cuda:
             torch.cuda.synchronize(device)
+    return {part: ms / runs for part, ms in profiled_milliseconds(profiled, cuda).items()}
+
+
+def profiled_milliseconds(profiled: torch.profiler.profile, cuda: bool) -> dict[str, float]:
+    """Milliseconds of each part in a profile that has ended, most first."""
     parts: Counter[str] = Counter()
     for event in profiled.key_averages():
         # Operators carry the time of the kernels that they launch: counting both would count twice.
         is_kernel = event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         if is_kernel or not cuda:
             microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-            parts[part_of_kernel(event.key)] += microseconds / 1e3 / runs
+            parts[part_of_kernel(event.key)] += microseconds / 1e3
     return dict(parts.most_common())

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lingen.bench.results import Fields
+from .results import Fields
 
 Files = Mapping[str, Fields]
 """Name of a result file -> what it holds."""

@@ -7,21 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lingen import flow
-from lingen.bench.build import denoiser, name_of, sample_inputs, tflop_of
-from lingen.bench.paper import FORWARDS, VARIANTS
-from lingen.bench.parts import milliseconds_by_part
-from lingen.bench.place import FP8, Place, dtype_name
-from lingen.bench.results import Fields, Results
-from lingen.bench.timing import Cost, costs, forward_work, free
-from lingen.kernels.fp8 import quality, to_fp8
+from lingen.kernels.fp8 import Fp8Linear, to_fp8
 from lingen.model import LinGen, Text
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import LinGenConfig, Recipe, Triple
 from lingen.recipe.sizes import grids_of
+
+from .build import denoiser, name_of, sample_inputs, tflop_of
+from .paper import FORWARDS, VARIANTS
+from .parts import milliseconds_by_part
+from .place import FP8, Place, dtype_name
+from .results import Fields, Results
+from .timing import Cost, costs, forward_work, free
 
 
 @dataclass(frozen=True)
@@ -188,3 +190,30 @@ def bench_quality(bench: ModelBench) -> None:
     worst = max(layers, key=lambda name: layers[name])
     errors = {"error": error, "worst_layer": worst, "worst_layer_error": layers[worst]}
     bench.add("fp8 quality", None, dtype=FP8, layers=len(names), cosine=cosine, **errors, weights="random")
+
+
+@torch.no_grad()
+def quality(plain: nn.Module, low: nn.Module, *inputs: object) -> tuple[dict[str, float], float, float]:
+    """How far `low`, which is `plain` after `to_fp8`, is from it on these inputs: the relative RMS error of each
+    layer's output on what the plain model gives it, that of the model's output, and the cosine of both outputs."""
+    twins = {name: layer for name, layer in low.named_modules() if isinstance(layer, Fp8Linear)}
+    layers: dict[str, float] = {}
+
+    def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def compare(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            layers[name] = _relative(twins[name](*arguments), output)
+
+        return layer.register_forward_hook(compare)
+
+    handles = [watch(name, layer) for name, layer in plain.named_modules() if name in twins]
+    try:
+        want, got = plain(*inputs).double(), low(*inputs).double()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers, _relative(got, want), F.cosine_similarity(got.flatten(), want.flatten(), 0).item()
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    error = (got.double() - want.double()).square().mean()
+    return (error / want.double().square().mean().clamp(min=1e-24)).sqrt().item()

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from lingen.bench.place import device_name
 from lingen.files import write_json
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
+
+from .place import device_name
 
 Fields = dict[str, Any]
 Say = Callable[[str], None]
@@ -38,7 +39,7 @@ class Results:
     """
 
     def __init__(self, path: Path, about: Fields, device: torch.device, say: Say, commit: str | None = None):
-        self.path, self.say = path, say
+        self.path, self.say, self.device = path, say, device
         cuda = {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
         self.rows: list[Fields] = []
         """Those that were added."""

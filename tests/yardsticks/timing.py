@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lingen.bench.place import Place
-from lingen.bench.results import GIB, Fields
+from .place import Place
+from .results import GIB, Fields
 
 Work = Callable[[], object]
 Operation = Callable[..., Tensor]

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lingen.bench.place import Place
 from lingen.model import LinGen, Text
 from lingen.plan.flops import forward_flops
 from lingen.recipe.sections import LinGenConfig, Triple
+
+from .place import Place
 
 Made = TypeVar("Made", bound=nn.Module)
 Result = TypeVar("Result")

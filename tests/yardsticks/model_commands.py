@@ -4,9 +4,10 @@ import argparse
 from functools import partial
 from typing import Any
 
-from lingen.cli.bench import BENCH_GRIDS, BENCH_RECIPE, WHERE, out, place_for, print_tables, results_for, say
 from lingen.cli.command import STAGE, argument, command, natural, size_of
 from lingen.recipe.errors import RecipeError
+
+from .commands import BENCH_GRIDS, BENCH_RECIPE, WHERE, out, place_for, print_tables, results_for, say
 
 DIT = ("cudnn", "flash", "sdpa", "best")
 TWINS: dict[str, tuple[str, ...]] = {"all": (), "dit": DIT} | {name: (name,) for name in (*DIT, "stock")}
@@ -42,14 +43,16 @@ def _twins(text: str) -> tuple[str, ...]:
     overrides=True,
 )
 def bench_model(args: argparse.Namespace) -> int:
-    from lingen.bench.model import bench_model, video_grid
-    from lingen.bench.paper import VARIANTS
-    from lingen.bench.yardsticks import yardstick
     from lingen.recipe import load_recipe
+
+    from .model import bench_model, video_grid
+    from .paper import VARIANTS
 
     twins = None
     if args.twins is not None:
-        twins = partial(yardstick("twins").bench_twins, depth=args.dit_depth, only=args.twins)
+        from .twins import bench_twins
+
+        twins = partial(bench_twins, depth=args.dit_depth, only=args.twins)
     recipe = load_recipe(args.recipe, args.overrides, args.stage)
     changes = [(*args.overrides, *one.overrides) for one in VARIANTS if args.variants]
     variants = [load_recipe(args.recipe, overrides, args.stage).model for overrides in changes]
@@ -81,7 +84,7 @@ def bench_model(args: argparse.Namespace) -> int:
     overrides=True,
 )  # fmt: skip
 def bench_tae(args: argparse.Namespace) -> int:
-    from lingen.bench.autoencoder import bench_autoencoder, prepared
+    from .autoencoder import bench_autoencoder, prepared
 
     component, place = _component(args), place_for(args, 0.5)
     ready = prepared(component, place, say, args.frames or (), args.size, args.ways or ())

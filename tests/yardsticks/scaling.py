@@ -8,17 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lingen.bench.build import MixerChoice, built, kernel_of, name_of
-from lingen.bench.parts import milliseconds_by_part
-from lingen.bench.place import Place, dtype_name
-from lingen.bench.receipt import PartTimes, findings
-from lingen.bench.results import GIB, Fields, Results
-from lingen.bench.timing import Operation, both_ways, forward_backward, forward_work, held, saved_bytes
 from lingen.blocks.layers import grid_of
 from lingen.plan.flops import mixer_flops
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Triple
+
+from .build import MixerChoice, built, kernel_of, name_of
+from .parts import milliseconds_by_part
+from .place import Place, dtype_name
+from .receipt import PartTimes, findings
+from .results import GIB, Fields, Results
+from .timing import Operation, both_ways, forward_backward, forward_work, held, saved_bytes
 
 GRIDS: tuple[Triple, ...] = (
     (34, 16, 16), (34, 32, 32), (68, 32, 32), (34, 64, 64), (136, 32, 32), (272, 32, 32),

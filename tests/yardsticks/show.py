@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lingen.bench.paper import PAPER_SIZES, VARIANTS
-from lingen.bench.receipt import EXPONENTS, MEASURED
-from lingen.bench.results import Fields
-from lingen.bench.tables import Files, Table, as_markdown, every, named, ratio, row_of, source
-from lingen.bench.yardsticks import yardstick
 from lingen.recipe.errors import RecipeError
+
+from . import targets
+from .paper import PAPER_SIZES, VARIANTS
+from .receipt import EXPONENTS, MEASURED
+from .results import Fields
+from .tables import Files, Table, as_markdown, every, named, ratio, row_of, source
 
 MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 """Where a page holds a table: between these two comments."""
@@ -74,7 +75,7 @@ def _sources(files: Files) -> Iterator[Fields]:
 
 PAGE = {
     "targets": Table(
-        lambda files: yardstick("targets").targets(files),
+        targets.targets,
         "what | paper | stock parts=stock | to reach=reach | stretch | ours | =verdict | file",
     ),
     "forwards": Table(

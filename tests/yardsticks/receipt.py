@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lingen.bench.build import MixerChoice, name_of
-from lingen.bench.exponent import crossover, fit_exponent
-from lingen.bench.paper import PAPER_SIZES
-from lingen.bench.plots import plot_scaling
-from lingen.bench.results import Fields
-from lingen.bench.tables import Files, Table, as_markdown, every, ratio, row_of, source
 from lingen.plan.flops import mixer_flops
 from lingen.recipe.sections import Triple
+
+from .build import MixerChoice, name_of
+from .exponent import crossover, fit_exponent
+from .paper import PAPER_SIZES
+from .plots import plot_scaling
+from .results import Fields
+from .tables import Files, Table, as_markdown, every, ratio, row_of, source
 
 LINEAR = 1.05
 """A cost that grows faster than tokens to this power is reported."""

@@ -7,9 +7,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
-from lingen.bench.paper import FORWARDS, PAPER_DIM, PAPER_SIZES
-from lingen.bench.results import Fields
-from lingen.bench.tables import as_text
+from .paper import FORWARDS, PAPER_DIM, PAPER_SIZES
+from .results import Fields
+from .tables import as_text
 
 MIXER_COLOURS = {
     "attention": "#c0392b",

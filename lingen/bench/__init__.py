@@ -1,1 +1,0 @@
-"""Measurements: every number that README states comes from here."""
