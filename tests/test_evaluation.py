@@ -288,7 +288,7 @@ def test_two_folders_side_by_side(here: Path, capsys: pytest.CaptureFixture[str]
     )
     frechet = rows["A", f"Frechet distance, {NET}"]
     assert frechet["interval"] is None and frechet["floor"] > 0 and frechet["n"] == 6
-    assert rows["real", "motion"]["n"] == 12
+    assert rows["real clips", "motion"]["n"] == 12
     flicker = next(row for row in found["comparisons"] if row["metric"] == "flicker")
     assert flicker["p"] == 2 / 2**6 < flicker["holm"]
     assert found["fingerprint"]["codec"] == ["h264 yuv420p"] and found["fingerprint"]["n"] == 6
@@ -361,10 +361,10 @@ def test_other_codecs_are_refused(here: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["C"], "C"),
+        (["C"], "C: "),
         (["A", "--real", "cache"], "cache is no folder with clips"),
         (["x.json"], "Earlier results need clips"),
-        (["A", "--features", "i3d"], "The weights of 'i3d' are not at weights/i3d.safetensors: lingen data fetch i3d"),
+        (["A", "--features", "i3d"], "weights/i3d.safetensors is not there: lingen data fetch i3d"),
         (["A", "--features", "i4d"], "Did you mean 'i3d'"),
     ],
 )

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,6 @@ def eval_tae(args: argparse.Namespace) -> int:
     return DONE
 
 
-JUDGE = (
-    argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
-             "given again; default: i3d and efficientnet"),
-    argument("--clip", metavar="DIR", help="a CLIP of open_clip, for the CLIP score"),
-    argument("--fps", type=positive, default=8.0, metavar="F", help="at which all clips are judged; default: 8"),
-    argument("--frames", type=natural, default=16, metavar="T", help="that video networks see; default: 16"),
-)  # fmt: skip
 UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sample.tile=null")
 """Overrides that switch off checks of training and sampling, which do not matter here: any autoencoder may be
 judged."""
@@ -191,18 +185,26 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     argument("--prompts", metavar="FILE", help="one a line: what runs are asked, and what each subject should hold"),
     argument("--repeat", type=natural, default=1, metavar="N", help="clips of each of --prompts; default: 1"),
     argument("--seed", type=int, default=0, help="of clips that are sampled here; default: 0"),
-    *JUDGE,
+    argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
+             "given again; default: i3d and efficientnet"),
+    argument("--clip", metavar="DIR", help="a CLIP of open_clip, for the CLIP score"),
+    argument("--fps", type=positive, default=8.0, metavar="F", help="at which all clips are judged; default: 8"),
+    argument("--frames", type=natural, default=16, metavar="T", help="that video networks see; default: 16"),
     argument("--out", default="eval/clips", metavar="DIR", help="default: eval/clips"),
     DEVICE,
     JSON,
-)
+)  # fmt: skip
 def eval_clips(args: argparse.Namespace) -> int:
-    from lingen.evaluation.comparison import answer
+    from lingen.evaluation.clips import View
+    from lingen.evaluation.comparison import evaluate_clips
+    from lingen.evaluation.judging import Judge
     from lingen.files import check_place
 
     check_place(Path(args.out))
-    found = answer(
-        args.subjects, lambda: _judge(args), Path(args.out), count_bar, real=args.real, repeat=args.repeat,
+    features, view = args.features or ("i3d", "efficientnet"), View(args.fps, args.frames)
+    judge = partial(Judge, features, view, args.clip, args.device)
+    found = evaluate_clips(
+        args.subjects, judge, Path(args.out), count_bar, real=args.real, repeat=args.repeat,
         prompts=lines_of(args.prompts) if args.prompts else (), seed=args.seed,
     )  # fmt: skip
     if args.json:
@@ -220,13 +222,6 @@ def eval_clips(args: argparse.Namespace) -> int:
     failed = [f"{name}: {n} x {why}" for name, held in found["failures"].items() for why, n in held.items()]
     print(*failed, *found["notes"], *(Path(args.out) / f"results.{end}" for end in ("png", "json")), sep="\n")
     return DONE
-
-
-def _judge(args: argparse.Namespace) -> Any:
-    from lingen.evaluation.clips import View
-    from lingen.evaluation.judging import make_judge
-
-    return make_judge(args.features or ("i3d", "efficientnet"), View(args.fps, args.frames), args.clip, args.device)
 
 
 def _cell(value: float | None, form: str) -> str:

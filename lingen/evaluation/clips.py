@@ -15,7 +15,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_text
 from lingen.sampling.notes import read_notes
 
-SUFFIXES = (".mp4", ".webm")
+CLIP_ENDS = (".mp4", ".webm")
 Key = tuple[str, int]
 """Prompt and repetition."""
 
@@ -57,15 +57,15 @@ def show_clip(data: bytes, view: View) -> tuple[UInt8[np.ndarray, "t h w 3"], st
 
 
 def holds_clips(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    return folder.is_dir() and any(path.suffix.lower() in CLIP_ENDS for path in folder.iterdir())
 
 
 def find_clips(folder: Path) -> list[ClipFile]:
     """The clips of a folder. Their prompts are in the notes of `lingen sample`, or in NAME.txt beside them; where that
     holds for no clip, names stand for prompts. RecipeError for no clips, or two of one prompt and repetition."""
     if not holds_clips(folder):
-        raise RecipeError(f"{folder} is no folder with clips ({', '.join(SUFFIXES)}); unpack shards with tar -xf.")
-    found = [_in(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+        raise RecipeError(f"{folder} is no folder with clips ({', '.join(CLIP_ENDS)}); unpack shards with tar -xf.")
+    found = [_in(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in CLIP_ENDS]
     if not any(clip.prompt for clip in found):
         found = [clip._replace(prompt=clip.path.stem) for clip in found]
     counts, clips = Counter[str](), []

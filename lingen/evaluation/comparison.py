@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -23,15 +22,14 @@ from lingen.recipe.errors import RecipeError
 from lingen.sampling.files import sample_to_files
 from lingen.weights import find_weights
 
-Bar = Callable[[str], AbstractContextManager[Progress]]
 FEW = 2048
 """Clips below which a Frechet distance is mostly its bias."""
-REAL = "real"
+REAL = "real clips"
 BLIND = "I3D hardly sees how things move: a claim about motion rests on motion, flicker, coherence and raters, too."
 
 
 @dataclass(frozen=True)
-class Subject:
+class Entrant:
     """A subject's clips as they were measured, and why the others failed."""
 
     name: str
@@ -52,23 +50,21 @@ class Subject:
         return found
 
 
-def judge_all(judge: Judge, name: str, clips: Sequence[ClipFile], takes: Sequence[Key], progress: Progress) -> Subject:
+def judge_all(judge: Judge, name: str, clips: Sequence[ClipFile], takes: Sequence[Key], progress: Progress) -> Entrant:
     """Measures the clips of a subject; what is missing or cannot be read is a failure with its reason."""
-    found = Subject(name, {}, {})
-    held = {clip.key: clip for clip in clips}
+    held, found = {clip.key: clip for clip in clips}, Entrant(name, {}, dict.fromkeys(takes, "missing"))
     for done, key in enumerate(takes, start=1):
         try:
             if key in held:
                 found.judged[key] = judge(held[key])
-            else:
-                found.failures[key] = "missing"
+                del found.failures[key]
         except (ValueError, OSError) as error:
             found.failures[key] = f"{held[key].path.name}: {error}"
         progress(done, len(takes))
     return found
 
 
-def compare_subjects(judge: Judge, subjects: Sequence[Subject], real: Subject | None = None) -> dict[str, Any]:
+def compare_subjects(judge: Judge, subjects: Sequence[Entrant], real: Entrant | None = None) -> dict[str, Any]:
     """``{results, comparisons, failures, notes, fingerprint}``, plain values; a result is {subject, metric, value,
     interval [low, high], n, floor}. RecipeError where subjects are stored by different codecs."""
     everyone = [*subjects, real] if real else list(subjects)
@@ -76,8 +72,10 @@ def compare_subjects(judge: Judge, subjects: Sequence[Subject], real: Subject | 
     used = sorted({codec for one in subjects for codec in codecs[one.name]})
     if len(used) > 1:
         raise RecipeError(f"Clips are stored by different codecs ({codecs}), which is judged, too: encode all alike.")
-    results = [row for one in everyone for row in _means(one)]
-    comparisons = [row for pair in combinations(subjects, 2) for row in _pairs(*pair)]
+    results = []
+    for subject, metric, held in ((one.name, *item) for one in everyone for item in one.metrics().items()):
+        values, interval = list(held.values()), mean_interval(list(held.values()), [prompt for prompt, _ in held])
+        results.append(_result(subject, metric, float(np.mean(values)), interval, len(values)))
     notes = [BLIND] if real and "i3d" in judge.networks else []
     able = [one for one in subjects if len({prompt for prompt, _ in one.judged}) > 1]
     if real and able and len(real.judged) > 3:
@@ -88,12 +86,13 @@ def compare_subjects(judge: Judge, subjects: Sequence[Subject], real: Subject | 
             notes.append(f"Frechet distances and FVD are of {n:,} clips a side: below {FEW:,} they are mostly bias.")
         for network in judge.networks:
             results += _distances(network, able, real, n)
-            comparisons += [row for a, b in combinations(able, 2) for row in _pair_of_kernels(network, a, b, real)]
+    comparisons = [row for a, b in combinations(subjects, 2) for row in _pairs(a, b, [*judge.networks], real)]
     for row, p in zip(comparisons, holm([row["p"] for row in comparisons]), strict=True):
         row["holm"] = p
     takes = sorted({key for one in subjects for key in (*one.judged, *one.failures)})
-    theirs = sorted(clip.sha256 for clip in real.judged.values()) if real else None
-    own = {"n": len(takes), "takes": _hash(takes), "codec": used, "real": _hash(theirs)}
+    sets = {"takes": takes, "real": sorted(clip.sha256 for clip in real.judged.values()) if real else None}
+    own = {"n": len(takes), "codec": used}
+    own |= {name: hashlib.sha256(repr(held).encode()).hexdigest()[:16] for name, held in sets.items()}
     failures = {one.name: dict(Counter(one.failures.values())) for one in everyone}
     found = {"results": results, "comparisons": comparisons, "failures": failures, "notes": notes}
     return {**found, "fingerprint": judge.fingerprint | own}
@@ -110,20 +109,9 @@ def join_results(found: dict[str, Any], earlier: dict[str, Any], path: object) -
     return found | {"results": [*found["results"], *rows], "notes": [*found["notes"], f"{path}: no tests of pairs."]}
 
 
-def _hash(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
 def _result(subject: str, metric: str, value: float, interval: Any, n: int, floor: Any = None) -> dict[str, Any]:
     shown = None if interval is None else [float(round(end, 12)) for end in interval]
     return {"subject": subject, "metric": metric, "value": value, "interval": shown, "n": n, "floor": floor}
-
-
-def _means(subject: Subject) -> Iterator[dict[str, Any]]:
-    for metric, held in subject.metrics().items():
-        values = list(held.values())
-        interval = mean_interval(values, [prompt for prompt, _ in held])
-        yield _result(subject.name, metric, float(np.mean(values)), interval, len(values))
 
 
 def names_of(network: str) -> tuple[str, str]:
@@ -132,7 +120,7 @@ def names_of(network: str) -> tuple[str, str]:
     return f"{words[0]}, {network}", f"{words[1]}, {network}"
 
 
-def _distances(network: str, subjects: Sequence[Subject], real: Subject, n: int) -> Iterator[dict[str, Any]]:
+def _distances(network: str, subjects: Sequence[Entrant], real: Entrant, n: int) -> Iterator[dict[str, Any]]:
     """The kernel distance of all clips leads; the Frechet distance is of n on all sides, its floor too."""
     (kernel, frechet), there = names_of(network), real.features(network, list(real.judged))
     floor = distances.frechet_floor(there.rows, n)
@@ -145,39 +133,31 @@ def _distances(network: str, subjects: Sequence[Subject], real: Subject, n: int)
         yield _result(one.name, frechet, distances.frechet_distance(*some), None, n, floor)
 
 
-def _pairs(a: Subject, b: Subject) -> Iterator[dict[str, Any]]:
-    theirs = b.metrics()
+def _pairs(a: Entrant, b: Entrant, networks: Sequence[str], real: Entrant | None) -> Iterator[dict[str, Any]]:
+    """What differs between two subjects on the takes that both have, and how likely that is by chance."""
+    shown, theirs = {"first": a.name, "second": b.name}, b.metrics()
     for name, held in a.metrics().items():
         keys = [key for key in held if key in theirs.get(name, {})]
         first, second = [held[key] for key in keys], [theirs[name][key] for key in keys]
         if keys:
-            p = paired_p(first, second, [prompt for prompt, _ in keys])
-            yield _comparison(a, b, name, float(np.mean(first) - np.mean(second)), p, len(keys))
-
-
-def _pair_of_kernels(network: str, a: Subject, b: Subject, real: Subject) -> Iterator[dict[str, Any]]:
+            difference, p = float(np.mean(first) - np.mean(second)), paired_p(first, second, [key[0] for key in keys])
+            yield {"metric": name, **shown, "difference": difference, "n": len(keys), "p": p}
     keys = [key for key in a.judged if key in b.judged]
-    if len({prompt for prompt, _ in keys}) > 1:
-        sides = [one.features(network, held) for one, held in ((a, keys), (b, keys), (real, list(real.judged)))]
-        yield _comparison(a, b, names_of(network)[0], *distances.paired_kernel_p(*sides), len(keys))
+    if real is None or len({prompt for prompt, _ in keys}) < 2:
+        return
+    for network in networks:
+        sides = [one.features(network, held) for one, held in ((a, keys), (b, keys), (real, [*real.judged]))]
+        difference, p = distances.paired_kernel_p(*sides)
+        yield {"metric": names_of(network)[0], **shown, "difference": difference, "n": len(keys), "p": p}
 
 
-def _comparison(a: Subject, b: Subject, metric: str, difference: float, p: float, n: int) -> dict[str, Any]:
-    return {"metric": metric, "first": a.name, "second": b.name, "difference": difference, "n": n, "p": p}
-
-
-def answer(
-    subjects: Sequence[str], judge: Callable[[], Judge], out: Path, bar: Bar,
+def evaluate_clips(
+    subjects: Sequence[str], judge: Callable[[], Judge], out: Path, bar: Callable[[str], Any],
     *, real: str | None = None, prompts: Sequence[str] = (), repeat: int = 1, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """What `compare_subjects` finds, also written as results.json and results.png into `out`. RecipeError for what
-    cannot be judged or compared, before anything is sampled where that can be known.
-
-    Args:
-        subjects: folders of clips, runs, weights files, and results.json of before, which stands beside what is new.
-        judge: makes the judge, once all that is asked for is there.
-        prompts, repeat, seed: of clips that are sampled here; each subject should hold `repeat` clips of each prompt.
-    """
+    cannot be judged or compared. `subjects`: folders of clips, runs, weights files, and results.json of before, which
+    stands beside what is new; `judge` is made once they are there; each should hold `repeat` clips of each prompt."""
     check_extra()
     paths = {name: Path(name) for name in subjects if not name.endswith(".json")}
     if not paths:
@@ -186,16 +166,15 @@ def answer(
     if weights and not prompts:
         raise RecipeError(f"{next(iter(weights))} is to be sampled: give --prompts FILE, one on each line.")
     clips = {REAL: find_clips(Path(real))} if real else {}
-    made, held, judged = judge(), dict[str, list[ClipFile]](), {}
-    for name, path in paths.items():
+    made, judged = judge(), {}
+    for name, file in weights.items():
         with bar(f"sampling {name}") as progress:
-            asked = (out / "samples", prompts, repeat, seed, progress)
-            held[name] = _sampled(weights[name], *asked) if name in weights else find_clips(path)
+            paths[name] = _sampled(file, out, list(dict.fromkeys(prompts)), repeat, seed, progress)
+    held = {name: find_clips(path) for name, path in paths.items()}
     takes = check_paired(held, prompts, repeat)
     for name, files in (held | clips).items():
         with bar(f"measuring {name}") as progress:
-            wanted = [file.key for file in files] if name == REAL else takes
-            judged[name] = judge_all(made, name, files, wanted, progress)
+            judged[name] = judge_all(made, name, files, takes if name in held else [f.key for f in files], progress)
     found = compare_subjects(made, [judged[name] for name in held], judged.get(REAL))
     for name in (name for name in subjects if name.endswith(".json")):
         found = join_results(found, json.loads(Path(name).read_text(encoding="utf-8")), name)
@@ -204,23 +183,16 @@ def answer(
     return found
 
 
-def _sampled(
-    weights: Path, folder: Path, prompts: Sequence[str], repeat: int, seed: int, progress: Progress
-) -> list[ClipFile]:
-    """Samples those of the clips that are not there yet, into a folder of these weights and this seed."""
+def _sampled(weights: Path, out: Path, prompts: Sequence[str], repeat: int, seed: int, progress: Progress) -> Path:
+    """A folder of clips of these weights, this seed and these prompts; it is sampled where it is not complete."""
     about = weights.stat()
-    words = f"{weights.resolve()} {about.st_size} {about.st_mtime_ns} {seed}"
-    folder /= f"{weights.parent.name}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
-    kept = find_clips(folder) if holds_clips(folder) else []
-    counts = Counter(clip.prompt for clip in kept)
-    left = [prompt for prompt in dict.fromkeys(prompts) if counts[prompt] < repeat]
-    for clip in kept:
-        if clip.prompt in left:
-            clip.path.unlink()
-    files = sample_to_files(weights, left, folder / f"{len(kept)}.mp4", repeat=repeat, seed=seed) if left else ()
-    for done, _ in enumerate(files, start=1):
-        progress(done, len(left) * repeat)
-    return [clip for clip in find_clips(folder) if clip.prompt in prompts and clip.repetition < repeat]
+    words = repr((str(weights.resolve()), about.st_size, about.st_mtime_ns, prompts, repeat, seed))
+    folder = out / "samples" / f"{weights.parent.name}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    if len([*folder.glob("*.mp4")]) < len(prompts) * repeat:
+        files = sample_to_files(weights, prompts, folder / "clip.mp4", repeat=repeat, seed=seed)
+        for done, _ in enumerate(files, start=1):
+            progress(done, len(prompts) * repeat)
+    return folder
 
 
 def _draw(results: list[dict[str, Any]], path: Path) -> None:

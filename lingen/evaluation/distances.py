@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from lingen.evaluation.statistics import SEED, Interval, clusters_of
 
-HALVES, SPLITS, SWAPS = 400, 100, 999
+HALVES, REAL_SPLITS, SWAPS = 400, 100, 999
 """Half-samples of an interval, splits of a floor, permutations of a test."""
 
 
@@ -94,7 +94,7 @@ def kernel_floor(real: FeatureSet, n: int) -> float | None:
     half = min(member.shape[1] // 2, round(n * member.shape[1] / len(real.rows)))
     if half < 2:
         return None
-    sides = _halves(np.random.default_rng(SEED), member, half, SPLITS)
+    sides = _halves(np.random.default_rng(SEED), member, half, REAL_SPLITS)
     return float(np.quantile(KernelDistance(real, real).of(*sides), 0.95))
 
 

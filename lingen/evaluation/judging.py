@@ -5,22 +5,21 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch import nn
 
 from lingen.evaluation.clips import ClipFile, View, show_clip
 from lingen.evaluation.measures import ClipScore, measure_coherence, measure_drift, measure_motion, measure_shapes
-from lingen.evaluation.networks import full_float32, hash_network, network_of
+from lingen.evaluation.networks import network_of
 from lingen.files import cache_folder, whole_file
 from lingen.kernels.choice import best_device
 from lingen.provenance import version_of, versions
 from lingen.recipe.errors import RecipeError
+from lingen.weights import hash_tensors
 
 
 @dataclass(frozen=True)
@@ -33,24 +32,22 @@ class Judged:
     sha256: str = ""
 
 
-@dataclass(frozen=True)
 class Judge:
-    """Measures clips. `networks` are named as results call them; `cache` is a folder."""
+    """Measures clips, in words of the command line: `features` for `network_of`, `clip` for `ClipScore`, `device` for
+    `best_device`. RecipeError for what is not there."""
 
-    networks: dict[str, nn.Module]
-    view: View
-    device: torch.device
-    cache: Path
-    text: ClipScore | None = None
-    fingerprint: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        networks = {name: hash_network(one.to(self.device)) for name, one in self.networks.items()}
-        networks |= {"clip": hash_network(self.text.model)} if self.text else {}
+    def __init__(self, features: Sequence[str], view: View, clip: str | None = None, device: str | None = None):
+        self.view, self.device, self.cache = view, best_device(device), cache_folder() / "evaluation"
+        self.networks = {words.partition("=")[0]: network_of(words).to(self.device) for words in features}
+        if "i3d" in self.networks and view.frames < 9:
+            raise RecipeError(f"I3D needs at least 9 frames, got --frames {view.frames}.")
+        self.text = ClipScore(clip, self.device) if clip else None
+        used = self.networks | ({"clip": self.text.model} if self.text else {})
+        networks = {name: hash_tensors(one.state_dict())[:16] for name, one in used.items()}
         own = {"opencv": cv2.__version__, "numpy": version_of("numpy"), "scipy": version_of("scipy")}
         place = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         how = {"resize": "libswscale, covering", "crop": "centre", "device": place, "versions": versions() | own}
-        object.__setattr__(self, "fingerprint", {"networks": networks, **asdict(self.view), **how})
+        self.fingerprint: dict[str, Any] = {"networks": networks, **asdict(view), **how}
 
     def __call__(self, clip: ClipFile) -> Judged:
         """ValueError or OSError for a clip that cannot be read."""
@@ -77,7 +74,7 @@ class Judge:
         features: dict[str, np.ndarray] = {}
         values = measure_motion(pixels, self.view.fps) | measure_drift(pixels, self.view.fps)
         clip = torch.from_numpy(pixels).permute(3, 0, 1, 2)[None]
-        with full_float32():
+        with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):  # as on a CPU, to 1e-3
             for name, network in self.networks.items():
                 shown = clip[:, :, : self.view.frames] if network.video else clip[0].transpose(0, 1)[:, :, None]
                 rows = torch.cat([network(some.to(self.device)).float().cpu() for some in shown.split(32)])
@@ -86,12 +83,3 @@ class Judge:
             if self.text is not None:
                 values["text: CLIP score"] = self.text(pixels, prompt)
         return Judged(values, features)
-
-
-def make_judge(features: Sequence[str], view: View, clip: str | None = None, device: str | None = None) -> Judge:
-    """By the words of the command line (`network_of`, `ClipScore`). RecipeError for what is not there."""
-    place = best_device(device)
-    networks = {words.partition("=")[0]: network_of(words) for words in features}
-    if "i3d" in networks and view.frames < 9:
-        raise RecipeError(f"I3D needs at least 9 frames, got --frames {view.frames}.")
-    return Judge(networks, view, place, cache_folder() / "evaluation", ClipScore(clip, place) if clip else None)

@@ -10,14 +10,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lingen.data.synthetic import parse_caption
-from lingen.media import read_video
+from lingen.media import read_video, sheet_frames
 from lingen.metrics.shapes import judge
 from lingen.recipe.errors import RecipeError
 
 DISTANCES = (1, 2, 5, 10, 20, 50)
 """Frames between two whose features are compared."""
-TEXT_FRAMES = 8
-"""Frames of a clip that CLIP compares with its prompt."""
 
 
 def measure_motion(clip: UInt8[np.ndarray, "t h w 3"], fps: float) -> dict[str, float]:
@@ -44,8 +42,8 @@ def measure_drift(clip: UInt8[np.ndarray, "t h w 3"], fps: float) -> dict[str, f
     first, last = (one.mean((0, 1, 2)) / 255 for one in ends)
     grey = [[cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in one] for one in ends]
     sharp = [np.mean([cv2.Laplacian(frame, cv2.CV_64F).var() for frame in one]) + 1 for one in grey]
-    change = {"colour drift": np.linalg.norm(last - first), "sharpness drift": np.log(sharp[1] / sharp[0])}
-    return {name: float(value) / seconds for name, value in change.items()}
+    colour = float(np.linalg.norm(last - first)) / seconds
+    return {"colour drift": colour, "sharpness drift": float(np.log(sharp[1] / sharp[0])) / seconds}
 
 
 def measure_coherence(features: Float[Tensor, "t d"], name: str, fps: float) -> dict[str, float]:
@@ -73,7 +71,7 @@ def measure_shapes(data: bytes, prompt: str) -> dict[str, float]:
 
 class ClipScore:
     """100 times the cosine of CLIP's features of a text and of frames, at least 0 (Hessel et al., arXiv 2104.08718),
-    mean of `TEXT_FRAMES` spread over a clip. `path`: a folder of open_clip's (configuration and weights)."""
+    mean of eight spread over a clip. `path`: a folder of open_clip's (configuration and weights)."""
 
     def __init__(self, path: str | Path, device: torch.device):
         import open_clip
@@ -88,7 +86,7 @@ class ClipScore:
     def __call__(self, clip: UInt8[np.ndarray, "t h w 3"], prompt: str) -> float:
         from PIL import Image
 
-        chosen = np.unique(np.linspace(0, len(clip) - 1, TEXT_FRAMES).round().astype(int))
+        chosen = sorted(sheet_frames(len(clip), 8))
         frames = torch.stack([self.prepare(Image.fromarray(clip[number])) for number in chosen])
         images = self.model.encode_image(frames.to(self.device)).float()
         text = self.model.encode_text(self.tokens([prompt]).to(self.device)).float()

