@@ -14,7 +14,7 @@ from scipy import linalg
 
 from lingen.cli import main
 from lingen.data.synthetic import captions, draw_clip
-from lingen.evaluation.clips import View, find_clips
+from lingen.evaluation.clips import View, check_paired, find_clips
 from lingen.evaluation.distances import (
     FeatureSet,
     KernelDistance,
@@ -330,6 +330,26 @@ def test_prompts_are_the_same_or_it_is_said(here: Path, capsys: pytest.CaptureFi
     (here / "prompts").write_text("\n".join(PROMPTS[:2]))
     run("A", "B", "--prompts", "prompts", code=2)
     assert "A has clips of 4 prompts that --prompts lacks" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_runs_are_sampled_with_the_same_prompts_and_seed(
+    here: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    (here / "prompts").write_text("a red square\na blue circle moves up\na red square\n")
+    words = [str(tiny_run), "--prompts", "prompts", "--repeat", "2", "--json"]
+    for seen in ([], ["sampling"]):
+        assert main(["eval", *words, "--features", FRAMES, "--frames", "4"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["fingerprint"]["n"] == 4 and found["failures"] == {str(tiny_run): {}} and len(seen) < 2
+    (folder,) = (here / "eval/clips/samples").iterdir()
+    assert {(clip.prompt, clip.repetition, clip.seed) for clip in find_clips(folder)} == {
+        (prompt, number, 0) for prompt in ("a red square", "a blue circle moves up") for number in (0, 1)
+    }
+    with pytest.raises(RecipeError, match="different seeds"):
+        check_paired({"a": find_clips(folder), "b": [clip._replace(seed=1) for clip in find_clips(folder)]})
+    assert main(["eval", str(tiny_run), "--features", FRAMES]) == 2
+    assert "is to be sampled: give --prompts FILE" in capsys.readouterr().err
 
 
 def test_results_of_before_stand_beside_new_ones_or_are_refused(here: Path, capsys: pytest.CaptureFixture[str]):
