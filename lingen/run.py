@@ -33,11 +33,11 @@ from lingen.training.base import Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, StageEnd, StepEdge
 from lingen.training.denoiser import LinGenModule
+from lingen.training.dry_run import too_large
 from lingen.training.folder import RunFolder
 from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.identity import described
 from lingen.training.intact import wait_for_files
-from lingen.training.rehearsal import too_large
 from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
@@ -131,9 +131,9 @@ def fit_curriculum(
                 on_first_rank(lambda: begun)
             folder, place = RunFolder(begun.folder), here()
             if begun.session is not None:
-                heart = held.enter_context(heartbeat.beating(folder.ranks, place.rank, place.ranks, begun.session))
+                writer = held.enter_context(heartbeat.heartbeats(folder.ranks, place.rank, place.ranks, begun.session))
                 limits = [one.train.watchdog for one in begun.curriculum.stages]
-                held.enter_context(watchdog.watching(heart, begun.session, limits))
+                held.enter_context(watchdog.watching(writer, begun.session, limits))
             signals.check()
             unfinished = on_first_rank(partial(_unfinished, folder, begun.curriculum.chosen(stage)))
             if before is not None and unfinished:
@@ -236,9 +236,9 @@ def _train(
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
-        heart = heartbeat.own_heart()
-        heart.limit = settings.train.watchdog
-        heart.sign("start")
+        writer = heartbeat.own_writer()
+        writer.limit = settings.train.watchdog
+        writer.sign("start")
         known = first is not None and first.stage == names[index]
         start = first if known else on_first_rank(partial(start_of, folder, stages, index, reporter.say))
         if start is None:

@@ -45,7 +45,7 @@ sample: {steps: 2, schedule: uniform, prompts: [a red circle moves right]}
 trainer: {precision: 32-true, strategy: auto, accelerator: cpu, devices: 1, num_nodes: 1, logger: false}
 stages:
   t2i_256:     {data: {size: [16, 16], batch: {image: 2}}, train: {steps: 3, warmup: 1}}
-  t2v_256_17s: {data: {frames: 8, size: [16, 16], batch: {video: 2}}, train: {steps: 3, warmup: 1}}
+  t2v_256_17s: {data: {frames: 8, size: [16, 16], batch: {image: 2, video: 2}}, train: {steps: 3, warmup: 1}}
   t2v_512_17s: {data: {frames: 8}, train: {steps: 3, warmup: 1}}
   t2v_512_34s: {data: {frames: 16}, train: {steps: 3, warmup: 1}}
   t2v_512_68s: {data: {frames: 32}, train: {steps: 3, warmup: 1}}

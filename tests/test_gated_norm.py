@@ -55,6 +55,7 @@ def twin(operands, grad, groups):
         ((1, 4, 3), 80, 5, torch.float32, None),
         ((2, 3, 5), 72, 1, torch.bfloat16, zigzag),
         ((1, 3, 3), 96, 3, torch.bfloat16, zigzag),
+        ((1, 3, 2), 80, 10, torch.float32, zigzag),  # heads of 8: four of them to a program, the last one holds two
     ],
 )
 def test_outputs_and_every_gradient(grid, channels, groups, dtype, order, device):
@@ -99,7 +100,7 @@ def test_rows_lie_more_than_two_to_the_31_elements_apart(device):
     assert_close("gradient of z", wanted["z"], z, 5e-3)
 
 
-@pytest.mark.parametrize("channels, groups", [(80, 1), (60, 3)])
+@pytest.mark.parametrize("channels, groups", [(80, 1), (60, 3), (80, 10)])
 def test_float8_with_a_scale_for_each_row(channels, groups, device):
     y, z, weight, index = operands((2, 3, 4), channels, device)
     y[:, 5] = 0  # a row that has no largest value

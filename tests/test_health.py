@@ -19,7 +19,7 @@ import torch
 
 from lingen.cli.cluster import _lines_of
 from lingen.launch.status import RankStatus, Status
-from lingen.ranks.heartbeat import beating, read_beats, sign
+from lingen.ranks.heartbeat import heartbeats, read_heartbeats, sign
 from lingen.recipe import load_for_training
 from lingen.run import NonFiniteError, Reporter, fit, fit_curriculum
 from lingen.training.denoiser import LinGenModule
@@ -273,7 +273,7 @@ def test_the_slowest_ranks_are_said_once_with_their_hosts():
 def test_a_rank_measures_its_parts_in_training_and_its_wait_for_data(tmp_path: Path):
     part = torch.nn.Linear(2, 2)
     part.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # as a strategy that waits for other ranks
-    with beating(tmp_path, 0, 1, "m") as heart:
+    with heartbeats(tmp_path, 0, 1, "m") as writer:
         pace = Pace([part])
         part.register_forward_pre_hook(lambda *_: time.sleep(0.1))
         for _ in range(2):
@@ -288,8 +288,8 @@ def test_a_rank_measures_its_parts_in_training_and_its_wait_for_data(tmp_path: P
         time.sleep(0.1)
         found = pace.flush()
         assert 0.1 <= found.own < 0.145 and 0.02 <= found.data < 0.1
-        heart.write()
-        assert read_beats(tmp_path)[0].pace == pytest.approx(found[:2], abs=1e-4)
+        writer.write()
+        assert read_heartbeats(tmp_path)[0].pace == pytest.approx(found[:2], abs=1e-4)
         assert pace.flush()[:2] == (0.0, 0.0)
 
 

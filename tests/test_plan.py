@@ -1,4 +1,4 @@
-"""`lingen plan`: what is rehearsed without numbers is what real ranks hold, and what it advises makes a stage fit."""
+"""`lingen plan`: a step without numbers holds what real ranks hold, and what it advises makes a stage fit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from unittest import mock
 import pytest
 
 from lingen.cli import main
-from lingen.launch import outlook
+from lingen.launch import resources
 from lingen.plan.forecast import flop_a_step, plan
-from lingen.plan.watch import part_here
+from lingen.plan.memory_tracker import part_here
 from lingen.recipe import load_recipe
-from lingen.training import rehearsal
+from lingen.training import dry_run
 from lingen.training.denoiser import LinGenModule
-from lingen.training.rehearsal import rehearse
+from lingen.training.dry_run import step_memory
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_t2v import write_small_t2v
 
@@ -59,14 +59,14 @@ def train(recipe: str, run: str) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_hold_what_was_rehearsed(tmp_path: Path):
+def test_ranks_hold_what_the_dry_run_tells(tmp_path: Path):
     recipe = write_small_t2v(tmp_path)
     with contextlib.chdir(tmp_path):
         said = run_ranks(["-m", "tests.test_plan", str(recipe), str(tmp_path / "run")], 2)
         stage = load_recipe(recipe, TWO_RANKS, stage=STAGE)
         for rank, text in enumerate(said):
             found = [json.loads(line.split(" ", 1)[1]) for line in text.splitlines() if line.startswith("held ")]
-            memory = rehearse(stage, 1, 2, rank)
+            memory = step_memory(stage, 1, 2, rank)
             assert len(found) == stage.train.steps
             assert all(one == {kind: getattr(memory, kind) for kind in KINDS} for one in found), (rank, found, memory)
 
@@ -74,7 +74,7 @@ def test_ranks_hold_what_was_rehearsed(tmp_path: Path):
 def test_every_rank_of_many_has_its_rows(tiny_recipe: Path):
     """Rows that do not divide: the first ranks hold the most; together they hold the model once."""
     recipe = load_recipe(tiny_recipe, [*QUICK, "trainer.strategy=fsdp"], stage="images")
-    ranks = [rehearse(recipe, 1, 3, rank).weights for rank in range(3)]
+    ranks = [step_memory(recipe, 1, 3, rank).weights for rank in range(3)]
     assert sum(ranks) == 4 * plan(recipe).trained and max(ranks) == ranks[0] > ranks[-1]
 
 
@@ -87,7 +87,7 @@ def test_a_block_keeps_what_its_kernels_save(tiny_recipe: Path):
     kept = []
     for depth in (3, 4):
         recipe = load_recipe(tiny_recipe, [*words, f"model.depth={depth}"], stage="clips")
-        kept.append(rehearse(recipe).activations)
+        kept.append(step_memory(recipe).activations)
     mamba = 4.53 + 2 + 2  # the projection, what the scan gives, what the gated norm gives
     attention = 3 + 1  # of windows: queries, keys and values; what it gives
     normed = 1 + 1 + 1 + 1 + 1 + 1  # three norms' inputs and outputs
@@ -98,16 +98,16 @@ def test_a_block_keeps_what_its_kernels_save(tiny_recipe: Path):
 
 def test_a_deep_model_takes_what_shallow_ones_tell(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = load_recipe(tiny_recipe, [*QUICK, "trainer.strategy=fsdp", "model.depth=5"], stage="images")
-    told = rehearse(recipe, 1, 2)
-    monkeypatch.setattr(rehearsal, "SHALLOW", 5)
-    found = rehearse(recipe, 1, 2)
+    told = step_memory(recipe, 1, 2)
+    monkeypatch.setattr(dry_run, "SHALLOW", 5)
+    found = step_memory(recipe, 1, 2)
     for kind, size in dataclasses.asdict(found).items():
         assert getattr(told, kind) == pytest.approx(size, rel=0.01), kind
 
 
 def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
     """GPUs that are a little larger than what a switch leaves, and so too small without it."""
-    monkeypatch.setattr(outlook, "USABLE", 1.0)
+    monkeypatch.setattr(resources, "USABLE", 1.0)
     plain, less = (
         load_recipe(tiny_recipe, [*QUICK, f"model.checkpointing={on}"], stage="clips") for on in ("false", "true")
     )
@@ -117,12 +117,13 @@ def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypat
         (shared, 2, "model.checkpointing=true trainer.strategy=fsdp"),
         (shared, 4, "model.checkpointing=true trainer.strategy=fsdp --gpus 4"),
     ):
-        room = rehearse(recipe, 1, ranks).peak + 1
-        monkeypatch.setitem(outlook.GPUS, "small", ("H100", room / 2**30))
-        told = outlook.what_fits(plain, outlook.Cluster(1, min(ranks, 2), "small"))
+        room = step_memory(recipe, 1, ranks).peak + 1
+        monkeypatch.setitem(resources.GPUS, "small", ("H100", room / 2**30))
+        told = resources.what_fits(plain, resources.Cluster(1, min(ranks, 2), "small"))
         assert told.startswith(f"with {words} it does: "), told
-    monkeypatch.setitem(outlook.GPUS, "small", ("H100", 1e-6))
-    assert outlook.what_fits(plain, outlook.Cluster(1, 2, "small")).startswith("no switch makes it fit, the least is")
+    monkeypatch.setitem(resources.GPUS, "small", ("H100", 1e-6))
+    told = resources.what_fits(plain, resources.Cluster(1, 2, "small"))
+    assert told.startswith("no switch makes it fit, the least is")
 
 
 def test_flops_are_counted_by_samples_where_the_mix_is(tiny_recipe: Path):
@@ -158,7 +159,7 @@ def test_a_gpu_that_is_not_known_is_told_with_the_nearest(capsys: pytest.Capture
 
 def test_a_mixer_that_needs_numbers_is_told(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):
     assert main(["plan", "--recipe", str(tiny_recipe), "model.mixer=tests.test_flops:Stubborn"]) == 2
-    assert "stage images: a step cannot be rehearsed without numbers (" in capsys.readouterr().err
+    assert "stage images: a step cannot be tried without numbers (" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lingen.cli import cluster, main
 from lingen.launch.status import status_of
 from lingen.ranks import heartbeat
 from lingen.ranks.environment import OtherRankError
-from lingen.ranks.heartbeat import SILENT, SIZE, beating, read_beats, sign
+from lingen.ranks.heartbeat import SILENT, SIZE, heartbeats, read_heartbeats, sign
 from lingen.ranks.signals import Stopped
 from lingen.training.folder import RunFolder
 from lingen.training.sessions import IN_VAIN, read_sessions, session, worth_another_start
@@ -55,35 +55,35 @@ def killed_session(run: RunFolder, was: str | None = None) -> str:
 
 
 def test_a_rank_says_what_it_does_and_since_when(tmp_path: Path):
-    with beating(tmp_path / "ranks", 1, 2, "m") as heart:
+    with heartbeats(tmp_path / "ranks", 1, 2, "m") as writer:
         sign("data", "clips", 3)
         sign("step", step=4)
-        heart.write()
-        (beat,) = read_beats(tmp_path / "ranks", "m")
+        writer.write()
+        (beat,) = read_heartbeats(tmp_path / "ranks", "m")
         assert (beat.rank, beat.ranks, beat.stage, beat.step, beat.doing) == (1, 2, "clips", 4, "step")
         assert beat.pid == os.getpid() and beat.ended is None and 0 <= beat.age < 5 and beat.since >= beat.age
         assert beat.memory["process"] > 1e6 and set(beat.spent) == {"start", "data"}
-        assert read_beats(tmp_path / "ranks", "of another session") == []
-        file = heart.path
+        assert read_heartbeats(tmp_path / "ranks", "of another session") == []
+        file = writer.path
         os.utime(file, (time.time() - 100,) * 2)
-        assert 99 < read_beats(tmp_path / "ranks")[0].age < 105
-    assert read_beats(tmp_path / "ranks")[0].ended == "finished" and file.stat().st_size == SIZE
+        assert 99 < read_heartbeats(tmp_path / "ranks")[0].age < 105
+    assert read_heartbeats(tmp_path / "ranks")[0].ended == "finished" and file.stat().st_size == SIZE
     sign("step")  # of no rank: nothing happens
 
 
 def test_a_rank_that_fails_leaves_its_word(tmp_path: Path):
-    with pytest.raises(ValueError), beating(tmp_path, 0, 1, "m") as heart:
-        heart.sign("step", "s" * 100, 1)
+    with pytest.raises(ValueError), heartbeats(tmp_path, 0, 1, "m") as writer:
+        writer.sign("step", "s" * 100, 1)
         raise ValueError("no\nway " + "x" * SIZE)
-    assert heart.path.stat().st_size == SIZE
-    word = json.loads(heart.path.read_text())["ended"]
+    assert writer.path.stat().st_size == SIZE
+    word = json.loads(writer.path.read_text())["ended"]
     assert word.startswith("failed: ValueError: no way xxx") and len(word) <= 500
 
 
 def test_a_folder_that_takes_nothing_does_no_harm(tmp_path: Path):
     (tmp_path / "file").touch()
-    with beating(tmp_path / "file" / "ranks", 0, 1, "m") as heart:
-        heart.write()
+    with heartbeats(tmp_path / "file" / "ranks", 0, 1, "m") as writer:
+        writer.write()
 
 
 # sessions
@@ -94,7 +94,7 @@ def test_each_start_tells_why_the_one_before_ended(run: RunFolder):
     first = len(read_sessions(run))
     in_session(run, ValueError("of no\nuse"))
     mark = killed_session(run)
-    with beating(run.ranks, 0, 2, mark), beating(run.ranks, 1, 2, mark):
+    with heartbeats(run.ranks, 0, 2, mark), heartbeats(run.ranks, 1, 2, mark):
         pass
     for file, age in ((run.ranks / "00000.json", 0), (run.ranks / "00001.json", 300)):
         told = json.loads(file.read_text()) | {"ended": None, "host": "n7"}
@@ -114,7 +114,7 @@ def test_each_start_tells_why_the_one_before_ended(run: RunFolder):
 
 def test_a_killed_run_is_worth_another_start_unless_a_rank_failed_or_it_goes_no_further(run: RunFolder):
     mark = killed_session(run)
-    with pytest.raises(OSError), beating(run.ranks, 3, 4, mark):
+    with pytest.raises(OSError), heartbeats(run.ranks, 3, 4, mark):
         raise OSError("the disk is gone")
     again, why = worth_another_start(run, 137)
     assert not again and why.startswith("failed: rank 3 on ") and why.endswith(": OSError: the disk is gone")
@@ -134,11 +134,11 @@ def test_a_killed_run_is_worth_another_start_unless_a_rank_failed_or_it_goes_no_
 def test_a_run_that_hangs_is_worth_another_start(run: RunFolder):
     mark = killed_session(run)
     for rank in range(2):
-        with beating(run.ranks, rank, 2, mark) as heart:
-            heart.end("failed: silent for 600 s: rank 1 on n7 is at a.py:1 (f)")
+        with heartbeats(run.ranks, rank, 2, mark) as writer:
+            writer.end("failed: silent for 600 s: rank 1 on n7 is at a.py:1 (f)")
     how = "killed: silent for 600 s: rank 1 on n7 is at a.py:1 (f)"
     assert worth_another_start(run, 1) == (True, how)
-    with pytest.raises(OSError), beating(run.ranks, 1, 2, mark):
+    with pytest.raises(OSError), heartbeats(run.ranks, 1, 2, mark):
         raise OSError("no")
     again, why = worth_another_start(run, 75)  # where the others were silent because of an error
     assert not again and why.startswith("failed: rank 1 on ") and why.endswith(": OSError: no")
@@ -147,7 +147,7 @@ def test_a_run_that_hangs_is_worth_another_start(run: RunFolder):
 @pytest.mark.parametrize(("code", "how"), [(75, "stopped by SIGUSR1"), (137, "killed: exit code 137 (SIGKILL)")])
 def test_a_rank_that_was_stopped_tells_what_a_lost_one_does_not_know(run: RunFolder, code: int, how: str):
     mark = killed_session(run)
-    with pytest.raises(Stopped), beating(run.ranks, 1, 2, mark):
+    with pytest.raises(Stopped), heartbeats(run.ranks, 1, 2, mark):
         raise Stopped(signal.SIGUSR1)
     assert worth_another_start(run, code) == (True, how)
     assert read_sessions(run)[-1]["how"] == how
@@ -166,7 +166,7 @@ def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: 
 def test_a_rank_that_failed_is_no_preemption(run: RunFolder):
     """Where rank 0 heard only the SIGTERM by which srun ended it."""
     with pytest.raises(Stopped), session(run, stage="clips", step=6, ranks=2, was=None, flop=FLOP) as mark:
-        with pytest.raises(OSError), beating(run.ranks, 1, 2, mark):
+        with pytest.raises(OSError), heartbeats(run.ranks, 1, 2, mark):
             raise OSError("no")
         raise Stopped(signal.SIGTERM)
     again, why = worth_another_start(run, 75)
@@ -177,11 +177,11 @@ def test_a_rank_that_failed_is_no_preemption(run: RunFolder):
 def test_ranks_that_only_lost_another_one_are_worth_another_start(run: RunFolder, monkeypatch):
     try:
         with session(run, stage="clips", step=6, ranks=2, was=None, flop=FLOP) as mark:
-            with beating(run.ranks, 1, 2, mark) as heart:
-                heart.write()
-            (told := json.loads(heart.path.read_text()))["ended"] = None
-            heart.path.write_text(json.dumps(told | {"host": "n4"}))
-            with beating(run.ranks, 0, 2, mark):
+            with heartbeats(run.ranks, 1, 2, mark) as writer:
+                writer.write()
+            (told := json.loads(writer.path.read_text()))["ended"] = None
+            writer.path.write_text(json.dumps(told | {"host": "n4"}))
+            with heartbeats(run.ranks, 0, 2, mark):
                 # srun ends the others by SIGTERM; that is not why they end.
                 monkeypatch.setattr(heartbeat, "noted", lambda: signal.SIGTERM)
                 raise RuntimeError("[gloo/transport] Connection closed by peer")
@@ -249,15 +249,15 @@ def test_a_silent_rank_is_named(run: RunFolder, monkeypatch: pytest.MonkeyPatch,
     from lingen.training import lock
 
     mark = killed_session(run)
-    with lock.locked(run.path), beating(run.ranks, 0, 2, mark) as heart:
-        heart.sign("step", "clips", 5)
-        heart.write()
+    with lock.locked(run.path), heartbeats(run.ranks, 0, 2, mark) as writer:
+        writer.sign("step", "clips", 5)
+        writer.write()
         (beat,) = status_of(run.path).ranks
         assert (beat.step, beat.doing, status_of(run.path).state, status_of(run.path).alive) == (
             5, "step", "running", True
         )  # fmt: skip
         other = run.ranks / "00001.json"
-        other.write_text(json.dumps(json.loads(heart.path.read_text()) | {"rank": 1, "host": "n9"}))
+        other.write_text(json.dumps(json.loads(writer.path.read_text()) | {"rank": 1, "host": "n9"}))
         os.utime(other, (time.time() - SILENT - 10,) * 2)
         told = status_of(run.path)
         assert not told.alive and (told.state, told.reason) == ("dead", "rank 1 on n9 has given no sign for 100 s")

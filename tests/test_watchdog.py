@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lingen.launch.status import status_of
-from lingen.ranks.heartbeat import Heart
+from lingen.ranks.heartbeat import HeartbeatWriter
 from lingen.ranks.watchdog import SLOW_LIMIT, SLOW_UNHEARD, UNHEARD, hung, lost, watching
 from lingen.run import fit as run_fit
 from tests.helpers import slurm
@@ -71,19 +71,19 @@ def test_a_rank_that_is_gone_is_named_within_a_minute():
 
 def test_off_is_off(tmp_path: Path):
     before = threading.active_count()
-    with watching(Heart(tmp_path, 0, 1, "m"), "m", [0, 0]):
+    with watching(HeartbeatWriter(tmp_path, 0, 1, "m"), "m", [0, 0]):
         assert threading.active_count() == before
 
 
 def test_whatever_takes_long_gives_signs(tiny_recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch):
-    seen, sign = Counter[str](), Heart.sign
+    seen, sign = Counter[str](), HeartbeatWriter.sign
 
-    def note(self: Heart, doing: str | None, *more: Any) -> None:
+    def note(self: HeartbeatWriter, doing: str | None, *more: Any) -> None:
         in_main = threading.current_thread() is threading.main_thread()
         seen[doing or ("the same" if in_main else "a checkpoint, meanwhile")] += 1
         sign(self, doing, *more)
 
-    monkeypatch.setattr(Heart, "sign", note)
+    monkeypatch.setattr(HeartbeatWriter, "sign", note)
     run_fit(tiny_recipe, ["train.checkpoint_every=2", "train.watchdog=600"], run=here / "run")
     steps = 2 + 6
     assert seen["step"] + seen["start"] >= steps and seen["data"] == steps

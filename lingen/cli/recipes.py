@@ -90,11 +90,11 @@ def plan(args: argparse.Namespace) -> int:
         raise RecipeError("Say which recipe: --recipe R.")
     if args.mfu > 1:
         raise RecipeError(f"--mfu is a share of what the GPU can do, at most 1; got {args.mfu:g}.")
-    from lingen.launch.outlook import outlook
+    from lingen.launch.resources import resource_rows
     from lingen.recipe import load_curriculum
 
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
-    rows = list(outlook(stages, args.gpus, args.gpu, args.mfu))
+    rows = list(resource_rows(stages, args.gpus, args.gpu, args.mfu))
     if args.json:
         print_json({"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows})
         return DONE

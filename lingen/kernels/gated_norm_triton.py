@@ -7,7 +7,8 @@ Names, beside those of `lingen.kernels`:
 
     groups, width        equal parts of a row that are normed apart; channels of a part
     GROUPS, LANES        a piece: groups rounded up to a power of two; channels of each group in it
-    PIECES               pieces of a row
+    PIECES               pieces of a group
+    first                group at which a program's part of the row begins
     QUANTIZE             whether the result is float8, with a `scale` for each row [b n]
     step, smallest       1 / 448, the largest float8; floor of a scale
     turns, total         rows that a program takes, one after the other; rows of all clips
@@ -38,10 +39,11 @@ def gated_norm_forward(
     b, n, c = z.shape
     out = torch.empty(b, n, c, dtype=FLOAT8 if quantize else y.dtype, device=y.device)
     scale = torch.empty(b, n, dtype=torch.float32, device=y.device) if quantize else None
-    _gated_norm_forward[(n, b)](
+    tiles, parts = _tiles(c, groups, LAUNCH["forward"], whole=quantize)
+    _gated_norm_forward[(n, b, parts)](
         y, z, weight.contiguous(), index, out, scale, n, groups, c // groups, eps, 1 / LARGEST_FLOAT8, SMALLEST_SCALE,
         y.stride(0), y.stride(1), z.stride(0), z.stride(1),
-        INDEXED=index is not None, QUANTIZE=quantize, **_tiles(c, groups, LAUNCH["forward"]),
+        INDEXED=index is not None, QUANTIZE=quantize, **tiles,
     )  # fmt: skip
     return out, scale
 
@@ -54,11 +56,11 @@ def gated_norm_backward(
     `y` and `z` may be views with a contiguous last axis."""
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (grad, y, z, dz_out))
     (b, rows, c), n = y.shape, z.shape[1]
-    launch = _tiles(c, groups, LAUNCH["backward"])
+    launch, parts = _tiles(c, groups, LAUNCH["backward"])
     programs = min(launch.pop("PROGRAMS"), b * rows)
     dy = torch.empty(b, rows, c, dtype=y.dtype, device=y.device)
     partial = torch.empty(programs, c, dtype=torch.float32, device=y.device)
-    _gated_norm_backward[(programs,)](
+    _gated_norm_backward[(programs, parts)](
         grad, y, z, weight.contiguous(), index, dy, dz_out, partial,
         triton.cdiv(b * rows, programs), b * rows, rows, n, groups, c // groups, eps,
         grad.stride(0), grad.stride(1), y.stride(0), y.stride(1), z.stride(0), z.stride(1),
@@ -89,12 +91,16 @@ class GatedNorm(torch.autograd.Function):
         return dy, dz, dweight.to(weight.dtype), None, None, None
 
 
-def _tiles(c: int, groups: int, launch: dict[str, int]) -> dict[str, int]:
-    """Launch parameters for rows of `groups` equal parts: powers of two around them, no more warps than lanes."""
+def _tiles(c: int, groups: int, launch: dict[str, int], whole: bool = False) -> tuple[dict[str, int], int]:
+    """Launch parameters for rows of `groups` equal parts: powers of two around them, no more warps than lanes; and how
+    many programs share a row, unless it has to be seen `whole`: narrow groups, such as heads, lie side by side then."""
     tall, width = triton.next_power_of_2(groups), c // groups
+    if width == triton.next_power_of_2(width) and not whole:
+        tall = min(tall, max(launch["LANES"] // width, 1))
     lanes = min(max(launch["LANES"] // tall, 1), triton.next_power_of_2(width))
     warps = min(launch["num_warps"], max(tall * lanes // 64, 1))
-    return launch | {"GROUPS": tall, "LANES": lanes, "PIECES": triton.cdiv(width, lanes), "num_warps": warps}
+    tiles = {"GROUPS": tall, "LANES": lanes, "PIECES": triton.cdiv(width, lanes), "num_warps": warps}
+    return launch | tiles, triton.cdiv(groups, tall)
 
 
 @triton.jit
@@ -107,6 +113,9 @@ def _gated_norm_forward(
     y += batch * y_batch + position.to(tl.int64) * y_row
     z += batch * z_batch + row * z_row
     out += (batch * n + row) * groups * width
+    first = tl.program_id(2) * GROUPS
+    y, z, weight, out = y + first * width, z + first * width, weight + first * width, out + first * width
+    groups -= first
     # Summed lane by lane over the pieces first: one reduction for a row.
     results, squares = (), tl.zeros((GROUPS, LANES), tl.float32)
     for piece in tl.static_range(PIECES):
@@ -141,6 +150,10 @@ def _gated_norm_backward(
     grad_batch, grad_row, y_batch, y_row, z_batch, z_row, dz_batch, dz_row,
     INDEXED: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
+    first, across = tl.program_id(1) * GROUPS, groups * width
+    grad, y, z, weight = grad + first * width, y + first * width, z + first * width, weight + first * width
+    dy, dz, partial = dy + first * width, dz + first * width, partial + first * width
+    groups -= first
     weights, dweights = (), ()
     for piece in tl.static_range(PIECES):
         channel, inside = _channels(piece, groups, width, GROUPS, LANES)
@@ -167,7 +180,7 @@ def _gated_norm_backward(
         # The gradient of the gated row loses its part along the row, which the norm takes out.
         pull = norm * norm * norm * (tl.sum(along, 1) / width)[:, None]
 
-        at_dy = dy + item.to(tl.int64) * groups * width
+        at_dy = dy + item.to(tl.int64) * across
         at_dz = dz + batch * dz_batch + row * dz_row
         sums = ()
         for piece in tl.static_range(PIECES):
@@ -185,7 +198,7 @@ def _gated_norm_backward(
             opened = inner * value * part * (1 + gate * (1 - part))
             tl.store(at_dz + channel, opened.to(dz.dtype.element_ty), mask=inside & real)
         dweights = sums
-    partial += tl.program_id(0).to(tl.int64) * groups * width
+    partial += tl.program_id(0).to(tl.int64) * across
     for piece in tl.static_range(PIECES):
         channel, inside = _channels(piece, groups, width, GROUPS, LANES)
         tl.store(partial + channel, dweights[piece], mask=inside)

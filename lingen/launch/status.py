@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Beat, read_beats
+from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Heartbeat, read_heartbeats
 from lingen.ranks.slurm import waiting
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
@@ -96,7 +96,7 @@ def status_of(path: str | Path) -> Status:
     about = _about(folder)
     sessions = read_sessions(folder)
     last = sessions[-1] if sessions else {}
-    beats = read_beats(folder.ranks, last.get("mark")) if last else []
+    beats = read_heartbeats(folder.ranks, last.get("mark")) if last else []
     logged = _read_rows(folder)
     stages = _stages(folder, about, beats, logged)
     name = next((name for name, one in stages.items() if one["step"] < one["steps"] or not one["finished"]), None)
@@ -152,7 +152,7 @@ def _about(folder: RunFolder) -> dict[str, Any]:
 
 
 def _stages(
-    folder: RunFolder, about: dict[str, Any], beats: list[Beat], logged: list[Logged]
+    folder: RunFolder, about: dict[str, Any], beats: list[Heartbeat], logged: list[Logged]
 ) -> dict[str, dict[str, int]]:
     """Step, steps and whether it is finished, of each stage."""
     # Until the first row of a session, rows of steps that are trained again stand there.
@@ -205,7 +205,7 @@ def _eta_run(
     return eta + left / speed
 
 
-def _state(folder: RunFolder, last: dict[str, Any], beats: list[Beat], *, done: bool) -> tuple[str, str | None]:
+def _state(folder: RunFolder, last: dict[str, Any], beats: list[Heartbeat], *, done: bool) -> tuple[str, str | None]:
     """What a run does, and why it does nothing."""
     how = last.get("how")
     if how is None and (owner := _owner(folder)) is not None:
@@ -240,7 +240,7 @@ def _owner(folder: RunFolder) -> tuple[dict[str, Any], float] | None:
         return None
 
 
-def _rank(beat: Beat) -> RankStatus:
+def _rank(beat: Heartbeat) -> RankStatus:
     spent = sum(beat.spent.values())
     return RankStatus(
         rank=beat.rank, host=beat.host, age_seconds=round(beat.age, 1), stage=beat.stage, step=beat.step,

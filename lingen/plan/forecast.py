@@ -1,4 +1,4 @@
-"""Forecast of a stage: its tokens, parameters and FLOPs, counted. Its memory: `lingen.training.rehearsal`."""
+"""Forecast of a stage: its tokens, parameters and FLOPs, counted. Its memory: `lingen.training.dry_run`."""
 
 import math
 from collections import Counter

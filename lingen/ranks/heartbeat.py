@@ -43,7 +43,7 @@ HUNG = "silent for "
 Samples = tuple[list[str], list[str]]
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """What is known of a rank."""
 
     rank: int
@@ -75,7 +75,7 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-class Heart:
+class HeartbeatWriter:
     """Keeps the file of this rank.
 
     Args:
@@ -100,7 +100,7 @@ class Heart:
         self._over = threading.Event()
         self._ended: str | None = None
         self.pace: tuple[float, float] | None = None
-        """See `Beat.pace`."""
+        """See `Heartbeat.pace`."""
         self.waited = 0.0
         """Seconds that it has waited for data."""
 
@@ -165,12 +165,12 @@ class Heart:
                     os.close(file)
 
     def begin(self) -> None:
-        def beating() -> None:
+        def writing() -> None:
             self.write()
             while not self._over.wait(BEAT):
                 self.write()
 
-        threading.Thread(target=beating, name="lingen-heartbeat", daemon=True).start()
+        threading.Thread(target=writing, name="lingen-heartbeat", daemon=True).start()
 
     def end(self, word: str) -> None:
         """The last word; the first one stands."""
@@ -179,37 +179,37 @@ class Heart:
         self.write()
 
 
-_heart = Heart(Path(os.devnull), 0, 1, "")
+_writer = HeartbeatWriter(Path(os.devnull), 0, 1, "")
 
 
 @contextlib.contextmanager
-def beating(folder: Path, rank: int, ranks: int, session: str) -> Iterator[Heart]:
+def heartbeats(folder: Path, rank: int, ranks: int, session: str) -> Iterator[HeartbeatWriter]:
     """Inside the block this rank gives signs of life; its file ends with how the block ended."""
-    global _heart
-    before, heart = _heart, Heart(folder, rank, ranks, session)
-    _heart = heart
-    heart.begin()
+    global _writer
+    before, writer = _writer, HeartbeatWriter(folder, rank, ranks, session)
+    _writer = writer
+    writer.begin()
     word = "finished"
     try:
-        yield heart
+        yield writer
     except BaseException as error:
         word = word_of(error)
         raise
     finally:
-        _heart = before
-        heart.end(word)
+        _writer = before
+        writer.end(word)
 
 
 def sign(
     doing: str | None = None, stage: str | None = None, step: int | None = None, samples: Samples | None = None
 ) -> None:
-    """A sign of life of this process, see `Heart.sign`."""
-    _heart.sign(doing, stage, step, samples)
+    """A sign of life of this process, see `HeartbeatWriter.sign`."""
+    _writer.sign(doing, stage, step, samples)
 
 
-def own_heart() -> Heart:
+def own_writer() -> HeartbeatWriter:
     """Of this process; while it is no rank of a run nobody reads it."""
-    return _heart
+    return _writer
 
 
 def word_of(error: BaseException) -> str:
@@ -255,7 +255,7 @@ def _resident(pid: int) -> int:
     return 0
 
 
-def read_beats(folder: Path, session: str | None = None) -> list[Beat]:
+def read_heartbeats(folder: Path, session: str | None = None) -> list[Heartbeat]:
     """What the ranks of a session have written, in order; without one, whatever lies there. A file that is being
     written for the first time is left out. Ages are by the newest file where this machine's clock is behind."""
     found: list[tuple[dict[str, Any], float]] = []
@@ -269,5 +269,5 @@ def read_beats(folder: Path, session: str | None = None) -> list[Beat]:
     for told, written in found:
         with contextlib.suppress(KeyError, TypeError):
             age = now - written
-            beats.append(Beat(**told | {"age": age, "since": told["since"] + age}))
+            beats.append(Heartbeat(**told | {"age": age, "since": told["since"] + age}))
     return sorted(beats, key=lambda one: one.rank)

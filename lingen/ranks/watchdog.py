@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from lingen.ranks.collectives import gather_objects, is_connected
 from lingen.ranks.environment import PARENT, here
-from lingen.ranks.heartbeat import FAILED_WORD, HUNG, Heart
+from lingen.ranks.heartbeat import FAILED_WORD, HUNG, HeartbeatWriter
 from lingen.ranks.signals import end_children
 
 TICK = 4.0
@@ -42,20 +42,20 @@ LAST = 10.0
 """Seconds that a rank has to leave its word and its stacks: the disk may hang."""
 
 Signs = dict[str, Any]
-"""What a rank tells: `Heart.report` and where its main thread is."""
+"""What a rank tells: `HeartbeatWriter.report` and where its main thread is."""
 
 
 @contextlib.contextmanager
-def watching(heart: Heart, session: str, limits: Sequence[int]) -> Iterator[None]:
+def watching(writer: HeartbeatWriter, session: str, limits: Sequence[int]) -> Iterator[None]:
     """Inside the block a run that hangs is ended with exit code 1. For all ranks together.
 
     Args:
         session: its mark.
-        limits: of the stages, see `Heart.limit`; where all are 0, nothing is watched.
+        limits: of the stages, see `HeartbeatWriter.limit`; where all are 0, nothing is watched.
     """
     shortest = min(filter(None, limits), default=None)
-    heart.limit = limits[-1]
-    dog = _Watchdog(heart, session, min(TICK, shortest / 4)) if shortest else None
+    writer.limit = limits[-1]
+    dog = _Watchdog(writer, session, min(TICK, shortest / 4)) if shortest else None
     try:
         yield
     finally:
@@ -68,8 +68,8 @@ def watching(heart: Heart, session: str, limits: Sequence[int]) -> Iterator[None
 class _Watchdog:
     """Watches the ranks that are connected, every `tick` seconds."""
 
-    def __init__(self, heart: Heart, session: str, tick: float):
-        self.heart, self.tick = heart, tick
+    def __init__(self, writer: HeartbeatWriter, session: str, tick: float):
+        self.writer, self.tick = writer, tick
         self.over, self._main = threading.Event(), threading.get_ident()
         self._verdict: str | None = None
         self._heard: dict[int, tuple[Signs, float]] = {}
@@ -88,7 +88,7 @@ class _Watchdog:
             thread.start()
 
     def _report(self) -> Signs:
-        report, frame = self.heart.report(), sys._current_frames()[self._main]
+        report, frame = self.writer.report(), sys._current_frames()[self._main]
         file = frame.f_code.co_filename
         return report | {
             "told": time.monotonic(), "verdict": self._verdict,
@@ -121,13 +121,13 @@ class _Watchdog:
             files = (frame.f_code.co_filename for frame, _ in walk_stack(sys._current_frames()[self._main]))
             if slept > 4 * self.tick or any(file.endswith("bdb.py") or "pydevd" in file for file in files):
                 # The process, or all of the job, was stopped and goes on, or a debugger holds it.
-                self.heart.pause(slept)
+                self.writer.pause(slept)
                 self._heard = {rank: (report, last) for rank, (report, _) in self._heard.items()}
             if (verdict := self._judge(last)) is not None and not self.over.is_set():
                 self._end(verdict)
 
     def _judge(self, now: float) -> str | None:
-        first, limit = here().rank == 0, self.heart.limit
+        first, limit = here().rank == 0, self.writer.limit
         if first:
             self._heard[0] = self._report(), now
         heard = [(report, now - came) for report, came in self._heard.values()]
@@ -150,13 +150,13 @@ class _Watchdog:
             os._exit(1)
 
     def _leave_words(self, verdict: str) -> None:
-        own, folder = here(), self.heart.path.parent
+        own, folder = here(), self.writer.path.parent
         if own.rank == 0 or (self._heard[0][0]["verdict"] is None and own.local_rank == (own.node == 0)):
             told = "The run is ended, %s (train.watchdog). The same command goes on from its checkpoint. Stacks: %s"
             logging.getLogger("lingen").error(told, verdict, folder)
         with (folder / f"{own.rank:05d}.stacks.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        self.heart.end(FAILED_WORD + verdict)
+        self.writer.end(FAILED_WORD + verdict)
         dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
         if dump is not None and is_connected() and "nccl" in str(dist.get_backend_config()):
             (folder / f"nccl_trace_rank_{own.rank}").write_bytes(dump())

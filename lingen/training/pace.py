@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lingen.ranks.heartbeat import host_name, own_heart
+from lingen.ranks.heartbeat import host_name, own_writer
 
 CLEARLY = 1.2
 """Times the median from which a rank is slow [ours]."""
@@ -44,7 +44,7 @@ class Pace:
         self._on_gpu = on_gpu
         self._begun: dict[nn.Module, Any] = {}
         self._spans: list[tuple[Any, Any]] = []
-        self._own, self._steps, self._waited = 0.0, 0, own_heart().waited
+        self._own, self._steps, self._waited = 0.0, 0, own_writer().waited
         self._slowest = (-1, 0)
         for part in parts:
             part.register_forward_pre_hook(lambda part, _: self._begun.update({part: self._mark()}))
@@ -70,11 +70,11 @@ class Pace:
 
     def flush(self) -> RankPace:
         """Means of a step since the last call; a sign of life tells them, too."""
-        heart, steps, before = own_heart(), max(self._steps, 1), self._waited
-        self._waited = heart.waited
+        writer, steps, before = own_writer(), max(self._steps, 1), self._waited
+        self._waited = writer.waited
         found = RankPace(self._own / steps, (self._waited - before) / steps, host_name())
         self._own, self._steps = 0.0, 0
-        heart.pace = (round(found.own, 4), round(found.data, 4))
+        writer.pace = (round(found.own, 4), round(found.data, 4))
         return found
 
     def slow_ranks(self, ranks: Sequence[RankPace]) -> str | None:

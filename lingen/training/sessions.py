@@ -23,9 +23,9 @@ from lingen.ranks.heartbeat import (
     OTHER_WORD,
     STOPPED_WORD,
     UNFIT_WORD,
-    Beat,
+    Heartbeat,
     host_name,
-    read_beats,
+    read_heartbeats,
     word_of,
 )
 from lingen.ranks.signals import REQUEUE
@@ -98,7 +98,7 @@ def _end(folder: RunFolder, mark: str, how: str) -> None:
 def killed(folder: RunFolder, one: Session, why: str) -> str:
     """How a session ended that left no word: the word of a rank that failed, or `why`, the ranks that were silent
     first, and its nodes that SLURM holds back."""
-    beats = read_beats(folder.ranks, one["mark"])
+    beats = read_heartbeats(folder.ranks, one["mark"])
     failed = [(str(beat.ended).removeprefix(FAILED_WORD), beat) for beat in _failed(beats)]
     for word, beat in failed:
         if not word.startswith(HUNG):
@@ -113,11 +113,11 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
     return f"{KILLED_WORD}{why}{silent}" + (f"; {held}" if held else "")
 
 
-def _failed(beats: list[Beat]) -> list[Beat]:
+def _failed(beats: list[Heartbeat]) -> list[Heartbeat]:
     return [beat for beat in beats if beat.ended is not None and beat.ended.startswith(FAILED_WORD)]
 
 
-def _suspects(beats: list[Beat]) -> list[Beat]:
+def _suspects(beats: list[Heartbeat]) -> list[Heartbeat]:
     """Ranks whose last sign is clearly older than that of others, or that left no word where others did."""
     youngest = min((beat.age for beat in beats), default=0.0)
     silent = [beat for beat in beats if beat.age > youngest + 2 * BEAT]
@@ -140,7 +140,7 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
         return code != 1, f"{ended}, before it trained"
     last = sessions[-1]
     # srun ends the others by SIGTERM where one fails: rank 0 may say that this stopped it.
-    beats = read_beats(folder.ranks, last["mark"])
+    beats = read_heartbeats(folder.ranks, last["mark"])
     if last["how"] is None or last["how"].startswith(LOST_WORD) or _failed(beats):
         # None was killed: a rank that was stopped may leave before another one is done, which then finds it gone.
         stopped = [beat.ended for beat in beats if code == REQUEUE and str(beat.ended).startswith(STOPPED_WORD)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lingen.files import naming
-from lingen.plan.watch import part_here
+from lingen.plan.memory_tracker import part_here
 from lingen.ranks.heartbeat import sign
 from lingen.weights import STORED_TYPES
 

@@ -43,7 +43,7 @@ sample: {steps: 2, prompts: [a red circle moves right]}
 trainer: {accelerator: cpu, devices: 1, num_nodes: 2}
 stages:
   t2i_256:     {data: {size: [16, 16], batch: {image: 2}}, train: {steps: STEPS, warmup: 1}}
-  t2v_256_17s: {data: {frames: 8, size: [16, 16], batch: {video: 2}}, train: {steps: STEPS, warmup: 1}}
+  t2v_256_17s: {data: {frames: 8, size: [16, 16], batch: {image: 2, video: 2}}, train: {steps: STEPS, warmup: 1}}
   t2v_512_17s: {data: {frames: 8}, train: {steps: STEPS, warmup: 1}}
   t2v_512_34s: {data: {frames: 16}, train: {steps: STEPS, warmup: 1}}
   t2v_512_68s: {data: {frames: 32}, train: {steps: STEPS, warmup: 1}}

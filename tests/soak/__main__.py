@@ -1,7 +1,7 @@
 """Long trials by chance: ``python -m tests.soak fuzz --seed S --minutes M`` puts damaged files through commands,
 ``kill --seed S --times N`` kills training and goes on with it,
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
-``plan`` rehearses every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a rehearsed step with one on a GPU,
+``plan`` dry-runs every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a dry-run step with one on a GPU,
 ``gpu`` trains the main recipe on one GPU."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
     last = trials.add_parser("moments", help="the main recipe on two nodes of SLURM, a signal at each moment of it")
     last.add_argument("--keep", type=Path, default=Path("moments"), metavar="DIR", help="the runs lie there; made anew")
     trials.add_parser("plan", help="every shipped stage on 1, 2, 8, 64 and 512 ranks")
-    peak = trials.add_parser("plan-peak", help="3 steps of a stage of t2v_68s on this GPU, beside what is rehearsed")
+    peak = trials.add_parser("plan-peak", help="3 steps of a stage of t2v_68s on this GPU, beside the dry run")
     peak.add_argument("--stage", default="t2v_512_17s")
     peak.add_argument("--steps", type=int, default=3)
     peak.add_argument("--keep", type=Path, default=Path("plan-peak"), metavar="DIR", help="shards and run; made anew")

@@ -30,7 +30,7 @@ sample: {steps: 8, prompts: [a red circle moves right]}
 trainer: {devices: 1, num_nodes: 1}
 stages:
   t2i_256:     {data: {batch: {image: 8}}, train: {steps: 8, warmup: 2}}
-  t2v_256_17s: {data: {frames: 32, size: [128, 128], batch: {video: 2}}, train: {steps: 6, warmup: 2}}
+  t2v_256_17s: {data: {frames: 32, size: [128, 128], batch: {image: 2, video: 2}}, train: {steps: 6, warmup: 2}}
   t2v_512_17s: {data: {frames: 32}, train: {steps: 9, warmup: 2}, model: {checkpointing: 0.2}}
   t2v_512_34s: {data: {frames: 64}, train: {steps: 6, warmup: 2}}
   t2v_512_68s: {data: {frames: 64}, train: {steps: 6, warmup: 2}}

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from lingen.data.batch import Batch
-from lingen.launch.outlook import outlook
+from lingen.launch.resources import resource_rows
 from lingen.plan.forecast import largest_batch, text_tokens
 from lingen.recipe import load_curriculum, load_recipe
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.sections import Recipe
+from lingen.training.dry_run import step_memory
 from lingen.training.folder import RunFolder
-from lingen.training.rehearsal import rehearse
 from lingen.training.trainer import build_trainer
 
 RANKS = (1, 2, 8, 64, 512)
@@ -32,7 +32,7 @@ def plan_all() -> int:
         stages = load_curriculum(name).stages
         for ranks in RANKS:
             begun = time.monotonic()
-            for row in outlook(stages, ranks, "h100-80", 0.4):
+            for row in resource_rows(stages, ranks, "h100-80", 0.4):
                 print(json.dumps({"recipe": name, **row}), flush=True)
             print(f"# {name} on {ranks} ranks: {time.monotonic() - begun:.0f} s", flush=True)
     return 0
@@ -60,13 +60,13 @@ class Steps(torch.utils.data.IterableDataset):
 
 def compare_peak(folder: Path, stage: str, steps: int, overrides: list[str]) -> int:
     """Trains the largest batch of a stage for a few steps on one GPU, by the real module, Trainer and optimiser, and
-    prints what the allocator gave out at most beside what is rehearsed, as JSON. Reads neither shards nor weights."""
+    prints what the allocator gave out at most beside the dry run, as JSON. Reads neither shards nor weights."""
     words = [*ALONE, *QUIET, f"stages.{stage}.train.steps={steps}", f"stages.{stage}.train.warmup=1", *overrides]
     recipe = load_recipe("t2v_68s", words, stage=stage)
     begun = time.monotonic()
-    memory = rehearse(recipe)
-    rehearsed = time.monotonic() - begun
-    told = {"stage": stage, "overrides": overrides, "rehearsed": dataclasses.asdict(memory), "seconds": rehearsed}
+    memory = step_memory(recipe)
+    took = time.monotonic() - begun
+    told = {"stage": stage, "overrides": overrides, "dry_run": dataclasses.asdict(memory), "seconds": took}
     print(json.dumps(told), flush=True)
     trainer = build_trainer(recipe, RunFolder(folder), [])
     with torch.device("cuda"):

@@ -66,6 +66,11 @@ def _worst_gradient(row: Fields) -> str:
     return f"{error:.1e} ({name})"
 
 
+def _shares(row: Fields) -> str:
+    whole = sum(row["parts"].values())
+    return ", ".join(f"{part} {ms / whole:.0%}" for part, ms in row["parts"].items())
+
+
 def _sources(files: Files) -> Iterator[Fields]:
     """Files of measurements of tokens or frames."""
     for name, file in files.items():
@@ -109,6 +114,12 @@ PAGE = {
         named("training"),
         "kernels=kernel | tokens | ms a layer=ms | tokens/s, full depth=tokens_per_second | MFU=share | file",
         {"share": lambda row: f"{row['mfu']:.1%} of {row['mfu_of']}" if "mfu" in row else None},
+    ),
+    "fit": Table(
+        named("fit"),
+        "recipe | stage | kind | tokens | ms a step=ms | tokens/s=tokens_per_second | MFU=mfu:.1% | HFU=hfu:.1% | "
+        "GiB=gib | GPU busy=busy:.0% | of a step=shares | file",
+        {"shares": _shares},
     ),
     "autoencoder": Table(
         named("clip"),

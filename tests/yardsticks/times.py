@@ -3,6 +3,8 @@
 - ``gauss``: the share of the deviation of a Gaussian that a solver keeps on its exact velocity, for the usual
   schedules and for every shipped recipe.
 - ``train``: the quickstart with one shift after another, for several seeds.
+- ``late``: the share of its loss that an untrained model of each recipe that predicts the clip spends at late times.
+- ``emoji``: emoji_64 cut short, with one shift after another, and then `heldout` of each; for a GPU.
 - ``heldout``: the loss of runs on held-out samples, in bins of times that are drawn alike whatever they trained at.
 - ``follow``: how often clips of those runs show what their held-out captions say, by schedule and solver.
 """
@@ -31,6 +33,7 @@ from lingen.data.datamodule import ClipData
 from lingen.data.synthetic import captions, parse_caption
 from lingen.kernels.choice import best_device
 from lingen.metrics.shapes import clustered_interval, judge
+from lingen.model import SMALLEST_TIME_LEFT
 from lingen.plan.loading import load_curriculum
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.sections import Recipe, SampleConfig, TimeConfig
@@ -50,6 +53,8 @@ WAYS = {
 ATTRIBUTES = ("colour", "shape", "motion")
 BATCH = 60
 """Clips at a time."""
+ON_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""The environment of runs that share a machine."""
 
 
 def kept(times: Tensor, solver: str, deviation: float) -> float:
@@ -73,6 +78,30 @@ def kept_by_recipe(name: str) -> dict[str, float]:
     stages = load_curriculum(name).stages
     return {str(one.stage): kept(_times_of(one).schedule(one.sample), one.sample.solver, 0.3) for one in stages
             if one.subject.encoded}  # fmt: skip
+
+
+def late_share(times: flow.Times) -> float:
+    """Share of the loss at times above 0.9 where the clip is predicted with the same error at all times, as an
+    untrained model does: that of the velocity is the error over (1 - t)^2."""
+    grid = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    loss = times.density(grid) / (1 - grid).clamp(min=SMALLEST_TIME_LEFT) ** 2
+    return float(loss[grid > 0.9].sum() / loss.sum())
+
+
+def late() -> Iterator[dict[str, Any]]:
+    """Beside the shift that `auto` was, the root of tokens / 8,704."""
+    for name in shipped_recipes():
+        for stage in load_curriculum(name).stages:
+            if stage.subject.encoded and stage.model.predict == "clip":
+                now = _times_of(stage)
+                before = flow.Times(TimeConfig(shift=math.sqrt(now.tokens / 8704)), now.tokens)
+                shares = {"share": f"{late_share(now):.1%}", "with the old auto": f"{late_share(before):.1%}"}
+                yield {
+                    "recipe": name,
+                    "stage": stage.stage,
+                    "tokens": now.tokens,
+                    "shift": round(now.shift, 2),
+                } | shares
 
 
 def _times_of(recipe: Recipe) -> flow.Times:
@@ -106,8 +135,28 @@ def train(out: Path, shifts: Sequence[str], seeds: Sequence[int], jobs: int) -> 
             yield {"shift": shift, "seed": seed, "exit code": code}
 
 
-def _fit(words: list[str]) -> int:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def emoji(
+    data: Path, out: Path, shifts: Sequence[str], steps: int, samples: int, more: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Trains emoji_64 on this machine's GPU; one seed, runs one after the other."""
+    shards = [
+        f"data.{setting}={{image: '{data}/{start}image-*.tar', video: '{data}/{start}video-*.tar'}}"
+        for setting, start in (("shards", ""), ("validation", "heldout-"))
+    ]
+    cut = [f"stages.{stage}.train.steps={steps}" for stage in ("images", "videos")]
+    quiet = ["sample.prompts=[]", "train.warmup=50", "train.validate_every=0", "train.sample_every=0"]
+    for shift in shifts:
+        run = out / f"shift-{shift}"
+        code = _fit(
+            ["fit", "--recipe", "emoji_64", "--run", str(run), f"time.shift={shift}", *shards, *cut, *quiet], {}
+        )
+        if code:
+            raise SystemExit(f"training with shift {shift} ended with exit code {code}")
+        yield from heldout([run / "stages" / "videos" / "weights.safetensors"], samples)
+
+
+def _fit(words: list[str], env: dict[str, str] = ON_CPU) -> int:
+    env = os.environ | env
     return subprocess.run(lingen_command(*words), env=env, stdout=2, check=False).returncode
 
 
@@ -172,6 +221,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.yardsticks.times", description=__doc__)
     acts = parser.add_subparsers(dest="act", required=True)
     acts.add_parser("gauss")
+    acts.add_parser("late")
+    four = acts.add_parser("emoji")
+    four.add_argument("--data", type=Path, required=True, help="what `lingen data fetch emoji --out DIR` wrote")
+    four.add_argument("--out", type=Path, required=True)
+    four.add_argument("--shifts", nargs="+", default=["1", "2", "3", "5"])
+    four.add_argument("--steps", type=int, default=500, help="of each of the two stages")
+    four.add_argument("--samples", type=int, default=256, help="held-out ones of each kind, at most")
+    four.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
     one = acts.add_parser("train")
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--shifts", nargs="+", default=["1", "2", "3", "5"])
@@ -190,6 +247,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.act == "gauss":
         rows = list(gauss())
+    elif args.act == "late":
+        rows = list(late())
+    elif args.act == "emoji":
+        rows = list(emoji(args.data, args.out, args.shifts, args.steps, args.samples, args.set))
     elif args.act == "train":
         rows = list(train(args.out, args.shifts, args.seeds, args.jobs))
     elif args.act == "heldout":

@@ -22,7 +22,7 @@ COLLECTIVE = ("c10d", "_c10d_functional", "fsdp")
 """Namespaces of operations whose arguments and results are buffers of collectives."""
 
 
-class Watch(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts what is held at each operation inside of the block: every storage once, from the operation that makes it
     until nothing refers to it, or it is resized to nothing."""
 
@@ -39,7 +39,7 @@ class Watch(TorchDispatchMode):
         self.at_most: dict[int, int] = {}
         """`held` where it was most, since `restart`."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MemoryTracker:
         resize = torch.UntypedStorage.resize_
 
         def watched(storage: torch.UntypedStorage, size: int) -> Any:

@@ -11,7 +11,7 @@ from lingen.plan.forecast import PEAK_FLOPS, disk_of, flop_a_step, plan
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.sections import Recipe
 from lingen.recipe.sizes import ranks_of
-from lingen.training.rehearsal import rehearse
+from lingen.training.dry_run import step_memory
 
 GPUS = {
     "h100-80": ("H100", 79.1), "h200": ("H200", 139.8), "b200": ("B200", 178.4), "a100-80": ("A100", 79.1),
@@ -65,7 +65,7 @@ def cluster_of(recipe: Recipe, gpus: int | None, gpu: str) -> Cluster:
     return Cluster(gpus // each, each, gpu)
 
 
-def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) -> Iterator[dict[str, Any]]:
+def resource_rows(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) -> Iterator[dict[str, Any]]:
     """A row for each stage, for rank 0, whose shards are the largest; errors as `cluster_of`.
 
     Args:
@@ -73,7 +73,7 @@ def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) ->
     """
     for recipe in stages:
         cluster = cluster_of(recipe, gpus, gpu)
-        forecast, memory = plan(recipe), rehearse(recipe, cluster.nodes, cluster.each)
+        forecast, memory = plan(recipe), step_memory(recipe, cluster.nodes, cluster.each)
         flop = recipe.train.steps * flop_a_step(recipe, forecast) * cluster.ranks
         seconds = flop / (PEAK_FLOPS[GPUS[gpu][0]] * mfu)
         fits = memory.peak <= cluster.room
@@ -93,10 +93,10 @@ def outlook(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: float) ->
 
 
 def what_fits(recipe: Recipe, cluster: Cluster) -> str:
-    """The first switch with which a stage fits, each rehearsed."""
+    """The first switch with which a stage fits, each in a dry run."""
     least = None
     for words, changed, other in _switches(recipe, cluster):
-        memory = rehearse(changed, other.nodes, other.each)
+        memory = step_memory(changed, other.nodes, other.each)
         if memory.peak <= cluster.room:
             return f"with {words} it does: {memory.peak / 2**30:.1f} GiB of a rank"
         least = min(memory.peak, least or memory.peak)

@@ -1,4 +1,4 @@
-"""A rehearsal of a training step: the real module, sharding, kernels and optimiser of one rank, on tensors without
+"""A dry run of a training step: the real module, sharding, kernels and optimiser of one rank, on tensors without
 numbers and among ranks that are not there. What it allocates is the memory that the step takes on a GPU."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lingen.autoencoder.perceptual import NoDistance, Trunk, VGG16Distance
 from lingen.frozen import is_trained
 from lingen.kernels.choice import memory_here, unlaunched
 from lingen.plan.forecast import Plan, largest_batch, rough_memory, stage_grids, text_tokens
+from lingen.plan.memory_tracker import MemoryTracker, part_here
 from lingen.plan.trial import denoiser_on_meta
-from lingen.plan.watch import Watch, part_here
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe, Triple
 from lingen.recipe.sizes import ranks_of
@@ -57,10 +57,10 @@ class Memory:
     """The most at one time; less than the sum of the others, since gradients come as activations go."""
 
 
-def rehearse(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) -> Memory:
+def step_memory(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) -> Memory:
     """The memory of a rank that trains a loaded stage with its largest batch, `each` ranks on so many nodes.
 
-    Blocks are alike, and each takes as much as the next: of a deep model two shallow ones are rehearsed, and what their
+    Blocks are alike, and each takes as much as the next: of a deep model two shallow ones are run, and what their
     difference takes is added for each of the blocks that are left out.
 
     Raises:
@@ -72,11 +72,11 @@ def rehearse(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) -> Me
     for depth in depths:
         shallow = dataclasses.replace(recipe.model, depth=depth) if depth else recipe.model
         try:
-            found.append(_rehearsed(dataclasses.replace(recipe, model=shallow), nodes, each, rank))
+            found.append(_dry_run(dataclasses.replace(recipe, model=shallow), nodes, each, rank))
         except Exception as error:  # a third party's part may fail in any way
             told = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise RecipeError(
-                f"stage {recipe.stage or 'main'}: a step cannot be rehearsed without numbers ({told})."
+                f"stage {recipe.stage or 'main'}: a step cannot be tried without numbers ({told})."
             ) from error
     times = (recipe.model.depth - depths[0]) // (depths[-1] - depths[0]) if len(depths) > 1 else 0
     took = {name: size + times * (found[-1][name] - size) for name, size in found[0].items()}
@@ -92,7 +92,7 @@ def rehearse(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) -> Me
 
 
 def _depths(recipe: Recipe) -> list[int]:
-    """The depths to rehearse: two that differ by a cycle of mixers, or all of it, where blocks are not alike."""
+    """The depths of the dry run: two that differ by a cycle of mixers, or all of it, where blocks are not alike."""
     config = recipe.model
     cycle = len(config.mixer) if isinstance(config.mixer, list) else 1
     least = SHALLOW * cycle + config.depth % cycle
@@ -102,7 +102,7 @@ def _depths(recipe: Recipe) -> list[int]:
     return [least, least + cycle] if is_alike and config.depth > least + cycle else [config.depth]
 
 
-def _rehearsed(recipe: Recipe, nodes: int, each: int, rank: int) -> dict[str, int]:
+def _dry_run(recipe: Recipe, nodes: int, each: int, rank: int) -> dict[str, int]:
     """Bytes that a step takes, by what for and when."""
     strategy = strategy_of(recipe)
     with ExitStack() as held:
@@ -120,14 +120,14 @@ def _rehearsed(recipe: Recipe, nodes: int, each: int, rank: int) -> dict[str, in
         if isinstance(strategy, Sharded) and mesh is not None:
             module.shard(mesh, torch.device("meta"), strategy.low)
         held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        watch = held.enter_context(Watch())
+        tracker = held.enter_context(MemoryTracker())
         module.to_empty(device="cpu")  # which stands for a GPU
-        took = _steps(module, watch)
+        took = _steps(module, tracker)
     return took | {"copies": took["gradients"] if mesh is None and nodes * each > 1 else 0}  # DDP's, to be reduced
 
 
 def too_large(recipe: Recipe, forecast: Plan) -> str | None:
-    """A sentence where a rank's training takes more memory than the GPU here has, by rehearsal, or a denoiser's on a
+    """A sentence where a rank's training takes more memory than the GPU here has, by the dry run, or a denoiser's on a
     CPU more than this machine has, by a rule of thumb. None where it fits, and where this is one of several ranks
     already: `lingen plan` and the preflight look at those."""
     on_gpu = torch.cuda.is_available() and recipe.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
@@ -136,10 +136,10 @@ def too_large(recipe: Recipe, forecast: Plan) -> str | None:
     if dist.is_initialized() or (rough is None and not on_gpu):
         return None
     needed = rough or 0
-    if on_gpu and (rough is None or 2 * rough > there):  # else a rehearsal is not worth its seconds
+    if on_gpu and (rough is None or 2 * rough > there):  # else a dry run is not worth its seconds
         nodes = int(recipe.trainer.get("num_nodes", 1))
         try:
-            needed = rehearse(recipe, nodes, ranks_of(recipe, torch.cuda.device_count()) // nodes).peak
+            needed = step_memory(recipe, nodes, ranks_of(recipe, torch.cuda.device_count()) // nodes).peak
         except RecipeError:
             return None
     if needed <= there:
@@ -152,7 +152,7 @@ def too_large(recipe: Recipe, forecast: Plan) -> str | None:
     )
 
 
-def _steps(module: Trained, watch: Watch) -> dict[str, int]:
+def _steps(module: Trained, tracker: MemoryTracker) -> dict[str, int]:
     """A step as any but the first: with moments, and with the old gradients until the forward pass is over."""
     on_cpu = module.recipe.trainer.get("accelerator") == "cpu"
     trained = module.trained_parameters()
@@ -161,22 +161,22 @@ def _steps(module: Trained, watch: Watch) -> dict[str, int]:
     optimizer.step()
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     flat = [one for group in optimizer.param_groups for one in group["params"]]
-    lasting = watch.numbers([*module.parameters(), *module.buffers(), *moments, *average.weights().values()])
-    lasting |= watch.numbers(one.grad for one in flat)
-    watch.forget(flat)  # the weights stand there already
+    lasting = tracker.numbers([*module.parameters(), *module.buffers(), *moments, *average.weights().values()])
+    lasting |= tracker.numbers(one.grad for one in flat)
+    tracker.forget(flat)  # the weights stand there already
     moments_here = {}
 
-    watch.restart()
+    tracker.restart()
     with nullcontext() if on_cpu else unlaunched():
         with _autocast(module.recipe):
             loss = _loss(module)
-        moments_here["forward"] = watch.most, watch.at_most
+        moments_here["forward"] = tracker.most, tracker.at_most
         optimizer.zero_grad()
-        watch.restart()
+        tracker.restart()
         loss.backward()
-    moments_here["backward"] = watch.most, watch.at_most
+    moments_here["backward"] = tracker.most, tracker.at_most
     gradients = [one.grad for one in trained.values()]
-    lasting |= watch.numbers([*gradients, *module.parameters()])  # rows that FSDP has filled up lie elsewhere
+    lasting |= tracker.numbers([*gradients, *module.parameters()])  # rows that FSDP has filled up lie elsewhere
     took = {
         "weights": _bytes(trained.values()),
         "gradients": _bytes(gradients),
@@ -186,21 +186,21 @@ def _steps(module: Trained, watch: Watch) -> dict[str, int]:
     }
     for phase, (most, held) in moments_here.items():
         passing = {number: size for number, size in held.items() if number not in lasting}
-        gathered = sum(size for number, size in passing.items() if number in watch.buffers)
+        gathered = sum(size for number, size in passing.items() if number in tracker.buffers)
         took |= {phase: most, f"{phase} gathered": gathered}
         took[f"{phase} activations"] = sum(passing.values()) - gathered
 
     for one in flat:
         one.grad = torch.empty_like(one)
-    watch.restart()
-    before = watch.total
+    tracker.restart()
+    before = tracker.total
     optimizer.step()
-    took["work"] = watch.most - before
+    took["work"] = tracker.most - before
     del loss, gradients
-    return took | {"clips": _clips(module, watch, on_cpu)}
+    return took | {"clips": _clips(module, tracker, on_cpu)}
 
 
-def _clips(module: Trained, watch: Watch, on_cpu: bool) -> int:
+def _clips(module: Trained, tracker: MemoryTracker, on_cpu: bool) -> int:
     """Bytes beside what lasts while a clip is sampled, of which guidance makes two, or a batch is validated: the
     weights for which the averaged ones stand in, and a pass without gradients."""
     recipe = module.recipe
@@ -209,13 +209,13 @@ def _clips(module: Trained, watch: Watch, on_cpu: bool) -> int:
     if not isinstance(module, LinGenModule) or not (samples or validated):
         return 0
     grids = stage_grids(recipe)
-    watch.restart()
-    before = watch.total
+    tracker.restart()
+    before = tracker.total
     with torch.no_grad(), nullcontext() if on_cpu else unlaunched(), _autocast(recipe):
         for kind, grid in grids.items():
             rows = int(getattr(recipe.data.batch, kind)) if validated else samples
             _loss_of_velocity(module, max(rows, samples), grid)
-    return watch.most - before + _bytes(module.trained_parameters().values())
+    return tracker.most - before + _bytes(module.trained_parameters().values())
 
 
 def _flat_optimizer(module: Trained, on_cpu: bool) -> torch.optim.AdamW:
@@ -247,7 +247,7 @@ def _autocast(recipe: Recipe) -> AbstractContextManager[Any]:
 def _absent_ranks(ranks: int, rank: int) -> Iterator[None]:
     """In the block this process is one of several ranks, of which the others answer at once and say nothing."""
     if dist.is_initialized():
-        raise RuntimeError("One of several ranks cannot rehearse the step of another.")
+        raise RuntimeError("One of several ranks cannot dry-run the step of another.")
     from torch.testing._internal.distributed.fake_pg import FakeStore  # makes the backend "fake" known
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)

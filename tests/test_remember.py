@@ -1,0 +1,27 @@
+"""Whether a layer keeps one bit over a clip, at a length that a CPU trains in seconds; the study is
+`tests.yardsticks.remember`."""
+
+import pytest
+import torch
+
+from tests.yardsticks.remember import clips, study
+
+
+@pytest.mark.parametrize("task", ["remember", "forget"])
+def test_the_bit_that_is_asked_for_is_the_last_one(task):
+    x, told = clips(task, 64, (2, 4, 8), torch.Generator().manual_seed(0))
+    written = x[..., 0].flatten(1)
+    counts = (written != 0).sum(1)
+    assert counts.min() == 1 and counts.max() == (1 if task == "remember" else 4)
+    for row, bit in zip(written, told, strict=True):
+        places = row.nonzero().flatten()
+        assert places.max() < (8 if task == "remember" else 56)
+        assert row[places[-1]] == 2 * bit - 1
+    assert 0.2 < told.mean() < 0.8 and (x[..., 1].abs() > 0).all()
+
+
+@pytest.mark.slow
+def test_long_heads_remember_a_bit_and_a_longer_clip_changes_nothing():
+    found = study("long 0.25, per head", "remember", (1, 12, 12), 0, 1e-2, "cpu", review=False)
+    assert found["loss"] < 0.1 and found["loss at 4x"] < 0.3
+    assert found["state at 4x"] < 3 and found["head at 4x"] < 3
