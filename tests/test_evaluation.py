@@ -144,15 +144,15 @@ def test_an_interval_of_a_mean_covers_it(prompts: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [24, 80])
+@pytest.mark.parametrize("n", [24, 60])
 def test_an_interval_of_the_kernel_distance_covers_it(n: int):
     rng, hits = np.random.default_rng(4), []
     truth = KernelDistance(*(FeatureSet(rng.normal(size=(4000, 6)) + s, list(range(4000))) for s in (0, 1))).value()
-    for _ in range(300):
+    for _ in range(150):
         sides = [FeatureSet(rng.normal(size=(n, 6)) + shift, list(range(n))) for shift in (0, 1)]
         low, high = KernelDistance(*sides).interval()
         hits.append(low <= truth <= high)
-    assert 0.92 <= coverage(hits) <= 0.98
+    assert 0.91 <= coverage(hits) <= 0.99  # of 150: two standard errors are 0.035
 
 
 def test_a_mean_over_clips_is_judged_by_prompts():
