@@ -20,8 +20,8 @@ FLOORS = (
     ("ranks",),
     ("training",),
     ("sampling",),
-    ("prepare", "run", "evaluation"),
-    ("doctor", "launch"),
+    ("prepare", "run"),
+    ("doctor", "launch", "evaluation"),
     ("cli",),
     ("__init__", "__main__"),
 )
