@@ -2,23 +2,21 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lingen.evaluation.statistics import holm
 from lingen.files import write_json
 from lingen.plan.forecast import PEAK_FLOPS, flop_a_step, plan
 from lingen.plan.loading import load_curriculum
 from lingen.ranks.launch import ranks_here
 from lingen.recipe.errors import RecipeError, did_you_mean
-from lingen.studies.compare import Compared, Curve, shown_number, value_at
+from lingen.studies.compare import Curve, read_compared, value_at
 from lingen.studies.grid import GridRun, values_of
 from lingen.training.identity import described
-
-Pair = tuple[str, int]
-"""Variant and seed."""
 
 BASELINE = "baseline"
 VARIANTS = {
@@ -29,6 +27,9 @@ VARIANTS = {
 """What each changes, but for the depth of `attention` and the stages of `no_images`, which the recipe decides."""
 DRAWN_BY = ("stage", "seed", "data.", "time.", "samples.", "train.accumulate", "train.text_drop", "autoencoder")
 """Starts of the settings that decide the order of samples, their times and their noise."""
+
+Runs = dict[tuple[str, int], GridRun]
+"""By variant and seed."""
 
 
 def variant_of(text: str, recipe: str, fixed: Sequence[str]) -> tuple[str, list[str]]:
@@ -56,42 +57,37 @@ def put_down(out: Path, metric: str) -> None:
     write_json(path, metric)
 
 
-def differing_draws(base: GridRun, other: GridRun) -> list[str]:
-    """Settings by which two runs see other samples, times or noise; none: they are paired."""
-    values = [
+def forecast_lines(runs: Runs, metric: str) -> Iterator[str]:
+    """What the study costs, what it could show, as far as runs that are there tell it, and which are not paired."""
+    made = read_compared([run.folder.path for run in runs.values() if run.folder.about.is_file()])
+    stages = [one for run in runs.values() for one in run.curriculum.stages]
+    flop = sum(one.train.steps * flop_a_step(one, plan(one)) * ranks_here(one) for one in stages)
+    done, seconds = (sum(one.cost[what] for one in made) for what in ("flop", "seconds"))
+    here = f"{flop * seconds / done / 3600:.2g} hours" if done > 0 else "unknown before a first run"
+    hours = flop / (0.4 * PEAK_FLOPS["H100"] * 3600)
+    yield f"{len(runs)} runs, {flop:.3g} FLOP: here {here}; {hours:.2g} hours of an H100 at 40% of its FLOP/s."
+    seeds = len({seed for _, seed in runs})
+    found = [row for row in effects_of(runs, metric, "steps") if row["detectable"]]
+    sizes = [detectable(seeds) * row["detectable"] / detectable(row["n"]) for row in found]
+    told = f"{max(sizes):.3g}" if sizes else "unknown before two seeds of a variant are there"
+    in_spreads = (
+        f"{detectable(seeds):.3g} standard deviations of a paired difference" if seeds > 1 else "none: one seed"
+    )
+    yield f"Smallest effect on {metric} that it could show (5%, power 80%): {told}; {in_spreads}."
+    yield "All variants take the recipe's learning rate, whichever of them that was found for."
+    for (name, seed), run in runs.items():
+        if seed == 0 and (other := _drawn_otherwise(runs[BASELINE, 0], run)):
+            yield f"{name} sees other samples, times or noise than the baseline, by {', '.join(other)}."
+
+
+def _drawn_otherwise(base: GridRun, other: GridRun) -> list[str]:
+    """Settings of `DRAWN_BY` in which two runs differ."""
+    one, two = (
         {(stage, key): value for stage, of in described(run.curriculum.stages).items()
          for key, value in (of.identity | of.course).items() if key.startswith(DRAWN_BY)}
         for run in (base, other)
-    ]  # fmt: skip
-    one, two = values
+    )  # fmt: skip
     return sorted({key[1] for key in one.keys() | two.keys() if one.get(key) != two.get(key)})
-
-
-def told_before(runs: dict[Pair, GridRun], made: dict[Pair, Compared], metric: str) -> Iterator[str]:
-    """What the study costs, what it could show, and which runs are not paired; by the runs that are there, if any."""
-    stages = [one for run in runs.values() for one in run.curriculum.stages]
-    flop = sum(one.train.steps * flop_a_step(one, plan(one)) * ranks_here(one) for one in stages)
-    done, seconds = sum(one.flop for one in made.values()), sum(one.seconds for one in made.values())
-    hours = flop / (0.4 * PEAK_FLOPS["H100"] * 3600)
-    here = (
-        f"{flop * seconds / done / 3600:.2g} hours as fast as so far"
-        if done > 0
-        else "here: unknown before a first run"
-    )
-    yield f"{len(runs)} runs, {flop:.3g} FLOP in all: {here}; {hours:.2g} hours of an H100 at 40% of its FLOP/s."
-    seeds = len({seed for _, seed in runs})
-    if seeds < 2:
-        yield "One seed gives no interval and shows no effect. Take --seeds 3 or more."
-        return
-    known = [row for row in effects_of(curves_of(runs, made, metric, "steps")) if row["detectable"] is not None]
-    sizes = [row["detectable"] / detectable(row["n"]) * detectable(seeds) for row in known]
-    told = shown_number(max(sizes)) if sizes else "unknown before two seeds of a variant are there"
-    yield f"Smallest effect on {metric} that {seeds} seeds could show (5%, power 80%): {told}, {detectable(seeds):.3g} " \
-          "standard deviations of a paired difference."  # fmt: skip
-    yield "All variants train with the learning rate of the recipe, whichever of them it was tuned for."
-    for (name, seed), run in runs.items():
-        if seed == 0 and (other := differing_draws(runs[BASELINE, 0], run)):
-            yield f"{name} is not paired with the baseline sample by sample: {', '.join(other)} differ."
 
 
 def detectable(seeds: int) -> float:
@@ -103,43 +99,29 @@ def detectable(seeds: int) -> float:
     return float(optimize.brentq(lambda d: stats.nct.sf(limit, seeds - 1, d * seeds**0.5) - 0.8, 0.01, 50))
 
 
-def curves_of(runs: Iterable[Pair], made: dict[Pair, Compared], metric: str, axis: str) -> dict[Pair, Curve]:
-    """The curve of each run; empty where it has none yet."""
-    return {key: made[key].curve(metric, axis) if key in made else [] for key in runs}
-
-
-def effects_of(curves: dict[Pair, Curve]) -> list[dict[str, Any]]:
-    """For each variant the mean difference to the baseline of the same seed, as far as all curves reach, its 95%
-    interval (Student's t), p by Holm over the variants, and what may be said. A pair without a finite number is lost."""
+def effects_of(runs: Runs, metric: str, axis: str) -> list[dict[str, Any]]:
+    """For each variant the mean difference to the baseline of the same seed, as far as all runs are, its 95% interval
+    (Student's t), Holm's p, and what may be said. A pair without two finite numbers is lost."""
     from scipy import stats
 
+    there = {key: run.folder.path for key, run in runs.items() if run.folder.about.is_file()}
+    made = zip(there, read_compared(list(there.values())), strict=True)
+    curves: dict[tuple[str, int], Curve] = {key: one.curve(metric, axis) for key, one in made}
     place = min((curve[-1][0] for curve in curves.values() if curve), default=math.nan)
-    at, rows = {key: value_at(curve, place) for key, curve in curves.items()}, []
-    for name in dict.fromkeys(name for name, _ in curves if name != BASELINE):
-        pairs = [(at[key], at[BASELINE, key[1]]) for key in curves if key[0] == name]
+    at, rows = {key: value_at(curve, place) for key, curve in curves.items()}, list[dict[str, Any]]()
+    for name in dict.fromkeys(name for name, _ in runs if name != BASELINE):
+        pairs = [(at.get(key), at.get((BASELINE, key[1]))) for key in runs if key[0] == name]
         apart = np.array([one - base for one, base in pairs if one is not None and base is not None])
-        row = {"subject": name, "place": place, "value": float(apart.mean()) if len(apart) else None, "interval": None,
-               "n": len(apart), "lost": len(pairs) - len(apart), "p": None, "detectable": None}  # fmt: skip
+        row = dict.fromkeys(("variant", "at", "place", "value", "interval", "n", "lost", "p", "detectable"))
+        row |= {"variant": name, "at": axis, "place": place, "n": len(apart), "lost": len(pairs) - len(apart)}
+        if len(apart):
+            row["value"] = float(apart.mean())
         if len(apart) > 1:
             test: Any = stats.ttest_1samp(apart, 0.0)
-            row |= {"interval": list(map(float, test.confidence_interval())), "p": float(test.pvalue)}
-            row["detectable"] = detectable(len(apart)) * float(apart.std(ddof=1))
+            row |= {"interval": [*map(float, test.confidence_interval())], "p": float(test.pvalue)}
+            row |= {"detectable": detectable(len(apart)) * float(apart.std(ddof=1))}
         rows.append(row)
-    least, ordered = 0.0, sorted((row for row in rows if row["p"] is not None), key=lambda row: row["p"])
-    for rank, row in enumerate(ordered):
-        row["p"] = least = max(least, min(1.0, (len(ordered) - rank) * row["p"]))
-    for row in rows:
-        row["says"] = (
-            "no pair of numbers" if row["p"] is None else "differs" if row["p"] < 0.05 else "not shown at this scale"
-        )
-    return rows
-
-
-def effect_row(row: dict[str, Any], metric: str, axis: str) -> dict[str, str]:
-    """Cells for people."""
-    low, high = map(shown_number, row["interval"] or (None, None))
-    return {
-        "variant": row["subject"], f"{metric}, at equal {axis}": shown_number(row["value"]), "95%": f"{low} to {high}",
-        "pairs": str(row["n"]) + (f" ({row['lost']} lost)" if row["lost"] else ""), "p (Holm)": shown_number(row["p"]),
-        "would be shown": shown_number(row["detectable"]), "so": row["says"],
-    }  # fmt: skip
+    tested = [row for row in rows if row["p"] is not None]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row["p"] = p
+    return [row | {"says": "differs" if (row["p"] or 1) < 0.05 else "not shown at this scale"} for row in rows]

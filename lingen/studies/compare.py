@@ -4,9 +4,8 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -21,33 +20,28 @@ from lingen.training.folder import RunFolder
 from lingen.training.record import told
 from lingen.training.sessions import read_sessions
 
-VALIDATION, TRAINING = "validation/loss", "loss"
-"""What is compared where no metric is named: the first that each run has twice."""
+DEFAULT_METRICS = ("validation/loss", "loss")
+"""What is compared where no metric is named: the first that each run has twice, else the last."""
+COST = ("parameters", "steps", "flop", "tokens", "seconds", "gpu_hours")
 
 Curve = list[tuple[float, float]]
 """Place, in steps or FLOPs of the whole run, and value, which may be NaN."""
 
 
-@dataclass(kw_only=True)
-class Compared:
-    """What a run folder tells for a comparison; None, and NaN in `points`: it is not known."""
+class Compared(NamedTuple):
+    """What a run folder tells for a comparison."""
 
-    name: str
     folder: RunFolder
+    name: str
     state: str
     stages: list[str]
     settings: dict[str, str]
-    """Dotted key -> value as the recipe has it, then versions, commit and what was changed on the way."""
-    scores: dict[str, dict[str, float]]
-    parameters: int | None = None
-    steps: int = 0
-    flop: float = 0.0
-    seconds: float = 0.0
-    """Of training itself."""
-    tokens: float = 0.0
-    gpu_hours: float | None = None
-    points: list[tuple[int, float, dict[str, str]]] = field(default_factory=list)
-    """Steps and FLOPs up to a row of metrics.csv, all stages in a row, and the row."""
+    """Dotted key -> value as recipe.yaml has it, then versions, commit and what was changed on the way."""
+    scores: dict[str, Any]
+    cost: dict[str, Any]
+    """`COST`; seconds are of training itself. None, or NaN: not known."""
+    points: list[tuple[float, float, dict[str, str]]]
+    """Steps and FLOPs up to each row of metrics.csv, and the row."""
 
     def curve(self, metric: str, axis: str) -> Curve:
         """The metric over ``steps`` or ``flops``."""
@@ -57,59 +51,60 @@ class Compared:
 
 def read_compared(paths: Sequence[str | Path]) -> list[Compared]:
     """Run folders; one that is none stands for those in it. RecipeError where there is no run."""
-    folders = list[Path]()
+    folders = dict[Path, None]()
     for path in map(Path, paths):
         inside = [path] if (path / "run.json").is_file() else sorted(one.parent for one in path.glob("*/run.json"))
         if not inside:
             raise RecipeError(f"{path} is no run folder, and holds none.")
-        folders += inside
-    short = len({path.name for path in folders}) == len(folders)
-    return [_read(path.resolve().name if short else str(path), RunFolder(path)) for path in dict.fromkeys(folders)]
-
-
-def _read(name: str, folder: RunFolder) -> Compared:
-    status, about = status_of(folder.path), json.loads(folder.about.read_text(encoding="utf-8"))
-    changes = [
-        f"{one['stage']} {one['step']}: {told(one['changes'])}" for one in about.get("history", ()) if one["changes"]
+        folders |= dict.fromkeys(inside)
+    names = [
+        path.resolve().name if len({one.name for one in folders}) == len(folders) else str(path) for path in folders
     ]
+    return [_read(RunFolder(path), name) for path, name in zip(folders, names, strict=True)]
+
+
+def _read(folder: RunFolder, name: str) -> Compared:
+    status, about = status_of(folder.path), json.loads(folder.about.read_text(encoding="utf-8"))
+    entries = [one for one in about.get("history", ()) if one["changes"]]
+    settings = dict(_settings(folder)) | {
+        "commit": str(about.get("commit")), "versions": as_cell(about.get("versions")),
+        "changed on the way": "; ".join(f"{one['stage']} {one['step']}: {told(one['changes'])}" for one in entries),
+    }  # fmt: skip
     scores = json.loads(folder.score.read_text(encoding="utf-8"))["sampled"] if folder.score.is_file() else {}
-    run = Compared(
-        name=name, folder=folder, state=status.state, stages=list(status.stages),
-        settings=_settings(folder) | {"commit": str(about.get("commit")), "versions": as_cell(about.get("versions", {}))}
-        | {"changed on the way": "; ".join(changes)},
-        scores={key: one for key, one in scores.items() if isinstance(one, dict) and "share" in one},
-    )  # fmt: skip
     ranks = next((one["ranks"] for one in reversed(read_sessions(folder))), 1)
-    cost = {stage: ranks * flop for stage, flop in about.get("flop_a_step", {}).items()}
+    each, cost = {stage: ranks * flop for stage, flop in about.get("flop_a_step", {}).items()}, dict.fromkeys(COST, 0.0)
     with suppress(RecipeError):  # of another version, or its parts are not here
         for recipe in load_curriculum(folder.recipe).stages:
             forecast = plan(recipe)
-            run.parameters = forecast.trained
-            cost.setdefault(str(recipe.stage), ranks_here(recipe) * flop_a_step(recipe, forecast))
-    stage, last = "", 0
+            cost["parameters"] = forecast.trained
+            each.setdefault(str(recipe.stage), ranks_here(recipe) * flop_a_step(recipe, forecast))
+    stage, last, points = "", 0, []
     for row in read_rows(folder):
         stage, last = row["stage"], last if row["stage"] == stage else 0
-        rate, more = float(row.get("steps_per_second") or 0), int(row["step"]) - last
-        seconds = more / rate if rate > 0 else 0.0
-        last, run.steps, run.seconds = last + more, run.steps + more, run.seconds + seconds
-        run.flop += more * (cost.get(stage) or math.nan)
-        run.tokens += seconds * float(row.get("tokens_per_second") or 0)
-        run.points.append((run.steps, run.flop, row))
-    run.gpu_hours = None if run.settings.get("trainer.accelerator") == "cpu" else run.seconds * ranks / 3600
-    return run
+        more, rate = int(row["step"]) - last, float(row.get("steps_per_second") or 0)
+        seconds, last = more / rate if rate > 0 else 0.0, last + more
+        cost["steps"] += more
+        cost["flop"] += more * (each.get(stage) or math.nan)
+        cost["seconds"] += seconds
+        cost["tokens"] += seconds * float(row.get("tokens_per_second") or 0)
+        points.append((cost["steps"], cost["flop"], row))
+    cost["gpu_hours"] = math.nan if settings.get("trainer.accelerator") == "cpu" else cost["seconds"] * ranks / 3600
+    scores = {key: one for key, one in scores.items() if isinstance(one, dict) and "share" in one}
+    return Compared(folder, name, status.state, list(status.stages), settings, scores, cost, points)
 
 
-def _settings(folder: RunFolder) -> dict[str, str]:
-    """Dotted key -> value of recipe.yaml, whatever version wrote it."""
-
-    def leaves(node: Any, key: str) -> Iterator[tuple[str, str]]:
-        for word, value in node.items():
-            yield from leaves(value, f"{key}{word}.") if isinstance(value, dict) else [(f"{key}{word}", as_cell(value))]
-
+def _settings(folder: RunFolder) -> Iterator[tuple[str, str]]:
+    """Dotted key and value of each setting in recipe.yaml, whatever version wrote it."""
     try:
-        return dict(leaves(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")), ""))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        pending = [("", yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))]
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{folder.recipe} cannot be read ({error}).") from error
+    while pending:
+        key, node = pending.pop(0)
+        if isinstance(node, dict):
+            pending = [(f"{key}.{word}".lstrip("."), value) for word, value in node.items()] + pending
+        else:
+            yield key, as_cell(node)
 
 
 def value_at(curve: Curve, place: float) -> float | None:
@@ -121,47 +116,53 @@ def value_at(curve: Curve, place: float) -> float | None:
 
 
 def compare_runs(runs: Sequence[Compared], metric: str | None, axis: str) -> dict[str, Any]:
-    """Everything as plain values: at the furthest place that all runs with the metric reach. RecipeError for a metric
-    that none has."""
-    metric = metric or (VALIDATION if all(len(run.curve(VALIDATION, "steps")) > 1 for run in runs) else TRAINING)
+    """Everything as plain values; the metric is read as far as all runs that have it go. RecipeError: none has."""
+    usable = (one for one in DEFAULT_METRICS if all(len(run.curve(one, "steps")) > 1 for run in runs))
+    metric = metric or next(usable, DEFAULT_METRICS[-1])
     curves = [run.curve(metric, axis) for run in runs]
     place = min((curve[-1][0] for curve in curves if curve), default=None)
     known = {name for run in runs for *_, row in run.points for name, value in row.items() if value}
     if known and metric not in known:
         raise RecipeError(f"--metric {metric}: no run has it. Known: {', '.join(sorted(known - {'stage', 'step'}))}.")
     settings = {key: [run.settings.get(key, "-") for run in runs] for run in runs for key in run.settings}
-    told_of = ("name", "state", "parameters", "steps", "flop", "tokens", "seconds", "gpu_hours", "scores")
-    return {
-        "metric": metric, "at": axis, "place": place,
-        "differ": {key: values for key, values in settings.items() if len(set(values)) > 1},
-        "runs": [
-            {name: _finite(getattr(run, name)) for name in told_of}
-            | {"value": None if place is None else value_at(curve, place), "curve": [(x, _finite(y)) for x, y in curve]}
-            for run, curve in zip(runs, curves, strict=True)
-        ],
-    }  # fmt: skip
+    rows = [
+        {"run": run.name, "state": run.state, **{key: finite(value) for key, value in run.cost.items()},
+         "value": None if place is None else value_at(curve, place), "scores": run.scores,
+         "curve": [(x, finite(y)) for x, y in curve]}
+        for run, curve in zip(runs, curves, strict=True)
+    ]  # fmt: skip
+    differ = {key: values for key, values in settings.items() if len({*values}) > 1}
+    return {"metric": metric, "at": axis, "place": place, "runs": rows, "differ": differ}
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def finite(value: float) -> float | None:
+    """None in place of what JSON cannot say."""
+    return value if math.isfinite(value) else None
 
 
 def tables_of(found: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Rows for people: of runs, and of settings that differ."""
-    what, rows = f"{found['metric']} at {shown_number(found['place'])} {found['at']}", []
+    what, rows = f"{found['metric']} at {cell_of(found['place'])} {found['at']}", []
     for one in found["runs"]:
-        bad = sum(value is None for _, value in one["curve"])
-        rows.append(
-            {key: shown_number(one[key]) for key in list(one)[:8]}
-            | {what: shown_number(one["value"]) + (f" ({bad} rows are no finite number)" if bad else "")}
-            | {key: f"{s['share']:.0%} ({s['low']:.0%} to {s['high']:.0%})" for key, s in one["scores"].items()}
-        )
-    names = [one["name"] for one in found["runs"]]
+        row = {key: cell_of(one[key]) for key in ("run", "state", *COST)} | {what: cell_of(one["value"])}
+        if bad := sum(value is None for _, value in one["curve"]):
+            row[what] += f" ({bad} rows are no finite number)"
+        scores = {key: f"{s['share']:.0%} ({s['low']:.0%} to {s['high']:.0%})" for key, s in one["scores"].items()}
+        rows.append(row | scores)
+    names = [one["run"] for one in found["runs"]]
     return rows, [{"setting": key} | dict(zip(names, values, strict=True)) for key, values in found["differ"].items()]
 
 
-def shown_number(value: Any) -> str:
-    """In a cell; a text stays as it is."""
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3g}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+def cell_of(value: Any) -> str:
+    """A number or an interval for people; a text stays as it is."""
+    if isinstance(value, list):
+        return " to ".join(map(cell_of, value))
+    return (
+        "-"
+        if value is None
+        else value
+        if isinstance(value, str)
+        else f"{value:,.4g}"
+        if value < 1e7
+        else f"{value:.3g}"
+    )

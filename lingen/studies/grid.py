@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -16,13 +15,13 @@ from lingen.plan.loading import Curriculum, load_for_training, to_yaml
 from lingen.ranks import signals
 from lingen.recipe.errors import RecipeError
 from lingen.run import check_inputs, is_trained
-from lingen.training import lock, record
+from lingen.training import record
 from lingen.training.folder import RunFolder
 from lingen.training.identity import described
 
 
 class GridRun(NamedTuple):
-    """One run of a grid: its recipe, and the folder of its name."""
+    """One run of a grid, and the folder of its name."""
 
     folder: RunFolder
     curriculum: Curriculum
@@ -37,40 +36,29 @@ def values_of(text: str) -> list[str]:
     return [text[start + 1 : end].strip() for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
-def combinations_of(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Of ``key=value`` words those of one value, and for each run, by its name, its settings of the others. RecipeError
-    where there are none, or one is named twice or lacks a value."""
-    split = {word: (word.partition("=")[0], values_of(word.partition("=")[2])) for word in words}
-    axes = [(key, values) for key, values in split.values() if len(values) > 1]
-    keys = [key for key, _ in split.values()]
-    for key, values in axes:
-        if "" in values or len({*values}) < len(values) or keys.count(key) > 1:
+def combinations_of(words: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> overrides of each run that ``key=value,value`` words ask for. RecipeError where no setting has several
+    values, or one is named twice or lacks a value."""
+    split = [(word.partition("=")[0], values_of(word.partition("=")[2])) for word in words]
+    axes = [[f"{key}={value}" for value in values] for key, values in split]
+    for key, values in (one for one in split if len(one[1]) > 1):
+        if "" in values or len({*values}) < len(values) or sum(key == other for other, _ in split) > 1:
             raise RecipeError(f"{key}: a setting of a grid is named once, and so is each value between its commas.")
-    if not axes:
+    if all(len(one) == 1 for one in axes):
         raise RecipeError("Name at least one setting with several values, such as train.lr=1e-4,3e-4 or seed=0,1,2.")
-    runs = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes))
-    return [word for word in words if len(split[word][1]) == 1], {name_of(",".join(one)): [*one] for one in runs}
+    many = [number for number, one in enumerate(axes) if len(one) > 1]
+    return {name_of(",".join(run[number] for number in many)): [*run] for run in itertools.product(*axes)}
 
 
 def name_of(settings: str) -> str:
-    """The name of a run's folder. Settings that make no name as they are get a hash, so that no two runs share one."""
+    """Of a run's folder. Settings that make no name as they are get a hash, so that no two runs share one."""
     plain = re.sub(r"[^\w.,+=-]", "_", settings)[:80]
     return plain if plain == settings else f"{plain}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
-def default_folder(kind: str, recipe: str, fixed: Sequence[str]) -> Path:
-    """``runs/RECIPE-KIND-XXXXXXXX``: the same whatever the grid, so that a larger one goes on in it."""
-    mark = hashlib.sha256(json.dumps([recipe, sorted(fixed)]).encode()).hexdigest()[:8]
-    return Path("runs") / f"{Path(recipe).stem}-{kind}-{mark}"
-
-
 def load_grid(recipe: str, named: dict[str, list[str]], out: Path) -> list[GridRun]:
-    """All runs, held against what lies in their folders; nothing is written. RecipeError with whatever would stop
-    `lingen fit` of any.
-
-    Args:
-        named: name -> overrides.
-    """
+    """The runs of these names and overrides. Nothing is written; RecipeError with whatever would stop `fit` of any, by
+    its recipe, by what lies there, or by what it needs."""
     runs, problems = list[GridRun](), list[str]()
     for name, overrides in named.items():
         try:
@@ -86,14 +74,9 @@ def load_grid(recipe: str, named: dict[str, list[str]], out: Path) -> list[GridR
 
 
 def train_grid(runs: Sequence[GridRun], say: Callable[[str], None]) -> bool:
-    """Trains what is missing, each run in a process of its own, so that one that fails takes no other with it. Returns
-    whether all are done now. `signals.Stopped` where a signal came, which the run got, too."""
+    """Trains what is missing, each run in a process of its own, so that one that fails takes no other with it; one that
+    another process trains is left to it. Returns whether all are done. `signals.Stopped` where a signal came."""
     for run in (one for one in runs if not is_trained(*one)):
-        try:
-            lock.check_unlocked(run.folder.path)
-        except RecipeError as error:  # another sweep, or a run whose sweep was killed
-            say(str(error))
-            continue
         say(f"trains {run.folder.path}")
         if code := _train(run):
             say(f"{run.folder.path} ended with code {code}; the others go on.")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import av
@@ -48,7 +49,7 @@ def _curves(found: dict[str, Any]) -> str:
         curve = [(x, math.nan if y is None else y) for x, y in one["curve"]]
         thin = curve[:: 1 + len(curve) // POINTS] + curve[-1:]
         lines += axes.plot(*zip(*thin, strict=True) if thin else ([], []), marker="." if len(thin) < 30 else None)
-    for text in axes.legend(lines, [one["name"] for one in found["runs"]], fontsize=8).get_texts():
+    for text in axes.legend(lines, [one["run"] for one in found["runs"]], fontsize=8).get_texts():
         text.set_parse_math(False)
     drawn = io.StringIO()
     with rc_context({"svg.fonttype": "none"}):  # letters stay letters
@@ -57,7 +58,7 @@ def _curves(found: dict[str, Any]) -> str:
 
 
 def _samples(runs: Sequence[Compared]) -> list[dict[str, str]]:
-    """A row for each prompt, a column for each run: frames of its newest clip; rows beyond `MOST_BYTES` are left out."""
+    """A row for each prompt, a column for each run: frames of its newest clip; up to `MOST_BYTES`."""
     strips, rows, room = {run.name: dict(_strips(run)) for run in runs}, list[dict[str, str]](), MOST_BYTES
     for prompt in dict.fromkeys(prompt for one in strips.values() for prompt in one):
         row = {"prompt": prompt} | {name: one.get(prompt, "") for name, one in strips.items()}
@@ -68,10 +69,9 @@ def _samples(runs: Sequence[Compared]) -> list[dict[str, str]]:
 
 def _strips(run: Compared) -> Iterator[tuple[str, str]]:
     """Prompt -> its row in the contact sheet of the clips that were sampled last."""
-    sheets = [(*path.parent.name.rsplit("-", 1), path) for path in run.folder.path.glob("samples/*-*/sheet.png")]
-    known = [(run.stages.index(stage), step, path) for stage, step, path in sheets if stage in run.stages]
+    sheets = [path for path in run.folder.path.glob("samples/*-*/sheet.png") if _stage_of(path) in run.stages]
     with suppress(OSError, ValueError, ZeroDivisionError):  # there is none, or it is being written
-        sheet = max(known)[2]
+        sheet = max(sheets, key=lambda path: (run.stages.index(_stage_of(path)), path.parent.name))
         clips, whole = sorted(sheet.parent.glob("[0-9]*.mp4")), Image.open(sheet).convert("RGB")
         height = whole.height // len(clips)
         for number, clip in enumerate(clips):
@@ -82,3 +82,7 @@ def _strips(run: Compared) -> Iterator[tuple[str, str]]:
             strip.save(data, "jpeg", quality=80)
             url = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
             yield prompt, f'<img alt="{escape(prompt)}" src="{url}">'
+
+
+def _stage_of(sheet: Path) -> str:
+    return sheet.parent.name.rpartition("-")[0]
