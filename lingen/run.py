@@ -218,7 +218,7 @@ def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
     return [one for one in stages if folder.finished_steps(str(one.stage)) < one.train.steps]
 
 
-def is_trained(folder: RunFolder, curriculum: Curriculum) -> bool:
+def is_complete(folder: RunFolder, curriculum: Curriculum) -> bool:
     """Whether `fit` has nothing left to do in a folder."""
     return not _unfinished(folder, curriculum.stages) and not _is_score_due(folder, curriculum.stages[-1])
 

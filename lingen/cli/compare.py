@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,11 @@ from lingen.recipe.errors import RecipeError
 if TYPE_CHECKING:
     from lingen.studies.grid import GridRun
 
-say = partial(print, file=sys.stderr, flush=True)
+
+def say(*lines: str) -> None:
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
 METRIC = argument("--metric", metavar="M", help="a column of metrics.csv; default: validation/loss, else loss")
 OF_A_GRID = (
     RECIPE,
@@ -117,7 +120,7 @@ def _train(args: argparse.Namespace, runs: Sequence[GridRun], out: Path, words: 
         submit = cli.parse_arguments(["submit", "--array", str(len(runs)), *how, *args.behind, *again])
         raise SystemExit(COMMANDS["submit"].run(submit))
     if args.dry_run:
-        say(f"{len(runs)} runs in {out}:", *(run.folder.path.name for run in runs), sep="\n")
+        say(f"{len(runs)} runs in {out}:", *(run.folder.path.name for run in runs))
         raise SystemExit(DONE)
     part = parse_part(args.part)
     try:

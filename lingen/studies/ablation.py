@@ -62,7 +62,7 @@ def forecast_lines(runs: Runs, metric: str) -> Iterator[str]:
     made = read_compared([run.folder.path for run in runs.values() if run.folder.about.is_file()])
     stages = [one for run in runs.values() for one in run.curriculum.stages]
     flop = sum(one.train.steps * flop_a_step(one, plan(one)) * ranks_here(one) for one in stages)
-    done, seconds = (sum(one.cost[what] for one in made) for what in ("flop", "seconds"))
+    done, seconds = (sum(one.about[what] for one in made) for what in ("flop", "seconds"))
     here = f"{flop * seconds / done / 3600:.2g} hours" if done > 0 else "unknown before a first run"
     hours = flop / (0.4 * PEAK_FLOPS["H100"] * 3600)
     yield f"{len(runs)} runs, {flop:.3g} FLOP: here {here}; {hours:.2g} hours of an H100 at 40% of its FLOP/s."

@@ -21,9 +21,7 @@ from lingen.training.record import told
 from lingen.training.sessions import read_sessions
 
 DEFAULT_METRICS = ("validation/loss", "loss")
-"""What is compared where no metric is named: the first that each run has twice, else the last."""
-COST = ("parameters", "steps", "flop", "tokens", "seconds", "gpu_hours")
-
+"""The first that each run has twice, else the last."""
 Curve = list[tuple[float, float]]
 """Place, in steps or FLOPs of the whole run, and value, which may be NaN."""
 
@@ -32,15 +30,14 @@ class Compared(NamedTuple):
     """What a run folder tells for a comparison."""
 
     folder: RunFolder
-    name: str
-    state: str
     stages: list[str]
+    about: dict[str, Any]
+    """For people and JSON: run, state, parameters, steps, flop, tokens, seconds of training itself, gpu_hours; None or
+    NaN: not known."""
     settings: dict[str, str]
     """Dotted key -> value as recipe.yaml has it, then versions, commit and what was changed on the way."""
     scores: dict[str, Any]
-    cost: dict[str, Any]
-    """`COST`; seconds are of training itself. None, or NaN: not known."""
-    points: list[tuple[float, float, dict[str, str]]]
+    points: Sequence[tuple[float, float, dict[str, str]]]
     """Steps and FLOPs up to each row of metrics.csv, and the row."""
 
     def curve(self, metric: str, axis: str) -> Curve:
@@ -57,40 +54,44 @@ def read_compared(paths: Sequence[str | Path]) -> list[Compared]:
         if not inside:
             raise RecipeError(f"{path} is no run folder, and holds none.")
         folders |= dict.fromkeys(inside)
-    names = [
-        path.resolve().name if len({one.name for one in folders}) == len(folders) else str(path) for path in folders
-    ]
-    return [_read(RunFolder(path), name) for path, name in zip(folders, names, strict=True)]
+    is_short = len({path.resolve().name for path in folders}) == len(folders)
+    return [_read(RunFolder(path), path.resolve().name if is_short else str(path)) for path in folders]
 
 
 def _read(folder: RunFolder, name: str) -> Compared:
     status, about = status_of(folder.path), json.loads(folder.about.read_text(encoding="utf-8"))
-    entries = [one for one in about.get("history", ()) if one["changes"]]
+    changes = [f"{one['stage']} {one['step']}: {told(one['changes'])}" for one in about.get("history", ())]
     settings = dict(_settings(folder)) | {
-        "commit": str(about.get("commit")), "versions": as_cell(about.get("versions")),
-        "changed on the way": "; ".join(f"{one['stage']} {one['step']}: {told(one['changes'])}" for one in entries),
-    }  # fmt: skip
+        "commit": str(about.get("commit")),
+        "versions": as_cell(about.get("versions")),
+    }
+    settings["changed on the way"] = "; ".join(one for one in changes if not one.endswith(": "))
     scores = json.loads(folder.score.read_text(encoding="utf-8"))["sampled"] if folder.score.is_file() else {}
     ranks = next((one["ranks"] for one in reversed(read_sessions(folder))), 1)
-    each, cost = {stage: ranks * flop for stage, flop in about.get("flop_a_step", {}).items()}, dict.fromkeys(COST, 0.0)
+    each, parameters = {stage: ranks * flop for stage, flop in about.get("flop_a_step", {}).items()}, None
     with suppress(RecipeError):  # of another version, or its parts are not here
         for recipe in load_curriculum(folder.recipe).stages:
             forecast = plan(recipe)
-            cost["parameters"] = forecast.trained
+            parameters = forecast.trained
             each.setdefault(str(recipe.stage), ranks_here(recipe) * flop_a_step(recipe, forecast))
-    stage, last, points = "", 0, []
+    points, stage, last, steps, flop, seconds, tokens = [], "", 0, 0, 0.0, 0.0, 0.0
     for row in read_rows(folder):
         stage, last = row["stage"], last if row["stage"] == stage else 0
         more, rate = int(row["step"]) - last, float(row.get("steps_per_second") or 0)
-        seconds, last = more / rate if rate > 0 else 0.0, last + more
-        cost["steps"] += more
-        cost["flop"] += more * (each.get(stage) or math.nan)
-        cost["seconds"] += seconds
-        cost["tokens"] += seconds * float(row.get("tokens_per_second") or 0)
-        points.append((cost["steps"], cost["flop"], row))
-    cost["gpu_hours"] = math.nan if settings.get("trainer.accelerator") == "cpu" else cost["seconds"] * ranks / 3600
+        took = more / rate if rate > 0 else 0.0
+        last, steps, flop, seconds = (
+            last + more,
+            steps + more,
+            flop + more * (each.get(stage) or math.nan),
+            seconds + took,
+        )
+        tokens += took * float(row.get("tokens_per_second") or 0)
+        points.append((steps, flop, row))
+    hours = math.nan if settings.get("trainer.accelerator") == "cpu" else seconds * ranks / 3600
+    told_of = {"run": name, "state": status.state, "parameters": parameters, "steps": steps, "flop": flop,
+               "tokens": tokens, "seconds": seconds, "gpu_hours": hours}  # fmt: skip
     scores = {key: one for key, one in scores.items() if isinstance(one, dict) and "share" in one}
-    return Compared(folder, name, status.state, list(status.stages), settings, scores, cost, points)
+    return Compared(folder, list(status.stages), told_of, settings, scores, points)
 
 
 def _settings(folder: RunFolder) -> Iterator[tuple[str, str]]:
@@ -116,47 +117,45 @@ def value_at(curve: Curve, place: float) -> float | None:
 
 
 def compare_runs(runs: Sequence[Compared], metric: str | None, axis: str) -> dict[str, Any]:
-    """Everything as plain values; the metric is read as far as all runs that have it go. RecipeError: none has."""
+    """Everything as plain values; the metric is read as far as all runs that have it go. RecipeError: none has it."""
     usable = (one for one in DEFAULT_METRICS if all(len(run.curve(one, "steps")) > 1 for run in runs))
     metric = metric or next(usable, DEFAULT_METRICS[-1])
     curves = [run.curve(metric, axis) for run in runs]
-    place = min((curve[-1][0] for curve in curves if curve), default=None)
+    place = min((curve[-1][0] for curve in curves if curve), default=math.nan)
     known = {name for run in runs for *_, row in run.points for name, value in row.items() if value}
     if known and metric not in known:
         raise RecipeError(f"--metric {metric}: no run has it. Known: {', '.join(sorted(known - {'stage', 'step'}))}.")
     settings = {key: [run.settings.get(key, "-") for run in runs] for run in runs for key in run.settings}
+    differ = {key: values for key, values in settings.items() if len({*values}) > 1}
     rows = [
-        {"run": run.name, "state": run.state, **{key: finite(value) for key, value in run.cost.items()},
-         "value": None if place is None else value_at(curve, place), "scores": run.scores,
-         "curve": [(x, finite(y)) for x, y in curve]}
+        {**{key: _plain(value) for key, value in run.about.items()}, "value": value_at(curve, place),
+         "scores": run.scores, "curve": [(x, _plain(y)) for x, y in curve]}
         for run, curve in zip(runs, curves, strict=True)
     ]  # fmt: skip
-    differ = {key: values for key, values in settings.items() if len({*values}) > 1}
-    return {"metric": metric, "at": axis, "place": place, "runs": rows, "differ": differ}
+    return {"metric": metric, "at": axis, "place": _plain(place), "runs": rows, "differ": differ}
 
 
-def finite(value: float) -> float | None:
+def _plain(value: Any) -> Any:
     """None in place of what JSON cannot say."""
-    return value if math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tables_of(found: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Rows for people: of runs, and of settings that differ."""
     what, rows = f"{found['metric']} at {cell_of(found['place'])} {found['at']}", []
     for one in found["runs"]:
-        row = {key: cell_of(one[key]) for key in ("run", "state", *COST)} | {what: cell_of(one["value"])}
-        if bad := sum(value is None for _, value in one["curve"]):
-            row[what] += f" ({bad} rows are no finite number)"
-        scores = {key: f"{s['share']:.0%} ({s['low']:.0%} to {s['high']:.0%})" for key, s in one["scores"].items()}
-        rows.append(row | scores)
+        bad = sum(value is None for _, value in one["curve"])
+        row = {key: cell_of(value) for key, value in one.items() if key not in ("value", "scores", "curve")}
+        row[what] = cell_of(one["value"]) + (f" ({bad} rows are no finite number)" if bad else "")
+        rows.append(row | {key: cell_of([s["share"], s["low"], s["high"]]) for key, s in one["scores"].items()})
     names = [one["run"] for one in found["runs"]]
     return rows, [{"setting": key} | dict(zip(names, values, strict=True)) for key, values in found["differ"].items()]
 
 
 def cell_of(value: Any) -> str:
-    """A number or an interval for people; a text stays as it is."""
+    """A number, an interval, or a number with its interval; a text stays as it is."""
     if isinstance(value, list):
-        return " to ".join(map(cell_of, value))
+        return f"{cell_of(value[0])} " * (len(value) > 2) + f"[{cell_of(value[-2])}, {cell_of(value[-1])}]"
     return (
         "-"
         if value is None

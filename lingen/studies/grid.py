@@ -14,7 +14,7 @@ from lingen.files import write_text
 from lingen.plan.loading import Curriculum, load_for_training, to_yaml
 from lingen.ranks import signals
 from lingen.recipe.errors import RecipeError
-from lingen.run import check_inputs, is_trained
+from lingen.run import check_inputs, is_complete
 from lingen.training import record
 from lingen.training.folder import RunFolder
 from lingen.training.identity import described
@@ -76,11 +76,11 @@ def load_grid(recipe: str, named: dict[str, list[str]], out: Path) -> list[GridR
 def train_grid(runs: Sequence[GridRun], say: Callable[[str], None]) -> bool:
     """Trains what is missing, each run in a process of its own, so that one that fails takes no other with it; one that
     another process trains is left to it. Returns whether all are done. `signals.Stopped` where a signal came."""
-    for run in (one for one in runs if not is_trained(*one)):
+    for run in (one for one in runs if not is_complete(*one)):
         say(f"trains {run.folder.path}")
         if code := _train(run):
             say(f"{run.folder.path} ended with code {code}; the others go on.")
-    missing = [run.folder.path.name for run in runs if not is_trained(*run)]
+    missing = [run.folder.path.name for run in runs if not is_complete(*run)]
     if missing:
         say(f"{len(missing)} of {len(runs)} runs are not done: {'; '.join(missing)}. The same command goes on.")
     return not missing

@@ -59,7 +59,7 @@ def _curves(found: dict[str, Any]) -> str:
 
 def _samples(runs: Sequence[Compared]) -> list[dict[str, str]]:
     """A row for each prompt, a column for each run: frames of its newest clip; up to `MOST_BYTES`."""
-    strips, rows, room = {run.name: dict(_strips(run)) for run in runs}, list[dict[str, str]](), MOST_BYTES
+    strips, rows, room = {run.about["run"]: dict(_strips(run)) for run in runs}, list[dict[str, str]](), MOST_BYTES
     for prompt in dict.fromkeys(prompt for one in strips.values() for prompt in one):
         row = {"prompt": prompt} | {name: one.get(prompt, "") for name, one in strips.items()}
         room -= sum(map(len, row.values()))
