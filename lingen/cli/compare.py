@@ -17,11 +17,6 @@ from lingen.recipe.errors import RecipeError
 if TYPE_CHECKING:
     from lingen.studies.grid import GridRun
 
-
-def say(*lines: str) -> None:
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
 METRIC = argument("--metric", metavar="M", help="a column of metrics.csv; default: validation/loss, else loss")
 OF_A_GRID = (
     RECIPE,
@@ -32,13 +27,14 @@ OF_A_GRID = (
 )
 
 
+def say(*lines: str) -> None:
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
 @command(
     "train a grid of runs, such as train.lr=1e-4,3e-4 seed=0,1,2, one after another, and compare them",
-    *OF_A_GRID,
-    METRIC,
-    overrides=True,
-    behind=True,
-)
+    *OF_A_GRID, METRIC, overrides=True, behind=True,
+)  # fmt: skip
 def sweep(args: argparse.Namespace) -> int:
     out = _out(args)
     from lingen.studies.grid import combinations_of, load_grid
@@ -50,12 +46,10 @@ def sweep(args: argparse.Namespace) -> int:
 
 @command(
     "runs side by side: settings that differ, parameters, cost, scores, curves and clips of the same prompts",
-    argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them"),
-    METRIC,
+    argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them"), METRIC,
     argument("--at", choices=["steps", "flops"], default="steps", help="at equal steps (default) or equal FLOPs"),
-    argument("--out", metavar="F.html", help="a page with curves and clips as well"),
-    JSON,
-)
+    argument("--out", metavar="F.html", help="a page with curves and clips as well"), JSON,
+)  # fmt: skip
 def compare(args: argparse.Namespace) -> int:
     return _compare(args, args.runs, args.at, args.out)
 
@@ -67,25 +61,26 @@ def compare(args: argparse.Namespace) -> int:
              "attention, hybrid_layers, no_images, or yours: NAME:key=value,key=value"),
     argument("--seeds", type=natural, default=3, metavar="N", help="0 to N - 1; default: 3"),
     argument("--metric", default="validation/loss", metavar="M", help="noted beforehand; default: validation/loss"),
-    overrides=True,
-    behind=True,
+    overrides=True, behind=True,
 )  # fmt: skip
 def ablate(args: argparse.Namespace) -> int:
     out = _out(args)
     from lingen.evaluation.statistics import check_extra
     from lingen.studies import ablation
     from lingen.studies.compare import cell_of
-    from lingen.studies.grid import load_grid
+    from lingen.studies.grid import load_grid, name_of
 
     check_extra()
     fixed = [word for word in args.variants if "=" in word.partition(":")[0]]  # argparse takes them for variants
     asked, fixed = [word for word in args.variants if word not in fixed], [*args.overrides, *fixed]
+    fixed += ablation.validating(args.recipe, fixed, args.metric)
     variants = {ablation.BASELINE: list[str]()} | dict(ablation.variant_of(one, args.recipe, fixed) for one in asked)
-    pairs = {(name, seed): f"{name},seed={seed}" for seed in range(args.seeds) for name in variants}
+    if len(variants) <= len(asked):
+        raise RecipeError(f"Each variant has a name of its own, and none is called {ablation.BASELINE}.")
+    pairs = {(name, seed): name_of(f"{name},seed={seed}") for seed in range(args.seeds) for name in variants}
     named = {folder: [*fixed, *variants[name], f"seed={seed}"] for (name, seed), folder in pairs.items()}
     runs = dict(zip(pairs, load_grid(args.recipe, named, out), strict=True))
-    for line in ablation.forecast_lines(runs, args.metric):
-        say(line)
+    say(*ablation.forecast_lines(runs, args.metric))
     if not args.dry_run:
         ablation.put_down(out, args.metric)
     again = [*fixed, "--seeds", str(args.seeds), "--metric", args.metric, "--variants", *asked]
@@ -106,18 +101,14 @@ def _out(args: argparse.Namespace) -> Path:
 
 
 def _train(args: argparse.Namespace, runs: Sequence[GridRun], out: Path, words: Sequence[str]) -> int:
-    """Trains all; returns the exit code. SystemExit with it where there is nothing to compare yet.
-
-    Args:
-        words: what the command has beside recipe and folder, for the tasks of a job array.
-    """
+    """Trains all; returns the exit code. SystemExit with it where there is nothing to compare yet. `words`: what a task
+    of a job array gets beside recipe and folder."""
     from lingen.prepare.journal import parse_part
     from lingen.studies.grid import train_grid
 
     if args.array:
-        again = ["--", args.command, "--recipe", args.recipe, "--out", str(out), *words]
-        how = ["--dry-run"] if args.dry_run else []
-        submit = cli.parse_arguments(["submit", "--array", str(len(runs)), *how, *args.behind, *again])
+        again = [*["--dry-run"] * args.dry_run, *args.behind, "--", args.command, "--recipe", args.recipe]
+        submit = cli.parse_arguments(["submit", "--array", str(len(runs)), *again, "--out", str(out), *words])
         raise SystemExit(COMMANDS["submit"].run(submit))
     if args.dry_run:
         say(f"{len(runs)} runs in {out}:", *(run.folder.path.name for run in runs))

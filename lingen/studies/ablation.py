@@ -16,7 +16,7 @@ from lingen.ranks.launch import ranks_here
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.studies.compare import Curve, read_compared, value_at
 from lingen.studies.grid import GridRun, values_of
-from lingen.training.identity import described
+from lingen.training.identity import described, other_course, other_identity
 
 BASELINE = "baseline"
 VARIANTS = {
@@ -36,8 +36,8 @@ def variant_of(text: str, recipe: str, fixed: Sequence[str]) -> tuple[str, list[
     """``no_te``, or ``mine:key=value,key=value`` -> name and overrides. RecipeError for an unknown name."""
     name, colon, own = text.partition(":")
     if not colon and name not in VARIANTS:
-        known = f"{did_you_mean(name, VARIANTS)} Known: {', '.join(VARIANTS)}"
-        raise RecipeError(f"There is no variant '{name}'.{known}; one of yours is NAME:key=value,key=value.")
+        known = f"{did_you_mean(name, VARIANTS)} Known: {', '.join(VARIANTS)}, and NAME:key=value,key=value of yours."
+        raise RecipeError(f"There is no variant '{name}'.{known}")
     if colon or name not in ("attention", "no_images"):
         return name, values_of(own or VARIANTS[name])
     if name == "no_images":
@@ -47,6 +47,17 @@ def variant_of(text: str, recipe: str, fixed: Sequence[str]) -> tuple[str, list[
     last = [load_curriculum(recipe, [*fixed, *words]).stages[-1] for words in ([], *shallow)]
     whole, one, two = (flop_a_step(stage, plan(stage)) for stage in last)  # linear in the depth
     return name, [VARIANTS[name], f"model.depth={max(1, round(1 + (whole - one) / (two - one)))}"]
+
+
+def validating(recipe: str, fixed: Sequence[str], metric: str) -> list[str]:
+    """The override by which a loss of held-out samples is a curve, where the recipe reads it at the ends of stages
+    alone. RecipeError where there are none."""
+    last = load_curriculum(recipe, fixed).stages[-1]
+    if not metric.startswith("validation/") or last.train.validate_every:
+        return []
+    if not (last.data.validation.image or last.data.validation.video or last.data.synthetic):
+        raise RecipeError(f"There are no held-out samples for {metric}: name data.validation, or another --metric.")
+    return [f"train.validate_every={max(1, last.train.steps // 10)}"]
 
 
 def put_down(out: Path, metric: str) -> None:
@@ -70,24 +81,22 @@ def forecast_lines(runs: Runs, metric: str) -> Iterator[str]:
     found = [row for row in effects_of(runs, metric, "steps") if row["detectable"]]
     sizes = [detectable(seeds) * row["detectable"] / detectable(row["n"]) for row in found]
     told = f"{max(sizes):.3g}" if sizes else "unknown before two seeds of a variant are there"
-    in_spreads = (
-        f"{detectable(seeds):.3g} standard deviations of a paired difference" if seeds > 1 else "none: one seed"
+    spreads = (
+        f"{detectable(seeds):.3g} standard deviations of a paired difference" if seeds > 1 else "one seed shows none"
     )
-    yield f"Smallest effect on {metric} that it could show (5%, power 80%): {told}; {in_spreads}."
+    yield f"Smallest effect on {metric} that it could show (5%, power 80%): {told}; {spreads}."
     yield "All variants take the recipe's learning rate, whichever of them that was found for."
     for (name, seed), run in runs.items():
-        if seed == 0 and (other := _drawn_otherwise(runs[BASELINE, 0], run)):
+        if seed == 0 and (other := drawn_otherwise(runs[BASELINE, 0], run)):
             yield f"{name} sees other samples, times or noise than the baseline, by {', '.join(other)}."
 
 
-def _drawn_otherwise(base: GridRun, other: GridRun) -> list[str]:
-    """Settings of `DRAWN_BY` in which two runs differ."""
-    one, two = (
-        {(stage, key): value for stage, of in described(run.curriculum.stages).items()
-         for key, value in (of.identity | of.course).items() if key.startswith(DRAWN_BY)}
-        for run in (base, other)
-    )  # fmt: skip
-    return sorted({key[1] for key in one.keys() | two.keys() if one.get(key) != two.get(key)})
+def drawn_otherwise(base: GridRun, other: GridRun) -> list[str]:
+    """Settings of `DRAWN_BY` in which two runs differ; none: they are paired."""
+    one, two = (described(run.curriculum.stages) for run in (base, other))
+    keys = [key for key, _, _ in other_identity(one, two).values()]
+    keys += [key for name in one if name in two for key in other_course(one[name].course, two[name].course)]
+    return sorted({key for key in keys if key.startswith(DRAWN_BY)})
 
 
 def detectable(seeds: int) -> float:
@@ -112,11 +121,15 @@ def effects_of(runs: Runs, metric: str, axis: str) -> list[dict[str, Any]]:
     for name in dict.fromkeys(name for name, _ in runs if name != BASELINE):
         pairs = [(at.get(key), at.get((BASELINE, key[1]))) for key in runs if key[0] == name]
         apart = np.array([one - base for one, base in pairs if one is not None and base is not None])
-        row = dict.fromkeys(("variant", "at", "place", "value", "interval", "n", "lost", "p", "detectable"))
-        row |= {"variant": name, "at": axis, "place": place, "n": len(apart), "lost": len(pairs) - len(apart)}
-        if len(apart):
-            row["value"] = float(apart.mean())
-        if len(apart) > 1:
+        row: dict[str, Any] = {
+            "variant": name,
+            "at": axis,
+            "place": None if math.isnan(place) else place,
+            "n": len(apart),
+        }
+        row |= {"lost": len(pairs) - len(apart), "value": float(apart.mean()) if len(apart) else None}
+        row |= dict.fromkeys(("interval", "p", "detectable"))
+        if len(apart) > 1 and apart.std() > 0:
             test: Any = stats.ttest_1samp(apart, 0.0)
             row |= {"interval": [*map(float, test.confidence_interval())], "p": float(test.pvalue)}
             row |= {"detectable": detectable(len(apart)) * float(apart.std(ddof=1))}

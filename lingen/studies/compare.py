@@ -61,19 +61,17 @@ def read_compared(paths: Sequence[str | Path]) -> list[Compared]:
 def _read(folder: RunFolder, name: str) -> Compared:
     status, about = status_of(folder.path), json.loads(folder.about.read_text(encoding="utf-8"))
     changes = [f"{one['stage']} {one['step']}: {told(one['changes'])}" for one in about.get("history", ())]
-    settings = dict(_settings(folder)) | {
-        "commit": str(about.get("commit")),
-        "versions": as_cell(about.get("versions")),
-    }
+    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) if folder.recipe.is_file() else {}
+    settings = dict(_leaves(recipe)) | {name: as_cell(about.get(name)) for name in ("commit", "versions")}
     settings["changed on the way"] = "; ".join(one for one in changes if not one.endswith(": "))
     scores = json.loads(folder.score.read_text(encoding="utf-8"))["sampled"] if folder.score.is_file() else {}
     ranks = next((one["ranks"] for one in reversed(read_sessions(folder))), 1)
     each, parameters = {stage: ranks * flop for stage, flop in about.get("flop_a_step", {}).items()}, None
     with suppress(RecipeError):  # of another version, or its parts are not here
-        for recipe in load_curriculum(folder.recipe).stages:
-            forecast = plan(recipe)
+        for one in load_curriculum(folder.recipe).stages:
+            forecast = plan(one)
             parameters = forecast.trained
-            each.setdefault(str(recipe.stage), ranks_here(recipe) * flop_a_step(recipe, forecast))
+            each.setdefault(str(one.stage), ranks_here(one) * flop_a_step(one, forecast))
     points, stage, last, steps, flop, seconds, tokens = [], "", 0, 0, 0.0, 0.0, 0.0
     for row in read_rows(folder):
         stage, last = row["stage"], last if row["stage"] == stage else 0
@@ -94,18 +92,13 @@ def _read(folder: RunFolder, name: str) -> Compared:
     return Compared(folder, list(status.stages), told_of, settings, scores, points)
 
 
-def _settings(folder: RunFolder) -> Iterator[tuple[str, str]]:
-    """Dotted key and value of each setting in recipe.yaml, whatever version wrote it."""
-    try:
-        pending = [("", yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{folder.recipe} cannot be read ({error}).") from error
-    while pending:
-        key, node = pending.pop(0)
-        if isinstance(node, dict):
-            pending = [(f"{key}.{word}".lstrip("."), value) for word, value in node.items()] + pending
-        else:
-            yield key, as_cell(node)
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and value of each setting in a recipe, whatever version wrote it."""
+    if isinstance(node, dict):
+        for word, value in node.items():
+            yield from _leaves(value, f"{key}.{word}")
+    else:
+        yield key[1:], as_cell(node)
 
 
 def value_at(curve: Curve, place: float) -> float | None:

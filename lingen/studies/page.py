@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import av
@@ -23,6 +22,10 @@ div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{border:1
 text-align:left;vertical-align:top}th{background:#f3f3f3}svg,img{max-width:100%;height:auto}img{min-width:16em}"""
 
 
+class Element(str):
+    """An element of HTML; every other text is escaped."""
+
+
 def page_of(found: dict[str, Any], runs: Sequence[Compared]) -> str:
     """The whole page of what `compare_runs` found."""
     overview, differ = tables_of(found)
@@ -33,10 +36,9 @@ def page_of(found: dict[str, Any], runs: Sequence[Compared]) -> str:
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
-    """Cells are escaped, but for pictures."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[row.get(name, "") for name in names] for row in rows]
-    lines = ["".join(f"<td>{one if one.startswith('<img ') else escape(one)}" for one in line) for line in cells]
+    lines = ["".join(f"<td>{one if isinstance(one, Element) else escape(one)}" for one in line) for line in cells]
     return f"<div><table><tr>{''.join(f'<th>{escape(one)}' for one in names)}<tr>{'<tr>'.join(lines)}</table></div>"
 
 
@@ -69,9 +71,9 @@ def _samples(runs: Sequence[Compared]) -> list[dict[str, str]]:
 
 def _strips(run: Compared) -> Iterator[tuple[str, str]]:
     """Prompt -> its row in the contact sheet of the clips that were sampled last."""
-    sheets = [path for path in run.folder.path.glob("samples/*-*/sheet.png") if _stage_of(path) in run.stages]
-    with suppress(OSError, ValueError, ZeroDivisionError):  # there is none, or it is being written
-        sheet = max(sheets, key=lambda path: (run.stages.index(_stage_of(path)), path.parent.name))
+    found = (path for stage in run.stages for path in sorted(run.folder.path.glob(f"samples/{stage}-[0-9]*/sheet.png")))
+    with suppress(OSError, ValueError, IndexError, ZeroDivisionError):  # there is none, or it is being written
+        sheet = [*found][-1]
         clips, whole = sorted(sheet.parent.glob("[0-9]*.mp4")), Image.open(sheet).convert("RGB")
         height = whole.height // len(clips)
         for number, clip in enumerate(clips):
@@ -81,8 +83,4 @@ def _strips(run: Compared) -> Iterator[tuple[str, str]]:
             strip.thumbnail((STRIP, STRIP))
             strip.save(data, "jpeg", quality=80)
             url = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-            yield prompt, f'<img alt="{escape(prompt)}" src="{url}">'
-
-
-def _stage_of(sheet: Path) -> str:
-    return sheet.parent.name.rpartition("-")[0]
+            yield prompt, Element(f'<img alt="{escape(prompt)}" src="{url}">')
