@@ -23,6 +23,7 @@ from lingen.studies import ablation
 from lingen.studies.compare import compare_runs, read_compared, value_at
 from lingen.studies.grid import GridRun, combinations_of, values_of
 from lingen.studies.page import page_of
+from lingen.training import lock
 from lingen.training.folder import RunFolder
 from tests.helpers.commands import lingen_command, wait_for
 
@@ -76,11 +77,15 @@ def test_an_array_is_one_task_for_each_run(tiny_recipe: Path, here: Path, capsys
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_does_not_stop_the_others_and_a_larger_grid_goes_on(tiny_recipe: Path, here: Path, capsys):
+def test_a_run_that_fails_or_is_anothers_does_not_stop_the_rest_and_a_larger_grid_goes_on(
+    tiny_recipe: Path, here: Path, capsys
+):
     sweep = ["sweep", "--recipe", str(tiny_recipe), "train.max_nonfinite=1", "--out", "grid"]
-    assert main([*sweep, "train.lr=1e30,1e-3"]) == 1
+    with lock.locked(Path("grid/train.lr=5e-3")):  # as another sweep does
+        assert main([*sweep, "train.lr=1e30,5e-3,1e-3"]) == 1
     told = capsys.readouterr()
-    assert "1 of 2 runs are not done: train.lr=1e30" in told.err and "train.lr=1e-3" in told.out
+    assert "2 of 3 runs are not done: train.lr=1e30; train.lr=5e-3" in told.err and "train.lr=1e-3" in told.out
+    assert not Path("grid/train.lr=5e-3/run.json").exists()
     before = {path: path.stat().st_mtime_ns for path in Path("grid/train.lr=1e-3").rglob("*") if path.is_file()}
     assert main([*sweep, "train.lr=1e-3,2e-3"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}, "a finished run was touched"

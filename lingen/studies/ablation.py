@@ -74,9 +74,9 @@ def forecast_lines(runs: Runs, metric: str) -> Iterator[str]:
     stages = [one for run in runs.values() for one in run.curriculum.stages]
     flop = sum(one.train.steps * flop_a_step(one, plan(one)) * ranks_here(one) for one in stages)
     done, seconds = (sum(one.about[what] for one in made) for what in ("flop", "seconds"))
-    here = f"{flop * seconds / done / 3600:.2g} hours" if done > 0 else "unknown before a first run"
+    here = f"{flop * seconds / done / 3600:.2g} hours" if done > 0 else "a time that is unknown before a first run"
     hours = flop / (0.4 * PEAK_FLOPS["H100"] * 3600)
-    yield f"{len(runs)} runs, {flop:.3g} FLOP: here {here}; {hours:.2g} hours of an H100 at 40% of its FLOP/s."
+    yield f"{len(runs)} runs, {flop:.3g} FLOP; training takes {here} here, {hours:.2g} hours of an H100 at 40%."
     seeds = len({seed for _, seed in runs})
     found = [row for row in effects_of(runs, metric, "steps") if row["detectable"]]
     sizes = [detectable(seeds) * row["detectable"] / detectable(row["n"]) for row in found]
@@ -121,14 +121,10 @@ def effects_of(runs: Runs, metric: str, axis: str) -> list[dict[str, Any]]:
     for name in dict.fromkeys(name for name, _ in runs if name != BASELINE):
         pairs = [(at.get(key), at.get((BASELINE, key[1]))) for key in runs if key[0] == name]
         apart = np.array([one - base for one, base in pairs if one is not None and base is not None])
-        row: dict[str, Any] = {
-            "variant": name,
-            "at": axis,
-            "place": None if math.isnan(place) else place,
-            "n": len(apart),
-        }
-        row |= {"lost": len(pairs) - len(apart), "value": float(apart.mean()) if len(apart) else None}
-        row |= dict.fromkeys(("interval", "p", "detectable"))
+        row = dict[str, Any].fromkeys(("variant", "at", "place", "value", "interval", "n", "lost", "p", "detectable"))
+        row |= {"variant": name, "at": axis, "n": len(apart), "lost": len(pairs) - len(apart)}
+        if len(apart):
+            row |= {"place": place, "value": float(apart.mean())}
         if len(apart) > 1 and apart.std() > 0:
             test: Any = stats.ttest_1samp(apart, 0.0)
             row |= {"interval": [*map(float, test.confidence_interval())], "p": float(test.pvalue)}

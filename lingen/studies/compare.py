@@ -77,12 +77,8 @@ def _read(folder: RunFolder, name: str) -> Compared:
         stage, last = row["stage"], last if row["stage"] == stage else 0
         more, rate = int(row["step"]) - last, float(row.get("steps_per_second") or 0)
         took = more / rate if rate > 0 else 0.0
-        last, steps, flop, seconds = (
-            last + more,
-            steps + more,
-            flop + more * (each.get(stage) or math.nan),
-            seconds + took,
-        )
+        last, steps, seconds = last + more, steps + more, seconds + took
+        flop += more * (each.get(stage) or math.nan)
         tokens += took * float(row.get("tokens_per_second") or 0)
         points.append((steps, flop, row))
     hours = math.nan if settings.get("trainer.accelerator") == "cpu" else seconds * ranks / 3600
@@ -149,12 +145,6 @@ def cell_of(value: Any) -> str:
     """A number, an interval, or a number with its interval; a text stays as it is."""
     if isinstance(value, list):
         return f"{cell_of(value[0])} " * (len(value) > 2) + f"[{cell_of(value[-2])}, {cell_of(value[-1])}]"
-    return (
-        "-"
-        if value is None
-        else value
-        if isinstance(value, str)
-        else f"{value:,.4g}"
-        if value < 1e7
-        else f"{value:.3g}"
-    )
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}" if abs(value) < 1e10 else f"{value:.3g}"
