@@ -22,7 +22,6 @@ from lingen.recipe.sections import SampleConfig, TimeConfig, Triple
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.collections import LineCollection  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -62,7 +61,10 @@ def scan_orders() -> Figure:
         axis.axis("off")
         read = order if isinstance(order, str) else getattr(order, "__name__", "")
         axis.set_title(f"{name}, {told}" + (f": {read}" if read != name else ""), fontsize=10)
-    figure.suptitle("Three frames side by side, each a little lower, so that lines through time do not cover each other; read from dark to bright", fontsize=10)
+    figure.suptitle(
+        "Three frames side by side, each lower than the one before; read from dark to bright",
+        fontsize=10,
+    )
     return figure
 
 
@@ -90,9 +92,7 @@ def windows() -> Figure:
 
 def _window_numbers(grid: Triple, tile: Triple, padding: tuple[tuple[int, int], ...]) -> np.ndarray:
     """Which window each token is in: 100 for a step down the first shown axis, 1 for a step along the second."""
-    t, h, w = (
-        (np.arange(n) + before) // size for n, size, (before, _) in zip(grid, tile, padding, strict=True)
-    )
+    t, h, w = ((np.arange(n) + before) // size for n, size, (before, _) in zip(grid, tile, padding, strict=True))
     return 100 * (t[:, None, None] + h[None, :, None]) + w[None, None, :]
 
 
@@ -108,7 +108,9 @@ def review_tokens() -> Figure:
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{what}, {frame.shape[0]} x {frame.shape[1]}", fontsize=9)
         axis.set_xlabel("read first" if place == 0 else "then the clip" if place == len(pooled) else "", fontsize=9)
-    figure.suptitle(f"{pooled[..., 0].size} review tokens before {np.asarray(clip)[..., 0].size} of the clip", fontsize=10)
+    figure.suptitle(
+        f"{pooled[..., 0].size} review tokens before {np.asarray(clip)[..., 0].size} of the clip", fontsize=10
+    )
     return figure
 
 

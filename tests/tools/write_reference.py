@@ -1,4 +1,4 @@
-"""Writes what docs/ takes from the code, docs/reference/ and docs/llms.txt: ``python -m tests.tools.write_reference``."""
+"""Writes what docs/ takes from the code, reference/ and llms.txt: ``python -m tests.tools.write_reference``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 
 import lingen
 from lingen.cli.catalogue import REGISTRIES, parts
-from lingen.cli.command import COMMANDS, Argument
+from lingen.cli.command import COMMANDS, UNSAID, Argument
 from lingen.recipe.bounds import IDENTITY, Bound, Mark
 from lingen.recipe.marks import TRAINER
 from lingen.recipe.reading import COMPONENTS
@@ -112,13 +112,14 @@ def recipe_page() -> str:
 
 <!-- {MADE} -->
 
-Every key that a recipe may have. Strength: defaults, then `extends`, the recipe, the stage, and `key=value` on the command line, which
-goes into every stage, or with `stages.NAME.` in front into one. `lingen show --recipe R --stage S` prints a recipe with all of them.
+Every key that a recipe may have. Strength: defaults, then `extends`, the recipe, the stage, and `key=value` on the
+command line, which goes into every stage, or with `stages.NAME.` in front into one. `lingen show --recipe R --stage S`
+prints a recipe with all of them.
 
-**Mark** says what a change does in a run folder that has begun: `identity` makes another run and is refused, `course` acts from the step at
-which the run goes on and is written down, `free` changes nothing that is learned ([what a run is](../architecture.md#what-a-run-is)).
-**Source** is what the line names ("paper" is LinGen's); where it is empty, the source is what the section's first lines name, and a number that
-no paper gives is ours.
+**Mark** says what a change does in a run folder that has begun: `identity` makes another run and is refused, `course`
+acts from the step at which the run goes on and is written down, `free` changes nothing that is learned
+([what a run is](../architecture.md#what-a-run-is)). **Source** is what the line names ("paper" is LinGen's); where it
+is empty, the source is what the section's first lines name, and a number that no paper gives is ours.
 The same table for editors: `lingen show --schema`, which is `recipes/recipe.schema.json`.
 """
     top, sections = [], []
@@ -143,13 +144,15 @@ Arguments of `lightning.Trainer` under their own names, checked against its sign
 
 def parts_page() -> str:
     """docs/reference/parts.md"""
-    pages = [f"""# Parts and their settings
+    pages = [
+        f"""# Parts and their settings
 
 <!-- {MADE} -->
 
-What a recipe can name. `lingen list mixers` and its kin show the same, and parts of packages that you have installed besides.
-`mark` is as on the page of [recipe keys](recipe.md).
-"""]
+What a recipe can name. `lingen list mixers` and its kin show the same, and parts of packages that you have installed
+besides. Marks are those of [recipe keys](recipe.md).
+"""
+    ]
     for title, registry in REGISTRIES.items():
         where = " and ".join(f"`{'.'.join(map(str, at))}`" for at, one in COMPONENTS.items() if one is registry)
         pages.append(f"## {title[0].upper()}{title[1:]}\n\n" + (f"Named at {where}.\n" if where else
@@ -195,16 +198,20 @@ def split_settings(doc: str) -> tuple[str, dict[str, str]]:
 
 def commands_page() -> str:
     """docs/reference/commands.md"""
-    pages = [f"""# Commands
+    pages = [
+        f"""# Commands
 
 <!-- {MADE} -->
 
-`lingen COMMAND --help` prints the same. `key=value` words change the recipe wherever they stand. Exit codes: 0 done, 1 failed, 2 wrong use
-(before time is spent), 75 asked to be started again, 130 interrupted. `lingen bench` needs a checkout.
-"""]
+`lingen COMMAND --help` prints the same. `key=value` words change the recipe wherever they stand. Exit codes: 0 done,
+1 failed, 2 wrong use (before time is spent), 75 asked to be started again, 130 interrupted. `lingen bench` needs a
+checkout.
+"""
+    ]
     for name, one in sorted(COMMANDS.items()):
         more = (" [key=value ...]" if one.takes_overrides else "") + (" [-- COMMAND ...]" if one.takes_command else "")
-        pages.append(f"## {name}\n\n`lingen {name} [options]{more}`\n\n{one.help[0].upper()}{one.help[1:]}.\n")
+        words = name if UNSAID.get(name.split()[0]) != name.split()[-1] else f"{name.split()[0]} [{name.split()[-1]}]"
+        pages.append(f"## {name}\n\n`lingen {words} [options]{more}`\n\n{one.help[0].upper()}{one.help[1:]}.\n")
         if rows := [argument_row(each) for each in one.arguments]:
             pages.append(table(("Argument", "Default", "What it is"), rows) + "\n")
     return "\n".join(pages)
@@ -212,7 +219,9 @@ def commands_page() -> str:
 
 def argument_row(each: Argument) -> tuple[str, str, str]:
     flags, options = each
-    takes = options.get("metavar") or ("{" + ",".join(map(str, options["choices"])) + "}" if options.get("choices") else "")
+    takes = options.get("metavar") or (
+        "{" + ",".join(map(str, options["choices"])) + "}" if options.get("choices") else ""
+    )
     takes = " ".join(takes) if isinstance(takes, tuple) else takes
     named = [f"{flag} {takes}".strip() if flag.startswith("-") else takes or flag for flag in flags]
     default = options.get("default")
@@ -223,13 +232,15 @@ def argument_row(each: Argument) -> tuple[str, str, str]:
 
 def python_page() -> str:
     """docs/reference/python.md"""
-    pages = [f"""# Python
+    pages = [
+        f"""# Python
 
 <!-- {MADE} -->
 
-The public names of `lingen`, imported when they are first used, and the contracts that parts of yours are held to. Letters of a shape: b
-batch, t h w the grid, d width, c channels, n a sequence.
-"""]
+The public names of `lingen`, imported when they are first used, and the contracts that parts of yours are held to.
+Letters of a shape: b batch, t h w the grid, d width, c channels, n a sequence.
+"""
+    ]
     for name in sorted(lingen.__all__, key=str.lower):
         pages.append(object_section(f"lingen.{name}", getattr(lingen, name)))
     pages.append("## Contracts\n\nWhat a part of yours owes, and what it may offer besides; there is no base class.\n")
@@ -315,14 +326,18 @@ def llms() -> str:
         for file in [below] if isinstance(below, str) else [path for one in below for path in one.values()]:
             text = (DOCS / file).read_text(encoding="utf-8")
             heading = re.search(r"^# (.*)$", text, flags=re.M)
-            told.append(f"- [{heading[1] if heading else file}]({file.removesuffix('.md')}.html): {first_sentence(text)}")
+            told.append(f"- [{heading[1] if heading else file}]({_built(file)}): {first_sentence(text)}")
         told.append("")
     return "\n".join(told)
 
 
+def _built(file: str) -> str:
+    return file.removesuffix(".md").replace("README", "index") + ".html"
+
+
 def first_sentence(page: str) -> str:
     """Of a page's prose, without links and line breaks."""
-    prose = re.sub(r"<!--.*?-->|^```.*?^```$|^#.*$|^!\[.*$|^\|.*$", "", page, flags=re.M | re.S).strip()
+    prose = re.sub(r"<!--.*?-->|^```.*?^```$|^(#|!\[|\|)[^\n]*$", "", page, flags=re.M | re.S).strip()
     one = " ".join(prose.partition("\n\n")[0].split())
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", one).replace("**", "")
     return re.split(r"(?<=[.:?]) ", plain)[0].rstrip(":")
