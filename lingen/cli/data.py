@@ -156,22 +156,21 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
 
 
 @command(
-    "a data set in numbers: a table, histograms and a contact sheet",
+    "a data set in numbers: a table, and a contact sheet",
     argument("folders", nargs="+", metavar="DIR", help="folders of shards with a manifest"),
-    argument("--out", metavar="DIR", default=".", help="histograms.png and samples.jpg go there; default: here"),
+    argument("--out", metavar="DIR", default=".", help="samples.jpg goes there; default: here"),
     argument("--clips", type=int, default=8, metavar="N", help="samples of each kind to show; default: 8"),
     argument("--seed", type=int, default=0, help="other samples"),
     JSON,
 )
 def data_stats(args: argparse.Namespace) -> int:
-    from lingen.prepare.stats import histograms, measure_folders, sample_sheet
+    from lingen.prepare.stats import measure_folders, sample_sheet
 
     folders, out = [Path(folder) for folder in args.folders], Path(args.out)
     stats = measure_folders(folders)
     out.mkdir(parents=True, exist_ok=True)
-    files = [histograms(stats.measures, out / "histograms.png")]
     sheet = sample_sheet(folders, out / "samples.jpg", args.clips, args.seed)
-    files += [sheet] if sheet is not None else []
+    files = [sheet] if sheet is not None else []
     if args.json:
         print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})
         return DONE

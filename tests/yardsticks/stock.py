@@ -18,8 +18,9 @@ from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels.rotary import rotary_table, rotate
 from lingen.kernels.ssd import ssd
-from lingen.kernels.stock import chunk_scan
 from lingen.recipe.sections import Triple as Grid
+
+from .chunk_scan import CHUNK, chunk_scan
 
 
 @torch.compiler.disable
@@ -30,7 +31,7 @@ def one_direction(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Ten
         assert isinstance(y, Tensor)
         return y
     scan = chunk_scan()
-    out: Tensor = scan(x, dt, a, b, c, chunk_size=256, D=d, dt_bias=dt_bias, dt_softplus=True)
+    out: Tensor = scan(x, dt, a, b, c, chunk_size=CHUNK, D=d, dt_bias=dt_bias, dt_softplus=True)
     return out
 
 
