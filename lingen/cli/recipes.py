@@ -11,20 +11,30 @@ from lingen.recipe.errors import RecipeError
 @cli.command(
     "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances; and the recipes "
     "that come with lingen",
-    cli.argument("what", choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"]),
+    cli.argument(
+        "what",
+        nargs="?",
+        choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"],
+        help="default: all of them",
+    ),
     cli.JSON,
     cli.IMPORT,
 )
 def list_(args: argparse.Namespace) -> int:
-    from lingen.cli.catalogue import parts, recipes
+    from lingen.cli.catalogue import REGISTRIES, parts, recipes
+    from lingen.tables import as_cell
 
-    rows = recipes() if args.what == "recipes" else parts(args.what)
+    asked = [args.what] if args.what else [*REGISTRIES, "recipes"]
+    found = {what: recipes() if what == "recipes" else parts(what) for what in asked}
     if args.json:
-        cli.print_json(rows)
-    else:
-        from lingen.tables import as_cell
-
+        cli.print_json(found[args.what] if args.what else found)
+        return cli.DONE
+    for what, rows in found.items():
+        if not args.what:
+            print(what.upper())
         cli.print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
+        if what != asked[-1]:
+            print()
     return cli.DONE
 
 
