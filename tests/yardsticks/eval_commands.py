@@ -15,7 +15,7 @@ WEIGHTS = {"i3d": "weights/i3d.safetensors", "efficientnet": "weights/efficientn
     "which metric sees which damage: blur, noise, shuffle, freeze, reversal, hue drift; do the intervals cover?",
     argument("folders", nargs="*", metavar="DIR", help="clips or shards of them; default: the built-in shapes"),
     argument("--coverage", action="store_true", help="the intervals instead, by simulation"),
-    argument("--clips", type=natural, default=16, metavar="N", help="to damage, twice as many beside; default: 16"),
+    argument("--clips", type=natural, default=10, metavar="N", help="to damage, up to three times as many beside; default: 10"),
     argument("--times", type=natural, default=1000, metavar="N", help="simulations of each interval; default: 1000"),
     argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
              "given again; default: those of i3d and efficientnet that lie in weights"),
@@ -64,9 +64,9 @@ def _damaged(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     judge, n = Judge(networks, View(args.fps), device="cpu"), args.clips
     if args.folders:
         sources = [one for folder in args.folders for one in selftest.pieces_of(Path(folder), judge.view)]
-        sources = [sources[k] for k in np.random.default_rng(0).permutation(len(sources))]
+        sources = [sources[k] for k in np.random.default_rng(0).permutation(len(sources))[: 4 * n]]
     else:
-        sources = list(selftest.drawn(3 * n, judge.view))
+        sources = list(selftest.drawn(4 * n, judge.view))
     with count_bar("damaging") as progress:
         rows = selftest.selftest(judge, sources, n, args.jobs or len(os.sched_getaffinity(0)), progress)
     part = "clips" if args.folders else "shapes"
