@@ -1,4 +1,4 @@
-"""Measurements of measures: ``lingen eval selftest``."""
+"""``lingen eval selftest``, the measures measured, and ``lingen eval vbench``, totals over another package's files."""
 
 import argparse
 import os
@@ -15,7 +15,8 @@ WEIGHTS = {"i3d": "weights/i3d.safetensors", "efficientnet": "weights/efficientn
     "which metric sees which damage: blur, noise, shuffle, freeze, reversal, hue drift; do the intervals cover?",
     argument("folders", nargs="*", metavar="DIR", help="clips or shards of them; default: the built-in shapes"),
     argument("--coverage", action="store_true", help="the intervals instead, by simulation"),
-    argument("--clips", type=natural, default=10, metavar="N", help="to damage, up to three times as many beside; default: 10"),
+    argument("--clips", type=natural, default=10, metavar="N", help="to damage, with up to three times as many beside; "
+             "default: 10"),
     argument("--times", type=natural, default=1000, metavar="N", help="simulations of each interval; default: 1000"),
     argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
              "given again; default: those of i3d and efficientnet that lie in weights"),
@@ -97,3 +98,22 @@ def _keep(path: Path, part: str, found: dict[str, Any]) -> None:
         rows = ",\n".join(f"   {json.dumps(row)}" for row in held["rows"])
         parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join([*lines, f'  "rows": [\n{rows}\n  ]']) + "\n }")
     write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+@command(
+    "totals of VBench from the result files that it wrote",
+    argument("path", metavar="DIR|FILE", help="its *_eval_results.json, or a folder of them"),
+    JSON,
+)
+def eval_vbench(args: argparse.Namespace) -> int:
+    from .vbench import QUALITY, SEMANTIC, vbench_scores, vbench_totals
+
+    scores = vbench_scores(Path(args.path))
+    totals, missing = vbench_totals(scores), [name for name in (*QUALITY, *SEMANTIC) if name not in scores]
+    if args.json:
+        print_json({"scores": scores, **totals, "missing": missing})
+        return DONE
+    shown = {**scores, **totals}.items()
+    print_table([{"score": name, "%": "-" if value is None else f"{100 * value:.2f}"} for name, value in shown])
+    print(*(f"missing: {name}" for name in missing), sep="\n")
+    return DONE
