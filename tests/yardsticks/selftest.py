@@ -22,9 +22,8 @@ from lingen.evaluation import distances
 from lingen.evaluation.clips import CLIP_ENDS, View, show_clip
 from lingen.evaluation.comparison import REAL, Entrant, compare_subjects, names_of
 from lingen.evaluation.judging import Judge, Judged
-from lingen.evaluation.measures import measure_shapes
 from lingen.evaluation.statistics import SEED, holm
-from lingen.media import encode_mp4
+from lingen.metrics.measures import measure_shapes
 from lingen.recipe.errors import RecipeError
 
 Frames = np.ndarray
@@ -129,7 +128,7 @@ def _measured(judge: Judge, source: Source, damage: str | None, strength: float,
     found = judge.measure(np.ascontiguousarray(frames), source.prompt)
     if source.prompt:
         small = [cv2.resize(frame, (JUDGED_SIDE,) * 2, interpolation=cv2.INTER_AREA) for frame in frames]
-        found.values.update(measure_shapes(encode_mp4(small, judge.view.fps), source.prompt))
+        found.values.update(measure_shapes(np.stack(small), source.prompt))
     return found
 
 
