@@ -225,6 +225,11 @@ def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
     return [one for one in stages if folder.finished_steps(str(one.stage)) < one.train.steps]
 
 
+def is_complete(folder: RunFolder, curriculum: Curriculum) -> bool:
+    """Whether `fit` has nothing left to do in a folder."""
+    return not _unfinished(folder, curriculum.stages) and not _is_score_due(folder, curriculum.stages[-1])
+
+
 def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
     steps = folder.finished_steps(str(last.stage))
     return bool(last.score.clips and steps and scored_steps(folder) != steps)
