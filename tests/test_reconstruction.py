@@ -23,11 +23,13 @@ from lingen.autoencoder.ways import ways_of
 from lingen.cli import main
 from lingen.frozen import Missing
 from lingen.media import as_frames, beside, error_frames
-from lingen.metrics.autoencoder import pairs
+from lingen.metrics.autoencoder import PAPER, pairs
 from lingen.metrics.reconstruction import (
     Comparison,
     Quality,
     average,
+    bicubic,
+    bicubic_shape,
     mse_to_psnr,
 )
 from lingen.recipe import load_recipe, to_yaml
@@ -140,6 +142,43 @@ def test_psnr_has_an_end():
     assert mse_to_psnr(0.0) == 100 and mse_to_psnr(1.0) == 0 and mse_to_psnr(1e-3) == pytest.approx(30)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    t=st.integers(1, 100),
+    h=st.integers(4, 32).map(lambda n: n * 8),
+    w=st.integers(4, 32).map(lambda n: n * 8),
+    strides=st.sampled_from([(8, 8, 8, 16), (4, 8, 8, 8), (1, 8, 8, 4)]),
+    in_time=st.booleans(),
+)
+def test_the_small_clip_holds_as_many_numbers_as_the_latents(t, h, w, strides, in_time):
+    numbers = strides[3] * math.ceil(t / strides[0]) * (h // strides[1]) * (w // strides[2])
+    frames, height, width = bicubic_shape((t, h, w), numbers, in_time=in_time)
+    assert 1 <= frames <= t and 1 <= height <= h and 1 <= width <= w and (in_time or frames == t)
+    assert abs(3 * frames * height * width - numbers) <= 1.5 * frames * height + 1e-9 or width == 1
+
+
+def test_shapes_of_movie_gens_compression():
+    """16 channels of 8 x 8 x 8: a 96th of the numbers; 96 ** (1/3) = 4.58."""
+    numbers = 16 * 34 * 64 * 64
+    assert bicubic_shape((272, 512, 512), numbers, in_time=True) == (59, 112, 112)
+    assert bicubic_shape((272, 512, 512), numbers, in_time=False) == (272, 52, 53)
+
+
+def test_a_smooth_clip_survives_being_small_and_noise_does_not():
+    noise = torch.rand(1, 3, 12, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    smooth = film(12, 32, 32)
+    for shape in ((12, 16, 16), (6, 16, 16)):
+        rebuilt = {name: torch.cat([*bicubic([clip], shape)], 2) for name, clip in (("s", smooth), ("n", noise))}
+        assert rebuilt["s"].shape == smooth.shape
+        assert compare(smooth, rebuilt["s"]).psnr > 25 > 15 > compare(noise, rebuilt["n"]).psnr
+    flat = torch.full((1, 3, 7, 16, 16), 0.25)
+    torch.testing.assert_close(torch.cat([*bicubic([flat], (3, 5, 6))], 2), flat)
+    same = torch.cat([*bicubic([smooth], smooth.shape[2:])], 2)
+    torch.testing.assert_close(same, smooth, rtol=0, atol=1e-5)
+    in_pieces = torch.cat([*bicubic(smooth.split(5, 2), (6, 16, 16), piece=3)], 2)
+    torch.testing.assert_close(in_pieces, rebuilt["s"])
+
+
 def test_streams_of_other_pieces_are_walked_together():
     clip = film(20)
     longer = torch.cat([clip, clip[:, :, :4]], 2)
@@ -226,7 +265,7 @@ def test_pixels_lose_nothing(recipe, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == result
     assert [(row["kind"], row["what"]) for row in result["rows"]] == [("video", "pixels"), ("image", "pixels")]
     assert all(row["psnr"] == 100 and row["ssim"] == pytest.approx(1) for row in result["rows"])
-    assert [len(result["clips"]), result["way"]] == [6, "whole"]
+    assert [len(result["clips"]), result["way"], result["paper"]] == [6, "whole", PAPER]
     assert "video: 3 held-out clips (data.validation.video)" in result["notes"]
     assert any("image: 3 clips to train on: no held-out" in note for note in result["notes"])
     with Image.open(tmp_path / "out" / "side_by_side.png") as picture:
@@ -246,12 +285,13 @@ def test_the_numbers_are_those_of_the_clips(recipe, tmp_path, capsys):
     rebuilt = [nn.functional.interpolate(clip[None][:, :, ::2, ::2, ::2], scale_factor=2) for clip in clips]
     expected = average([compare(clip[None], other, None, Mean()) for clip, other in zip(clips, rebuilt, strict=True)])
     rows = {row["what"]: row for row in result["rows"]}
-    assert list(rows) == [HALVES_HERE]
+    assert list(rows) == [HALVES_HERE, "bicubic, space", "bicubic, space and time"]
     ours = rows[HALVES_HERE]
     assert {name: ours[name] for name in expected} == approximately(expected)
-    assert ours["numbers"] == 1 / 8 and 10 < ours["psnr"] < 50
+    assert ours["numbers"] == 1 / 8 and rows["bicubic, space"]["numbers"] == pytest.approx(1 / 8, rel=0.1)
+    assert 10 < ours["psnr"] < rows["bicubic, space"]["psnr"] < 50  # every second pixel is a poor average
     assert result["latents"]["video"]["std"] == pytest.approx(float(clips.std()), rel=0.1)
-    assert f"{ours['psnr']:.2f}" in shown
+    assert f"{ours['psnr']:.2f}" in shown and "Movie Gen's TAE" in shown and "32.25" in shown
 
 
 def test_a_clip_goes_any_way(recipe, tmp_path):
