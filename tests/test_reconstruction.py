@@ -294,13 +294,17 @@ def test_the_numbers_are_those_of_the_clips(recipe, tmp_path, capsys):
     assert f"{ours['psnr']:.2f}" in shown and "Movie Gen's TAE" in shown and "32.25" in shown
 
 
-def test_a_clip_goes_any_way(recipe, tmp_path):
-    words = ("--clips", "2", "data.frames=5", "data.size=[32,32]")
-    exact = evaluated(recipe(), tmp_path / "out", *words)
-    assert exact["way"] == "exact" and exact["data"]["video"]["size"] == [32, 32]
+def test_the_ways_are_compared(recipe, tmp_path):
+    words = ("--clips", "2", "--compare", "--frames", "5", "--size", "32x32")
+    result = evaluated(recipe(), tmp_path / "out", *words)
+    assert result["way"] == "exact" and result["data"]["video"]["size"] == [32, 32]
+    assert list(result["compare"]) == ["video: exact against whole"]
     tiled = evaluated(recipe(), tmp_path / "out", *words, "--tile", "16x16")
-    assert tiled["way"] == "tiled"
-    assert tiled["rows"][0]["psnr"] == pytest.approx(exact["rows"][0]["psnr"], abs=1e-3)  # nothing reaches out
+    assert list(tiled["compare"]) == [
+        "video: tiled against whole", "video: exact against whole", "video: exact against tiled",
+    ]  # fmt: skip
+    assert all(one["psnr"] > 90 and one["latents"] < 1e-6 for one in tiled["compare"].values())  # nothing reaches out
+    assert tiled["rows"][0]["psnr"] == pytest.approx(result["rows"][0]["psnr"], abs=1e-3) and tiled["way"] == "tiled"
 
 
 def run_of(recipe: str, folder: Path, *overrides: str) -> Path:
@@ -331,11 +335,11 @@ def test_a_run_is_judged_with_its_own_autoencoder(recipe, tmp_path, name):
     own = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (own["autoencoder"]["name"], own["autoencoder"]["path"]) == ("tae", weights)
     assert own["autoencoder"]["width"] == (32 if name == "tae_small" else 8)
-    other = evaluated(recipe("pixels"), tmp_path / "out", *words, "--checkpoint", weights, "data.size=[32,32]")
+    other = evaluated(recipe("pixels"), tmp_path / "out", *words, "--checkpoint", weights, "--size", "32x32")
     assert other["autoencoder"]["path"] == weights
     assert other["rows"][0]["psnr"] == pytest.approx(own["rows"][0]["psnr"])
     if name == "tae_small":
-        packaged = evaluated(recipe(name), tmp_path / "out", *words, "data.size=[32,32]")
+        packaged = evaluated(recipe(name), tmp_path / "out", *words, "--size", "32x32")
         assert packaged["rows"][0]["psnr"] == pytest.approx(own["rows"][0]["psnr"])
 
 
@@ -345,10 +349,12 @@ def test_whose_autoencoder_is_meant_is_asked(recipe, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "no autoencoder of its own" in told and f"--recipe {run}/recipe.yaml" in told
     assert evaluated(f"{run}/recipe.yaml", tmp_path / "out", "--clips", "1")["autoencoder"]["name"] == "tae_small"
+    assert main(["eval", "tae", "--run", str(run), "--autoencoder", "pixels"]) == 2
+    assert "are two autoencoders" in capsys.readouterr().err
 
 
 def test_any_autoencoder_on_the_clips_of_an_autoencoders_recipe(recipe, tmp_path):
-    words = (*TRAINS, "sample.decode=exact", "autoencoder=pixels", "--clips", "1")
+    words = (*TRAINS, "sample.decode=exact", "--autoencoder", "pixels", "--clips", "1")
     assert evaluated(recipe("tae_small"), tmp_path / "out", *words)["rows"][0]["psnr"] == 100
 
 
@@ -408,21 +414,26 @@ HALVES = f"autoencoder={HALVES_HERE}"
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["data.size=[17,16]"], 2, "height of 17 pixels is no multiple of 2.*take 16 or 18"),
-        (["data.size=[16,8]"], 2, "16x8 are too small to be compared"),
+        (["--size", "17x16"], 2, "height of 17 pixels is no multiple of 2.*take 16 or 18"),
+        (["--size", "16x8"], 2, "16x8 are too small to be compared"),
         ([HALVES, "autoencoder.path=no.safetensors"], 2, "missing: halves no.safetensors: Put the file there"),
-        (["autoencoder=pixels", "--stream", "exact"], 2, "no streams of its own; take tiled or whole"),
-        ([HALVES, "autoencoder.alone=true", "data.frames=4"], 2, "4 frames do not fit; take 3 or 5 frames"),
+        (["--autoencoder", "pixels", "--stream", "exact"], 2, "no streams of its own; take tiled or whole"),
+        (
+            [HALVES, "autoencoder.alone=true", "data.frames=5", "--frames", "4"],
+            2,
+            "4 frames do not fit; take 3 or 5 frames",
+        ),
         (["--stream", "tiled", "--tile", "15x16"], 2, "tile=15x16: height and width must be multiples of 2"),
         (["--tile", "6x16"], 2, "tile=6x16 is too small.*take 8 pixels a side or more"),
         (["--tile", "16x16", "--stream", "exact"], 2, "--tile goes with --stream tiled, not with --stream exact"),
-        (["data.frames=50"], 1, "short clip: 6 frames where 50"),
+        (["--frames", "50"], 1, "short clip: 6 frames where 50"),
         ([HALVES, "autoencoder.broken=true"], 1, "NaN or infinity"),
         (["data.shards.video=no-*.tar"], 2, "no-"),
         (["--run", "a", "--checkpoint", "b"], 2, "either --run DIR or --checkpoint F"),
         (["--checkpoint", "no.safetensors"], 2, "no run folder or weights file"),
         (["--stage", "other"], 2, "other"),
-        (["autoencoder=pixel"], 2, "Did you mean 'pixels'"),
+        (["--autoencoder", "pixel"], 2, "Did you mean 'pixels'"),
+        (["--size", "16"], 2, "no height x width"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(recipe, tmp_path, capsys, words, code, message):
@@ -442,6 +453,6 @@ def test_without_a_recipe(capsys, tmp_path):
 
 
 def test_a_denoisers_patches_need_not_fill_the_clip(recipe, tmp_path):
-    result = evaluated(recipe("pixels"), tmp_path / "out", "--clips", "1", "data.size=[13,15]", "data.frames=3")
+    result = evaluated(recipe("pixels"), tmp_path / "out", "--clips", "1", "--size", "13x15", "--frames", "3")
     assert (result["data"]["video"]["size"], result["data"]["video"]["frames"]) == ([13, 15], 3)
     assert result["rows"][0]["psnr"] == 100

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
 from lingen.autoencoder.tiling import Tiles, tiles_of
-from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for
+from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for, ways_of
 from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch, Progress, no_progress
 from lingen.data.buckets import Pool
@@ -21,7 +21,7 @@ from lingen.data.datamodule import ClipData
 from lingen.files import check_place, write_json
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video, sheet_frames
-from lingen.metrics.reconstruction import LEAST_SIDE, Comparison, Quality, average, bicubic, bicubic_shape
+from lingen.metrics.reconstruction import LEAST_SIDE, Comparison, Quality, average, bicubic, bicubic_shape, mse_to_psnr
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL
@@ -43,6 +43,7 @@ class Request:
     """One of `WAYS`; None: exact where the autoencoder has streams, else whole."""
     tile: tuple[int, int] | None = None
     """Height and width in pixels of the tiles of the way ``tiled``; None: space is not cut."""
+    compare: bool = False
     device: str = "cpu"
 
 
@@ -56,7 +57,7 @@ def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_
         out: a folder.
     Returns:
         what metrics.json holds: `rows`, each the means over the clips of a kind; `clips`, the numbers of each clip;
-        `notes`, sentences that a reader should see.
+        `compare`; `notes`, sentences that a reader should see.
     """
     check_place(out)
     recipe = _of_one_shape(recipe, asked.clips)
@@ -173,6 +174,7 @@ class _Judge:
         self.numbers: dict[tuple[str, str], float] = {}
         """Numbers of the latents as a share of those of the clip."""
         self.clips: list[dict[str, Any]] = []
+        self.between: dict[str, dict[str, list[float]]] = {}
         self.shown: dict[str, list[np.ndarray]] = {"video": [], "image": []}
         self.spread: dict[str, list[tuple[float, float]]] = {}
 
@@ -208,6 +210,8 @@ class _Judge:
         for what, quality in found.items():
             self.scores.setdefault((kind, what), []).append(quality)
         self.clips.append({"kind": kind, "key": batch.keys[0], **{what: asdict(one) for what, one in found.items()}})
+        if self.asked.compare:
+            self._compare_ways(kind, clip)
 
     def _pieces(self, clip: Tensor) -> Iterator[Tensor]:
         """uint8 [1 3 t h w] -> pieces in -1..1 on the device."""
@@ -250,6 +254,21 @@ class _Judge:
             self.shown[kind] += [one, other, error_frames(one, other)]
         return comparison.result()
 
+    def _compare_ways(self, kind: str, clip: Tensor) -> None:
+        """Differences between the ways: PSNR of decodes of the same latents, relative RMS of latents of the same
+        clip. Without a tile, nothing is cut and ``tiled`` is left out."""
+        skipped = () if self.tiles else ("tiled",)
+        ways = [way for way in reversed(ways_of(self.autoencoder)) if way not in skipped]
+        encoded = {way: encode(self.autoencoder, self._pieces(clip), way, self.tiles).float() for way in ways}
+        decoded = {way: torch.cat([*decode(self.autoencoder, encoded["whole"], way, self.tiles)], 2) for way in ways}
+        decoded = {way: video[:, :, : clip.shape[2]].float().clamp(-1, 1) / 2 for way, video in decoded.items()}
+        for number, way in enumerate(ways):
+            for other in ways[:number]:
+                held = self.between.setdefault(f"{kind}: {way} against {other}", {"psnr": [], "latents": []})
+                held["psnr"].append(mse_to_psnr(float((decoded[way] - decoded[other]).square().mean())))
+                difference = (encoded[way] - encoded[other]).square().mean() / encoded[other].square().mean()
+                held["latents"].append(math.sqrt(float(difference)))
+
     def result(self) -> dict[str, Any]:
         rows = [
             {"kind": kind, "what": what, "numbers": self.numbers[kind, what], **average(scores)}
@@ -259,7 +278,11 @@ class _Judge:
             kind: {"mean": sum(a for a, _ in each) / len(each), "std": sum(b for _, b in each) / len(each)}
             for kind, each in self.spread.items()
         }
-        return {"rows": rows, "latents": spread, "notes": self.notes, "clips": self.clips}
+        between = {
+            name: {what: sum(values) / len(values) for what, values in each.items()}
+            for name, each in self.between.items()
+        }
+        return {"rows": rows, "latents": spread, "compare": between, "notes": self.notes, "clips": self.clips}
 
     def picture(self) -> None:
         """Rows: clip, reconstruction, four times their difference."""

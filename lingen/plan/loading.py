@@ -14,7 +14,7 @@ from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, r
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
 
-CUDA_KERNELS = ("triton", "cudnn")
+CUDA_KERNELS = ("triton", "stock", "flash", "cudnn")
 """Kernels that do not run on a CPU."""
 
 OURS = {
