@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lingen.kernels import attention, ssd
+from lingen.kernels.attention import attention
+from lingen.kernels.ssd import ssd
 from tests.helpers.closeness import assert_close
 
 SHAPES = [(1, 1, 1), (7, 1, 4), (33, 2, 8), (40, 3, 16), (5, 1, 64)]
@@ -43,22 +44,21 @@ def test_chunked_is_the_recurrence(n, groups, chunk, without):
     parts |= dict.fromkeys(without)
     if "dt_bias" in without:
         parts["dt"] = parts["dt"].detach().abs().requires_grad_()
-    fast = ssd(**parts, return_state=True, kernel="chunked", chunk=chunk)
-    slow = ssd(**parts, return_state=True, kernel="reference")
-    wanted = gradients(slow, parts)
-    assert_close("outputs", slow, fast, 1e-12)
-    assert_close("gradient of", wanted, gradients(fast, parts), 1e-12)
-    assert torch.equal(ssd(**parts, kernel="chunked", chunk=chunk), fast[0])
+    fast = ssd(**parts, kernel="chunked", chunk=chunk)
+    slow = ssd(**parts, kernel="reference")
+    wanted = gradients([slow], parts)
+    assert_close("output", slow, fast, 1e-12)
+    assert_close("gradient of", wanted, gradients([fast], parts), 1e-12)
 
 
 @pytest.mark.parametrize("n, chunk", [(150, 1), (9000, 2)])
 def test_many_chunks_are_passed_on_in_groups(n, chunk):
     parts = operands(n, 1, batch=1, per_group=1, width=1, states=2)
-    fast = ssd(**parts, return_state=True, chunk=chunk)
-    slow = ssd(**parts, return_state=True, kernel="chunked", chunk=256)
-    wanted = gradients(slow, parts)
-    assert_close("outputs", slow, fast, 1e-12)
-    assert_close("gradient of", wanted, gradients(fast, parts), 1e-12)
+    fast = ssd(**parts, chunk=chunk)
+    slow = ssd(**parts, kernel="chunked", chunk=256)
+    wanted = gradients([slow], parts)
+    assert_close("output", slow, fast, 1e-12)
+    assert_close("gradient of", wanted, gradients([fast], parts), 1e-12)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
@@ -67,8 +67,8 @@ def test_low_precision_keeps_its_distance(dtype, limit):
     given = {name: part.detach().to(dtype) for name, part in exact.items() if name != "initial_state"}
     want = ssd(**{name: part.double() for name, part in given.items()}, kernel="reference")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, state = ssd(**given, return_state=True, chunk=16)
-    assert got.dtype == dtype and state.dtype == torch.float32
+        got = ssd(**given, chunk=16)
+    assert got.dtype == dtype
     assert_close("output", want, got, limit)
 
 
@@ -85,8 +85,7 @@ def test_short_steps_keep_their_digits_after_long_ones(chunk):
 def test_gradients_stay_finite_at_extreme_steps(step):
     parts = operands(40, 1, dtype=torch.float32) | {"dt_bias": None}
     parts["dt"] = torch.full_like(parts["dt"], step).requires_grad_()
-    outputs = ssd(**parts, return_state=True, chunk=8)
-    for name, grad in gradients(outputs, parts).items():
+    for name, grad in gradients([ssd(**parts, chunk=8)], parts).items():
         assert grad.isfinite().all(), name
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import RMSNorm, head_count
-from lingen.kernels import attention
+from lingen.kernels.attention import attention
 from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
 from lingen.recipe.signature import checked
 

@@ -116,7 +116,6 @@ def _by_flips(
     b, c = (part.unflatten(-1, (groups, -1)).flatten(2, 3) for part in (b, c))
     begin = None if state is None else state.flatten(1, 2)
     y = ssd(x, dt, a.flatten(), b, c, d.flatten(), dt_bias.flatten(), begin, kernel=kernel)
-    assert isinstance(y, Tensor)
     sides = y.flatten(2).chunk(ways, -1)
     return sides[0] if ways == 1 else sides[0] + sides[1].flip(1)
 
