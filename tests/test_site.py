@@ -70,6 +70,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         follow("index.md")
+        assert (folder / "green_square.mp4").stat().st_size > 500
     return folder
 
 
@@ -106,7 +107,7 @@ def test_every_file_of_a_run_is_explained(followed: Path):
                    or "/".join(parts[:2]) + "/" in named for part in parts), path  # fmt: skip
 
 
-@pytest.mark.parametrize("page", PROSE)
+@pytest.mark.parametrize("page", [*PROSE, "performance.md"])
 def test_commands_that_are_only_shown_are_understood(page: str):
     for line in (line for language, text in blocks(page) if language == "text" for line in text.strip().splitlines()):
         command, *words = shlex.split(line)

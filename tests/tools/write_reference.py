@@ -120,6 +120,7 @@ prints a recipe with all of them.
 acts from the step at which the run goes on and is written down, `free` changes nothing that is learned
 ([what a run is](../architecture.md#what-a-run-is)). **Source** is what the line names ("paper" is LinGen's); where it
 is empty, the source is what the section's first lines name, and a number that no paper gives is ours.
+
 The same table for editors: `lingen show --schema`, which is `recipes/recipe.schema.json`.
 """
     top, sections = [], []
