@@ -26,14 +26,7 @@ from lingen.ranks.signs import LifeSigns
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.sampling.samples import (
-    EVALUATED,
-    SHEET,
-    evaluate_prompts,
-    sample_prompts,
-    sample_reconstructions,
-    score_samples,
-)
+from lingen.sampling import samples
 from lingen.tables import as_table
 from lingen.training import lock, record, sessions
 from lingen.training.base import Trained
@@ -270,7 +263,7 @@ def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> Iterator[None
         reporter.say(f"the score stands in {folder.score}")
         return
     reporter.say(f"judging {last.score.clips} clips of held-out captions")
-    yield from score_samples(folder, last)
+    yield from samples.score_samples(folder, last)
 
 
 def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
@@ -369,14 +362,14 @@ def _fit_once(
 
     def sample(module: Trained, step: int) -> None:
         if isinstance(module, LinGenModule):
-            sample_prompts(module, folder, step, recipe.sample.prompts)
+            samples.sample_prompts(module, folder, step, recipe.sample.prompts)
         else:
-            sample_reconstructions(cast(Any, module), data, folder, step)
+            samples.sample_reconstructions(cast(Any, module), data, folder, step)
         signals.check()
 
     def evaluate(module: Trained, step: int) -> None:
-        captions = on_first_rank(lambda: data.held_out_captions(EVALUATED))
-        evaluate_prompts(cast(LinGenModule, module), captions)
+        captions = on_first_rank(lambda: data.held_out_captions(samples.EVALUATED))
+        samples.evaluate_prompts(cast(LinGenModule, module), captions)
 
     def finish(module: Trained, step: int) -> None:
         module.before_saving(data)
@@ -388,7 +381,7 @@ def _fit_once(
 
     def build() -> tuple[lightning.Trainer, Trained]:
         clips = ClipsDuringTraining(
-            sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge, "sample_every"
+            sample, lambda step: (folder.samples(name, step) / samples.SHEET).is_file(), edge, "sample_every"
         )
         measured = ClipsDuringTraining(evaluate, is_evaluated, edge, "evaluate_every")
         steps = LambdaCallback(on_train_batch_end=lambda trainer, *_: reporter.step(trainer.global_step))

@@ -131,7 +131,7 @@ def test_a_first_node_without_an_address_is_told_once_a_node(monkeypatch: pytest
 
 def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(launch, "MEETING", timedelta(seconds=0.5))
-    monkeypatch.setattr(launch, "SLOW", timedelta(seconds=0.2))
+    monkeypatch.setattr(launch, "TELL_AFTER", timedelta(seconds=0.2))
     store = dist.HashStore()
     for rank in (0, 2):
         store.set(f"here/{rank}", "")

@@ -8,47 +8,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lingen.cli.command import (
-    DONE,
-    FAILED,
-    JSON,
-    RECIPE,
-    STAGE,
-    STREAM_FLAGS,
-    argument,
-    command,
-    count_bar,
-    natural,
-    positive,
-    print_json,
-    print_table,
-    size_of,
-    ways_of_args,
-)
+from lingen.cli import command as cli
 from lingen.cli.encode import DEVICE
 from lingen.cli.prompts import lines_of
 from lingen.recipe.errors import RecipeError
 
 
-@command(
+@cli.command(
     "how well a recipe's autoencoder reconstructs its held-out clips, next to bicubic scaling of the same size",
-    RECIPE,
-    STAGE,
-    argument("--run", metavar="DIR", help="the autoencoder of a run's last finished stage; it also is the recipe"),
-    argument("--checkpoint", metavar="F", help="the autoencoder of a weights file of such a run"),
-    argument("--autoencoder", metavar="NAME", help="another one than the recipe's, e.g. pixels"),
-    argument("--clips", type=natural, default=8, metavar="N", help="of each kind; default: 8"),
-    argument("--frames", type=natural, metavar="T", help="of a clip; default: the recipe's"),
-    argument("--size", type=size_of, metavar="HxW", help="default: the recipe's"),
-    *STREAM_FLAGS,
-    argument("--compare", action="store_true", help="also how far the ways are apart, tiles where there is a --tile"),
-    argument("--out", default="eval/tae", metavar="DIR", help="default: eval/tae"),
+    cli.RECIPE,
+    cli.STAGE,
+    cli.argument("--run", metavar="DIR", help="the autoencoder of a run's last finished stage; it also is the recipe"),
+    cli.argument("--checkpoint", metavar="F", help="the autoencoder of a weights file of such a run"),
+    cli.argument("--autoencoder", metavar="NAME", help="another one than the recipe's, e.g. pixels"),
+    cli.argument("--clips", type=cli.natural, default=8, metavar="N", help="of each kind; default: 8"),
+    cli.argument("--frames", type=cli.natural, metavar="T", help="of a clip; default: the recipe's"),
+    cli.argument("--size", type=cli.size_of, metavar="HxW", help="default: the recipe's"),
+    *cli.STREAM_FLAGS,
+    cli.argument("--compare", action="store_true",
+                 help="also how far the ways are apart, tiles where there is a --tile"),
+    cli.argument("--out", default="eval/tae", metavar="DIR", help="default: eval/tae"),
     DEVICE,
-    JSON,
+    cli.JSON,
     overrides=True,
 )  # fmt: skip
 def eval_tae(args: argparse.Namespace) -> int:
-    way, tile = ways_of_args(args)
+    way, tile = cli.ways_of_args(args)
     recipe = _recipe(args)
     from lingen.kernels.choice import best_device
     from lingen.metrics.autoencoder import Request, evaluate
@@ -56,19 +41,19 @@ def eval_tae(args: argparse.Namespace) -> int:
     asked = Request(
         clips=args.clips, way=way, tile=tile, compare=args.compare, device=str(best_device(args.device)),
     )  # fmt: skip
-    with count_bar("reconstructing") as progress:
+    with cli.count_bar("reconstructing") as progress:
         try:
             result = evaluate(recipe, asked, Path(args.out), progress)
         except RecipeError:
             raise
         except ValueError as error:  # no sample fits, or a reconstruction is not finite
             print(error, file=sys.stderr)
-            return FAILED
+            return cli.FAILED
     if args.json:
-        print_json(result)
+        cli.print_json(result)
     else:
         _print(result, Path(args.out))
-    return DONE
+    return cli.DONE
 
 
 UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sample.tile=null")
@@ -136,10 +121,10 @@ def _folder(run: str) -> Any:
 
 
 def _print(result: dict[str, Any], out: Any) -> None:
-    print_table([*_rows(result)])
+    cli.print_table([*_rows(result)])
     if result["compare"]:
         print()
-        print_table(
+        cli.print_table(
             [
                 {"ways": name, "decodes, PSNR": f"{one['psnr']:.2f}", "latents, relative RMS": f"{one['latents']:.2g}"}
                 for name, one in result["compare"].items()
@@ -178,21 +163,24 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
         }
 
 
-@command(
+@cli.command(
     "subjects side by side: distances to real clips, motion, coherence, text; with intervals, floors, tests of pairs",
-    argument("subjects", nargs="+", metavar="A", help="folders of clips, runs, weights files; results.json of before"),
-    argument("--real", metavar="DIR", help="a folder of real clips, for distances"),
-    argument("--prompts", metavar="FILE", help="one a line: what runs are asked, and what each subject should hold"),
-    argument("--repeat", type=natural, default=1, metavar="N", help="clips of each of --prompts; default: 1"),
-    argument("--seed", type=int, default=0, help="of clips that are sampled here; default: 0"),
-    argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
-             "given again; default: i3d and efficientnet"),
-    argument("--clip", metavar="DIR", help="a CLIP of open_clip, for the CLIP score"),
-    argument("--fps", type=positive, default=8.0, metavar="F", help="at which all clips are judged; default: 8"),
-    argument("--frames", type=natural, default=16, metavar="T", help="that video networks see; default: 16"),
-    argument("--out", default="eval/clips", metavar="DIR", help="default: eval/clips"),
+    cli.argument("subjects", nargs="+", metavar="A",
+                 help="folders of clips, runs, weights files; results.json of before"),
+    cli.argument("--real", metavar="DIR", help="a folder of real clips, for distances"),
+    cli.argument("--prompts", metavar="FILE",
+                 help="one a line: what runs are asked, and what each subject should hold"),
+    cli.argument("--repeat", type=cli.natural, default=1, metavar="N", help="clips of each of --prompts; default: 1"),
+    cli.argument("--seed", type=int, default=0, help="of clips that are sampled here; default: 0"),
+    cli.argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
+                 "given again; default: i3d and efficientnet"),
+    cli.argument("--clip", metavar="DIR", help="a CLIP of open_clip, for the CLIP score"),
+    cli.argument("--fps", type=cli.positive, default=8.0, metavar="F",
+                 help="at which all clips are judged; default: 8"),
+    cli.argument("--frames", type=cli.natural, default=16, metavar="T", help="that video networks see; default: 16"),
+    cli.argument("--out", default="eval/clips", metavar="DIR", help="default: eval/clips"),
     DEVICE,
-    JSON,
+    cli.JSON,
 )  # fmt: skip
 def eval_clips(args: argparse.Namespace) -> int:
     from lingen.evaluation.clips import View
@@ -204,24 +192,24 @@ def eval_clips(args: argparse.Namespace) -> int:
     features, view = args.features or ("i3d", "efficientnet"), View(args.fps, args.frames)
     judge = partial(Judge, features, view, args.clip, args.device)
     found = evaluate_clips(
-        args.subjects, judge, Path(args.out), count_bar, real=args.real, repeat=args.repeat,
+        args.subjects, judge, Path(args.out), cli.count_bar, real=args.real, repeat=args.repeat,
         prompts=lines_of(args.prompts) if args.prompts else (), seed=args.seed,
     )  # fmt: skip
     if args.json:
-        print_json(found)
-        return DONE
+        cli.print_json(found)
+        return cli.DONE
     lines: dict[str, dict[str, str]] = {}
     for row in found["results"]:
         around = "" if row["interval"] is None else " [{:.4g}, {:.4g}]".format(*row["interval"])
         line = lines.setdefault(row["metric"], {"metric": row["metric"], "floor": _cell(row["floor"], ".4g")})
         line[row["subject"]] = f"{row['value']:.4g}{around}"
-    print_table(list(lines.values()))
-    print_table(
+    cli.print_table(list(lines.values()))
+    cli.print_table(
         [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in found["comparisons"]]
     )
     failed = [f"{name}: {n} x {why}" for name, held in found["failures"].items() for why, n in held.items()]
     print(*failed, *found["notes"], *(Path(args.out) / f"results.{end}" for end in ("png", "json")), sep="\n")
-    return DONE
+    return cli.DONE
 
 
 def _cell(value: float | None, form: str) -> str:

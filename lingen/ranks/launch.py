@@ -26,7 +26,7 @@ from lingen.recipe.sizes import ranks_of
 T = TypeVar("T")
 log = logging.getLogger("lingen")
 
-MEETING, SLOW = timedelta(minutes=10), timedelta(minutes=1)
+MEETING, TELL_AFTER = timedelta(minutes=10), timedelta(minutes=1)
 """How long ranks wait for each other to come, and after which time those that are missing are named."""
 CUDA_BACKEND = "cpu:gloo,cuda:nccl"
 """Of the ranks' process group where tensors are on GPUs: plain values that they tell each other stay off them."""
@@ -118,14 +118,14 @@ def meet(own: Rank, store: Any) -> None:
     """
     if own.rank:
         try:
-            return store.wait(["met"], MEETING + SLOW)
+            return store.wait(["met"], MEETING + TELL_AFTER)
         except (dist.DistError, RuntimeError) as error:
             raise OtherRankError("not all ranks came") from error
     began, is_told = time.monotonic(), False
     while not store.check([f"here/{rank}" for rank in range(own.ranks)]):
         time.sleep(0.1)
         waited = timedelta(seconds=time.monotonic() - began)
-        if waited > MEETING or waited > SLOW and not is_told:
+        if waited > MEETING or waited > TELL_AFTER and not is_told:
             missing = [rank for rank in range(own.ranks) if not store.check([f"here/{rank}"])]
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             told = ", ".join(f"{rank} of node {rank // own.per_node}" for rank in missing[:4])

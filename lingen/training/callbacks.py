@@ -64,12 +64,7 @@ class StepEdge(Callback):
             self.stop(trainer, number)
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._own.record(batch)
         recipe = pl_module.recipe
@@ -174,12 +169,7 @@ class ClipsDuringTraining(Callback):
             self._make(trainer, pl_module)
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % pl_module.recipe.train.accumulate == 0 and self._is_due(pl_module, trainer.global_step):
             self._make(trainer, pl_module)

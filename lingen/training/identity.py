@@ -32,13 +32,7 @@ SAMPLES = "samples."
 """Start of the keys of a course that count the samples of all ranks in a step: they follow from `PER_STEP`."""
 PER_STEP = ("data.batch.image", "data.batch.video", "train.accumulate", "trainer.devices", "trainer.num_nodes")
 """Settings that are no change of course as long as a step holds as many samples: only rounding differs."""
-PRECISION_SPELLINGS = {
-    "None": "32-true",
-    "32": "32-true",
-    "64": "64-true",
-    "16": "16-mixed",
-    "bf16": "bf16-mixed",
-}
+PRECISION_SPELLINGS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """Other spellings that Lightning knows, as texts; numbers are some, too."""
 
 
