@@ -16,6 +16,8 @@ lingen is measured against. Nothing here is something that lingen itself runs on
 - `twins`: ``lingen bench model --twins``, a DiT of equal size and LinGen of stock parts.
 - `loader`: ``lingen bench loader``, lingen's loader on raw, encoded and remote shards, measured in `pairs` beside its
   `rivals`: a bare PyAV loop and plain webdataset; beside them the cost of an index of very many samples, `index_scale`.
+- `selftest`, `coverage`, `eval_commands`: ``lingen eval selftest``, which metric sees which damage, and what intervals
+  cover; `vbench`: ``lingen eval vbench``.
 - `loopback`: a web server on this machine, a stand-in for remote shards.
 
 `lingen.cli.bench.yardstick` loads them by their place beside the package; an installed wheel does not hold them.

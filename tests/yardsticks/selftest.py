@@ -18,7 +18,6 @@ import torch
 from lingen.data.batch import Progress
 from lingen.data.shards import read_shard
 from lingen.data.synthetic import captions, draw_clip
-from lingen.evaluation import distances
 from lingen.evaluation.clips import CLIP_ENDS, View, show_clip
 from lingen.evaluation.comparison import REAL, Entrant, compare_subjects, names_of
 from lingen.evaluation.judging import Judge, Judged
@@ -31,8 +30,6 @@ Frames = np.ndarray
 
 SEEN = 0.05
 """Holm's p over all metrics of a comparison, below which a damage counts as seen."""
-SWAPS = 199
-"""Permutations of the test of Frechet distances."""
 JUDGED_SIDE = 48
 """Pixels at which the judge of shapes looks: its thresholds are for small clips."""
 
@@ -176,33 +173,23 @@ def measure_all(
     return found
 
 
-def frechet_p(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Frechet distance of `first` to the real clips minus that of `second`, and p of "as far": they change places
-    within each clip. `lingen eval` has no such test."""
-    rng, pick = np.random.default_rng(SEED), np.random.default_rng(SEED).permutation(len(real))[: len(first)]
-    apart = []
-    for swap in np.concatenate([np.zeros((1, len(first))), rng.integers(0, 2, (SWAPS, len(first)))]).astype(bool):
-        sides = np.where(swap[:, None], second, first), np.where(swap[:, None], first, second)
-        apart.append(np.subtract(*(distances.frechet_distance(one, real[pick]) for one in sides)))
-    return float(apart[0]), float((np.abs(apart) >= abs(apart[0]) * (1 - 1e-9)).mean())
-
-
-def compared(judge: Judge, damaged: Entrant, clean: Entrant, real: Entrant) -> dict[str, dict[str, float]]:
+def compared(judge: Judge, damaged: Entrant, clean: Entrant, real: Entrant) -> dict[str, dict[str, float | None]]:
     """Metric -> value of either set, effect and Holm's p. The effect is the difference in standard deviations of
-    undamaged clips; of a distance in floors (what real clips have among themselves)."""
+    undamaged clips; of a distance in floors (what real clips have among themselves). Frechet distances have no p, as in
+    `lingen eval`."""
     found, spread = compare_subjects(judge, [damaged, clean], real), clean.metrics()
     rows = {(row["subject"], row["metric"]): row for row in found["results"]}
     tests = {row["metric"]: row for row in found["comparisons"] if row["metric"] != "failed clips"}
-    for network in judge.networks:
-        sides = [one.features(network, list(one.judged)).rows for one in (damaged, clean, real)]
-        difference, p = frechet_p(*sides)
-        tests[names_of(network)[1]] = {"difference": difference, "p": p}
-    shown: dict[str, dict[str, float]] = {}
-    for (metric, test), p in zip(tests.items(), holm([one["p"] for one in tests.values()]), strict=True):
+    adjusted: list[float | None] = [*holm([one["p"] for one in tests.values()])]
+    differences = {metric: one["difference"] for metric, one in tests.items()}
+    for metric in [names_of(network)[1] for network in judge.networks]:
+        differences[metric] = rows["damaged", metric]["value"] - rows["clean", metric]["value"]
+        adjusted.append(None)
+    shown: dict[str, dict[str, float | None]] = {}
+    for (metric, difference), p in zip(differences.items(), adjusted, strict=True):
         one, other = rows["damaged", metric], rows["clean", metric]
         unit = one["floor"] or float(np.std(list(spread[metric].values()))) or 1.0
-        effect = test["difference"] / unit
-        shown[metric] = {"clean": other["value"], "damaged": one["value"], "effect": effect, "p": p}
+        shown[metric] = {"clean": other["value"], "damaged": one["value"], "effect": difference / unit, "p": p}
     return shown
 
 
@@ -229,13 +216,13 @@ def selftest(judge: Judge, sources: Sequence[Source], n: int, jobs: int, progres
                 for key in ("damaged", "effect", "p"):
                     row.setdefault(key, []).append(_short(one[key]))
     for row in rows.values():
-        blind = [number for number, p in enumerate(row["p"], start=1) if p >= SEEN]
+        blind = [number for number, p in enumerate(row["p"], start=1) if p is None or p >= SEEN]
         row["from"] = None if 5 in blind else max(blind, default=0) + 1
     return list(rows.values())
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -243,7 +230,8 @@ def table_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault(row["metric"], {"metric": row["metric"]})
-        line[row["damage"]] = f"{row['from'] or '-'} ({row['effect'][-1]:+.2g})"
+        seen = "" if row["p"][0] is None else f"{row['from'] or '-'} "
+        line[row["damage"]] = f"{seen}({row['effect'][-1]:+.2g})"
     return list(lines.values())
 
 
@@ -261,7 +249,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         own = {row["metric"]: row for row in rows if row["damage"] == damage}
         effects = np.array([own[metric]["effect"] for metric in metrics])
         image = panel.imshow(effects, cmap="RdBu_r", norm=SymLogNorm(0.1, vmin=-30, vmax=30), aspect="auto")
-        seen = np.argwhere(np.array([own[metric]["p"] for metric in metrics]) < SEEN)
+        seen = np.argwhere(np.array([own[metric]["p"] for metric in metrics], float) < SEEN)
         panel.plot(seen[:, 1], seen[:, 0], "k.", markersize=4)
         panel.set_title(damage, fontsize=9)
         panel.set_xticks(range(5), [f"{one:g}" for one in strengths], fontsize=7)
