@@ -96,7 +96,8 @@ def test_ranks_of_shards_train_what_one_process_trains(tmp_path: Path):
 @pytest.mark.slow
 def test_two_ranks_of_shards_validate_and_sample_as_one_process(tiny_recipe: Path, tmp_path: Path):
     """Both stages, through the command line: weights, metrics and samples."""
-    overrides = ["train.validate_every=3", "train.sample_every=2"]
+    overrides = ["train.validate_every=3", "train.sample_every=2", "data.size=[16, 16]"]
+    overrides += ["stages.clips.train.evaluate_every=4"]
     words = ["--recipe", str(tiny_recipe), "--run", str(tmp_path / "two"), *overrides]
     said = run_ranks(["-m", "lingen", "fit", *words, "trainer.devices=2", "trainer.strategy=fsdp"], 2)
     assert "8 samples were used" in said[0] and said[1] == ""
