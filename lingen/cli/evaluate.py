@@ -173,7 +173,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     cli.argument("--repeat", type=cli.natural, default=1, metavar="N", help="clips of each of --prompts; default: 1"),
     cli.argument("--seed", type=int, default=0, help="of clips that are sampled here; default: 0"),
     cli.argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
-                 "given again; default: i3d and efficientnet"),
+                 "given again; default: efficientnet, and with --real i3d"),
     cli.argument("--clip", metavar="DIR", help="a CLIP of open_clip, for the CLIP score"),
     cli.argument("--fps", type=cli.positive, default=8.0, metavar="F",
                  help="at which all clips are judged; default: 8"),
@@ -189,8 +189,9 @@ def eval_clips(args: argparse.Namespace) -> int:
     from lingen.files import check_place
 
     check_place(Path(args.out))
-    features, view = args.features or ("i3d", "efficientnet"), View(args.fps, args.frames)
-    judge = partial(Judge, features, view, args.clip, args.device)
+    view = View(args.fps, args.frames)
+    networks = ["i3d", "efficientnet"] if args.real else ["efficientnet"]  # I3D's are for distances alone
+    judge = partial(Judge, args.features or networks, view, args.clip, args.device)
     found = evaluate_clips(
         args.subjects, judge, Path(args.out), cli.count_bar, real=args.real, repeat=args.repeat,
         prompts=lines_of(args.prompts) if args.prompts else (), seed=args.seed,
