@@ -20,7 +20,8 @@ MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 def read(folder: Path) -> Files:
     """All result files of a folder, by name. RecipeError where there are none."""
     held = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
-    files = {name: file for name, file in held.items() if "rows" in file}  # the loader's has a form of its own
+    # Those of the loader, of studies of the model and of evaluation have forms of their own.
+    files = {name: file for name, file in held.items() if all("name" in row for row in file.get("rows", [{}]))}
     if not files:
         raise RecipeError(f"There are no result files in '{folder}'. Run in a checkout, or name their folder.")
     return files
