@@ -124,7 +124,7 @@ are not finite in step 2 and after."""
 import os, sys
 import torch
 from lingen.run import NonFiniteError, fit
-from lingen.training import weights
+from lingen import weights
 from lingen.training.denoiser import LinGenModule
 from lingen.ranks.environment import OtherRankError
 
