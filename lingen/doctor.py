@@ -72,7 +72,7 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
 
 def _lacks(recipe: Recipe) -> list[Missing]:
     """Needed weights that are missing."""
-    from lingen.run import missing_parts
+    from lingen.training.inputs import missing_parts
 
     try:
         lacks = missing_parts(recipe)

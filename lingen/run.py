@@ -15,16 +15,13 @@ import lightning
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from lingen.data.datamodule import ClipData
-from lingen.data.ledger import DataError, Ledger
-from lingen.data.starved import starved
-from lingen.frozen import Missing, missing_of, refuse
+from lingen.data.ledger import Ledger
 from lingen.plan.forecast import flop_a_step, plan
 from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
 from lingen.ranks.signs import LifeSigns
 from lingen.recipe import Curriculum, load_for_training, to_yaml
-from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling import samples
 from lingen.tables import as_table
@@ -37,11 +34,11 @@ from lingen.training.dry_run import too_large
 from lingen.training.folder import RunFolder
 from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.identity import described
+from lingen.training.inputs import check_inputs
 from lingen.training.intact import wait_for_files
 from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
-from lingen.weights import find_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
 
@@ -264,51 +261,6 @@ def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> Iterator[None
         return
     reporter.say(f"judging {last.score.clips} clips of held-out captions")
     yield from samples.score_samples(folder, last)
-
-
-def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
-    """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
-    for recipe in stages:
-        _check_samples(recipe)
-        refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
-        if recipe.init is not None:
-            find_weights(recipe.init)
-
-
-def _check_samples(recipe: Recipe) -> None:
-    """RecipeError where shards are not there, or hold too few samples that fit the stage for a step. Shards are opened,
-    nothing is decoded; clips that lingen draws itself fit."""
-    data = ClipData(recipe)
-    data.check()
-    if recipe.data.shards.image or recipe.data.shards.video:
-        try:
-            data.setup()
-        except DataError as error:
-            raise RecipeError(f"stage {recipe.stage}: {error}") from error
-        if problems := list(starved(recipe, data, launch.ranks_here(recipe))):
-            raise RecipeError(*problems)
-
-
-def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:
-    """What the frozen parts of a stage lack. Shards are opened only where something is missing: with encoded
-    shards, text encoders and autoencoder are needed for sampled clips alone.
-
-    Args:
-        begun: there is a checkpoint of the stage, so it needs no weights to start from.
-    """
-    lacks = missing_of(recipe.subject.frozen_parts(recipe, begun=begun))
-    if not lacks or not recipe.subject.encoded or not _is_encoded(recipe):
-        return lacks
-    if not (recipe.sample.prompts or recipe.score.clips or recipe.train.evaluate_every):
-        return []
-    without = "sample.prompts=[] score.clips=0 train.evaluate_every=0"
-    reason = f"needed for clips alone, since the shards are encoded: {without} trains without"
-    return [one._replace(cure=f"{one.cure.rstrip('.')} ({reason}).") for one in lacks]
-
-
-def _is_encoded(recipe: Recipe) -> bool:
-    shards = recipe.data.shards
-    return bool(shards.image or shards.video) and ClipData(recipe).needs_no_encoders
 
 
 def scored_steps(folder: RunFolder) -> int:

@@ -32,9 +32,9 @@ from lingen.prepare.pack import Packing, look_for_footage, pack
 from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.run import missing_parts
 from lingen.text import with_frame_rate
 from lingen.training.denoiser import LinGenModule
+from lingen.training.inputs import missing_parts
 from tests.helpers import frozen
 from tests.helpers.files import contents, killed_before
 from tests.helpers.footage import film

@@ -14,10 +14,11 @@ from lingen.files import write_text
 from lingen.plan.loading import Curriculum, load_for_training, to_yaml
 from lingen.ranks import signals
 from lingen.recipe.errors import RecipeError
-from lingen.run import check_inputs, is_complete
+from lingen.run import is_complete
 from lingen.training import record
 from lingen.training.folder import RunFolder
 from lingen.training.identity import described
+from lingen.training.inputs import check_inputs
 
 
 class GridRun(NamedTuple):
