@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lingen.evaluation.statistics import check_extra, holm
 from lingen.evaluation.study import QUESTIONS, read_key
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import read_text_file
@@ -35,10 +36,7 @@ def report_votes(files: Sequence[str | Path], key_file: str | Path, margin: floa
     Raises:
         RecipeError: a file is none of this study, no vote is left, or the extra `eval` is not installed.
     """
-    try:
-        from statsmodels.stats.multitest import multipletests
-    except ImportError as error:
-        raise RecipeError(f"A report needs statsmodels ({error}): pip install 'lingen[eval]'.") from error
+    check_extra()
     key = read_key(key_file)
     votes, notes = read_votes(files, key)
     if not votes:
@@ -51,8 +49,8 @@ def report_votes(files: Sequence[str | Path], key_file: str | Path, margin: floa
                 rows.append({"axis": axis, "of": one, "against": other, **preference_of(own, margin)})
         for name, value, reach in zip(systems, *strengths_of(ballot, len(systems)), strict=True) if len(ballot) else ():
             strengths.append({"axis": axis, "of": name, "value": value, "interval": [value - reach, value + reach]})
-    for row, corrected in zip(rows, multipletests([row["p"] for row in rows], method="holm")[1], strict=True):
-        row["p_holm"] = float(corrected)
+    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = corrected
     sides = [vote["choice"] for vote in votes if vote["choice"] != "tie"]
     notes.append(f"left was chosen in {sides.count('left') / max(1, len(sides)):.0%} of {len(sides)} decided votes.")
     counted = {"study": key["study"], "margin": margin, "raters": sorted({vote["rater"] for vote in votes})}
