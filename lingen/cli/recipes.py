@@ -12,15 +12,10 @@ from lingen.recipe.errors import RecipeError
 @cli.command(
     "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances; and the recipes "
     "that come with lingen",
-    cli.argument(
-        "what",
-        nargs="?",
-        choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"],
-        help="default: all of them",
-    ),
-    cli.JSON,
-    cli.IMPORT,
-)
+    cli.argument("what", nargs="?", choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"],
+                 help="default: all of them"),
+    cli.JSON, cli.IMPORT,
+)  # fmt: skip
 def list_(args: argparse.Namespace) -> int:
     from lingen.cli.catalogue import REGISTRIES, parts, recipes
     from lingen.tables import as_cell
@@ -41,12 +36,10 @@ def list_(args: argparse.Namespace) -> int:
 
 @cli.command(
     "the recipe with every default filled in, its tokens and parameters; for its memory see `lingen plan`",
-    cli.RECIPE,
-    cli.STAGE,
-    cli.JSON,
+    cli.RECIPE, cli.STAGE, cli.JSON,
     cli.argument("--schema", action="store_true", help="print a JSON Schema of recipes, for editors"),
     overrides=True,
-)
+)  # fmt: skip
 def show(args: argparse.Namespace) -> int:
     if args.schema:
         from lingen.recipe.json_schema import json_schema
@@ -66,9 +59,8 @@ def show(args: argparse.Namespace) -> int:
     recipe = stages[0] if args.stage else curriculum.base
     plans = [(plan(stage), steps_of(stage)) for stage in stages]
     if args.json:
-        cli.print_json(
-            {"recipe": as_plain(recipe), "stages": [one.as_dict() | {"steps": steps} for one, steps in plans]}
-        )
+        told = [one.as_dict() | {"steps": steps} for one, steps in plans]
+        cli.print_json({"recipe": as_plain(recipe), "stages": told})
         return cli.DONE
     _print_forecast([_forecast_row(*one) for one in plans], plans[0][0].parameters)
     print(to_yaml(recipe), end="")
@@ -77,16 +69,12 @@ def show(args: argparse.Namespace) -> int:
 
 @cli.command(
     "what each stage takes: tokens, FLOPs and hours, memory of a GPU by kind, disk; and what makes it fit",
-    cli.RECIPE,
-    cli.STAGE,
+    cli.RECIPE, cli.STAGE,
     cli.argument("--gpus", type=cli.natural, metavar="N", help="ranks; default: the recipe's"),
-    cli.argument(
-        "--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, a100-40, ..."
-    ),
+    cli.argument("--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, ..."),
     cli.argument("--mfu", type=cli.positive, default=0.4, metavar="SHARE", help="of its bfloat16 FLOP/s; default: 0.4"),
-    cli.JSON,
-    overrides=True,
-)
+    cli.JSON, overrides=True,
+)  # fmt: skip
 def plan(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R.")
