@@ -1,7 +1,6 @@
 """Whether the parts of a recipe keep their contracts, tried at tiny shapes before anything trains.
 
-lingen's own parts are tested and left out; so are those that read weights when they are used.
-"""
+lingen's own parts are tested and left out; so are those that read weights when they are used."""
 
 from __future__ import annotations
 
@@ -82,7 +81,10 @@ def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
     if not type(mixer).__module__.startswith("lingen."):
         return fault_in(mixer, build)
     branches = {name: child for name, child in mixer.named_children() if not _is_ours(child)}
-    found = ((name, fault_in(child, partial(_child, build, name))) for name, child in branches.items())
+    found = (
+        (name, fault_in(child, partial(lambda own: build().get_submodule(own), name)))
+        for name, child in branches.items()
+    )
     return next((f"its branch '{name}': {fault}" for name, fault in found if fault), None)
 
 
@@ -103,10 +105,6 @@ def _untrainable(build: Callable[[], Any], dim: int) -> str | None:
     if gradient is None:
         return "forward gives a tensor without a gradient, so nothing could be learned; look for detach or no_grad."
     return None if gradient.isfinite().all() else "the gradient of its forward is NaN or infinite."
-
-
-def _child(build: Callable[[], Any], name: str) -> Any:
-    return build().get_submodule(name)
 
 
 def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:

@@ -18,17 +18,11 @@ CUDA_KERNELS = ("triton", "stock", "flash", "cudnn")
 """Kernels that do not run on a CPU."""
 
 OURS = {
-    "max_steps": "train.steps",
-    "max_epochs": "train.steps",
-    "accumulate_grad_batches": "train.accumulate",
-    "gradient_clip_val": "train.clip_grad",
-    "log_every_n_steps": "train.log_every",
-    "val_check_interval": "train.validate_every",
-    "check_val_every_n_epoch": "train.validate_every",
-    "default_root_dir": "--run",
-    "callbacks": "lingen's own",
-    "plugins": "lingen's own",
-}
+    "max_steps": "train.steps", "max_epochs": "train.steps", "accumulate_grad_batches": "train.accumulate",
+    "gradient_clip_val": "train.clip_grad", "log_every_n_steps": "train.log_every",
+    "val_check_interval": "train.validate_every", "check_val_every_n_epoch": "train.validate_every",
+    "default_root_dir": "--run", "callbacks": "lingen's own", "plugins": "lingen's own",
+}  # fmt: skip
 """Arguments of lightning.Trainer that another key of the recipe decides."""
 
 STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
@@ -61,8 +55,7 @@ def load_curriculum(recipe: str | Path | RecipeText, overrides: Sequence[str] = 
 
     Args:
         recipe: a path, the name of a recipe that comes with lingen, or a text.
-        overrides: see `load_recipe`.
-    """
+        overrides: see `load_recipe`."""
     return _complete(read_draft(recipe, overrides))
 
 
@@ -108,8 +101,7 @@ def load_recipe(recipe: str | Path | RecipeText, overrides: Sequence[str] = (), 
         stage: merge this stage's overlay; None: none of them, and `stages` holds what each stage changes.
 
     Raises:
-        RecipeError: one sentence for each mistake, with file and line or ``command line``.
-    """
+        RecipeError: one sentence for each mistake, with file and line or ``command line``."""
     draft = read_draft(recipe, overrides)
     if stage is not None:
         _check_stage(stage, list(draft.stages))  # before anything is built
@@ -137,8 +129,7 @@ def fault_of_strategy(strategy: Any, trains: Any, precision: Any) -> str | None:
 
     Args:
         trains: the recipe's subject.
-        precision: `trainer.precision`.
-    """
+        precision: `trainer.precision`."""
     name = str(strategy or "auto").lower()
     if name in ("fsdp", "hsdp") and str(precision) in ("16", "16-mixed"):
         return (
@@ -197,7 +188,8 @@ def _complete(draft: Draft) -> Curriculum:
     trial = Trial()
     raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in trial.neighbours(*pair))
     raise_all(problem for pair in zip(everything[1:], loaded[1:], strict=True) for problem in trial.grids(*pair))
-    written = [recipe.model.max_grid for one, recipe in zip(everything, loaded, strict=True) if _writes_grid(one)]
+    place = ("model", "max_grid")
+    written = [recipe.model.max_grid for one, recipe in zip(everything, loaded, strict=True) if one.get(place)]
     largest = tuple(max(axis) for axis in zip(*trial.seen, *written, strict=True))
     base, *stages = (replace(recipe, model=trial.derive(recipe, largest)) for recipe in loaded)
     raise_all(trial.trials(list(zip(draft.stages, everything[1:], stages, strict=True))))
@@ -209,10 +201,6 @@ def with_stages(base: Recipe, stages: Sequence[Recipe]) -> Recipe:
     """The recipe that has these stages: a base, and what each changes of it."""
     plain = ((one, as_plain(replace(base, stage=one.stage, stages={}))) for one in stages)
     return replace(base, stages={str(one.stage): _difference(below, as_plain(one)) for one, below in plain})
-
-
-def _writes_grid(draft: Layered) -> bool:
-    return draft.get(("model", "max_grid")) is not None
 
 
 def _fill_components(draft: Layered) -> Iterator[Problem]:
@@ -259,12 +247,10 @@ def _check_kernels(draft: Layered) -> Iterator[Problem]:
 
 def _difference(base: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
     """The overlay that turns `base` into `stage`; a changed part is given with all its settings."""
-    return {
-        key: _difference(base[key], value) if _same_part(base.get(key), value) else value
-        for key, value in stage.items()
-        if key not in base or base[key] != value
-    }
-
-
-def _same_part(one: Any, other: Any) -> bool:
-    return isinstance(one, dict) and isinstance(other, dict) and one.get("name") == other.get("name")
+    found = {}
+    for key, value in stage.items():
+        one = base.get(key)
+        same_part = isinstance(one, dict) and isinstance(value, dict) and one.get("name") == value.get("name")
+        if key not in base or one != value:
+            found[key] = _difference(base[key], value) if same_part else value
+    return found

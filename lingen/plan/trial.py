@@ -91,10 +91,8 @@ class Trial:
                 yield draft.problem(("train", "keep_optimizer"), text)
         for name, draft, recipe in stages:
             if recipe.subject is not stages[0][2].subject:
-                text = (
-                    f"Stage '{name}' trains another model than stage '{stages[0][0]}'; give each a recipe of its own."
-                )
-                yield draft.problem(("trains",), text)
+                text = f"Stage '{name}' trains another model than stage '{stages[0][0]}'"
+                yield draft.problem(("trains",), f"{text}; give each a recipe of its own.")
                 continue
             try:
                 model = recipe.subject.build_weights(recipe)
