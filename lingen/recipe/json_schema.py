@@ -11,7 +11,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import COMPONENTS
 from lingen.recipe.registry import Registry
 from lingen.recipe.sections import Component, Recipe
-from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, Setting, bare, bounds_of, settings_of
+from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, bare, bounds_of, settings_of
 
 Schema = dict[str, Any]
 WORDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -39,15 +39,11 @@ def _part_schema(part: Callable[..., Any], path: Path | None, limits: Schema | N
         registry = COMPONENTS.get((*path, name)) if path is not None else None
         below = (*path, name) if path is not None else None
         one = _component_use(registry, bare(setting.hint)) if registry else _hint_schema(setting.hint, below, limits)
-        properties[name] = one | _notes(setting)
+        plain = setting.default is not REQUIRED and not dataclasses.is_dataclass(setting.default)
+        notes: Schema = {"description": setting.doc} if setting.doc else {}
+        properties[name] = one | notes | ({"default": setting.default} if plain else {})
     section = {"type": "object", "properties": properties, "additionalProperties": False}
     return section | {"description": (inspect.getdoc(part) or "").partition("\n")[0]}
-
-
-def _notes(setting: Setting) -> Schema:
-    notes: Schema = {"description": setting.doc} if setting.doc else {}
-    plain = setting.default is not REQUIRED and not dataclasses.is_dataclass(setting.default)
-    return notes | ({"default": setting.default} if plain else {})
 
 
 def _component_use(registry: Registry, hint: Any) -> Schema:

@@ -16,12 +16,9 @@ SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {"shapes": "linge
 """Data sets that lingen draws itself, by name; their settings are the fields of a dataclass."""
 
 COMPONENTS: dict[Path, Registry] = {
-    ("model", "mixer"): MIXERS,
-    ("autoencoder",): AUTOENCODERS,
-    ("text",): TEXT_ENCODERS,
-    ("data", "synthetic"): SYNTHETIC,
-    ("reconstruction", "features"): PERCEPTUAL,
-}
+    ("model", "mixer"): MIXERS, ("autoencoder",): AUTOENCODERS, ("text",): TEXT_ENCODERS,
+    ("data", "synthetic"): SYNTHETIC, ("reconstruction", "features"): PERCEPTUAL,
+}  # fmt: skip
 """Where a recipe names registered parts: one of them, or a list."""
 
 NOT_IN_A_STAGE = ("name", "stage", "stages", "extends")
@@ -141,19 +138,14 @@ def _find(recipe: str | File, folder: File) -> RecipeText:
 
 
 def _read_file(file: File) -> RecipeText:
-    shown = _shown(file)
+    relative = os.path.relpath(file)
+    shown = str(file) if relative.startswith("..") else relative
     try:
         return RecipeText(decode_text(file.read_bytes()), shown, file.stem, file.parent)
     except NoText as error:
         raise RecipeError(str(Problem(shown, f"This is no text: {error}."))) from None
     except OSError as error:
         raise RecipeError(str(Problem(shown, f"Cannot be read: {error.strerror}."))) from None
-
-
-def _shown(file: File) -> str:
-    """The path as short as it can be said from here."""
-    relative = os.path.relpath(file)
-    return str(file) if relative.startswith("..") else relative
 
 
 def _read(source: RecipeText, child: str | None) -> Layered:
@@ -171,9 +163,8 @@ def _read(source: RecipeText, child: str | None) -> Layered:
         if not isinstance(parent, str):
             raise_all([layer.problem(("extends",), "Expected the name or path of one recipe.")])
         if child is not None:
-            raise RecipeError(
-                f"{child}: '{shown}' extends another recipe itself; only one level is allowed. (at extends)"
-            )
+            told = f"'{shown}' extends another recipe itself; only one level is allowed. (at extends)"
+            raise RecipeError(f"{child}: {told}")
         try:
             above = _find(parent, source.folder)
         except RecipeError as error:
@@ -190,11 +181,9 @@ def _defaults(shown: str) -> Layered:
     """The components that a recipe has without naming them, so that settings can be given to them."""
     recipe = Recipe()
     tree = {
-        "autoencoder": recipe.autoencoder,
-        "text": recipe.text,
-        "model": {"mixer": recipe.model.mixer},
+        "autoencoder": recipe.autoencoder, "text": recipe.text, "model": {"mixer": recipe.model.mixer},
         "reconstruction": {"features": recipe.reconstruction.features},
-    }
+    }  # fmt: skip
     return Layered(tree, {(): Origin(shown, "")}).copy()
 
 
@@ -233,8 +222,8 @@ def _overlay(stages: Layered, name: str) -> Layered:
     overlay = stages.copy().pop(name)
     if not isinstance(overlay.tree, dict):
         raise_all([overlay.problem((), "A stage is a mapping of sections.")])
-    wrong = [overlay.problem((key,), f"A stage cannot set '{key}'.") for key in overlay.tree if key in NOT_IN_A_STAGE]
-    raise_all(wrong)
+    wrong = (key for key in overlay.tree if key in NOT_IN_A_STAGE)
+    raise_all(overlay.problem((key,), f"A stage cannot set '{key}'.") for key in wrong)
     return overlay
 
 
@@ -284,12 +273,8 @@ def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
         if "${" not in str(draft.get(one.path)):  # an unresolved ${...} is reported elsewhere
             yield draft.problem(one.path, one.text)
     for path, registry in COMPONENTS.items():
-        if (
-            draft.get(path) is None
-            and registry in (MIXERS, AUTOENCODERS, PERCEPTUAL)
-            or draft.get(path) == []
-            and registry is MIXERS
-        ):
+        node, is_needed = draft.get(path), registry in (MIXERS, AUTOENCODERS, PERCEPTUAL)
+        if node is None and is_needed or node == [] and registry is MIXERS:
             yield draft.problem(path, f"There is no {registry.kind} named here. Known: {', '.join(registry.names())}.")
     for path, component, registry in components_of(draft.tree):
         name = component.get("name")
@@ -318,10 +303,8 @@ def _problems_of_data(draft: Layered) -> Iterator[Problem]:
         yield draft.problem(("score", "clips"), "Only clips of data.synthetic can be scored; set it, or score.clips=0.")
     held_out = data.synthetic or any(getattr(data.validation, kind) for kind in shards if getattr(data.mix, kind) > 0)
     if getattr(filled["train"], "evaluate_every", 0) and (filled["trains"] == "autoencoder" or not held_out):
-        text = (
-            "Only clips of a denoiser's held-out captions can be evaluated: name data.validation of this stage, or 0."
-        )
-        yield draft.problem(("train", "evaluate_every"), text)
+        text = "Only clips of a denoiser's held-out captions can be evaluated"
+        yield draft.problem(("train", "evaluate_every"), f"{text}: name data.validation of this stage, or 0.")
     low, high = filled["sample"].guidance_interval
     if low > high:
         text = f"The interval ends at {high:g}, before it begins at {low:g}."

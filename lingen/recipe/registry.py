@@ -74,8 +74,7 @@ class Registry:
     Args:
         kind: what a part is called in messages, e.g. ``mixer``.
         group: the entry-point group that other packages use, e.g. ``lingen.mixers``.
-        builtin: lingen's own parts; a ``module:Name`` is imported when asked for, anything else is the part itself.
-    """
+        builtin: lingen's own parts; a ``module:Name`` is imported when asked for, anything else is the part itself."""
 
     def __init__(self, kind: str, group: str, builtin: dict[str, Any]):
         self.kind = kind
@@ -90,9 +89,8 @@ class Registry:
             if ":" in name:
                 raise ValueError(f"A {self.kind}'s name cannot hold ':' (got '{name}').")
             if name in self.names():
-                raise ValueError(
-                    f"The {self.kind} '{name}' exists already, from {self.origin(name)}; choose another name."
-                )
+                told = f"exists already, from {self.origin(name)}; choose another name."
+                raise ValueError(f"The {self.kind} '{name}' {told}")
             self._parts[name] = part
             self._origin[name] = getattr(part, "__module__", "here")
             return part
@@ -176,71 +174,44 @@ def _package(plugin: importlib.metadata.EntryPoint) -> str:
     return plugin.dist.name if plugin.dist else plugin.value
 
 
-MIXERS = Registry(
-    "mixer",
-    "lingen.mixers",
-    {
-        "attention": "lingen.blocks.attention:Attention",
-        "linear_attention": "lingen.blocks.linear_attention:LinearAttention",
-        "mamba2": "lingen.blocks.mamba2:Mamba2",
-        "temporal_swin": "lingen.blocks.temporal_swin:TemporalSwin",
-        "mate": "lingen.blocks.mate:MATE",
-    },
-)
+MIXERS = Registry("mixer", "lingen.mixers", {
+    "attention": "lingen.blocks.attention:Attention",
+    "linear_attention": "lingen.blocks.linear_attention:LinearAttention",
+    "mamba2": "lingen.blocks.mamba2:Mamba2",
+    "temporal_swin": "lingen.blocks.temporal_swin:TemporalSwin",
+    "mate": "lingen.blocks.mate:MATE",
+})  # fmt: skip
 """Token mixers: ``Mixer(dim, layer, *, settings...)`` with ``forward(x [b t h w d]) -> [b t h w d]``; no base class.
 The whole contract is `lingen.blocks.Mixer`."""
 
-SCANS = Registry(
-    "scan order",
-    "lingen.scans",
-    {axes: axes for axes in ("thw", "twh", "htw", "hwt", "wth", "wht")}
-    | {
-        "rotary_major": "lingen.blocks.scan:ROTARY_MAJOR",
-        "rotary_major_folded": "lingen.blocks.scan:ROTARY_MAJOR_FOLDED",
-        "zigzag": "lingen.blocks.scan:zigzag",
-        "hilbert": "lingen.blocks.scan:hilbert",
-    },
-)
+SCANS = Registry("scan order", "lingen.scans", {
+    **{axes: axes for axes in ("thw", "twh", "htw", "hwt", "wth", "wht")},
+    "rotary_major": "lingen.blocks.scan:ROTARY_MAJOR",
+    "rotary_major_folded": "lingen.blocks.scan:ROTARY_MAJOR_FOLDED",
+    "zigzag": "lingen.blocks.scan:zigzag", "hilbert": "lingen.blocks.scan:hilbert",
+})  # fmt: skip
 """Scan orders: an axis string (slowest axis first), a function ``(t, h, w) -> LongTensor [t*h*w]`` that gives the flat
 raster index of each position in the sequence, or a tuple of those, of which layer i takes entry ``i % len``."""
 
-AUTOENCODERS = Registry(
-    "autoencoder",
-    "lingen.autoencoders",
-    {
-        "pixels": "lingen.autoencoder.pixels:Pixels",
-        "tae": "lingen.autoencoder.tae:TAE",
-        "tae_small": "lingen.autoencoder.tae:TAESmall",
-        "diffusers": "lingen.autoencoder.diffusers_vae:DiffusersVAE",
-    },
-)
+AUTOENCODERS = Registry("autoencoder", "lingen.autoencoders", {
+    "pixels": "lingen.autoencoder.pixels:Pixels",
+    "tae": "lingen.autoencoder.tae:TAE", "tae_small": "lingen.autoencoder.tae:TAESmall",
+    "diffusers": "lingen.autoencoder.diffusers_vae:DiffusersVAE",
+})  # fmt: skip
 """Video autoencoders: ``encode(video [b 3 t h w] in -1..1) -> latents [b c t h w]``, ``decode``; ``.strides``,
 ``.channels``."""
 
-TEXT_ENCODERS = Registry(
-    "text encoder",
-    "lingen.text_encoders",
-    {
-        "words": "lingen.text.small:Words",
-        "bytes": "lingen.text.small:Bytes",
-        "ul2": "lingen.text.pretrained:UL2",
-        "byt5": "lingen.text.pretrained:ByT5",
-        "t5": "lingen.text.pretrained:T5",
-        "metaclip": "lingen.text.metaclip:MetaCLIP",
-        "llama": "lingen.text.pretrained:Llama",
-        "bert": "lingen.text.pretrained:BERT",
-    },
-)
+TEXT_ENCODERS = Registry("text encoder", "lingen.text_encoders", {
+    "words": "lingen.text.small:Words", "bytes": "lingen.text.small:Bytes", "ul2": "lingen.text.pretrained:UL2",
+    "byt5": "lingen.text.pretrained:ByT5", "t5": "lingen.text.pretrained:T5",
+    "metaclip": "lingen.text.metaclip:MetaCLIP", "llama": "lingen.text.pretrained:Llama",
+    "bert": "lingen.text.pretrained:BERT",
+})  # fmt: skip
 """Text encoders: ``encode(list[str]) -> (tokens [b n w], mask [b n])`` and ``.dim`` = w."""
 
-PERCEPTUAL = Registry(
-    "perceptual distance",
-    "lingen.perceptual",
-    {
-        "vgg16": "lingen.autoencoder.perceptual:VGG16Distance",
-        "lpips": "lingen.autoencoder.perceptual:LPIPS",
-        "none": "lingen.autoencoder.perceptual:NoDistance",
-    },
-)
+PERCEPTUAL = Registry("perceptual distance", "lingen.perceptual", {
+    "vgg16": "lingen.autoencoder.perceptual:VGG16Distance", "lpips": "lingen.autoencoder.perceptual:LPIPS",
+    "none": "lingen.autoencoder.perceptual:NoDistance",
+})  # fmt: skip
 """Perceptual distances: frozen `nn.Module`s, ``forward(a [n 3 h w] in -1..1, b) -> [n]`` with gradients into a and b,
 ``missing() -> list[Missing]``."""

@@ -2,8 +2,7 @@
 
 A dataclass's fields, or a constructor's keyword-only parameters, are the settings that a recipe may give: name, type
 hint, default, and in ``Annotated[hint, AtLeast(1), Mark.COURSE, "line"]`` its bounds, its mark (see
-`lingen.recipe.bounds`) and a line of documentation. Nothing here imports torch.
-"""
+`lingen.recipe.bounds`) and a line of documentation. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -260,11 +259,8 @@ def _check_union(value: Any, hint: Any, members: tuple[Any, ...]) -> tuple[Any, 
     fitting = [converted for converted, found in tried if not found]
     if fitting:
         return next((converted for converted in fitting if type(converted) is type(value)), fitting[0]), []
-    alike = [
-        found
-        for member, (_, found) in zip(known, tried, strict=True)
-        if _same_shape(value, member) or all(one.typed for one in found)
-    ]
+    pairs = zip(known, (found for _, found in tried), strict=True)
+    alike = [found for one, found in pairs if _same_shape(value, one) or all(mistake.typed for mistake in found)]
     return value, alike[0] if len(alike) == 1 else _expected(hint, value)
 
 
