@@ -37,8 +37,7 @@ class Trained(lightning.LightningModule):
     Frozen parts run without gradients and stay out of checkpoints.
 
     Args:
-        recipe: a loaded stage.
-    """
+        recipe: a loaded stage."""
 
     optional: tuple[str, ...] = ()
     """Prefixes of names that only some stages have: weights to load may lack them, and may hold ones that are not
@@ -120,13 +119,8 @@ class Trained(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self._groups())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor),
-                "interval": "step",
-            },
-        }
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
         """`parameter_groups`, each with all of its settings."""
@@ -262,8 +256,7 @@ class Trained(lightning.LightningModule):
 
         Args:
             losses: [b], of each sample: positive numbers by which steps are compared, or not finite.
-            tokens: of the batch.
-        """
+            tokens: of the batch."""
         self._batch = batch
         self._seen.append((batch.keys, losses.detach()))
         of_model, of_hardware = self.flop_of_training(batch.kind)
@@ -281,8 +274,7 @@ class Trained(lightning.LightningModule):
     def log_row(self, values: dict[str, float]) -> None:
         """Hands values to metrics.csv, and to every logger under the stage's name and the steps of the whole run.
 
-        Not through `self.log`, which would repeat a value at every step until it changes.
-        """
+        Not through `self.log`, which would repeat a value at every step until it changes."""
         self.write_row(self.global_step, values)
         for logger in self.trainer.loggers:
             tagged = {f"{self.recipe.stage or 'main'}/{name}": value for name, value in values.items()}
@@ -300,8 +292,8 @@ class Trained(lightning.LightningModule):
         values["lr"] = self._lr
         values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        for name, flop in [(name, values.pop(name, 0.0)) for name in ("mfu", "hfu")]:
-            if peak is not None and flop:
+        for name in ("mfu", "hfu"):
+            if (flop := values.pop(name, 0.0)) and peak is not None:
                 values[name] = flop / seconds / (peak * self.trainer.world_size)
         values["steps_per_second"] = (self.global_step - self._started[1]) / seconds
         self._started = (clock.perf_counter(), self.global_step)
@@ -326,9 +318,5 @@ class Trained(lightning.LightningModule):
 
 def counts(batch: Batch) -> dict[str, float]:
     """What the ledger counts of a batch, under the names of metrics.csv."""
-    return {
-        "data/used": len(batch.keys),
-        "data/dropped": len(batch.drops),
-        "data/truncated": sum(map(is_cut, batch.drops)),
-        "data/retried": len(batch.retries),
-    }
+    found = {"used": len(batch.keys), "dropped": len(batch.drops), "truncated": sum(map(is_cut, batch.drops))}
+    return {f"data/{name}": count for name, count in {**found, "retried": len(batch.retries)}.items()}

@@ -1,8 +1,7 @@
 """What a checkpoint holds, put together from a Trainer and its module, and given back to another one.
 
 Tensors are called ``raw.NAME`` (what is trained), ``averaged.NAME``, and after what the optimiser calls them
-``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Everything else is plain values, see `state_of`.
-"""
+``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Everything else is plain values, see `state_of`."""
 
 from __future__ import annotations
 
@@ -36,12 +35,9 @@ def open_checkpoint(path: Path, module: Trained) -> Stored:
     """A checkpoint of this or of the earlier form. RecipeError where it cannot be read.
 
     Args:
-        module: its names tell whose moments a checkpoint of the earlier form holds.
-    """
+        module: its names tell whose moments a checkpoint of the earlier form holds."""
     try:
-        if path.is_dir():
-            return Checkpoint(path)
-        return EarlierCheckpoint(path, module)
+        return Checkpoint(path) if path.is_dir() else EarlierCheckpoint(path, module)
     except BrokenError as error:
         raise RecipeError(f"{path} cannot be gone on from: {error}.") from error
 
@@ -84,9 +80,7 @@ def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
         "callbacks": {one.state_key: state for one in trainer.callbacks if (state := one.state_dict())},  # type: ignore[attr-defined]
         "precision": trainer.precision_plugin.state_dict(),
         "optimizer": counts,
-        "settings": [
-            {key: group[key] for key in group if key != "params"} for group in trainer.optimizers[0].param_groups
-        ],
+        "settings": [{key: one[key] for key in one if key != "params"} for one in trainer.optimizers[0].param_groups],
         "bad_steps": module.bad_steps,
         "spikes": module.spikes.state_dict(),
         "average_updates": module.average.updates if module.average is not None else 0,
@@ -98,8 +92,7 @@ def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None
 
     Raises:
         RecipeError: the checkpoint is of another model.
-        DataError: the shards hold other samples now.
-    """
+        DataError: the shards hold other samples now."""
     state = stored.state
     _fill_model(stored, module)
     load_state_by_name(module, trainer.optimizers[0], moments_of(stored, module))

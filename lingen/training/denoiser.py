@@ -35,8 +35,7 @@ class LinGenModule(Trained):
     gradients and stays out of checkpoints. A step's randomness is a function of (seed, stage, slot), see `Batch.slots`.
 
     Args:
-        recipe: a loaded stage.
-    """
+        recipe: a loaded stage."""
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
@@ -72,31 +71,23 @@ class LinGenModule(Trained):
             return self.autoencoder.encode(as_floats(clips))
 
     def encode_text(
-        self,
-        captions: list[str],
-        fps: float,
-        stored: TokensByEncoder = MappingProxyType({}),
+        self, captions: list[str], fps: float, stored: TokensByEncoder = MappingProxyType({}),
         null: TokensByEncoder = MappingProxyType({}),
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
+    ) -> tuple[tuple[Tensor, Tensor], ...]:  # fmt: skip
         """Captions -> one (tokens [b n w], mask [b n]) per encoder; fps 0 is an image. An empty caption is no text.
 
         Args:
             stored: number of an encoder -> what it made of these captions before; not read where a caption is empty.
-            null: number of an encoder -> what it made of no text at this fps before, a row for each caption.
-        """
+            null: number of an encoder -> what it made of no text at this fps before, a row for each caption."""
         return tuple(
             self.encode_with(number, captions, fps, stored.get(number), null.get(number))
             for number in range(len(self.text))
         )
 
     def encode_with(
-        self,
-        number: int,
-        captions: list[str],
-        fps: float,
-        stored: tuple[Tensor, Tensor] | None = None,
+        self, number: int, captions: list[str], fps: float, stored: tuple[Tensor, Tensor] | None = None,
         null: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The tokens and mask of one encoder, as in `encode_text`."""
         sign()  # it may read its weights anew
         encoder = cast(TextEncoder, self.text[number])
@@ -120,18 +111,15 @@ class LinGenModule(Trained):
             purpose: names the stream of random numbers: a stage's name, or ``validation`` (always the same times and
                 noise, no text left out).
         Returns:
-            losses [b] and times [b], float32 (float64 where the model is).
-        """
+            losses [b] and times [b], float32 (float64 where the model is)."""
         dtype = torch.promote_types(self.model.patchify.weight.dtype, torch.float32)
         latents = self.encode_clips(batch.clips).to(dtype)
-        draws = flow.sample_draws(
-            latents.shape[1:], batch.slots, (self.recipe.seed, purpose), self.times_of(latents.shape[2:])
-        )
+        seed, training = (self.recipe.seed, purpose), self.times_of(latents.shape[2:])
+        draws = flow.sample_draws(latents.shape[1:], batch.slots, seed, training)
         noise, times = draws.noise.to(latents), draws.times.to(latents)
         drop = draws.uniform < (0.0 if purpose == "validation" else self.recipe.train.text_drop)
-        captions = [
-            "" if left_out else caption for caption, left_out in zip(batch.captions, drop.tolist(), strict=True)
-        ]
+        pairs = zip(batch.captions, drop.tolist(), strict=True)
+        captions = ["" if left_out else caption for caption, left_out in pairs]
         text = self.encode_text(captions, batch.fps, batch.text, batch.null)
         velocity = self.model(flow.interpolate(noise, latents, times), times, text)
         error = velocity.to(dtype) - flow.target(noise, latents)

@@ -65,8 +65,7 @@ def step_memory(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) ->
 
     Raises:
         RecipeError: a part, a third party's mixer say, does not run without numbers; or this process is one of several
-            ranks, and cannot be another.
-    """
+            ranks, and cannot be another."""
     depths = _depths(recipe) if recipe.subject.encoded else [0]
     found = []
     for depth in depths:
@@ -74,10 +73,8 @@ def step_memory(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) ->
         try:
             found.append(_dry_run(dataclasses.replace(recipe, model=shallow), nodes, each, rank))
         except Exception as error:  # a third party's part may fail in any way
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise RecipeError(
-                f"stage {recipe.stage or 'main'}: a step cannot be tried without numbers ({told})."
-            ) from error
+            told = f"a step cannot be tried without numbers ({type(error).__name__}: {' '.join(str(error).split())})"
+            raise RecipeError(f"stage {recipe.stage or 'main'}: {told}.") from error
     times = (recipe.model.depth - depths[0]) // (depths[-1] - depths[0]) if len(depths) > 1 else 0
     took = {name: size + times * (found[-1][name] - size) for name, size in found[0].items()}
     phase = max(("forward", "backward"), key=lambda one: took[one])

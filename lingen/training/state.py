@@ -19,10 +19,14 @@ def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> Optimi
 
     Args:
         module: names the parameters; a LightningModule, whatever wraps it.
-        optimizer: as torch makes it.
-    """
+        optimizer: as torch makes it."""
     named = ((name, optimizer.state.get(parameter)) for name, parameter in module.named_parameters())
-    return {name: {key: _noted(key, value) for key, value in held.items()} for name, held in named if held}
+    # A count as a number. A tensor of a parameter without axes has none either, so that the name has to tell.
+    return {
+        name: {key: float(value) if key == "step" else value for key, value in held.items()}
+        for name, held in named
+        if held
+    }
 
 
 def load_state_by_name(
@@ -32,8 +36,7 @@ def load_state_by_name(
 
     Args:
         module, optimizer: as for `state_by_name`.
-        state: as `state_by_name` gives it; the optimiser goes on in these tensors.
-    """
+        state: as `state_by_name` gives it; the optimiser goes on in these tensors."""
     moved = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     own = dict(module.named_parameters())
     for name, held in state.items():
@@ -45,11 +48,6 @@ def whole_of(value: Tensor) -> Tensor:
     """A tensor of which each rank may hold a part, as a plain one; all ranks ask for it at once."""
     sign()  # a model has many
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _noted(key: str, value: Any) -> Any:
-    """A count as a number. A tensor of a parameter without axes has none either, so that the name has to tell."""
-    return float(value) if key == "step" else value
 
 
 def _held(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
