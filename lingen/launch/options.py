@@ -18,15 +18,10 @@ from lingen.recipe.text import decode_text
 MAX_REQUEUES = 20
 """Times that a job is put into the queue again [ours]."""
 OF_SUBMIT = {
-    "nodes": "--nodes",
-    "ntasks": "--nodes and --gpus-per-node",
-    "ntasks-per-node": "--gpus-per-node",
-    "array": "--array",
-    "time": "--time",
-    "signal": "--signal-seconds",
-    "chdir": "the current folder",
+    "nodes": "--nodes", "ntasks": "--nodes and --gpus-per-node", "ntasks-per-node": "--gpus-per-node",
+    "array": "--array", "time": "--time", "signal": "--signal-seconds", "chdir": "the current folder",
     "open-mode": "nothing: the log goes on after a restart",
-}
+}  # fmt: skip
 """Options of sbatch that are decided otherwise, and by what."""
 
 Options = dict[str, str | None]
@@ -69,8 +64,7 @@ def read_options(words: Iterable[str], where: str) -> Options:
     """Options as they are written, each as ``--name=value`` or ``--name``.
 
     Args:
-        where: what messages call the place.
-    """
+        where: what messages call the place."""
     found: Options = {}
     for word in (part for text in words for part in shlex.split(text)):
         name, equals, value = word.partition("=")
