@@ -22,9 +22,12 @@ from lingen.recipe.errors import RecipeError
 
 
 @command(
-    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances; and the recipes "
-    "that come with lingen",
-    argument("what", choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"]),
+    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances, optimisers, "
+    "decays, losses; and the recipes that come with lingen",
+    argument(
+        "what",
+        choices=["mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "recipes"],
+    ),
     JSON,
     IMPORT,
 )
