@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lingen.cli import COMMANDS, main
+from lingen.cli.catalogue import REGISTRIES
 from lingen.recipe import load_recipe
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.registry import MIXERS, SCANS
@@ -57,6 +58,16 @@ def test_list_scans_shows_how_far_neighbours_are(capsys):
 def test_list(what, capsys):
     assert main(["list", what]) == 0
     assert {"autoencoders": "pixels", "text": "words", "recipes": "quickstart_cpu"}[what] in capsys.readouterr().out
+
+
+def test_list_alone_lists_everything(capsys):
+    assert main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [*REGISTRIES, "recipes"]
+    assert {"mate", "rotary_major", "quickstart_cpu"} <= {row["name"] for rows in found.values() for row in rows}
+    assert main(["list"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{what.upper()}\n" in told for what in found)
 
 
 def test_show_prints_a_recipe_that_loads_again(capsys):

@@ -21,7 +21,7 @@ FLOORS = (
     ("training",),
     ("sampling",),
     ("prepare", "run"),
-    ("doctor", "launch"),
+    ("doctor", "launch", "evaluation"),
     ("cli",),
     ("__init__", "__main__"),
 )

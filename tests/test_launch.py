@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lingen import files
 from lingen.cli import main
@@ -125,6 +127,23 @@ def test_a_first_node_without_an_address_is_told_once_a_node(monkeypatch: pytest
     monkeypatch.setattr(launch, "here", lambda: replace(own, rank=3, local_rank=1))
     with pytest.raises(OtherRankError):
         launch.join()
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(launch, "MEETING", timedelta(seconds=0.5))
+    monkeypatch.setattr(launch, "SLOW", timedelta(seconds=0.2))
+    store = dist.HashStore()
+    for rank in (0, 2):
+        store.set(f"here/{rank}", "")
+    with pytest.raises(RecipeError, match="within 0 s these did not come: rank 1 of node 0, 3 of node 1"):
+        launch.meet(SRUN, store)
+    assert [one.getMessage() for one in caplog.records] == ["2 ranks are here; waits for rank 1 of node 0, 3 of node 1"]
+    with pytest.raises(OtherRankError):
+        launch.meet(replace(SRUN, rank=2), store)
+    for rank in (1, 3):
+        store.set(f"here/{rank}", "")
+    launch.meet(SRUN, store)
+    launch.meet(replace(SRUN, rank=2), store)
 
 
 # a slow disk

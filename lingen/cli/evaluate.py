@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from lingen.cli.command import (
     command,
     count_bar,
     natural,
+    positive,
     print_json,
     print_table,
     size_of,
     ways_of_args,
 )
 from lingen.cli.encode import DEVICE
+from lingen.cli.prompts import lines_of
 from lingen.recipe.errors import RecipeError
 
 
@@ -173,6 +176,52 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
             "PSNR": f"{paper['psnr']:.2f}",
             "SSIM": f"{paper['ssim']:.3f}",
         }
+
+
+@command(
+    "subjects side by side: distances to real clips, motion, coherence, text; with intervals, floors, tests of pairs",
+    argument("subjects", nargs="+", metavar="A", help="folders of clips, runs, weights files; results.json of before"),
+    argument("--real", metavar="DIR", help="a folder of real clips, for distances"),
+    argument("--prompts", metavar="FILE", help="one a line: what runs are asked, and what each subject should hold"),
+    argument("--repeat", type=natural, default=1, metavar="N", help="clips of each of --prompts; default: 1"),
+    argument("--seed", type=int, default=0, help="of clips that are sampled here; default: 0"),
+    argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
+             "given again; default: i3d and efficientnet"),
+    argument("--clip", metavar="DIR", help="a CLIP of open_clip, for the CLIP score"),
+    argument("--fps", type=positive, default=8.0, metavar="F", help="at which all clips are judged; default: 8"),
+    argument("--frames", type=natural, default=16, metavar="T", help="that video networks see; default: 16"),
+    argument("--out", default="eval/clips", metavar="DIR", help="default: eval/clips"),
+    DEVICE,
+    JSON,
+)  # fmt: skip
+def eval_clips(args: argparse.Namespace) -> int:
+    from lingen.evaluation.clips import View
+    from lingen.evaluation.comparison import evaluate_clips
+    from lingen.evaluation.judging import Judge
+    from lingen.files import check_place
+
+    check_place(Path(args.out))
+    features, view = args.features or ("i3d", "efficientnet"), View(args.fps, args.frames)
+    judge = partial(Judge, features, view, args.clip, args.device)
+    found = evaluate_clips(
+        args.subjects, judge, Path(args.out), count_bar, real=args.real, repeat=args.repeat,
+        prompts=lines_of(args.prompts) if args.prompts else (), seed=args.seed,
+    )  # fmt: skip
+    if args.json:
+        print_json(found)
+        return DONE
+    lines: dict[str, dict[str, str]] = {}
+    for row in found["results"]:
+        around = "" if row["interval"] is None else " [{:.4g}, {:.4g}]".format(*row["interval"])
+        line = lines.setdefault(row["metric"], {"metric": row["metric"], "floor": _cell(row["floor"], ".4g")})
+        line[row["subject"]] = f"{row['value']:.4g}{around}"
+    print_table(list(lines.values()))
+    print_table(
+        [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in found["comparisons"]]
+    )
+    failed = [f"{name}: {n} x {why}" for name, held in found["failures"].items() for why, n in held.items()]
+    print(*failed, *found["notes"], *(Path(args.out) / f"results.{end}" for end in ("png", "json")), sep="\n")
+    return DONE
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -26,21 +26,28 @@ from lingen.recipe.errors import RecipeError
     "decays, losses; and the recipes that come with lingen",
     argument(
         "what",
+        nargs="?",
         choices=["mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "recipes"],
+        help="default: all of them",
     ),
     JSON,
     IMPORT,
 )
 def list_(args: argparse.Namespace) -> int:
-    from lingen.cli.catalogue import parts, recipes
+    from lingen.cli.catalogue import REGISTRIES, parts, recipes
+    from lingen.tables import as_cell
 
-    rows = recipes() if args.what == "recipes" else parts(args.what)
+    asked = [args.what] if args.what else [*REGISTRIES, "recipes"]
+    found = {what: recipes() if what == "recipes" else parts(what) for what in asked}
     if args.json:
-        print_json(rows)
-    else:
-        from lingen.tables import as_cell
-
+        print_json(found[args.what] if args.what else found)
+        return DONE
+    for what, rows in found.items():
+        if not args.what:
+            print(what.upper())
         print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
+        if what != asked[-1]:
+            print()
     return DONE
 
 

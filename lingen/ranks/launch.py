@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import socket
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,9 +24,10 @@ from lingen.recipe.sections import Recipe
 from lingen.recipe.sizes import ranks_of
 
 T = TypeVar("T")
+log = logging.getLogger("lingen")
 
-MEETING = timedelta(minutes=10)
-"""How long ranks wait for each other to come."""
+MEETING, SLOW = timedelta(minutes=10), timedelta(minutes=1)
+"""How long ranks wait for each other to come, and after which time those that are missing are named."""
 CUDA_BACKEND = "cpu:gloo,cuda:nccl"
 """Of the ranks' process group where tensors are on GPUs: plain values that they tell each other stay off them."""
 PATIENCE = timedelta(minutes=60)
@@ -89,11 +91,49 @@ def join() -> None:
         end_with(int(os.environ[PARENT]))
     _check_address(own)
     try:
-        store, *_ = next(iter(dist.rendezvous(f"tcp://{own.address}:{own.port}", own.rank, own.ranks, timeout=MEETING)))
-        connect(own, store)
+        store = _store(own)
+        store.set(f"here/{own.rank}", str(own.node))
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise _no_meeting(own, " ".join(str(error).split())[:300]) from error
+    if own.by != "lingen":  # which sees each of those that it starts
+        meet(own, store)
+    connect(own, store)
     agree(own)
+
+
+def _store(own: Rank) -> Any:
+    """What the ranks share; it does not wait for them."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun holds it
+        return next(iter(dist.rendezvous(f"tcp://{own.address}:{own.port}", own.rank, own.ranks, timeout=MEETING)))[0]
+    return dist.TCPStore(
+        own.address, own.port, own.ranks, own.rank == 0, MEETING, wait_for_workers=False, multi_tenant=True
+    )
+
+
+def meet(own: Rank, store: Any) -> None:
+    """Waits until all ranks are there; rank 0 names those that are not.
+
+    Raises:
+        RecipeError: on rank 0, where some did not come. OtherRankError on the others.
+    """
+    if own.rank:
+        try:
+            return store.wait(["met"], MEETING + SLOW)
+        except (dist.DistError, RuntimeError) as error:
+            raise OtherRankError("not all ranks came") from error
+    began, is_told = time.monotonic(), False
+    while not store.check([f"here/{rank}" for rank in range(own.ranks)]):
+        time.sleep(0.1)
+        waited = timedelta(seconds=time.monotonic() - began)
+        if waited > MEETING or waited > SLOW and not is_told:
+            missing = [rank for rank in range(own.ranks) if not store.check([f"here/{rank}"])]
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            told = ", ".join(f"{rank} of node {rank // own.per_node}" for rank in missing[:4])
+            if waited > MEETING:
+                raise _no_meeting(own, f"within {waited.seconds} s these did not come: rank {told}{more}")
+            log.warning("%d ranks are here; waits for rank %s%s", own.ranks - len(missing), told, more)
+            is_told = True
+    store.set("met", "")
 
 
 def load_together(load: Callable[[], T]) -> T:

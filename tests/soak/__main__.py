@@ -2,7 +2,7 @@
 ``kill --seed S --times N`` kills training and goes on with it,
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
 ``plan`` dry-runs every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a dry-run step with one on a GPU,
-``gpu`` trains the main recipe on one GPU."""
+``gpu`` trains the main recipe on one GPU, ``study`` asks whether the intervals of `lingen study report` cover."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.soak.ranks import compare_all
 def main() -> int:
     args = _arguments()
     trials = {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks, "gpu": _gpu}
-    return (trials | {"plan": _plan, "plan-peak": _plan_peak})[args.trial](args)
+    return (trials | {"plan": _plan, "plan-peak": _plan_peak, "study": _study})[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -57,7 +57,21 @@ def _arguments() -> argparse.Namespace:
     peak.add_argument("overrides", nargs="*", metavar="key=value")
     more = trials.add_parser("gpu", help="the main recipe on one GPU, stopped and undisturbed")
     more.add_argument("--keep", type=Path, default=Path("gpu"), metavar="DIR", help="the runs lie there; made anew")
+    votes = trials.add_parser("study", help="simulated votes with effects of raters and prompts")
+    votes.add_argument("--seed", type=int, default=1)
+    votes.add_argument("--times", type=int, default=200, help="studies of each design")
     return parser.parse_args()
+
+
+def _study(args: argparse.Namespace) -> int:
+    from tests.soak.study import DESIGNS, coverage
+
+    for spread in (0.0, 0.5, 1.0):
+        for raters, prompts in DESIGNS:
+            found = coverage(args.seed, args.times, raters, prompts, spread)
+            told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+            print(f"effects {spread}, {raters} raters, {prompts} prompts: {told}", flush=True)
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -147,9 +147,8 @@ def emoji(
     quiet = ["sample.prompts=[]", "train.warmup=50", "train.validate_every=0", "train.sample_every=0"]
     for shift in shifts:
         run = out / f"shift-{shift}"
-        code = _fit(
-            ["fit", "--recipe", "emoji_64", "--run", str(run), f"time.shift={shift}", *shards, *cut, *quiet], {}
-        )
+        words = ["fit", "--recipe", "emoji_64", "--run", str(run), f"time.shift={shift}", *shards, *cut, *quiet, *more]
+        code = _fit(words, {})
         if code:
             raise SystemExit(f"training with shift {shift} ended with exit code {code}")
         yield from heldout([run / "stages" / "videos" / "weights.safetensors"], samples)

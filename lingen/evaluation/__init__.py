@@ -1,0 +1,1 @@
+"""Judgements of generated clips, with intervals and floors: `lingen eval`, `lingen study`."""

@@ -1,0 +1,111 @@
+"""How far two sets of features are apart, and the floors: what two sets of the same real clips have."""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from lingen.evaluation.statistics import SEED, Interval, clusters_of
+
+HALVES, REAL_SPLITS, SWAPS = 400, 100, 999
+"""Half-samples of an interval, splits of a floor, permutations of a test."""
+
+
+class FeatureSet(NamedTuple):
+    """Features of clips, and the prompt of each row."""
+
+    rows: Float[np.ndarray, "_n d"]
+    prompts: list[Hashable]
+
+
+def polynomial_kernel(x: Float[np.ndarray, "_n d"], y: Float[np.ndarray, "_m d"]) -> Float[np.ndarray, "_n _m"]:
+    """(x y / d + 1)^3, of KID (Binkowski et al., arXiv 1801.01401)."""
+    return (x.astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3
+
+
+class KernelDistance:
+    """The unbiased squared MMD of two sets under `polynomial_kernel`: KVD of video features, KID of Inception's. Pairs
+    within a prompt are left out, since they are not independent: 0 on average where both sides are drawn alike."""
+
+    def __init__(self, first: FeatureSet, second: FeatureSet):
+        self.members = [clusters_of(one.prompts) for one in (first, second)]
+        apart = [1 - member @ member.T for member in self.members]
+        self.within = [polynomial_kernel(one.rows, one.rows) * mask for one, mask in zip((first, second), apart)]  # noqa: B905
+        self.across = polynomial_kernel(first.rows, second.rows)
+
+    def of(self, first: Float[np.ndarray, "s _n"], second: Float[np.ndarray, "s _m"]) -> Float[np.ndarray, " s"]:
+        """The distance of s choices of samples, given as 0 and 1 for the samples of either side."""
+        total = -2 * ((first @ self.across) * second).sum(1) / (first.sum(1) * second.sum(1))
+        for chosen, within, member in zip((first, second), self.within, self.members, strict=True):
+            pairs = chosen.sum(1) ** 2 - ((chosen @ member) ** 2).sum(1)
+            total += ((chosen @ within) * chosen).sum(1) / pairs
+        return total
+
+    def value(self) -> float:
+        return float(self.of(*(np.ones((1, len(member))) for member in self.members))[0])
+
+    def interval(self) -> Interval:
+        """95%, by samples of half of the prompts without replacement (Politis and Romano 1994): a bootstrap draws the
+        same clip twice, whose distance to itself is 0, and its intervals miss."""
+        from scipy import stats
+
+        counts = [member.shape[1] for member in self.members]
+        if min(counts) < 4:
+            return None
+        rng, value, n = np.random.default_rng(SEED), self.value(), min(counts)
+        halves = [_halves(rng, member, member.shape[1] // 2, HALVES)[0] for member in self.members]
+        spread = np.sqrt(np.mean((self.of(*halves) - value) ** 2) * (n // 2) / (n - n // 2))
+        half = float(stats.t.ppf(0.975, n - 1) * spread)
+        return value - half, value + half
+
+
+def paired_kernel_p(first: FeatureSet, second: FeatureSet, real: FeatureSet) -> tuple[float, float]:
+    """Distance of `first` to the real clips minus that of `second`, and two-sided p of "as far": the sides change
+    places within each prompt. Row i of either side is of the same prompt."""
+    joint = FeatureSet(np.concatenate([first.rows, second.rows]), [*first.prompts, *second.prompts])
+    distance, member = KernelDistance(joint, real), clusters_of(first.prompts)
+    swaps = np.random.default_rng(SEED).random((SWAPS, member.shape[1])) < 0.5
+    kept = np.concatenate([np.ones((1, len(member))), 1.0 - swaps @ member.T])
+    everything = np.ones((len(kept), len(real.rows)))
+    sides = [np.concatenate(pair, 1) for pair in ((kept, 1 - kept), (1 - kept, kept))]
+    apart = distance.of(sides[0], everything) - distance.of(sides[1], everything)
+    return float(apart[0]), float((abs(apart) >= abs(apart[0]) * (1 - 1e-9)).mean())
+
+
+def frechet_distance(x: Float[np.ndarray, "_n d"], y: Float[np.ndarray, "_m d"]) -> float:
+    """|mean difference|^2 + tr(Sx + Sy - 2 (Sx Sy)^1/2) of Gaussians with the sets' moments (Dowson and Landau 1982;
+    Heusel et al., arXiv 1706.08500). The trace of the root is the sum of singular values of the product of the centred
+    sets, which needs no root of a matrix and no full rank. It grows as sets get smaller: compare at equal numbers."""
+    from scipy import linalg
+
+    mean, roots = x.mean(0, dtype=np.float64) - y.mean(0, dtype=np.float64), []
+    for one in (x, y):
+        centred = (one - one.mean(0, dtype=np.float64)) / np.sqrt(len(one) - 1)
+        roots.append(linalg.qr(centred, mode="r")[0][: one.shape[1]] if len(one) > one.shape[1] else centred)
+    spread = sum(float((root**2).sum()) for root in roots)
+    return float(mean @ mean + spread - 2 * linalg.svdvals(roots[0] @ roots[1].T).sum())
+
+
+def kernel_floor(real: FeatureSet, n: int) -> float | None:
+    """What 95% of distances between two disjoint sets of n real clips (of half of them, where they are fewer) stay
+    below; None for fewer than four."""
+    member = clusters_of(real.prompts)
+    half = min(member.shape[1] // 2, round(n * member.shape[1] / len(real.rows)))
+    if half < 2:
+        return None
+    sides = _halves(np.random.default_rng(SEED), member, half, REAL_SPLITS)
+    return float(np.quantile(KernelDistance(real, real).of(*sides), 0.95))
+
+
+def frechet_floor(real: Float[np.ndarray, "_n d"], n: int) -> float:
+    """The mean Frechet distance between two disjoint sets of n real clips, over five splits."""
+    rng = np.random.default_rng(SEED)
+    splits = [rng.permutation(len(real))[: 2 * n] for _ in range(5)]
+    return float(np.mean([frechet_distance(real[one[:n]], real[one[n:]]) for one in splits]))
+
+
+def _halves(rng: np.random.Generator, member: np.ndarray, half: int, times: int) -> list[np.ndarray]:
+    """`times` disjoint pairs of `half` clusters, as 0 and 1 for each sample."""
+    rank = rng.random((times, member.shape[1])).argsort(1).argsort(1)
+    return [((rank >= low) & (rank < low + half)).astype(float) @ member.T for low in (0, half)]

@@ -1,0 +1,71 @@
+"""Intervals and tests whose unit is the prompt: clips of one prompt are alike, so they are no independent samples. By
+SciPy and statsmodels (the extra `eval`)."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lingen.metrics.shapes import clustered_interval
+from lingen.recipe.errors import RecipeError
+
+SEED = 0
+Interval = tuple[float, float] | None
+"""95%, or None where fewer than two prompts give none."""
+
+
+def check_extra() -> None:
+    """RecipeError where SciPy or statsmodels is missing."""
+    try:
+        import scipy.stats  # noqa: F401
+        import statsmodels.stats.multitest  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(f"lingen eval needs {error.name}: pip install 'lingen[eval]'.") from error
+
+
+def clusters_of(keys: Sequence[Hashable]) -> Float[np.ndarray, "n c"]:
+    """Which of n samples belongs to which cluster, as 0 and 1; clusters in the order in which they appear."""
+    known = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.eye(len(known))[[known[key] for key in keys]]
+
+
+def mean_interval(values: Sequence[float], prompts: Sequence[Hashable]) -> Interval:
+    """95% interval of a mean over clips: bootstrap over prompts, expanded percentiles (Hesterberg, arXiv 1411.5279: the
+    level is raised to what Student's t needs for so few prompts). Shares (0 and 1 alone) get `clustered_interval`."""
+    from scipy import stats
+
+    held, member = np.asarray(values, float), clusters_of(prompts)
+    sums, counts, m = held @ member, member.sum(0), member.shape[1]
+    if m < 2:
+        return None
+    if set(held.tolist()) <= {0.0, 1.0}:
+        return clustered_interval([(int(right), int(n)) for right, n in zip(sums, counts, strict=True)])
+    level = 1 - 2 * stats.norm.cdf(-np.sqrt(m / (m - 1)) * stats.t.ppf(0.975, m - 1))
+    found: Any = stats.bootstrap(
+        (sums, counts), lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis), paired=True, vectorized=True,
+        n_resamples=1999, method="percentile", confidence_level=level, rng=np.random.default_rng(SEED),
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def paired_p(first: Sequence[float], second: Sequence[float], prompts: Sequence[Hashable]) -> float:
+    """Two-sided p of "both have the same mean": the sides change places within each prompt, at random (all ways where
+    they are few). Entry i of either side is of `prompts[i]`."""
+    from scipy import stats
+
+    difference = (np.asarray(first, float) - np.asarray(second, float)) @ clusters_of(prompts)
+    if len(difference) < 2:
+        return 1.0
+    rng = np.random.default_rng(SEED)
+    found: Any = stats.permutation_test(
+        (difference,), np.mean, permutation_type="samples", vectorized=True, n_resamples=9999, rng=rng
+    )
+    return float(found.pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p of several comparisons."""
+    from statsmodels.stats.multitest import multipletests
+
+    return multipletests(p, method="holm")[1].tolist() if len(p) else []
