@@ -394,6 +394,11 @@ def _fit_once(
     reporter.say(report(edge.ledger))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)
+    if trainer.global_step < recipe.train.steps:
+        raise RecipeError(
+            f"A callback ended stage '{name}' at step {trainer.global_step} of {recipe.train.steps}. Stages end by "
+            "train.steps: take it out of trainer.callbacks, and the same command goes on from the last checkpoint."
+        )
     return None
 
 

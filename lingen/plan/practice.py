@@ -1,5 +1,4 @@
-"""What a recipe names for training alone (optimiser, decay, loss, callbacks): how it is built, and whether it keeps its
-contract, tried on a few numbers."""
+"""What a recipe names for training alone, tried on a few numbers: optimiser, decay, loss, callbacks."""
 
 from __future__ import annotations
 
@@ -14,9 +13,6 @@ from torch import Tensor, nn
 from lingen.plan.contract import error_told, unlike
 from lingen.recipe.registry import CALLBACKS, DECAYS, LOSSES, OPTIMIZERS, Registry
 from lingen.recipe.sections import Recipe, TrainConfig
-
-TRIED_SHAPES = ((4, 6), (2, 3, 4), (6,), ())
-"""Of the parameters that an optimiser is tried on."""
 
 
 def build_optimizer(settings: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -38,6 +34,7 @@ def fault_in_training(registry: Registry, component: dict[str, Any], recipe: Rec
 
 
 def _of_optimizer(component: dict[str, Any], recipe: Recipe) -> str | None:
+    """Its third step has to be the same from what a checkpoint holds of the first two."""
     settings, takes = recipe.train, inspect.signature(OPTIMIZERS[component["name"]]).parameters
     sharded = str(recipe.trainer.get("strategy")).lower() in ("fsdp", "hsdp")
     if OPTIMIZERS.origin(component["name"]) == "lingen":
@@ -46,51 +43,40 @@ def _of_optimizer(component: dict[str, Any], recipe: Recipe) -> str | None:
     asked = {"lr": True, "weight_decay": settings.weight_decay > 0, "betas": settings.betas != TrainConfig.betas}
     if idle := [key for key, is_asked in asked.items() if is_asked and key not in takes]:
         return f"it takes no `{idle[0]}`, so train.{idle[0]} would do nothing; leave that out, or at 0."
-    start = [torch.randn(shape) for shape in TRIED_SHAPES]
-    own, one = _trial(settings, start)
-    again, other = _trial(settings, start)
-    _step(own, one, 1)
-    _step(own, one, 2)
-    if any(map(torch.equal, own, start)) or not all(p.isfinite().all() for p in own):
+    own, again = ([nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (2, 3, 4), (6,), ())] for _ in range(2))
+    group = {"decays": True, "lr": 1e-2, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    one, other = (build_optimizer(settings, [{**group, "params": params}]) for params in (own, again))
+    _steps(own, one, 1, 2)
+    if any(bool((p == 1).all() or not p.isfinite().all()) for p in own):
         return "after two steps a parameter is as it was, or no number."
     for mine, theirs in zip(own, again, strict=True):
         theirs.data.copy_(mine)
         other.state[theirs] = deepcopy(one.state[mine])
         for key, value in one.state[mine].items():
-            if not (value is None or isinstance(value, int | float) or _is_float(value)) or key in ("raw", "averaged"):
+            is_float = isinstance(value, Tensor) and value.is_floating_point()
+            if not (value is None or isinstance(value, int | float) or is_float):
                 return f"it keeps {key!r} ({type(value).__name__}); a checkpoint holds tensors of floats, and numbers."
-            if sharded and _is_float(value) and value.ndim and value.shape != mine.shape:
+            if sharded and is_float and value.ndim and value.shape != mine.shape:
                 return f"it keeps {key!r} of another shape than its parameter; set trainer.strategy=ddp."
-    _step(own, one, 3)
-    _step(again, other, 3)
+    _steps(own, one, 3)
+    _steps(again, other, 3)
     same = all(map(torch.equal, own, again))
     return None if same else "it keeps something outside of `state[parameter]`, which a checkpoint does not hold."
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _trial(settings: TrainConfig, values: list[Tensor]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    own = [nn.Parameter(value.clone()) for value in values]
-    group = {"params": own, "decays": True, "lr": 1e-2, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    return own, build_optimizer(settings, [group])
-
-
-def _step(own: list[nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
-    numbers = torch.Generator().manual_seed(seed)
-    for one in own:
-        one.grad = torch.randn(one.shape, generator=numbers)
-    optimizer.step()
+def _steps(own: list[nn.Parameter], optimizer: torch.optim.Optimizer, *seeds: int) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        for one in own:
+            one.grad = torch.randn(one.shape)
+        optimizer.step()
 
 
 def _of_decay(component: dict[str, Any], recipe: Recipe) -> str | None:
     steps = max(0, recipe.train.steps - recipe.train.warmup)
-    for step in (0, steps // 2, steps):
-        factor = DECAYS.build(component, step, steps)
-        if not (isinstance(factor, int | float) and 0 <= factor < float("inf")):
-            return f"at step {step} of {steps} it gives {factor!r}; expected a number from 0 on."
-    return None
+    factors = [DECAYS.build(component, step, steps) for step in (0, steps // 2, steps)]
+    fits = all(isinstance(one, int | float) and 0 <= one < float("inf") for one in factors)
+    return None if fits else f"at start, middle and end it gives {factors}; expected numbers from 0 on."
 
 
 def _of_loss(component: dict[str, Any], recipe: Recipe) -> str | None:

@@ -65,10 +65,14 @@ class Draft(NamedTuple):
 
 
 def shipped_recipes() -> dict[str, File]:
-    """Name -> file of the recipes that come with lingen, installed from a wheel or run from its source tree."""
-    inside = File(__file__).parents[1] / "recipes"
-    folder = inside if inside.is_dir() else File(__file__).parents[2] / "recipes"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    """Name -> file of the recipes that come with lingen."""
+    return {file.stem: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}
+
+
+def shipped_folder(name: str) -> File:
+    """A folder that comes with lingen, installed from a wheel or in its source tree."""
+    inside = File(__file__).parents[1] / name
+    return inside if inside.is_dir() else File(__file__).parents[2] / name
 
 
 def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -> Draft:

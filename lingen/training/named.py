@@ -11,12 +11,6 @@ from lingen.recipe.bounds import COURSE, IDENTITY, Above, AtLeast, Between
 from lingen.recipe.signature import checked
 
 Groups = list[dict[str, Any]]
-ByTime = Annotated[
-    tuple[float, ...] | None,
-    AtLeast(0),
-    IDENTITY,
-    "weights at times evenly spaced from 0 (noise) to 1 (data), linear in between; null: 1",
-]
 
 
 @checked
@@ -69,19 +63,25 @@ def wsd(
 ) -> float:
     """The peak learning rate, at the end 1 - sqrt(share of the decay) (arXiv 2405.18392)."""
     length = share * max(1, steps)
-    return 1 - math.sqrt(max(0.0, step - (steps - length)) / length)
+    return 1 - math.sqrt(max(0.0, step - max(1, steps) + length) / length)
 
 
 @checked
 class SquaredError(nn.Module):
-    """The mean squared error (Movie Gen, arXiv 2410.13720, section 3.1.2)."""
+    """The mean squared error (Movie Gen, arXiv 2410.13720, section 3.1.2), times a weight by time."""
 
-    def __init__(self, *, by_time: ByTime = None):
+    def __init__(
+        self,
+        *,
+        by_time: Annotated[
+            tuple[float, ...] | None, AtLeast(0), IDENTITY, "weights at times evenly spaced from 0 (noise) to 1 (data)"
+        ] = None,
+    ):
         super().__init__()
         self.by_time = by_time
 
     def forward(self, velocity: Tensor, target: Tensor, time: Tensor) -> Tensor:
-        losses = self.errors(velocity, target).flatten(1).mean(1)
+        losses = (velocity - target).square().flatten(1).mean(1)
         if not self.by_time:
             return losses
         weights = torch.tensor([*self.by_time, self.by_time[-1]]).to(time)
@@ -89,18 +89,14 @@ class SquaredError(nn.Module):
         low = place.long()
         return losses * torch.lerp(weights[low], weights[low + 1], place - low)
 
-    def errors(self, velocity: Tensor, target: Tensor) -> Tensor:
-        """Of each number."""
-        return (velocity - target).square()
-
 
 @checked
-class Huber(SquaredError):
-    """The mean of half the squared error where it is below `delta`, which grows linearly from there."""
+class Huber(nn.Module):
+    """The mean of half the squared error where it is below `delta`, from where it grows linearly."""
 
-    def __init__(self, *, delta: Annotated[float, Above(0), IDENTITY, "of an error"] = 1.0, by_time: ByTime = None):
-        super().__init__(by_time=by_time)
+    def __init__(self, *, delta: Annotated[float, Above(0), IDENTITY, "of an error"] = 1.0):
+        super().__init__()
         self.delta = delta
 
-    def errors(self, velocity: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.huber_loss(velocity, target, reduction="none", delta=self.delta)
+    def forward(self, velocity: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        return nn.functional.huber_loss(velocity, target, reduction="none", delta=self.delta).flatten(1).mean(1)

@@ -21,9 +21,10 @@ from lingen.training.strategy import Sharded, strategy_of
 
 
 def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> lightning.Trainer:
-    """lightning.Trainer with the recipe's arguments and callbacks, after those given, and what lingen sets."""
+    """lightning.Trainer with the recipe's arguments and what lingen sets. The recipe's callbacks come first, so that a
+    checkpoint holds them as they are after its step."""
     arguments = dict(recipe.trainer) | {"strategy": strategy_of(recipe)}
-    callbacks = [*callbacks, *map(CALLBACKS.build, arguments.pop("callbacks", None) or [])]
+    callbacks = [*map(CALLBACKS.build, arguments.pop("callbacks", None) or []), *callbacks]
     loggers = [build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard"))]
     settings = recipe.train
     batches = settings.steps * settings.accumulate
