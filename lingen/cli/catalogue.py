@@ -5,8 +5,8 @@ from typing import Any
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import shipped_recipes
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
-from lingen.recipe.signature import REQUIRED, settings_of
+from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
+from lingen.recipe.signature import REQUIRED
 
 REGISTRIES = {
     "mixers": MIXERS,
@@ -14,6 +14,7 @@ REGISTRIES = {
     "autoencoders": AUTOENCODERS,
     "text": TEXT_ENCODERS,
     "perceptual": PERCEPTUAL,
+    **{str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()},
 }
 
 CatalogueRow = dict[str, Any]
@@ -49,7 +50,7 @@ def _row(registry: Registry, name: str) -> CatalogueRow:
             return row | {"about": _about(part)}
         settings = {
             key: "required" if setting.default is REQUIRED else setting.default
-            for key, setting in settings_of(part).items()
+            for key, setting in registry.settings(name).items()
         }
         return row | {"settings": settings, "about": _about(part)}
     except Exception as error:  # a plugin may raise anything; other rows are still shown

@@ -9,12 +9,12 @@ from lingen.recipe.errors import RecipeError
 
 
 @cli.command(
-    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances; and the recipes "
-    "that come with lingen",
+    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances, optimisers, "
+    "decays, losses; and the recipes that come with lingen",
     cli.argument(
         "what",
         nargs="?",
-        choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"],
+        choices=["mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "recipes"],
         help="default: all of them",
     ),
     cli.JSON,

@@ -178,11 +178,19 @@ class TrainConfig:
     """One stage's optimisation."""
 
     steps: Annotated[int, AtLeast(1), COURSE, "optimiser steps of the stage"] = 1000
-    lr: Annotated[float, AtLeast(0), COURSE, "peak learning rate of AdamW"] = 1e-4
+    optimizer: Annotated[Component, IDENTITY, "moves the weights; `lr`, `betas` and `weight_decay` are its, too"] = (
+        field(default_factory=lambda: {"name": "adamw"})
+    )
+    loss: Annotated[Component, IDENTITY, "of the denoiser's velocity, for each sample"] = field(
+        default_factory=lambda: {"name": "mse"}
+    )
+    lr: Annotated[float, AtLeast(0), COURSE, "peak learning rate"] = 1e-4
     warmup: Annotated[int, AtLeast(0), COURSE, "steps of linear warm-up"] = 0
-    decay: Annotated[Literal["constant", "cosine"], COURSE, "after the warm-up"] = "constant"
+    decay: Annotated[Component, COURSE, "of the learning rate, after the warm-up"] = field(
+        default_factory=lambda: {"name": "constant"}
+    )
     weight_decay: Annotated[float, AtLeast(0), COURSE, "on weight matrices only"] = 0.1
-    betas: Annotated[tuple[float, float], SHARE, COURSE, "AdamW's moments"] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], SHARE, COURSE, "of AdamW's moments"] = (0.9, 0.999)
     clip_grad: Annotated[float, Above(0), COURSE, "largest global gradient norm"] = 1.0
     accumulate: Annotated[int, AtLeast(1), COURSE, "batches (of one kind) per optimiser step"] = 1
     ema: Annotated[
@@ -193,7 +201,7 @@ class TrainConfig:
         "{width: 0.05}, which fits a stage of any length",
     ] = 0.9999
     text_drop: Annotated[float, SHARE, COURSE, "share of samples whose text is left out, for guidance"] = 0.1
-    keep_optimizer: Annotated[bool, IDENTITY, "carry AdamW's moments over from the stage before"] = False
+    keep_optimizer: Annotated[bool, IDENTITY, "carry what the optimiser keeps over from the stage before"] = False
     max_nonfinite: Annotated[
         int, AtLeast(1), FREE, "steps in a row with a non-finite loss or gradient, or skipped, before the run stops"
     ] = 3
@@ -387,9 +395,9 @@ class Recipe:
     sample: Annotated[SampleConfig, FREE] = SampleConfig()
     rewrite: Annotated[RewriteConfig, FREE] = RewriteConfig()
     score: Annotated[ScoreConfig, FREE] = ScoreConfig()
-    trainer: Annotated[dict[str, Any], "lightning.Trainer's own arguments; `logger` may be names or components"] = (
-        field(default_factory=dict)
-    )
+    trainer: Annotated[
+        dict[str, Any], "lightning.Trainer's own arguments; `logger` may be names or components, `callbacks` components"
+    ] = field(default_factory=dict)
     stages: Annotated[dict[str, dict[str, Any]], "stages in order, each an overlay of the sections above"] = field(
         default_factory=dict
     )
