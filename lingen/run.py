@@ -26,7 +26,14 @@ from lingen.ranks.signs import LifeSigns
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.sampling.samples import SHEET, sample_prompts, sample_reconstructions, score_samples
+from lingen.sampling.samples import (
+    EVALUATED,
+    SHEET,
+    evaluate_prompts,
+    sample_prompts,
+    sample_reconstructions,
+    score_samples,
+)
 from lingen.tables import as_table
 from lingen.training import lock, record, sessions
 from lingen.training.base import Trained
@@ -218,6 +225,11 @@ def _unfinished(folder: RunFolder, stages: Sequence[Recipe]) -> list[Recipe]:
     return [one for one in stages if folder.finished_steps(str(one.stage)) < one.train.steps]
 
 
+def is_complete(folder: RunFolder, curriculum: Curriculum) -> bool:
+    """Whether `fit` has nothing left to do in a folder."""
+    return not _unfinished(folder, curriculum.stages) and not _is_score_due(folder, curriculum.stages[-1])
+
+
 def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
     steps = folder.finished_steps(str(last.stage))
     return bool(last.score.clips and steps and scored_steps(folder) != steps)
@@ -294,9 +306,10 @@ def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:
     lacks = missing_of(recipe.subject.frozen_parts(recipe, begun=begun))
     if not lacks or not recipe.subject.encoded or not _is_encoded(recipe):
         return lacks
-    if not (recipe.sample.prompts or recipe.score.clips):
+    if not (recipe.sample.prompts or recipe.score.clips or recipe.train.evaluate_every):
         return []
-    reason = "needed for clips alone, since the shards are encoded: sample.prompts=[] score.clips=0 trains without"
+    without = "sample.prompts=[] score.clips=0 train.evaluate_every=0"
+    reason = f"needed for clips alone, since the shards are encoded: {without} trains without"
     return [one._replace(cure=f"{one.cure.rstrip('.')} ({reason}).") for one in lacks]
 
 
@@ -351,6 +364,8 @@ def _fit_once(
 
     data = ClipData(recipe)
     data.start_step = start.step
+    rows = together(lambda: MetricsFile(folder.metrics, name, start.step, reporter.row))
+    is_evaluated = partial(rows.holds, name="evaluation/clips")
 
     def sample(module: Trained, step: int) -> None:
         if isinstance(module, LinGenModule):
@@ -359,20 +374,29 @@ def _fit_once(
             sample_reconstructions(cast(Any, module), data, folder, step)
         signals.check()
 
+    def evaluate(module: Trained, step: int) -> None:
+        captions = on_first_rank(lambda: data.held_out_captions(EVALUATED))
+        evaluate_prompts(cast(LinGenModule, module), captions)
+
     def finish(module: Trained, step: int) -> None:
         module.before_saving(data)
         sample(module, step)
+        if recipe.train.evaluate_every and not on_first_rank(lambda: is_evaluated(step)):
+            evaluate(module, step)
         # They come last: a stage that has weights owes nothing.
         save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
 
     def build() -> tuple[lightning.Trainer, Trained]:
-        clips = ClipsDuringTraining(sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge)
+        clips = ClipsDuringTraining(
+            sample, lambda step: (folder.samples(name, step) / SHEET).is_file(), edge, "sample_every"
+        )
+        measured = ClipsDuringTraining(evaluate, is_evaluated, edge, "evaluate_every")
         steps = LambdaCallback(on_train_batch_end=lambda trainer, *_: reporter.step(trainer.global_step))
-        callbacks = [Rows(), edge, clips, StageEnd(finish, edge), steps, LifeSigns(name), *more]
+        callbacks = [Rows(), edge, clips, measured, StageEnd(finish, edge), steps, LifeSigns(name), *more]
         trainer = build_trainer(recipe, folder, callbacks)
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)
-        module.write_row = MetricsFile(folder.metrics, name, start.step, reporter.row).write
+        module.write_row = rows.write
         module.say, module.past = reporter.say, past
         module.steps_before = sum(stage.train.steps for stage in curriculum.stages[:index])
         if start.checkpoint is None:

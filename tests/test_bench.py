@@ -12,6 +12,7 @@ import torch
 from lingen_yardsticks import timing
 from lingen_yardsticks.build import built, denoiser, sample_inputs, tflop_of
 from lingen_yardsticks.exponent import crossover, fit_exponent
+from lingen_yardsticks.mixer_flops import mixer_flops
 from lingen_yardsticks.parts import milliseconds_by_part, part_of_kernel, triton_kernels
 from lingen_yardsticks.place import Place
 from lingen_yardsticks.receipt import by_flops, by_time, meets, part_fits, says
@@ -20,7 +21,6 @@ from lingen_yardsticks.timing import saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from lingen.cli import main
-from lingen.plan.flops import mixer_flops
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import LinGenConfig

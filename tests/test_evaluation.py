@@ -24,11 +24,11 @@ from lingen.evaluation.distances import (
     paired_kernel_p,
     polynomial_kernel,
 )
-from lingen.evaluation.measures import ClipScore, measure_coherence, measure_drift, measure_motion, measure_shapes
 from lingen.evaluation.networks import network_of
 from lingen.evaluation.statistics import holm, mean_interval, paired_p
 from lingen.files import cache_folder
 from lingen.media import encode_mp4, save_video
+from lingen.metrics.measures import ClipScore, measure_coherence, measure_drift, measure_motion, measure_shapes
 from lingen.prepare.networks import ArraysOnly
 from lingen.recipe.errors import RecipeError
 from tests.helpers import encoders
@@ -213,7 +213,7 @@ def test_coherence_falls_with_distance_and_a_still_clip_has_all():
 
 
 def test_the_judge_of_shapes_reads_shapes_prompts_only():
-    data = encode_mp4(draw_clip("a red circle grows", (48, 48), 16, np.random.default_rng(0)), 8)
+    data = draw_clip("a red circle grows", (48, 48), 16, np.random.default_rng(0))
     assert set(measure_shapes(data, "a red circle grows").values()) == {1.0}
     assert measure_shapes(data, "a blue circle grows") == {
         "text: colour": 0, "text: shape": 1, "text: motion": 1, "text: all": 0,

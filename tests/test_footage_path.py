@@ -46,7 +46,7 @@ def test_from_films_to_training(
     assert all(row.captions == 1 and (row.height, row.fps) == (64, 8.0) for row in rows.values())
     assert "nothing wrong" in run("data", "check", *recipe, "--decode")
     assert f"{len(rows)}" in run("data", "stats", "data/packed", "--out", "stats")
-    assert Image.open("stats/samples.jpg").width > 900 and Image.open("stats/histograms.png").width > 900
+    assert Image.open("stats/samples.jpg").width > 900
     run("encode", *recipe, "--out", "data/encoded")
     short = ["stages.short.train.steps=2", "stages.long.train.steps=2", "sample.prompts=[]"]
     for name, shards in (("raw", "data/packed"), ("encoded", "data/encoded")):

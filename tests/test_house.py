@@ -22,6 +22,7 @@ FLOORS = (
     ("sampling",),
     ("prepare", "run"),
     ("doctor", "launch", "evaluation"),
+    ("studies",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -12,8 +12,8 @@ from lingen.blocks.mamba2 import Mamba2, ScanMemory
 from lingen.blocks.mate import MATE
 from lingen.blocks.scan import permutation
 from lingen.blocks.temporal_swin import TemporalSwin
-from lingen.kernels import ssd
 from lingen.kernels.pool import pool
+from lingen.kernels.ssd import ssd
 from lingen.recipe.bounds import FREE
 from lingen.recipe.errors import SettingError
 from lingen.recipe.passed_on import passes_on

@@ -101,6 +101,7 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "data.remote.attempts": "2", "data.remote.cache_gb": "1", "data.workers": "1", "data.cache_mb": "0",
     "train.max_nonfinite": "1", "train.log_every": "1", "train.checkpoint_every": "1", "train.validate_every": "1",
     "train.keep_checkpoints": "1", "train.keep_every": "1", "train.watchdog": "60", "train.on_spike": "skip",
+    "train.evaluate_every": "2",
     "train.validation_samples": "1", "train.sample_every": "1", "sample.steps": "2", "sample.guidance": "1.5",
     "sample.guidance_interval": "[0.1, 0.9]", "sample.guidance_rescale": "0.5", "sample.solver": "heun",
     "sample.schedule": "linear_quadratic", "sample.emulated_steps": "20", "sample.precision": "32-true",

@@ -10,15 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.autoencoder import diffusers_known as known
-from lingen.autoencoder.diffusers_model import (
-    LoadedVae,
-    frames_of,
-    from_pretrained,
-    mode_of,
-    sample_of,
-    spread_of,
-    switch_on_tiles,
-)
+from lingen.autoencoder import diffusers_model as adapter
 from lingen.autoencoder.diffusers_stream import FRAMES, cut_for_wan, decode_piece, encode_piece, no_past
 from lingen.frozen import Missing
 from lingen.recipe.bounds import CONTENT, IDENTITY, Above, AtLeast
@@ -80,7 +72,7 @@ class DiffusersVAE(nn.Module):
         self.first_frame_alone, self.scale, self.tiling = first_frame_alone, scale, tiling
         self.dtype = DTYPES[precision]
         # In a list, so that no checkpoint holds it and no cast of the module around it reaches it.
-        self._loaded: list[LoadedVae] = []
+        self._loaded: list[adapter.LoadedVae] = []
 
     def missing(self) -> list[Missing]:
         """What would make a run with these settings fail; reads config.json and the header of the weights."""
@@ -125,10 +117,10 @@ class DiffusersVAE(nn.Module):
         sizes that do not fit, RecipeError where the weights cannot be used."""
         vae, mean, std = self._ready(video.device)
         self._check_size(video, video.shape[2])
-        latents = self._run(lambda clips: mode_of(vae.encode(clips)), video)
+        latents = self._run(lambda clips: adapter.mode_of(vae.encode(clips)), video)
         size = (-(-n // stride) for n, stride in zip(video.shape[2:], self.strides, strict=True))
         self._check_shape("encode", latents, (len(video), self.channels, *size))
-        return (latents - frames_of(mean, latents)) / frames_of(std, latents)
+        return (latents - adapter.frames_of(mean, latents)) / adapter.frames_of(std, latents)
 
     def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
         """Latents -> float32 pixels, about -1..1: 1 + strides[0] * (t - 1) frames where the first stands alone. Raises
@@ -136,8 +128,8 @@ class DiffusersVAE(nn.Module):
         vae, mean, std = self._ready(latents.device)
         frames = self.strides[0] * latents.shape[2] - (self.strides[0] - 1 if self.first_frame_alone else 0)
         self.check_frames(frames)
-        latents = latents.float() * frames_of(std, latents) + frames_of(mean, latents)
-        video = self._run(lambda clips: sample_of(self._decode(vae, clips)), latents)
+        latents = latents.float() * adapter.frames_of(std, latents) + adapter.frames_of(mean, latents)
+        video = self._run(lambda clips: adapter.sample_of(self._decode(vae, clips)), latents)
         _, stride_h, stride_w = self.strides
         height, width = latents.shape[3] * stride_h, latents.shape[4] * stride_w
         self._check_shape("decode", video, (len(latents), 3, frames, height, width))
@@ -210,7 +202,7 @@ class DiffusersVAE(nn.Module):
                 f"{str(self.first_frame_alone).lower()} are not those of this model."
             )
 
-    def _ready(self, device: torch.device) -> LoadedVae:
+    def _ready(self, device: torch.device) -> adapter.LoadedVae:
         """The model on a device, loaded once."""
         if not self._loaded:
             self._loaded = [self._load()]
@@ -219,16 +211,16 @@ class DiffusersVAE(nn.Module):
             self._loaded[0] = now = now.to(device)
         return now
 
-    def _load(self) -> LoadedVae:
+    def _load(self) -> adapter.LoadedVae:
         problems = list(self._problems())
         if problems or self.path is None:
             raise RecipeError(*(f"autoencoder 'diffusers': {problem}" for problem in problems))
         folder = known.find_folder(self.path, self.subfolder)
         name = known.read_config(folder, self.class_name)["_class_name"]
-        vae = from_pretrained(folder, name, self.dtype)
+        vae = adapter.from_pretrained(folder, name, self.dtype)
         if self.tiling:
-            switch_on_tiles(vae)
-        return LoadedVae(vae, *spread_of(vae, self.channels, self.scale))
+            adapter.switch_on_tiles(vae)
+        return adapter.LoadedVae(vae, *adapter.spread_of(vae, self.channels, self.scale))
 
 
 def _given(setting: str, value: Any, class_name: str | None) -> Any:

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import RMSNorm, head_count
-from lingen.kernels import attention
+from lingen.kernels.attention import attention
 from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
 from lingen.recipe.signature import checked
 
@@ -24,7 +24,7 @@ class Attention(nn.Module):
         layer: int,
         *,
         num_heads: Annotated[int | None, AtLeast(1), IDENTITY] = None,
-        kernel: Annotated[Literal["auto", "sdpa", "cudnn", "flash"], FREE] = "auto",
+        kernel: Annotated[Literal["auto", "sdpa", "cudnn"], FREE] = "auto",
     ):
         super().__init__()
         self.num_heads = head_count(dim, num_heads)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 # Their commands register themselves.
-from lingen.cli import bench, cluster, data, doctor, encode, evaluate, export, new, prompts, recipes, runs, study  # noqa: F401
+from lingen.cli import bench, cluster, compare, data, doctor, encode, evaluate, export, prompts, recipes, runs, study  # noqa: F401
 from lingen.cli.command import COMMANDS, DONE, FAILED, WRONG_USE, parse_arguments
 from lingen.cli.edge import line_of
 from lingen.ranks.environment import OtherRankError, who

@@ -24,3 +24,4 @@ def yardstick(name: str) -> ModuleType:
 if FOLDER.is_dir():  # a checkout: an installed package does not hold it
     yardstick("commands")  # which register themselves
     yardstick("model_commands")
+    yardstick("eval_commands")

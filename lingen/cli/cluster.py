@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WATCH = 5.0
 """Seconds between two looks of `lingen status --watch`."""
-IN_SHARES = ("encode", "data pack", "data caption")
+IN_SHARES = ("encode", "data pack", "data caption", "sweep", "ablate")
 """Commands whose work a job array shares."""
 
 

@@ -7,40 +7,29 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lingen.cli.command import (
-    DONE,
-    FAILED,
-    JSON,
-    PROCESSES,
-    RECIPE,
-    argument,
-    command,
-    count_bar,
-    print_json,
-    print_table,
-)
+from lingen.cli import command as cli
 from lingen.cli.pack import split_overrides
 from lingen.recipe.errors import RecipeError
 
 WEIGHTS = ("vgg16", "i3d", "efficientnet")
 
 
-@command(
+@cli.command(
     "real clips with captions, as shards; weights of a perceptual distance, or of networks that judge",
-    argument(
+    cli.argument(
         "set",
         choices=["emoji", "footage", *WEIGHTS],
         help="emoji: animated 3-D emoji and their names; footage: a few filmed clips; vgg16: weights for training an "
         "autoencoder (59 MB); i3d, efficientnet: networks of lingen eval (51 and 19 MB)",
     ),
-    argument("--out", metavar="DIR", help="default: data/SET; of weights: weights"),
-    argument(
+    cli.argument("--out", metavar="DIR", help="default: data/SET; of weights: weights"),
+    cli.argument(
         "--parts",
         type=int,
         choices=[1, 2, 3, 4],
         help="emoji: how many of the four packages of animations (170 MB each); default: 1",
     ),
-    argument("--limit", type=int, help="emoji, footage: only so many clips and images"),
+    cli.argument("--limit", type=int, help="emoji, footage: only so many clips and images"),
 )
 def data_fetch(args: argparse.Namespace) -> int:
     if args.parts is not None and args.set != "emoji":
@@ -56,14 +45,14 @@ def data_fetch(args: argparse.Namespace) -> int:
         print(*(_fetch_weights(args.set, out) if args.set in WEIGHTS else _fetch_clips(args, out)), sep="\n")
     except FetchError as error:
         print(error, file=sys.stderr)
-        return FAILED
-    return DONE
+        return cli.FAILED
+    return cli.DONE
 
 
 def _fetch_clips(args: argparse.Namespace, out: str) -> list[str]:
     from lingen.prepare.fetch import fetch
 
-    with count_bar(f"fetching {args.set}") as progress:
+    with cli.count_bar(f"fetching {args.set}") as progress:
         fetched = fetch(args.set, out, parts=args.parts or 1, limit=args.limit, progress=progress)
     counts = ", ".join(f"{count} {kind}" for kind, count in fetched.counts.items())
     return [*fetched.licences, f"{fetched.folder}: {counts}"]
@@ -81,15 +70,15 @@ FAULTS_SHOWN = 10
 """Faults of a kind that are named."""
 
 
-@command(
+@cli.command(
     "are shards whole, does their manifest tell the truth, and what would each stage of a recipe make of them?",
-    argument("folders", nargs="*", metavar="DIR", help="folders of shards; default: those of the recipe"),
-    RECIPE,
-    argument("--quick", action="store_true", help="only headers and manifest"),
-    argument("--decode", action="store_true", help="every frame of every clip"),
-    argument("--ranks", type=int, metavar="N", help="default: devices times nodes of the recipe"),
-    PROCESSES,
-    JSON,
+    cli.argument("folders", nargs="*", metavar="DIR", help="folders of shards; default: those of the recipe"),
+    cli.RECIPE,
+    cli.argument("--quick", action="store_true", help="only headers and manifest"),
+    cli.argument("--decode", action="store_true", help="every frame of every clip"),
+    cli.argument("--ranks", type=int, metavar="N", help="default: devices times nodes of the recipe"),
+    cli.PROCESSES,
+    cli.JSON,
     overrides=True,
 )
 def data_check(args: argparse.Namespace) -> int:
@@ -106,19 +95,19 @@ def data_check(args: argparse.Namespace) -> int:
     stages = stages_on(stages, local) if folders else stages
     processes = processes_here() if args.processes is None else args.processes
     depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"
-    with count_bar("checking") as progress:
+    with cli.count_bar("checking") as progress:
         checked = check_folders(local, depth, processes, progress)
     foreseen = forecast(stages, args.ranks)
     if args.json:
-        print_json({"samples": checked.samples, "faults": checked.faults, **foreseen._asdict()})
+        cli.print_json({"samples": checked.samples, "faults": checked.faults, **foreseen._asdict()})
     else:
         _print_check(checked, foreseen, remote, depth)
-    return FAILED if checked.faults or foreseen.problems else DONE
+    return cli.FAILED if checked.faults or foreseen.problems else cli.DONE
 
 
 def _print_check(checked: Any, foreseen: Any, remote: list[str], depth: str) -> None:
     if foreseen.buckets:
-        print_table([_bucket_row(bucket, foreseen.epochs) for bucket in foreseen.buckets])
+        cli.print_table([_bucket_row(bucket, foreseen.epochs) for bucket in foreseen.buckets])
         print()
     for reason, count in foreseen.left_out.items():
         print(f"left out: {count:,} x {reason}")
@@ -155,45 +144,44 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
     }
 
 
-@command(
-    "a data set in numbers: a table, histograms and a contact sheet",
-    argument("folders", nargs="+", metavar="DIR", help="folders of shards with a manifest"),
-    argument("--out", metavar="DIR", default=".", help="histograms.png and samples.jpg go there; default: here"),
-    argument("--clips", type=int, default=8, metavar="N", help="samples of each kind to show; default: 8"),
-    argument("--seed", type=int, default=0, help="other samples"),
-    JSON,
+@cli.command(
+    "a data set in numbers: a table, and a contact sheet",
+    cli.argument("folders", nargs="+", metavar="DIR", help="folders of shards with a manifest"),
+    cli.argument("--out", metavar="DIR", default=".", help="samples.jpg goes there; default: here"),
+    cli.argument("--clips", type=int, default=8, metavar="N", help="samples of each kind to show; default: 8"),
+    cli.argument("--seed", type=int, default=0, help="other samples"),
+    cli.JSON,
 )
 def data_stats(args: argparse.Namespace) -> int:
-    from lingen.prepare.stats import histograms, measure_folders, sample_sheet
+    from lingen.prepare.stats import measure_folders, sample_sheet
 
     folders, out = [Path(folder) for folder in args.folders], Path(args.out)
     stats = measure_folders(folders)
     out.mkdir(parents=True, exist_ok=True)
-    files = [histograms(stats.measures, out / "histograms.png")]
     sheet = sample_sheet(folders, out / "samples.jpg", args.clips, args.seed)
-    files += [sheet] if sheet is not None else []
+    files = [sheet] if sheet is not None else []
     if args.json:
-        print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})
-        return DONE
-    print_table(stats.rows)
-    print_table([{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]])
+        cli.print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})
+        return cli.DONE
+    cli.print_table(stats.rows)
+    cli.print_table([{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]])
     print(*files, sep="\n")
-    return DONE
+    return cli.DONE
 
 
-@command(
+@cli.command(
     "the manifest of shards that have none, so that their samples can be sorted by size and length",
-    argument("folders", nargs="+", metavar="DIR", help="folders of tar files; each gets its own"),
-    PROCESSES,
+    cli.argument("folders", nargs="+", metavar="DIR", help="folders of tar files; each gets its own"),
+    cli.PROCESSES,
 )
 def data_index(args: argparse.Namespace) -> int:
     from lingen.prepare.index import index_folder
     from lingen.prepare.workers import processes_here
 
     for folder in args.folders:
-        with count_bar(f"reading {folder}") as progress:
+        with cli.count_bar(f"reading {folder}") as progress:
             processes = processes_here() if args.processes is None else args.processes
             rows, drops = index_folder(Path(folder), processes, progress)
         _print_faults(drops, f" (all of them: lingen data check {folder} --json)")
         print(f"{folder}: {rows:,} samples, {len(drops):,} left out")
-    return DONE
+    return cli.DONE

@@ -5,20 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lingen.cli.command import (
-    DONE,
-    FAILED,
-    JSON,
-    PART,
-    PROCESSES,
-    RECIPE,
-    SHARD_MB,
-    argument,
-    command,
-    count_bar,
-    print_json,
-    print_table,
-)
+from lingen.cli import command as cli
 from lingen.recipe.errors import RecipeError
 
 FILTERS = {
@@ -57,27 +44,27 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-@command(
+@cli.command(
     "folders of footage -> shards with a manifest: shots, clips of a recipe's lengths, filters, captions by key",
-    RECIPE,
-    argument("--videos", nargs="+", default=[], metavar="DIR", help="films and clips"),
-    argument("--images", nargs="+", default=[], metavar="DIR", help="pictures"),
-    argument(
+    cli.RECIPE,
+    cli.argument("--videos", nargs="+", default=[], metavar="DIR", help="films and clips"),
+    cli.argument("--images", nargs="+", default=[], metavar="DIR", help="pictures"),
+    cli.argument(
         "--captions",
         metavar="TABLE",
         help="CSV, JSONL or Parquet with the columns key (a file's path in its folder) and caption; else NAME.txt or "
         "NAME.json beside each file",
     ),
-    argument("--keep-uncaptioned", action="store_true", help="for `lingen data caption`"),
-    argument("--out", required=True, metavar="DIR"),
+    cli.argument("--keep-uncaptioned", action="store_true", help="for `lingen data caption`"),
+    cli.argument("--out", required=True, metavar="DIR"),
     *(
-        argument(f"--{name.replace('_', '-')}", metavar="N|off", help=f"{doc}; default: {default}")
+        cli.argument(f"--{name.replace('_', '-')}", metavar="N|off", help=f"{doc}; default: {default}")
         for name, (doc, default) in FILTERS.items()
     ),
-    SHARD_MB,
-    PART,
-    PROCESSES,
-    JSON,
+    cli.SHARD_MB,
+    cli.PART,
+    cli.PROCESSES,
+    cli.JSON,
     overrides=True,
 )
 def data_pack(args: argparse.Namespace) -> int:
@@ -99,7 +86,7 @@ def data_pack(args: argparse.Namespace) -> int:
         processes_here() if args.processes is None else args.processes, args.shard_mb, args.keep_uncaptioned,
         found.unseen,
     )  # fmt: skip
-    with count_bar("packing") as progress:
+    with cli.count_bar("packing") as progress:
         report = pack(job, Path(args.out), progress)
     return print_report(report, args)
 
@@ -107,14 +94,14 @@ def data_pack(args: argparse.Namespace) -> int:
 def print_report(report: Any, args: argparse.Namespace) -> int:
     """Prints what was made as a table or JSON; returns FAILED where nothing was made."""
     if args.json:
-        print_json(report.as_json())
+        cli.print_json(report.as_json())
     else:
-        print_table(report.rows())
+        cli.print_table(report.rows())
         print(
             f"\n{args.out}: {sum(report.made.values()):,} samples of {report.looked_at:,} looked at, "
             f"{report.seconds / 3600:.3g} hours of clips, {report.size / 1e9:.3g} GB"
         )
     if not report.made:
         print("No sample was made: everything was left out.", file=sys.stderr)
-        return FAILED
-    return DONE
+        return cli.FAILED
+    return cli.DONE

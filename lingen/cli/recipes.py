@@ -1,37 +1,25 @@
 """The parts that recipes can name, a recipe with all defaults filled in, and what it takes: ``lingen list``, ``lingen
-show`` and ``lingen plan``."""
+show`` and ``lingen plan``; and ``lingen new``, a package with a part."""
 
 import argparse
-import sys
+from pathlib import Path
 from typing import Any
 
-from lingen.cli.command import (
-    DONE,
-    IMPORT,
-    JSON,
-    RECIPE,
-    STAGE,
-    argument,
-    command,
-    natural,
-    positive,
-    print_json,
-    print_table,
-)
+from lingen.cli import command as cli
 from lingen.recipe.errors import RecipeError
 
 
-@command(
+@cli.command(
     "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances, optimisers, "
     "decays, losses; and the recipes that come with lingen",
-    argument(
+    cli.argument(
         "what",
         nargs="?",
         choices=["mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "recipes"],
         help="default: all of them",
     ),
-    JSON,
-    IMPORT,
+    cli.JSON,
+    cli.IMPORT,
 )
 def list_(args: argparse.Namespace) -> int:
     from lingen.cli.catalogue import REGISTRIES, parts, recipes
@@ -40,31 +28,53 @@ def list_(args: argparse.Namespace) -> int:
     asked = [args.what] if args.what else [*REGISTRIES, "recipes"]
     found = {what: recipes() if what == "recipes" else parts(what) for what in asked}
     if args.json:
-        print_json(found[args.what] if args.what else found)
-        return DONE
+        cli.print_json(found[args.what] if args.what else found)
+        return cli.DONE
     for what, rows in found.items():
         if not args.what:
             print(what.upper())
-        print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
+        cli.print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
         if what != asked[-1]:
             print()
-    return DONE
+    return cli.DONE
 
 
-@command(
+@cli.command(
+    "writes a small package with a part of your own, which a recipe names once the package is installed, and its test",
+    cli.argument("what", choices=["mixer", "scan", "text", "autoencoder"]),
+    cli.argument("name", metavar="NAME", help="of part, package and folder: small letters, digits and _"),
+)
+def new(args: argparse.Namespace) -> int:
+    from lingen.recipe.reading import shipped_folder
+
+    folder = Path(args.name)
+    if not (args.name.isidentifier() and args.name.islower() and args.name.isascii()):
+        raise RecipeError(f"A part is named in small letters, digits and _, such as my_{args.what}; got '{args.name}'.")
+    if folder.exists():
+        raise RecipeError(f"{folder} is there already; name another part, or go to another folder.")
+    folder.mkdir()
+    for file in sorted((shipped_folder("templates") / args.what).glob("*.*")):
+        path, text = folder / file.name.replace("NAME", args.name), file.read_text(encoding="utf-8")
+        text = text.replace("NAME", args.name).replace("CLASS", args.name.title().replace("_", ""))
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    return cli.DONE
+
+
+@cli.command(
     "the recipe with every default filled in, its tokens and parameters; for its memory see `lingen plan`",
-    RECIPE,
-    STAGE,
-    JSON,
-    argument("--schema", action="store_true", help="print a JSON Schema of recipes, for editors"),
+    cli.RECIPE,
+    cli.STAGE,
+    cli.JSON,
+    cli.argument("--schema", action="store_true", help="print a JSON Schema of recipes, for editors"),
     overrides=True,
 )
 def show(args: argparse.Namespace) -> int:
     if args.schema:
         from lingen.recipe.json_schema import json_schema
 
-        print_json(json_schema())
-        return DONE
+        cli.print_json(json_schema())
+        return cli.DONE
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
     from lingen.data.order import steps_of
@@ -78,21 +88,25 @@ def show(args: argparse.Namespace) -> int:
     recipe = stages[0] if args.stage else curriculum.base
     plans = [(plan(stage), steps_of(stage)) for stage in stages]
     if args.json:
-        print_json({"recipe": as_plain(recipe), "stages": [one.as_dict() | {"steps": steps} for one, steps in plans]})
-        return DONE
+        cli.print_json(
+            {"recipe": as_plain(recipe), "stages": [one.as_dict() | {"steps": steps} for one, steps in plans]}
+        )
+        return cli.DONE
     _print_forecast([_forecast_row(*one) for one in plans], plans[0][0].parameters)
     print(to_yaml(recipe), end="")
-    return DONE
+    return cli.DONE
 
 
-@command(
+@cli.command(
     "what each stage takes: tokens, FLOPs and hours, memory of a GPU by kind, disk; and what makes it fit",
-    RECIPE,
-    STAGE,
-    argument("--gpus", type=natural, metavar="N", help="ranks; default: the recipe's"),
-    argument("--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, a100-40, ..."),
-    argument("--mfu", type=positive, default=0.4, metavar="SHARE", help="of its bfloat16 FLOP/s; default: 0.4"),
-    JSON,
+    cli.RECIPE,
+    cli.STAGE,
+    cli.argument("--gpus", type=cli.natural, metavar="N", help="ranks; default: the recipe's"),
+    cli.argument(
+        "--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, a100-40, ..."
+    ),
+    cli.argument("--mfu", type=cli.positive, default=0.4, metavar="SHARE", help="of its bfloat16 FLOP/s; default: 0.4"),
+    cli.JSON,
     overrides=True,
 )
 def plan(args: argparse.Namespace) -> int:
@@ -106,15 +120,15 @@ def plan(args: argparse.Namespace) -> int:
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     rows = list(resource_rows(stages, args.gpus, args.gpu, args.mfu))
     if args.json:
-        print_json({"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows})
-        return DONE
-    print_table(list(map(_plan_row, rows)))
+        cli.print_json({"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows})
+        return cli.DONE
+    cli.print_table(list(map(_plan_row, rows)))
     hours = sum(row["gpu_hours"] for row in rows)
     print(f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank")
     for row in rows:
         if not row["fits"]:
             print(f"stage {row['stage']} does not fit: {row['advice']}")
-    return DONE
+    return cli.DONE
 
 
 def _plan_row(row: dict[str, Any]) -> dict[str, str]:
@@ -143,12 +157,6 @@ def _forecast_row(one: Any, steps: dict[str, int]) -> dict[str, str]:
 
 
 def _print_forecast(rows: list[dict[str, str]], parameters: dict[str, int]) -> None:
-    """On a terminal two tables; else comment lines, so that what is printed is a recipe."""
-    parts = [{"part": name, "parameters": f"{count:,}"} for name, count in parameters.items()]
-    if sys.stdout.isatty():
-        print_table(rows)
-        print_table(parts)
-        return
-    for row in rows:
+    """Comment lines, so that what is printed is a recipe."""
+    for row in (*rows, {name: f"{count:,}" for name, count in parameters.items()}):
         print("# " + ", ".join(f"{name}: {value}" for name, value in row.items()))
-    print("# " + ", ".join(f"{row['part']}: {row['parameters']}" for row in parts))

@@ -13,22 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lingen.cli.command import (
-    DONE,
-    FAILED,
-    IMPORT,
-    RECIPE,
-    STREAM_FLAGS,
-    argument,
-    command,
-    console,
-    count_bar,
-    natural,
-    positive,
-    print_table,
-    size_of,
-    ways_of_args,
-)
+from lingen.cli import command as cli
 from lingen.cli.edge import line_of
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
 from lingen.ranks import signals
@@ -45,12 +30,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@command(
+@cli.command(
     "train every stage of a recipe; the same command again goes on where it was stopped",
-    RECIPE,
-    argument("--stage", metavar="S", help="train only this stage"),
-    argument("--run", metavar="DIR", help="run folder; default: runs/RECIPE-FINGERPRINT"),
-    argument("--preflight", action="store_true", help="first look whether every node is fit, as lingen doctor does"),
+    cli.RECIPE,
+    cli.argument("--stage", metavar="S", help="train only this stage"),
+    cli.argument("--run", metavar="DIR", help="run folder; default: runs/RECIPE-FINGERPRINT"),
+    cli.argument(
+        "--preflight", action="store_true", help="first look whether every node is fit, as lingen doctor does"
+    ),
     overrides=True,
 )
 def fit(args: argparse.Namespace) -> int:
@@ -69,7 +56,7 @@ def _fit(args: argparse.Namespace) -> int:
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
 
-    with ConsoleReporter(console()) if here().rank == 0 else nullcontext(run.Reporter()) as reporter:
+    with ConsoleReporter(cli.console()) if here().rank == 0 else nullcontext(run.Reporter()) as reporter:
         try:
             before = partial(_look, reporter.say) if args.preflight else None
             outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter, before=before)
@@ -77,7 +64,7 @@ def _fit(args: argparse.Namespace) -> int:
             return leave_unfit(error)
         except (DataError, run.NonFiniteError) as error:
             reporter.say(str(error))
-            return FAILED
+            return cli.FAILED
         except Exception as error:
             number = signals.noted()
             if number is None or isinstance(error, RecipeError):
@@ -91,7 +78,7 @@ def _fit(args: argparse.Namespace) -> int:
             raise signals.Stopped(number) from None
     if outcome.is_first_rank:
         _print_outcome(outcome, curriculum.base.subject)
-    return DONE
+    return cli.DONE
 
 
 def load_alike(args: argparse.Namespace) -> Curriculum:
@@ -122,7 +109,7 @@ def _look(say: Callable[[str], None], folder: RunFolder, stages: Sequence[Recipe
 
 def leave_unfit(error: UnfitError) -> int:
     """Exit code of a run whose preflight has failed: that of a start anew where other nodes may do."""
-    code = signals.REQUEUE if error.nodes else FAILED
+    code = signals.REQUEUE if error.nodes else cli.FAILED
     if error.hung:  # a thread may never come back
         if here().rank and not here().local_rank:
             print(f"{who()}{error}", file=sys.stderr)
@@ -136,7 +123,7 @@ def _print_outcome(outcome: Any, subject: Subject) -> None:
     folder = outcome.folder
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
-        print_table(
+        cli.print_table(
             [
                 _score_row(what, name, score[what][name])
                 for what in ("sampled", "real")
@@ -164,27 +151,27 @@ def _score_row(what: str, attribute: str, rate: dict[str, Any]) -> dict[str, str
 
 
 SAMPLING = (
-    argument("--seed", type=int, help="another seed gives another clip"),
-    argument("--steps", type=int, help="solver steps"),
-    argument("--guidance", type=float, help="weight of the prompt; 1: none"),
-    argument("--seconds", metavar="S", help="length of the clip"),
-    argument("--size", metavar="HxW", help="height x width in pixels, e.g. 384x704"),
-    argument("--repeat", metavar="N", help="different clips of each prompt; default: 1"),
+    cli.argument("--seed", type=int, help="another seed gives another clip"),
+    cli.argument("--steps", type=int, help="solver steps"),
+    cli.argument("--guidance", type=float, help="weight of the prompt; 1: none"),
+    cli.argument("--seconds", metavar="S", help="length of the clip"),
+    cli.argument("--size", metavar="HxW", help="height x width in pixels, e.g. 384x704"),
+    cli.argument("--repeat", metavar="N", help="different clips of each prompt; default: 1"),
 )
 
 
-@command(
+@cli.command(
     "make the clip of a prompt: an H.264 MP4, a contact sheet and the latents beside it",
-    argument("--run", metavar="DIR", help="a run folder: its last finished stage"),
-    argument("--checkpoint", metavar="F", help="a weights file (.safetensors)"),
-    argument("--prompt", action="append", default=[], help="what to show; may be given several times"),
-    argument("--prompts", metavar="FILE", help="a file with a prompt on each line"),
-    argument("--rewrite", action="store_true", help="have the recipe's chat model make long prompts of them first"),
+    cli.argument("--run", metavar="DIR", help="a run folder: its last finished stage"),
+    cli.argument("--checkpoint", metavar="F", help="a weights file (.safetensors)"),
+    cli.argument("--prompt", action="append", default=[], help="what to show; may be given several times"),
+    cli.argument("--prompts", metavar="FILE", help="a file with a prompt on each line"),
+    cli.argument("--rewrite", action="store_true", help="have the recipe's chat model make long prompts of them first"),
     REWRITER,
-    argument("--again", metavar="CLIP", help="make this MP4 again, from what it notes; same machine, same bits"),
-    argument("--out", metavar="x.mp4", help="several give x-00.mp4, ...; default: clip.mp4, or CLIP-again.mp4"),
+    cli.argument("--again", metavar="CLIP", help="make this MP4 again, from what it notes; same machine, same bits"),
+    cli.argument("--out", metavar="x.mp4", help="several give x-00.mp4, ...; default: clip.mp4, or CLIP-again.mp4"),
     *SAMPLING,
-    IMPORT,
+    cli.IMPORT,
 )
 def sample(args: argparse.Namespace) -> int:
     if args.again is not None:
@@ -194,16 +181,16 @@ def sample(args: argparse.Namespace) -> int:
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
-    seconds, size = _parsed("--seconds", args.seconds, positive), _parsed("--size", args.size, size_of)
-    repeat, out = _parsed("--repeat", args.repeat, natural) or 1, args.out or "clip.mp4"
+    seconds, size = _parsed("--seconds", args.seconds, cli.positive), _parsed("--size", args.size, cli.size_of)
+    repeat, out = _parsed("--repeat", args.repeat, cli.natural) or 1, args.out or "clip.mp4"
     from lingen.sampling.files import clip_paths, sample_to_files
 
     clip_paths(out, len(prompts) * repeat)
     rewritten = _rewritten(args, prompts)
     if report_faults(rewritten):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
-        return FAILED
-    with count_bar("sampling") as progress:
+        return cli.FAILED
+    with cli.count_bar("sampling") as progress:
         files = sample_to_files(
             args.run or args.checkpoint, prompts, out, seed=args.seed, steps=args.steps,
             guidance=args.guidance, seconds=seconds, size=size, repeat=repeat, progress=progress,
@@ -218,7 +205,7 @@ def sample(args: argparse.Namespace) -> int:
             ) from error
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
-    return DONE
+    return cli.DONE
 
 
 def _sample_again(args: argparse.Namespace) -> int:
@@ -232,10 +219,10 @@ def _sample_again(args: argparse.Namespace) -> int:
 
     made = Path(args.again)
     out = args.out or made.with_name(f"{made.stem}-again.mp4")
-    with count_bar("sampling") as progress:
+    with cli.count_bar("sampling") as progress:
         say = partial(print, file=sys.stderr)
         print(sample_again(made, out, args.run or args.checkpoint, say=say, progress=progress))
-    return DONE
+    return cli.DONE
 
 
 NOTED = ("prompt", "prompts", "rewrite", "rewriter", "seed", "steps", "guidance", "seconds", "size", "repeat")
@@ -273,15 +260,15 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     return rewrite(prompts, how, str(best_device()))
 
 
-@command(
+@cli.command(
     "latents that `lingen sample` saved -> MP4 and contact sheet",
-    argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
-    argument("--out", default="clip.mp4", metavar="x.mp4"),
-    *STREAM_FLAGS,
-    IMPORT,
+    cli.argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
+    cli.argument("--out", default="clip.mp4", metavar="x.mp4"),
+    *cli.STREAM_FLAGS,
+    cli.IMPORT,
 )
 def decode(args: argparse.Namespace) -> int:
     from lingen.sampling.files import decode_file
 
-    print(decode_file(args.latents, args.out, *ways_of_args(args)))
-    return DONE
+    print(decode_file(args.latents, args.out, *cli.ways_of_args(args)))
+    return cli.DONE

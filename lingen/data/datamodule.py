@@ -199,6 +199,13 @@ class ClipData(lightning.LightningDataModule):
         workers = min(self.recipe.data.workers, len(places))
         return _loader(self.validation, Places(lambda: iter(places), len(places), workers), workers)
 
+    def held_out_captions(self, count: int) -> list[str]:
+        """Up to `count` different captions of held-out clips, or of images where there are no clips."""
+        kind, pool = min(self.validation.pools.items(), key=lambda one: one[0] != "video")
+        bucket = max(range(len(pool.rows)), key=lambda number: len(pool.rows[number]))
+        places = order.held_out_places(kind, min(4 * count, len(pool.rows[bucket])), 1, bucket=bucket)
+        return list(dict.fromkeys(self.validation[place].captions[0] for place in places))[:count]
+
     def batches(self, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The training batches of one rank from an optimiser step on, without end and without a trainer or workers."""
         for place in Places(lambda: self.places(start, rank=rank, world=world)):

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from lingen.evaluation.clips import ClipFile, View, show_clip
-from lingen.evaluation.measures import ClipScore, measure_coherence, measure_drift, measure_motion, measure_shapes
 from lingen.evaluation.networks import network_of
 from lingen.files import cache_folder, whole_file
 from lingen.kernels.choice import best_device
+from lingen.media import read_video
+from lingen.metrics.measures import ClipScore, measure_coherence, measure_drift, measure_motion, measure_shapes
 from lingen.provenance import version_of, versions
 from lingen.recipe.errors import RecipeError
 from lingen.weights import hash_tensors
@@ -63,7 +64,7 @@ class Judge:
             pass
         pixels, codec = show_clip(data, self.view)
         found = self.measure(pixels, clip.prompt)
-        about = {"values": found.values | measure_shapes(data, clip.prompt), "codec": codec}
+        about = {"values": found.values | measure_shapes(read_video(data)[0], clip.prompt), "codec": codec}
         with whole_file(kept, durable=False) as partial, partial.open("wb") as file:
             np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **found.features)
         return Judged(features=found.features, sha256=digest, **about)

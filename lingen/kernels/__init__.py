@@ -52,34 +52,3 @@ s; q is CHUNK. Names in _f or `first` belong to the direction from the first tok
     row_stride, column_stride  strides of dpairs, exchanged where it is to be transposed
     per_group, split, share heads of a group; parts that they are shared out to; heads of a part
 """
-
-from lingen.kernels.attention import ATTENTION_KERNELS, attention
-from lingen.kernels.conv import conv_silu
-from lingen.kernels.cross_attention import cross_attention
-from lingen.kernels.gated_norm import gated_norm
-from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
-from lingen.kernels.pool import pool
-from lingen.kernels.scan import SCAN_KERNELS, scan, scan_state
-from lingen.kernels.ssd import SSD_KERNELS, ssd
-from lingen.kernels.swiglu import swiglu
-from lingen.kernels.window_attention import WINDOW_KERNELS, window_attention
-
-__all__ = [
-    "ATTENTION_KERNELS",
-    "SCAN_KERNELS",
-    "SSD_KERNELS",
-    "WINDOW_KERNELS",
-    "add_norm",
-    "attention",
-    "conv_silu",
-    "cross_attention",
-    "gated_add",
-    "gated_norm",
-    "norm_modulate",
-    "pool",
-    "scan",
-    "scan_state",
-    "ssd",
-    "swiglu",
-    "window_attention",
-]

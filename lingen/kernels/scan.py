@@ -16,7 +16,7 @@ from lingen.kernels.choice import choose, device_type, full_precision, holds_num
 from lingen.kernels.ssd import ssd
 from lingen.recipe.errors import RecipeError
 
-SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")
+SCAN_KERNELS = ("auto", "reference", "chunked", "triton")
 
 
 _WIDEST, _LARGEST_STATE = 128, 16_384
@@ -74,8 +74,7 @@ def scan(
         a: negative, not its logarithm. One row: first direction only; two: both.
         initial_state: of each direction, where it enters the sequence.
         kernel: "triton" reads x, b, c and dt once for both directions; "chunked" is `ssd` on the sequence and on its
-            flipped copy, "reference" the recurrence itself, "stock" mamba_ssm on CUDA. "auto" is "triton" on CUDA and
-            else "chunked".
+            flipped copy, "reference" the recurrence itself. "auto" is "triton" on CUDA and else "chunked".
     """
     n, heads = dt.shape[1:]
     width = (u.shape[2] - 2 * groups * state_dim) // heads
@@ -116,7 +115,6 @@ def _by_flips(
     b, c = (part.unflatten(-1, (groups, -1)).flatten(2, 3) for part in (b, c))
     begin = None if state is None else state.flatten(1, 2)
     y = ssd(x, dt, a.flatten(), b, c, d.flatten(), dt_bias.flatten(), begin, kernel=kernel)
-    assert isinstance(y, Tensor)
     sides = y.flatten(2).chunk(ways, -1)
     return sides[0] if ways == 1 else sides[0] + sides[1].flip(1)
 

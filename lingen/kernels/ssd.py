@@ -13,14 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import full_precision, holds_numbers
-from lingen.recipe.errors import RecipeError
 
-SSD_KERNELS = ("auto", "reference", "chunked", "stock")
+SSD_KERNELS = ("auto", "reference", "chunked")
 
 # Chunk states above this number are passed on group by group, so that no matrix is larger than this in either axis.
 _GROUP = 64
-# mamba_ssm's chunks must be powers of two; 256 is what it is tuned for.
-_STOCK_CHUNK = 256
 
 
 def ssd(
@@ -33,39 +30,35 @@ def ssd(
     dt_bias: Float[Tensor, "k"] | None = None,
     initial_state: Float[Tensor, "b k e s"] | None = None,
     *,
-    return_state: bool = False,
     kernel: str = "auto",
     chunk: int = 64,
-) -> Float[Tensor, "b n k e"] | tuple[Float[Tensor, "b n k e"], Float[Tensor, "b k e s"]]:
+) -> Float[Tensor, "b n k e"]:
     """The causal scan of Mamba2 (arXiv 2405.21060, eq. 1-3 with section 6's chunks).
 
     `a` is negative (not its logarithm). `dt` >= 0 is used as given; with `dt_bias` it is softplus(dt + dt_bias). Head i
     reads group i // (k / g) of `b` and `c`. Computed in float32 (float64 for float64 inputs), also under autocast;
-    y comes back in x's dtype, the final state in the computing dtype.
+    y comes back in x's dtype.
 
     kernel: "reference" is the recurrence, token by token; "chunked" matrix products over chunks of at most `chunk`
-    tokens; "stock" is mamba_ssm on CUDA; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel. Where
-    nothing is computed and products are counted, all of them are "chunked", "stock" in chunks of its own length.
+    tokens; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel. Where nothing is computed and products are
+    counted, all of them are "chunked".
     Raises ValueError for an unknown or unavailable kernel and for shapes that do not fit.
     """
     _check(x, b, chunk)
-    run = {"auto": _chunked, "chunked": _chunked, "reference": _reference, "stock": _stock}.get(kernel)
+    run = {"auto": _chunked, "chunked": _chunked, "reference": _reference}.get(kernel)
     if run is None:
         raise ValueError(f"There is no SSD kernel called {kernel!r}. Known: {', '.join(SSD_KERNELS)}.")
     if not holds_numbers(x):
-        run, chunk = _chunked, _STOCK_CHUNK if kernel == "stock" else chunk
+        run = _chunked
     dtype = torch.promote_types(x.dtype, torch.float32)
     with full_precision(x):
         dt, a = dt.to(dtype), a.to(dtype)
         dt = dt if dt_bias is None else F.softplus(dt + dt_bias.to(dtype))
         state = None if initial_state is None else initial_state.to(dtype)
-        y, final = run(x, dt, a, b, c, state, chunk, return_state)
+        y = run(x, dt, a, b, c, state, chunk)
         if d is not None:
             y = y + x.to(y.dtype) * d.to(y.dtype)[:, None]
-    if not return_state:
-        return y.to(x.dtype)
-    assert final is not None
-    return y.to(x.dtype), final
+    return y.to(x.dtype)
 
 
 def _check(x: Tensor, b: Tensor, chunk: int) -> None:
@@ -75,9 +68,7 @@ def _check(x: Tensor, b: Tensor, chunk: int) -> None:
         raise ValueError(f"{b.shape[2]} groups do not divide {x.shape[2]} heads.")
 
 
-def _reference(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int, return_state: bool
-) -> tuple[Tensor, Tensor | None]:
+def _reference(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int) -> Tensor:
     """The definition, one token at a time."""
     per_group = x.shape[2] // b.shape[2]
     x, b, c = (u.to(dt.dtype) for u in (x, b.repeat_interleave(per_group, 2), c.repeat_interleave(per_group, 2)))
@@ -87,17 +78,15 @@ def _reference(
         fresh = (dt[:, i, :, None] * x[:, i])[..., None] * b[:, i, :, None, :]
         state = (dt[:, i] * a).exp()[..., None, None] * state + fresh
         outputs.append((state * c[:, i, :, None, :]).sum(-1))
-    return torch.stack(outputs, 1), state
+    return torch.stack(outputs, 1)
 
 
-def _chunked(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int, return_state: bool
-) -> tuple[Tensor, Tensor | None]:
+def _chunked(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int) -> Tensor:
     """Inside a chunk the quadratic form, between chunks the states (arXiv 2405.21060, section 6)."""
     n, groups = x.shape[1], b.shape[2]
     count = -(-n // chunk)
     length = -(-n // count)  # chunks of equal length need the least padding
-    # A token with dt = 0 neither decays the state nor adds to it, so padding leaves the final state alone.
+    # A token with dt = 0 neither decays a state nor adds to it, so padding changes nothing.
     dt, x, b, c = (_to_chunks(u, count, length) for u in (dt, x.to(dt.dtype), b.to(dt.dtype), c.to(dt.dtype)))
     x = x * dt.unsqueeze(-1)
     logs = _sums((dt * a).transpose(2, 3))  # [b count k l], never positive
@@ -107,15 +96,15 @@ def _chunked(
     scores = (c @ b.mT).unsqueeze(3) * decay
     y = scores.flatten(2, 3) @ x.transpose(2, 3)  # [b count k l e]
     starts = None if state is None else state[:, None]
-    if count > 1 or return_state:
+    if count > 1:
         to_end = (logs[..., -1:] - logs).to(x.dtype).exp().transpose(2, 3)
         added = _outer(x * to_end.unsqueeze(-1), b.transpose(2, 3))
-        starts, state = _pass_on(added, logs[..., -1], state)
+        starts, _ = _pass_on(added, logs[..., -1], state)
     if starts is not None:
         carried = c @ starts.unflatten(2, (groups, -1)).flatten(3, 4).mT  # [b count g l (k/g e)]
         carried = carried.unflatten(-1, (-1, x.shape[-1])).transpose(3, 4).flatten(2, 3)
         y = y + carried * logs.to(x.dtype).exp().unsqueeze(-1)
-    return y.transpose(2, 3).flatten(1, 2)[:, :n], state
+    return y.transpose(2, 3).flatten(1, 2)[:, :n]
 
 
 def _to_chunks(u: Tensor, count: int, length: int) -> Tensor:
@@ -169,16 +158,3 @@ def _pass_on(added: Tensor, logs: Tensor, state: Tensor | None) -> tuple[Tensor,
     states = torch.cat([first, added], 1).transpose(1, 2).flatten(3)
     states = (decay @ states).unflatten(-1, added.shape[-2:]).transpose(1, 2)
     return states[:, :-1], states[:, -1]
-
-
-def _stock(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int, return_state: bool
-) -> tuple[Tensor, Tensor | None]:
-    from lingen.kernels.stock import chunk_scan
-
-    scan = chunk_scan()
-    if not x.is_cuda:
-        raise RecipeError(f"kernel='stock' runs on CUDA, but the tokens are on {x.device}.")
-    streams = x, dt, a, b.to(x.dtype), c.to(x.dtype)
-    y, final = scan(*streams, chunk_size=_STOCK_CHUNK, initial_states=state, return_final_states=True)
-    return y, final

@@ -97,7 +97,7 @@ def status_of(path: str | Path) -> Status:
     sessions = read_sessions(folder)
     last = sessions[-1] if sessions else {}
     beats = read_heartbeats(folder.ranks, last.get("mark")) if last else []
-    logged = _read_rows(folder)
+    logged = read_rows(folder)
     stages = _stages(folder, about, beats, logged)
     name = next((name for name, one in stages.items() if one["step"] < one["steps"] or not one["finished"]), None)
     stage = name or list(stages)[-1]
@@ -167,7 +167,7 @@ def _stages(
     return found
 
 
-def _read_rows(folder: RunFolder) -> list[Logged]:
+def read_rows(folder: RunFolder) -> list[Logged]:
     """Whole rows of metrics.csv; the last one may be being written."""
     if not folder.metrics.is_file():
         return []

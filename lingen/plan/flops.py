@@ -21,7 +21,7 @@ from lingen.kernels.choice import planned_for
 from lingen.model import LinGen
 from lingen.plan.trial import ModelKey
 from lingen.recipe.registry import MIXERS
-from lingen.recipe.sections import Component, LinGenConfig, Triple
+from lingen.recipe.sections import LinGenConfig, Triple
 
 log = logging.getLogger("lingen")
 
@@ -49,32 +49,6 @@ def forward_flops(
         return None
 
 
-def mixer_flops(
-    component: str | Component, dim: int, layer: int, grid: Triple, sixteen_bit: bool = False, device: str = "cpu"
-) -> dict[str, int]:
-    """FLOPs of a mixer's forward for one sample by part, see `flops_by_part`."""
-    with torch.device("meta"):
-        mixer = MIXERS.build(component, dim, layer)
-    return flops_by_part(mixer, (1, *grid, dim), sixteen_bit, device)
-
-
-def flops_by_part(
-    module: nn.Module, size: Sequence[int], sixteen_bit: bool = False, device: str = "cpu"
-) -> dict[str, int]:
-    """FLOPs of a module on the meta device for an input of this size.
-
-    Returns:
-        name of a linear layer (``ma.in_proj``), or a module and ``products`` for what it multiplies itself
-        (``ma products``), -> FLOPs; the sum is all of them.
-    """
-    totals = _totals(module, lambda dtype: (torch.empty(*size, dtype=dtype),), sixteen_bit, device)
-    own = {name: total - _children(name, totals) for name, total in totals.items()}
-    leaves = {name for name in totals if isinstance(module.get_submodule(name), nn.Linear)}
-    return {
-        name if name in leaves else f"{name} products".strip(): total for name, total in sorted(own.items()) if total
-    }
-
-
 @lru_cache(maxsize=16)
 def _built(key: ModelKey) -> tuple[LinGen, dict[str, tuple[nn.Module, int]]]:
     """The model with its first block alone, and each distinct mixer with the number of blocks that have it."""
@@ -100,16 +74,18 @@ def _of_model(key: ModelKey, grid: Triple, text_tokens: tuple[int, ...], sixteen
         )
         return torch.empty(1, config.channels, *size, dtype=dtype), torch.empty(1), text
 
-    whole = _totals(model, inputs, sixteen_bit, device)
+    whole = flops_inside(model, inputs, sixteen_bit, device)
     block, first = whole.get("blocks.0", 0), whole.get("blocks.0.mixer", 0)
-    mixing = sum(
-        times * sum(flops_by_part(mixer, (1, *grid, config.dim), sixteen_bit, device).values())
-        for mixer, times in mixers.values()
-    )
+
+    def tokens(dtype: torch.dtype) -> tuple[Any, ...]:
+        return (torch.empty(1, *grid, config.dim, dtype=dtype),)
+
+    counted = ((flops_inside(mixer, tokens, sixteen_bit, device)[""], times) for mixer, times in mixers.values())
+    mixing = sum(each * times for each, times in counted)
     return whole[""] - block + config.depth * (block - first) + mixing
 
 
-def _totals(
+def flops_inside(
     module: nn.Module, inputs: Callable[[torch.dtype], tuple[Any, ...]], sixteen_bit: bool, device: str
 ) -> dict[str, int]:
     """FLOPs of the module and of all inside of it, by name; "" is the module itself."""
@@ -127,13 +103,6 @@ def _totals(
     return {"": counter.get_total_flops()} | {
         name.removeprefix(root)[1:]: n for name, n in named.items() if name != root
     }
-
-
-def _children(name: str, totals: dict[str, int]) -> int:
-    """FLOPs of the modules directly inside of a module."""
-    below = [other for other in totals if other != name and (not name or other.startswith(f"{name}."))]
-    direct = [one for one in below if not any(one.startswith(f"{other}.") for other in below)]
-    return sum(totals[one] for one in direct)
 
 
 def _description(mixer: nn.Module) -> str:

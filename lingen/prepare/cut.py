@@ -18,17 +18,7 @@ from lingen.data.frames import covering, fit_frame, frames_at, nearest_frames
 from lingen.data.pictures import fit_picture, open_picture, reported
 from lingen.files import whole_file
 from lingen.media import encode_mp4, encode_webp
-from lingen.prepare.filters import (
-    BLACK_FRAME,
-    LOOKS,
-    Filters,
-    Rejection,
-    judge_clip,
-    judge_film,
-    judge_size,
-    looks_of,
-    motion_of,
-)
+from lingen.prepare import filters as limits
 from lingen.prepare.footage import MediaSource, read_frames, sample_key
 from lingen.prepare.formats import MEMBERS, MOVING, picture_formats
 from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
@@ -60,7 +50,7 @@ class CutJob(NamedTuple):
     fault: str
     """``reason: detail`` where the captions alone leave it out."""
     wanted: ClipRequirements
-    filters: Filters
+    filters: limits.Filters
     out: Path
     """A tar file that the samples go to, and the outcome as its last member; it appears whole."""
 
@@ -144,7 +134,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def _film(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
     """The pieces of a film that no filter leaves out. The film is decoded twice, to measure it and to cut it."""
     track = follow(read_frames(job.source.path))
-    verdict = judge_film(track, job.filters)
+    verdict = limits.judge_film(track, job.filters)
     if verdict is not None:
         drops.append((job.source.key, str(verdict)))
         return
@@ -152,7 +142,7 @@ def _film(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
     kept: list[tuple[str, Int[np.ndarray, " t"]]] = []
     for number, frames in enumerate(_pieces(job, track, fps, drops)):
         key = f"{sample_key(job.source.key)}-{number:04d}"
-        verdict = judge_clip(track, int(frames[0]), int(frames[-1]) + 1, job.filters)
+        verdict = limits.judge_clip(track, int(frames[0]), int(frames[-1]) + 1, job.filters)
         if verdict is not None:
             drops.append((key, str(verdict)))
         else:
@@ -164,12 +154,12 @@ def _film(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
     for key, frames in kept:
         media = encode_mp4(reel.show(frames), fps, CRF, key_seconds=KEY_SECONDS, exact=True)
         first, end = int(frames[0]), int(frames[-1]) + 1
-        motion, jerk = motion_of(track, first, end)
+        motion, jerk = limits.motion_of(track, first, end)
         start = float(track.times[first])
         about = _about(job) | {"start": round(start, 3), "seconds": round(len(frames) / fps, 3)}
         about |= {"source_fps": round(track.fps, 3)}
         about |= {"motion": round(motion, 4), "jerk": round(jerk, 4)}
-        yield WrittenSample(key, "mp4", *size, len(frames), fps, looks_of(track, first, end)), media, about
+        yield WrittenSample(key, "mp4", *size, len(frames), fps, limits.looks_of(track, first, end)), media, about
 
 
 def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
@@ -246,17 +236,18 @@ def _picture(job: CutJob, drops: Reasons) -> Iterator[SampleFiles]:
         height, width = upright.height, upright.width
         size = covering((height, width), job.wanted.sizes, even=False)
         grey = np.asarray(upright.convert("L").resize((max(16, round(width * HEIGHT / height)), HEIGHT)))
-    black = float((grey > BLACK).mean()) < BLACK_FRAME
-    verdict = judge_size((height, width), job.filters)
+    black = float((grey > BLACK).mean()) < limits.BLACK_FRAME
+    verdict = limits.judge_size((height, width), job.filters)
     if verdict is None and black and job.filters.black is not None:
-        verdict = Rejection("black", "the picture")
+        verdict = limits.Rejection("black", "the picture")
     if verdict is not None:
         drops.append((job.source.key, str(verdict)))
         return
     media = MEMBERS.get(picture.format, "")
     if size != (height, width) or not media:
         media, data = "webp", encode_webp(fit_picture(upright, size), quality=95)
-    yield WrittenSample(sample_key(job.source.key), media, *size, 1, 0.0, (look(grey),) * LOOKS), data, _about(job)
+    looks = (look(grey),) * limits.LOOKS
+    yield WrittenSample(sample_key(job.source.key), media, *size, 1, 0.0, looks), data, _about(job)
 
 
 def _about(job: CutJob) -> dict[str, Any]:

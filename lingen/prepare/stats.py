@@ -2,20 +2,17 @@
 
 import hashlib
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from lingen.data import manifest
 from lingen.data.manifest import Row
 from lingen.recipe.errors import RecipeError
 
 QUANTILES = (0.05, 0.5, 0.95)
-BINS, BAR = 30, "#4c78a8"
-"""Bars of a histogram, and their colour."""
 
 
 class Stats(NamedTuple):
@@ -25,8 +22,6 @@ class Stats(NamedTuple):
     """For a table: a row for each kind."""
     sources: dict[str, int]
     """Where the samples came from, most frequent first."""
-    measures: dict[str, np.ndarray]
-    """Name of a measure -> its number for each sample that has one."""
 
 
 def measure_folders(folders: Sequence[Path]) -> Stats:
@@ -44,7 +39,7 @@ def measure_folders(folders: Sequence[Path]) -> Stats:
     kinds = [str(kind) for kind in np.unique(table["kind"])]
     names, counts = np.unique(table["source"], return_counts=True)
     sources = {str(names[i]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
-    return Stats([_row(kind, table) for kind in kinds], sources, _measures(table))
+    return Stats([_row(kind, table) for kind in kinds], sources)
 
 
 def _row(kind: str, table: dict[str, np.ndarray]) -> dict[str, str]:
@@ -67,34 +62,6 @@ def _row(kind: str, table: dict[str, np.ndarray]) -> dict[str, str]:
 
 def _spread(values: np.ndarray) -> str:
     return ", ".join(f"{value:.4g}" for value in np.quantile(values.astype(float), QUANTILES))
-
-
-def _measures(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    moving = table["fps"] > 0
-    known = (table["height"] > 0) & (table["width"] > 0)
-    height, width = table["height"][known], table["width"][known]
-    return {
-        "seconds of a clip": table["frames"][moving] / table["fps"][moving],
-        "frames a second": table["fps"][moving],
-        "pixels of the shorter side": np.minimum(height, width),
-        "width / height": width / np.maximum(1, height),
-        "characters of a caption": table["caption_length"],
-        "kilobytes of a sample": table["length"] / 1000,
-    }
-
-
-def histograms(measures: Mapping[str, np.ndarray], path: Path) -> Path:
-    """A PNG with a histogram of each measure that has values, three in a row; the largest 1% stand in the last bar."""
-    shown = {name: values.astype(float) for name, values in measures.items() if len(values)}
-    figure = Figure(figsize=(11.7, 2.3 * -(-len(shown) // 3)), dpi=100, layout="constrained")
-    for number, (name, values) in enumerate(shown.items(), start=1):
-        high = np.quantile(values, 0.99) if len(values) > 100 else values.max()
-        axes = figure.add_subplot(-(-len(shown) // 3), 3, number)
-        axes.hist(np.minimum(values, high), BINS, color=BAR)
-        axes.set_title(name + (f", the last bar: {high:.3g} or more" if values.max() > high else ""), fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    return path
 
 
 def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Path, Row]]:

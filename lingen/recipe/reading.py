@@ -329,6 +329,12 @@ def _problems_of_data(draft: Layered) -> Iterator[Problem]:
             yield draft.problem(("data", "mix", kind), text)
     if data.synthetic is None and getattr(filled["score"], "clips", None):
         yield draft.problem(("score", "clips"), "Only clips of data.synthetic can be scored; set it, or score.clips=0.")
+    held_out = data.synthetic or any(getattr(data.validation, kind) for kind in shards if getattr(data.mix, kind) > 0)
+    if getattr(filled["train"], "evaluate_every", 0) and (filled["trains"] == "autoencoder" or not held_out):
+        text = (
+            "Only clips of a denoiser's held-out captions can be evaluated: name data.validation of this stage, or 0."
+        )
+        yield draft.problem(("train", "evaluate_every"), text)
     low, high = filled["sample"].guidance_interval
     if low > high:
         text = f"The interval ends at {high:g}, before it begins at {low:g}."

@@ -224,6 +224,9 @@ class TrainConfig:
     sample_every: Annotated[
         int, AtLeast(0), FREE, "steps between sampled clips of sample.prompts; 0: only at the end of the stage"
     ] = 0
+    evaluate_every: Annotated[
+        int, AtLeast(0), FREE, "steps between measures of clips of held-out captions, in metrics.csv; 0: none"
+    ] = 0
     watchdog: Annotated[
         int, AtLeast(0), FREE, "seconds without a sign of life of any rank that end the run as one that hangs; 0: off"
     ] = 600

@@ -17,15 +17,7 @@ from lingen.media import contact_sheet, save_video, sheet_frames
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import SampleConfig
-from lingen.sampling.clips import (
-    ClipSize,
-    Take,
-    clip_size,
-    decode_frames,
-    sample_takes,
-    settings_with,
-    takes_of,
-)
+from lingen.sampling import clips
 from lingen.sampling.notes import Noted, Notes, notes_of, notes_on, read_notes
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
@@ -59,14 +51,14 @@ def sample_to_files(
         RecipeError: no weights at `source` or of a frozen part, no prompt, or `out` is no .mp4 that can be written.
         ValueError: a size or length that the model cannot make.
     """
-    takes = takes_of(prompts, rewritten, repeat)
+    takes = clips.takes_of(prompts, rewritten, repeat)
     if not takes:
         raise RecipeError("There is no prompt. Give --prompt, or --prompts with a file of one prompt a line.")
     paths = clip_paths(out, len(takes))
     weights = find_weights(source)
     module = load_denoiser(weights)
-    settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
-    clip = clip_size(module, seconds, size)
+    settings = clips.settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
+    clip = clips.clip_size(module, seconds, size)
     shared = notes_of(module, weights, clip, settings)
     yield from _write_takes(module, takes, paths, clip, settings, shared, progress)
 
@@ -117,15 +109,15 @@ def _weights_of(noted: Noted, made: str | Path, source: str | Path | None) -> Pa
 
 def _write_takes(
     module: LinGenModule,
-    takes: Sequence[Take],
+    takes: Sequence[clips.Take],
     paths: Sequence[Path],
-    clip: ClipSize,
+    clip: clips.ClipSize,
     settings: SampleConfig,
     shared: Notes,
     progress: Progress | None,
 ) -> Iterator[Path]:
     """Each clip's latents, with everything that decoding needs to know, and then what `decode_file` makes of them."""
-    sampled = sample_takes(module, takes, clip, settings, best_device(), progress)
+    sampled = clips.sample_takes(module, takes, clip, settings, best_device(), progress)
     for take, path, latents in zip(takes, paths, sampled, strict=True):
         metadata = {
             "format": LATENTS_FORMAT,
@@ -177,7 +169,7 @@ def decode_file(
     autoencoder = AUTOENCODERS.build(metadata["autoencoder"]).eval().requires_grad_(False).to(best_device())
     check_ready([autoencoder])
     decoding = metadata.get("decoding", {}) if way is None and tile is None else {"way": way or "auto", "tile": tile}
-    frames = decode_frames(autoencoder, tensor.to(best_device(), torch.float32), metadata["frames"], **decoding)
+    frames = clips.decode_frames(autoencoder, tensor.to(best_device(), torch.float32), metadata["frames"], **decoding)
     about = metadata["about"]
     shown: list[np.ndarray] = []
     keep = sheet_frames(metadata["frames"])

@@ -17,6 +17,7 @@ from lingen.data.datamodule import ClipData
 from lingen.files import write_json
 from lingen.kernels.choice import best_device
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
+from lingen.metrics.measures import measure_clip
 from lingen.ranks import signals
 from lingen.ranks.collectives import on_first_rank
 from lingen.ranks.heartbeat import sign
@@ -57,8 +58,26 @@ def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: 
     on_first_rank(lambda: log_sheet(module, contact_sheet(clips, target / SHEET, prompts), step))
 
 
+def evaluate_prompts(module: LinGenModule, captions: Sequence[str]) -> None:
+    """Adds means over a clip of each caption to this step's row of metrics.csv; with the averaged weights, always from
+    the same noise. All ranks sample together, the first one decodes and measures. Stopped as in `sample_prompts`."""
+    clip, how, takes = clip_size(module), module.recipe.sample, takes_of(captions)
+    found = {"evaluation/clips": [float(len(takes))]}
+
+    def measure(take: Take, latents: Tensor) -> None:
+        for name, value in measure_clip(decoded(module, latents, clip, how), clip.fps, take.prompt).items():
+            found.setdefault(f"evaluation/{name}", []).append(value)
+
+    for take, latents in zip(takes, sample_takes(module, takes, clip, how), strict=True):
+        on_first_rank(partial(measure, take, latents))
+        signals.check()
+    module.log_row(on_first_rank(lambda: {name: float(np.mean(values)) for name, values in found.items()}))
+
+
 SHEET = "sheet.png"
 """The last file of the clips of a step."""
+EVALUATED = 8
+"""Held-out captions whose clips are measured during training."""
 RECONSTRUCTIONS = 4
 """Clips in the sample sheet of an autoencoder that is trained."""
 

@@ -18,8 +18,7 @@ GRIDS = ((1, 4, 4), (2, 4, 4), (3, 5, 6))
 
 
 def check_mixer(cls: Callable[..., nn.Module], *, dim: int = 32, **settings: Any) -> None:
-    """Named in a recipe with these settings it builds, and maps [b t h w d] to the same shape, alike each time, samples
-    apart; gradients reach its input and all parameters."""
+    """[b t h w d] keeps its shape, alike each time, samples apart; gradients reach the input and all parameters."""
     mixer = _kept(MIXERS, cls, settings, dim, 0)
     for grid in GRIDS:
         x = torch.randn(2, *grid, dim, requires_grad=True)
@@ -40,15 +39,14 @@ def check_scan(order: Callable[[int, int, int], Tensor]) -> None:
 
 
 def check_text_encoder(cls: Callable[..., Any], **settings: Any) -> None:
-    """Named in a recipe with these settings it builds, and gives tokens [b n w] and a mask [b n], alike each time."""
+    """Texts give tokens [b n w] and a mask [b n], alike each time."""
     encoder = _kept(TEXT_ENCODERS, cls, settings)
     for first, second in zip(encoder.encode(TEXTS), encoder.encode(TEXTS), strict=True):
         assert torch.equal(first, second), "The same texts give something else the second time."
 
 
 def check_autoencoder(cls: Callable[..., Any], **settings: Any) -> None:
-    """Named in a recipe with these settings it builds; encode and decode have the sizes that `strides` and `channels`
-    say, for clips, too, and give the same each time."""
+    """Latents and clips have the sizes that `strides` and `channels` say, alike each time."""
     autoencoder = _kept(AUTOENCODERS, cls, settings)
     t, h, w = autoencoder.strides
     video = torch.rand(1, 3, 2 * t, 2 * h, 2 * w) * 2 - 1

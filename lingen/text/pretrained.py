@@ -7,18 +7,8 @@ import torch
 
 from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.signature import checked
+from lingen.text import local
 from lingen.text.folder import Lacking, check_model
-from lingen.text.local import (
-    BatchSetting,
-    Device,
-    Dim,
-    LocalEncoder,
-    MaxTokens,
-    PathSetting,
-    Precision,
-    Read,
-    check_text_weights,
-)
 from lingen.text.transformers_reader import TransformersReader, load, load_tokenizer
 
 T5_FAMILY = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -29,19 +19,19 @@ COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
 @checked
-class _T5Family(LocalEncoder):
+class _T5Family(local.LocalEncoder):
     """The encoder's half of any T5: `config.json` tells which, and whether the tokenizer is ByT5's, without files."""
 
     def __init__(
         self,
         *,
-        path: PathSetting = None,
-        dim: Dim = 4096,
-        max_tokens: MaxTokens = 512,
-        precision: Precision = "auto",
-        read: Read = "prompt",
-        device: Device = "auto",
-        batch: BatchSetting = 1,
+        path: local.PathSetting = None,
+        dim: local.Dim = 4096,
+        max_tokens: local.MaxTokens = 512,
+        precision: local.Precision = "auto",
+        read: local.Read = "prompt",
+        device: local.Device = "auto",
+        batch: local.BatchSetting = 1,
     ):
         super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
@@ -49,7 +39,7 @@ class _T5Family(LocalEncoder):
         config = check_model(path, T5_FAMILY, tokenizer=False)
         if not _reads_bytes(config):
             check_model(path, T5_FAMILY)
-        check_text_weights(config.get("d_model", 512), self.dim, None, self.max_tokens, special=1)
+        local.check_text_weights(config.get("d_model", 512), self.dim, None, self.max_tokens, special=1)
 
     def open(self, path: Path, dtype: torch.dtype, device: torch.device) -> TransformersReader:
         import transformers
@@ -81,15 +71,15 @@ class ByT5(_T5Family):
     def __init__(
         self,
         *,
-        path: PathSetting = None,
-        dim: Dim = 1472,
+        path: local.PathSetting = None,
+        dim: local.Dim = 1472,
         max_tokens: Annotated[
             int, AtLeast(1), IDENTITY, "bytes that are read; the rest is cut, with a warning (ours)"
         ] = 256,
-        precision: Precision = "auto",
-        read: Read = "prompt",
-        device: Device = "auto",
-        batch: BatchSetting = 1,
+        precision: local.Precision = "auto",
+        read: local.Read = "prompt",
+        device: local.Device = "auto",
+        batch: local.BatchSetting = 1,
     ):
         super().__init__(
             path=path, dim=dim, max_tokens=max_tokens, precision=precision, read=read, device=device, batch=batch
@@ -102,7 +92,7 @@ class ByT5(_T5Family):
 
 
 @checked
-class Llama(LocalEncoder):
+class Llama(local.LocalEncoder):
     """A decoder's hidden states: Llama (arXiv 2407.21783), Mistral, Qwen, Gemma, Phi; base and chat models alike.
 
     The text is read as it is, without a chat's template. The start of the sequence is read but gives no token.
@@ -113,16 +103,16 @@ class Llama(LocalEncoder):
     def __init__(
         self,
         *,
-        path: PathSetting = None,
-        dim: Dim = 4096,
+        path: local.PathSetting = None,
+        dim: local.Dim = 4096,
         layer: Annotated[
             int, IDENTITY, "whose states are read: -1 the last, after the final norm; 0 the embeddings"
         ] = -1,
-        max_tokens: MaxTokens = 256,
-        precision: Precision = "auto",
-        read: Read = "prompt",
-        device: Device = "auto",
-        batch: BatchSetting = 1,
+        max_tokens: local.MaxTokens = 256,
+        precision: local.Precision = "auto",
+        read: local.Read = "prompt",
+        device: local.Device = "auto",
+        batch: local.BatchSetting = 1,
     ):
         super().__init__(path, dim, max_tokens, precision, read, device, batch)
         self.layer = layer
@@ -143,7 +133,7 @@ class Llama(LocalEncoder):
 
 
 @checked
-class BERT(LocalEncoder):
+class BERT(local.LocalEncoder):
     """Any encoder of the BERT family, sentence-transformers' folders included: one token for each word piece."""
 
     name, public, home = "bert", "sentence-transformers/all-MiniLM-L6-v2", "weights/minilm"
@@ -151,13 +141,13 @@ class BERT(LocalEncoder):
     def __init__(
         self,
         *,
-        path: PathSetting = None,
-        dim: Dim = 384,
-        max_tokens: MaxTokens = 256,
-        precision: Precision = "auto",
-        read: Read = "prompt",
-        device: Device = "auto",
-        batch: BatchSetting = 1,
+        path: local.PathSetting = None,
+        dim: local.Dim = 384,
+        max_tokens: local.MaxTokens = 256,
+        precision: local.Precision = "auto",
+        read: local.Read = "prompt",
+        device: local.Device = "auto",
+        batch: local.BatchSetting = 1,
     ):
         super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
@@ -174,9 +164,9 @@ def _reads_bytes(config: dict[str, Any]) -> bool:
     return config.get("tokenizer_class") == "ByT5Tokenizer" or config.get("vocab_size") == 384
 
 
-def _check_fits(config: dict[str, Any], encoder: LocalEncoder, special: int) -> None:
+def _check_fits(config: dict[str, Any], encoder: local.LocalEncoder, special: int) -> None:
     longest = config.get("max_position_embeddings")
     if longest is not None and config["model_type"] in COUNTS_FROM_PADDING:
         longest -= config.get("pad_token_id", 1) + 1
     width = config.get("hidden_size", config.get("dim", encoder.dim))
-    check_text_weights(width, encoder.dim, longest, encoder.max_tokens, special)
+    local.check_text_weights(width, encoder.dim, longest, encoder.max_tokens, special)

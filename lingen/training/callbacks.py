@@ -152,17 +152,21 @@ class StepEdge(Callback):
 
 
 class ClipsDuringTraining(Callback):
-    """Clips with the averaged weights every `train.sample_every` steps: of the recipe's prompts, or reconstructions.
-    Those that a signal or a kill kept from being made are made when the stage goes on from their step.
+    """Clips with the averaged weights every `train.sample_every` steps: of the recipe's prompts, or reconstructions; or
+    every `train.evaluate_every` steps of held-out captions, to be measured. Those that a signal or a kill kept from
+    being made are made when the stage goes on from their step.
 
     Args:
         sample: makes the clips of a step, on all ranks; it raises `Stopped` on all of them at a signal.
         is_made: whether all clips of a step are there; rank 0 is asked.
         edge: stops the stage.
+        every: the setting.
     """
 
-    def __init__(self, sample: Callable[[Trained, int], None], is_made: Callable[[int], bool], edge: StepEdge):
-        self.sample, self.is_made, self.edge = sample, is_made, edge
+    def __init__(
+        self, sample: Callable[[Trained, int], None], is_made: Callable[[int], bool], edge: StepEdge, every: str
+    ):
+        self.sample, self.is_made, self.edge, self.every = sample, is_made, edge, every
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         step = trainer.global_step
@@ -182,8 +186,8 @@ class ClipsDuringTraining(Callback):
 
     def _is_due(self, pl_module: Any, step: int) -> bool:
         settings = pl_module.recipe.train
-        is_then = settings.sample_every and step % settings.sample_every == 0
-        return bool(is_then) and 0 < step < settings.steps and self.edge.stopped is None
+        every = getattr(settings, self.every)
+        return bool(every) and step % every == 0 and 0 < step < settings.steps and self.edge.stopped is None
 
     def _make(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         try:

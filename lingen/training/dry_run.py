@@ -205,7 +205,7 @@ def _clips(module: Trained, tracker: MemoryTracker, on_cpu: bool) -> int:
     """Bytes beside what lasts while a clip is sampled, of which guidance makes two, or a batch is validated: the
     weights for which the averaged ones stand in, and a pass without gradients."""
     recipe = module.recipe
-    samples = 2 * bool(recipe.sample.prompts or recipe.score.clips)
+    samples = 2 * bool(recipe.sample.prompts or recipe.score.clips or recipe.train.evaluate_every)
     validated = recipe.data.validation.image or recipe.data.validation.video
     if not isinstance(module, LinGenModule) or not (samples or validated):
         return 0

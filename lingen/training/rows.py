@@ -46,12 +46,16 @@ class MetricsFile:
         """A row is whole, and not of steps that are trained again."""
         return bool(row["step"]) and (row["stage"] != self.stage or int(row["step"]) <= resumed)
 
+    def holds(self, step: int, name: str) -> bool:
+        """Whether a row of this stage has a value of that name."""
+        return any((row["stage"], int(row["step"])) == (self.stage, step) and row.get(name) for row in self._rows)
+
     @rank_zero_only
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds a row; values of the step that was written last join its row."""
         row = {"stage": self.stage, "step": step, **values}
         self.listen(row)
-        joins = self._began and self._rows[-1]["step"] == step
+        joins = bool(self._rows) and (self._rows[-1]["stage"], int(self._rows[-1]["step"])) == (self.stage, step)
         if joins:
             self._rows[-1] |= row
         else:

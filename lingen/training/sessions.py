@@ -15,19 +15,7 @@ from typing import Any
 
 from lingen.files import write_json
 from lingen.provenance import time_now
-from lingen.ranks.heartbeat import (
-    BEAT,
-    FAILED_WORD,
-    HUNG,
-    LOST_WORD,
-    OTHER_WORD,
-    STOPPED_WORD,
-    UNFIT_WORD,
-    Heartbeat,
-    host_name,
-    read_heartbeats,
-    word_of,
-)
+from lingen.ranks import heartbeat
 from lingen.ranks.signals import REQUEUE
 from lingen.ranks.slurm import held_back
 from lingen.recipe.text import decode_json
@@ -68,22 +56,22 @@ def session(
         flop: of an optimiser step of a rank in each stage, by which `lingen status` tells how long the run takes.
     """
     before = read_sessions(folder)
-    if before and before[-1]["how"] in (None, LOST_WORD):
+    if before and before[-1]["how"] in (None, heartbeat.LOST_WORD):
         before[-1] |= {"how": killed(folder, before[-1], before[-1]["how"] or was or "it left no word")}
     mark = secrets.token_hex(4)
     began: Session = {
-        "mark": mark, "began": time_now(), "host": host_name(), "ranks": ranks, "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": os.environ.get("SLURM_RESTART_COUNT"), "stage": stage, "step": step,
-        "ended": None, "how": None,
+        "mark": mark, "began": time_now(), "host": heartbeat.host_name(), "ranks": ranks,
+        "job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT"),
+        "stage": stage, "step": step, "ended": None, "how": None,
     }  # fmt: skip
     _write(folder, [*before, began], flop_a_step=_read(folder).get("flop_a_step", {}) | dict(flop))
     how = FINISHED
     try:
         yield mark
     except BaseException as error:
-        how = word_of(error)
-        if how.startswith(OTHER_WORD):
-            how = FAILED_WORD + how.removeprefix(OTHER_WORD)
+        how = heartbeat.word_of(error)
+        if how.startswith(heartbeat.OTHER_WORD):
+            how = heartbeat.FAILED_WORD + how.removeprefix(heartbeat.OTHER_WORD)
         raise
     finally:
         with contextlib.suppress(OSError, ValueError):  # what ended the run is told, not this
@@ -98,11 +86,11 @@ def _end(folder: RunFolder, mark: str, how: str) -> None:
 def killed(folder: RunFolder, one: Session, why: str) -> str:
     """How a session ended that left no word: the word of a rank that failed, or `why`, the ranks that were silent
     first, and its nodes that SLURM holds back."""
-    beats = read_heartbeats(folder.ranks, one["mark"])
-    failed = [(str(beat.ended).removeprefix(FAILED_WORD), beat) for beat in _failed(beats)]
+    beats = heartbeat.read_heartbeats(folder.ranks, one["mark"])
+    failed = [(str(beat.ended).removeprefix(heartbeat.FAILED_WORD), beat) for beat in _failed(beats)]
     for word, beat in failed:
-        if not word.startswith(HUNG):
-            return f"{FAILED_WORD}rank {beat.rank} on {beat.host}: {word}"
+        if not word.startswith(heartbeat.HUNG):
+            return f"{heartbeat.FAILED_WORD}rank {beat.rank} on {beat.host}: {word}"
     for word, _ in failed:  # of whoever wrote it
         return f"{KILLED_WORD}{word}"
     suspects = _suspects(beats)
@@ -113,14 +101,14 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
     return f"{KILLED_WORD}{why}{silent}" + (f"; {held}" if held else "")
 
 
-def _failed(beats: list[Heartbeat]) -> list[Heartbeat]:
-    return [beat for beat in beats if beat.ended is not None and beat.ended.startswith(FAILED_WORD)]
+def _failed(beats: list[heartbeat.Heartbeat]) -> list[heartbeat.Heartbeat]:
+    return [beat for beat in beats if beat.ended is not None and beat.ended.startswith(heartbeat.FAILED_WORD)]
 
 
-def _suspects(beats: list[Heartbeat]) -> list[Heartbeat]:
+def _suspects(beats: list[heartbeat.Heartbeat]) -> list[heartbeat.Heartbeat]:
     """Ranks whose last sign is clearly older than that of others, or that left no word where others did."""
     youngest = min((beat.age for beat in beats), default=0.0)
-    silent = [beat for beat in beats if beat.age > youngest + 2 * BEAT]
+    silent = [beat for beat in beats if beat.age > youngest + 2 * heartbeat.BEAT]
     wordless = [beat for beat in beats if beat.ended is None]
     return silent or (wordless if len(wordless) < len(beats) else [])
 
@@ -140,10 +128,12 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
         return code != 1, f"{ended}, before it trained"
     last = sessions[-1]
     # srun ends the others by SIGTERM where one fails: rank 0 may say that this stopped it.
-    beats = read_heartbeats(folder.ranks, last["mark"])
-    if last["how"] is None or last["how"].startswith(LOST_WORD) or _failed(beats):
+    beats = heartbeat.read_heartbeats(folder.ranks, last["mark"])
+    if last["how"] is None or last["how"].startswith(heartbeat.LOST_WORD) or _failed(beats):
         # None was killed: a rank that was stopped may leave before another one is done, which then finds it gone.
-        stopped = [beat.ended for beat in beats if code == REQUEUE and str(beat.ended).startswith(STOPPED_WORD)]
+        stopped = [
+            beat.ended for beat in beats if code == REQUEUE and str(beat.ended).startswith(heartbeat.STOPPED_WORD)
+        ]
         last |= {
             "ended": time_now(),
             "how": killed(folder, last, ended) if _failed(beats) or not stopped else stopped[0],
@@ -153,13 +143,13 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
     in_vain = len({(one["stage"], one["step"]) for one in tail}) == 1
     if len(tail) == IN_VAIN and in_vain and all(str(one["how"]).startswith(KILLED_WORD) for one in tail):
         return False, f"{how}; the last {IN_VAIN} starts went no further than step {last['step']}"
-    return not how.startswith(FAILED_WORD), how
+    return not how.startswith(heartbeat.FAILED_WORD), how
 
 
 def unfit_nodes(folder: RunFolder) -> str:
     """Names of the nodes that the preflight of the last session refused, with commas between."""
     how = str(read_sessions(folder)[-1]["how"]) if folder.about.is_file() else ""
-    return how.removeprefix(UNFIT_WORD).partition(":")[0] if how.startswith(UNFIT_WORD) else ""
+    return how.removeprefix(heartbeat.UNFIT_WORD).partition(":")[0] if how.startswith(heartbeat.UNFIT_WORD) else ""
 
 
 def _name_of(number: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lingen import weights as stored
 from lingen.plan.loading import load_recipe
 from lingen.ranks.collectives import is_first_rank, on_first_rank
 from lingen.recipe.errors import RecipeError
@@ -15,15 +16,6 @@ from lingen.recipe.sections import Recipe
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.state import whole_of
-from lingen.weights import (
-    OF_TRAINING,
-    file_order,
-    find_weights,
-    names_now,
-    read_metadata,
-    read_weights,
-    write_pieces,
-)
 
 
 def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
@@ -35,11 +27,11 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     copies = {"raw": module.trained_state(), "averaged": averaged_state(module)}
     tensors = {f"{copy}.{name}": value for copy, state in copies.items() for name, value in state.items()}
     metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
-    pieces = ((name, whole_of(tensor)) for name, tensor in file_order(tensors))
+    pieces = ((name, whole_of(tensor)) for name, tensor in stored.file_order(tensors))
 
     def write() -> None:
         try:
-            write_pieces(path, tensors, pieces, metadata)
+            stored.write_pieces(path, tensors, pieces, metadata)
         except Exception:
             deque(pieces, maxlen=0)  # each piece needs all ranks
             raise
@@ -61,7 +53,7 @@ def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
         RecipeError: names what is missing, left over or of another shape.
     """
     own = module.trained_state()
-    weights = module.fitted(names_now(weights, own))
+    weights = module.fitted(stored.names_now(weights, own))
     missing, extra = (
         sorted(name for name in names if not name.startswith(module.optional))
         for names in (own.keys() - weights.keys(), weights.keys() - own.keys())
@@ -91,16 +83,16 @@ def load_module(source: str | Path, device: str | torch.device = "cpu") -> Train
     Raises:
         RecipeError: no weights there, or weights that do not fit.
     """
-    path = find_weights(source)
+    path = stored.find_weights(source)
     recipe = recipe_of(path)
     module = recipe.subject.build_module(recipe)
-    load_into(module, read_weights(path, "averaged"), path)
+    load_into(module, stored.read_weights(path, "averaged"), path)
     return module.to(device).eval()
 
 
 def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> LinGenModule:
     """`load_module` for what makes clips. RecipeError for the weights of an autoencoder, too."""
-    path = find_weights(source)
+    path = stored.find_weights(source)
     module = load_module(path, device)
     if not isinstance(module, LinGenModule):
         raise RecipeError(
@@ -112,5 +104,5 @@ def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> Lin
 
 def recipe_of(path: Path) -> Recipe:
     """The loaded stage whose weights a file holds, from the recipe inside."""
-    metadata = read_metadata(path, OF_TRAINING)
+    metadata = stored.read_metadata(path, stored.OF_TRAINING)
     return load_recipe(RecipeText(metadata["recipe"], f"the recipe in {path}", path.stem), stage=metadata["stage"])

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lingen.plan.flops import mixer_flops
 from lingen.recipe.sections import Triple
 
 from .build import MixerChoice, name_of
 from .exponent import crossover, fit_exponent
+from .mixer_flops import mixer_flops
 from .paper import PAPER_SIZES
 from .plots import plot_scaling
 from .results import Fields

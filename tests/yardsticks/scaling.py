@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lingen.blocks.layers import grid_of
-from lingen.plan.flops import mixer_flops
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Triple
 
 from .build import MixerChoice, built, kernel_of, name_of
+from .mixer_flops import mixer_flops
 from .parts import milliseconds_by_part
 from .place import Place, dtype_name
 from .receipt import PartTimes, findings

@@ -2,9 +2,7 @@
 
 - ``gauss``: the share of the deviation of a Gaussian that a solver keeps on its exact velocity, for the usual
   schedules and for every shipped recipe.
-- ``train``: the quickstart with one shift after another, for several seeds.
 - ``late``: the share of its loss that an untrained model of each recipe that predicts the clip spends at late times.
-- ``emoji``: emoji_64 cut short, with one shift after another, and then `heldout` of each; for a GPU.
 - ``heldout``: the loss of runs on held-out samples, in bins of times that are drawn alike whatever they trained at.
 - ``follow``: how often clips of those runs show what their held-out captions say, by schedule and solver.
 """
@@ -14,11 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +36,6 @@ from lingen.sampling.clips import clip_size, decoded, encode_prompts, joined, sa
 from lingen.tables import as_table
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import load_denoiser
-from tests.helpers.commands import lingen_command
 
 DEVIATIONS = (0.3, 0.1)
 WAYS = {
@@ -53,8 +47,6 @@ WAYS = {
 ATTRIBUTES = ("colour", "shape", "motion")
 BATCH = 60
 """Clips at a time."""
-ON_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-"""The environment of runs that share a machine."""
 
 
 def kept(times: Tensor, solver: str, deviation: float) -> float:
@@ -124,41 +116,6 @@ def gauss() -> Iterator[dict[str, Any]]:
             yield {"schedule": f"recipe {name}, stage {stage}", f"s = {DEVIATIONS[0]}": round(share, 3)}
 
 
-def train(out: Path, shifts: Sequence[str], seeds: Sequence[int], jobs: int) -> Iterator[dict[str, Any]]:
-    """Trains the quickstart in processes of one thread each; the set of clips is drawn first."""
-    common = ["fit", "--recipe", "quickstart_cpu", "score.clips=0", "sample.prompts=[]", "train.log_every=100"]
-    _fit([*common, "--run", str(out / "first"), "stages.images.train.steps=1", "stages.videos.train.steps=1"])
-    asked = [(shift, seed) for seed in seeds for shift in shifts]
-    with ThreadPoolExecutor(jobs) as pool:
-        words = [[*common, "--run", str(out / f"shift-{s}-seed-{n}"), f"time.shift={s}", f"seed={n}"] for s, n in asked]
-        for (shift, seed), code in zip(asked, pool.map(_fit, words), strict=True):
-            yield {"shift": shift, "seed": seed, "exit code": code}
-
-
-def emoji(
-    data: Path, out: Path, shifts: Sequence[str], steps: int, samples: int, more: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """Trains emoji_64 on this machine's GPU; one seed, runs one after the other."""
-    shards = [
-        f"data.{setting}={{image: '{data}/{start}image-*.tar', video: '{data}/{start}video-*.tar'}}"
-        for setting, start in (("shards", ""), ("validation", "heldout-"))
-    ]
-    cut = [f"stages.{stage}.train.steps={steps}" for stage in ("images", "videos")]
-    quiet = ["sample.prompts=[]", "train.warmup=50", "train.validate_every=0", "train.sample_every=0"]
-    for shift in shifts:
-        run = out / f"shift-{shift}"
-        words = ["fit", "--recipe", "emoji_64", "--run", str(run), f"time.shift={shift}", *shards, *cut, *quiet, *more]
-        code = _fit(words, {})
-        if code:
-            raise SystemExit(f"training with shift {shift} ended with exit code {code}")
-        yield from heldout([run / "stages" / "videos" / "weights.safetensors"], samples)
-
-
-def _fit(words: list[str], env: dict[str, str] = ON_CPU) -> int:
-    env = os.environ | env
-    return subprocess.run(lingen_command(*words), env=env, stdout=2, check=False).returncode
-
-
 def follow(
     weights: Sequence[Path], ways: Sequence[str], solvers: Sequence[str], clips: int, steps: int | None
 ) -> Iterator[dict[str, Any]]:
@@ -221,18 +178,6 @@ def main() -> int:
     acts = parser.add_subparsers(dest="act", required=True)
     acts.add_parser("gauss")
     acts.add_parser("late")
-    four = acts.add_parser("emoji")
-    four.add_argument("--data", type=Path, required=True, help="what `lingen data fetch emoji --out DIR` wrote")
-    four.add_argument("--out", type=Path, required=True)
-    four.add_argument("--shifts", nargs="+", default=["1", "2", "3", "5"])
-    four.add_argument("--steps", type=int, default=500, help="of each of the two stages")
-    four.add_argument("--samples", type=int, default=256, help="held-out ones of each kind, at most")
-    four.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
-    one = acts.add_parser("train")
-    one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--shifts", nargs="+", default=["1", "2", "3", "5"])
-    one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    one.add_argument("--jobs", type=int, default=2)
     three = acts.add_parser("heldout")
     three.add_argument("weights", nargs="+", type=Path)
     three.add_argument("--samples", type=int, default=256)
@@ -248,10 +193,6 @@ def main() -> int:
         rows = list(gauss())
     elif args.act == "late":
         rows = list(late())
-    elif args.act == "emoji":
-        rows = list(emoji(args.data, args.out, args.shifts, args.steps, args.samples, args.set))
-    elif args.act == "train":
-        rows = list(train(args.out, args.shifts, args.seeds, args.jobs))
     elif args.act == "heldout":
         rows = list(heldout(args.weights, args.samples))
     else:

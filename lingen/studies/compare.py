@@ -1,0 +1,150 @@
+"""Runs side by side, by what their folders record: unfinished ones, those of other recipes or versions, moved ones."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from lingen.launch.status import read_rows, status_of
+from lingen.plan.forecast import flop_a_step, plan
+from lingen.plan.loading import load_curriculum
+from lingen.ranks.launch import ranks_here
+from lingen.recipe.errors import RecipeError
+from lingen.tables import as_cell
+from lingen.training.folder import RunFolder
+from lingen.training.record import told
+from lingen.training.sessions import read_sessions
+
+DEFAULT_METRICS = ("validation/loss", "loss")
+"""The first that each run has twice, else the last."""
+Curve = list[tuple[float, float]]
+"""Place, in steps or FLOPs of the whole run, and value, which may be NaN."""
+
+
+class Compared(NamedTuple):
+    """What a run folder tells for a comparison."""
+
+    folder: RunFolder
+    stages: list[str]
+    about: dict[str, Any]
+    """For people and JSON: run, state, parameters, steps, flop, tokens, seconds of training itself, gpu_hours; None or
+    NaN: not known."""
+    settings: dict[str, str]
+    """Dotted key -> value as recipe.yaml has it, then versions, commit and what was changed on the way."""
+    scores: dict[str, Any]
+    points: Sequence[tuple[float, float, dict[str, str]]]
+    """Steps and FLOPs up to each row of metrics.csv, and the row."""
+
+    def curve(self, metric: str, axis: str) -> Curve:
+        """The metric over ``steps`` or ``flops``."""
+        points = [(flop if axis == "flops" else step, row.get(metric)) for step, flop, row in self.points]
+        return [(place, float(value)) for place, value in points if value and math.isfinite(place)]
+
+
+def read_compared(paths: Sequence[str | Path]) -> list[Compared]:
+    """Run folders; one that is none stands for those in it. RecipeError where there is no run."""
+    folders = dict[Path, None]()
+    for path in map(Path, paths):
+        inside = [path] if (path / "run.json").is_file() else sorted(one.parent for one in path.glob("*/run.json"))
+        if not inside:
+            raise RecipeError(f"{path} is no run folder, and holds none.")
+        folders |= dict.fromkeys(inside)
+    is_short = len({path.resolve().name for path in folders}) == len(folders)
+    return [_read(RunFolder(path), path.resolve().name if is_short else str(path)) for path in folders]
+
+
+def _read(folder: RunFolder, name: str) -> Compared:
+    status, about = status_of(folder.path), json.loads(folder.about.read_text(encoding="utf-8"))
+    changes = [f"{one['stage']} {one['step']}: {told(one['changes'])}" for one in about.get("history", ())]
+    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) if folder.recipe.is_file() else {}
+    settings = dict(_leaves(recipe)) | {name: as_cell(about.get(name)) for name in ("commit", "versions")}
+    settings["changed on the way"] = "; ".join(one for one in changes if not one.endswith(": "))
+    scores = json.loads(folder.score.read_text(encoding="utf-8"))["sampled"] if folder.score.is_file() else {}
+    ranks = next((one["ranks"] for one in reversed(read_sessions(folder))), 1)
+    each, parameters = {stage: ranks * flop for stage, flop in about.get("flop_a_step", {}).items()}, None
+    with suppress(RecipeError):  # of another version, or its parts are not here
+        for one in load_curriculum(folder.recipe).stages:
+            forecast = plan(one)
+            parameters = forecast.trained
+            each.setdefault(str(one.stage), ranks_here(one) * flop_a_step(one, forecast))
+    points, stage, last, steps, flop, seconds, tokens = [], "", 0, 0, 0.0, 0.0, 0.0
+    for row in read_rows(folder):
+        stage, last = row["stage"], last if row["stage"] == stage else 0
+        more, rate = int(row["step"]) - last, float(row.get("steps_per_second") or 0)
+        took = more / rate if rate > 0 else 0.0
+        last, steps, seconds = last + more, steps + more, seconds + took
+        flop += more * (each.get(stage) or math.nan)
+        tokens += took * float(row.get("tokens_per_second") or 0)
+        points.append((steps, flop, row))
+    hours = math.nan if settings.get("trainer.accelerator") == "cpu" else seconds * ranks / 3600
+    told_of = {"run": name, "state": status.state, "parameters": parameters, "steps": steps, "flop": flop,
+               "tokens": tokens, "seconds": seconds, "gpu_hours": hours}  # fmt: skip
+    scores = {key: one for key, one in scores.items() if isinstance(one, dict) and "share" in one}
+    return Compared(folder, list(status.stages), told_of, settings, scores, points)
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and value of each setting in a recipe, whatever version wrote it."""
+    if isinstance(node, dict):
+        for word, value in node.items():
+            yield from _leaves(value, f"{key}.{word}")
+    else:
+        yield key[1:], as_cell(node)
+
+
+def value_at(curve: Curve, place: float) -> float | None:
+    """On a line between the neighbours; None outside of the curve, or where a neighbour is no finite number."""
+    before, after = [one for one in curve if one[0] <= place], [one for one in curve if one[0] >= place]
+    if not before or not after or not math.isfinite(before[-1][1] + after[0][1]):
+        return None
+    return float(np.interp(place, [before[-1][0], after[0][0]], [before[-1][1], after[0][1]]))
+
+
+def compare_runs(runs: Sequence[Compared], metric: str | None, axis: str) -> dict[str, Any]:
+    """Everything as plain values; the metric is read as far as all runs that have it go. RecipeError: none has it."""
+    usable = (one for one in DEFAULT_METRICS if all(len(run.curve(one, "steps")) > 1 for run in runs))
+    metric = metric or next(usable, DEFAULT_METRICS[-1])
+    curves = [run.curve(metric, axis) for run in runs]
+    place = min((curve[-1][0] for curve in curves if curve), default=math.nan)
+    known = {name for run in runs for *_, row in run.points for name, value in row.items() if value}
+    if known and metric not in known:
+        raise RecipeError(f"--metric {metric}: no run has it. Known: {', '.join(sorted(known - {'stage', 'step'}))}.")
+    settings = {key: [run.settings.get(key, "-") for run in runs] for run in runs for key in run.settings}
+    differ = {key: values for key, values in settings.items() if len({*values}) > 1}
+    rows = [
+        {**{key: _plain(value) for key, value in run.about.items()}, "value": value_at(curve, place),
+         "scores": run.scores, "curve": [(x, _plain(y)) for x, y in curve]}
+        for run, curve in zip(runs, curves, strict=True)
+    ]  # fmt: skip
+    return {"metric": metric, "at": axis, "place": _plain(place), "runs": rows, "differ": differ}
+
+
+def _plain(value: Any) -> Any:
+    """None in place of what JSON cannot say."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def tables_of(found: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Rows for people: of runs, and of settings that differ."""
+    what, rows = f"{found['metric']} at {cell_of(found['place'])} {found['at']}", []
+    for one in found["runs"]:
+        bad = sum(value is None for _, value in one["curve"])
+        row = {key: cell_of(value) for key, value in one.items() if key not in ("value", "scores", "curve")}
+        row[what] = cell_of(one["value"]) + (f" ({bad} rows are no finite number)" if bad else "")
+        rows.append(row | {key: cell_of([s["share"], s["low"], s["high"]]) for key, s in one["scores"].items()})
+    names = [one["run"] for one in found["runs"]]
+    return rows, [{"setting": key} | dict(zip(names, values, strict=True)) for key, values in found["differ"].items()]
+
+
+def cell_of(value: Any) -> str:
+    """A number, an interval, or a number with its interval; a text stays as it is."""
+    if isinstance(value, list):
+        return f"{cell_of(value[0])} " * (len(value) > 2) + f"[{cell_of(value[-2])}, {cell_of(value[-1])}]"
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}" if abs(value) < 1e10 else f"{value:.3g}"
