@@ -12,7 +12,15 @@ from lingen.autoencoder.perceptual import NoDistance
 from lingen.data.locations import expand
 from lingen.files import cache_folder
 from lingen.frozen import Missing, missing_of
-from lingen.kernels.choice import has_triton
+from lingen.kernels.choice import best_device, choose, has_triton
+from lingen.kernels.conv import CONV_KERNELS
+from lingen.kernels.cross_attention import CROSS_KERNELS
+from lingen.kernels.gated_norm import GATED_NORM_KERNELS
+from lingen.kernels.modulate import MODULATE_KERNELS
+from lingen.kernels.pool import POOL_KERNELS
+from lingen.kernels.scan import SCAN_KERNELS
+from lingen.kernels.swiglu import SWIGLU_KERNELS
+from lingen.kernels.window_attention import WINDOW_KERNELS
 from lingen.plan.loading import fault_of_strategy
 from lingen.provenance import version_of
 from lingen.recipe.errors import RecipeError
@@ -25,6 +33,8 @@ OPTIONAL = {
     "transformers": "frozen text encoders, rewriting and captioning",
     "diffusers": "its video autoencoders",
     "boto3": "shards at s3://",
+    "mamba-ssm": "kernel: stock of the scan, for comparison",
+    "flash-attn": "kernel: flash of attention, for comparison",
 }
 """Packages that lingen runs without, and what they are for."""
 MALWARE = ("2.6.2", "2.6.3")
@@ -132,6 +142,7 @@ def machine() -> Iterator[Line]:
     yield _lightning()
     yield from _gpus()
     yield Line(*_triton())
+    yield Line(True, "kernels", _kernels())
     yield _encoder()
     for name, folder in (("here", Path.cwd()), ("cache", cache_folder())):
         yield _disk(name, folder)
@@ -170,6 +181,25 @@ def _triton() -> tuple[bool, str, str]:
     if has_triton():
         return True, "triton", str(version_of("triton"))
     return not torch.cuda.is_available(), "triton", "not installed; kernels run on plain PyTorch"
+
+
+def _kernels() -> str:
+    """The twins that `kernel: auto` takes here, and their operations."""
+    known = {
+        "scan": (SCAN_KERNELS, "chunked"),
+        "window attention": (WINDOW_KERNELS, "sdpa"),
+        "cross-attention": (CROSS_KERNELS, "reference"),
+        "conv": (CONV_KERNELS, "reference"),
+        "gated norm": (GATED_NORM_KERNELS, "reference"),
+        "modulation": (MODULATE_KERNELS, "reference"),
+        "pool": (POOL_KERNELS, "reference"),
+        "swiglu": (SWIGLU_KERNELS, "reference"),
+    }
+    x = torch.empty(0, device=best_device(), dtype=torch.bfloat16)
+    taken: dict[str, list[str]] = {}
+    for operation, (twins, plain) in known.items():
+        taken.setdefault(choose(operation, "auto", twins, x, plain), []).append(operation)
+    return "auto takes " + "; ".join(f"{twin} for {', '.join(operations)}" for twin, operations in taken.items())
 
 
 def _encoder() -> Line:

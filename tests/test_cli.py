@@ -45,12 +45,13 @@ def test_list_mixers(capsys):
     assert "window=[8, 4, 4]" in out and len(out.splitlines()) == 1 + len(rows)
 
 
-def test_list_scans(capsys):
+def test_list_scans_shows_how_far_neighbours_are(capsys):
     assert main(["list", "scans", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(rows) == set(SCANS.names())
-    assert rows["thw"]["about"] == "slowest axis t, fastest axis w"
-    assert rows["rotary_major"]["about"] == "layer i takes entry i % 4 of thw, twh, hwt, wht"
+    key = "steps between neighbours at (8, 16, 16)"
+    assert rows["thw"][key] == {"t": 256.0, "h": 16.0, "w": 1.0}
+    assert rows["rotary_major"][key]["t"] < 256 and rows["hilbert"][key]["t"] < 256
 
 
 @pytest.mark.parametrize("what", ["autoencoders", "text", "recipes"])

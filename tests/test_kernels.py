@@ -1,7 +1,11 @@
 """Every kernel against its slow twin: outputs, final states and every gradient by name."""
 
+import sys
+import types
+
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from lingen.kernels.attention import attention
 from lingen.kernels.ssd import ssd
@@ -97,13 +101,17 @@ def test_mistakes_are_sentences():
     parts = operands(4, 1)
     with pytest.raises(ValueError, match="'triton'. Known: auto, reference"):
         ssd(**parts, kernel="triton")
+    with pytest.raises(ValueError, match="pip install 'lingen\\[cuda\\]'"):
+        ssd(**parts, kernel="stock")
     with pytest.raises(ValueError, match="at least one token"):
         ssd(*(parts[name][:, :0] if name in "x dt b c" else parts[name] for name in ("x", "dt", "a", "b", "c")))
     with pytest.raises(ValueError, match="3 groups do not divide 2 heads"):
         ssd(**parts | {"b": parts["b"].repeat(1, 1, 3, 1), "c": parts["c"].repeat(1, 1, 3, 1)})
     q = torch.randn(1, 3, 2, 4)
-    with pytest.raises(ValueError, match="no attention kernel called 'cuDNN'. Known: auto, sdpa, cudnn"):
+    with pytest.raises(ValueError, match="no attention kernel called 'cuDNN'. Known: auto, sdpa, cudnn, flash"):
         attention(q, q, q, kernel="cuDNN")
+    with pytest.raises(ValueError, match="needs flash-attn"):
+        attention(q, q, q, kernel="flash")
 
 
 def test_padding_is_seen_by_nobody():
@@ -113,3 +121,29 @@ def test_padding_is_seen_by_nobody():
     for i, keep in enumerate(real):
         want = attention(q[i : i + 1, keep], k[i : i + 1, keep], v[i : i + 1, keep])
         torch.testing.assert_close(out[i : i + 1, keep], want, rtol=1e-5, atol=1e-6)
+
+
+def fake_flash():
+    """flash-attn's two functions, computed by SDPA: what is tested is how we call them."""
+
+    def whole(q, k, v):
+        return scaled_dot_product_attention(*(u.transpose(1, 2) for u in (q, k, v))).transpose(1, 2)
+
+    def packed(q, k, v, ends_q, ends_k, longest_q, longest_k):
+        assert ends_q.dtype == torch.int32 and (ends_q.diff() <= longest_q).all()
+        cuts = [slice(i, j) for i, j in ends_q.unfold(0, 2, 1).tolist()]
+        return torch.cat([whole(q[None, cut], k[None, cut], v[None, cut])[0] for cut in cuts])
+
+    return types.SimpleNamespace(flash_attn_func=whole, flash_attn_varlen_func=packed)
+
+
+def test_flash_packs_what_is_real(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash())
+    q, k, v = torch.randn(3, 3, 5, 2, 8).bfloat16()
+    real = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
+    assert_close("whole", attention(q, k, v), attention(q, k, v, kernel="flash"), 5e-3)
+    got, want = attention(q, k, v, real, kernel="flash"), attention(q, k, v, real)
+    assert_close("what is real", want[real], got[real], 5e-3)
+    assert (got[~real] == 0).all()
+    with pytest.raises(ValueError, match="float16 or bfloat16"):
+        attention(q.float(), k.float(), v.float(), kernel="flash")

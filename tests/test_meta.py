@@ -90,10 +90,11 @@ def test_a_scan_order_is_checked_under_fake_mode_too():
     assert fake.shape == real.shape and real.sort().values.tolist() == list(range(24))
 
 
-def test_the_plain_twin_stands_for_a_kernel_that_cannot_run():
+@pytest.mark.parametrize("kernel", ["triton", "stock", "flash"])
+def test_the_plain_twin_stands_for_a_kernel_that_cannot_run(kernel):
     for place in (FakeTensorMode(), torch.device("meta")):
         with place:
-            velocity = LinGen(config(mixer=component("mate", kernel="triton")))(*inputs(1, False))
+            velocity = LinGen(config(mixer=component("mate", kernel=kernel)))(*inputs(1, False))
         assert velocity.shape == (2, 3, 1, 4, 6)
 
 

@@ -592,7 +592,7 @@ def test_documentation_of_settings_comes_from_the_signature():
 def test_a_kernel_that_needs_cuda_is_refused_for_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu = STAGED + "trainer: {accelerator: cpu}\n"
-    for kernel, branch in (("triton", "kernel: triton"), ("cudnn", "te: {name: attention, kernel: cudnn}")):
+    for kernel, branch in (("triton", "kernel: triton"), ("flash", "te: {name: attention, kernel: flash}")):
         setting = f"model.mixer={{name: mate, state_dim: 4, head_dim: 8, {branch}}}"
         key = "te.kernel" if "te:" in branch else "kernel"
         text = f"kernel='{kernel}' runs on CUDA, but trainer.accelerator is cpu; take kernel='auto'."

@@ -23,11 +23,13 @@ from lingen.autoencoder.ways import ways_of
 from lingen.cli import main
 from lingen.frozen import Missing
 from lingen.media import as_frames, beside, error_frames
-from lingen.metrics.autoencoder import pairs
+from lingen.metrics.autoencoder import PAPER, pairs
 from lingen.metrics.reconstruction import (
     Comparison,
     Quality,
     average,
+    bicubic,
+    bicubic_shape,
     mse_to_psnr,
 )
 from lingen.recipe import load_recipe, to_yaml
@@ -140,6 +142,43 @@ def test_psnr_has_an_end():
     assert mse_to_psnr(0.0) == 100 and mse_to_psnr(1.0) == 0 and mse_to_psnr(1e-3) == pytest.approx(30)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    t=st.integers(1, 100),
+    h=st.integers(4, 32).map(lambda n: n * 8),
+    w=st.integers(4, 32).map(lambda n: n * 8),
+    strides=st.sampled_from([(8, 8, 8, 16), (4, 8, 8, 8), (1, 8, 8, 4)]),
+    in_time=st.booleans(),
+)
+def test_the_small_clip_holds_as_many_numbers_as_the_latents(t, h, w, strides, in_time):
+    numbers = strides[3] * math.ceil(t / strides[0]) * (h // strides[1]) * (w // strides[2])
+    frames, height, width = bicubic_shape((t, h, w), numbers, in_time=in_time)
+    assert 1 <= frames <= t and 1 <= height <= h and 1 <= width <= w and (in_time or frames == t)
+    assert abs(3 * frames * height * width - numbers) <= 1.5 * frames * height + 1e-9 or width == 1
+
+
+def test_shapes_of_movie_gens_compression():
+    """16 channels of 8 x 8 x 8: a 96th of the numbers; 96 ** (1/3) = 4.58."""
+    numbers = 16 * 34 * 64 * 64
+    assert bicubic_shape((272, 512, 512), numbers, in_time=True) == (59, 112, 112)
+    assert bicubic_shape((272, 512, 512), numbers, in_time=False) == (272, 52, 53)
+
+
+def test_a_smooth_clip_survives_being_small_and_noise_does_not():
+    noise = torch.rand(1, 3, 12, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    smooth = film(12, 32, 32)
+    for shape in ((12, 16, 16), (6, 16, 16)):
+        rebuilt = {name: torch.cat([*bicubic([clip], shape)], 2) for name, clip in (("s", smooth), ("n", noise))}
+        assert rebuilt["s"].shape == smooth.shape
+        assert compare(smooth, rebuilt["s"]).psnr > 25 > 15 > compare(noise, rebuilt["n"]).psnr
+    flat = torch.full((1, 3, 7, 16, 16), 0.25)
+    torch.testing.assert_close(torch.cat([*bicubic([flat], (3, 5, 6))], 2), flat)
+    same = torch.cat([*bicubic([smooth], smooth.shape[2:])], 2)
+    torch.testing.assert_close(same, smooth, rtol=0, atol=1e-5)
+    in_pieces = torch.cat([*bicubic(smooth.split(5, 2), (6, 16, 16), piece=3)], 2)
+    torch.testing.assert_close(in_pieces, rebuilt["s"])
+
+
 def test_streams_of_other_pieces_are_walked_together():
     clip = film(20)
     longer = torch.cat([clip, clip[:, :, :4]], 2)
@@ -226,7 +265,7 @@ def test_pixels_lose_nothing(recipe, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == result
     assert [(row["kind"], row["what"]) for row in result["rows"]] == [("video", "pixels"), ("image", "pixels")]
     assert all(row["psnr"] == 100 and row["ssim"] == pytest.approx(1) for row in result["rows"])
-    assert [len(result["clips"]), result["way"]] == [6, "whole"]
+    assert [len(result["clips"]), result["way"], result["paper"]] == [6, "whole", PAPER]
     assert "video: 3 held-out clips (data.validation.video)" in result["notes"]
     assert any("image: 3 clips to train on: no held-out" in note for note in result["notes"])
     with Image.open(tmp_path / "out" / "side_by_side.png") as picture:
@@ -246,21 +285,26 @@ def test_the_numbers_are_those_of_the_clips(recipe, tmp_path, capsys):
     rebuilt = [nn.functional.interpolate(clip[None][:, :, ::2, ::2, ::2], scale_factor=2) for clip in clips]
     expected = average([compare(clip[None], other, None, Mean()) for clip, other in zip(clips, rebuilt, strict=True)])
     rows = {row["what"]: row for row in result["rows"]}
-    assert list(rows) == [HALVES_HERE]
+    assert list(rows) == [HALVES_HERE, "bicubic, space", "bicubic, space and time"]
     ours = rows[HALVES_HERE]
     assert {name: ours[name] for name in expected} == approximately(expected)
-    assert ours["numbers"] == 1 / 8 and 10 < ours["psnr"] < 50
+    assert ours["numbers"] == 1 / 8 and rows["bicubic, space"]["numbers"] == pytest.approx(1 / 8, rel=0.1)
+    assert 10 < ours["psnr"] < rows["bicubic, space"]["psnr"] < 50  # every second pixel is a poor average
     assert result["latents"]["video"]["std"] == pytest.approx(float(clips.std()), rel=0.1)
-    assert f"{ours['psnr']:.2f}" in shown
+    assert f"{ours['psnr']:.2f}" in shown and "Movie Gen's TAE" in shown and "32.25" in shown
 
 
-def test_a_clip_goes_any_way(recipe, tmp_path):
-    words = ("--clips", "2", "data.frames=5", "data.size=[32,32]")
-    exact = evaluated(recipe(), tmp_path / "out", *words)
-    assert exact["way"] == "exact" and exact["data"]["video"]["size"] == [32, 32]
+def test_the_ways_are_compared(recipe, tmp_path):
+    words = ("--clips", "2", "--compare", "--frames", "5", "--size", "32x32")
+    result = evaluated(recipe(), tmp_path / "out", *words)
+    assert result["way"] == "exact" and result["data"]["video"]["size"] == [32, 32]
+    assert list(result["compare"]) == ["video: exact against whole"]
     tiled = evaluated(recipe(), tmp_path / "out", *words, "--tile", "16x16")
-    assert tiled["way"] == "tiled"
-    assert tiled["rows"][0]["psnr"] == pytest.approx(exact["rows"][0]["psnr"], abs=1e-3)  # nothing reaches out
+    assert list(tiled["compare"]) == [
+        "video: tiled against whole", "video: exact against whole", "video: exact against tiled",
+    ]  # fmt: skip
+    assert all(one["psnr"] > 90 and one["latents"] < 1e-6 for one in tiled["compare"].values())  # nothing reaches out
+    assert tiled["rows"][0]["psnr"] == pytest.approx(result["rows"][0]["psnr"], abs=1e-3) and tiled["way"] == "tiled"
 
 
 def run_of(recipe: str, folder: Path, *overrides: str) -> Path:
@@ -291,11 +335,11 @@ def test_a_run_is_judged_with_its_own_autoencoder(recipe, tmp_path, name):
     own = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (own["autoencoder"]["name"], own["autoencoder"]["path"]) == ("tae", weights)
     assert own["autoencoder"]["width"] == (32 if name == "tae_small" else 8)
-    other = evaluated(recipe("pixels"), tmp_path / "out", *words, "--checkpoint", weights, "data.size=[32,32]")
+    other = evaluated(recipe("pixels"), tmp_path / "out", *words, "--checkpoint", weights, "--size", "32x32")
     assert other["autoencoder"]["path"] == weights
     assert other["rows"][0]["psnr"] == pytest.approx(own["rows"][0]["psnr"])
     if name == "tae_small":
-        packaged = evaluated(recipe(name), tmp_path / "out", *words, "data.size=[32,32]")
+        packaged = evaluated(recipe(name), tmp_path / "out", *words, "--size", "32x32")
         assert packaged["rows"][0]["psnr"] == pytest.approx(own["rows"][0]["psnr"])
 
 
@@ -305,10 +349,12 @@ def test_whose_autoencoder_is_meant_is_asked(recipe, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "no autoencoder of its own" in told and f"--recipe {run}/recipe.yaml" in told
     assert evaluated(f"{run}/recipe.yaml", tmp_path / "out", "--clips", "1")["autoencoder"]["name"] == "tae_small"
+    assert main(["eval", "tae", "--run", str(run), "--autoencoder", "pixels"]) == 2
+    assert "are two autoencoders" in capsys.readouterr().err
 
 
 def test_any_autoencoder_on_the_clips_of_an_autoencoders_recipe(recipe, tmp_path):
-    words = (*TRAINS, "sample.decode=exact", "autoencoder=pixels", "--clips", "1")
+    words = (*TRAINS, "sample.decode=exact", "--autoencoder", "pixels", "--clips", "1")
     assert evaluated(recipe("tae_small"), tmp_path / "out", *words)["rows"][0]["psnr"] == 100
 
 
@@ -368,21 +414,26 @@ HALVES = f"autoencoder={HALVES_HERE}"
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["data.size=[17,16]"], 2, "height of 17 pixels is no multiple of 2.*take 16 or 18"),
-        (["data.size=[16,8]"], 2, "16x8 are too small to be compared"),
+        (["--size", "17x16"], 2, "height of 17 pixels is no multiple of 2.*take 16 or 18"),
+        (["--size", "16x8"], 2, "16x8 are too small to be compared"),
         ([HALVES, "autoencoder.path=no.safetensors"], 2, "missing: halves no.safetensors: Put the file there"),
-        (["autoencoder=pixels", "--stream", "exact"], 2, "no streams of its own; take tiled or whole"),
-        ([HALVES, "autoencoder.alone=true", "data.frames=4"], 2, "4 frames do not fit; take 3 or 5 frames"),
+        (["--autoencoder", "pixels", "--stream", "exact"], 2, "no streams of its own; take tiled or whole"),
+        (
+            [HALVES, "autoencoder.alone=true", "data.frames=5", "--frames", "4"],
+            2,
+            "4 frames do not fit; take 3 or 5 frames",
+        ),
         (["--stream", "tiled", "--tile", "15x16"], 2, "tile=15x16: height and width must be multiples of 2"),
         (["--tile", "6x16"], 2, "tile=6x16 is too small.*take 8 pixels a side or more"),
         (["--tile", "16x16", "--stream", "exact"], 2, "--tile goes with --stream tiled, not with --stream exact"),
-        (["data.frames=50"], 1, "short clip: 6 frames where 50"),
+        (["--frames", "50"], 1, "short clip: 6 frames where 50"),
         ([HALVES, "autoencoder.broken=true"], 1, "NaN or infinity"),
         (["data.shards.video=no-*.tar"], 2, "no-"),
         (["--run", "a", "--checkpoint", "b"], 2, "either --run DIR or --checkpoint F"),
         (["--checkpoint", "no.safetensors"], 2, "no run folder or weights file"),
         (["--stage", "other"], 2, "other"),
-        (["autoencoder=pixel"], 2, "Did you mean 'pixels'"),
+        (["--autoencoder", "pixel"], 2, "Did you mean 'pixels'"),
+        (["--size", "16"], 2, "no height x width"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(recipe, tmp_path, capsys, words, code, message):
@@ -402,6 +453,6 @@ def test_without_a_recipe(capsys, tmp_path):
 
 
 def test_a_denoisers_patches_need_not_fill_the_clip(recipe, tmp_path):
-    result = evaluated(recipe("pixels"), tmp_path / "out", "--clips", "1", "data.size=[13,15]", "data.frames=3")
+    result = evaluated(recipe("pixels"), tmp_path / "out", "--clips", "1", "--size", "13x15", "--frames", "3")
     assert (result["data"]["video"]["size"], result["data"]["video"]["frames"]) == ([13, 15], 3)
     assert result["rows"][0]["psnr"] == 100

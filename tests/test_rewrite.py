@@ -1,7 +1,8 @@
-"""Prompts are rewritten by a chat model: what is asked, what is made of the answer, what is refused."""
+"""Prompts are rewritten by a chat model: what is asked, what is made of the answer, what is kept, what is refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lingen.cli import main
+from lingen.files import cache_folder
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
 from lingen.run import fit
 from lingen.text import instruction, rewrite
-from lingen.text.instruction import INSTRUCTION, clean, fault_of, question
+from lingen.text.instruction import INSTRUCTION, INSTRUCTION_VERSION, clean, fault_of, question
 from lingen.text.rewrite import Rewriter, Rewritten
 from lingen.weights import find_weights
 from tests.helpers import chat
@@ -63,7 +65,9 @@ def how(path: Path, **settings) -> RewriteConfig:
 # what is asked, and what is made of the answer
 
 
-def test_the_prompt_stands_behind_the_instruction():
+def test_another_instruction_has_another_version():
+    """What was kept of an older instruction must not be used: raise INSTRUCTION_VERSION, then add its hash here."""
+    assert hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:12] == {1: "74e9a1ed3357"}[INSTRUCTION_VERSION]
     assert question(SIGN).startswith(INSTRUCTION) and question(SIGN).endswith(SIGN)
 
 
@@ -141,23 +145,64 @@ def test_good_answers_bad_ones_and_a_second_attempt(teacher: Path, short: None):
     assert told == [(0, 4), (4, 4)]
 
 
-def test_a_batch_changes_nothing(teacher: Path, short: None):
+def test_a_batch_changes_nothing(teacher: Path, short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     together = Rewriter(how(teacher)).rewrite([BALL, SIGN, DOG])
+    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "other"))
     assert Rewriter(how(teacher, batch=1)).rewrite([BALL, SIGN, DOG]) == together
 
 
-def test_a_released_model_is_loaded_again(teacher: Path, short: None):
+def test_what_was_rewritten_loads_no_model_again(
+    teacher: Path, babbler: Path, short: None, monkeypatch: pytest.MonkeyPatch
+):
     first = Rewriter(how(teacher))
     first.rewrite([BALL, CAT])
     first.release()
-    assert first.rewrite([SIGN])[0].text == LONG[SIGN]
+    assert first.rewrite([SIGN])[0].text == LONG[SIGN]  # loads again
+
+    def no_model(*arguments):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(rewrite, "Chat", no_model)
+    again = Rewriter(how(teacher)).rewrite([SIGN, BALL])
+    assert again == [Rewritten(SIGN, LONG[SIGN], cached=True), Rewritten(BALL, LONG[BALL], cached=True)]
+    for changed in (
+        lambda: Rewriter(how(teacher)).rewrite([BALL, CAT]),  # what failed is not kept
+        lambda: Rewriter(how(teacher, max_tokens=21)).rewrite([BALL]),
+        lambda: Rewriter(how(teacher, temperature=1.0)).rewrite([BALL]),
+        lambda: Rewriter(how(babbler)).rewrite([BALL]),
+    ):
+        with pytest.raises(AssertionError, match="was loaded"):
+            changed()
+    monkeypatch.setattr(rewrite, "INSTRUCTION_VERSION", INSTRUCTION_VERSION + 1)
+    with pytest.raises(AssertionError, match="was loaded"):
+        Rewriter(how(teacher)).rewrite([BALL])
 
 
-def test_drawn_words_follow_from_seed_and_prompt(babbler: Path):
+def test_a_damaged_file_of_the_cache_is_written_anew(teacher: Path, short: None):
+    Rewriter(how(teacher)).rewrite([BALL])
+    (file,) = cache_folder().rglob("*.json")
+    held = json.loads(file.read_text())
+    assert (held["prompt"], held["rewritten"]) == (BALL, LONG[BALL])
+    file.write_text('{"prompt": "a re')
+    assert Rewriter(how(teacher)).rewrite([BALL]) == [Rewritten(BALL, LONG[BALL])]
+    assert json.loads(file.read_text()) == held and [*file.parent.iterdir()] == [file]
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    teacher: Path, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "file"))
+    assert Rewriter(how(teacher)).rewrite([BALL]) == [Rewritten(BALL, LONG[BALL])]
+    assert "cannot be kept" in caplog.text
+
+
+def test_drawn_words_follow_from_seed_and_prompt(babbler: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     prompts = ["a b", "c d", "e f"]
     state = torch.get_rng_state()
 
     def texts(seed: int, prompts: list[str]) -> list[str | None]:
+        monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / f"{seed}{len(prompts)}"))
         drawn = how(babbler, temperature=1.0, seed=seed, max_tokens=200)
         return [one.text for one in Rewriter(drawn).rewrite(prompts)]
 
@@ -204,14 +249,14 @@ def test_prompts_rewrite(teacher: Path, short: None, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == f"{tmp_path / 'long.txt'}\n"
     assert main(["prompts", "rewrite", good, "--json", *words]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows == [{"prompt": prompt, "rewritten": LONG[prompt]} for prompt in (SIGN, BALL)]
+    assert rows == [{"prompt": prompt, "rewritten": LONG[prompt], "cached": True} for prompt in (SIGN, BALL)]
     assert main(["prompts", "rewrite", bad, *words, "--out", str(tmp_path / "none.txt")]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and not (tmp_path / "none.txt").exists()
     assert "Not rewritten in two attempts: a cat" in captured.err and "It is empty." in captured.err
     assert main(["prompts", "rewrite", bad, "--json", *words]) == 1
     row = json.loads(capsys.readouterr().out)[1]
-    assert row == {"prompt": CAT, "rewritten": None, "fault": "It is empty."}
+    assert row == {"prompt": CAT, "rewritten": None, "cached": False, "fault": "It is empty."}
 
 
 @pytest.mark.parametrize(

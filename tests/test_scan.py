@@ -1,4 +1,4 @@
-"""Scan orders are bijections, cycles cycle, and each goes where it should."""
+"""Scan orders are bijections, cycles cycle, and their adjacency shows what they are for."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import torch
 from lingen.blocks.scan import (
     AXES,
     ROTARY_MAJOR,
+    adjacency,
     column_length,
     hilbert,
     order_of,
@@ -84,6 +85,15 @@ def test_zigzag_never_jumps(grid):
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_hilbert_never_jumps_in_a_cube(size):
     assert (steps("hilbert", (size, size, size)) == 1).all()
+
+
+def test_adjacency_of_raster_order():
+    assert adjacency("thw", (3, 5, 7)) == (35.0, 7.0, 1.0)
+    assert adjacency("wht", (3, 5, 7)) == (1.0, 3.0, 15.0)
+    assert adjacency("rotary_major", (3, 5, 7), layer=3) == (1.0, 3.0, 15.0)
+    assert adjacency("thw", (1, 1, 4)) == (0.0, 0.0, 1.0)
+    # Hilbert treats the axes alike where raster order favours one.
+    assert max(adjacency("hilbert", (8, 8, 8))) < 64.0
 
 
 def test_permutations_are_real_on_meta_and_under_inference():

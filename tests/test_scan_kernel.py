@@ -1,12 +1,10 @@
 """The scan's kernels against the recurrence in float64: outputs and every gradient by name."""
 
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from lingen.cli.bench import yardstick
 from lingen.kernels.scan import rows_of, scan, scan_state
 from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close, relative_error
@@ -42,13 +40,13 @@ def operands(n, heads, width, groups, state, ways, dtype, device, batch=2):
     return parts, index, seed, {"groups": groups, "state_dim": state}
 
 
-def run(parts, index, seed, sizes, kernel, by=None):
+def run(parts, index, seed, sizes, kernel):
     parts = {name: part.detach().requires_grad_() for name, part in parts.items()}
     n = parts["u"].shape[1]
     rows = rows_of(n, kernel, parts["u"].dtype)
     u = torch.nn.functional.pad(parts["u"], (0, 0, 0, rows - n))
-    call = by or partial(scan, kernel=kernel)
-    y = call(u, *(parts[name] for name in ("dt", "a", "d", "dt_bias")), index, parts["initial_state"], **sizes)
+    y = scan(u, *(parts[name] for name in ("dt", "a", "d", "dt_bias")), index, parts["initial_state"], **sizes,
+             kernel=kernel)  # fmt: skip
     assert (y[:, n:] == 0).all()
     found = torch.autograd.grad(y[:, :n], list(parts.values()), seed)
     return {"y": y[:, :n].detach()} | dict(zip(parts, found, strict=True))
@@ -64,7 +62,7 @@ def compare(case, dtype, device, limits):
     over = [name for name in WEIGHTS if relative_error(want[name], got[name]) >= limits[name]]
     if over and dtype == torch.bfloat16 and device == "cuda" and find_spec("mamba_ssm"):
         # The gradient of a is a small difference of large sums: mamba_ssm's own error on the same numbers is the bar.
-        stock = run(parts, index, seed, sizes, "stock", yardstick("chunk_scan").stock_scan)
+        stock = run(parts, index, seed, sizes, "stock")
         limits |= {name: max(limits[name], 1.5 * relative_error(want[name], stock[name])) for name in over}
     assert_close("triton", want, got, limits)
 

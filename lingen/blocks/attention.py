@@ -24,7 +24,7 @@ class Attention(nn.Module):
         layer: int,
         *,
         num_heads: Annotated[int | None, AtLeast(1), IDENTITY] = None,
-        kernel: Annotated[Literal["auto", "sdpa", "cudnn"], FREE] = "auto",
+        kernel: Annotated[Literal["auto", "sdpa", "cudnn", "flash"], FREE] = "auto",
     ):
         super().__init__()
         self.num_heads = head_count(dim, num_heads)

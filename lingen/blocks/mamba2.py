@@ -74,7 +74,7 @@ class Mamba2(nn.Module):
         review: Annotated[tuple[int, int, int] | None, AtLeast(1), IDENTITY] = (2, 2, 2),
         review_reverse: Annotated[Literal["front", "plain"], IDENTITY] = "front",
         bidirectional: Annotated[bool, IDENTITY] = True,
-        kernel: Annotated[Literal["auto", "reference", "chunked", "triton"], FREE] = "auto",
+        kernel: Annotated[Literal["auto", "reference", "chunked", "triton", "stock"], FREE] = "auto",
     ):
         super().__init__()
         inner = expand * dim

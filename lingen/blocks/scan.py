@@ -129,3 +129,15 @@ def _raster_index(order: ScanOrder, grid: Triple) -> Int[Tensor, "n"]:
             "scan", f"Scan order '{name}' does not visit each of the {len(raster)} tokens of a {grid} grid once."
         )
     return index.long()
+
+
+def adjacency(scan: str | ScanEntry, grid: Triple, layer: int = 0) -> tuple[float, float, float]:
+    """Mean distance in the sequence between tokens that are neighbours in t, in h and in w (0 where an axis is 1)."""
+    _, inverse = permutation(order_of(scan, layer), grid, torch.device("cpu"))
+    position = inverse.view(grid).double()
+    t, h, w = (position.diff(dim=axis).abs() for axis in range(3))
+    return _mean(t), _mean(h), _mean(w)
+
+
+def _mean(steps: Tensor) -> float:
+    return float(steps.mean()) if steps.numel() else 0.0

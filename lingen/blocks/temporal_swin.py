@@ -32,7 +32,7 @@ class TemporalSwin(nn.Module):
         *,
         window: Annotated[tuple[int, int, int], AtLeast(1), IDENTITY] = (8, 4, 4),
         num_heads: Annotated[int | None, AtLeast(1), IDENTITY] = None,
-        kernel: Annotated[Literal["auto", "reference", "triton", "sdpa"], FREE] = "auto",
+        kernel: Annotated[Literal["auto", "reference", "triton", "sdpa", "flash"], FREE] = "auto",
     ):
         super().__init__()
         self.window = window

@@ -16,6 +16,8 @@ REGISTRIES = {
     "perceptual": PERCEPTUAL,
     **{str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()},
 }
+GRID = (8, 16, 16)
+"""Tokens (t, h, w) on which scan orders are compared."""
 
 CatalogueRow = dict[str, Any]
 
@@ -47,7 +49,7 @@ def _row(registry: Registry, name: str) -> CatalogueRow:
     try:
         part = registry[name]
         if registry is SCANS:
-            return row | {"about": _about(part)}
+            return row | {f"steps between neighbours at {GRID}": _distances(part), "about": _about(part)}
         settings = {
             key: "required" if setting.default is REQUIRED else setting.default
             for key, setting in registry.settings(name).items()
@@ -55,6 +57,16 @@ def _row(registry: Registry, name: str) -> CatalogueRow:
         return row | {"settings": settings, "about": _about(part)}
     except Exception as error:  # a plugin may raise anything; other rows are still shown
         return row | {"error": " ".join(str(error).split())}
+
+
+def _distances(scan: Any) -> dict[str, float]:
+    """Mean distance in the sequence of neighbours in t, h and w; of a cycle, over its entries."""
+    from lingen.blocks.scan import adjacency
+
+    layers = range(len(scan)) if isinstance(scan, tuple) else range(1)
+    scores = [adjacency(scan, GRID, layer) for layer in layers]
+    means = [sum(values) / len(scores) for values in zip(*scores, strict=True)]
+    return {axis: round(mean, 1) for axis, mean in zip("thw", means, strict=True)}
 
 
 def _about(part: Any) -> str:

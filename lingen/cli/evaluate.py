@@ -22,6 +22,7 @@ from lingen.cli.command import (
     positive,
     print_json,
     print_table,
+    size_of,
     ways_of_args,
 )
 from lingen.cli.encode import DEVICE
@@ -30,13 +31,17 @@ from lingen.recipe.errors import RecipeError
 
 
 @command(
-    "how well a recipe's autoencoder reconstructs its held-out clips",
+    "how well a recipe's autoencoder reconstructs its held-out clips, next to bicubic scaling of the same size",
     RECIPE,
     STAGE,
     argument("--run", metavar="DIR", help="the autoencoder of a run's last finished stage; it also is the recipe"),
     argument("--checkpoint", metavar="F", help="the autoencoder of a weights file of such a run"),
+    argument("--autoencoder", metavar="NAME", help="another one than the recipe's, e.g. pixels"),
     argument("--clips", type=natural, default=8, metavar="N", help="of each kind; default: 8"),
+    argument("--frames", type=natural, metavar="T", help="of a clip; default: the recipe's"),
+    argument("--size", type=size_of, metavar="HxW", help="default: the recipe's"),
     *STREAM_FLAGS,
+    argument("--compare", action="store_true", help="also how far the ways are apart, tiles where there is a --tile"),
     argument("--out", default="eval/tae", metavar="DIR", help="default: eval/tae"),
     DEVICE,
     JSON,
@@ -46,14 +51,14 @@ def eval_tae(args: argparse.Namespace) -> int:
     way, tile = ways_of_args(args)
     recipe = _recipe(args)
     from lingen.kernels.choice import best_device
-    from lingen.metrics.autoencoder import evaluate
+    from lingen.metrics.autoencoder import Request, evaluate
 
-    device = str(best_device(args.device))
+    asked = Request(
+        clips=args.clips, way=way, tile=tile, compare=args.compare, device=str(best_device(args.device)),
+    )  # fmt: skip
     with count_bar("reconstructing") as progress:
         try:
-            result = evaluate(
-                recipe, Path(args.out), clips=args.clips, way=way, tile=tile, device=device, progress=progress
-            )
+            result = evaluate(recipe, asked, Path(args.out), progress)
         except RecipeError:
             raise
         except ValueError as error:  # no sample fits, or a reconstruction is not finite
@@ -72,14 +77,16 @@ judged."""
 
 
 def _recipe(args: argparse.Namespace) -> Any:
-    """The stage that is asked for, with a run's autoencoder where one is named; the last stage where none is."""
+    """The stage that is asked for, with the autoencoder that is asked for; the last stage where none is named."""
     from lingen.recipe import load_curriculum
     from lingen.training.folder import RunFolder
 
     if args.recipe is None and args.run is None:
         raise RecipeError("Say on which recipe's clips: --recipe R, or --run DIR for the recipe of a run.")
     first, last = _autoencoder(args)
-    overrides = [*first, *args.overrides, *last, *UNUSED]
+    asked = {"data.frames": args.frames, "data.size": args.size and list(args.size)}
+    changes = [f"{key}={value}" for key, value in asked.items() if value is not None]
+    overrides = [*first, *args.overrides, *changes, *last, *UNUSED]
     recipe = args.recipe or RunFolder(_folder(args.run)).recipe
     return load_curriculum(recipe, overrides).chosen(args.stage)[-1]
 
@@ -90,7 +97,12 @@ def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
     source = _folder(args.run) if args.run else args.checkpoint and Path(args.checkpoint)
     if not source:
-        return [], []
+        return [f"autoencoder={args.autoencoder}"] if args.autoencoder else [], []
+    if args.autoencoder:
+        raise RecipeError(
+            f"--autoencoder {args.autoencoder} and the weights at {source} are two autoencoders. To judge "
+            f"'{args.autoencoder}' on a run's clips say --recipe DIR/recipe.yaml --autoencoder {args.autoencoder}."
+        )
     component = _trained(source)
     return [f"autoencoder={json.dumps(component)}"], [f"autoencoder.path={json.dumps(component['path'])}"]
 
@@ -125,6 +137,14 @@ def _folder(run: str) -> Any:
 
 def _print(result: dict[str, Any], out: Any) -> None:
     print_table([*_rows(result)])
+    if result["compare"]:
+        print()
+        print_table(
+            [
+                {"ways": name, "decodes, PSNR": f"{one['psnr']:.2f}", "latents, relative RMS": f"{one['latents']:.2g}"}
+                for name, one in result["compare"].items()
+            ]
+        )
     print()
     for kind, one in result["latents"].items():
         print(f"{kind}: latents have mean {one['mean']:.3g} and standard deviation {one['std']:.3g}")
@@ -146,6 +166,15 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
             "flicker": _cell(row["flicker"], "+.4f"),
             "of the clip's": _cell(row["flicker_share"], "+.1%"),
             "flicker of the error": _cell(row["error_flicker"], ".4f"),
+        }
+    for kind in result["data"]:
+        paper = result["paper"][kind]
+        yield {
+            "kind": kind,
+            "what": "Movie Gen's TAE, in its paper, other clips, 512 pixels",
+            "numbers kept": f"{16 / (3 * 8 ** (3 if kind == 'video' else 2)):.3%}",
+            "PSNR": f"{paper['psnr']:.2f}",
+            "SSIM": f"{paper['ssim']:.3f}",
         }
 
 

@@ -22,7 +22,7 @@ REWRITER = argument("--rewriter", metavar="DIR", help="rewrite with the chat mod
 
 
 @command(
-    "short prompts -> long ones by a local chat model, a line for a line",
+    "short prompts -> long ones by a local chat model, a line for a line; what was rewritten before is kept",
     argument("file", metavar="FILE", help="a prompt on each line"),
     REWRITER,
     RECIPE,
@@ -41,7 +41,7 @@ def prompts_rewrite(args: argparse.Namespace) -> int:
     found = rewrite(prompts, _settings(args), str(best_device(args.device)))
     wrong = report_faults(found)
     if wrong and not args.json:  # one line for each prompt, so that none stands for another
-        print("Nothing was written. Change what is named above.", file=sys.stderr)
+        print("Nothing was written. Change what is named above; the others are kept.", file=sys.stderr)
         return FAILED
     lines = "\n".join(str(one.text) for one in found)
     text = json.dumps([_row(one) for one in found], indent=2, ensure_ascii=False) if args.json else lines
@@ -94,8 +94,9 @@ def report_faults(found: Sequence[Rewritten]) -> int:
     return len(wrong)
 
 
-def _row(one: Rewritten) -> dict[str, str | None]:
-    return {"prompt": one.prompt, "rewritten": one.text} | ({"fault": one.fault} if one.fault else {})
+def _row(one: Rewritten) -> dict[str, str | bool | None]:
+    row: dict[str, str | bool | None] = {"prompt": one.prompt, "rewritten": one.text, "cached": one.cached}
+    return row | {"fault": one.fault} if one.fault else row
 
 
 def _write(path: str, text: str) -> None:
@@ -103,7 +104,9 @@ def _write(path: str, text: str) -> None:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text + "\n")
     except OSError as error:
-        raise RecipeError(f"--out {path} cannot be written: {error.strerror}.") from error
+        raise RecipeError(
+            f"--out {path} cannot be written: {error.strerror}. The rewritten prompts are kept."
+        ) from error
     print(path)
 
 

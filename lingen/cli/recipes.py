@@ -2,6 +2,7 @@
 show`` and ``lingen plan``; and ``lingen new``, a package with a part."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,12 @@ def _forecast_row(one: Any, steps: dict[str, int]) -> dict[str, str]:
 
 
 def _print_forecast(rows: list[dict[str, str]], parameters: dict[str, int]) -> None:
-    """Comment lines, so that what is printed is a recipe."""
-    for row in (*rows, {name: f"{count:,}" for name, count in parameters.items()}):
+    """On a terminal two tables; else comment lines, so that what is printed is a recipe."""
+    parts = [{"part": name, "parameters": f"{count:,}"} for name, count in parameters.items()]
+    if sys.stdout.isatty():
+        cli.print_table(rows)
+        cli.print_table(parts)
+        return
+    for row in rows:
         print("# " + ", ".join(f"{name}: {value}" for name, value in row.items()))
+    print("# " + ", ".join(f"{row['part']}: {row['parameters']}" for row in parts))

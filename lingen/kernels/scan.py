@@ -16,7 +16,7 @@ from lingen.kernels.choice import choose, device_type, full_precision, holds_num
 from lingen.kernels.ssd import ssd
 from lingen.recipe.errors import RecipeError
 
-SCAN_KERNELS = ("auto", "reference", "chunked", "triton")
+SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")
 
 
 _WIDEST, _LARGEST_STATE = 128, 16_384
@@ -74,7 +74,8 @@ def scan(
         a: negative, not its logarithm. One row: first direction only; two: both.
         initial_state: of each direction, where it enters the sequence.
         kernel: "triton" reads x, b, c and dt once for both directions; "chunked" is `ssd` on the sequence and on its
-            flipped copy, "reference" the recurrence itself. "auto" is "triton" on CUDA and else "chunked".
+            flipped copy, "reference" the recurrence itself, "stock" mamba_ssm on CUDA. "auto" is "triton" on CUDA and
+            else "chunked".
     """
     n, heads = dt.shape[1:]
     width = (u.shape[2] - 2 * groups * state_dim) // heads

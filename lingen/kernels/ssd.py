@@ -13,11 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import full_precision, holds_numbers
+from lingen.recipe.errors import RecipeError
 
-SSD_KERNELS = ("auto", "reference", "chunked")
+SSD_KERNELS = ("auto", "reference", "chunked", "stock")
 
 # Chunk states above this number are passed on group by group, so that no matrix is larger than this in either axis.
 _GROUP = 64
+# mamba_ssm's chunks must be powers of two; 256 is what it is tuned for.
+_STOCK_CHUNK = 256
 
 
 def ssd(
@@ -40,16 +43,16 @@ def ssd(
     y comes back in x's dtype.
 
     kernel: "reference" is the recurrence, token by token; "chunked" matrix products over chunks of at most `chunk`
-    tokens; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel. Where nothing is computed and products are
-    counted, all of them are "chunked".
+    tokens; "stock" is mamba_ssm on CUDA; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel. Where
+    nothing is computed and products are counted, all of them are "chunked", "stock" in chunks of its own length.
     Raises ValueError for an unknown or unavailable kernel and for shapes that do not fit.
     """
     _check(x, b, chunk)
-    run = {"auto": _chunked, "chunked": _chunked, "reference": _reference}.get(kernel)
+    run = {"auto": _chunked, "chunked": _chunked, "reference": _reference, "stock": _stock}.get(kernel)
     if run is None:
         raise ValueError(f"There is no SSD kernel called {kernel!r}. Known: {', '.join(SSD_KERNELS)}.")
     if not holds_numbers(x):
-        run = _chunked
+        run, chunk = _chunked, _STOCK_CHUNK if kernel == "stock" else chunk
     dtype = torch.promote_types(x.dtype, torch.float32)
     with full_precision(x):
         dt, a = dt.to(dtype), a.to(dtype)
@@ -158,3 +161,13 @@ def _pass_on(added: Tensor, logs: Tensor, state: Tensor | None) -> tuple[Tensor,
     states = torch.cat([first, added], 1).transpose(1, 2).flatten(3)
     states = (decay @ states).unflatten(-1, added.shape[-2:]).transpose(1, 2)
     return states[:, :-1], states[:, -1]
+
+
+def _stock(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int) -> Tensor:
+    from lingen.kernels.stock import chunk_scan
+
+    scan = chunk_scan()
+    if not x.is_cuda:
+        raise RecipeError(f"kernel='stock' runs on CUDA, but the tokens are on {x.device}.")
+    y: Tensor = scan(x, dt, a, b.to(x.dtype), c.to(x.dtype), chunk_size=_STOCK_CHUNK, initial_states=state)
+    return y

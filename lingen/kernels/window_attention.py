@@ -12,7 +12,7 @@ from lingen.kernels.rotary import rotary_table, rotate
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
-WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa")
+WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
 # Tokens along t, h and w are a Triple; and padding before and after each of these axes.
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -43,8 +43,8 @@ def window_attention(
         window: tokens of a window along t, h and w.
         padding: tokens missing before and after each axis, less than a window: with them the windows tile the grid.
         kernel: "triton" gathers the windows inside one kernel and saves only `qkv` for the backward pass; the others
-            cut the grid into windows first: "reference" spells the softmax out, "sdpa" is torch's. "auto" is "triton"
-            on CUDA for heads of at most 256, else "sdpa".
+            cut the grid into windows first: "reference" spells the softmax out, "sdpa" is torch's, "flash"
+            flash-attn's. "auto" is "triton" on CUDA for heads of at most 256, else "sdpa".
     """
     _, t, h, w, _ = qkv.shape
     width, grid = q_weight.shape[0], (t, h, w)

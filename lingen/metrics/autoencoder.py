@@ -1,7 +1,8 @@
-"""Evaluates an autoencoder on a recipe's clips."""
+"""Evaluates an autoencoder on a recipe's clips, beside bicubic scaling to as many numbers."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
 from lingen.autoencoder.tiling import Tiles, tiles_of
-from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for
+from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for, ways_of
 from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch, Progress, no_progress
 from lingen.data.buckets import Pool
@@ -20,20 +21,33 @@ from lingen.data.datamodule import ClipData
 from lingen.files import check_place, write_json
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video, sheet_frames
-from lingen.metrics.reconstruction import LEAST_SIDE, Comparison, Quality, average
+from lingen.metrics.reconstruction import LEAST_SIDE, Comparison, Quality, average, bicubic, bicubic_shape, mse_to_psnr
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL
 from lingen.recipe.sections import PerKind, Recipe
 
+PAPER = {"video": {"psnr": 32.25, "ssim": 0.909}, "image": {"psnr": 32.16, "ssim": 0.923}}
+"""Movie Gen's TAE (arXiv 2410.13720, section 3.1.1) on its authors' clips of 512 pixels: for scale only."""
 CLIPS_SHOWN, COLUMNS = 3, 8
 """Clips of each kind in the picture, and frames of each clip."""
 
 
-def evaluate(
-    recipe: Recipe, out: Path, *, clips: int, way: str | None, tile: tuple[int, int] | None, device: str,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for."""
+
+    clips: int = 8
+    """Clips of each kind."""
+    way: str | None = None
+    """One of `WAYS`; None: exact where the autoencoder has streams, else whole."""
+    tile: tuple[int, int] | None = None
+    """Height and width in pixels of the tiles of the way ``tiled``; None: space is not cut."""
+    compare: bool = False
+    device: str = "cpu"
+
+
+def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_progress) -> dict[str, Any]:
     """Judges the recipe's autoencoder; writes ``metrics.json``, ``side_by_side.png`` and ``side_by_side.mp4``.
     RecipeError for missing weights or shards, shards of latents, sizes or ways that the autoencoder does not have, and
     an `out` that is a file; DataError where no sample fits.
@@ -41,19 +55,17 @@ def evaluate(
     Args:
         recipe: a loaded stage.
         out: a folder.
-        clips: of each kind.
-        way: one of `WAYS`; None: exact where the autoencoder has streams, else whole.
-        tile: height and width in pixels of the tiles of the way ``tiled``; None: space is not cut.
     Returns:
         what metrics.json holds: `rows`, each the means over the clips of a kind; `clips`, the numbers of each clip;
-        `notes`, sentences that a reader should see.
+        `compare`; `notes`, sentences that a reader should see.
     """
     check_place(out)
-    recipe = _of_one_shape(recipe, clips)
-    autoencoder, way, tiles = _build(recipe, way, tile)
-    autoencoder.to(device)
-    sources = {kind: _Source(recipe, kind, clips) for kind in ("video", "image") if getattr(recipe.data.mix, kind)}
-    judge = _Judge(recipe, autoencoder, way, tiles, device, out)
+    recipe = _of_one_shape(recipe, asked.clips)
+    autoencoder, way, tiles = _build(recipe, asked)
+    sources = {
+        kind: _Source(recipe, kind, asked.clips) for kind in ("video", "image") if getattr(recipe.data.mix, kind)
+    }
+    judge = _Judge(recipe, autoencoder, way, tiles, asked, out)
     (out / "side_by_side.mp4").unlink(missing_ok=True)  # images alone make no film
     total, done = sum(source.clips for source in sources.values()), 0
     for kind, source in sources.items():
@@ -69,6 +81,7 @@ def evaluate(
         "way": way,
         "data": {kind: source.about(recipe) for kind, source in sources.items()},
         **judge.result(),
+        "paper": PAPER,
         "commit": git_commit(),
         "versions": versions(),
     }
@@ -86,8 +99,8 @@ def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
     return replace(recipe, data=data, train=replace(recipe.train, validation_samples=clips))
 
 
-def _build(recipe: Recipe, asked: str | None, tile: tuple[int, int] | None) -> tuple[Autoencoder, str, Tiles | None]:
-    """The autoencoder, and its way; all settings are checked here."""
+def _build(recipe: Recipe, asked: Request) -> tuple[Autoencoder, str, Tiles | None]:
+    """The autoencoder on its device, and its way; all settings are checked here."""
     autoencoder = AUTOENCODERS.build(recipe.autoencoder)
     if min(recipe.data.size) < LEAST_SIDE:
         height, width = recipe.data.size
@@ -95,10 +108,10 @@ def _build(recipe: Recipe, asked: str | None, tile: tuple[int, int] | None) -> t
             f"Frames of {height}x{width} are too small to be compared: {LEAST_SIDE} pixels a side are the least (at "
             "data.size)."
         )
-    way = way_for(autoencoder, asked, recipe.autoencoder["name"])
-    tiles = tiles_of(tile, autoencoder.strides)
+    way = way_for(autoencoder, asked.way, recipe.autoencoder["name"])
+    tiles = tiles_of(asked.tile, autoencoder.strides)
     check_ready([autoencoder])
-    return autoencoder.eval().requires_grad_(False), way, tiles
+    return autoencoder.to(asked.device).eval().requires_grad_(False), way, tiles
 
 
 class _Source:
@@ -148,17 +161,20 @@ class _Source:
 class _Judge:
     """Collects the scores, clip by clip."""
 
-    def __init__(self, recipe: Recipe, autoencoder: Autoencoder, way: str, tiles: Tiles | None, device: str, out: Path):
+    def __init__(
+        self, recipe: Recipe, autoencoder: Autoencoder, way: str, tiles: Tiles | None, asked: Request, out: Path
+    ):
         self.name = recipe.autoencoder["name"]
         self.fps = recipe.data.fps
         self.autoencoder, self.way, self.tiles = autoencoder, way, tiles
-        self.device, self.out = device, out
+        self.asked, self.out = asked, out
         self.notes: list[str] = []
         self.perceptual = self._perceptual(recipe)
-        self.scores: dict[str, list[Quality]] = {}
-        self.numbers: dict[str, float] = {}
+        self.scores: dict[tuple[str, str], list[Quality]] = {}
+        self.numbers: dict[tuple[str, str], float] = {}
         """Numbers of the latents as a share of those of the clip."""
         self.clips: list[dict[str, Any]] = []
+        self.between: dict[str, dict[str, list[float]]] = {}
         self.shown: dict[str, list[np.ndarray]] = {"video": [], "image": []}
         self.spread: dict[str, list[tuple[float, float]]] = {}
 
@@ -173,7 +189,7 @@ class _Judge:
             )
             self.notes.append(f"no perceptual distance: {why}")
             return None
-        return network.to(self.device).eval().requires_grad_(False)
+        return network.to(self.asked.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def clip(self, kind: str, batch: Batch) -> None:
@@ -182,15 +198,30 @@ class _Judge:
         latents = encode(self.autoencoder, self._pieces(clip), self.way, self.tiles)
         if not torch.isfinite(latents).all():
             raise ValueError(f"The latents of {batch.keys[0]} hold NaN or infinity.")
-        quality = self._compare(kind, clip, latents)
-        self.scores.setdefault(kind, []).append(quality)
-        self.numbers[kind] = latents.numel() / clip.numel()
+        found = {self.name: self._compare(kind, clip, latents)}
+        kept, full = latents.numel(), clip.numel()
+        self.numbers[kind, self.name] = kept / full
         self.spread.setdefault(kind, []).append((float(latents.float().mean()), float(latents.float().std())))
-        self.clips.append({"kind": kind, "key": batch.keys[0], self.name: asdict(quality)})
+        for what, in_time in (("bicubic, space", False), ("bicubic, space and time", True)):
+            shape = bicubic_shape(clip.shape[2:], kept, in_time=in_time)
+            if kept < full and (clip.shape[2] > 1 or not in_time):
+                found[what] = self._score(clip, bicubic(self._pieces(clip), shape))
+                self.numbers[kind, what] = 3 * math.prod(shape) / full
+        for what, quality in found.items():
+            self.scores.setdefault((kind, what), []).append(quality)
+        self.clips.append({"kind": kind, "key": batch.keys[0], **{what: asdict(one) for what, one in found.items()}})
+        if self.asked.compare:
+            self._compare_ways(kind, clip)
 
     def _pieces(self, clip: Tensor) -> Iterator[Tensor]:
         """uint8 [1 3 t h w] -> pieces in -1..1 on the device."""
-        return (as_floats(piece.to(self.device)) for piece in clip.split(PIECE_FRAMES, 2))
+        return (as_floats(piece.to(self.asked.device)) for piece in clip.split(PIECE_FRAMES, 2))
+
+    def _score(self, clip: Tensor, rebuilt: Iterator[Tensor]) -> Quality:
+        comparison = Comparison(self.perceptual)
+        for pair in pairs(self._pieces(clip), rebuilt):
+            comparison.add(*pair)
+        return comparison.result()
 
     def _compare(self, kind: str, clip: Tensor, latents: Tensor) -> Quality:
         """The score; the first clips also go into the picture and the film."""
@@ -223,16 +254,35 @@ class _Judge:
             self.shown[kind] += [one, other, error_frames(one, other)]
         return comparison.result()
 
+    def _compare_ways(self, kind: str, clip: Tensor) -> None:
+        """Differences between the ways: PSNR of decodes of the same latents, relative RMS of latents of the same
+        clip. Without a tile, nothing is cut and ``tiled`` is left out."""
+        skipped = () if self.tiles else ("tiled",)
+        ways = [way for way in reversed(ways_of(self.autoencoder)) if way not in skipped]
+        encoded = {way: encode(self.autoencoder, self._pieces(clip), way, self.tiles).float() for way in ways}
+        decoded = {way: torch.cat([*decode(self.autoencoder, encoded["whole"], way, self.tiles)], 2) for way in ways}
+        decoded = {way: video[:, :, : clip.shape[2]].float().clamp(-1, 1) / 2 for way, video in decoded.items()}
+        for number, way in enumerate(ways):
+            for other in ways[:number]:
+                held = self.between.setdefault(f"{kind}: {way} against {other}", {"psnr": [], "latents": []})
+                held["psnr"].append(mse_to_psnr(float((decoded[way] - decoded[other]).square().mean())))
+                difference = (encoded[way] - encoded[other]).square().mean() / encoded[other].square().mean()
+                held["latents"].append(math.sqrt(float(difference)))
+
     def result(self) -> dict[str, Any]:
         rows = [
-            {"kind": kind, "what": self.name, "numbers": self.numbers[kind], **average(scores)}
-            for kind, scores in self.scores.items()
+            {"kind": kind, "what": what, "numbers": self.numbers[kind, what], **average(scores)}
+            for (kind, what), scores in self.scores.items()
         ]
         spread = {
             kind: {"mean": sum(a for a, _ in each) / len(each), "std": sum(b for _, b in each) / len(each)}
             for kind, each in self.spread.items()
         }
-        return {"rows": rows, "latents": spread, "notes": self.notes, "clips": self.clips}
+        between = {
+            name: {what: sum(values) / len(values) for what, values in each.items()}
+            for name, each in self.between.items()
+        }
+        return {"rows": rows, "latents": spread, "compare": between, "notes": self.notes, "clips": self.clips}
 
     def picture(self) -> None:
         """Rows: clip, reconstruction, four times their difference."""

@@ -1,10 +1,11 @@
-"""How close a reconstruction is to its clip."""
+"""How close a reconstruction is to its clip: scores, a baseline with as many numbers, and pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingen.autoencoder.tiling import Video
@@ -106,3 +107,49 @@ def average(qualities: Sequence[Quality]) -> dict[str, float | None]:
     rows = [asdict(quality) for quality in qualities]
     held = {name: [row[name] for row in rows if row[name] is not None] for name in Quality.__annotations__}
     return {name: math.fsum(values) / len(values) if values else None for name, values in held.items()}
+
+
+def bicubic_shape(clip: Sequence[int], numbers: int, *, in_time: bool) -> tuple[int, int, int]:
+    """(t, h, w) of a clip made small, whose 3 t h w numbers are as near to `numbers` as whole sizes come (ours).
+
+    Args:
+        clip: its t, h, w.
+        numbers: to keep, those of the latents.
+        in_time: the same factor in t, h and w; else all frames are kept, and each is smaller.
+    """
+    t, h, w = clip
+    frames = max(1, min(t, round(t * (numbers / (3 * t * h * w)) ** (1 / 3)))) if in_time else t
+    side = math.sqrt(numbers / (3 * frames * h * w))
+    height = max(1, min(h, round(h * side)))
+    return frames, height, max(1, min(w, round(numbers / (3 * frames * height))))
+
+
+def bicubic(pieces: Iterable[Video], shape: Sequence[int], piece: int = AT_ONCE) -> Iterator[Video]:
+    """A clip scaled down and up again: the loss of storing as few numbers as the latents have, without learning.
+
+    Space: bicubic, antialiased on the way down. Time: means of frames on the way down, lines between them on the way
+    up. Holds the small clip only.
+
+    Args:
+        pieces: of one clip.
+        shape: t, h, w of the small clip.
+        piece: frames in each piece that is given out.
+    """
+    small: list[Tensor] = []
+    size: tuple[int, int] = (0, 0)
+    for one in pieces:
+        size = (one.shape[3], one.shape[4])
+        small.append(_resize(one, (shape[1], shape[2])))
+    clip = torch.cat(small, 2)
+    frames = clip.shape[2]
+    if shape[0] < frames:
+        clip = F.adaptive_avg_pool3d(clip, (shape[0], shape[1], shape[2]))
+        clip = F.interpolate(clip, (frames, shape[1], shape[2]), mode="trilinear")
+    for one in clip.split(piece, 2):
+        yield _resize(one, size)
+
+
+def _resize(clip: Tensor, size: tuple[int, int]) -> Tensor:
+    frames = clip.movedim(2, 1).flatten(0, 1)
+    frames = F.interpolate(frames, size, mode="bicubic", antialias=size[0] <= clip.shape[3])
+    return frames.unflatten(0, (len(clip), -1)).movedim(1, 2)

@@ -15,7 +15,7 @@ from lingen.recipe.registry import FOR_TRAINING
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
 
-CUDA_KERNELS = ("triton", "cudnn")
+CUDA_KERNELS = ("triton", "stock", "flash", "cudnn")
 """Kernels that do not run on a CPU."""
 
 OURS = {

@@ -5,6 +5,9 @@ import re
 
 from lingen.text.quoted import quoted
 
+INSTRUCTION_VERSION = 1
+"""Raised with every change of `INSTRUCTION` or `clean`, so that cached texts of older versions are not used."""
+
 INSTRUCTION = """\
 You write prompts for a text-to-video model. At the end stands what a user wants to see. Describe that video so fully
 that a film crew could shoot it without a further question.

@@ -2,18 +2,24 @@
 
 import gc
 import hashlib
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from lingen.data.batch import Progress, no_progress
+from lingen.data.fingerprint import hash_settings, hash_weights
+from lingen.files import cache_folder, write_json
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.sections import RewriteConfig
 from lingen.text.chat import Chat, Talk, inspect
 from lingen.text.folder import Lacking, names_file
-from lingen.text.instruction import clean, fault_of, question
+from lingen.text.instruction import INSTRUCTION_VERSION, clean, fault_of, question
+
+log = logging.getLogger("lingen")
 
 PUBLIC = "meta-llama/Llama-3.1-8B-Instruct"
 HOME = "weights/llama-3.1-8b-instruct"
@@ -27,13 +33,16 @@ class Rewritten(NamedTuple):
     """The long prompt; None where no usable one was written."""
     fault: str | None = None
     """A sentence for why there is no usable long prompt."""
+    cached: bool = False
+    """Whether it comes from the cache."""
 
 
 class Rewriter:
-    """A chat model that writes long prompts. Nothing is read before the first prompt.
+    """A chat model that writes long prompts. Nothing is read before the first prompt that is not in the cache.
 
     At temperature 0 a prompt always gives the same text, except for rounding: in bfloat16 the other prompts of a batch
-    can change a word.
+    can change a word. What was written once is kept on disk, under the instruction's version, the weights, the settings
+    and the prompt.
 
     Args:
         how: the section `rewrite` of a recipe.
@@ -69,12 +78,19 @@ class Rewriter:
             progress: called with the prompts done and all of them.
         """
         check_ready([self])
-        done = {prompt: Rewritten(prompt, prompt) for prompt in prompts if not prompt.strip()}
-        new, total = [prompt for prompt in dict.fromkeys(prompts) if prompt not in done], len({*prompts})
+        kept = _Kept(self.settings)
+        known = {one: kept.get(one) for one in dict.fromkeys(prompts) if one.strip()}
+        done = {prompt: Rewritten(prompt, text, cached=True) for prompt, text in known.items() if text is not None}
+        done |= {prompt: Rewritten(prompt, prompt) for prompt in prompts if not prompt.strip()}
+        total = len({*prompts})
+        new = [prompt for prompt in known if prompt not in done]
         size = 1 if self.how.temperature else self.how.batch
         for start in range(0, len(new), size):
             progress(len(done), total)
-            done |= {one.prompt: one for one in self._write(new[start : start + size])}
+            for one in self._write(new[start : start + size]):
+                done[one.prompt] = one
+                if one.text is not None:
+                    kept.put(one.prompt, one.text)
         progress(total, total)
         return [done[prompt] for prompt in prompts]
 
@@ -84,6 +100,19 @@ class Rewriter:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the prompt on which a text depends. Reads pieces of the weights."""
+        drawn = {"temperature": self.how.temperature, "seed": self.how.seed} if self.how.temperature else {}
+        return {
+            "made_by": "lingen prompts rewrite",
+            "instruction": INSTRUCTION_VERSION,
+            "weights": hash_weights(Path(str(self.path))),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "max_tokens": self.how.max_tokens,
+            **drawn,
+        }
 
     def _write(self, prompts: list[str]) -> Iterator[Rewritten]:
         if self._chat is None:
@@ -117,3 +146,29 @@ def _ask(prompt: str) -> Talk:
 def _send_back(answer: Rewritten) -> Talk:
     complaint = f"This cannot be used. {answer.fault} Write the paragraph again."
     return [{"role": "assistant", "content": str(answer.text)}, {"role": "user", "content": complaint}]
+
+
+class _Kept:
+    """Texts on disk, a file for each prompt; a file appears in one step."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = settings
+        self.folder = cache_folder() / "rewritten" / hash_settings(settings)
+
+    def get(self, prompt: str) -> str | None:
+        try:
+            held = json.loads(self._file(prompt).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return held["rewritten"] if held["prompt"] == prompt else None
+
+    def put(self, prompt: str, text: str) -> None:
+        file = self._file(prompt)
+        about = {"prompt": prompt, "rewritten": text, "settings": self.settings}
+        try:
+            write_json(file, about)
+        except OSError as error:
+            log.warning("A rewritten prompt cannot be kept for the next time: %s", error)
+
+    def _file(self, prompt: str) -> Path:
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.json"

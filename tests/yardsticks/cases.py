@@ -23,8 +23,6 @@ from lingen.kernels.swiglu import swiglu
 from lingen.kernels.window_attention import window_attention
 from lingen.recipe.sections import Triple
 
-from .chunk_scan import stock_scan
-
 Inputs = dict[str, Tensor]
 Normal = Callable[..., Tensor]
 """Makes a tensor of random numbers, where and in the precision that is measured."""
@@ -117,8 +115,6 @@ def _make_scan(sizes: LayerSizes, normal: Normal) -> Inputs:
 
 def _scan(inputs: Inputs, sizes: LayerSizes, kernel: str) -> Tensor:
     u, *more = (inputs[name] for name in ("u", "dt", "a", "d", "dt_bias", "index", "state"))
-    if kernel == "stock":
-        return stock_scan(u, *more, state_dim=sizes.state_dim)
     missing = rows_of(sizes.n, kernel, u.dtype) - sizes.n
     u = F.pad(u, (0, 0, 0, missing)) if missing else u  # in the layer, the conv writes these zeros
     return scan(u, *more, state_dim=sizes.state_dim, kernel=kernel)[:, : sizes.n]

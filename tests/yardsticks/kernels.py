@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lingen.kernels.choice import interpreted
+from lingen.kernels.stock import chunk_scan
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
@@ -185,6 +186,8 @@ def errors(case: Case, twin: str, dim: int, place: Place, say: Say) -> Fields | 
     inputs = made(case, sizes, place)
     exact = inputs | {name: u.detach().double().requires_grad_() for name, u in _wanting(inputs).items()}
     try:
+        if twin == "stock":
+            chunk_scan()
         got = _gradients(case, twin, inputs, sizes)
     except (ValueError, ImportError) as why_not:
         say(f"{case.name}: {twin} is left out: {str(why_not).splitlines()[0]}")

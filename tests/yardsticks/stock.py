@@ -18,9 +18,8 @@ from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.temporal_swin import TemporalSwin
 from lingen.kernels.rotary import rotary_table, rotate
 from lingen.kernels.ssd import ssd
+from lingen.kernels.stock import chunk_scan
 from lingen.recipe.sections import Triple as Grid
-
-from .chunk_scan import CHUNK, chunk_scan
 
 
 @torch.compiler.disable
@@ -29,7 +28,7 @@ def one_direction(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Ten
     if not x.is_cuda:
         return ssd(x, dt, a, b, c, d, dt_bias)
     scan = chunk_scan()
-    out: Tensor = scan(x, dt, a, b, c, chunk_size=CHUNK, D=d, dt_bias=dt_bias, dt_softplus=True)
+    out: Tensor = scan(x, dt, a, b, c, chunk_size=256, D=d, dt_bias=dt_bias, dt_softplus=True)
     return out
 
 
