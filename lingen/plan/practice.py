@@ -46,7 +46,8 @@ def _of_optimizer(component: dict[str, Any], recipe: Recipe) -> str | None:
     own, again = ([nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (2, 3, 4), (6,), ())] for _ in range(2))
     group = {"decays": True, "lr": 1e-2, "betas": settings.betas, "weight_decay": settings.weight_decay}
     one, other = (build_optimizer(settings, [{**group, "params": params}]) for params in (own, again))
-    _steps(own, one, 1, 2)
+    _step(own, one, 1)
+    _step(own, one, 2)
     if any(bool((p == 1).all() or not p.isfinite().all()) for p in own):
         return "after two steps a parameter is as it was, or no number."
     for mine, theirs in zip(own, again, strict=True):
@@ -58,18 +59,17 @@ def _of_optimizer(component: dict[str, Any], recipe: Recipe) -> str | None:
                 return f"it keeps {key!r} ({type(value).__name__}); a checkpoint holds tensors of floats, and numbers."
             if sharded and is_float and value.ndim and value.shape != mine.shape:
                 return f"it keeps {key!r} of another shape than its parameter; set trainer.strategy=ddp."
-    _steps(own, one, 3)
-    _steps(again, other, 3)
+    _step(own, one, 3)
+    _step(again, other, 3)
     same = all(map(torch.equal, own, again))
     return None if same else "it keeps something outside of `state[parameter]`, which a checkpoint does not hold."
 
 
-def _steps(own: list[nn.Parameter], optimizer: torch.optim.Optimizer, *seeds: int) -> None:
-    for seed in seeds:
-        torch.manual_seed(seed)
-        for one in own:
-            one.grad = torch.randn(one.shape)
-        optimizer.step()
+def _step(own: list[nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    for one in own:
+        one.grad = torch.randn(one.shape)
+    optimizer.step()
 
 
 def _of_decay(component: dict[str, Any], recipe: Recipe) -> str | None:
