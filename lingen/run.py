@@ -22,6 +22,7 @@ from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
 from lingen.ranks.signs import LifeSigns
 from lingen.recipe import Curriculum, load_for_training, to_yaml
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling import samples
 from lingen.tables import as_table
@@ -339,6 +340,11 @@ def _fit_once(
     reporter.say(report(edge.ledger))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)
+    if trainer.global_step < recipe.train.steps:
+        raise RecipeError(
+            f"A callback ended stage '{name}' at step {trainer.global_step} of {recipe.train.steps}. Stages end by "
+            "train.steps: take it out of trainer.callbacks, and the same command goes on from the last checkpoint."
+        )
     return None
 
 

@@ -1,8 +1,9 @@
 """The parts that recipes can name, a recipe with all defaults filled in, and what it takes: ``lingen list``, ``lingen
-show`` and ``lingen plan``."""
+show`` and ``lingen plan``; and ``lingen new``, a package with a part."""
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from lingen.cli import command as cli
@@ -10,10 +11,10 @@ from lingen.recipe.errors import RecipeError
 
 
 @cli.command(
-    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances; and the recipes "
-    "that come with lingen",
-    cli.argument("what", nargs="?", choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"],
-                 help="default: all of them"),
+    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances, optimisers, "
+    "decays, losses; and the recipes that come with lingen",
+    cli.argument("what", nargs="?", help="default: all of them", choices=[
+        "mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "recipes"]),
     cli.JSON, cli.IMPORT,
 )  # fmt: skip
 def list_(args: argparse.Namespace) -> int:
@@ -31,6 +32,28 @@ def list_(args: argparse.Namespace) -> int:
         cli.print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
         if what != asked[-1]:
             print()
+    return cli.DONE
+
+
+@cli.command(
+    "writes a small package with a part of your own, which a recipe names once the package is installed, and its test",
+    cli.argument("what", choices=["mixer", "scan", "text", "autoencoder"]),
+    cli.argument("name", metavar="NAME", help="of part, package and folder: small letters, digits and _"),
+)
+def new(args: argparse.Namespace) -> int:
+    from lingen.recipe.reading import shipped_folder
+
+    folder = Path(args.name)
+    if not (args.name.isidentifier() and args.name.islower() and args.name.isascii()):
+        raise RecipeError(f"A part is named in small letters, digits and _, such as my_{args.what}; got '{args.name}'.")
+    if folder.exists():
+        raise RecipeError(f"{folder} is there already; name another part, or go to another folder.")
+    folder.mkdir()
+    for file in sorted((shipped_folder("templates") / args.what).glob("*.*")):
+        path, text = folder / file.name.replace("NAME", args.name), file.read_text(encoding="utf-8")
+        text = text.replace("NAME", args.name).replace("CLASS", args.name.title().replace("_", ""))
+        path.write_text(text, encoding="utf-8")
+        print(path)
     return cli.DONE
 
 

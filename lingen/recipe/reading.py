@@ -2,12 +2,21 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_yaml, resolve
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, Registry, import_module
+from lingen.recipe.registry import (
+    AUTOENCODERS,
+    FOR_TRAINING,
+    MIXERS,
+    PERCEPTUAL,
+    TEXT_ENCODERS,
+    Registry,
+    import_module,
+)
 from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
 from lingen.recipe.signature import Path, as_plain, check_settings
 from lingen.recipe.text import NoText, decode_text
@@ -17,9 +26,13 @@ SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {"shapes": "linge
 
 COMPONENTS: dict[Path, Registry] = {
     ("model", "mixer"): MIXERS, ("autoencoder",): AUTOENCODERS, ("text",): TEXT_ENCODERS,
-    ("data", "synthetic"): SYNTHETIC, ("reconstruction", "features"): PERCEPTUAL,
+    ("data", "synthetic"): SYNTHETIC, ("reconstruction", "features"): PERCEPTUAL, **FOR_TRAINING,
 }  # fmt: skip
 """Where a recipe names registered parts: one of them, or a list."""
+LISTED = (("text",), ("trainer", "callbacks"))
+"""Where one alone is short for a list."""
+MAY_LACK = (*LISTED, ("data", "synthetic"))
+"""Where there need not be any."""
 
 NOT_IN_A_STAGE = ("name", "stage", "stages", "extends")
 
@@ -48,10 +61,14 @@ class Draft(NamedTuple):
 
 
 def shipped_recipes() -> dict[str, File]:
-    """Name -> file of the recipes that come with lingen, installed from a wheel or run from its source tree."""
-    inside = File(__file__).parents[1] / "recipes"
-    folder = inside if inside.is_dir() else File(__file__).parents[2] / "recipes"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    """Name -> file of the recipes that come with lingen."""
+    return {file.stem: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}
+
+
+def shipped_folder(name: str) -> File:
+    """A folder that comes with lingen, installed from a wheel or in its source tree."""
+    inside = File(__file__).parents[1] / name
+    return inside if inside.is_dir() else File(__file__).parents[2] / name
 
 
 def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -> Draft:
@@ -104,7 +121,7 @@ def spell_out(layered: Layered, prefix: Path = ()) -> None:
         path = (*prefix, *component)
         value = layered.get(path)
         one = isinstance(value, dict) and "name" in value or isinstance(value, str) and "${" not in value
-        if component == ("text",) and one:
+        if component in LISTED and one:
             origin = layered.origin(path)
             layered.put(path, [value], layered, path)
             layered.origins[path] = layered.origins[(*path, 0)] = origin
@@ -179,11 +196,11 @@ def _read(source: RecipeText, child: str | None) -> Layered:
 
 def _defaults(shown: str) -> Layered:
     """The components that a recipe has without naming them, so that settings can be given to them."""
-    recipe = Recipe()
-    tree = {
-        "autoencoder": recipe.autoencoder, "text": recipe.text, "model": {"mixer": recipe.model.mixer},
-        "reconstruction": {"features": recipe.reconstruction.features},
-    }  # fmt: skip
+    tree: dict[Any, Any] = {}
+    for path in COMPONENTS:
+        if path not in MAY_LACK[1:]:
+            section, key = (tree.setdefault(path[0], {}), path[1]) if len(path) > 1 else (tree, path[0])
+            section[key] = reduce(getattr, map(str, path), Recipe())
     return Layered(tree, {(): Origin(shown, "")}).copy()
 
 
@@ -233,6 +250,8 @@ def _merge(
     merged = base.copy()
     for layer in (overlay, *plain, *own):
         problems += _lay_over(merged, layer)
+    if merged.tree.get("train") is None:  # all of its lines are commented out
+        merged.tree["train"] = _defaults("").tree["train"]
     spell_out(merged)
     return merged
 
@@ -273,8 +292,7 @@ def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
         if "${" not in str(draft.get(one.path)):  # an unresolved ${...} is reported elsewhere
             yield draft.problem(one.path, one.text)
     for path, registry in COMPONENTS.items():
-        node, is_needed = draft.get(path), registry in (MIXERS, AUTOENCODERS, PERCEPTUAL)
-        if node is None and is_needed or node == [] and registry is MIXERS:
+        if draft.get(path) is None and path not in MAY_LACK or draft.get(path) == [] and registry is MIXERS:
             yield draft.problem(path, f"There is no {registry.kind} named here. Known: {', '.join(registry.names())}.")
     for path, component, registry in components_of(draft.tree):
         name = component.get("name")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.signature import Path, Setting, check_settings, refusal, settings_of
 
 T = TypeVar("T")
 
@@ -74,11 +75,14 @@ class Registry:
     Args:
         kind: what a part is called in messages, e.g. ``mixer``.
         group: the entry-point group that other packages use, e.g. ``lingen.mixers``.
-        builtin: lingen's own parts; a ``module:Name`` is imported when asked for, anything else is the part itself."""
+        builtin: lingen's own parts; a ``module:Name`` is imported when asked for, anything else is the part itself.
+        given: arguments that a recipe does not give a part -> what does; all others are its settings. None: only its
+            keyword-only arguments are."""
 
-    def __init__(self, kind: str, group: str, builtin: dict[str, Any]):
+    def __init__(self, kind: str, group: str, builtin: dict[str, Any], given: dict[str, str] | None = None):
         self.kind = kind
         self.group = group
+        self.given = given
         self._parts: dict[str, Any] = dict(builtin)
         self._origin: dict[str, str] = dict.fromkeys(builtin, "lingen")
 
@@ -137,21 +141,24 @@ class Registry:
             f"Known: {', '.join(known)}. To use your own, write 'module:Class'."
         )
 
-    def build(self, component: str | dict[str, Any], *positional: Any) -> Any:
-        """Calls the named part with the model's positional arguments and the recipe's settings. ``MIXERS.build({"name":
-        "mate", "window": (8, 4, 4)}, dim, layer)``. Settings are checked against the part's signature: SettingError for
-        an unknown or missing one, a wrong type, a number out of bounds, naming it."""
-        from lingen.recipe.signature import check_settings, refusal
+    def settings(self, name: str) -> dict[str, Setting]:
+        """What a recipe can set of a part. Errors as for the part itself."""
+        return settings_of(self[name], self.given)
 
+    def build(self, component: str | dict[str, Any], *positional: Any, **offered: Any) -> Any:
+        """Calls the named part with the model's arguments and the recipe's settings. ``MIXERS.build({"name":
+        "mate", "window": (8, 4, 4)}, dim, layer)``. Settings are checked against the part's signature: SettingError for
+        an unknown or missing one, a wrong type, a number out of bounds, naming it. It may leave what is `offered`."""
         settings = {"name": component} if isinstance(component, str) else dict(component)
         name = settings.pop("name", None)
         if not isinstance(name, str):
             raise RecipeError(f"A {self.kind} is named by a word, got {name!r}.")
         part = self[name]
-        filled, found = check_settings(part, settings)
+        filled, found = check_settings(part, settings, self.given)
         if found:
             raise refusal(found, f"{self.kind} '{name}'")
-        return part(*positional, **filled)
+        taken = {key: value for key, value in offered.items() if key in settings_of(part, ())}
+        return part(*positional, **taken, **filled)
 
     def refused(self) -> list[tuple[str, str, str]]:
         """Entry points that are not used, because their name is taken: (name, package, why)."""
@@ -215,3 +222,33 @@ PERCEPTUAL = Registry("perceptual distance", "lingen.perceptual", {
 })  # fmt: skip
 """Perceptual distances: frozen `nn.Module`s, ``forward(a [n 3 h w] in -1..1, b) -> [n]`` with gradients into a and b,
 ``missing() -> list[Missing]``."""
+
+OPTIMIZERS = Registry(
+    "optimiser",
+    "lingen.optimizers",
+    {"adamw": "lingen.training.named:adamw", "muon": "lingen.training.named:Muon"},
+    {"params": "lingen"} | {key: f"train.{key}" for key in ("lr", "betas", "weight_decay")},
+)
+"""Optimisers: ``Class(params, settings...)``, a torch.optim.Optimizer; `params` are groups with ``lr``, ``betas``,
+``weight_decay`` and ``decays`` (whether weight decay is for them). What it keeps lies in ``state[parameter]``."""
+
+DECAYS = Registry(
+    "decay", "lingen.decays", {name: f"lingen.training.named:{name}" for name in ("constant", "cosine", "wsd")}
+)
+"""Of the learning rate: ``f(step, steps, *, settings...) -> factor``; `step` goes from 0 to `steps` after warm-up."""
+
+LOSSES = Registry(
+    "loss", "lingen.losses", {"mse": "lingen.training.named:SquaredError", "huber": "lingen.training.named:Huber"}
+)
+"""Losses: ``Module(*, settings...)``, ``forward(velocity [b c t h w], target, time [b]) -> [b]``, from 0 on."""
+
+CALLBACKS = Registry("callback", "lingen.callbacks", {}, {})
+"""Lightning's callbacks: ``Class(settings...)``; its ``state_dict`` is plain values."""
+
+FOR_TRAINING: dict[Path, Registry] = {
+    ("train", "optimizer"): OPTIMIZERS,
+    ("train", "decay"): DECAYS,
+    ("train", "loss"): LOSSES,
+    ("trainer", "callbacks"): CALLBACKS,
+}
+"""Where a recipe names parts that nothing but training needs: weights are used where they are not installed."""

@@ -28,6 +28,11 @@ DERIVED = {"derived": True}
 """Marks a field that the loader works out from the neighbours; a recipe cannot set it."""
 
 
+def _named(name: str) -> Any:
+    """The default of a component."""
+    return field(default_factory=lambda: {"name": name})
+
+
 @checked
 @dataclass(frozen=True, kw_only=True)
 class LinGenConfig:
@@ -35,8 +40,8 @@ class LinGenConfig:
 
     dim: Annotated[int, AtLeast(1), "width of a token"] = 384
     depth: Annotated[int, AtLeast(1), "number of blocks"] = 12
-    mixer: Annotated[Component | list[Component], "token mixer of a block; a list is cycled over the layers"] = field(
-        default_factory=lambda: {"name": "mate"}
+    mixer: Annotated[Component | list[Component], "token mixer of a block; a list is cycled over the layers"] = _named(
+        "mate"
     )
     num_heads: Annotated[int | None, AtLeast(1), "of the cross-attention; null: 128 wide, less if dim is small"] = None
     ffn_dim: Annotated[int | None, AtLeast(1), "hidden width of the SwiGLU; null: 2.7 dim, as a multiple of 64"] = None
@@ -160,11 +165,15 @@ class TrainConfig:
     """One stage's optimisation."""
 
     steps: Annotated[int, AtLeast(1), COURSE, "optimiser steps of the stage"] = 1000
-    lr: Annotated[float, AtLeast(0), COURSE, "peak learning rate of AdamW"] = 1e-4
+    optimizer: Annotated[Component, IDENTITY, "moves the weights; `lr`, `betas` and `weight_decay` are its, too"] = (
+        _named("adamw")
+    )
+    loss: Annotated[Component, IDENTITY, "of the denoiser's velocity, for each sample"] = _named("mse")
+    lr: Annotated[float, AtLeast(0), COURSE, "peak learning rate"] = 1e-4
     warmup: Annotated[int, AtLeast(0), COURSE, "steps of linear warm-up"] = 0
-    decay: Annotated[Literal["constant", "cosine"], COURSE, "after the warm-up"] = "constant"
+    decay: Annotated[Component, COURSE, "of the learning rate, after the warm-up"] = _named("constant")
     weight_decay: Annotated[float, AtLeast(0), COURSE, "on weight matrices only"] = 0.1
-    betas: Annotated[tuple[float, float], SHARE, COURSE, "AdamW's moments"] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], SHARE, COURSE, "of AdamW's moments"] = (0.9, 0.999)
     clip_grad: Annotated[float, Above(0), COURSE, "largest global gradient norm"] = 1.0
     accumulate: Annotated[int, AtLeast(1), COURSE, "batches (of one kind) per optimiser step"] = 1
     ema: Annotated[
@@ -175,7 +184,7 @@ class TrainConfig:
         "{width: 0.05}, which fits a stage of any length",
     ] = 0.9999
     text_drop: Annotated[float, SHARE, COURSE, "share of samples whose text is left out, for guidance"] = 0.1
-    keep_optimizer: Annotated[bool, IDENTITY, "carry AdamW's moments over from the stage before"] = False
+    keep_optimizer: Annotated[bool, IDENTITY, "carry what the optimiser keeps over from the stage before"] = False
     max_nonfinite: Annotated[int, AtLeast(1), FREE, "non-finite or skipped steps in a row before the run stops"] = 3
     on_spike: Annotated[
         Literal["keep", "skip", "rollback"],
@@ -242,9 +251,9 @@ class ReconstructionConfig:
 
     l1: Annotated[float, AtLeast(0), "weight of the mean absolute error (LDM)"] = 1.0
     perceptual: Annotated[float, AtLeast(0), "weight of the perceptual distance (LDM)"] = 1.0
-    features: Annotated[
-        Component, "what the perceptual distance is: vgg16 (`lingen data fetch vgg16`), lpips, none"
-    ] = field(default_factory=lambda: {"name": "vgg16"})
+    features: Annotated[Component, "perceptual distance: vgg16 (`lingen data fetch vgg16`), lpips, none"] = _named(
+        "vgg16"
+    )
     perceptual_frames: Annotated[
         int, AtLeast(0), "frames of a clip that it sees, drawn anew at each step; 0: all (ours)"
     ] = 8
@@ -315,7 +324,7 @@ class Recipe:
         "what the stages train; for an autoencoder `autoencoder`, `reconstruction`, `data`, `train`, `trainer` count",
     ] = "denoiser"
     model: Annotated[LinGenConfig, IDENTITY] = LinGenConfig()
-    autoencoder: Annotated[Component, IDENTITY, "video autoencoder"] = field(default_factory=lambda: {"name": "pixels"})
+    autoencoder: Annotated[Component, IDENTITY, "video autoencoder"] = _named("pixels")
     text: Annotated[list[Component], IDENTITY, "text encoders, used side by side"] = field(
         default_factory=lambda: [{"name": "words"}]
     )
@@ -326,9 +335,9 @@ class Recipe:
     sample: Annotated[SampleConfig, FREE] = SampleConfig()
     rewrite: Annotated[RewriteConfig, FREE] = RewriteConfig()
     score: Annotated[ScoreConfig, FREE] = ScoreConfig()
-    trainer: Annotated[dict[str, Any], "of lightning.Trainer; `logger`: names or components"] = field(
-        default_factory=dict
-    )
+    trainer: Annotated[
+        dict[str, Any], "of lightning.Trainer; `logger`: names or components; `callbacks`: components"
+    ] = field(default_factory=dict)
     stages: Annotated[dict[str, dict[str, Any]], "in order, each laid over the sections above"] = field(
         default_factory=dict
     )

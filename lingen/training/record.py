@@ -126,7 +126,8 @@ def _first(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], be
 
 
 def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
-    """With the settings that the version which wrote the record did not know: it trained as their defaults say."""
+    """With the settings that the version which wrote the record did not know: it trained as their defaults say. What it
+    called otherwise is as its recipe says."""
     both = [(held.stages[name], one) for name, one in here.items() if name in held.stages]
     if all(one.identity.keys() <= old.identity.keys() and one.course.keys() <= old.course.keys() for old, one in both):
         return held
@@ -135,7 +136,8 @@ def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
     except RecipeError:
         return held  # what differs is told
     for name, old in held.stages.items():
-        held.stages[name] = Stage(known[name].identity | old.identity, known[name].course | old.course)
+        pairs = zip(known[name], old, strict=True)
+        held.stages[name] = Stage(*({key: there.get(key, now[key]) for key in now} for now, there in pairs))
     return held
 
 

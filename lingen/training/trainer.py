@@ -14,14 +14,17 @@ from lingen.plan.trainer import listed, logger_of
 from lingen.ranks.environment import here
 from lingen.ranks.launch import RankEnvironment
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import CALLBACKS
 from lingen.recipe.sections import Component, Recipe
 from lingen.training.folder import RunFolder
 from lingen.training.strategy import Sharded, strategy_of
 
 
 def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> lightning.Trainer:
-    """lightning.Trainer with the recipe's arguments and those that lingen sets."""
+    """lightning.Trainer with the recipe's arguments and what lingen sets. The recipe's callbacks come first, so that a
+    checkpoint holds them as they are after its step."""
     arguments = dict(recipe.trainer) | {"strategy": strategy_of(recipe)}
+    callbacks = [*map(CALLBACKS.build, arguments.pop("callbacks", None) or []), *callbacks]
     loggers = [build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard"))]
     settings = recipe.train
     batches = settings.steps * settings.accumulate
