@@ -2,7 +2,8 @@
 ``kill --seed S --times N`` kills training and goes on with it,
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
 ``plan`` dry-runs every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a dry-run step with one on a GPU,
-``gpu`` trains the main recipe on one GPU, ``study`` asks whether the intervals of `lingen study report` cover."""
+``gpu`` trains the main recipe on one GPU, ``gpus`` on all of this machine,
+``study`` asks whether the intervals of `lingen study report` cover."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from tests.soak.ranks import compare_all
 def main() -> int:
     args = _arguments()
     trials = {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks, "gpu": _gpu}
-    return (trials | {"plan": _plan, "plan-peak": _plan_peak, "study": _study})[args.trial](args)
+    return (trials | {"gpus": _gpus, "plan": _plan, "plan-peak": _plan_peak, "study": _study})[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -57,6 +58,11 @@ def _arguments() -> argparse.Namespace:
     peak.add_argument("overrides", nargs="*", metavar="key=value")
     more = trials.add_parser("gpu", help="the main recipe on one GPU, stopped and undisturbed")
     more.add_argument("--keep", type=Path, default=Path("gpu"), metavar="DIR", help="the runs lie there; made anew")
+    several = trials.add_parser("gpus", help="all GPUs of this machine: speed, equality, what comes over a run")
+    several.add_argument("--acts", nargs="+", default=["speed", "equal", "events"])
+    several.add_argument("--strategies", nargs="+", default=["fsdp", "hsdp", "ddp"])
+    several.add_argument("--keep", type=Path, default=Path("gpus"), metavar="DIR", help="runs lie there; made anew")
+    several.add_argument("--json", type=Path, help="what was seen")
     votes = trials.add_parser("study", help="simulated votes with effects of raters and prompts")
     votes.add_argument("--seed", type=int, default=1)
     votes.add_argument("--times", type=int, default=200, help="studies of each design")
@@ -112,6 +118,13 @@ def _moments(args: argparse.Namespace) -> int:
         print(failure)
     print(f"{len(MOMENTS)} signals to a job of two nodes: {len(failures)} failures")
     return 1 if failures else 0
+
+
+def _gpus(args: argparse.Namespace) -> int:
+    from tests.soak.gpus import several_gpus
+
+    shutil.rmtree(args.keep, ignore_errors=True)
+    return several_gpus(args.keep.absolute(), args.acts, args.strategies, args.json)
 
 
 def _gpu(args: argparse.Namespace) -> int:
