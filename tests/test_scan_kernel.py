@@ -60,7 +60,7 @@ def compare(case, dtype, device, limits):
     assert got["y"].dtype == dtype
     limits = {name: limits.get(name, limits["y"]) for name in want}
     if dtype == torch.bfloat16:
-        # The gradient of dt_bias is the sum of dt's over all tokens, which nearly cancel: what is lost counts beside them.
+        # The gradient of dt_bias is the sum of dt's over all tokens, which nearly cancel: it is held against those.
         far = (got.pop("dt_bias") - want.pop("dt_bias")).norm() / want["dt"].norm()
         assert far < limits.pop("dt_bias"), f"dt_bias: {far:.2e} of the gradients that it sums"
     over = [name for name in WEIGHTS if name in want and relative_error(want[name], got[name]) >= limits[name]]
