@@ -3,7 +3,8 @@
 - ``speed``: LinGen-4B, clips of 512p and 17 s of encoded random numbers, under every strategy and on one GPU; tokens a
   second, MFU and the memory of a rank beside what `lingen plan` says.
 - ``equal``: first and last gradients and the losses of 20 steps of a small model, in float32, beside one GPU's.
-- ``events``: the preflight; a signal, and the run goes on with one GPU; a rank that is killed; a rank that is stopped.
+- ``events``: the preflight; a signal, and the run goes on with one GPU; a rank that is killed; a rank that
+  is stopped; clips that GPUs share.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lingen.data.shards import write_shards
 from lingen.plan.forecast import text_tokens
 from lingen.recipe import load_recipe
 from lingen.recipe.sections import DataConfig
+from lingen.sampling.files import read_latents
 from tests.helpers.closeness import relative_error
 from tests.helpers.commands import ROOT, lingen_command
 from tests.helpers.ranks import steps_of_ranks
@@ -226,6 +228,22 @@ def events(folder: Path, gpus: int, accelerator: str = "gpu") -> Iterator[Row]:
     traces = sorted(path.name for path in (folder / "stopped" / "ranks").glob("*"))
     yield {"act": "events", "what": "a rank is stopped, train.watchdog=20", "code": code, "seconds": round(seconds, 1),
            "said": text[-1500:], "files": traces}  # fmt: skip
+    yield {"act": "events", "what": f"4 clips on {gpus} GPUs and on 1"} | _sampled(folder)
+
+
+def _sampled(folder: Path) -> Row:
+    """Whether clips of one `lingen sample` are the same, shared by all GPUs and made by one."""
+    words = lingen_command("sample", "--run", "straight", "--repeat", "4", "--prompt", "a red square", "--out")
+    env, seconds = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}, []
+    for name, more in (("many", {}), ("one", {"CUDA_VISIBLE_DEVICES": "0"})):
+        began = time.monotonic()
+        subprocess.run([*words, f"{name}.mp4"], cwd=folder, env=env | more, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(round(time.monotonic() - began, 1))
+    latents = [
+        [read_latents(path)[0] for path in sorted(folder.glob(f"{name}-*.latents.*"))] for name in ("many", "one")
+    ]
+    same = [torch.equal(*both) for both in zip(*latents, strict=True)]
+    return {"same": same, "seconds": seconds, "failed": "" if same == [True] * 4 else "other clips"}
 
 
 def _samples(notes: dict) -> dict[tuple[str, int], set[str]]:
