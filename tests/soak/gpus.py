@@ -51,7 +51,7 @@ trainer: {num_nodes: 1, logger: false}
 stages:
   t2v_512_17s: {data: {mix: {image: 0, video: 1}}, train: {steps: STEPS, warmup: 2}}
 """
-STAGE, STEPS, FIRST = "t2v_512_17s", 8, 3
+STAGE, STEPS, FIRST = "t2v_512_17s", 6, 3
 """Stage that is measured, its steps, and the first one that counts."""
 ACTS = '''
 """What happens to rank 1 in a step, and to all of them at a signal."""
