@@ -35,9 +35,7 @@ class ClusterSettings:
 
     sbatch: Annotated[list[str], "options of sbatch, such as --partition=NAME"] = field(default_factory=list)
     srun: Annotated[list[str], "options of srun, such as those of a container"] = field(default_factory=list)
-    setup: Annotated[list[str], "lines of shell before anything else, such as module load ..."] = field(
-        default_factory=list
-    )
+    setup: Annotated[list[str], "lines of shell before all else, such as module load ..."] = field(default_factory=list)
     gpus_per_node: Annotated[int | None, AtLeast(1), "where the command line does not say"] = None
     time: Annotated[str | None, "of a job, as sbatch takes it"] = None
     max_requeues: Annotated[int, AtLeast(0), "how often a job goes on by itself"] = MAX_REQUEUES

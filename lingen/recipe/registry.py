@@ -44,9 +44,7 @@ def _why(name: str, error: BaseException) -> str:
     if name.endswith(".py") or os.sep in name:
         return "this is a path; write the module's name, as in `import my_mixers`: dots for folders, without .py."
     if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-        return (
-            f"there is no module '{error.name}' in the current folder or installed. Run where it lies, or install it."
-        )
+        return f"there is no module '{error.name}' in the current folder or installed. Run where it lies or install it."
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {told}. Mend it."
     frames = traceback.extract_tb(error.__traceback__)

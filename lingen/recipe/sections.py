@@ -335,12 +335,8 @@ class Recipe:
     sample: Annotated[SampleConfig, FREE] = SampleConfig()
     rewrite: Annotated[RewriteConfig, FREE] = RewriteConfig()
     score: Annotated[ScoreConfig, FREE] = ScoreConfig()
-    trainer: Annotated[
-        dict[str, Any], "of lightning.Trainer; `logger`: names or components; `callbacks`: components"
-    ] = field(default_factory=dict)
-    stages: Annotated[dict[str, dict[str, Any]], "in order, each laid over the sections above"] = field(
-        default_factory=dict
-    )
+    trainer: Annotated[dict[str, Any], "of lightning.Trainer; logger, callbacks by name"] = field(default_factory=dict)
+    stages: Annotated[dict[str, dict[str, Any]], "in order, laid over the sections above"] = field(default_factory=dict)
 
     @property
     def subject(self) -> Subject:
