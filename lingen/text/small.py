@@ -20,8 +20,7 @@ _START = 256  # the id after the last byte
 class Words(nn.Module):
     """Hashed lower-case words: an embedding plus a learned position, for captions of few words.
 
-    Two words may share a bucket; with 4,096 buckets and 20 words the chance of that is 5%.
-    """
+    Two words may share a bucket; with 4,096 buckets and 20 words the chance of that is 5%."""
 
     trainable = True
 
