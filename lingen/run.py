@@ -195,6 +195,7 @@ def _begin(
     step = start.step if start is not None else folder.last_step(begins)
     begun = record.start(folder, curriculum, told, begins, step)  # anew: another process may have just been here
     record.put_on_record(folder, begun)
+    reporter.say(f"run folder: {folder.path}")
     for line in begun.lines:
         reporter.say(line)
     flop = {str(one.stage): flop_a_step(one, plans[str(one.stage)]) for one in unfinished}

@@ -119,6 +119,8 @@ def leave_unfit(error: UnfitError) -> int:
 
 
 def _print_outcome(outcome: Any, subject: Subject) -> None:
+    from lingen.studies.report import write_report
+
     folder = outcome.folder
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
@@ -127,6 +129,7 @@ def _print_outcome(outcome: Any, subject: Subject) -> None:
         print("", *map(_about_score, ("sampled", "real"), (score["sampled"], score["real"])), sep="\n")
     for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
         print(sheet)
+    print(write_report(folder.path))
     if subject is SUBJECTS["autoencoder"]:
         print(f"lingen eval tae --run {folder.path}")
     else:

@@ -12,7 +12,7 @@ from lingen.plan.loading import Curriculum, load_curriculum, to_yaml, with_stage
 from lingen.provenance import git_commit, time_now, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training.folder import RunFolder
+from lingen.training.folder import README, RunFolder
 from lingen.training.identity import SAMPLES, Stage, Values, described, fingerprint, other_course, other_identity, shown
 from lingen.weights import read_run
 
@@ -235,6 +235,7 @@ def put_on_record(folder: RunFolder, begun: Start) -> None:
     """Puts a start on record: first what the run is, so that whatever is left by a kill can be told apart."""
     write_json(folder.about, begun.about)
     write_text(folder.recipe, to_yaml(begun.base))
+    write_text(folder.readme, README)
 
 
 # default folders
