@@ -17,9 +17,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lingen.data import order
+from lingen.data.acting import check_sprites
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
+from lingen.data.drawn import drawn_index
 from lingen.data.fingerprint import check_encoded
 from lingen.data.follow import follow_parent
 from lingen.data.indexing import open_index
@@ -28,8 +30,10 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import Anchor, BatchOrder, RankBatch
 from lingen.data.sources import Reader
+from lingen.data.theatre import Theatre
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.reading import SYNTHETIC
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.sizes import patch_of, round_of
@@ -62,7 +66,10 @@ class ClipData(lightning.LightningDataModule):
         return [kind for kind in KINDS if getattr(self.recipe.data.mix, kind) > 0]
 
     def check(self) -> None:
-        """RecipeError where a pattern of the recipe's shards matches no file; no shard is read."""
+        """RecipeError where a pattern of the recipe's shards matches no file, or what is drawn lacks its sprites; no
+        shard is read."""
+        if (theatre := self._theatre) is not None:
+            check_sprites(theatre.sprites)
         for setting in ("shards", "validation"):
             for kind in self.kinds:
                 self._expand(getattr(self.recipe.data, setting), kind, f"data.{setting}")
@@ -89,21 +96,46 @@ class ClipData(lightning.LightningDataModule):
     @cached_property
     def _opened(self) -> tuple[Clips, Clips]:
         data, stream = self.recipe.data, (self.recipe.seed, self.recipe.stage or "main")
-        shards, held_out = self._shards()
         if not self.kinds:
             raise RecipeError("data.mix is 0 for both kinds; set data.mix.image or data.mix.video above 0.")
-        for kind in self.kinds:
-            if not getattr(shards, kind):
-                raise RecipeError(
-                    f"data.mix.{kind} is {getattr(data.mix, kind)}, but data.shards.{kind} names no shards; "
-                    f"name some, or set data.mix.{kind} to 0."
-                )
         reader = Reader(data.remote)
-        train, validation = self._open(shards, "data.shards", reader), self._open(held_out, "data.validation", reader)
+        train, validation = self._stored(reader) if self._theatre is None else self._drawn(self._theatre)
         return (
             Clips(data, train, stream, reader, self._wanted),
             Clips(data, validation, ("validation",), reader, self._wanted, shuffle=False),
         )
+
+    @cached_property
+    def _theatre(self) -> Theatre | None:
+        """What draws the clips, where no shards are named."""
+        data = self.recipe.data
+        drawn = None if data.synthetic is None or data.shards.image or data.shards.video else data.synthetic
+        found = drawn and SYNTHETIC.build(drawn)
+        return found if isinstance(found, Theatre) else None
+
+    def _drawn(self, theatre: Theatre) -> tuple[dict[str, Pool], dict[str, Pool]]:
+        data = self.recipe.data
+        if data.lengths or data.sizes or "image" in self.kinds:
+            raise RecipeError(
+                "The theatre draws clips of data.frames and data.size, and no images: leave out data.lengths and "
+                "data.sizes, and set data.mix.image=0."
+            )
+        check_sprites(theatre.sprites)
+        train, tune = (
+            {"video": pool_of(drawn_index(theatre, split), data, "video", self._tokens, "data.synthetic")}
+            for split in ("train", "tune")
+        )
+        return train, tune
+
+    def _stored(self, reader: Reader) -> tuple[dict[str, Pool], dict[str, Pool]]:
+        shards, held_out = self._shards()
+        for kind in self.kinds:
+            if not getattr(shards, kind):
+                raise RecipeError(
+                    f"data.mix.{kind} is {getattr(self.recipe.data.mix, kind)}, but data.shards.{kind} names no "
+                    f"shards; name some, or set data.mix.{kind} to 0."
+                )
+        return self._open(shards, "data.shards", reader), self._open(held_out, "data.validation", reader)
 
     def _shards(self) -> tuple[Shards, Shards]:
         data = self.recipe.data

@@ -17,6 +17,7 @@ from lingen.data.buckets import Pool, Shape
 from lingen.data.cache import Cache
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
+from lingen.data.drawn import DrawnIndex
 from lingen.data.latents import LatentRequirements, StoredTokens, pad_tokens, read_encoded
 from lingen.data.ledger import DataError
 from lingen.data.order import RankBatch, StreamKey
@@ -185,10 +186,14 @@ class Clips(Dataset[Batch]):
         start = order.uniform("start", stream, epoch, where)
 
         def read() -> Sample:
+            index = self.pools[kind].index
+            if isinstance(index, DrawnIndex):
+                drawn = index.draw(number, choice.shape, self.data.fps)
+                return Sample(drawn.pixels, 1, drawn.captions)
             piece = self.ahead[kind].get(number)
             retries.extend([where] * piece.retries)
-            members = parse_sample(piece.data, self.pools[kind].index.key(number))
-            if self.pools[kind].index.encoded:
+            members = parse_sample(piece.data, index.key(number))
+            if index.encoded:
                 latents, captions, text = read_encoded(members, choice.shape, self.encoded)
                 return Sample(latents, 1, captions, text)
             captions = captions_of(members)

