@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -183,29 +183,37 @@ def sample(args: argparse.Namespace) -> int:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
     seconds, size = _parsed("--seconds", args.seconds, cli.positive), _parsed("--size", args.size, cli.size_of)
     repeat, out = _parsed("--repeat", args.repeat, cli.natural) or 1, args.out or "clip.mp4"
+    from lingen.ranks.collectives import on_first_rank, together
+    from lingen.ranks.local_ranks import share
     from lingen.sampling.files import clip_paths, sample_to_files
+    from lingen.weights import find_weights
 
-    clip_paths(out, len(prompts) * repeat)
-    rewritten = _rewritten(args, prompts)
-    if report_faults(rewritten):
+    paths = clip_paths(out, len(prompts) * repeat)
+    find_weights(args.run or args.checkpoint)
+    own = share(len(paths))
+    rewritten = on_first_rank(partial(_rewritten, args, prompts))
+    if on_first_rank(lambda: report_faults(rewritten)):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return cli.FAILED
-    with cli.count_bar("sampling") as progress:
+    with cli.count_bar("sampling") if own.rank == 0 else nullcontext() as progress:
         files = sample_to_files(
             args.run or args.checkpoint, prompts, out, seed=args.seed, steps=args.steps,
             guidance=args.guidance, seconds=seconds, size=size, repeat=repeat, progress=progress,
-            rewritten=[str(one.text) for one in rewritten],
+            rewritten=[str(one.text) for one in rewritten], own=own,
         )  # fmt: skip
-        try:
-            for file in files:
-                print(file)
-        except SettingError as error:
-            raise RecipeError(
-                *(f"--{error.setting}: {text.partition(' (at ')[0]}" for text in error.problems)
-            ) from error
-        except ValueError as error:
-            raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+        together(partial(_make, files))
     return cli.DONE
+
+
+def _make(files: Iterable[Path]) -> None:
+    """Names each file as soon as it is made."""
+    try:
+        for file in files:
+            print(file, flush=True)
+    except SettingError as error:
+        raise RecipeError(*(f"--{error.setting}: {text.partition(' (at ')[0]}" for text in error.problems)) from error
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
 
 
 def _sample_again(args: argparse.Namespace) -> int:

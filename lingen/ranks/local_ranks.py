@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 
+import torch
 import torch.distributed as dist
 
 from lingen.ranks import environment, signals
 from lingen.ranks.collectives import is_connected
 from lingen.ranks.environment import PARENT, Rank
-from lingen.ranks.launch import MEETING, agree, connect, disconnect
+from lingen.ranks.launch import MEETING, agree, connect, disconnect, join
 from lingen.recipe.errors import RecipeError
 
 log = logging.getLogger("lingen")
@@ -55,6 +56,23 @@ def start_ranks(ranks: int) -> bool:
     _others[0].joined = True
     agree(own)
     return True
+
+
+def share(parts: int) -> Rank:
+    """Connects to the ranks that share so many independent parts of work, and is one of them: those that a launcher has
+    started, else one for each GPU of this machine, no more than parts. Its GPU is this process's own from then on.
+
+    Raises:
+        RecipeError: as `launch.join` and `start_ranks`.
+    """
+    join()
+    gpus = torch.cuda.device_count()
+    if environment.here().ranks == 1:
+        start_ranks(max(1, min(gpus, parts)))
+    own = environment.here()
+    if gpus:
+        torch.cuda.set_device(own.local_rank % gpus)
+    return own
 
 
 class LocalRanks:

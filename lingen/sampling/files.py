@@ -14,6 +14,7 @@ from lingen.files import check_target
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device
 from lingen.media import contact_sheet, save_video, sheet_frames
+from lingen.ranks.environment import Rank
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import SampleConfig
@@ -38,6 +39,7 @@ def sample_to_files(
     repeat: int = 1,
     progress: Progress | None = None,
     rewritten: Sequence[str] = (),
+    own: Rank | None = None,
 ) -> Iterator[Path]:
     """Samples `repeat` clips of each prompt into ``out`` (``out-00.mp4``, ``out-01.mp4``, ... for several); yields the
     MP4s one by one.
@@ -47,6 +49,7 @@ def sample_to_files(
 
     Args:
         rewritten: what is shown to the text encoders instead of each prompt; it is noted as `rewritten`.
+        own: this process among ranks that share the clips; only its own are made and yielded.
     Raises:
         RecipeError: no weights at `source` or of a frozen part, no prompt, or `out` is no .mp4 that can be written.
         ValueError: a size or length that the model cannot make.
@@ -56,6 +59,8 @@ def sample_to_files(
         raise RecipeError("There is no prompt. Give --prompt, or --prompts with a file of one prompt a line.")
     paths = clip_paths(out, len(takes))
     weights = find_weights(source)
+    if own is not None:
+        takes, paths = takes[own.rank :: own.ranks], paths[own.rank :: own.ranks]
     module = load_denoiser(weights)
     settings = clips.settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clips.clip_size(module, seconds, size)
