@@ -17,13 +17,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from lingen.data import order
-from lingen.data.acting import check_sprites
+from lingen.data.acting import DrawnIndex, check_sprites
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
-from lingen.data.drawn import drawn_index
 from lingen.data.fingerprint import check_encoded
 from lingen.data.follow import follow_parent
+from lingen.data.index import Index
 from lingen.data.indexing import open_index
 from lingen.data.latents import LatentRequirements
 from lingen.data.ledger import DataError
@@ -66,10 +66,10 @@ class ClipData(lightning.LightningDataModule):
         return [kind for kind in KINDS if getattr(self.recipe.data.mix, kind) > 0]
 
     def check(self) -> None:
-        """RecipeError where a pattern of the recipe's shards matches no file, or what is drawn lacks its sprites; no
-        shard is read."""
-        if (theatre := self._theatre) is not None:
-            check_sprites(theatre.sprites)
+        """RecipeError where a pattern of the recipe's shards matches no file, or the theatre has no actors; no shard is
+        read."""
+        if self._theatre is not None:
+            check_sprites(self._theatre.sprites)
         for setting in ("shards", "validation"):
             for kind in self.kinds:
                 self._expand(getattr(self.recipe.data, setting), kind, f"data.{setting}")
@@ -96,10 +96,17 @@ class ClipData(lightning.LightningDataModule):
     @cached_property
     def _opened(self) -> tuple[Clips, Clips]:
         data, stream = self.recipe.data, (self.recipe.seed, self.recipe.stage or "main")
+        shards, held_out = self._shards()
         if not self.kinds:
             raise RecipeError("data.mix is 0 for both kinds; set data.mix.image or data.mix.video above 0.")
+        for kind in self.kinds:
+            if not getattr(shards, kind):
+                raise RecipeError(
+                    f"data.mix.{kind} is {getattr(data.mix, kind)}, but data.shards.{kind} names no shards; "
+                    f"name some, or set data.mix.{kind} to 0."
+                )
         reader = Reader(data.remote)
-        train, validation = self._stored(reader) if self._theatre is None else self._drawn(self._theatre)
+        train, validation = self._open(shards, "data.shards", reader), self._open(held_out, "data.validation", reader)
         return (
             Clips(data, train, stream, reader, self._wanted),
             Clips(data, validation, ("validation",), reader, self._wanted, shuffle=False),
@@ -107,40 +114,21 @@ class ClipData(lightning.LightningDataModule):
 
     @cached_property
     def _theatre(self) -> Theatre | None:
-        """What draws the clips, where no shards are named."""
+        """What draws clips of `data.frames` and `data.size`, where no shards are named."""
         data = self.recipe.data
-        drawn = None if data.synthetic is None or data.shards.image or data.shards.video else data.synthetic
-        found = drawn and SYNTHETIC.build(drawn)
-        return found if isinstance(found, Theatre) else None
-
-    def _drawn(self, theatre: Theatre) -> tuple[dict[str, Pool], dict[str, Pool]]:
-        data = self.recipe.data
-        if data.lengths or data.sizes or "image" in self.kinds:
+        made = data.synthetic and not (data.shards.image or data.shards.video) and SYNTHETIC.build(data.synthetic)
+        if isinstance(made, Theatre) and (data.lengths or data.sizes):
             raise RecipeError(
-                "The theatre draws clips of data.frames and data.size, and no images: leave out data.lengths and "
-                "data.sizes, and set data.mix.image=0."
+                "The theatre draws clips of data.frames and data.size: data.lengths and data.sizes stay []."
             )
-        check_sprites(theatre.sprites)
-        train, tune = (
-            {"video": pool_of(drawn_index(theatre, split), data, "video", self._tokens, "data.synthetic")}
-            for split in ("train", "tune")
-        )
-        return train, tune
-
-    def _stored(self, reader: Reader) -> tuple[dict[str, Pool], dict[str, Pool]]:
-        shards, held_out = self._shards()
-        for kind in self.kinds:
-            if not getattr(shards, kind):
-                raise RecipeError(
-                    f"data.mix.{kind} is {getattr(self.recipe.data.mix, kind)}, but data.shards.{kind} names no "
-                    f"shards; name some, or set data.mix.{kind} to 0."
-                )
-        return self._open(shards, "data.shards", reader), self._open(held_out, "data.validation", reader)
+        return made if isinstance(made, Theatre) else None
 
     def _shards(self) -> tuple[Shards, Shards]:
         data = self.recipe.data
         if data.synthetic is None or data.shards.image or data.shards.video:
             return data.shards, data.validation
+        if self._theatre is not None:
+            return Shards(video="theatre"), Shards(video="theatre")
         from lingen.data.synthetic import ensure
 
         return ensure(self.recipe)
@@ -150,13 +138,17 @@ class ClipData(lightning.LightningDataModule):
 
     def _open(self, shards: Shards, setting: str, reader: Reader) -> dict[str, Pool]:
         return {
-            kind: self._pool(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
+            kind: self._pool(self._index(shards, kind, setting, reader), kind, f"{setting}.{kind}")
             for kind in self.kinds
             if getattr(shards, kind)
         }
 
-    def _pool(self, locations: list[str], kind: str, setting: str, reader: Reader) -> Pool:
-        index = open_index(locations, kind, setting, reader)
+    def _index(self, shards: Shards, kind: str, setting: str, reader: Reader) -> Index:
+        if self._theatre is not None:
+            return DrawnIndex.of(self._theatre, "train" if setting == "data.shards" else "tune")
+        return open_index(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
+
+    def _pool(self, index: Index, kind: str, setting: str) -> Pool:
         if not len(index):
             faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in index.faults[:3]) or "they are empty"
             raise DataError(f"{setting}: there is no whole sample in {len(index.shards)} shards ({faults}).")

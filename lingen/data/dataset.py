@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from lingen.data import order
+from lingen.data.acting import DrawnIndex
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape
 from lingen.data.cache import Cache
 from lingen.data.captions import captions_of
 from lingen.data.decode import decode_sample
-from lingen.data.drawn import DrawnIndex
 from lingen.data.latents import LatentRequirements, StoredTokens, pad_tokens, read_encoded
 from lingen.data.ledger import DataError
 from lingen.data.order import RankBatch, StreamKey
@@ -188,8 +188,8 @@ class Clips(Dataset[Batch]):
         def read() -> Sample:
             index = self.pools[kind].index
             if isinstance(index, DrawnIndex):
-                drawn = index.draw(number, choice.shape, self.data.fps)
-                return Sample(drawn.pixels, 1, drawn.captions)
+                pixels, captions = index.draw(number, choice.shape, self.data.fps)
+                return Sample(pixels, 1, captions)
             piece = self.ahead[kind].get(number)
             retries.extend([where] * piece.retries)
             members = parse_sample(piece.data, index.key(number))

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lingen.data.acting import DrawnIndex
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Progress, no_progress
 from lingen.data.buckets import Shape
 from lingen.data.captions import captions_of
 from lingen.data.datamodule import ClipData, as_it_is
 from lingen.data.decode import decode_sample
-from lingen.data.drawn import DrawnIndex
 from lingen.data.fingerprint import differences, frozen_settings, hash_settings
 from lingen.data.follow import follow_parent
 from lingen.data.index import Index
