@@ -307,7 +307,7 @@ MISTAKES = {
     ),
     "score without synthetic clips": (
         TINY.replace("synthetic: shapes", "shards: {video: v.tar, image: i.tar}") + "score: {clips: 3}\n",
-        "r.yaml:7: Only clips of data.synthetic can be scored; set it, or score.clips=0. (at score.clips)",
+        "r.yaml:7: Only clips of data.synthetic=shapes can be scored; set it, or score.clips=0. (at score.clips)",
     ),
     "interpolation loop": (
         TINY + "train: {steps: '${sample.steps}'}\nsample: {steps: '${train.steps}'}\n",

@@ -17,8 +17,9 @@ WEIGHTS = ("vgg16", "i3d", "efficientnet")
 @cli.command(
     "real clips with captions, as shards; weights of a perceptual distance, or of networks that judge",
     cli.argument(
-        "set", choices=["emoji", "footage", *WEIGHTS],
-        help="emoji: animated 3-D emoji and their names; footage: a few filmed clips; vgg16: weights for training an "
+        "set", choices=["emoji", "footage", "theatre", *WEIGHTS],
+        help="emoji: animated 3-D emoji and their names; footage: a few filmed clips; theatre: actors of "
+        "data.synthetic=theatre; vgg16: weights for training an "
         "autoencoder (59 MB); i3d, efficientnet: networks of lingen eval (51 and 19 MB)",
     ),
     cli.argument("--out", metavar="DIR", help="default: data/SET; of weights: weights"),
@@ -29,8 +30,8 @@ WEIGHTS = ("vgg16", "i3d", "efficientnet")
 def data_fetch(args: argparse.Namespace) -> int:
     if args.parts is not None and args.set != "emoji":
         raise RecipeError(f"--parts goes with emoji: {args.set} does not come in parts. Leave it out.")
-    if args.limit is not None and args.set in WEIGHTS:
-        raise RecipeError("--limit goes with emoji and footage: weights are fetched whole. Leave it out.")
+    if args.limit is not None and args.set not in ("emoji", "footage"):
+        raise RecipeError(f"--limit goes with emoji and footage: {args.set} is fetched whole. Leave it out.")
     from lingen.files import check_place
     from lingen.prepare.packages import FetchError
 

@@ -17,19 +17,23 @@ import torch
 from torch.utils.data import DataLoader
 
 from lingen.data import order
+from lingen.data.acting import DrawnIndex, check_sprites
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
 from lingen.data.fingerprint import check_encoded
 from lingen.data.follow import follow_parent
+from lingen.data.index import Index
 from lingen.data.indexing import open_index
 from lingen.data.latents import LatentRequirements
 from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import Anchor, BatchOrder, RankBatch
 from lingen.data.sources import Reader
+from lingen.data.theatre import Theatre
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.reading import SYNTHETIC
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.sizes import patch_of, round_of
@@ -60,7 +64,10 @@ class ClipData(lightning.LightningDataModule):
         return [kind for kind in KINDS if getattr(self.recipe.data.mix, kind) > 0]
 
     def check(self) -> None:
-        """RecipeError where a pattern of the recipe's shards matches no file; no shard is read."""
+        """RecipeError where a pattern of the recipe's shards matches no file, or the theatre has no actors; no shard is
+        read."""
+        if self._theatre is not None:
+            check_sprites(self._theatre.sprites)
         for setting in ("shards", "validation"):
             for kind in self.kinds:
                 self._expand(getattr(self.recipe.data, setting), kind, f"data.{setting}")
@@ -103,10 +110,23 @@ class ClipData(lightning.LightningDataModule):
             Clips(data, validation, ("validation",), reader, self._wanted, shuffle=False),
         )
 
+    @cached_property
+    def _theatre(self) -> Theatre | None:
+        """What draws clips of `data.frames` and `data.size`, where no shards are named."""
+        data = self.recipe.data
+        made = data.synthetic and not (data.shards.image or data.shards.video) and SYNTHETIC.build(data.synthetic)
+        if isinstance(made, Theatre) and (data.lengths or data.sizes):
+            raise RecipeError(
+                "The theatre draws clips of data.frames and data.size: data.lengths and data.sizes stay []."
+            )
+        return made if isinstance(made, Theatre) else None
+
     def _shards(self) -> tuple[Shards, Shards]:
         data = self.recipe.data
         if data.synthetic is None or data.shards.image or data.shards.video:
             return data.shards, data.validation
+        if self._theatre is not None:
+            return Shards(video="theatre"), Shards(video="theatre")
         from lingen.data.synthetic import ensure
 
         return ensure(self.recipe)
@@ -116,13 +136,17 @@ class ClipData(lightning.LightningDataModule):
 
     def _open(self, shards: Shards, setting: str, reader: Reader) -> dict[str, Pool]:
         return {
-            kind: self._pool(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
+            kind: self._pool(self._index(shards, kind, setting, reader), kind, f"{setting}.{kind}")
             for kind in self.kinds
             if getattr(shards, kind)
         }
 
-    def _pool(self, locations: list[str], kind: str, setting: str, reader: Reader) -> Pool:
-        index = open_index(locations, kind, setting, reader)
+    def _index(self, shards: Shards, kind: str, setting: str, reader: Reader) -> Index:
+        if self._theatre is not None:
+            return DrawnIndex.of(self._theatre, "train" if setting == "data.shards" else "tune")
+        return open_index(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
+
+    def _pool(self, index: Index, kind: str, setting: str) -> Pool:
         if not len(index):
             faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in index.faults[:3]) or "they are empty"
             raise DataError(f"{setting}: there is no whole sample in {len(index.shards)} shards ({faults}).")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from lingen.data import order
+from lingen.data.acting import DrawnIndex
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape
@@ -173,10 +174,14 @@ class Clips(Dataset[Batch]):
         start = order.uniform("start", stream, epoch, where)
 
         def read() -> Sample:
+            index = self.pools[kind].index
+            if isinstance(index, DrawnIndex):
+                pixels, captions = index.draw(number, choice.shape, self.data.fps)
+                return Sample(pixels, 1, captions)
             piece = self.ahead[kind].get(number)
             retries.extend([where] * piece.retries)
-            members = parse_sample(piece.data, self.pools[kind].index.key(number))
-            if self.pools[kind].index.encoded:
+            members = parse_sample(piece.data, index.key(number))
+            if index.encoded:
                 latents, captions, text = read_encoded(members, choice.shape, self.encoded)
                 return Sample(latents, 1, captions, text)
             captions = captions_of(members)

@@ -10,11 +10,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from lingen.data.theatre import SPLITS, Split
 from lingen.files import cache_folder, whole_folder
 from lingen.media import encode_mp4, encode_png, read_video
 from lingen.recipe.bounds import IDENTITY, AtLeast
@@ -31,8 +32,6 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "turns")
 
-Split = Literal["train", "tune", "report"]
-SPLITS: tuple[Split, ...] = ("train", "tune", "report")
 DRAWING_FORMAT = 5
 """Raised whenever the drawing changes, so that an old cache is not taken for a new one."""
 

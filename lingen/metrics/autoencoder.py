@@ -85,7 +85,7 @@ def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_
 def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
     """Single clips of ``data.frames`` and ``data.size``, and so many held-out ones."""
     synthetic = recipe.data.synthetic
-    if synthetic:  # as many as are evaluated, which are the first of the held-out ones
+    if synthetic and "images" in synthetic:  # as many as are evaluated, which are the first of the held-out ones
         synthetic = {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
     data = replace(recipe.data, lengths=[], sizes=[], batch=PerKind(), workers=0, synthetic=synthetic)
     return replace(recipe, data=data, train=replace(recipe.train, validation_samples=clips))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lingen.data.acting import DrawnIndex
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Progress, no_progress
 from lingen.data.buckets import Shape
@@ -114,6 +115,8 @@ class _Clips(Dataset[LoadedClip]):
 
     def __getitem__(self, at: int) -> LoadedClip:
         task = self.tasks[at]
+        if isinstance(task.samples, DrawnIndex):
+            return LoadedClip(*task.samples.draw(task.number, task.shape, task.fps))
         try:
             piece = self.readers[self.of[at]].get(task.number)
             members = parse_sample(piece.data, task.samples.key(task.number))

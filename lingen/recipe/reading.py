@@ -21,7 +21,8 @@ from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
 from lingen.recipe.signature import Path, as_plain, check_settings
 from lingen.recipe.text import NoText, decode_text
 
-SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {"shapes": "lingen.data.synthetic:Shapes"})
+DRAWN = {"shapes": "lingen.data.synthetic:Shapes", "theatre": "lingen.data.theatre:Theatre"}
+SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", DRAWN)
 """Data sets that lingen draws itself, by name; their settings are the fields of a dataclass."""
 
 COMPONENTS: dict[Path, Registry] = {
@@ -317,8 +318,9 @@ def _problems_of_data(draft: Layered) -> Iterator[Problem]:
             cure = f"set data.shards.{kind}, or data.mix.{kind}=0"
             text = f"The mix asks for {kind} batches, and there are no {kind} shards; {cure}."
             yield draft.problem(("data", "mix", kind), text)
-    if data.synthetic is None and getattr(filled["score"], "clips", None):
-        yield draft.problem(("score", "clips"), "Only clips of data.synthetic can be scored; set it, or score.clips=0.")
+    if getattr(filled["score"], "clips", None) and (data.synthetic or {}).get("name") in (None, "theatre"):
+        text = "Only clips of data.synthetic=shapes can be scored; set it, or score.clips=0."
+        yield draft.problem(("score", "clips"), text)
     held_out = data.synthetic or any(getattr(data.validation, kind) for kind in shards if getattr(data.mix, kind) > 0)
     if getattr(filled["train"], "evaluate_every", 0) and (filled["trains"] == "autoencoder" or not held_out):
         text = "Only clips of a denoiser's held-out captions can be evaluated"
