@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lingen.recipe.errors import RecipeError
     from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS
     from lingen.run import fit
-    from lingen.sampling.clips import generate
+    from lingen.sampling.clips import generate, sample_demo
     from lingen.sampling.loading import load_model
     from lingen.training.denoiser import LinGenModule
 
@@ -33,13 +33,14 @@ __all__ = [
     "generate",
     "load_model",
     "load_recipe",
+    "sample_demo",
     "save_video",
     "stages_of",
 ]
 
 _HOMES = {
     "lingen.data.datamodule": ("ClipData",),
-    "lingen.sampling.clips": ("generate",),
+    "lingen.sampling.clips": ("generate", "sample_demo"),
     "lingen.sampling.loading": ("load_model",),
     "lingen.model": ("LinGen",),
     "lingen.run": ("fit",),
