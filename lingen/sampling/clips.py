@@ -138,6 +138,12 @@ def sample_demo(
         weights: a folder of denoiser.safetensors and autoencoder.safetensors, a run folder or a weights file; default:
             those that come with lingen.
     """
+    module = load_demo(weights)
+    return next(generate(module, prompt, seconds=seconds, seed=seed, steps=steps, progress=progress))
+
+
+def load_demo(weights: str | Path | None = None) -> LinGenModule:
+    """The module of `sample_demo`."""
     folder = Path(weights or Path(__file__).with_name("theatre"))
     if weights is None and not folder.is_dir():
         raise RecipeError(
@@ -145,10 +151,10 @@ def sample_demo(
             "and name the run with --checkpoint (in Python: weights)."
         )
     denoiser, autoencoder = folder / "denoiser.safetensors", folder / "autoencoder.safetensors"
-    module: Any = load_denoiser(denoiser if denoiser.is_file() else folder)
+    module: Any = load_denoiser(denoiser if denoiser.is_file() else folder, best_device())
     if autoencoder.is_file():
         module.autoencoder.path = str(autoencoder)
-    return next(generate(module, prompt, seconds=seconds, seed=seed, steps=steps, progress=progress))
+    return module
 
 
 def settings_with(
