@@ -42,8 +42,7 @@ def save_video(
         path: file to write, replaced in one step when it is complete; after an error it is what it was.
         fps: frames per second.
         title: stored as the MP4's title (the prompt, say).
-        about: stored as JSON in the MP4's comment.
-    """
+        about: stored as JSON in the MP4's comment."""
     path, fast = Path(path), {"movflags": "+faststart"}
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=fast) as file:
         file.metadata["title"] = title
@@ -77,8 +76,7 @@ def encode_mp4(
     Args:
         clip: uint8 frames [h w 3], taken one by one; an odd height or width is padded as `save_video` does.
         key_seconds: the most time between key frames, in seconds; None: x264's default, 250 frames.
-        exact: the same bytes for the same frames, always. The file may become a fifth larger.
-    """
+        exact: the same bytes for the same frames, always. The file may become a fifth larger."""
     buffer = io.BytesIO()
     options = {"crf": str(crf), "preset": "veryfast", "threads": "1"} | (EXACT if exact else {})
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as file:

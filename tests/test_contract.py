@@ -213,7 +213,9 @@ def needs_more(where, project):
         ),
         ("profiler: fast", "There is no profiler called 'fast'. Known: advanced, pytorch, simple, xla"),
         ("precision: 17-mixed", "trainer.precision"),
-        ("callbacks: [x:Y]", "'callbacks' is not set here but by lingen's own"),
+        ("callbacks: [x:Y]", "Cannot load 'x:Y'"),
+        ("callbacks: 5", "Callbacks are a list of components"),
+        ("plugins: [x]", "'plugins' is not set here but by lingen's own"),
     ],
 )
 def test_what_the_trainer_does_not_have_is_named_by_its_line(here: Path, capsys, setting: str, told: str):

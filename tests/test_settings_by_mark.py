@@ -71,7 +71,10 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "data.synthetic.name": "'lingen.data.synthetic:Shapes'", "data.synthetic.clips": "7",
     "data.synthetic.images": "7", "data.synthetic.held_out": "3", "data.synthetic.seed": "1", "data.frames": "4",
     "data.lengths": "[4]", "data.size": "[16, 24]", "data.sizes": "[[16, 24]]", "data.fps": "4",
-    "data.fps_prefix": "true", "data.block": "2", "train.keep_optimizer": "true", "reconstruction.l1": "0.5",
+    "data.fps_prefix": "true", "data.block": "2", "train.keep_optimizer": "true",
+    "train.optimizer.name": "train.optimizer=muon", "train.loss.name": "train.loss=huber",
+    "train.loss.by_time": "[1, 2]",
+    "reconstruction.l1": "0.5",
     "reconstruction.perceptual": "0.2", "reconstruction.features.name": "reconstruction.features=none",
     "reconstruction.features.path": "FOLDER/two", "reconstruction.perceptual_frames": "2",
     "reconstruction.kl": "1e-5", "reconstruction.outlier": "2", "reconstruction.outlier_radius": "2",
@@ -88,7 +91,8 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "data.mix.image": "0", "data.mix.video": "3", "data.mix_by": "samples", "data.batch.image": "1",
     "data.batch.video": "2",
     "time.distribution": "uniform", "time.mean": "1", "time.std": "2", "time.shift": "1", "train.lr": "1e-5",
-    "train.warmup": "5", "train.decay": "constant", "train.weight_decay": "0.5", "train.betas": "[0.5, 0.6]",
+    "train.warmup": "5", "train.decay.name": "train.decay=wsd",
+    "train.optimizer.eps": "1e-2", "train.weight_decay": "0.5", "train.betas": "[0.5, 0.6]",
     "train.clip_grad": "1e-3", "train.accumulate": "2", "train.ema": "0.01", "train.text_drop": "1",
     "reconstruction.discriminator_lr": "1e-2", "trainer.precision": "bf16-mixed",
     # free
@@ -131,6 +135,7 @@ REASONS = {
     "trainer.devices": "several processes: tests/test_resume.py kills a run of two ranks, which goes on with one",
     "trainer.num_nodes": "several machines; counted as devices are, see tests/test_record.py",
     "trainer.max_time": "a clock",
+    "trainer.callbacks": "lingen brings none: tests/test_extend.py has some",
     "data.synthetic": "the autoencoder's recipe has its data set here as settings of their own",
 }
 """Settings that are not changed here, and why."""

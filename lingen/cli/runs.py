@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,9 +38,7 @@ T = TypeVar("T")
     cli.RECIPE,
     cli.argument("--stage", metavar="S", help="train only this stage"),
     cli.argument("--run", metavar="DIR", help="run folder; default: runs/RECIPE-FINGERPRINT"),
-    cli.argument(
-        "--preflight", action="store_true", help="first look whether every node is fit, as lingen doctor does"
-    ),
+    cli.argument("--preflight", action="store_true", help="first look whether every node is fit, as doctor does"),
     overrides=True,
 )
 def fit(args: argparse.Namespace) -> int:
@@ -122,19 +121,17 @@ def leave_unfit(error: UnfitError) -> int:
 
 
 def _print_outcome(outcome: Any, subject: Subject) -> None:
+    from lingen.studies.report import write_report
+
     folder = outcome.folder
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
-        cli.print_table(
-            [
-                _score_row(what, name, score[what][name])
-                for what in ("sampled", "real")
-                for name in ("colour", "shape", "motion")
-            ]
-        )
+        rows = product(("sampled", "real"), ("colour", "shape", "motion"))
+        cli.print_table([_score_row(what, name, score[what][name]) for what, name in rows])
         print("", *map(_about_score, ("sampled", "real"), (score["sampled"], score["real"])), sep="\n")
     for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
         print(sheet)
+    print(write_report(folder.path))
     if subject is SUBJECTS["autoencoder"]:
         print(f"lingen eval tae --run {folder.path}")
     else:

@@ -44,12 +44,10 @@ class ClipData(lightning.LightningDataModule):
 
     Which samples a batch holds follows from the seed, the stage, the optimiser step and the rank alone: not from the
     number of workers, and not from what was handed out before. A resumed run goes on after the last step trained; with
-    another number of ranks, batches of another size or another mix, it goes on in the same epochs, and loses and
-    repeats nothing.
+    other ranks, batches or another mix it goes on in the same epochs, and loses and repeats nothing.
 
     Args:
-        recipe: a loaded stage.
-    """
+        recipe: a loaded stage."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -178,9 +176,7 @@ class ClipData(lightning.LightningDataModule):
     def needs_no_encoders(self) -> bool:
         """Whether all training and validation samples are encoded, with the tokens of the null text."""
         indexes = [pool.index for clips in (self.train, self.validation) for pool in clips.pools.values()]
-        return all(
-            index.encoded and all(about.settings.get("null_text") for about in index.abouts) for index in indexes
-        )
+        return all(one.encoded and all(about.settings.get("null_text") for about in one.abouts) for one in indexes)
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -237,14 +233,11 @@ class ClipData(lightning.LightningDataModule):
 
     def largest(self, rank: int = 0) -> Batch:
         """A training batch of the bucket whose batches have the most tokens, out of turn."""
-        buckets = ((kind, number) for kind, pool in self.train.pools.items() for number in range(len(pool.shapes)))
-
-        def size(kind: str, bucket: int) -> int:
-            pool = self.train.pools[kind]
-            return pool.batches[bucket] * self._tokens(pool.shapes[bucket])
-
-        kind, bucket = max(buckets, key=lambda one: size(*one))
-        count = self.train.pools[kind].batches[bucket]
+        pools = self.train.pools
+        buckets = [(kind, number) for kind, pool in pools.items() for number in range(len(pool.shapes))]
+        sizes = [pools[kind].batches[number] * self._tokens(pools[kind].shapes[number]) for kind, number in buckets]
+        kind, bucket = buckets[sizes.index(max(sizes))]
+        count = pools[kind].batches[bucket]
         own = range(rank * count, (rank + 1) * count)
         return self.train[RankBatch(kind, 0, bucket, own, own)]
 
@@ -260,13 +253,9 @@ class ClipData(lightning.LightningDataModule):
         """The order of the stage's batches for this number of ranks, from where a loaded checkpoint leaves it."""
         lanes = {kind: pool.lanes for kind, pool in self.train.pools.items()}
         ordered = partial(
-            BatchOrder,
-            lanes,
-            round_of(self.recipe.data),
-            self.train.stream,
-            accumulate=self.recipe.train.accumulate,
-            world=world,
-        )
+            BatchOrder, lanes, round_of(self.recipe.data), self.train.stream,
+            accumulate=self.recipe.train.accumulate, world=world,
+        )  # fmt: skip
         if self._resumed is None:
             return ordered()
         here = Anchor(*self._resumed["here"])
@@ -285,8 +274,7 @@ class ClipData(lightning.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """A few integers that follow from the steps trained, not from the batches handed out, which are ahead of
-        training."""
+        """A few integers that follow from the steps trained, not from the batches handed out, which are ahead."""
         current, step = self.order(self._ranks()[1]), self._step()
         return {
             "samples": (self._resumed or {}).get("samples", {}) | self._samples(),
@@ -335,15 +323,10 @@ def _loader(clips: Clips, places: Places, workers: int) -> DataLoader[Batch]:
     # A forked worker starts at once and never touches the GPU; what else is safe imports torch anew in each worker.
     fork = workers > 0 and sys.platform == "linux"
     return DataLoader(
-        clips,
-        batch_size=None,
-        sampler=places,
-        collate_fn=as_it_is,
-        num_workers=workers,
+        clips, batch_size=None, sampler=places, collate_fn=as_it_is, num_workers=workers,
         worker_init_fn=partial(_start_worker, _closing()) if workers else None,
-        multiprocessing_context="fork" if fork else None,
-        pin_memory=torch.cuda.is_available(),
-    )
+        multiprocessing_context="fork" if fork else None, pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
 
 
 def as_it_is(batch: Any) -> Any:
@@ -361,8 +344,7 @@ def _closing() -> Any:
 
 def _start_worker(closing: Any, worker: int) -> None:
     """Signals are for the training process, which ends its workers itself. A scheduler that stops a job signals all its
-    processes. A worker that ended at once would break the step that is still to be saved, so it ends only with the
-    training process."""
+    processes, and a worker that ended at once would break the step that is still to be saved."""
     for number in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), signal.SIG_IGN)

@@ -1,7 +1,6 @@
 """Whether the parts of a recipe keep their contracts, tried at tiny shapes before anything trains.
 
-lingen's own parts are tested and left out; so are those that read weights when they are used.
-"""
+lingen's own parts are tested and left out; so are those that read weights when they are used."""
 
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ def faults_of_scans(module: nn.Module, grids: list[Triple]) -> Iterator[str]:
                 break
             except Exception as error:  # a third party's function may raise anything
                 name = getattr(order, "__name__", repr(order))
-                yield f"Scan order '{name}' fails on a {grid} grid: {_told(error)}"
+                yield f"Scan order '{name}' fails on a {grid} grid: {error_told(error)}"
                 break
 
 
@@ -76,13 +75,16 @@ def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
 
     def fault_in(one: Any, again: Callable[[], Any]) -> str | None:
         output, fault = _tried(one, again, run, "forward")
-        fault = fault or _unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
+        fault = fault or unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
         return fault or _untrainable(again, dim)
 
     if not type(mixer).__module__.startswith("lingen."):
         return fault_in(mixer, build)
     branches = {name: child for name, child in mixer.named_children() if not _is_ours(child)}
-    found = ((name, fault_in(child, partial(_child, build, name))) for name, child in branches.items())
+    found = (
+        (name, fault_in(child, partial(lambda own: build().get_submodule(own), name)))
+        for name, child in branches.items()
+    )
     return next((f"its branch '{name}': {fault}" for name, fault in found if fault), None)
 
 
@@ -103,10 +105,6 @@ def _untrainable(build: Callable[[], Any], dim: int) -> str | None:
     if gradient is None:
         return "forward gives a tensor without a gradient, so nothing could be learned; look for detach or no_grad."
     return None if gradient.isfinite().all() else "the gradient of its forward is NaN or infinite."
-
-
-def _child(build: Callable[[], Any], name: str) -> Any:
-    return build().get_submodule(name)
 
 
 def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
@@ -132,7 +130,7 @@ def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
             return one.decode(torch.zeros(*latents))
 
     output, fault = _tried(part, build, encode, "encode")
-    fault = fault or _unlike(output, latents, None, f"encode of {[1, 3, *size]} gives")
+    fault = fault or unlike(output, latents, None, f"encode of {[1, 3, *size]} gives")
     if fault:
         return fault
     output, fault = _tried(part, build, decode, "decode")
@@ -140,7 +138,7 @@ def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
         return fault or f"decode gives {type(output).__name__}, not a tensor."
     frames = range(1, strides[0] + 1)
     if output.ndim == 5 and output.shape[2] in frames:
-        return _unlike(output, (1, 3, output.shape[2], *size[1:]), None, f"decode of {list(latents)} gives")
+        return unlike(output, (1, 3, output.shape[2], *size[1:]), None, f"decode of {list(latents)} gives")
     return f"decode of {list(latents)} gives {list(output.shape)}; expected {[1, 3, 1, *size[1:]]}."
 
 
@@ -165,7 +163,7 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
     tokens, mask = output
     if tokens.ndim != 3 or tokens.shape[0] != len(TEXTS) or tokens.shape[1] < 1 or tokens.shape[2] != dim:
         return f"encode of {len(TEXTS)} texts gives tokens {list(tokens.shape)}; expected [{len(TEXTS)}, n, {dim}]."
-    return _unlike(mask, tuple(tokens.shape[:2]), torch.bool, "encode gives a mask")
+    return unlike(mask, tuple(tokens.shape[:2]), torch.bool, "encode gives a mask")
 
 
 def _tried(
@@ -184,10 +182,10 @@ def _tried(
         except OSError as error:
             raise _Unreadable from error
         except Exception as error:
-            return None, f"{what} fails: {_told(error)}"
+            return None, f"{what} fails: {error_told(error)}"
 
 
-def _unlike(output: Any, shape: tuple[int, ...], dtype: torch.dtype | None, what: str) -> str | None:
+def unlike(output: Any, shape: tuple[int, ...], dtype: torch.dtype | None, what: str) -> str | None:
     if not isinstance(output, Tensor):
         return f"{what} {type(output).__name__}, not a tensor."
     if tuple(output.shape) != shape:
@@ -207,7 +205,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _told(error: Exception) -> str:
+def error_told(error: Exception) -> str:
     """The error, with the line of the part's own code that it comes from."""
     ours = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(ours)]

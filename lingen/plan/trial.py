@@ -12,7 +12,7 @@ from lingen.frozen import on_meta
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import components_of
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS
+from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import LinGenConfig, Recipe, Triple
 from lingen.recipe.signature import settings_of
 from lingen.recipe.sizes import all_grids
@@ -39,6 +39,8 @@ class Trial:
         from lingen.plan.contract import broken_contract
 
         for path, component, registry in components_of(draft.tree):
+            if path[:2] in FOR_TRAINING:
+                continue
             positional = (recipe.model.dim, 0) if registry is MIXERS else ()
             try:
                 part = on_meta(registry, component, *positional)
@@ -46,6 +48,14 @@ class Trial:
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
                 continue
             if fault := broken_contract(registry, component, part, *positional):
+                yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
+
+    def training(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
+        """Tries what only training needs."""
+        from lingen.plan.practice import fault_in_training
+
+        for path, component, registry in components_of(draft.tree):
+            if path[:2] in FOR_TRAINING and (fault := fault_in_training(registry, component, recipe)):
                 yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
 
     def grids(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
@@ -86,15 +96,15 @@ class Trial:
         first: dict[str, Any] | None = None
         for (_, _, before), (_, draft, recipe) in pairwise(stages):
             same_critic = before.subject.has_critic(before) == recipe.subject.has_critic(recipe)
-            if recipe.train.keep_optimizer and not same_critic:
-                text = "The stage before trains other parameters (the critic): its moments do not fit; take false."
+            same = same_critic and before.train.optimizer["name"] == recipe.train.optimizer["name"]
+            if recipe.train.keep_optimizer and not same:
+                what = "with another optimiser" if same_critic else "other parameters (the critic)"
+                text = f"The stage before trains {what}: its moments do not fit; take false."
                 yield draft.problem(("train", "keep_optimizer"), text)
         for name, draft, recipe in stages:
             if recipe.subject is not stages[0][2].subject:
-                text = (
-                    f"Stage '{name}' trains another model than stage '{stages[0][0]}'; give each a recipe of its own."
-                )
-                yield draft.problem(("trains",), text)
+                text = f"Stage '{name}' trains another model than stage '{stages[0][0]}'"
+                yield draft.problem(("trains",), f"{text}; give each a recipe of its own.")
                 continue
             try:
                 model = recipe.subject.build_weights(recipe)

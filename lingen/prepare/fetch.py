@@ -34,20 +34,17 @@ LOOP = 72
 HELD_OUT = 20
 """One caption in so many is held out."""
 
-
 SETS = ("emoji", "footage", "theatre")
 FLUENT = "MIT (Fluent Emoji, Copyright Microsoft Corporation; package Copyright 2023 LobeHub)"
+EMOJI_DIGESTS = (
+    "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
+    "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
+    "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
+    "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
+)
 EMOJI_VIDEO = tuple(
     Package("npm", f"@lobehub/fluent-emoji-anim-{part}", "1.0.0", digest, FLUENT)
-    for part, digest in enumerate(
-        (
-            "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
-            "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
-            "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
-            "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
-        ),
-        start=1,
-    )
+    for part, digest in enumerate(EMOJI_DIGESTS, start=1)
 )
 ACTOR_VIDEO = [EMOJI_VIDEO[0], EMOJI_VIDEO[2]]
 """Those that hold the actors of the theatre."""
@@ -121,8 +118,7 @@ def fetch(
             short real clips; their middle frames as images) or ``theatre`` (out of two of emoji's packages).
         out: a new or empty folder, or one that this function filled.
         parts: emoji only: how many of the four packages of animations (about 170 MB each); 0 for stills alone.
-        limit: at most so many clips, and so many images.
-    """
+        limit: at most so many clips, and so many images."""
     if name not in SETS:
         raise RecipeError(f"There is no data set called '{name}'.{did_you_mean(name, SETS)} Known: {', '.join(SETS)}.")
     if not 0 <= parts <= len(EMOJI_VIDEO):

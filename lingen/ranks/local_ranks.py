@@ -36,8 +36,7 @@ def start_ranks(ranks: int) -> bool:
     whether it did: not for one rank, nor where they are there.
 
     Raises:
-        RecipeError: this process has no command.
-    """
+        RecipeError: this process has no command."""
     if ranks == 1 or (is_connected() and dist.get_world_size() > 1):
         return False
     disconnect()  # a strategy for many ranks connects also one
@@ -63,8 +62,7 @@ def share(parts: int) -> Rank:
     started, else one for each GPU of this machine, no more than parts. Its GPU is this process's own from then on.
 
     Raises:
-        RecipeError: as `launch.join` and `start_ranks`.
-    """
+        RecipeError: as `launch.join` and `start_ranks`."""
     join()
     gpus = torch.cuda.device_count()
     if environment.here().ranks == 1:
@@ -79,8 +77,7 @@ class LocalRanks:
     """The other ranks of this machine: processes that end with this one, and this one with them.
 
     Args:
-        own: this process, rank 0.
-    """
+        own: this process, rank 0."""
 
     def __init__(self, own: Rank):
         self.joined = False
@@ -152,8 +149,7 @@ def give_up(hung: bool = False) -> None:
     """After an error: other ranks may be gone, or wait for this one. Nobody waits for them, at the end either.
 
     Args:
-        hung: a thread of this process waits for them.
-    """
+        hung: a thread of this process waits for them."""
     atexit.unregister(disconnect)
     if hung or is_connected() and "nccl" in str(dist.get_backend_config()):
         atexit.unregister(end_ranks)

@@ -21,8 +21,7 @@ class Words(nn.Module):
     """Hashed lower-case words: an embedding plus a learned position, for captions of few words; with `depth` a small
     transformer encoder tells each word of the others.
 
-    Two words may share a bucket; with 4,096 buckets and 20 words the chance of that is 5%.
-    """
+    Two words may share a bucket; with 4,096 buckets and 20 words the chance of that is 5%."""
 
     trainable = True
 

@@ -21,8 +21,7 @@ class AveragedWeights:
 
     Args:
         parameters: name -> parameter; the average starts as a copy of them.
-        decay: 0..1, the largest decay; or the width of a power function, of which g follows.
-    """
+        decay: 0..1, the largest decay; or the width of a power function, of which g follows."""
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float | PowerAverage):
         self.decay = decay
@@ -33,15 +32,13 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the parameters as they are now."""
-        decay = self._decay_now()
+        if isinstance(self.decay, PowerAverage):
+            decay = (self.updates / (self.updates + 1)) ** (power_of_width(self.decay.width) + 1)
+        else:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         live = [p.detach().float() for p in self._parameters.values()]
         torch._foreach_lerp_(list(self._average.values()), live, 1 - decay)
-
-    def _decay_now(self) -> float:
-        if isinstance(self.decay, PowerAverage):
-            return (self.updates / (self.updates + 1)) ** (power_of_width(self.decay.width) + 1)
-        return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

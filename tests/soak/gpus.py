@@ -71,8 +71,11 @@ LinGenModule.training_step = act
 '''
 
 
-PEAK = """
+PEAK = '''
+from contextlib import nullcontext
 import torch
+from lingen.ranks.environment import here
+from lingen.recipe.subjects import Subject
 from lingen.training.denoiser import LinGenModule
 
 train = LinGenModule.training_step
@@ -83,7 +86,15 @@ def note(self, batch, batch_idx):
     return train(self, batch, batch_idx)
 
 LinGenModule.training_step = note
-"""
+build = Subject.build_module
+
+def build_here(self, recipe):
+    """Four billion random numbers take minutes on a CPU."""
+    with torch.device("cuda", here().local_rank) if torch.cuda.is_available() else nullcontext():
+        return build(self, recipe)
+
+Subject.build_module = build_here
+'''
 
 
 def write_encoded(folder: Path, stage: str, clips: int) -> None:
