@@ -51,6 +51,14 @@ def save_video(
     return path
 
 
+def save_animation(clip: Frames, path: Path, fps: float) -> Path:
+    """Writes a GIF or an animated WebP, by the name of the file, that begins anew for ever."""
+    first, *others = map(Image.fromarray, clip)
+    with whole_file(path) as partial:
+        first.save(partial, path.suffix[1:], save_all=True, append_images=others, duration=1000 / fps, loop=0)
+    return path
+
+
 def read_video(data: bytes) -> tuple[Frames, float]:
     """All frames of a small video file, and how many there are a second."""
     with av.open(io.BytesIO(data), "r") as file:

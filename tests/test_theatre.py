@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
+import lingen
+from lingen.cli import main
 from lingen.data.acting import SPRITE, SPRITE_FRAMES, DrawnIndex, load_sprites, perform
 from lingen.data.datamodule import ClipData
 from lingen.data.theatre import (
@@ -34,6 +38,7 @@ from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe
 from lingen.text.small import Words
+from tests.yardsticks import theatre as judging
 
 REPORT = "1664458191316f98005909df547500fdc235416c3be7ee72bec4f818a906f823"
 """SHA-256 of the captions of the clips to report on, fixed before anything was trained on the theatre."""
@@ -235,3 +240,61 @@ def test_each_scene_and_light_looks_its_own_way(sprites: str):
             means.append(clip[0].reshape(-1, 3)[::7].mean(0))
     distances = np.linalg.norm(np.array(means)[:, None] - np.array(means), axis=-1) + 99 * np.eye(len(means))
     assert distances.min() > 2
+
+
+def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "clip.webp"
+    words = ["demo", "a", "honeybea", "jumps", "--checkpoint", str(tiny_run), "--seconds", "1", "--steps", "1"]
+    assert main([*words, "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["1 seconds of: a honeybea(?) jumps", "'honeybea' is not known. Did you mean 'honeybee'?"]
+    assert said[2:] == [str(out), str(out.with_suffix(".png"))]
+    with Image.open(out) as picture:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)])
+    clip = lingen.sample_demo("a honeybea jumps", seconds=1, steps=1, weights=tiny_run)
+    assert clip.dtype == np.uint8 and clip.shape == frames.shape
+    assert main(["demo", "a dog jumps", "--out", str(tmp_path / "clip.avi")]) == 2
+    assert main(["demo", "a dog jumps", "--out", str(out)]) == 2
+    assert "no weights of the emoji theatre" in capsys.readouterr().err
+
+
+def test_the_demo_speaks_before_torch_is_imported():
+    code = (
+        "import builtins, os, sys; from lingen.cli import main; own = builtins.print\n"
+        "builtins.print = lambda *a, **k: (own('torch' in sys.modules, *a, flush=True), os._exit(0))\n"
+        "main(['demo', 'a dog jumps', '--checkpoint', 'nowhere'])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "False 4 seconds of: a dog jumps"
+
+
+def test_words_that_know_their_neighbours_tell_an_empty_text_from_none():
+    torch.manual_seed(0)
+    words = Words(dim=16, depth=1)
+    tokens, mask = words.encode(["a dog follows a cat", "a cat follows a dog", ""])
+    assert torch.isfinite(tokens).all() and mask.sum(1).tolist() == [5, 5, 0]
+    alone, _ = words.encode(["a cat follows a dog"])
+    assert torch.allclose(alone[0], tokens[1], atol=1e-5)
+    changed, _ = words.encode(["a dog follows a bear"])
+    assert not torch.allclose(changed[0, 1], tokens[0, 1], atol=1e-4)  # the dog hears of whom it follows
+    plain, _ = Words(dim=16).encode(["a dog follows a cat", "a dog follows a bear"])
+    assert torch.equal(plain[0, 1], plain[1, 1])
+
+
+def test_judges_see_each_event_and_what_it_shows(sprites: str):
+    events, targets = judging.drawn("tune", 3, sprites, judging.LENGTHS[2])
+    board = storyboard("tune", 1, 3, 60.0)
+    assert events.shape == (len(board.events), 3, judging.FRAMES, judging.SIDE, judging.SIDE)
+    assert [list(ACTORS)[row[0]] for row in targets.tolist()] == [event.who for event in board.events]
+    judge = judging.EventJudge(width=8).eval()
+    found = judging.verdicts(judge, events, "coarse")
+    assert found.shape == targets.shape
+    perfect = judging.summary([board], [targets])["rates"]
+    assert perfect["all"]["share"] == perfect["who"]["share"] == 1.0
+    wrong = targets.clone()
+    wrong[0, 0] = (wrong[0, 0] + 1) % len(ACTORS)
+    worse = judging.summary([board], [wrong])
+    assert worse["rates"]["all"]["share"] == 0.0 and worse["rates"]["action"]["share"] == 1.0
+    assert len(worse["confusions"]["who"]) == 1

@@ -1,13 +1,14 @@
-"""Training and sampling: ``lingen fit``, ``sample`` and ``decode``."""
+"""Training and sampling: ``lingen fit``, ``sample``, ``demo`` and ``decode``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lingen.cli import command as cli
 from lingen.cli.edge import line_of
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
+from lingen.files import check_target
 from lingen.ranks import signals
 from lingen.ranks.environment import OtherRankError, UnfitError, here, who
-from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
 from lingen.recipe.subjects import SUBJECTS, Subject
 
 if TYPE_CHECKING:
@@ -263,6 +265,39 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
             "out --rewrite to use the prompts as they are."
         )
     return rewrite(prompts, how, str(best_device()))
+
+
+@cli.command(
+    "a sentence as a clip of the emoji theatre, within seconds on a laptop, and a contact sheet",
+    cli.argument("prompt", nargs="+", metavar="PROMPT", help="what to show: one sentence, in quotes or without"),
+    cli.argument("--checkpoint", metavar="F", help="a weights file, a run folder, or a folder of both models"),
+    cli.argument("--seconds", type=cli.positive, default=4.0, metavar="S", help="default: 4; trained are 4, 16, 60"),
+    cli.argument("--seed", type=int, default=0, help="another seed gives another clip"),
+    cli.argument("--steps", type=cli.natural, metavar="N", help="solver steps"),
+    cli.argument("--out", default="demo.mp4", metavar="x.mp4", help="or x.gif, x.webp; default: demo.mp4"),
+)
+def demo(args: argparse.Namespace) -> int:
+    from lingen.data.theatre import known_words
+
+    prompt, known = " ".join(args.prompt), known_words()
+    unknown = [word for word in dict.fromkeys(re.findall(r"\w+", prompt)) if word.lower() not in known]
+    marked = re.sub(r"\w+", lambda word: f"{word[0]}(?)" if word[0] in unknown else word[0], prompt)
+    told = [f"'{word}' is not known.{did_you_mean(word, known)}" for word in unknown]
+    print(f"{args.seconds:g} seconds of: {marked}", *told, sep="\n", flush=True)  # importing torch takes its time
+    check_target(args.out, form if (form := Path(args.out).suffix) in (".gif", ".webp") else ".mp4")
+    with cli.count_bar("sampling") as progress:
+        _make(_demo_files(args, prompt, progress))
+    return cli.DONE
+
+
+def _demo_files(args: argparse.Namespace, prompt: str, progress: Callable[[int, int], None]) -> Iterator[Path]:
+    from lingen.media import contact_sheet, save_animation, save_video
+    from lingen.sampling.clips import sample_demo
+
+    how = {name: getattr(args, name) for name in ("seconds", "seed", "steps")}
+    clip, out = sample_demo(prompt, **how, weights=args.checkpoint, progress=progress), Path(args.out)
+    yield save_video(clip, out, 12, title=prompt) if out.suffix == ".mp4" else save_animation(clip, out, 12)
+    yield contact_sheet([clip], out.with_suffix(".png"), [prompt])
 
 
 @cli.command(

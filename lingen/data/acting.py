@@ -33,10 +33,6 @@ PANORAMA, BLEND = 1.4, 0.25
 PerFrame = Float[np.ndarray, " t"]
 
 
-Motion = tuple[PerFrame, PerFrame, PerFrame, PerFrame]
-"""x and y of an actor's middle in heights of the picture; its size, 1 as usual; its angle in degrees, clockwise."""
-
-
 @dataclass(frozen=True)
 class DrawnIndex(Index):
     """The clips of a split, drawn when they are asked for, in the place of an index of shards."""
@@ -145,41 +141,33 @@ def _backdrop(
 
 def _motions(
     event: Event, share: PerFrame, seconds: float, width: float, rng: np.random.Generator
-) -> list[tuple[str, Motion]]:
-    """Each actor of an event and how it moves; `share` of the event, 0..1, `seconds` that it lasts."""
-    place, size, stand = width * rng.uniform(0.4, 0.6), rng.uniform(0.95, 1.1), GROUND + rng.uniform(-0.03, 0.03)
-    low, out, way = stand - TALL * size / 2, 0.55 * TALL * size, -1 if event.way == "left" else 1
+) -> list[tuple[str, tuple[PerFrame, ...]]]:
+    """Each actor of an event, x and y of its middle in heights of the picture, its size (1: as usual) and its angle in
+    degrees, clockwise; `share` of the event, 0..1, `seconds` that it lasts."""
+    place, size, feet = width * rng.uniform(0.4, 0.6), rng.uniform(0.95, 1.1), GROUND + rng.uniform(-0.03, 0.03)
+    low, out, way = feet - TALL * size / 2, 0.55 * TALL * size, -1 if event.way == "left" else 1
     start, end = (-out, width + out)[::way]
-    still, action = np.zeros_like(share), event.action
-    x, y, sizes, angle = still + place, still + low, still + size, still
-    if action == "enter":
-        x = start + (place - start) * (1 - (1 - np.minimum(share / 0.7, 1)) ** 2)
-    elif action == "leave":
-        x = place + (end - place) * np.maximum((share - 0.25) / 0.75, 0) ** 2
-    elif action in ("cross", "fly"):
-        x = start + (end - start) * share
-    elif action == "rise":
-        y = low - (low + out) * np.maximum((share - 0.2) / 0.8, 0) ** 2
-    elif action == "fall":
-        bounce = np.clip((share - 0.6) / 0.2, 0, 1)
-        y = low - (low + out) * (1 - np.minimum(share / 0.6, 1) ** 2) - 0.4 * bounce * (1 - bounce)
-    elif action == "jump":
-        beat = share * max(1, round(seconds * 0.75)) % 1
-        y = low - 1.3 * beat * (1 - beat)
-    elif action in ("grow", "shrink"):
-        towards = share if action == "grow" else 1 - share
-        sizes = 0.45 * 3.1 ** (towards * towards * (3 - 2 * towards))
-        y = stand - TALL * sizes / 2
-    elif action == "turn":
-        angle = 360 * rng.choice([-1, 1]) * max(1, round(seconds / 4)) * share
-    elif action == "follow":
-        gap = 1.1 * TALL * way
-        x = start - gap + (end - start + gap) * share
-        return [(event.other, (x + gap, y, sizes, angle)), (event.who, (x, y, sizes, angle))]
-    if action == "fly":
-        beat = 2 * np.pi * (max(1, round(seconds / 2.5)) * share + rng.random())
-        y, angle = 0.36 + 0.07 * np.sin(beat), way * 8 * np.cos(beat)
-    return [(event.who, (x, y, sizes, angle))]
+    beat = 2 * np.pi * (max(1, round(seconds / 2.5)) * share + rng.random())
+    hop, bounce = share * max(1, round(seconds * 0.75)) % 1, np.clip((share - 0.6) / 0.2, 0, 1)
+    grown = {"grow": share, "shrink": 1 - share}.get(event.action)
+    sizes = size + 0 * share if grown is None else 0.45 * 3.1 ** (grown * grown * (3 - 2 * grown))
+    x = {
+        "enter": start + (place - start) * (1 - (1 - np.minimum(share / 0.7, 1)) ** 2),
+        "leave": place + (end - place) * np.maximum((share - 0.25) / 0.75, 0) ** 2,
+        **dict.fromkeys(("cross", "fly", "follow"), start + (end - start) * share),
+    }.get(event.action, place + 0 * share)
+    y = {
+        "rise": low - (low + out) * np.maximum((share - 0.2) / 0.8, 0) ** 2,
+        "fall": low - (low + out) * (1 - np.minimum(share / 0.6, 1) ** 2) - 0.4 * bounce * (1 - bounce),
+        "jump": low - 1.3 * hop * (1 - hop),
+        "fly": 0.36 + 0.07 * np.sin(beat),
+    }.get(event.action, feet - TALL * sizes / 2)
+    turns = 360 * rng.choice([-1, 1]) * max(1, round(seconds / 4)) * share
+    angle = {"turn": turns, "fly": way * 8 * np.cos(beat)}.get(event.action, 0 * share)
+    if event.action != "follow":
+        return [(event.who, (x, y, sizes, angle))]
+    gap = 1.1 * TALL * way
+    return [(event.other, (x + gap * share, y, sizes, angle)), (event.who, (x + gap * (share - 1), y, sizes, angle))]
 
 
 def _put(

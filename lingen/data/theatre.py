@@ -132,8 +132,8 @@ def caption_of(board: Storyboard, rng: np.random.Generator | None = None) -> str
 
     place_first, text, before = rng is not None and rng.random() < 0.4, "", ("", "")
     for event in board.events:
-        words = {"way": event.way, "back": OTHER_WAY.get(event.way), "other": with_article(event.other)}
-        clause = f"{with_article(event.who)} {pick(PLAY['actions'][event.action]).format(**words)}"
+        words = {"way": event.way, "back": OTHER_WAY.get(event.way), "other": _a(event.other)}
+        clause = f"{_a(event.who)} {pick(PLAY['actions'][event.action]).format(**words)}"
         if before != (event.scene, event.light):
             before = (event.scene, event.light)
             place = f"{pick(PLAY['scenes'][event.scene])} {pick(PLAY['lights'][event.light])}"
@@ -142,8 +142,7 @@ def caption_of(board: Storyboard, rng: np.random.Generator | None = None) -> str
     return text + pick(PLAY["pans"][board.pan])
 
 
-def with_article(name: str) -> str:
-    """``a dog``, ``an ant``."""
+def _a(name: str) -> str:
     return f"{'an' if name[:1] in 'aeio' else 'a'} {name}"
 
 

@@ -25,6 +25,7 @@ from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device, memory_here
 from lingen.media import as_frames
 from lingen.ranks.heartbeat import sign
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
 from lingen.sampling.precision import set_precision
@@ -119,6 +120,40 @@ def generate(
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
     yield from clips_of(module, takes_of(prompts, repeat=repeat), clip, settings, device, progress)
+
+
+def sample_demo(
+    prompt: str,
+    *,
+    seconds: float = 4.0,
+    seed: int = 0,
+    steps: int | None = None,
+    weights: str | Path | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """uint8 [t h w 3], 12 frames a second, of a sentence in words of `lingen.data.theatre`; errors as of `generate`.
+
+    Args:
+        weights: a folder of denoiser.safetensors and autoencoder.safetensors, a run folder or a weights file; default:
+            those that come with lingen.
+    """
+    module = load_demo(weights)
+    return next(generate(module, prompt, seconds=seconds, seed=seed, steps=steps, progress=progress))
+
+
+def load_demo(weights: str | Path | None = None) -> LinGenModule:
+    """The module of `sample_demo`."""
+    folder = Path(weights or Path(__file__).with_name("theatre"))
+    if weights is None and not folder.is_dir():
+        raise RecipeError(
+            "This installation has no weights of the emoji theatre: train them with `lingen fit --recipe theatre_128`, "
+            "and name the run with --checkpoint (in Python: weights)."
+        )
+    denoiser, autoencoder = folder / "denoiser.safetensors", folder / "autoencoder.safetensors"
+    module: Any = load_denoiser(denoiser if denoiser.is_file() else folder, best_device())
+    if autoencoder.is_file():
+        module.autoencoder.path = str(autoencoder)
+    return module
 
 
 def settings_with(
