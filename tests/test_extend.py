@@ -400,7 +400,7 @@ class OneFrame(nn.Module):
     ("check", "part", "told"),
     [
         (check_mixer, Random, "something else the second time"),
-        (check_mixer, AcrossSamples, "depend on the others of its batch"),
+        (check_mixer, AcrossSamples, "depends? on the others of its batch"),
         (check_mixer, Unused, "No gradient reaches proj.weight, proj.bias"),
         (check_mixer, OnlyClips, r"A \(3, 5, 6\) grid gives"),
         (check_scan, no_order, "does not visit each"),

@@ -52,6 +52,8 @@ def fit(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    if args.run == "":
+        raise RecipeError("--run is empty, as an unset variable of a shell is: name a folder, or leave it out.")
     curriculum = load_alike(args)
     from lingen import run
     from lingen.cli.progress import ConsoleReporter

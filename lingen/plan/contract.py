@@ -7,6 +7,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ def broken_contract(registry: Registry, component: dict[str, Any], part: Any, *p
     """What a part, built on the meta device, owes and does not do, as a sentence; None where it keeps its contract."""
     if _is_ours(part):
         return None
+    made = type(part).__init__
+    if made is not nn.Module.__init__ and any(p.kind is p.VAR_KEYWORD for p in signature(made).parameters.values()):
+        return "its `**kwargs` would take a key with a typing mistake; name its settings, each after `*`."
     try:
         if registry is AUTOENCODERS:
             return _of_autoencoder(part, lambda: registry.build(component))
@@ -61,6 +65,27 @@ def faults_of_scans(module: nn.Module, grids: list[Triple]) -> Iterator[str]:
                 break
 
 
+def fault_at_sizes(mixer: nn.Module, grids: list[Triple], dim: int) -> str | None:
+    """A sentence where a mixer of others, which works on `TRIED_GRID`, fails on one of these grids, on meta."""
+
+    def run(grid: Triple) -> None:
+        with torch.no_grad(), torch.device("meta"):
+            mixer(torch.zeros(1, *grid, dim))
+
+    if _is_ours(mixer):
+        return None
+    try:
+        run(TRIED_GRID)
+    except Exception:  # it looks at numbers
+        return None
+    for grid in dict.fromkeys(grids):
+        try:
+            run(grid)
+        except Exception as error:
+            return f"forward fails on the {'x'.join(map(str, grid))} tokens of a batch: {error_told(error)}"
+    return None
+
+
 def has_scan_of_others(component: dict[str, Any]) -> bool:
     """Whether a mixer or one of its branches names a scan order that lingen does not bring."""
     inside = [value for value in component.values() if isinstance(value, dict)]
@@ -89,13 +114,15 @@ def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
 
 
 def _untrainable(build: Callable[[], Any], dim: int) -> str | None:
-    """A sentence where a mixer, tried on numbers, lets no gradient through, or makes of them what is no number."""
+    """A sentence where a mixer, tried on numbers of two samples, lets no gradient through, or one from another sample,
+    or makes of them what is no number."""
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
-            x = torch.randn(1, *TRIED_GRID, dim, requires_grad=True)
+            x = torch.randn(2, *TRIED_GRID, dim, requires_grad=True)
             output = build()(x)
-            gradient = torch.autograd.grad(output.sum(), x, allow_unused=True)[0] if output.requires_grad else None
+            told = (output[1] * torch.randn_like(output[1])).sum()
+            gradient = torch.autograd.grad(told, x, allow_unused=True)[0] if told.requires_grad else None
     except OSError as error:
         raise _Unreadable from error
     except Exception:  # it has kept its shape without numbers; it may need a GPU
@@ -104,7 +131,10 @@ def _untrainable(build: Callable[[], Any], dim: int) -> str | None:
         return "forward of normal numbers gives NaN or infinity."
     if gradient is None:
         return "forward gives a tensor without a gradient, so nothing could be learned; look for detach or no_grad."
-    return None if gradient.isfinite().all() else "the gradient of its forward is NaN or infinite."
+    if not gradient.isfinite().all():
+        return "the gradient of its forward is NaN or infinite."
+    others = "what forward gives for a sample depends on the others of its batch, which are there by chance."
+    return others if gradient[0].any() else None
 
 
 def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:

@@ -74,11 +74,15 @@ class Trial:
             yield from _critic(draft, recipe)
 
     def _scans(self, draft: Layered, recipe: Recipe, grids: list[Triple]) -> Iterator[Problem]:
-        """Scan orders of others, at every grid that a batch of the stage may have."""
-        from lingen.plan.contract import faults_of_scans, has_scan_of_others
+        """Mixers and scan orders of others, at every grid that a batch of the stage may have."""
+        from lingen.plan.contract import fault_at_sizes, faults_of_scans, has_scan_of_others
 
         for path, component, registry in components_of(draft.tree):
-            if registry is not MIXERS or not has_scan_of_others(component):
+            if registry is not MIXERS:
+                continue
+            if fault := fault_at_sizes(on_meta(registry, component, recipe.model.dim, 0), grids, recipe.model.dim):
+                yield draft.problem((*path, "name"), f"The mixer '{component['name']}': {fault}")
+            if not has_scan_of_others(component):
                 continue
             layers = range(min(recipe.model.depth, CYCLE))
             mixers = [on_meta(registry, component, recipe.model.dim, layer) for layer in layers]

@@ -21,8 +21,14 @@ def import_object(path: str) -> Any:
     try:
         with _folder_on_path():
             return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a plugin may raise anything; it is reported, never hidden
-        raise RecipeError(f"Cannot load '{path}': {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a plugin may raise anything; it is reported, never hidden
+        told = f"Cannot load '{path}': {type(error).__name__}: {error}"
+        if isinstance(error, AttributeError) and error.name == name:
+            close = did_you_mean(name, vars(sys.modules[module]))
+            told += f".{close} What a module registers under a name is named alone, with --import {module}."
+        elif isinstance(error, ModuleNotFoundError) and error.name == module:
+            told += ". It is looked for in the current folder, on PYTHONPATH and among what is installed."
+        raise RecipeError(told) from error
 
 
 def import_module(name: str) -> None:
