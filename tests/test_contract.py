@@ -175,7 +175,7 @@ FAULTS = [
     ("model", mixer("parts_to_try:Detaches"), "gives a tensor without a gradient"),
     ("model", mixer("parts_to_try:SeesOthers"), "depends on the others of its batch"),
     ("model", mixer("parts_to_try:TakesAll"), "its `**kwargs` would take a key with a typing mistake"),
-    ("model", mixer("parts_to_try:OneGrid"), "'parts_to_try:OneGrid': fails on the 4x4x4 tokens of a batch: "),
+    ("model", mixer("parts_to_try:OneGrid"), "OneGrid': forward fails on the 4x4x4 tokens of a batch: "),
     (
         "model",
         mixer("{name: mamba2, head_dim: 8, scan: 'parts_to_try:no_return'}"),

@@ -273,7 +273,8 @@ MISTAKES = {
     ),
     "a part that cannot be imported": (
         TINY + "autoencoder: nowhere:Nothing\n",
-        "r.yaml:7: Cannot load 'nowhere:Nothing': ModuleNotFoundError: No module named 'nowhere' (at autoencoder)",
+        "r.yaml:7: Cannot load 'nowhere:Nothing': ModuleNotFoundError: No module named 'nowhere'. It is looked for in "
+        "the current folder, on PYTHONPATH and among what is installed. (at autoencoder)",
     ),
     "heads": (
         TINY.replace("num_heads: 2", "num_heads: 5"),
