@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks import Mixer
 from lingen.blocks.layers import RMSNorm, SwiGLU, head_count, stays_float32, undecayed
-from lingen.kernels.cross_attention import TextKeys, cross_attention_to, text_keys
+from lingen.kernels.cross_attention import TextKeys, cross_attention, text_keys
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
-from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
+from lingen.kernels.modulate import modulate
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Component, LinGenConfig
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
         norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)
         # Only the mixer holds its input, so that it is freed when the update is computed.
         update = self.mixer(
-            norm_modulate(x, norm.weight, shift=shift, scale=scale, positions=positions, eps=norm.eps, dtype=dtype)
+            modulate(x, weight=norm.weight, shift=shift, scale=scale, positions=positions, eps=norm.eps, dtype=dtype)[1]
         )
         keys = self.cross_attention.keys(text, mask)
         if torch.is_grad_enabled():
@@ -82,11 +82,13 @@ class Block(nn.Module):
         """The stream after the block, from the stream before it and the mixer's update; written to `out`."""
         gate, shift, scale, ffn_gate = modulation
         norm, dtype = self.text_norm, input_dtype(self.cross_attention, x)
-        x, normed = add_norm(x, update, norm.weight, gate=gate, eps=norm.eps, dtype=dtype, out=out)
+        x, normed = modulate(x, update=update, weight=norm.weight, gate=gate, eps=norm.eps, dtype=dtype, out=out)
         update = self.cross_attention.attend(normed, text)
         norm, dtype = self.ffn_norm, input_dtype(self.ffn, x)
-        x, normed = add_norm(x, update, norm.weight, shift=shift, scale=scale, eps=norm.eps, dtype=dtype, out=out)
-        return gated_add(x, self.ffn(normed), gate=ffn_gate, out=out)
+        x, normed = modulate(
+            x, update=update, weight=norm.weight, shift=shift, scale=scale, eps=norm.eps, dtype=dtype, out=out
+        )
+        return modulate(x, update=self.ffn(normed), gate=ffn_gate, out=out)[0]
 
     def _part(self, x: Tensor) -> int:
         """The number of tokens whose hidden activations (gate, up and their product) take `PART_BYTES`."""
@@ -136,7 +138,7 @@ class CrossAttention(nn.Module):
     def attend(self, x: Float[Tensor, "b t h w d"] | Quantized, text: TextKeys) -> Float[Tensor, "b t h w d"]:
         """The attention of the grid's tokens to the text that `keys` prepared, projected."""
         q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
-        out = cross_attention_to(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)
+        out = cross_attention(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)
         return self.out_proj(out.flatten(2)).view(*x.shape[:4], -1)
 
 

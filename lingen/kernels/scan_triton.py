@@ -360,25 +360,3 @@ def scan_forward(scan: Scan, d: Tensor, begin: Tensor | None) -> Tensor:
     states, _, _ = scan.states(scan.x, scan.b, begin)
     scan.mix(scan.x, scan.c, scan.products(scan.c, scan.b), states, d, y, adjoint=False)
     return y
-
-
-class FusedScan(torch.autograd.Function):
-    """`lingen.kernels.scan.scan` with kernel="triton"; saves its inputs and recomputes the rest for the gradient."""
-
-    @staticmethod
-    def forward(ctx, u, dt, a, d, bias, index, begin, sizes, chunk):  # noqa: D102
-        ctx.save_for_backward(u, dt, a, d, bias, index, begin)
-        ctx.sizes, ctx.chunk = sizes, chunk
-        return scan_forward(Scan(u, dt, a, bias, index, sizes, chunk), d.sum(0), begin)
-
-    @staticmethod
-    def backward(ctx, dy):  # noqa: D102
-        from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
-
-        u, dt, a, d, bias, index, begin = ctx.saved_tensors
-        scan = Scan(u, dt, a, bias, index, ctx.sizes, ctx.chunk)
-        found = scan_backward(scan, dy.contiguous(), d.sum(0), begin)
-        ddt = torch.empty(dt.shape, device=dt.device, dtype=dt.dtype)
-        da, dbias = step_gradients(scan, found, a, index, ddt)
-        begins = None if begin is None else found.begin
-        return found.u, ddt, da, found.d.expand_as(d), dbias, None, begins, None, None
