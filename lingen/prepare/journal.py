@@ -70,7 +70,7 @@ class Note(NamedTuple):
 
 
 class JournalEntry(NamedTuple):
-    """A sample in a shard."""
+    """A sample in a shard, or on its way there."""
 
     row: Row
     looks: tuple[int, ...] = ()
@@ -168,11 +168,12 @@ def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def _records(folder: Path, kind: str) -> Iterator[Record]:
-    return (read_record(path) for path in sorted(folder.glob(f"{kind}-*.json")))
+    return (parse_record(path.read_bytes()) for path in sorted(folder.glob(f"{kind}-*.json")))
 
 
-def read_record(path: Path) -> Record:
-    held = json.loads(path.read_text(encoding="utf-8"))
+def parse_record(text: str | bytes) -> Record:
+    """A record of the JSON of its `_asdict`."""
+    held = json.loads(text)
     entries = [JournalEntry(Row(*row), tuple(looks)) for row, looks in held["entries"]]
     return Record(entries, [Note(*note) for note in held["notes"]])
 
@@ -203,7 +204,7 @@ class ShardStream:
             partial.unlink()
         paths = sorted(self.folder.records.glob(f"{self.kind}-*.json"))
         for path in paths:
-            record = read_record(path)
+            record = parse_record(path.read_bytes())
             shard = self._shard(path.stem)
             if not record.entries or shard.is_file():
                 self._number += 1
