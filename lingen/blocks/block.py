@@ -1,7 +1,7 @@
 """The block around a mixer (arXiv 2412.09856, Figure 2): norms, the timestep's modulation, text and feed-forward."""
 
 from collections import Counter
-from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -70,7 +70,9 @@ class Block(nn.Module):
         if rows[0].shape[1] > 1 or x[..., 0].numel() <= self._part(x):
             return self._after_mixer(x, update, rows, keys, out)
         streams = [stream.flatten(1, 3) for stream in (x, update, out)]
-        for one, tokens in _parts(streams[0], self._part(x)):
+        size = self._part(x)
+        for clip, first in product(range(len(x)), range(0, streams[0].shape[1], size)):
+            one, tokens = slice(clip, clip + 1), slice(first, first + size)
             before, added, after = (stream[one, None, None, tokens] for stream in streams)
             self._after_mixer(before, added, [row[one] for row in rows], keys.of(one), after)
         return out
@@ -125,11 +127,6 @@ class CrossAttention(nn.Module):
     def wants_fp8(self) -> bool:
         return wants_fp8(self.q_proj)
 
-    def forward(
-        self, x: Float[Tensor, "b t h w d"], text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]
-    ) -> Float[Tensor, "b t h w d"]:
-        return self.attend(x, self.keys(text, mask))
-
     def keys(self, text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> TextKeys:
         """Keys and values of the text, prepared once for all parts of a clip."""
         k, v = self.kv_proj(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
@@ -140,13 +137,6 @@ class CrossAttention(nn.Module):
         q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
         out = cross_attention(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)
         return self.out_proj(out.flatten(2)).view(*x.shape[:4], -1)
-
-
-def _parts(tokens: Float[Tensor, "b n d"], size: int) -> Iterator[tuple[slice, slice]]:
-    """Each clip's tokens in runs of `size`."""
-    for clip in range(len(tokens)):
-        for first in range(0, tokens.shape[1], size):
-            yield slice(clip, clip + 1), slice(first, first + size)
 
 
 def mixers_of(config: LinGenConfig) -> list[tuple[Component | str, int]]:

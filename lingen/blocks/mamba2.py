@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.blocks.layers import GatedRMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
+from lingen.blocks.layers import RMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
 from lingen.blocks.scan import column_length, order_of, permutation
 from lingen.kernels.choice import holds_numbers, is_unlaunched
 from lingen.kernels.conv import conv_silu
@@ -98,7 +98,7 @@ class Mamba2(nn.Module):
         convolved = channels if self.centred else self.directions * channels
         self.conv1d = trains_in_float32(nn.Conv1d(convolved, convolved, conv_width, groups=convolved))
         self.memory.draw(dt_min, dt_max, long_heads, a_min, a_max)
-        self.norm = GatedRMSNorm(inner, heads if norm == "per_head" else groups)
+        self.norm, self.norm_groups = RMSNorm(inner, eps=1e-5), heads if norm == "per_head" else groups
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     @property
@@ -121,7 +121,7 @@ class Mamba2(nn.Module):
         index, y = self._index(grid, projected.device), self._scan(streams, state, kernel, fused)
         norm, low = self.norm, wants_fp8(self.out_proj)
         out = gated_norm(
-            y, z.flatten(1, 3), norm.weight, index, groups=norm.groups, eps=norm.eps, quantize=low, kernel=fused
+            y, z.flatten(1, 3), norm.weight, index, groups=self.norm_groups, eps=norm.eps, quantize=low, kernel=fused
         )
         if isinstance(out, tuple):
             return self.out_proj(Quantized(out[0].unflatten(1, grid), out[1].unflatten(1, (*grid, 1))))
@@ -141,7 +141,7 @@ class Mamba2(nn.Module):
             ways = self.directions if self.review_reverse == "front" else 1
         plan = Mamba2Plan(
             sizes, self._index(grid, device), self.review, review_index, ways, self._before, self._segment(grid),
-            review_segment, self.norm.groups, self.norm.eps,
+            review_segment, self.norm_groups, self.norm.eps,
         )  # fmt: skip
         bias = self.conv1d.bias
         assert bias is not None

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lingen.kernels.fp8_triton import as_rows
 from lingen.kernels.heads_triton import halves, store_whole, turned, turned_back, whole
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -58,7 +59,7 @@ def forward(
     grid, sizes, launch = _launch(qkv, q_weight, rows, num_heads, _block)
     if grid[1] == 1 and launch["num_warps"] == 8:
         launch["maxnreg"] = REGISTERS
-    x, y = _rows(qkv), out.view(-1, out.shape[-1])
+    x, y = as_rows(qkv), out.view(-1, out.shape[-1])
     _window_forward[grid](x, y, rows, cos, sin, q_weight, k_weight, x.stride(0), y.stride(0), *sizes, eps, **launch)
     return out
 
@@ -73,7 +74,7 @@ def backward(
     grid, sizes, launch = _launch(qkv, q_weight, rows, num_heads, _backward_block)
     programs, blocks = grid
     partial = q_weight.new_empty(programs * blocks, 2, q_weight.shape[0], dtype=torch.float32)
-    x, dx, dy = _rows(qkv), out.view(-1, out.shape[-1]), _rows(grad)
+    x, dx, dy = as_rows(qkv), out.view(-1, out.shape[-1]), as_rows(grad)
     strides = x.stride(0), dx.stride(0), dy.stride(0)
     given = x, dx, dy, rows, cos, sin, q_weight, k_weight, partial
     if blocks == 1:
@@ -109,12 +110,6 @@ def _backward_block(n: int, full: int, size: int) -> int:
     """As `_block`; half as many where a window has several blocks: the sums of one are held while others are read."""
     block = _block(n, full, size)
     return block if n <= block else max(16, block // 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[b t h w c] as rows; a view, unless autograd expanded it or its axes were permuted."""
-    x = x.flatten(0, -2)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit
