@@ -9,6 +9,8 @@ import re
 import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -109,19 +111,13 @@ def _scan(path: Path) -> Iterator[ScannedSample]:
     if size == 0:
         yield ScannedSample("", fault="empty shard: zero bytes")
         return
-    sample: ScannedSample | None = None
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in _members(tar, size):
-                if sample is not None and sample.key != member.key:
-                    yield sample
-                    sample = None
-                if sample is not None:
-                    fault, suffixes = sample.fault or member.fault, sample.suffixes | member.suffixes
-                    member = member._replace(start=sample.start, fault=fault, suffixes=suffixes)
-                sample = member
-            if sample is not None:
-                yield sample
+            for key, beside in groupby(_members(tar, size), attrgetter("key")):
+                members = list(beside)
+                fault = next((member.fault for member in members if member.fault), "")
+                suffixes = frozenset().union(*(member.suffixes for member in members))
+                yield ScannedSample(key, members[0].start, members[-1].end, fault, suffixes)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 where = f"at byte {min(tar.offset, size)} of {size}"
