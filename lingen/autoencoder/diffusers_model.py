@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +23,8 @@ Past = dict[int, Any]
 """What each convolution of Wan's remembers of past frames."""
 
 
-class LoadedVae(NamedTuple):
-    """A model, and the spread of its own latents."""
-
-    vae: Any
-    mean: Tensor
-    """[1 c t 1 1]; t is 1 where every frame has the same."""
-    std: Tensor
-
-    def to(self, device: torch.device) -> LoadedVae:
-        """The same on a device."""
-        return LoadedVae(self.vae.to(device), self.mean.to(device), self.std.to(device))
+LoadedVae = tuple[Any, Tensor, Tensor]
+"""A model, and mean and standard deviation of its own latents, [1 c t 1 1]; t is 1 where all frames have the same."""
 
 
 def spread_of(vae: Any, channels: int, scale: float) -> tuple[Tensor, Tensor]:

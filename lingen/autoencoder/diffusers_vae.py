@@ -165,7 +165,7 @@ class DiffusersVAE(nn.Module):
     def _class(self) -> str:
         """The model's class as far as it is known: from the weights, else the recipe, else config.json."""
         if self._loaded:
-            return type(self._loaded[0].vae).__name__
+            return type(self._loaded[0][0]).__name__
         if self.class_name is not None or self.path is None:
             return self.class_name or ""
         try:
@@ -197,12 +197,10 @@ class DiffusersVAE(nn.Module):
 
     def _ready(self, device: torch.device) -> adapter.LoadedVae:
         """The model on a device, loaded once."""
-        if not self._loaded:
-            self._loaded = [self._load()]
-        now = self._loaded[0]
-        if now.mean.device != device:
-            self._loaded[0] = now = now.to(device)
-        return now
+        vae, mean, std = self._loaded[0] if self._loaded else self._load()
+        if not self._loaded or mean.device != device:
+            self._loaded = [(vae.to(device), mean.to(device), std.to(device))]
+        return self._loaded[0]
 
     def _load(self) -> adapter.LoadedVae:
         problems = list(self._problems())
@@ -213,7 +211,7 @@ class DiffusersVAE(nn.Module):
         vae = adapter.from_pretrained(folder, name, self.dtype)
         if self.tiling:
             adapter.switch_on_tiles(vae)
-        return adapter.LoadedVae(vae, *adapter.spread_of(vae, self.channels, self.scale))
+        return vae, *adapter.spread_of(vae, self.channels, self.scale)
 
 
 def _given(setting: str, value: Any, class_name: str | None) -> Any:
