@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lingen.kernels.gradients import channels_last
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Numbers that change from grid to grid and from text to text: no reason to compile again.
 _SIZES = ["n", "m", "rows", "heads", "splits"]
@@ -67,7 +69,7 @@ class CrossAttentionFunction(torch.autograd.Function):
 
 def pack_text(k: Tensor, v: Tensor, mask: Tensor, k_weight: Tensor, eps: float, dtype: torch.dtype) -> Packed:
     """What `forward` reads of the text [b m k e], in the queries' dtype."""
-    k, v = map(_last_contiguous, (k, v))
+    k, v = map(channels_last, (k, v))
     b, m, heads, width = k.shape
     block = max(keys for _, keys, _, _ in LAUNCH.values())
     rows, full = triton.cdiv(m, block) * block, max(16, triton.next_power_of_2(width))
@@ -82,7 +84,7 @@ def pack_text(k: Tensor, v: Tensor, mask: Tensor, k_weight: Tensor, eps: float, 
 
 def forward(q: Tensor, packed: Packed, q_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What the heads give, [b n k e] in q's dtype, and the base-2 logarithms of the softmax's sums, [b k n]."""
-    q = _last_contiguous(q)
+    q = channels_last(q)
     (b, n, heads, _), m, rows = q.shape, packed.place.shape[1], packed.keys.shape[2]
     out, logs = q.new_empty(q.shape), torch.empty(b, heads, n, dtype=torch.float32, device=q.device)
     launch = _launch("forward", q, packed)
@@ -98,7 +100,7 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the two gains, from that of `out` and from what `forward` gave."""
-    q, k, v, grad = map(_last_contiguous, (q, k, v, grad))
+    q, k, v, grad = map(channels_last, (q, k, v, grad))
     packed = pack_text(k, v, mask, k_weight, eps, q.dtype)
     (b, n, heads, width), m, (_, _, rows, full) = q.shape, k.shape[1], packed.keys.shape
     given = q, *packed, q_weight, grad, logs
@@ -142,11 +144,6 @@ def _launch(kernel: str, q: Tensor, packed: Packed) -> dict[str, Any]:
         warps, stages = 4, 1
     sizes = {"E": q.shape[-1], "FULL": full, "QUERIES": queries, "KEYS": keys}
     return sizes | {"num_warps": warps, "num_stages": stages}
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    """Itself, unless autograd expanded it or its axes were permuted."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lingen.kernels.fp8 import FLOAT8, Quantized
 from lingen.kernels.fp8_triton import row_to_fp8
+from lingen.kernels.gradients import channels_last
 
 TUNING = {"forward": (2112, 16, 3), "backward": (528, 16, 2)}
 """The most programs that share the tokens (16 and 4 for each multiprocessor of an H100), the warps of each, and the
@@ -294,8 +295,7 @@ def _of_tokens(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """[b t h w d] -> the tensor and its strides between clips and between tokens."""
     if x is None:
         return None, 0, 0
-    rows = x.reshape(len(x), -1, x.shape[-1])
-    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    rows = channels_last(x.reshape(len(x), -1, x.shape[-1]))
     return rows, rows.stride(0), rows.stride(1)
 
 
@@ -309,7 +309,7 @@ def _of_frames(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """[b f d] -> the tensor and its strides between clips and between frames, 0 where one row serves all frames."""
     if x is None:
         return None, 0, 0
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = channels_last(x)
     return x, x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
 
 

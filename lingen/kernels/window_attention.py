@@ -9,6 +9,7 @@ from torch import Tensor
 from lingen.kernels.attention import attention
 from lingen.kernels.choice import choose, full_precision
 from lingen.kernels.constants import constants
+from lingen.kernels.gradients import FromInputs
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
@@ -52,11 +53,11 @@ def window_attention(
     rows = window_rows(grid, window, padding, qkv.device)
     chosen = choose("window attention", kernel, twins_of(width, kernel, WINDOW_KERNELS), qkv, plain="sdpa")
     if chosen == "triton":
-        from lingen.kernels.window_attention_triton import WindowAttention
+        from lingen.kernels.window_attention_triton import backward, forward
 
         # Beside 16-bit tokens a float16 table is exact enough (2.4e-4 at most) and half as many bytes.
         table = rotary_table(window, width, torch.float32 if qkv.dtype == torch.float32 else torch.float16, qkv.device)
-        return WindowAttention.apply(qkv, q_weight, k_weight, *table, rows, num_heads, eps)
+        return FromInputs.apply(forward, backward, qkv, q_weight, k_weight, *table, rows, num_heads, eps)
     table = rotary_table(window, width, torch.promote_types(qkv.dtype, torch.float32), qkv.device)
     q, k, v = partition(qkv, window, padding).unflatten(-1, (3, num_heads, -1)).unbind(2)
     q, k = rotate(rms_norm(q, q_weight, eps), table), rotate(rms_norm(k, k_weight, eps), table)

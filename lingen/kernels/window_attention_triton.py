@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lingen.kernels.fp8_triton import as_rows
 from lingen.kernels.heads_triton import halves, store_whole, turned, turned_back, whole
@@ -32,22 +31,6 @@ BLOCK_BYTES = 32 * 1024
 EIGHT_WARPS = 128 * 128
 # Registers of a thread that let two programs of eight warps share a processor: one loads while the other computes.
 REGISTERS = 128
-
-
-class WindowAttention(torch.autograd.Function):
-    """`window_attention` of its Triton twin: qkv [b t h w 3d], gains [e], cosines and sines [n 1 p], rows [m n]."""
-
-    @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, cos, sin, rows, num_heads, eps):
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, rows)
-        ctx.settings = num_heads, eps
-        return forward(qkv, q_weight, k_weight, cos, sin, rows, num_heads, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        gradients = backward(grad, *ctx.saved_tensors, *ctx.settings)
-        return *gradients, None, None, None, None, None
 
 
 def forward(
