@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,6 +191,9 @@ class ShardStream:
         self._number = 0
         self.committed = list(self._settle())
         """The records of earlier runs."""
+        notes = (note for record in self.committed for note in record.notes)
+        self._finished = {note.name: note.mark for note in notes if not note.reason}
+        """Everything that they are done with, and the marks of contents."""
         self._record = Record([], [])
         self._used: list[Path] = []
         self._open = contextlib.ExitStack()
@@ -220,11 +222,6 @@ class ShardStream:
     @property
     def _stem(self) -> str:
         return f"{self.kind}-{self._number:05d}"
-
-    @cached_property
-    def _finished(self) -> dict[str, str]:
-        """Everything that earlier runs are done with, and the marks of contents."""
-        return {note.name: note.mark for record in self.committed for note in record.notes if not note.reason}
 
     def has(self, name: str, mark: str) -> bool:
         """Whether earlier runs are done with it. RecipeError where its content was another one then."""
