@@ -1,5 +1,5 @@
 """Full self-attention over all tokens of the clip: by a softmax, the DiT twin's mixer; and linear, that of SANA (arXiv
-2410.10629), for comparison at equal width. Positions come from the model's tables, so `layer` changes nothing."""
+2410.10629), for comparison at equal width."""
 
 from typing import Annotated, Literal
 
@@ -19,7 +19,9 @@ _BLOCK = 256
 
 @checked
 class Attention(nn.Module):
-    """Full bidirectional attention with RMS-normed queries and keys; quadratic in tokens. Raises SettingError."""
+    """Full bidirectional attention with RMS-normed queries and keys; quadratic in tokens.
+
+    Positions come from the model's tables, so `layer` changes nothing. Raises SettingError."""
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class LinearAttention(Attention):
 
     The kernel and the order of the projections are SANA's (arXiv 2410.10629, section 2.2), the linear form with its
     normaliser is that of Katharopoulos et al. (arXiv 2006.16236, eq. 4-7). RMS-normed queries and keys, as in the other
-    mixers. Raises SettingError."""
+    mixers. Positions come from the model's tables, so `layer` changes nothing. Raises SettingError."""
 
     def __init__(self, dim: int, layer: int, *, num_heads: Annotated[int | None, AtLeast(1), IDENTITY] = None):
         super().__init__(dim, layer, num_heads=num_heads)
