@@ -81,14 +81,11 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
     for entry in entries:
         places.setdefault(entry.key, []).append(entry)
     apart = {key for key, found in places.items() if key and len(found) > 1 and _disjoint(found)}
-    seen: set[str] = set()
     for entry in entries:
-        if entry.key in apart:
-            continue
-        if entry.key and entry.key in seen:
+        if entry.key and entry is not places[entry.key][0]:
             entry = entry._replace(fault=entry.fault or "same key twice: in one shard")
-        seen.add(entry.key)
-        yield entry
+        if entry.key not in apart:
+            yield entry
     if apart:
         first, *_, last = places[next(key for key in places if key in apart)]
         one, other = (f"{entry.key}.{min(entry.suffixes)}" for entry in (first, last))

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lingen.kernels.fp8 import FLOAT8, Quantized
 from lingen.kernels.fp8_triton import as_rows, row_to_fp8
-from lingen.kernels.gradients import FromInputs
 
 TUNING = {"forward": (8192, 16), "backward": (8192, 16), "quantized": (1 << 20, 16)}
 """Most columns of a program, and its warps. 8-bit rows need their largest value, so one program has the whole row."""
@@ -44,12 +43,6 @@ def _swiglu_backward(gate_up, gate_up_row, dy, dy_row, d_gate_up, half, BLOCK: t
     d_gate = grad * up * share * (1 + gate * (1 - share))
     tl.store(target, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
     tl.store(target + half, (grad * gate * share).to(d_gate_up.dtype.element_ty), mask=inside)
-
-
-def swiglu(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
-    """`lingen.kernels.swiglu.swiglu` for tensors that Triton reads."""
-    wants_gradient = torch.is_grad_enabled() and gate_up.requires_grad
-    return FromInputs.apply(forward, backward, gate_up, dtype) if wants_gradient else forward(gate_up, dtype)
 
 
 def forward(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
