@@ -31,7 +31,7 @@ Options = dict[str, str | None]
 @checked
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """What the user's own file says of his cluster; what the command line says wins."""
+    """What the user's own file says of his cluster; what the command line says stands in its place."""
 
     sbatch: Annotated[list[str], "options of sbatch, such as --partition=NAME"] = field(default_factory=list)
     srun: Annotated[list[str], "options of srun, such as those of a container"] = field(default_factory=list)
@@ -87,11 +87,6 @@ def merged(own: Options, *others: Options) -> Options:
             found.pop("requeue", None)
         found |= other
     return found
-
-
-def lines_of_options(options: Options) -> list[str]:
-    """``#SBATCH --name=value`` of each."""
-    return [f"#SBATCH --{name}" + (f"={value}" if value is not None else "") for name, value in options.items()]
 
 
 def seconds_of(time: str) -> int:

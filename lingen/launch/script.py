@@ -1,10 +1,10 @@
 """The script that sbatch is given: it starts the ranks, hands signals on, and puts the job into the queue again."""
 
 import shlex
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from lingen.launch.options import Options, lines_of_options
+from lingen.launch.options import ClusterSettings, Options
 from lingen.ranks.signals import REQUEUE
 
 WAITS = """\
@@ -42,43 +42,31 @@ exit "$code"
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a script is made of."""
+def script_of(options: Options, command: Sequence[str], settings: ClusterSettings, judge: Sequence[str] = ()) -> str:
+    """The whole script.
 
-    options: Options
-    command: Sequence[str]
-    """Of each rank, behind `srun`; words that begin with $ are left to the shell."""
-    judge: Sequence[str] = ()
-    """A command that gets the code of ranks that were stopped, failed or were killed, and returns `REQUEUE` where they
-    are worth another start, and prints the nodes to do without, if any; none: those that were killed are."""
-    max_requeues: int = 0
-    srun: Sequence[str] = ()
-    """Further options of srun."""
-    setup: Sequence[str] = ()
-    """Lines of shell before anything else."""
-    about: Sequence[str] = field(default_factory=list)
-    """Comment lines at the top."""
-
-
-def script_of(job: Job) -> str:
-    """The whole script."""
-    srun = ["srun", "--kill-on-bad-exit=1", *job.srun]
-    judged = f'unfit=$({_shell(job.judge)} "$code"); code=$?' if job.judge else f'[ "$code" -eq 1 ] || code={REQUEUE}'
+    Args:
+        options: of sbatch, all of them.
+        command: of each rank, behind `srun`; words that begin with $ are left to the shell.
+        judge: a command that gets the code of ranks that were stopped, failed or were killed, and returns `REQUEUE`
+            where they are worth another start, and prints the nodes to do without, if any; none: those that were killed
+            are."""
+    srun = ["srun", "--kill-on-bad-exit=1", *settings.srun]
+    judged = f'unfit=$({_shell(judge)} "$code"); code=$?' if judge else f'[ "$code" -eq 1 ] || code={REQUEUE}'
     parts = [
         "#!/bin/bash",
-        *lines_of_options(job.options),
+        *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()),
         "",
-        *(f"# {line}" for line in job.about),
-        *job.setup,
+        f"# Written by: {shlex.join(['lingen', *sys.argv[1:]])}",
+        *settings.setup,
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch",
         "",
-        WAITS.replace("{command}", _shell([*srun, *job.command])),
+        WAITS.replace("{command}", _shell([*srun, *command])),
         "# Stopped by a signal; killed, for want of memory or with a node; or an error, perhaps of a lost network.",
         f'if [ "$code" -eq 1 ] || [ "$code" -eq {REQUEUE} ] || [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then',
         f"  {judged}",
         "fi",
-        REQUEUES.replace("{late}", str(REQUEUE)).replace("{most}", str(job.max_requeues)),
+        REQUEUES.replace("{late}", str(REQUEUE)).replace("{most}", str(settings.max_requeues)),
     ]
     return "\n".join(parts)
 
