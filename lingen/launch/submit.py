@@ -65,7 +65,8 @@ def prepare_training(
     if settings.time is not None and seconds_of(settings.time) <= 2 * seconds:
         raise RecipeError(
             f"--time {settings.time}: the signal to stop comes {seconds} s before the end, as the longest step and a "
-            f"checkpoint need, so that most of the job would be lost. Ask for more time, or for less with --signal-seconds."
+            "checkpoint need, so that most of the job would be lost. Ask for more time, or for less with "
+            "--signal-seconds."
         )
     on_gpus = curriculum.base.trainer.get("accelerator") != "cpu"
     own = _usual(folder.path.name, place, settings) | {

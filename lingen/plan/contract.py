@@ -94,12 +94,8 @@ def has_scan_of_others(component: dict[str, Any]) -> bool:
 
 
 def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
-    def run(part: Any, device: str) -> Tensor:
-        with torch.device(device):
-            return part(torch.zeros(1, *TRIED_GRID, dim))
-
     def fault_in(one: Any, again: Callable[[], Any]) -> str | None:
-        output, fault = _tried(one, again, run, "forward")
+        output, fault = _tried(one, again, lambda part: part(torch.zeros(1, *TRIED_GRID, dim)), "forward")
         fault = fault or unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
         return fault or _untrainable(again, dim)
 
@@ -150,20 +146,11 @@ def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
         return None
     size = (1, 2 * strides[1], 2 * strides[2])  # an image
     latents = (1, channels, 1, 2, 2)
-
-    def encode(one: Any, device: str) -> Tensor:
-        with torch.device(device):
-            return one.encode(torch.zeros(1, 3, *size))
-
-    def decode(one: Any, device: str) -> Tensor:
-        with torch.device(device):
-            return one.decode(torch.zeros(*latents))
-
-    output, fault = _tried(part, build, encode, "encode")
+    output, fault = _tried(part, build, lambda one: one.encode(torch.zeros(1, 3, *size)), "encode")
     fault = fault or unlike(output, latents, None, f"encode of {[1, 3, *size]} gives")
     if fault:
         return fault
-    output, fault = _tried(part, build, decode, "decode")
+    output, fault = _tried(part, build, lambda one: one.decode(torch.zeros(latents)), "decode")
     if fault or not isinstance(output, Tensor):
         return fault or f"decode gives {type(output).__name__}, not a tensor."
     frames = range(1, strides[0] + 1)
@@ -180,12 +167,7 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
         return f"its `dim` is the whole number of a token's width, got {dim!r}."
     if hasattr(part, "missing"):
         return None
-
-    def run(one: Any, device: str) -> Any:
-        with torch.device(device):
-            return one.encode(TEXTS)
-
-    output, fault = _tried(part, build, run, "encode", on_meta=False)
+    output, fault = _tried(part, build, lambda one: one.encode(TEXTS), "encode", on_meta=False)
     if fault:
         return fault
     if not (isinstance(output, tuple) and len(output) == 2 and all(isinstance(one, Tensor) for one in output)):
@@ -197,18 +179,19 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
 
 
 def _tried(
-    part: Any, build: Callable[[], Any], run: Callable[[Any, str], Any], what: str, *, on_meta: bool = True
+    part: Any, build: Callable[[], Any], run: Callable[[Any], Any], what: str, *, on_meta: bool = True
 ) -> tuple[Any, str | None]:
     """What a part gives, and a sentence where it fails: on the meta device, and where that fails on the CPU."""
     with torch.no_grad():
         if on_meta:
             try:
-                return run(part, "meta"), None
+                with torch.device("meta"):
+                    return run(part), None
             except Exception:  # it may look at numbers: it is tried where there are some
                 pass
         try:
-            with torch.random.fork_rng(devices=[]):
-                return run(build(), "cpu"), None
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                return run(build()), None
         except OSError as error:
             raise _Unreadable from error
         except Exception as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.plan.trainer import fault_of_logger, faults_of_names, listed
-from lingen.plan.trial import Trial
+from lingen.plan.trial import derived, faults_of_grids, faults_of_models, faults_of_parts, grids_of_stage
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, read_draft, unknown_stage
@@ -187,16 +187,14 @@ def _complete(draft: Draft, *, to_train: bool = False) -> Curriculum:
         for problem in (*_fill_components(one, to_train), *_check_trainer(one), *_check_kernels(one))
     )
     loaded = [Recipe(**check_settings(Recipe, one.tree)[0]) for one in everything]
-    trial = Trial()
-    raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in trial.neighbours(*pair))
-    if to_train:
-        raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in trial.training(*pair))
-    raise_all(problem for pair in zip(everything[1:], loaded[1:], strict=True) for problem in trial.grids(*pair))
-    place = ("model", "max_grid")
-    written = [recipe.model.max_grid for one, recipe in zip(everything, loaded, strict=True) if one.get(place)]
-    largest = tuple(max(axis) for axis in zip(*trial.seen, *written, strict=True))
-    base, *stages = (replace(recipe, model=trial.derive(recipe, largest)) for recipe in loaded)
-    raise_all(trial.trials(list(zip(draft.stages, everything[1:], stages, strict=True))))
+    pairs = list(zip(everything, loaded, strict=True))
+    raise_all(problem for pair in pairs for problem in faults_of_parts(*pair, to_train=to_train))
+    raise_all(problem for pair in pairs[1:] for problem in faults_of_grids(*pair))
+    grids = [grid for recipe in loaded[1:] for grid in grids_of_stage(recipe)]
+    grids += [recipe.model.max_grid for one, recipe in pairs if one.get(("model", "max_grid"))]
+    largest = tuple(max(axis) for axis in zip(*grids, strict=True))
+    base, *stages = (replace(recipe, model=derived(recipe, largest)) for recipe in loaded)
+    raise_all(faults_of_models(list(zip(draft.stages, everything[1:], stages, strict=True))))
     stages = [replace(recipe, stage=name) for name, recipe in zip(draft.stages, stages, strict=True)]
     return Curriculum(with_stages(base, stages) if draft.staged else base, stages)
 

@@ -84,8 +84,8 @@ def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -
     names = list(stages.tree) or [str(base.tree.get("stage") or "main")]
     unknown = [stage for stage in of_stage if stage not in names]
     problems += [Problem("command line", unknown_stage(stage, names), f"stages.{stage}") for stage in unknown]
-    drafts = {name: _merge(base, _overlay(stages, name), plain, of_stage.get(name, []), problems) for name in names}
-    whole = _merge(base, Layered({}, {}), plain, [], problems)
+    drafts = {name: _merge(base, [_overlay(stages, name), *plain, *of_stage.get(name, [])], problems) for name in names}
+    whole = _merge(base, plain, problems)
     for draft in (whole, *drafts.values()):
         problems += resolve(draft, as_plain(Recipe()))
         spell_out(draft)
@@ -123,22 +123,12 @@ def spell_out(layered: Layered, prefix: Path = ()) -> None:
         value = layered.get(path)
         one = isinstance(value, dict) and "name" in value or isinstance(value, str) and "${" not in value
         if component in LISTED and one:
-            origin = layered.origin(path)
-            layered.put(path, [value], layered, path)
-            layered.origins[path] = layered.origins[(*path, 0)] = origin
+            layered.wrap(path, [value], 0)
             value = [value]
-        if isinstance(value, list):
-            for index, item in enumerate(value):
-                _spell_out_word(layered, (*path, index), item)
-        else:
-            _spell_out_word(layered, path, value)
-
-
-def _spell_out_word(layered: Layered, path: Path, word: Any) -> None:
-    if isinstance(word, str) and "${" not in word:
-        origin = layered.origin(path)
-        layered.put(path, {"name": word}, layered, path)
-        layered.origins[path] = layered.origins[(*path, "name")] = origin
+        places = [((*path, n), item) for n, item in enumerate(value)] if isinstance(value, list) else [(path, value)]
+        for place, word in places:
+            if isinstance(word, str) and "${" not in word:
+                layered.wrap(place, {"name": word}, "name")
 
 
 def _find(recipe: str | File, folder: File) -> RecipeText:
@@ -245,11 +235,9 @@ def _overlay(stages: Layered, name: str) -> Layered:
     return overlay
 
 
-def _merge(
-    base: Layered, overlay: Layered, plain: list[Layered], own: list[Layered], problems: list[Problem]
-) -> Layered:
+def _merge(base: Layered, layers: Sequence[Layered], problems: list[Problem]) -> Layered:
     merged = base.copy()
-    for layer in (overlay, *plain, *own):
+    for layer in layers:
         problems += _lay_over(merged, layer)
     if merged.tree.get("train") is None:  # all of its lines are commented out
         merged.tree["train"] = _defaults("").tree["train"]

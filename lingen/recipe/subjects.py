@@ -59,7 +59,7 @@ SUBJECTS = {
     "autoencoder": Subject(
         section="autoencoder", encoded=False, module="lingen.training.autoencoder:AutoencoderModule",
         weights="lingen.plan.trial:autoencoder_on_meta", frozen="lingen.plan.trial:parts_of_autoencoder",
-        forecast="lingen.plan.autoencoder:plan_autoencoder",
+        forecast="lingen.plan.forecast:plan_autoencoder",
         has_critic=lambda recipe: bool(recipe.reconstruction.adversarial),
     ),
 }  # fmt: skip
