@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lingen.studies.compare import Compared, tables_of
+from lingen.studies.compare import Compared, Curve, tables_of
 
 MOST_BYTES, STRIP, POINTS = 3_000_000, 480, 400
 """Of all pictures; pixels across one; points of a curve."""
@@ -30,29 +30,27 @@ class Element(str):
 def page_of(found: dict[str, Any], runs: Sequence[Compared]) -> str:
     """The whole page of what `compare_runs` found."""
     overview, differ = tables_of(found)
-    title, clips = escape(f"{found['metric']} of {len(runs)} runs"), _samples(runs)
     return whole_page(
-        title,
+        f"{found['metric']} of {len(runs)} runs",
         {
-            "": table(overview), "Curves": _curves(found), "Settings that differ": table(differ),
-            "Clips of the same prompts": table(clips) if clips else "<p>There are none yet.</p>",
+            "": table(overview), "Curves": _curves(found), "Settings that differ": table(differ) or "<p>None.</p>",
+            "Clips of the same prompts": table(_samples(runs)) or "<p>There are none yet.</p>",
         },
     )  # fmt: skip
 
 
-def whole_page(title: str, parts: Mapping[str, str]) -> str:
-    """A page of parts, each under its heading.
-
-    Args:
-        title: escaped, as the parts are.
-    """
-    body = "".join(f"<h2>{name}</h2>{part}" if name else part for name, part in parts.items())
+def whole_page(name: str, parts: Mapping[str, str]) -> str:
+    """A page of parts, which are HTML, each under its heading; one that is empty is left out."""
+    title = escape(name)
+    body = "".join(f"<h2>{heading}</h2>{part}" if heading else part for heading, part in parts.items() if part)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     return f'<!doctype html><html lang="en">{head}<style>{STYLE}</style><main><h1>{title}</h1>{body}</main>'
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows, whose cells are escaped unless they are an `Element`."""
+    """Rows, whose cells are escaped unless they are an `Element`; nothing for no rows."""
+    if not rows:
+        return ""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[row.get(name, "") for name in names] for row in rows]
     lines = ["".join(f"<td>{one if isinstance(one, Element) else escape(one)}" for one in line) for line in cells]
@@ -63,14 +61,16 @@ def _curves(found: dict[str, Any]) -> str:
     figure = Figure((10, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel=found["at"])
     axes.set_ylabel(found["metric"], parse_math=False)
-    lines = []
-    for one in found["runs"]:
-        curve = [(x, math.nan if y is None else y) for x, y in one["curve"]]
-        thin = curve[:: 1 + len(curve) // POINTS] + curve[-1:]
-        lines += axes.plot(*zip(*thin, strict=True) if thin else ([], []), marker="." if len(thin) < 30 else None)
+    lines = [draw(axes, [(x, math.nan if y is None else y) for x, y in one["curve"]]) for one in found["runs"]]
     for text in axes.legend(lines, [one["run"] for one in found["runs"]], fontsize=8).get_texts():
         text.set_parse_math(False)
     return svg_of(figure)
+
+
+def draw(axes: Any, curve: Curve, label: str | None = None) -> Any:
+    """The line of a curve, of `POINTS` at most and with dots where they are few."""
+    thin = curve[:: 1 + len(curve) // POINTS] + curve[-1:]
+    return axes.plot(*zip(*thin, strict=True) if thin else ([], []), label=label, marker="." * (len(thin) < 30))[0]
 
 
 def svg_of(figure: Figure) -> str:
@@ -83,17 +83,14 @@ def svg_of(figure: Figure) -> str:
 
 def _samples(runs: Sequence[Compared]) -> list[dict[str, str]]:
     """A row for each prompt, a column for each run: frames of its newest clip; up to `MOST_BYTES`."""
-    strips, rows, room = {run.about["run"]: dict(_strips(run)) for run in runs}, list[dict[str, str]](), MOST_BYTES
+    newest = {run.about["run"]: sheets_of(run)[-1:] for run in runs}
+    strips = {name: dict(row for sheet in sheets for row in strips_of(sheet)) for name, sheets in newest.items()}
+    rows, room = list[dict[str, str]](), MOST_BYTES
     for prompt in dict.fromkeys(prompt for one in strips.values() for prompt in one):
         row = {"prompt": prompt} | {name: one.get(prompt, "") for name, one in strips.items()}
         room -= sum(map(len, row.values()))
         rows += [row] if room > 0 else [{"prompt": f"{prompt} (left out: the page would be too large)"}]
     return rows
-
-
-def _strips(run: Compared) -> Iterator[tuple[str, str]]:
-    """Prompt -> its row in the contact sheet of the clips that were sampled last."""
-    return strips_of(sheets[-1]) if (sheets := sheets_of(run)) else iter(())
 
 
 def sheets_of(run: Compared) -> list[Path]:

@@ -13,7 +13,7 @@ from lingen.plan.loading import load_curriculum
 from lingen.recipe import to_yaml
 from lingen.recipe.reading import shipped_recipes
 from lingen.studies.compare import Compared, cell_of, leaves, read_compared
-from lingen.studies.page import MOST_BYTES, POINTS, sheets_of, strips_of, svg_of, table, whole_page
+from lingen.studies.page import MOST_BYTES, draw, sheets_of, strips_of, svg_of, table, whole_page
 from lingen.training.folder import RunFolder
 
 CURVES = {
@@ -30,17 +30,18 @@ def write_report(folder: str | Path) -> Path:
     path, target = Path(folder), RunFolder(Path(folder)).report
     status = status_of(path)
     (run,) = read_compared([path])
+    numbers = {key.replace("_", " "): cell_of(one) for key, one in run.about.items() if key not in ("run", "state")}
+    restarts = [{"time": one["time"], "the start before it ended so": one["reason"]} for one in status.restarts]
     parts = {
-        "": f"<p>{escape(_state(status))}</p>{table([_numbers(run)])}",
+        "": f"<p>{escape(_state(status))}</p>{table([numbers])}",
         "Curves": _curves(run, status),
         "Clips": _clips(run),
         "Score": _score(run),
         "Samples": _ledger(path),
-        "Started again": _restarts(status),
+        "Started again": table(restarts),
         "Settings": _settings(run),
     }  # fmt: skip
-    name = escape(f"{path.resolve().name}: a run of {run.settings.get('name', 'a recipe')}")
-    write_text(target, whole_page(name, {title: part for title, part in parts.items() if part}))
+    write_text(target, whole_page(f"{path.resolve().name}: a run of {run.settings.get('name', 'a recipe')}", parts))
     return target
 
 
@@ -50,20 +51,8 @@ def _state(status: Status) -> str:
 
 
 def _score(run: Compared) -> str:
-    rows = [
-        {"attribute": name, "right": f"{one['share']:.0%} ({one['low']:.0%} to {one['high']:.0%})"}
-        for name, one in run.scores.items()
-    ]
-    return table(rows) if rows else ""
-
-
-def _restarts(status: Status) -> str:
-    rows = [{"time": one["time"], "the start before it ended so": one["reason"]} for one in status.restarts]
-    return table(rows) if rows else ""
-
-
-def _numbers(run: Compared) -> dict[str, str]:
-    return {name.replace("_", " "): cell_of(value) for name, value in run.about.items() if name not in ("run", "state")}
+    shares = {name: f"{one['share']:.0%} ({one['low']:.0%} to {one['high']:.0%})" for name, one in run.scores.items()}
+    return table([{"attribute": name, "right": share} for name, share in shares.items()])
 
 
 def _curves(run: Compared, status: Status) -> str:
@@ -76,9 +65,7 @@ def _curves(run: Compared, status: Status) -> str:
             begin += stage["steps"]
             axes.axvline(begin, color="#999", linewidth=0.8, linestyle="--")
         for name in names:
-            curve = run.curve(name, "steps")
-            thin = curve[:: 1 + len(curve) // POINTS] + curve[-1:]
-            axes.plot(*zip(*thin, strict=True) if thin else ([], []), label=name, marker="." * (len(thin) < 30))
+            draw(axes, run.curve(name, "steps"), name)
         if len(names) > 1:
             axes.legend(fontsize=8)
     return svg_of(figure)
@@ -96,8 +83,7 @@ def _clips(run: Compared) -> str:
             if room > 0:
                 rows.setdefault(prompt, {})[sheets[number].parent.name] = strip
     names = [sheets[number].parent.name for number in chosen]
-    shown = [{"prompt": prompt} | {name: row.get(name, "") for name in names} for prompt, row in rows.items()]
-    return table(shown) if shown else ""
+    return table([{"prompt": prompt} | {name: row.get(name, "") for name in names} for prompt, row in rows.items()])
 
 
 def _ledger(path: Path) -> str:
@@ -119,4 +105,4 @@ def _settings(run: Compared) -> str:
         if key in usual and usual[key] != value
     ]
     every = table([{"setting": key, "value": value} for key, value in run.settings.items()])
-    return f"{table(changed) if changed else ''}<details><summary>All settings and versions</summary>{every}</details>"
+    return f"{table(changed)}<details><summary>All settings and versions</summary>{every}</details>"
