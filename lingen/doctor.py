@@ -134,7 +134,8 @@ def machine() -> Iterator[Line]:
     yield Line(True, "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
     yield _lightning()
     yield from _gpus()
-    yield Line(*_triton())
+    triton = str(version_of("triton")) if has_triton() else "not installed; kernels run on plain PyTorch"
+    yield Line(has_triton() or not torch.cuda.is_available(), "triton", triton)
     yield Line(True, "kernels", _kernels())
     yield _encoder()
     for name, folder in (("here", Path.cwd()), ("cache", cache_folder())):
@@ -168,12 +169,6 @@ def _gpus() -> Iterator[Line]:
         told = f"{about.name}, {free:.1f} of {total:.1f} GiB free, compute capability {about.major}.{about.minor}"
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         yield Line(fast, f"cuda:{number}", told + ("" if fast else ", no bfloat16: set precision 16-mixed or 32-true"))
-
-
-def _triton() -> tuple[bool, str, str]:
-    if has_triton():
-        return True, "triton", str(version_of("triton"))
-    return not torch.cuda.is_available(), "triton", "not installed; kernels run on plain PyTorch"
 
 
 def _kernels() -> str:

@@ -55,7 +55,7 @@ def _count(text: str) -> int:
     overrides=True,
     behind=True,
 )  # fmt: skip
-def submit(args: argparse.Namespace) -> int:
+def submit(args: argparse.Namespace) -> None:
     if args.array is None and args.behind:
         raise RecipeError("A command behind -- goes with --array N, which shares its work.")
     from lingen.launch.options import merged, read_options, read_settings, seconds_of, settings_file
@@ -86,12 +86,11 @@ def submit(args: argparse.Namespace) -> int:
         for problem in job.problems:
             print(f"it would be refused: {problem}", file=sys.stderr)
         print(job.script, end="")
-        return DONE
+        return
     print(jobs.submit(job))
     print(f"its script and its log lie in {job.folder}", file=sys.stderr)
     if args.array is None:
         print(f"lingen status {job.folder.parents[1]}", file=sys.stderr)
-    return DONE
 
 
 def _check_array(args: argparse.Namespace) -> list[str]:

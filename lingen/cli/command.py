@@ -14,7 +14,8 @@ from lingen.recipe.registry import import_module
 DONE, FAILED, WRONG_USE = 0, 1, 2
 """Exit codes; beside them those of `lingen.ranks.signals`."""
 
-CommandFunction = Callable[[argparse.Namespace], int]
+CommandFunction = Callable[[argparse.Namespace], int | None]
+"""Returns an exit code; None where all that it can be is done."""
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 

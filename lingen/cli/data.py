@@ -141,7 +141,7 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
     cli.argument("--seed", type=int, default=0, help="other samples"),
     cli.JSON,
 )
-def data_stats(args: argparse.Namespace) -> int:
+def data_stats(args: argparse.Namespace) -> None:
     from lingen.prepare.stats import measure_folders, sample_sheet
 
     folders, out = [Path(folder) for folder in args.folders], Path(args.out)
@@ -151,11 +151,10 @@ def data_stats(args: argparse.Namespace) -> int:
     files = [sheet] if sheet is not None else []
     if args.json:
         cli.print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})
-        return cli.DONE
+        return
     cli.print_table(stats.rows)
     cli.print_table([{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]])
     print(*files, sep="\n")
-    return cli.DONE
 
 
 @cli.command(
@@ -163,7 +162,7 @@ def data_stats(args: argparse.Namespace) -> int:
     cli.argument("folders", nargs="+", metavar="DIR", help="folders of tar files; each gets its own"),
     cli.PROCESSES,
 )
-def data_index(args: argparse.Namespace) -> int:
+def data_index(args: argparse.Namespace) -> None:
     from lingen.prepare.index import index_folder
     from lingen.prepare.workers import processes_here
 
@@ -173,4 +172,3 @@ def data_index(args: argparse.Namespace) -> int:
             rows, drops = index_folder(Path(folder), processes, progress)
         _print_faults(drops, f" (all of them: lingen data check {folder} --json)")
         print(f"{folder}: {rows:,} samples, {len(drops):,} left out")
-    return cli.DONE

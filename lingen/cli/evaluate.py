@@ -173,7 +173,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     cli.argument("--out", default="eval/clips", metavar="DIR", help="default: eval/clips"),
     DEVICE, cli.JSON,
 )  # fmt: skip
-def eval_clips(args: argparse.Namespace) -> int:
+def eval_clips(args: argparse.Namespace) -> None:
     from lingen.evaluation.clips import View
     from lingen.evaluation.comparison import evaluate_clips
     from lingen.evaluation.judging import Judge
@@ -189,7 +189,7 @@ def eval_clips(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.json:
         cli.print_json(found)
-        return cli.DONE
+        return
     lines: dict[str, dict[str, str]] = {}
     for row in found["results"]:
         around = "" if row["interval"] is None else " [{:.4g}, {:.4g}]".format(*row["interval"])
@@ -201,7 +201,6 @@ def eval_clips(args: argparse.Namespace) -> int:
     )
     failed = [f"{name}: {n} x {why}" for name, held in found["failures"].items() for why, n in held.items()]
     print(*failed, *found["notes"], *(Path(args.out) / f"results.{end}" for end in ("png", "json")), sep="\n")
-    return cli.DONE
 
 
 def _cell(value: float | None, form: str) -> str:

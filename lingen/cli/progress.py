@@ -28,15 +28,6 @@ def bar(console: Console) -> Progress:
 @contextmanager
 def count_progress(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
     """A bar to be called with (done, total); where there is no terminal, a line every `LINE_SECONDS`."""
-    if not console.is_terminal:
-        yield _lines(console, description)
-        return
-    with bar(console) as shown:
-        task = shown.add_task(description, total=None, note="")
-        yield lambda done, total: shown.update(task, completed=done, total=total)
-
-
-def _lines(console: Console, description: str) -> Callable[[int, int], None]:
     told = time.monotonic()
 
     def tell(done: int, total: int) -> None:
@@ -45,7 +36,12 @@ def _lines(console: Console, description: str) -> Callable[[int, int], None]:
             told = time.monotonic()
             console.print(f"{description} {done:,}/{total:,}", markup=False, highlight=False)
 
-    return tell
+    if not console.is_terminal:
+        yield tell
+        return
+    with bar(console) as shown:
+        task = shown.add_task(description, total=None, note="")
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 class ConsoleReporter(Reporter):
