@@ -107,6 +107,8 @@ class PreflightContext:
         """Of rank 0, as it takes a while."""
         self.told: dict[str, str] = {}
         """What rank 0 tells all."""
+        self.names: list[str] = []
+        """Of rank 0: the node of each rank, as it said at the first check."""
         if self.own.rank == 0:
             self.plans = {str(one.stage): plan(one) for one in stages}
             around = next(one for one in (run, *run.parents) if one.is_dir())
