@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from lingen.recipe.bounds import AtLeast
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.layers import read_yaml
 from lingen.recipe.reading import raise_all
-from lingen.recipe.signature import check_settings, checked
+from lingen.recipe.signature import check_settings, section
 from lingen.recipe.text import decode_text
 
 MAX_REQUEUES = 20
@@ -28,8 +28,7 @@ Options = dict[str, str | None]
 """Long name of an option of sbatch -> its value; None: it takes none."""
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class ClusterSettings:
     """What the user's own file says of his cluster; what the command line says stands in its place."""
 

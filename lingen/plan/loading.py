@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from lingen.plan.trainer import fault_of_logger, faults_of_names, listed
 from lingen.plan.trial import derived, faults_of_grids, faults_of_models, faults_of_parts, grids_of_stage
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, did_you_mean, no_such
 from lingen.recipe.layers import Layered, Problem
-from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, read_draft, unknown_stage
+from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, read_draft
 from lingen.recipe.registry import FOR_TRAINING
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
@@ -45,10 +45,8 @@ class Curriculum(NamedTuple):
 
     def chosen(self, stage: str | None) -> list[Recipe]:
         """The stage of this name, or all of them for None. RecipeError says which there are."""
-        if stage is None:
-            return self.stages
         _check_stage(stage, self.names)
-        return [self.stages[self.names.index(stage)]]
+        return self.stages if stage is None else [self.stages[self.names.index(stage)]]
 
 
 def load_curriculum(recipe: str | Path | RecipeText, overrides: Sequence[str] = ()) -> Curriculum:
@@ -78,8 +76,7 @@ def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: 
     """As `load_to_run`, for a run of all stages or of one. RecipeError, before anything is built and torch is imported,
     where a stage that will be trained asks for a strategy that lingen does not train with."""
     draft = read_draft(recipe, overrides)
-    if stage is not None:
-        _check_stage(stage, list(draft.stages))
+    _check_stage(stage, list(draft.stages))
     chosen = [one for name, one in draft.stages.items() if stage in (None, name)]
     place = ("trainer", "strategy")
     raise_all(
@@ -105,15 +102,14 @@ def load_recipe(recipe: str | Path | RecipeText, overrides: Sequence[str] = (), 
     Raises:
         RecipeError: one sentence for each mistake, with file and line or ``command line``."""
     draft = read_draft(recipe, overrides)
-    if stage is not None:
-        _check_stage(stage, list(draft.stages))  # before anything is built
+    _check_stage(stage, list(draft.stages))  # before anything is built
     curriculum = _complete(draft)
     return curriculum.base if stage is None else curriculum.chosen(stage)[0]
 
 
-def _check_stage(stage: str, names: list[str]) -> None:
-    if stage not in names:
-        raise RecipeError(unknown_stage(stage, names))
+def _check_stage(stage: str | None, names: list[str]) -> None:
+    if stage is not None and stage not in names:
+        raise RecipeError(no_such("stage", stage, names))
 
 
 def load_stages(recipe: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]:
@@ -231,10 +227,7 @@ def _check_trainer(draft: Layered) -> Iterator[Problem]:
         return
     from lightning import Trainer
 
-    for key in arguments:
-        if key in OURS:
-            yield draft.problem(("trainer", key), f"'{key}' is not set here but by {OURS[key]}.")
-    for one in check_settings(Trainer, {k: v for k, v in arguments.items() if k not in OURS})[1]:
+    for one in check_settings(Trainer, arguments, OURS)[1]:
         yield draft.problem(("trainer", *one.path), one.text)
     yield from (draft.problem(("trainer", key), text) for key, text in faults_of_names(arguments))
 

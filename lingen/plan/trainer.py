@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, no_such
 from lingen.recipe.registry import import_object
 
 LOGGERS = {
@@ -33,8 +33,7 @@ def logger_of(component: Any) -> tuple[str, Any, dict[str, Any]]:
     if not isinstance(name, str):
         raise RecipeError(f"A logger is a name, or has one (name: ...); got {component!r}.")
     if name not in LOGGERS and ":" not in name:
-        known = f"{did_you_mean(name, LOGGERS)} Known: {', '.join(LOGGERS)}. Or write 'module:Class'."
-        raise RecipeError(f"There is no logger called '{name}'.{known}")
+        raise RecipeError(f"{no_such('logger', name, LOGGERS)} Or write 'module:Class'.")
     path = f"lightning.pytorch.loggers:{LOGGERS[name][0]}" if name in LOGGERS else name
     return name, import_object(path), settings
 
@@ -67,8 +66,7 @@ def faults_of_names(arguments: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in arguments.items():
         known = _known(key) if isinstance(value, str) else None
         if known is not None and value.lower() not in known:
-            names = ", ".join(sorted(known))
-            yield key, f"There is no {key} called '{value}'.{did_you_mean(value, known)} Known: {names}."
+            yield key, no_such(key, value, sorted(known))
 
 
 def _known(key: str) -> set[str] | None:

@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import repeat
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 from lingen.recipe.bounds import Bound, Mark
 from lingen.recipe.errors import SettingError, did_you_mean
@@ -22,6 +22,7 @@ from lingen.recipe.errors import SettingError, did_you_mean
 REQUIRED = inspect.Parameter.empty
 """The default of a setting that has none."""
 
+Part = TypeVar("Part")
 Path = tuple[str | int, ...]
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 PLURALS = {bool: "true or false", int: "whole numbers", float: "numbers", str: "texts"}
@@ -121,6 +122,13 @@ def checked(part: Any) -> Any:
         return checking
     part.__init__ = checking
     return part
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def section(part: type[Part]) -> type[Part]:
+    """Decorator: a section of a recipe, or of a file like one: a frozen dataclass of keyword arguments, `checked`."""
+    made: type[Part] = checked(dataclasses.dataclass(frozen=True, kw_only=True)(part))
+    return made
 
 
 def refusal(found: Found, part: str) -> SettingError:
