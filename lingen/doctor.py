@@ -24,8 +24,10 @@ from lingen.kernels.window_attention import WINDOW_KERNELS
 from lingen.plan.loading import fault_of_strategy
 from lingen.provenance import version_of
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.reading import components_of
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe
+from lingen.recipe.signature import as_plain
 
 LITTLE_DISK = 20.0
 """GB of free disk space below which there is a warning: a checkpoint of the largest recipe is larger (ours)."""
@@ -91,12 +93,8 @@ def _rewriters(recipe: Recipe) -> list[Any]:
 
 def _names(recipe: Recipe) -> dict[Any, str]:
     """Constructor of each part that a recipe names -> the part's name in its registry."""
-    named = [
-        (AUTOENCODERS, recipe.autoencoder),
-        *((TEXT_ENCODERS, component) for component in recipe.text),
-        (PERCEPTUAL, recipe.reconstruction.features),
-    ]
-    return {registry[component["name"]]: component["name"] for registry, component in named}
+    named = [(component["name"], registry) for _, component, registry in components_of(as_plain(recipe))]
+    return {registry[name]: name for name, registry in named if registry in (AUTOENCODERS, TEXT_ENCODERS, PERCEPTUAL)}
 
 
 def _init(recipe: Recipe) -> Iterator[Missing]:

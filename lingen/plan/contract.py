@@ -56,33 +56,21 @@ def faults_of_scans(module: nn.Module, grids: list[Triple]) -> Iterator[str]:
         for grid in dict.fromkeys(grids):
             try:
                 permutation(order, grid, torch.device("cpu"))
-            except SettingError as error:
-                yield str(error)
-                break
             except Exception as error:  # a third party's function may raise anything
-                name = getattr(order, "__name__", repr(order))
-                yield f"Scan order '{name}' fails on a {grid} grid: {error_told(error)}"
+                fails = f"Scan order '{getattr(order, '__name__', repr(order))}' fails on a {grid} grid"
+                yield str(error) if isinstance(error, SettingError) else f"{fails}: {error_told(error)}"
                 break
 
 
 def fault_at_sizes(mixer: nn.Module, grids: list[Triple], dim: int) -> str | None:
     """A sentence where a mixer of others, which works on `TRIED_GRID`, fails on one of these grids, on meta."""
-
-    def run(grid: Triple) -> None:
-        with torch.no_grad(), torch.device("meta"):
-            mixer(torch.zeros(1, *grid, dim))
-
-    if _is_ours(mixer):
-        return None
-    try:
-        run(TRIED_GRID)
-    except Exception:  # it looks at numbers
-        return None
-    for grid in dict.fromkeys(grids):
+    for grid in [] if _is_ours(mixer) else dict.fromkeys((TRIED_GRID, *grids)):
         try:
-            run(grid)
+            with torch.no_grad(), torch.device("meta"):
+                mixer(torch.zeros(1, *grid, dim))
         except Exception as error:
-            return f"forward fails on the {'x'.join(map(str, grid))} tokens of a batch: {error_told(error)}"
+            told = f"forward fails on the {'x'.join(map(str, grid))} tokens of a batch: {error_told(error)}"
+            return None if grid == TRIED_GRID else told  # it works there, but looks at numbers
     return None
 
 
@@ -153,10 +141,8 @@ def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
     output, fault = _tried(part, build, lambda one: one.decode(torch.zeros(latents)), "decode")
     if fault or not isinstance(output, Tensor):
         return fault or f"decode gives {type(output).__name__}, not a tensor."
-    frames = range(1, strides[0] + 1)
-    if output.ndim == 5 and output.shape[2] in frames:
-        return unlike(output, (1, 3, output.shape[2], *size[1:]), None, f"decode of {list(latents)} gives")
-    return f"decode of {list(latents)} gives {list(output.shape)}; expected {[1, 3, 1, *size[1:]]}."
+    frames = output.shape[2] if output.ndim == 5 and 1 <= output.shape[2] <= strides[0] else 1
+    return unlike(output, (1, 3, frames, *size[1:]), None, f"decode of {list(latents)} gives")
 
 
 def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
