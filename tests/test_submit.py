@@ -10,8 +10,15 @@ import pytest
 
 from lingen.cli import main
 from lingen.launch.lead import signal_seconds
-from lingen.launch.options import ClusterSettings, merged, read_options, read_settings, seconds_of, settings_file
-from lingen.launch.script import script_of
+from lingen.launch.options import (
+    ClusterSettings,
+    merged,
+    read_options,
+    read_settings,
+    script_of,
+    seconds_of,
+    settings_file,
+)
 from lingen.plan.forecast import plan
 from lingen.recipe import load_recipe, load_stages
 from lingen.recipe.errors import RecipeError

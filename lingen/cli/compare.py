@@ -150,7 +150,7 @@ def _compare(args: argparse.Namespace, paths: Sequence[str | Path], axis: str, o
         for rows in tables_of(found):
             cli.print_table(rows)
     if out:
-        from lingen.studies.page import page_of
+        from lingen.studies.report import page_of
 
         write_text(Path(out), page_of(found, runs))
         say(str(out))

@@ -7,12 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lingen.files import write_json, write_text
 from lingen.launch.lead import signal_seconds
-from lingen.launch.options import ClusterSettings, Options, merged, seconds_of
-from lingen.launch.script import script_of
+from lingen.launch.options import ClusterSettings, Options, merged, script_of, seconds_of
 from lingen.plan.forecast import plan
 from lingen.plan.loading import Curriculum, load_for_training, to_yaml
 from lingen.provenance import git_commit, versions
@@ -176,11 +174,7 @@ def submit(submission: Submission) -> str:
         shutil.rmtree(place)
         raise RecipeError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
     job = done.stdout.strip().partition(";")[0]
-    write_json(place / "submitted.json", {"job": job, **_about()})
-    return job
-
-
-def _about() -> dict[str, Any]:
-    """What a job was submitted with."""
     kept = {name: value for name, value in sorted(os.environ.items()) if name.startswith(KEPT_VARIABLES)}
-    return {"command": sys.argv, "commit": git_commit(), "versions": versions(), "environment": kept}
+    about = {"command": sys.argv, "commit": git_commit(), "versions": versions(), "environment": kept}
+    write_json(place / "submitted.json", {"job": job, **about})
+    return job
