@@ -152,11 +152,8 @@ class HeartbeatWriter:
                 data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
-                try:
-                    os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
-                finally:
-                    os.close(file)
+                with os.fdopen(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644), "wb") as file:
+                    file.write(data.ljust(SIZE - 1) + b"\n")
 
     def begin(self) -> None:
         def writing() -> None:
