@@ -144,11 +144,7 @@ def _compare(args: argparse.Namespace, paths: Sequence[str | Path], axis: str, o
 
     runs = read_compared(paths)
     found = compare_runs(runs, args.metric, axis)
-    if getattr(args, "json", False):
-        cli.print_json(found)
-    else:
-        for rows in tables_of(found):
-            cli.print_table(rows)
+    cli.tell(args, found, tables_of(found))
     if out:
         from lingen.studies.report import page_of
 

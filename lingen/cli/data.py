@@ -148,13 +148,10 @@ def data_stats(args: argparse.Namespace) -> None:
     stats = measure_folders(folders)
     out.mkdir(parents=True, exist_ok=True)
     sheet = sample_sheet(folders, out / "samples.jpg", args.clips, args.seed)
-    files = [sheet] if sheet is not None else []
-    if args.json:
-        cli.print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})
-        return
-    cli.print_table(stats.rows)
-    cli.print_table([{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]])
-    print(*files, sep="\n")
+    files = [str(sheet)] if sheet is not None else []
+    found = {"kinds": stats.rows, "sources": stats.sources, "files": files}
+    sources = [{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]]
+    cli.tell(args, found, [stats.rows, sources], *files)
 
 
 @cli.command(

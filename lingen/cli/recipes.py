@@ -174,15 +174,11 @@ def plan(args: argparse.Namespace) -> None:
 
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     rows = list(resource_rows(stages, args.gpus, args.gpu, args.mfu))
-    if args.json:
-        cli.print_json({"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows})
-        return
-    cli.print_table(list(map(_plan_row, rows)))
+    found = {"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows}
     hours = sum(row["gpu_hours"] for row in rows)
-    print(f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank")
-    for row in rows:
-        if not row["fits"]:
-            print(f"stage {row['stage']} does not fit: {row['advice']}")
+    cost = f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank"
+    advice = [f"stage {row['stage']} does not fit: {row['advice']}" for row in rows if not row["fits"]]
+    cli.tell(args, found, [list(map(_plan_row, rows))], cost, *advice)
 
 
 def _plan_row(row: dict[str, Any]) -> dict[str, str]:
