@@ -23,7 +23,7 @@ from lingen.data.theatre import ACTORS
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
 from lingen.prepare.packages import Package, download, read_member
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, no_such
 
 BACKGROUND = (208, 214, 220)
 """Emoji are transparent; a light grey shows white and black ones alike."""
@@ -119,7 +119,7 @@ def fetch(
         parts: emoji only: how many of the four packages of animations (about 170 MB each); 0 for stills alone.
         limit: at most so many clips, and so many images."""
     if name not in SETS:
-        raise RecipeError(f"There is no data set called '{name}'.{did_you_mean(name, SETS)} Known: {', '.join(SETS)}.")
+        raise RecipeError(no_such("data set", name, SETS))
     if not 0 <= parts <= len(EMOJI_VIDEO):
         raise RecipeError(f"parts is how many of the {len(EMOJI_VIDEO)} emoji packages to take, got {parts}.")
     if limit is not None and limit < 1:

@@ -3,14 +3,13 @@
 are ours."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 
 from lingen.prepare.shots import Track
 from lingen.recipe.bounds import AtLeast, Between
-from lingen.recipe.signature import checked
+from lingen.recipe.signature import section
 
 LOOKS = 3
 """Frames of a clip that are compared with those of others: at 1/6, 1/2 and 5/6 of its length."""
@@ -33,8 +32,7 @@ TO_FRAMES = "bwdif=mode=send_field"
 """A filter of ffmpeg that makes a frame of each field."""
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class Filters:
     """Limits of `lingen data pack`; None switches a filter off. Raises SettingError for one out of bounds."""
 

@@ -87,7 +87,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def _i3d(flax: bytes) -> dict[str, Any]:
-    """Flax's parameters and moments by their paths, for `lingen.evaluation.i3d`."""
+    """Flax's parameters and moments by their paths, for `lingen.evaluation.networks`."""
     held, tensors = ArraysOnly(io.BytesIO(flax)).load(), dict[str, Any]()
 
     def walk(tree: dict[str, Any], path: str) -> None:
