@@ -297,12 +297,14 @@ def demo(args: argparse.Namespace) -> int:
 
 def _demo_files(args: argparse.Namespace, prompt: str, progress: Callable[[int, int], None]) -> Iterator[Path]:
     from lingen.media import contact_sheet, save_animation, save_video
-    from lingen.sampling.clips import sample_demo
+    from lingen.sampling.clips import generate, load_demo
 
-    how = {name: getattr(args, name) for name in ("seconds", "seed", "steps")}
-    clip, out = sample_demo(prompt, **how, weights=args.checkpoint, progress=progress), Path(args.out)
-    yield save_video(clip, out, 12, title=prompt) if out.suffix == ".mp4" else save_animation(clip, out, 12)
-    yield contact_sheet([clip], out.with_suffix(".png"), [prompt])
+    how, module = {name: getattr(args, name) for name in ("seconds", "seed", "steps")}, load_demo(args.checkpoint)
+    clip, out = next(generate(module, prompt, **how, progress=progress)), Path(args.out)
+    about = {"prompt": prompt, "recipe": module.recipe.name}
+    is_film = out.suffix == ".mp4"
+    yield save_video(clip, out, 12, title=prompt, about=about) if is_film else save_animation(clip, out, 12, about)
+    yield contact_sheet([clip], out.with_suffix(".png"), [prompt], about=about)
 
 
 @cli.command(

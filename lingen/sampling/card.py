@@ -1,6 +1,7 @@
 """The model card of an exported model: what its run folder knows of data, scores and how it was made."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +11,14 @@ from lingen.recipe.text import decode_json
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 
-CARD = """---
-library_name: lingen
-pipeline_tag: text-to-video
-tags: [lingen, text-to-video, flow-matching, linear-attention]
----
-
-# {name}
-
-Text to video by LinGen ([arXiv 2412.09856](https://arxiv.org/abs/2412.09856)), trained with {versions}.
-{parameters:,} parameters; clips of {frames} frames of {height} x {width} pixels, {fps:g} a second; trained for {step}
-steps of stage {stage}. This card grants no licence for the weights.
-
-## Use
-
-```python
-import lingen
-
-pipeline = lingen.LinGenPipeline.from_pretrained("DIR")
-frames = pipeline("{prompt}", seed=0).frames[0]  # PIL images
-```
-
-## Data
-
-{sources}
-
-## Metrics
-
-{metrics}
-
-## Made by
-
-`lingen fit --recipe recipe.yaml`, with the recipe.yaml beside this card{commit}; then
-`lingen export --run RUN --to diffusers --out DIR`.
-
-Clips of this model are made by AI; those that lingen writes say so in their metadata.
-"""
-
 
 def card_of(module: LinGenModule, weights: Path, about: Mapping[str, str]) -> str:
     """The card of a weights file with this metadata; what is not known, as outside of a run folder, is said."""
     folder, recipe = RunFolder(weights.resolve().parents[2]), module.recipe
     run = _held(folder.about)
     used = {"lingen": version_of("lingen")} | run.get("versions", {})
-    return CARD.format(
+    card = files("lingen.sampling").joinpath("card.md").read_text(encoding="utf-8")
+    return card.format(
         parameters=sum(one.numel() for one in module.model.parameters()), **dict(about) | vars(recipe.data),
         name=recipe.name, height=recipe.data.size[0], width=recipe.data.size[1], sources=_sources(recipe, folder),
         prompt=(recipe.sample.prompts or ["a red circle moves right"])[0].replace('"', "'"),

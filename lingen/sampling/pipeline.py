@@ -68,7 +68,7 @@ class LinGenPipeline:
         if form > _FORM:
             told = f"lingen {index.get('_lingen_version')} wrote it in form {form}, this one reads up to {_FORM}"
             raise WeightsError(path / _INDEX, f"{told}: pip install -U lingen.")
-        names = [name for name in index if re.fullmatch(r"denoiser|autoencoder|text_encoder(_\d+)?", name)]
+        names = ["denoiser", "autoencoder", *(name for name in index if re.fullmatch(r"text_encoder(_\d+)?", name))]
         parts = {name: _read(path / name / _CONFIG) for name in names}
         if parts["autoencoder"].get("path") == _WEIGHTS:
             parts["autoencoder"]["path"] = str(_weights(path / "autoencoder"))
