@@ -192,7 +192,7 @@ def sheet_frames(count: int, columns: int = 8) -> set[int]:
 
 
 def _row(clip: np.ndarray, columns: int) -> Any:
-    shown = _enlarged(clip[sorted(sheet_frames(len(clip), columns))])
+    shown = enlarged(clip[sorted(sheet_frames(len(clip), columns))])
     shown = np.pad(shown, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)
     return Image.fromarray(np.concatenate(list(shown), axis=1))
 
@@ -205,10 +205,10 @@ def error_frames(clip: np.ndarray, rebuilt: np.ndarray, gain: int = 4) -> Frames
 def beside(clip: np.ndarray, rebuilt: np.ndarray) -> Iterator[Picture]:
     """Frames of both, the clip on the left; small ones are enlarged by a whole factor."""
     for pair in zip(clip, rebuilt, strict=True):
-        yield _enlarged(np.concatenate(pair, 1))
+        yield enlarged(np.concatenate(pair, 1))
 
 
-def _enlarged(frames: np.ndarray) -> np.ndarray:
+def enlarged(frames: np.ndarray) -> np.ndarray:
     """[... h w 3], made so much larger, by a whole factor, that a person can see them."""
     factor = max(1, round(96 / frames.shape[-3]))
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
