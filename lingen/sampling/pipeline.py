@@ -59,11 +59,9 @@ class LinGenPipeline:
         if not path.is_dir():
             raise RecipeError(f"{path} is no folder. Download a model: `hf download NAME --local-dir DIR`.")
         index = _read(path / _INDEX)
-        if index.get("_class_name") != cls.__name__:
-            raise WeightsError(path / _INDEX, f"it tells of {index.get('_class_name')}, not of a {cls.__name__}.")
-        if index.get("_lingen_form") != _FORM:
-            told = f"lingen {index.get('_lingen_version')} wrote it in a form that this version does not read"
-            raise WeightsError(path / _INDEX, f"{told}: pip install -U lingen.")
+        if (index.get("_class_name"), index.get("_lingen_form")) != (cls.__name__, _FORM):
+            told = f"it is of a {index.get('_class_name')} by lingen {index.get('_lingen_version')}, in a form that"
+            raise WeightsError(path / _INDEX, f"{told} this version does not read: pip install -U lingen.")
         names = ["denoiser", "autoencoder", *(name for name in index if re.fullmatch(r"text_encoder(_\d+)?", name))]
         model, autoencoder, *text = (_read(path / name / "config.json") for name in names)
         if autoencoder.get("path") == _WEIGHTS:
