@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lingen.blocks.layers import RMSNorm, Triple, head_count, undecayed
+from lingen.blocks.layers import RMSNorm, head_count, undecayed
 from lingen.kernels.norm_silu import norm_silu
+from lingen.recipe.sections import Triple
 
 LARGEST_IMAGE = 2**31 - 1
 """Elements of one image that cuDNN can count; PyTorch has slow convolutions of its own for larger ones."""
