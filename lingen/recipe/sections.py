@@ -219,6 +219,12 @@ class TrainConfig:
     evaluate_every: Annotated[
         int, AtLeast(0), FREE, "steps between measures of clips of held-out captions, in metrics.csv; 0: none"
     ] = 0
+    compile: Annotated[
+        Literal["auto", "off", "graph"],
+        FREE,
+        "whether a step is recorded as a CUDA graph for each kind and shape, and played again: auto, where that works; "
+        "the weights are the same (docs/performance.md)",
+    ] = "auto"
     watchdog: Annotated[
         int, AtLeast(0), FREE, "seconds without a sign of life of any rank that end the run as one that hangs; 0: off"
     ] = 600
