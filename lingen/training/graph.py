@@ -201,7 +201,7 @@ class StepGraphs:
 
     def _give_up(self, fault: str) -> None:
         if self._records:
-            refuse(self._module, fault, self._is_asked)
+            refuse_graphs(self._module, fault, self._is_asked)
         self._records = False
 
     def _too_large(self) -> str | None:
@@ -276,14 +276,14 @@ def graphs_of(module: Trained) -> StepGraphs | None:
     asked = module.recipe.train.compile
     if asked == "off" or (asked == "auto" and module.device.type != "cuda"):
         return None
-    fault = fault_of(module)
+    fault = what_forbids_graphs(module)
     if fault is not None:
-        refuse(module, fault, asked == "graph")
+        refuse_graphs(module, fault, asked == "graph")
         return None
     return StepGraphs(module, asked == "graph")
 
 
-def refuse(module: Trained, fault: str, is_asked: bool) -> None:
+def refuse_graphs(module: Trained, fault: str, is_asked: bool) -> None:
     """Says why there are no graphs; RecipeError where the recipe insists on them."""
     if is_asked:
         raise RecipeError(f"A step cannot be a CUDA graph: {fault}. Set train.compile=auto or off.")
@@ -299,7 +299,7 @@ def fused_here(module: Trained) -> bool:
     return not is_scaled and (module.device.type == "cuda" or module.recipe.train.compile == "graph")
 
 
-def fault_of(module: Trained) -> str | None:
+def what_forbids_graphs(module: Trained) -> str | None:
     """What forbids graphs, in words; None: nothing that is known before a step is recorded."""
     trainer, settings = cast(Any, module.trainer), module.recipe.train
     if not hasattr(module, "losses_at"):
