@@ -45,10 +45,13 @@ class Recorded(Generic[T]):
     def __init__(self, act: Callable[[], T], pool: Any):
         self._play = act
         if pool is not None:
-            graph = torch.cuda.CUDAGraph()
-            # Threads that pin batches and write checkpoints call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                result = act()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # Threads that pin batches and write checkpoints call CUDA meanwhile.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    result = act()
+            finally:
+                torch.cuda.set_stream(stream)  # torch leaves another one where it fails
 
             def play() -> T:
                 graph.replay()
@@ -326,7 +329,9 @@ def what_forbids_graphs(module: Trained) -> str | None:
 
 
 def culprit(error: BaseException, module: nn.Module) -> str:
-    """The innermost part in whose forward pass an error came up."""
+    """The innermost part in whose forward pass an error came up; the end of a recording fails once more."""
+    while error.__context__ is not None:
+        error = error.__context__
     names, trace, found = {id(part): name for name, part in module.named_modules()}, error.__traceback__, "a step"
     while trace is not None:
         part = trace.tb_frame.f_locals.get("self")
