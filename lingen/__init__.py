@@ -1,7 +1,6 @@
 """lingen: an open framework for LinGen (arXiv 2412.09856), text-to-video diffusion with linear cost.
 
-The public names below are imported when they are first used, so that ``import lingen`` is instant.
-"""
+The public names below are imported when they are first used, so that ``import lingen`` is instant."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -14,41 +13,24 @@ if TYPE_CHECKING:
     from lingen.recipe.errors import RecipeError
     from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS
     from lingen.run import fit
-    from lingen.sampling.clips import generate
+    from lingen.sampling.clips import generate, sample_demo
     from lingen.sampling.loading import load_model
     from lingen.training.denoiser import LinGenModule
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AUTOENCODERS",
-    "ClipData",
-    "LinGen",
-    "LinGenModule",
-    "MIXERS",
-    "RecipeError",
-    "SCANS",
-    "TEXT_ENCODERS",
-    "fit",
-    "generate",
-    "load_model",
-    "load_recipe",
-    "save_video",
-    "stages_of",
-]
+    "AUTOENCODERS", "ClipData", "LinGen", "LinGenModule", "MIXERS", "RecipeError", "SCANS", "TEXT_ENCODERS", "fit",
+    "generate", "load_model", "load_recipe", "sample_demo", "save_video", "stages_of",
+]  # fmt: skip
 
 _HOMES = {
-    "lingen.data.datamodule": ("ClipData",),
-    "lingen.sampling.clips": ("generate",),
-    "lingen.sampling.loading": ("load_model",),
-    "lingen.model": ("LinGen",),
-    "lingen.run": ("fit",),
-    "lingen.training.denoiser": ("LinGenModule",),
-    "lingen.recipe": ("load_recipe", "stages_of"),
+    "lingen.data.datamodule": ("ClipData",), "lingen.sampling.clips": ("generate", "sample_demo"),
+    "lingen.sampling.loading": ("load_model",), "lingen.model": ("LinGen",), "lingen.run": ("fit",),
+    "lingen.training.denoiser": ("LinGenModule",), "lingen.recipe": ("load_recipe", "stages_of"),
     "lingen.recipe.errors": ("RecipeError",),
-    "lingen.recipe.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS"),
-    "lingen.media": ("save_video",),
-}
+    "lingen.recipe.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS"), "lingen.media": ("save_video",),
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -30,12 +30,10 @@ from lingen.recipe.sections import KINDS, Recipe
 LITTLE_DISK = 20.0
 """GB of free disk space below which there is a warning: a checkpoint of the largest recipe is larger (ours)."""
 OPTIONAL = {
-    "transformers": "frozen text encoders, rewriting and captioning",
-    "diffusers": "its video autoencoders",
-    "boto3": "shards at s3://",
-    "mamba-ssm": "kernel: stock of the scan, for comparison",
+    "transformers": "frozen text encoders, rewriting and captioning", "diffusers": "its video autoencoders",
+    "boto3": "shards at s3://", "mamba-ssm": "kernel: stock of the scan, for comparison",
     "flash-attn": "kernel: flash of attention, for comparison",
-}
+}  # fmt: skip
 """Packages that lingen runs without, and what they are for."""
 MALWARE = ("2.6.2", "2.6.3")
 """Releases of lightning that steal credentials when they are imported (GHSA-w37p-236h-pfx3)."""
@@ -56,14 +54,9 @@ class Checkup(NamedTuple):
 
 def examine(stages: Sequence[Recipe]) -> Checkup:
     """Looks on disk for what these stages name (frozen parts, `rewrite`, `init`, shards); notes what `fit` refuses."""
-    missing: dict[Missing, None] = {}
-    absent: dict[Missing, None] = {}
-    ok: dict[str, None] = {}
-    for recipe in stages:
-        missing |= dict.fromkeys(_lacks(recipe))
-        ok |= dict.fromkeys(_there(recipe))
-        missing |= dict.fromkeys(_init(recipe))
-        absent |= dict.fromkeys(_shards(recipe))
+    missing = dict.fromkeys(one for recipe in stages for one in (*_lacks(recipe), *_init(recipe)))
+    absent = dict.fromkeys(one for recipe in stages for one in _shards(recipe))
+    ok = dict.fromkeys(one for recipe in stages for one in _there(recipe))
     asked = [(recipe.trainer.get("strategy"), recipe.trains, recipe.trainer.get("precision")) for recipe in stages]
     strategies = dict.fromkeys(asked)
     notes = [f"`lingen fit` refuses this: {text}" for one in strategies if (text := fault_of_strategy(*one))]
@@ -186,15 +179,11 @@ def _triton() -> tuple[bool, str, str]:
 def _kernels() -> str:
     """The twins that `kernel: auto` takes here, and their operations."""
     known = {
-        "scan": (SCAN_KERNELS, "chunked"),
-        "window attention": (WINDOW_KERNELS, "sdpa"),
-        "cross-attention": (CROSS_KERNELS, "reference"),
-        "conv": (CONV_KERNELS, "reference"),
-        "gated norm": (GATED_NORM_KERNELS, "reference"),
-        "modulation": (MODULATE_KERNELS, "reference"),
-        "pool": (POOL_KERNELS, "reference"),
-        "swiglu": (SWIGLU_KERNELS, "reference"),
-    }
+        "scan": (SCAN_KERNELS, "chunked"), "window attention": (WINDOW_KERNELS, "sdpa"),
+        "cross-attention": (CROSS_KERNELS, "reference"), "conv": (CONV_KERNELS, "reference"),
+        "gated norm": (GATED_NORM_KERNELS, "reference"), "modulation": (MODULATE_KERNELS, "reference"),
+        "pool": (POOL_KERNELS, "reference"), "swiglu": (SWIGLU_KERNELS, "reference"),
+    }  # fmt: skip
     x = torch.empty(0, device=best_device(), dtype=torch.bfloat16)
     taken: dict[str, list[str]] = {}
     for operation, (twins, plain) in known.items():

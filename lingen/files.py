@@ -50,12 +50,9 @@ def check_place(folder: Path) -> None:
     if not around.is_dir():
         raise RecipeError(f"Nothing can be written into {folder}: {around} is a file, not a folder. Name another one.")
     if not os.access(around, os.W_OK | os.X_OK):
-        raise RecipeError(f"Nothing can be written into {folder}: {_why_not(around)}. Name another one.")
-
-
-def _why_not(folder: Path) -> str:
-    read_only = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & os.ST_RDONLY
-    return "the place is read-only" if read_only else "this user may not"
+        read_only = hasattr(os, "statvfs") and os.statvfs(around).f_flag & os.ST_RDONLY
+        why = "the place is read-only" if read_only else "this user may not"
+        raise RecipeError(f"Nothing can be written into {folder}: {why}. Name another one.")
 
 
 @contextlib.contextmanager
@@ -67,8 +64,7 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     Args:
         durable: the file is on the disk before it is moved, so that after a loss of power `path` is the old one or the
-            new one, never an empty one. It costs time, in vain for what can be had again.
-    """
+            new one, never an empty one. It costs time, in vain for what can be had again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{_mark()}.partial")
     try:

@@ -1,7 +1,6 @@
 """Flow matching as pure functions (Movie Gen, arXiv 2410.13720, section 3.1.2): path, times, solvers, guidance.
 
-Time 0 is noise, 1 is data, everywhere.
-"""
+Time 0 is noise, 1 is data, everywhere."""
 
 import hashlib
 import json
@@ -138,8 +137,7 @@ def sample_draws(shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[
         shape: of one sample's latents.
         slots: the number of each sample in the stream.
         stream: (seed, what for), e.g. a stage's name.
-        training: what the times are drawn from.
-    """
+        training: what the times are drawn from."""
     noise, times, uniform = [], [], []
     for slot in slots.tolist():
         # A CPU generator keeps 32 bits of its seed: among a million samples some hundred pairs share their noise, which
@@ -160,8 +158,7 @@ def clip_noise(shape: tuple[int, ...], seed: int, prompt: str, repetition: int) 
     Args:
         shape: of the clip's latents.
         prompt: exactly the text that the text encoders read.
-        repetition: 0 for the first clip of this prompt, 1 for the second, ...
-    """
+        repetition: 0 for the first clip of this prompt, 1 for the second, ..."""
     # JSON in ASCII is the same text in every version of Python, which a string's repr is not.
     digest = hashlib.sha256(json.dumps([seed, prompt, repetition]).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # of which it keeps 32 bits
@@ -199,8 +196,7 @@ def euler(
 def heun(
     velocity: Velocity, x: Float[Tensor, "b *any"], times: Float[Tensor, "n"]
 ) -> Iterator[Float[Tensor, "b *any"]]:
-    """x after each step with the mean of the velocities at its start and where Euler's step ends: order 2, two
-    evaluations a step."""
+    """x after each step with the mean of the velocities at its start and at Euler's end: order 2, two evaluations."""
     for start, end in pairwise(times):
         first = velocity(x, start)
         second = velocity(x + (end - start) * first, end)
@@ -209,9 +205,8 @@ def heun(
 
 
 def ab2(velocity: Velocity, x: Float[Tensor, "b *any"], times: Float[Tensor, "n"]) -> Iterator[Float[Tensor, "b *any"]]:
-    """x after each step of Adams and Bashforth's method of order 2 for steps of any length: it goes on along the
-    straight line through the velocities at its start and at the start of the step before. One evaluation a step; the
-    first one is Euler's."""
+    """x after each step of Adams and Bashforth's method of order 2 for steps of any length: by the straight line
+    through the velocities at its start and at that of the step before. One evaluation a step; the first is Euler's."""
     slope: Tensor | None = None
     length = times[1] - times[0]
     for start, end in pairwise(times):

@@ -42,13 +42,20 @@ def save_video(
         path: file to write, replaced in one step when it is complete; after an error it is what it was.
         fps: frames per second.
         title: stored as the MP4's title (the prompt, say).
-        about: stored as JSON in the MP4's comment.
-    """
+        about: stored as JSON in the MP4's comment."""
     path, fast = Path(path), {"movflags": "+faststart"}
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=fast) as file:
         file.metadata["title"] = title
         file.metadata["comment"] = json.dumps(about or {}, ensure_ascii=False)
         _encode(file, clip, fps, {"crf": "16", "preset": "medium"} | EXACT)
+    return path
+
+
+def save_animation(clip: Frames, path: Path, fps: float) -> Path:
+    """Writes a GIF or an animated WebP, by the name of the file, that begins anew for ever."""
+    first, *others = map(Image.fromarray, clip)
+    with whole_file(path) as partial:
+        first.save(partial, path.suffix[1:], save_all=True, append_images=others, duration=1000 / fps, loop=0)
     return path
 
 
@@ -69,8 +76,7 @@ def encode_mp4(
     Args:
         clip: uint8 frames [h w 3], taken one by one; an odd height or width is padded as `save_video` does.
         key_seconds: the most time between key frames, in seconds; None: x264's default, 250 frames.
-        exact: the same bytes for the same frames, always. The file may become a fifth larger.
-    """
+        exact: the same bytes for the same frames, always. The file may become a fifth larger."""
     buffer = io.BytesIO()
     options = {"crf": str(crf), "preset": "veryfast", "threads": "1"} | (EXACT if exact else {})
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as file:

@@ -50,8 +50,7 @@ class LinGen(nn.Module):
     mixer or a setting that does not exist or does not fit the width.
 
     Args:
-        config: the model's settings, with the derived fields filled.
-    """
+        config: the model's settings, with the derived fields filled."""
 
     def __init__(self, config: LinGenConfig):
         super().__init__()
@@ -78,8 +77,7 @@ class LinGen(nn.Module):
             latents: an image has t = 1.
             time: [b], or [b t] with a time for each latent frame.
             text: one (tokens, mask) per encoder. A row without any unmasked token is told "no text" by a learned token.
-            condition: reserved for image-to-video.
-        """
+            condition: reserved for image-to-video."""
         self._check(latents, time, text, condition)
         grid = self.grid_of(latents.shape[2:])
         tokens, mask = self.text(text, len(latents))
@@ -137,8 +135,7 @@ class TimeEmbedding(nn.Module):
     """Timestep -> an embedding, and the six modulation vectors that all blocks share; in float32 at least.
 
     Sines and cosines of 1000 time, then two linear layers (DiT, arXiv 2212.09748); one projection to 6 x width instead
-    of one for each block (PixArt-alpha, arXiv 2310.00426), which starts at zero.
-    """
+    of one for each block (PixArt-alpha, arXiv 2310.00426), which starts at zero."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -164,8 +161,7 @@ class TimeEmbedding(nn.Module):
 class TextJoin(nn.Module):
     """A linear layer and a LayerNorm for each encoder's tokens, then one sequence of all (Movie Gen, section 3.1.4).
 
-    In front stands a learned null token, unmasked only in rows that have no text, which are the rows of guidance.
-    """
+    In front stands a learned null token, unmasked only in rows that have no text, which are the rows of guidance."""
 
     def __init__(self, dim: int, widths: Sequence[int]):
         super().__init__()
@@ -187,10 +183,8 @@ class TextJoin(nn.Module):
 def _say(recomputed: int, depth: int, size: int) -> None:
     log.info(
         "checkpointing: the first %d of %d blocks are recomputed; activations of about %.3g GiB",
-        recomputed,
-        depth,
-        size / 2**30,
-    )
+        recomputed, depth, size / 2**30,
+    )  # fmt: skip
 
 
 def token_grid(size: Sequence[int], patch: Sequence[int]) -> Triple:

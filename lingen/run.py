@@ -22,6 +22,7 @@ from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
 from lingen.ranks.signs import LifeSigns
 from lingen.recipe import Curriculum, load_for_training, to_yaml
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.sampling import samples
 from lingen.tables import as_table
@@ -95,8 +96,7 @@ def fit(
             another run or a finished stage of another course, or one that another process trains in.
         DataError: too many broken samples.
         NonFiniteError: too many steps without a finite gradient.
-        KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75.
-    """
+        KeyboardInterrupt, SystemExit: a signal stopped it, after a checkpoint; SystemExit has the code 75."""
     try:
         with signals.listening():
             curriculum = launch.load_together(lambda: load_for_training(recipe, overrides, stage))
@@ -106,19 +106,14 @@ def fit(
 
 
 def fit_curriculum(
-    curriculum: Curriculum,
-    *,
-    run: str | Path | None = None,
-    stage: str | None = None,
-    reporter: Reporter | None = None,
-    before: Callable[[RunFolder, list[Recipe]], None] | None = None,
+    curriculum: Curriculum, *, run: str | Path | None = None, stage: str | None = None,
+    reporter: Reporter | None = None, before: Callable[[RunFolder, list[Recipe]], None] | None = None,
     callbacks: Sequence[Callback] = (),
-) -> Outcome:
+) -> Outcome:  # fmt: skip
     """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`.
 
     Args:
-        before: called by all ranks with the stages that are not finished, before the first of them.
-    """
+        before: called by all ranks with the stages that are not finished, before the first of them."""
     launch.join()
     watched = _Watched(reporter if reporter and is_first_rank() else Reporter())
     try:
@@ -200,6 +195,7 @@ def _begin(
     step = start.step if start is not None else folder.last_step(begins)
     begun = record.start(folder, curriculum, told, begins, step)  # anew: another process may have just been here
     record.put_on_record(folder, begun)
+    reporter.say(f"run folder: {folder.path}")
     for line in begun.lines:
         reporter.say(line)
     flop = {str(one.stage): flop_a_step(one, plans[str(one.stage)]) for one in unfinished}
@@ -222,17 +218,14 @@ def is_complete(folder: RunFolder, curriculum: Curriculum) -> bool:
 
 def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
     steps = folder.finished_steps(str(last.stage))
-    return bool(last.score.clips and steps and scored_steps(folder) != steps)
+    scored = int(json.loads(folder.score.read_text())["step"]) if folder.score.is_file() else 0
+    return bool(last.score.clips and steps and scored != steps)
 
 
 def _train(
-    folder: RunFolder,
-    curriculum: Curriculum,
-    chosen: Sequence[Recipe],
-    first: StageStart | None,
-    reporter: Reporter,
+    folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], first: StageStart | None, reporter: Reporter,
     callbacks: Sequence[Callback],
-) -> Outcome:
+) -> Outcome:  # fmt: skip
     """Every chosen stage that is not finished, the first of them from `first`, and the score."""
     stages, names = curriculum.stages, curriculum.names
     for index, settings in enumerate(stages):
@@ -263,19 +256,10 @@ def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> Iterator[None
     yield from samples.score_samples(folder, last)
 
 
-def scored_steps(folder: RunFolder) -> int:
-    """Steps of the weights that were scored; 0: none."""
-    return int(json.loads(folder.score.read_text())["step"]) if folder.score.is_file() else 0
-
-
 def train_stage(
-    folder: RunFolder,
-    curriculum: Curriculum,
-    index: int,
-    start: StageStart,
-    reporter: Reporter,
+    folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, reporter: Reporter,
     callbacks: Sequence[Callback] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Trains a stage, and goes back in it where `train.on_spike` says so. Stopped, after a checkpoint, where a signal
     came; NonFiniteError where the way back to one place does not help."""
     stages, past = curriculum.stages, None
@@ -289,20 +273,14 @@ def train_stage(
 
 
 def _fit_once(
-    folder: RunFolder,
-    curriculum: Curriculum,
-    index: int,
-    start: StageStart,
-    past: GoBack | None,
-    reporter: Reporter,
+    folder: RunFolder, curriculum: Curriculum, index: int, start: StageStart, past: GoBack | None, reporter: Reporter,
     more: Sequence[Callback],
-) -> GoBack | None:
+) -> GoBack | None:  # fmt: skip
     """One Trainer's fit; the spike for which it was left, if it was.
 
     Args:
         past: the spike for which the stage went back to `start`.
-        more: callbacks of the user's.
-    """
+        more: callbacks of the user's."""
     recipe = curriculum.stages[index]
     name = str(recipe.stage)
     edge = StepEdge(folder, name, reporter.say)
@@ -363,6 +341,11 @@ def _fit_once(
     reporter.say(report(edge.ledger))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)
+    if trainer.global_step < recipe.train.steps:
+        raise RecipeError(
+            f"A callback ended stage '{name}' at step {trainer.global_step} of {recipe.train.steps}. Stages end by "
+            "train.steps: take it out of trainer.callbacks, and the same command goes on from the last checkpoint."
+        )
     return None
 
 

@@ -23,20 +23,10 @@ OF_TRAINING = ("recipe", "stage", "step")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a recipe calls the precision of weights."""
-
-
 STORED_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 """What safetensors calls a type."""
 _MOVED = (
     (re.compile(r"\.(a_log|d|dt_bias)$"), r".memory.\1"),
@@ -65,8 +55,7 @@ def export_weights(source: str | Path, out: str | Path, precision: str = "bf16")
     Args:
         source: a run folder or a weights file.
         out: a .safetensors file.
-        precision: ``bf16`` or ``fp32`` of everything of two or more axes; the rest stays as it is.
-    """
+        precision: ``bf16`` or ``fp32`` of everything of two or more axes; the rest stays as it is."""
     out = check_target(out, ".safetensors")
     path = find_weights(source)
     metadata = read_metadata(path, OF_TRAINING)
@@ -98,12 +87,11 @@ def _first_name(name: str) -> str:
 def names_now(held: Mapping[str, V], own: Collection[str]) -> dict[str, V]:
     """What a file holds by name, under the names of this version: one that is not among `own` takes a newer one that
     is."""
-    return {_name_now(name, own): value for name, value in held.items()}
-
-
-def _name_now(name: str, own: Collection[str]) -> str:
-    newer = (pattern.sub(to, name) for pattern, to in _MOVED)
-    return name if name in own else next((one for one in newer if one in own), name)
+    found = {}
+    for name, value in held.items():
+        names = (name, *(pattern.sub(to, name) for pattern, to in _MOVED))
+        found[next((one for one in names if one in own), name)] = value
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -124,8 +112,7 @@ def write_pieces(
     Args:
         tensors: tell types and shapes, and may be shards of what `pieces` gives.
         pieces: the same names, `file_order`, with whole tensors on any device.
-        metadata: goes into the file's header. TypeError where it is not all text, which nobody could read.
-    """
+        metadata: goes into the file's header. TypeError where it is not all text, which nobody could read."""
     if not all(isinstance(value, str) for value in metadata.values()):
         raise TypeError(f"The metadata of a weights file is text, not {metadata!r}.")
     with whole_file(path) as partial, partial.open("wb") as file:
@@ -163,9 +150,8 @@ def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:
         raise WeightsError(path, f"it cannot be read ({error.strerror or error}).") from error
     whole = metadata.keys() >= set(needed) and metadata.get("step", "0").isdecimal()
     if metadata.get("format") != "lingen" or not whole:
-        raise WeightsError(
-            path, "it holds no lingen weights (its metadata names no recipe). Use a file that `lingen fit` wrote."
-        )
+        told = "it holds no lingen weights (its metadata names no recipe)."
+        raise WeightsError(path, f"{told} Use a file that `lingen fit` wrote.")
     return metadata
 
 
@@ -188,9 +174,8 @@ def read_run(about: Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(about, f"it cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            about, f"it is no record of a run ({error}). Bring the file back, or name another folder."
-        ) from error
+        cure = "Bring the file back, or name another folder."
+        raise WeightsError(about, f"it is no record of a run ({error}). {cure}") from error
     return held
 
 
@@ -203,9 +188,8 @@ def find_weights(source: str | Path) -> Path:
         raise WeightsError(path, "there is no run folder or weights file.")
     about = path / "run.json"
     if not about.is_file():
-        raise WeightsError(
-            path, "it is no run folder: it has no run.json. Name one that `lingen fit` made, or a .safetensors file."
-        )
+        cure = "Name one that `lingen fit` made, or a .safetensors file."
+        raise WeightsError(path, f"it is no run folder: it has no run.json. {cure}")
     stages = read_run(about)["stages"]
     finished = [file for stage in stages if os.path.isfile(file := path / "stages" / stage / "weights.safetensors")]
     if not finished:

@@ -52,6 +52,27 @@ class Detaches(Mixer):
         return x.detach() * self.weight.detach()
 
 
+class SeesOthers(Mixer):
+    def forward(self, x):
+        return self.weight * (x - x.mean(0, keepdim=True))
+
+
+class TakesAll(Mixer):
+    def __init__(self, dim, layer, **kwargs):
+        super().__init__(dim, layer)
+
+    forward = Good.forward
+
+
+class OneGrid(Mixer):
+    def __init__(self, dim, layer):
+        super().__init__(dim, layer)
+        self.position = nn.Parameter(torch.zeros(2, 4, 4, dim))
+
+    def forward(self, x):
+        return x * self.weight + self.position
+
+
 class NotANumber(Mixer):
     def forward(self, x):
         return (x * self.weight).sqrt()
@@ -64,6 +85,14 @@ class SteepAtZero(Mixer):
 
 def first_only(t, h, w):
     return torch.zeros(t * h * w, dtype=torch.long)
+
+
+def no_return(t, h, w):
+    torch.arange(t * h * w)
+
+
+def floats(t, h, w):
+    return torch.arange(t * h * w).float()
 
 
 def not_when_long(t, h, w):
@@ -144,6 +173,15 @@ FAULTS = [
     ("model", mixer("parts_to_try:Fails"), "forward fails: RuntimeError: "),
     ("model", mixer("parts_to_try:Fails"), "(parts_to_try.py:33)"),
     ("model", mixer("parts_to_try:Detaches"), "gives a tensor without a gradient"),
+    ("model", mixer("parts_to_try:SeesOthers"), "depends on the others of its batch"),
+    ("model", mixer("parts_to_try:TakesAll"), "its `**kwargs` would take a key with a typing mistake"),
+    ("model", mixer("parts_to_try:OneGrid"), "OneGrid': forward fails on the 4x4x4 tokens of a batch: "),
+    (
+        "model",
+        mixer("{name: mamba2, head_dim: 8, scan: 'parts_to_try:no_return'}"),
+        "'no_return' gives NoneType",
+    ),
+    ("model", mixer("{name: mamba2, head_dim: 8, scan: 'parts_to_try:floats'}"), "'floats' gives torch.float32"),
     ("model", mixer("parts_to_try:NotANumber"), "forward of normal numbers gives NaN or infinity"),
     ("model", mixer("parts_to_try:SteepAtZero"), "the gradient of its forward is NaN or infinite"),
     ("model", mixer("{name: mate, ma: null, te: 'parts_to_try:Shorter'}"), "expected [1, 2, 4, 4, 16]"),
@@ -213,7 +251,9 @@ def needs_more(where, project):
         ),
         ("profiler: fast", "There is no profiler called 'fast'. Known: advanced, pytorch, simple, xla"),
         ("precision: 17-mixed", "trainer.precision"),
-        ("callbacks: [x:Y]", "'callbacks' is not set here but by lingen's own"),
+        ("callbacks: [x:Y]", "Cannot load 'x:Y'"),
+        ("callbacks: 5", "Callbacks are a list of components"),
+        ("plugins: [x]", "'plugins' is not set here but by lingen's own"),
     ],
 )
 def test_what_the_trainer_does_not_have_is_named_by_its_line(here: Path, capsys, setting: str, told: str):

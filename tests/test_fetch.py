@@ -184,7 +184,10 @@ def test_an_interruption_leaves_no_half_folder(small_emoji: None, tmp_path: Path
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        ({"name": "emojis"}, "There is no data set called 'emojis'. Did you mean 'emoji'? Known: emoji, footage."),
+        (
+            {"name": "emojis"},
+            "There is no data set called 'emojis'. Did you mean 'emoji'? Known: emoji, footage, theatre.",
+        ),
         ({"name": "emoji", "parts": 5}, "parts is how many of the 4 emoji packages to take, got 5."),
         ({"name": "emoji", "limit": 0}, "limit is a number of clips, at least 1, got 0."),
     ],

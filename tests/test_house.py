@@ -18,7 +18,7 @@ FLOORS = (
     ("data", "plan"),
     ("text", "metrics"),
     ("ranks",),
-    ("training",),
+    ("training", "testing"),
     ("sampling",),
     ("prepare", "run"),
     ("doctor", "launch", "evaluation"),

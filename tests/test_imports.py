@@ -127,7 +127,7 @@ def test_list_shows_what_a_module_brings(module: Path, capsys):
 
 
 def test_an_unknown_key_without_a_near_match_lists_the_known_ones(capsys):
-    for word, known in (("zzzzzz=1", "name, stage, imports"), ("train.zzzzzz=1", "steps, lr, warmup"),
+    for word, known in (("zzzzzz=1", "name, stage, imports"), ("train.zzzzzz=1", "steps, optimizer, loss"),
                         ("autoencoder.zzzzzz=1", "scale"), ("model.mixer.zzzzzz=1", "ma, te")):  # fmt: skip
         assert main(["show", "--recipe", "quickstart_cpu", word]) == 2
         error = capsys.readouterr().err

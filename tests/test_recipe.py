@@ -273,7 +273,8 @@ MISTAKES = {
     ),
     "a part that cannot be imported": (
         TINY + "autoencoder: nowhere:Nothing\n",
-        "r.yaml:7: Cannot load 'nowhere:Nothing': ModuleNotFoundError: No module named 'nowhere' (at autoencoder)",
+        "r.yaml:7: Cannot load 'nowhere:Nothing': ModuleNotFoundError: No module named 'nowhere'. It is looked for in "
+        "the current folder, on PYTHONPATH and among what is installed. (at autoencoder)",
     ),
     "heads": (
         TINY.replace("num_heads: 2", "num_heads: 5"),
@@ -307,7 +308,7 @@ MISTAKES = {
     ),
     "score without synthetic clips": (
         TINY.replace("synthetic: shapes", "shards: {video: v.tar, image: i.tar}") + "score: {clips: 3}\n",
-        "r.yaml:7: Only clips of data.synthetic can be scored; set it, or score.clips=0. (at score.clips)",
+        "r.yaml:7: Only clips of data.synthetic=shapes can be scored; set it, or score.clips=0. (at score.clips)",
     ),
     "interpolation loop": (
         TINY + "train: {steps: '${sample.steps}'}\nsample: {steps: '${train.steps}'}\n",

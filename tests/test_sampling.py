@@ -37,7 +37,9 @@ from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights
+from tests.helpers.commands import run_python
 from tests.helpers.media import read_about
+from tests.helpers.ranks import run_ranks
 
 
 @pytest.fixture
@@ -299,6 +301,20 @@ def test_a_file_of_prompts_is_numbered(run: Path, tmp_path: Path):
     words = ["sample", "--checkpoint", str(find_weights(run)), "--prompts", str(tmp_path / "prompts.txt")]
     assert main([*words, "--out", str(tmp_path / "x.mp4")]) == 0
     assert [read_about(tmp_path / f"x-0{n}.mp4")[0] for n in (0, 1)] == ["a red square", "a blue circle"]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_clips_and_make_those_of_one_process(run: Path, tmp_path: Path):
+    """Three clips on two ranks, which here a launcher starts; where there are several GPUs `sample` does."""
+    words = ["-m", "lingen", "sample", "--run", str(run), "--repeat", "3", "--prompt", "a red square", "--out"]
+    said = run_ranks([*words, str(tmp_path / "many.mp4")], 2)
+    run_python(*words, str(tmp_path / "one.mp4"))
+    assert [[n for n in range(3) if f"many-{n:02d}.mp4" in text] for text in said] == [[0, 2], [1]]
+    for number in range(3):
+        one, many = (
+            output.read_latents(tmp_path / f"{name}-{number:02d}.latents.safetensors")[0] for name in ("one", "many")
+        )
+        assert torch.equal(one, many) and (tmp_path / f"many-{number:02d}.mp4").is_file()
 
 
 @pytest.mark.parametrize(

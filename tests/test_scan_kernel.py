@@ -59,7 +59,11 @@ def compare(case, dtype, device, limits):
     got = run(parts, index, seed, sizes, "triton")
     assert got["y"].dtype == dtype
     limits = {name: limits.get(name, limits["y"]) for name in want}
-    over = [name for name in WEIGHTS if relative_error(want[name], got[name]) >= limits[name]]
+    if dtype == torch.bfloat16:
+        # The gradient of dt_bias is the sum of dt's over all tokens, which nearly cancel: it is held against those.
+        far = (got.pop("dt_bias") - want.pop("dt_bias")).norm() / want["dt"].norm()
+        assert far < limits.pop("dt_bias"), f"dt_bias: {far:.2e} of the gradients that it sums"
+    over = [name for name in WEIGHTS if name in want and relative_error(want[name], got[name]) >= limits[name]]
     if over and dtype == torch.bfloat16 and device == "cuda" and find_spec("mamba_ssm"):
         # The gradient of a is a small difference of large sums: mamba_ssm's own error on the same numbers is the bar.
         stock = run(parts, index, seed, sizes, "stock")

@@ -12,14 +12,12 @@ class Autoencoder(Protocol):
     """What the registry AUTOENCODERS holds: an `nn.Module` whose constructor takes only settings and reads no file.
 
     Latents should have a standard deviation near 1, as the noise has. t frames give ceil(t / strides[0]) latent frames
-    (an image is t = 1), and `decode` may give up to strides[0] - 1 frames more than were encoded: the caller drops
-    them.
+    (an image is t = 1), and `decode` may give up to strides[0] - 1 frames more than went in: the caller drops them.
 
     What else one may have: `missing() -> list[lingen.frozen.Missing]`, where its weights lie on disk, from which it
     reads them when they are first needed; `first_frame_alone = True`, where the first latent frame holds a single frame
     (t frames give 1 + (t - 1) / strides[0]), and `frame_unit` where the others do not come by strides[0]; what
-    `StreamingAutoencoder` and `TrainableAutoencoder` name.
-    """
+    `StreamingAutoencoder` and `TrainableAutoencoder` name."""
 
     strides: tuple[int, int, int]
     """Pixels per latent in t, h, w; height and width must be multiples."""

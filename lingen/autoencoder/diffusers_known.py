@@ -1,11 +1,11 @@
 """The video autoencoders of diffusers that meet lingen's contract, and what a folder of weights says of its model.
-Nothing here imports diffusers or reads weights: a recipe is checked before a run, on a machine that may have
-neither."""
+Nothing here imports diffusers or reads weights: a recipe is checked where there may be neither."""
 
 import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,54 +57,37 @@ def _halvings(config: Config) -> int:
     return len(config.get("block_out_channels", (0, 0, 0, 0))) - 1
 
 
+def _cogvideox(config: Config) -> tuple[int, int]:
+    return config.get("temporal_compression_ratio", 4), 2 ** _halvings(config)
+
+
+def _magvit(config: Config) -> tuple[int, int]:
+    return 2 ** (_halvings(config) - 1), 2 ** _halvings(config)
+
+
+def _mochi(config: Config) -> tuple[int, int]:
+    frames, pixels = config.get("temporal_expansions", (1, 2, 3)), config.get("spatial_expansions", (2, 2, 2))
+    return math.prod(frames), math.prod(pixels)
+
+
 KNOWN = {
     "AutoencoderKLWan": Known((4, 8, 8), 16, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _wan),
     "AutoencoderKLHunyuanVideo": Known((4, 8, 8), 16, "hunyuanvideo-community/HunyuanVideo", _named),
-    "AutoencoderKLHunyuanVideo15": Known(
-        (4, 16, 16),
-        32,
-        "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
-        lambda config: _named(config, 4, 16),
-        batches=False,  # its mask of attention has the shape of one clip
-    ),
+    # Its mask of attention has the shape of one clip.
+    "AutoencoderKLHunyuanVideo15": Known((4, 16, 16), 32, "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
+                                         partial(_named, frames=4, pixels=16), batches=False),
     # It sets the first of an odd number of latent frames apart, and takes an even number for the middle of a clip.
-    "AutoencoderKLCogVideoX": Known(
-        (4, 8, 8),
-        16,
-        "THUDM/CogVideoX-5b",
-        lambda config: (config.get("temporal_compression_ratio", 4), 2 ** _halvings(config)),
-        unit=8,
-    ),
-    "AutoencoderKLLTXVideo": Known(
-        (8, 32, 32),
-        128,
-        "Lightricks/LTX-Video",
-        lambda config: _ltx(config, (True, True, True, False)),
-        tiles_time=True,
-    ),
-    "AutoencoderKLLTX2Video": Known(
-        (8, 32, 32), 128, "Lightricks/LTX-2", lambda config: _ltx(config, (True, True, True, True)), tiles_time=True
-    ),
+    "AutoencoderKLCogVideoX": Known((4, 8, 8), 16, "THUDM/CogVideoX-5b", _cogvideox, unit=8),
+    "AutoencoderKLLTXVideo": Known((8, 32, 32), 128, "Lightricks/LTX-Video",
+                                   partial(_ltx, scaling=(True, True, True, False)), tiles_time=True),
+    "AutoencoderKLLTX2Video": Known((8, 32, 32), 128, "Lightricks/LTX-2",
+                                    partial(_ltx, scaling=(True, True, True, True)), tiles_time=True),
     # The class has the switch, but its encoder and decoder ignore it.
-    "AutoencoderKLCosmos": Known(
-        (8, 8, 8), 16, "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", lambda config: _named(config, 8, 8), tiles=False
-    ),
-    "AutoencoderKLMochi": Known(
-        (6, 8, 8),
-        12,
-        "genmo/mochi-1-preview",
-        lambda config: (
-            math.prod(config.get("temporal_expansions", (1, 2, 3))),
-            math.prod(config.get("spatial_expansions", (2, 2, 2))),
-        ),
-    ),
-    "AutoencoderKLMagvit": Known(
-        (4, 8, 8),
-        16,
-        "alibaba-pai/EasyAnimateV5.1-7b-zh-diffusers",
-        lambda config: (2 ** (_halvings(config) - 1), 2 ** _halvings(config)),
-    ),
-}
+    "AutoencoderKLCosmos": Known((8, 8, 8), 16, "nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
+                                 partial(_named, frames=8, pixels=8), tiles=False),
+    "AutoencoderKLMochi": Known((6, 8, 8), 12, "genmo/mochi-1-preview", _mochi),
+    "AutoencoderKLMagvit": Known((4, 8, 8), 16, "alibaba-pai/EasyAnimateV5.1-7b-zh-diffusers", _magvit),
+}  # fmt: skip
 """Class of diffusers -> what is known of it. Any other takes a recipe that says its strides and channels."""
 
 UNFIT = {
@@ -112,10 +95,9 @@ UNFIT = {
     "AutoencoderKLMiniMaxH3": "its 17n + 5 frames become 5n + 2 latent frames, which is no stride",
     "AutoencoderVidTok": "its encoder wants clips that are padded by hand",
     "AutoencoderKLTemporalDecoder": "its encoder takes pictures, not clips",
-    "AutoencoderKL": "it takes pictures, not clips",
-    "AutoencoderDC": "it takes pictures, not clips",
+    "AutoencoderKL": "it takes pictures, not clips", "AutoencoderDC": "it takes pictures, not clips",
     "AutoencoderTiny": "it takes pictures, not clips",
-}
+}  # fmt: skip
 """Class of diffusers -> why it cannot keep the contract."""
 
 
@@ -177,6 +159,8 @@ def config_differences(config: Config, class_name: str | None, strides: Triple, 
 
 def fault_of_weights(folder: Path, class_name: str | None) -> str | None:
     """A sentence where the weights are not all there; only their headers are read."""
+    from safetensors import SafetensorError, safe_open
+
     index = folder / f"{DIFFUSERS_WEIGHTS}.index.json"
     names = [DIFFUSERS_WEIGHTS]
     if index.is_file():
@@ -189,17 +173,9 @@ def fault_of_weights(folder: Path, class_name: str | None) -> str | None:
             here = difflib.get_close_matches(file.name, [one.name for one in folder.glob("diffusion_*")], 1, 0.5)
             others = f" (there is {here[0]})" if here else ""
             return f"there is no {file}{others}. {advice(class_name)}."
-        fault = _unreadable(file)
-        if fault:
-            return f"{file} is not whole ({fault}). Download it again."
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file} is not whole ({error}). Download it again."
     return None
-
-
-def _unreadable(file: Path) -> str | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt"):
-            return None
-    except (OSError, SafetensorError) as error:
-        return str(error)

@@ -34,11 +34,8 @@ def spread_of(vae: Any, channels: int, scale: float) -> tuple[Tensor, Tensor]:
     means, stds = (buffers.get(key, config.get(key)) for key in ("latents_mean", "latents_std"))
     factor = config.get("scaling_factor")
     if factor is None and stds is None and scale == 1:
-        log.warning(
-            "%s does not say how far its latents spread; the noise has a standard deviation of 1. Set 'scale' of the "
-            "autoencoder to 1 / that of its latents.",
-            type(vae).__name__,
-        )
+        told = "%s does not say how far its latents spread; the noise has a standard deviation of 1. Set 'scale' of "
+        log.warning(told + "the autoencoder to 1 / that of its latents.", type(vae).__name__)
     shift = config.get("shift_factor") or 0.0
     mean = _column([shift] * channels if means is None else means, channels)
     std = _column([1.0] * channels if stds is None else stds, channels)
@@ -56,26 +53,21 @@ def from_pretrained(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
     model: Any = getattr(diffusers, class_name, None)
     if not hasattr(model, "from_pretrained"):
         names = [name for name in dir(diffusers) if name.startswith("Autoencoder")]
-        raise RecipeError(
-            f"diffusers {diffusers.__version__} has no model called '{class_name}'.{did_you_mean(class_name, names)}"
-        )
+        what = f"diffusers {diffusers.__version__} has no model called '{class_name}'"
+        raise RecipeError(f"{what}.{did_you_mean(class_name, names)}")
     try:
+        # Never a pickle; low_cpu_mem_usage=True needs the package accelerate.
         vae, about = model.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,  # never a pickle
-            low_cpu_mem_usage=False,  # low_cpu_mem_usage=True needs the package accelerate
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False,
             output_loading_info=True,
-        )
+        )  # fmt: skip
     except Exception as error:  # diffusers, safetensors and torch each have their own
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise RecipeError(f"{class_name} of diffusers cannot read {folder}: {reason}") from error
     strange = {key: about[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if about.get(key)}
     if strange:
-        what = "; ".join(
-            f"{key.replace('_keys', '')}: {', '.join(map(str, keys[:3]))}" for key, keys in strange.items()
-        )
+        named = [f"{key.replace('_keys', '')}: {', '.join(map(str, keys[:3]))}" for key, keys in strange.items()]
+        what = "; ".join(named)
         raise RecipeError(f"The weights in {folder} are not those of its config.json ({what}). Download them again.")
     return vae.eval().requires_grad_(False)
 
@@ -101,19 +93,12 @@ def mode_of(encoded: Any) -> Tensor:
     return encoded.latent if hasattr(encoded, "latent") else encoded
 
 
-def sample_of(decoded: Any) -> Tensor:
-    """The pixels that a decoder gives."""
-    return decoded.sample if hasattr(decoded, "sample") else decoded
-
-
 def frames_of(statistic: Tensor, latents: Tensor) -> Tensor:
     """A statistic for the frames of these latents; some models have one for each frame, and not for more."""
     known_frames, frames = statistic.shape[2], latents.shape[2]
     if known_frames == 1:
         return statistic
     if frames > known_frames:
-        raise ValueError(
-            f"This autoencoder knows the spread of its latents for {known_frames} latent frames, not for {frames}: "
-            "use shorter clips."
-        )
+        known = f"the spread of its latents for {known_frames} latent frames"
+        raise ValueError(f"This autoencoder knows {known}, not for {frames}: use shorter clips.")
     return statistic[:, :, :frames]

@@ -15,6 +15,7 @@ from lingen.autoencoder.diffusers_stream import FRAMES, cut_for_wan, decode_piec
 from lingen.frozen import Missing
 from lingen.recipe.bounds import CONTENT, IDENTITY, Above, AtLeast
 from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
+from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
 from lingen.weights import DTYPES
 
@@ -30,8 +31,7 @@ class DiffusersVAE(nn.Module):
     In these models the first frame has a latent frame of its own: t = 1 + strides[0] * n frames are n + 1 latent
     frames, and decode gives exactly the t frames again. An image is t = 1.
 
-    Raises SettingError for settings that are not enough, out of range, or not for this class.
-    """
+    Raises SettingError for settings that are not enough, out of range, or not for this class."""
 
     without_effect = ("strides", "channels", "first_frame_alone")
     """Settings without effect on latents and pixels: they only describe the model, and wrong ones are refused."""
@@ -39,24 +39,16 @@ class DiffusersVAE(nn.Module):
     def __init__(
         self,
         *,
-        path: Annotated[
-            str | None, IDENTITY, CONTENT, "folder of the model, or of a pipeline that has it as 'vae'"
-        ] = None,
+        path: Annotated[str | None, IDENTITY, CONTENT, "folder of the model, or of a pipeline with it as 'vae'"] = None,
         class_name: Annotated[str | None, IDENTITY, "class of diffusers; null: what config.json says"] = None,
         subfolder: Annotated[str | None, IDENTITY, "of the model below path; null: found"] = None,
         strides: Annotated[
-            tuple[int, int, int] | None, AtLeast(1), IDENTITY, "pixels per latent in t, h, w; null: the class's"
+            Triple | None, AtLeast(1), IDENTITY, "pixels per latent (t, h, w); null: the class's"
         ] = None,
         channels: Annotated[int | None, AtLeast(1), IDENTITY, "channels of a latent; null: the class's"] = None,
-        first_frame_alone: Annotated[
-            bool, IDENTITY, "frames come as 1 + a multiple of the stride; in all known classes"
-        ] = True,
-        scale: Annotated[
-            float, Above(0), IDENTITY, "factor on latents beside the config's own, to bring their spread near 1"
-        ] = 1.0,
-        tiling: Annotated[
-            bool, IDENTITY, "one clip at a time, in tiles that are blended: less memory, not quite the same"
-        ] = False,
+        first_frame_alone: Annotated[bool, IDENTITY, "frames come as 1 + n strides; in all known classes"] = True,
+        scale: Annotated[float, Above(0), IDENTITY, "factor on latents beside the config's, for a spread near 1"] = 1.0,
+        tiling: Annotated[bool, IDENTITY, "clip by clip, in blended tiles: less memory, not quite the same"] = False,
         precision: Annotated[Literal["fp32", "bf16", "fp16"], IDENTITY, "of the weights"] = "fp32",
     ):
         super().__init__()
@@ -129,7 +121,7 @@ class DiffusersVAE(nn.Module):
         frames = self.strides[0] * latents.shape[2] - (self.strides[0] - 1 if self.first_frame_alone else 0)
         self.check_frames(frames)
         latents = latents.float() * adapter.frames_of(std, latents) + adapter.frames_of(mean, latents)
-        video = self._run(lambda clips: adapter.sample_of(self._decode(vae, clips)), latents)
+        video = self._run(lambda clips: self._decode(vae, clips), latents)
         _, stride_h, stride_w = self.strides
         height, width = latents.shape[3] * stride_h, latents.shape[4] * stride_w
         self._check_shape("decode", video, (len(latents), 3, frames, height, width))
@@ -157,10 +149,11 @@ class DiffusersVAE(nn.Module):
         for latent in latents.split(1, 2):
             yield self._run(decode, latent.float() * std + mean)
 
-    def _decode(self, vae: Any, latents: Tensor) -> Any:
-        if vae.config.get("timestep_conditioning"):  # LTX's decoder also denoises: nothing is noised here, so time is 0
-            return vae.decode(latents, latents.new_zeros(len(latents)))
-        return vae.decode(latents)
+    def _decode(self, vae: Any, latents: Tensor) -> Tensor:
+        # LTX's decoder also denoises: nothing is noised here, so time is 0.
+        time = [latents.new_zeros(len(latents))] if vae.config.get("timestep_conditioning") else []
+        decoded = vae.decode(latents, *time)
+        return decoded.sample if hasattr(decoded, "sample") else decoded
 
     def _run(self, run: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
         """In this part's own precision; tiles take one clip at a time, because some classes slice a batch wrongly."""

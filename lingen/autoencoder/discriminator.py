@@ -21,16 +21,14 @@ class Discriminator(nn.Module):
 
     Args:
         width: channels of the first layer.
-        layers: how many halve height and width.
-    """
+        layers: how many halve height and width."""
 
     def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
         widths = [width * min(2**layer, WIDEST_LAYER) for layer in range(layers + 1)]
         self.first = ClipConv(3, width, 4, (1, 2, 2))
-        self.halving = nn.ModuleList(
-            ClipConv(a, b, 4, (2, 2, 2), bias=False) for a, b in zip(widths[:-2], widths[1:-1], strict=True)
-        )
+        pairs = zip(widths[:-2], widths[1:-1], strict=True)
+        self.halving = nn.ModuleList(ClipConv(a, b, 4, (2, 2, 2), bias=False) for a, b in pairs)
         self.middle = ClipConv(widths[-2], widths[-1], 3, bias=False)
         self.norms = nn.ModuleList(RMSNorm(width) for width in widths[1:])
         self.last = ClipConv(widths[-1], 1, 3)

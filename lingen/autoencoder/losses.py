@@ -41,8 +41,7 @@ def outlier_penalty(latents: Float[Tensor, "b c t h w"], radius: float) -> Float
 
 
 def discriminator_loss(real: Float[Tensor, "*any"], fake: Float[Tensor, "*other"]) -> Float[Tensor, ""]:
-    """(E max(0, 1 - D(x)) + E max(0, 1 + D(x'))) / 2, the hinge loss (Geometric GAN, arXiv 1705.02894), halved as in
-    VQGAN."""
+    """(E max(0, 1 - D(x)) + E max(0, 1 + D(x'))) / 2, hinge loss (Geometric GAN, arXiv 1705.02894), halved as VQGAN."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -58,7 +57,6 @@ def adaptive_weight(
 
     Args:
         reconstruction: gradient of the terms that compare clips, at the weight of the decoder's last layer.
-        adversarial: that of `generator_loss`.
-    """
+        adversarial: that of `generator_loss`."""
     ratio = torch.linalg.vector_norm(reconstruction) / (torch.linalg.vector_norm(adversarial) + 1e-6)
     return ratio.clamp(max=largest).detach()

@@ -2,8 +2,7 @@
 
 Movie Gen (arXiv 2410.13720, section 3.1.1) on the plan of latent diffusion's image autoencoder (arXiv 2112.10752).
 Normalisation over channels alone is Wan's (arXiv 2503.20314). Between layers there is only the grid tensor [b t h w d],
-which is a batch of channels-last images, b * t of them, in memory.
-"""
+which is a batch of channels-last images, b * t of them, in memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,13 +40,11 @@ class NetworkSizes:
         if any(stride & (stride - 1) for stride in self.strides):
             raise SettingError("strides", f"strides={list(self.strides)} must be powers of two, such as [8, 8, 8].")
         given = self.multipliers
-        if given is not None and len(given) != len(self.scales) + 1:
-            raise SettingError(
-                "multipliers",
-                f"multipliers={list(given)} must be {len(self.scales) + 1} numbers: strides="
-                f"{list(self.strides)} take {len(self.scales)} halvings, and there is a level before each and one "
-                "behind the last. Leave it out for 1, 2, 4, 4, ...",
-            )
+        halvings = len(self.scales)
+        if given is not None and len(given) != halvings + 1:
+            why = f"strides={list(self.strides)} take {halvings} halvings, and there is a level before each and one"
+            text = f"multipliers={list(given)} must be {halvings + 1} numbers: {why} behind the last."
+            raise SettingError("multipliers", f"{text} Leave it out for 1, 2, 4, 4, ...")
 
     @cached_property
     def scales(self) -> list[Triple]:
@@ -71,9 +68,7 @@ class SpaceConv(nn.Conv2d):
     def __init__(self, in_dim: int, out_dim: int, scale: tuple[int, int] = (1, 1), *, bias: bool = False):
         super().__init__(in_dim, out_dim, 3, scale, padding=1, bias=bias)
 
-    def forward(  # type: ignore[override]
-        self, x: Grid, stream: Stream | None = None
-    ) -> Float[Tensor, "b t _h _w _d"]:
+    def forward(self, x: Grid, stream: Stream | None = None) -> Float[Tensor, "b t _h _w _d"]:  # type: ignore[override]
         frames = x.shape[:2]
         return super().forward(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, frames)
 
@@ -181,8 +176,7 @@ class Network(nn.Module):
         layers: by name.
         last_dim: channels behind the last of them.
         out_dim: channels of the result.
-        checkpointing: recompute residual blocks in the backward pass.
-    """
+        checkpointing: recompute residual blocks in the backward pass."""
 
     def __init__(self, layers: dict[str, nn.Module], last_dim: int, out_dim: int, checkpointing: bool):
         super().__init__()

@@ -22,8 +22,7 @@ class Trunk(nn.ModuleDict):
     """VGG16's 13 convolutions, ``conv1_1`` to ``conv5_3``. `taps` returns the output of each of the five blocks.
 
     Args:
-        ceil: whether pooling keeps the last row or column of an odd height or width.
-    """
+        ceil: whether pooling keeps the last row or column of an odd height or width."""
 
     def __init__(self, *, ceil: bool):
         inputs = (3, *chain(*BLOCKS))
@@ -56,8 +55,7 @@ class VGG16Distance(nn.Module):
 
     The VGG16 is the trunk of an edge detector (HED, arXiv 1504.06375), ImageNet's fine-tuned for edges; every channel
     and tap counts the same. So this is not LPIPS, whose weights were fitted to people's judgements: compare
-    its values only with each other. `lingen data fetch vgg16` makes the weights; they are read at the first call.
-    """
+    its values only with each other. `lingen data fetch vgg16` makes the weights; they are read at the first call."""
 
     means: Tensor
 
@@ -111,8 +109,7 @@ def _file_fault(path: Path) -> str:
 
 class LPIPS(nn.Module):
     """LPIPS, net VGG, version 0.1 (arXiv 1801.03924, eq. 1): ImageNet's VGG16 as torchvision has it, and the weights of
-    channels that were fitted to people's judgements, which torchmetrics brings along. Read at the first call.
-    """
+    channels that were fitted to people's judgements, which torchmetrics brings along. Read at the first call."""
 
     shift: Tensor
     scale: Tensor
@@ -120,9 +117,7 @@ class LPIPS(nn.Module):
     def __init__(
         self,
         *,
-        path: Annotated[
-            str | None, IDENTITY, CONTENT, "torchvision's vgg16-397923af.pth; null: torch hub's cache folder"
-        ] = None,
+        path: Annotated[str | None, IDENTITY, CONTENT, "vgg16-397923af.pth; null: torch hub's cache folder"] = None,
     ):
         super().__init__()
         self.path = path

@@ -21,8 +21,7 @@ def unfit_weights(path: Path, own: TensorShapes) -> str | None:
 
     Args:
         path: a weights file or a run folder.
-        own: the shapes of the weights that are wanted, by name.
-    """
+        own: the shapes of the weights that are wanted, by name."""
     try:
         file = find_weights(path)
         read_metadata(file)
@@ -39,9 +38,8 @@ def unfit_weights(path: Path, own: TensorShapes) -> str | None:
         wrong.pop("multipliers", None)  # they follow from the strides, unless a recipe gives them
     if not wrong:
         return "its layers are not those of this version of lingen. Train it anew."
-    cure = " and ".join(
-        f"autoencoder.{key}={_plain(value)} (not {_plain(wanted[key])})" for key, value in wrong.items()
-    )
+    sets = [f"autoencoder.{key}={_plain(value)} (not {_plain(wanted[key])})" for key, value in wrong.items()]
+    cure = " and ".join(sets)
     return f"its weights are of other sizes. Set {cure}, or autoencoder.path to weights that fit."
 
 
@@ -51,9 +49,8 @@ def _cure(path: Path) -> str:
     if path.exists():
         return f"Set autoencoder.path to what {fit}` wrote."
     if path.suffix == ".safetensors":
-        return (
-            f"Train one with {fit}`, then `lingen export --run DIR --out {path}`; or set autoencoder.path to another."
-        )
+        then = f"then `lingen export --run DIR --out {path}`"
+        return f"Train one with {fit}`, {then}; or set autoencoder.path to another."
     return f"Train one with {fit} --run {path}`, or set autoencoder.path to another."
 
 

@@ -14,6 +14,7 @@ from lingen.autoencoder.stored import read_part, unfit_weights
 from lingen.autoencoder.temporal import Stream
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
+from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
 
 Chunk = Annotated[int, AtLeast(1), FREE, "latent frames that are encoded or decoded at once; memory grows with it"]
@@ -28,20 +29,15 @@ class TAE(nn.Module):
 
     `encode` returns (posterior mean - `mean`) / `std`, with the statistics of each channel that training measured.
 
-    Raises SettingError for settings that make no sense together.
-    """
+    Raises SettingError for settings that make no sense together."""
 
     name = "tae"
 
     def __init__(
         self,
         *,
-        path: Annotated[
-            str | None, IDENTITY, CONTENT, "its weights: a file or a run folder that `lingen fit` wrote"
-        ] = None,
-        strides: Annotated[
-            tuple[int, int, int], AtLeast(1), IDENTITY, "pixels per latent in t, h, w: powers of two"
-        ] = (8, 8, 8),
+        path: Annotated[str | None, IDENTITY, CONTENT, "weights: a file or run folder that `lingen fit` wrote"] = None,
+        strides: Annotated[Triple, AtLeast(1), IDENTITY, "pixels per latent in t, h, w: powers of two"] = (8, 8, 8),
         channels: Annotated[int, AtLeast(1), IDENTITY, "channels of a latent"] = 16,
         width: Annotated[int, AtLeast(1), IDENTITY, "channels of the first level"] = 128,
         multipliers: Annotated[
@@ -51,14 +47,10 @@ class TAE(nn.Module):
             "width of each level in units of the first; null: 1, 2, 4, 4, ... as strides need",
         ] = None,
         blocks: Annotated[int, AtLeast(1), IDENTITY, "residual blocks in each level; the decoder has one more"] = 2,
-        attention: Annotated[
-            bool, IDENTITY, "attention within a frame and along time where frames are smallest"
-        ] = True,
+        attention: Annotated[bool, IDENTITY, "attention in a frame and along time where frames are smallest"] = True,
         reach: Annotated[int, AtLeast(0), IDENTITY, "latent frames that attention along time looks to each side"] = 2,
         chunk: Chunk = 2,
-        checkpointing: Annotated[
-            bool, FREE, "in training compute residual blocks again instead of keeping them"
-        ] = False,
+        checkpointing: Annotated[bool, FREE, "in training recompute residual blocks instead of keeping them"] = False,
     ):
         super().__init__()
         self.sizes = NetworkSizes(strides, channels, width, multipliers, blocks, attention, reach)
@@ -144,14 +136,8 @@ class TAE(nn.Module):
     def missing(self) -> list[Missing]:
         """What is missing for it to run, found without reading weights."""
         if self.path is None:
-            return [
-                Missing(
-                    self.name,
-                    "-",
-                    "train one with `lingen fit --recipe tae_8x8x8` and set autoencoder.path to its run folder, or use "
-                    "'autoencoder: tae_small'.",
-                )
-            ]
+            told = "train one with `lingen fit --recipe tae_8x8x8` and set autoencoder.path to its run folder"
+            return [Missing(self.name, "-", f"{told}, or use 'autoencoder: tae_small'.")]
         shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         cure = unfit_weights(Path(self.path), shapes)
         return [Missing(self.name, self.path, cure)] if cure else []

@@ -3,8 +3,7 @@
 A layer that looks r frames ahead gives its results r frames late, and keeps what it will look back at: a long clip runs
 through the network once, without seams and without computing anything twice. Wan's video autoencoder (arXiv 2503.20314,
 section 4.1) keeps frames between pieces in this way for causal layers; looking ahead as well, where a residual sum
-waits for its delayed part, is ours. Everything works on the grid tensor [b t h w d].
-"""
+waits for its delayed part, is ours. Everything works on the grid tensor [b t h w d]."""
 
 from __future__ import annotations
 
@@ -96,8 +95,7 @@ class ClipConv(nn.Conv3d):
 
     Args:
         size: taps along h and along w.
-        stride: along t, h and w.
-    """
+        stride: along t, h and w."""
 
     def __init__(self, in_dim: int, out_dim: int, size: int, stride: Triple = (1, 1, 1), *, bias: bool = True):
         super().__init__(in_dim, out_dim, (3, size, size), stride, padding=1, bias=bias)

@@ -2,8 +2,7 @@
 
 Time is not cut: each tile is a stream of its own where the autoencoder has exact ones, and all tiles go on in step. A
 tile does not see what lies beyond its edge: near an edge, within the network's reach, the result differs from that of
-the whole frame, and there its weight is lower.
-"""
+the whole frame, and there its weight is lower."""
 
 import math
 from collections import deque
@@ -38,24 +37,19 @@ def tiles_of(tile: tuple[int, int] | None, strides: tuple[int, int, int]) -> Til
 
     Args:
         tile: height and width in pixels; None: space is not cut.
-        strides: the autoencoder's.
-    """
+        strides: the autoencoder's."""
     if tile is None:
         return None
     (height, width), (_, stride_h, stride_w) = tile, strides
     if height % stride_h or width % stride_w:
-        raise SettingError(
-            "tile",
-            f"tile={height}x{width}: height and width must be multiples of {stride_h} and {stride_w}, the "
-            "autoencoder's strides.",
-        )
+        told = f"height and width must be multiples of {stride_h} and {stride_w}, the autoencoder's strides"
+        raise SettingError("tile", f"tile={height}x{width}: {told}.")
     latent = math.lcm(stride_h, stride_w)
     shared = min(tile) // 4 // latent * latent
     if not shared:
+        why = "neighbours share a quarter of a tile, which must be a latent or more"
         raise SettingError(
-            "tile",
-            f"tile={height}x{width} is too small: neighbours share a quarter of a tile, which must be a latent or "
-            f"more; take {4 * latent} pixels a side or more.",
+            "tile", f"tile={height}x{width} is too small: {why}; take {4 * latent} pixels a side or more."
         )
     return Tiles((height // stride_h, width // stride_w), (shared // stride_h, shared // stride_w))
 
@@ -96,8 +90,7 @@ def _copies(pieces: Iterator[Tensor], count: int) -> list[Iterator[Tensor]]:
 
 
 def decode_tiled(autoencoder: Autoencoder, latents: Latents, tiles: Tiles | None) -> Iterator[Video]:
-    """Latents -> the clip, piece by piece, in one where it has no streams; with the surplus frames that `decode`
-    gives."""
+    """Latents -> the clip, piece by piece, in one where it has no streams; with the surplus frames of `decode`."""
     cuts = _cuts(latents.shape[3:], tiles)
     decode = autoencoder.decode_stream if streams(autoencoder) else partial(_at_once, autoencoder.decode)
     return _faded([decode(place(latents)) for place in _places(cuts, (1, 1))], cuts, autoencoder.strides[1:])
@@ -132,10 +125,8 @@ def _places(cuts: Sequence[_Cut], strides: Sequence[int]) -> list[Callable[[Tens
     """What takes each tile out of a frame, row by row."""
 
     def place(y: int, x: int) -> Callable[[Tensor], Tensor]:
-        down, across = (
-            slice(start * stride, (start + cut.length) * stride)
-            for start, cut, stride in zip((y, x), cuts, strides, strict=True)
-        )
+        sides = zip((y, x), cuts, strides, strict=True)
+        down, across = (slice(start * each, (start + cut.length) * each) for start, cut, each in sides)
         return lambda frames: frames[..., down, across]
 
     return [place(y, x) for y, x in product(*(cut.starts for cut in cuts))]
@@ -148,10 +139,8 @@ def _faded(tiles: Sequence[Iterator[Tensor]], cuts: Sequence[_Cut], strides: Seq
         return
     for first in tiles[0]:
         wide = first.to(torch.promote_types(first.dtype, torch.float32))
-        rows, columns = (
-            _weights([start * stride for start in cut.starts], cut.length * stride, wide)
-            for cut, stride in zip(cuts, strides, strict=True)
-        )
+        sides = zip(cuts, strides, strict=True)
+        rows, columns = (_weights([start * n for start in cut.starts], cut.length * n, wide) for cut, n in sides)
         whole = wide.new_zeros(*wide.shape[:3], *(axis[-1][0] + len(axis[-1][1]) for axis in (rows, columns)))
         for tile, ((y, row), (x, column)) in zip(tiles, product(rows, columns), strict=True):
             values = wide if tile is tiles[0] else next(tile)

@@ -31,10 +31,8 @@ def way_for(autoencoder: Autoencoder, asked: str | None, name: str) -> str:
     if asked in (None, "auto"):
         return "exact" if "exact" in ways else "whole"
     if asked not in ways:
-        raise RecipeError(
-            f"The autoencoder '{name}' cannot go the way '{asked}': it has no streams of its own; take "
-            f"{' or '.join(ways)}."
-        )
+        what = f"The autoencoder '{name}' cannot go the way '{asked}'"
+        raise RecipeError(f"{what}: it has no streams of its own; take {' or '.join(ways)}.")
     return str(asked)
 
 

@@ -37,8 +37,7 @@ class Mixer(Protocol):
         ``kernel``: name of the twin that runs; "auto" must be among its values, and is set while MATE measures its
             branches, on whatever device it is built.
         ``tile(grid)``: the part of a grid that it treats like the whole, such as a window; MATE measures on one.
-        ``out_proj``: a layer whose `weight` scales the output; MATE gives its branches equal size by that of `te`.
-    """
+        ``out_proj``: a layer whose `weight` scales the output; MATE gives its branches equal size by that of `te`."""
 
     def __call__(self, x: Float[Tensor, "b t h w d"] | Quantized, /) -> Float[Tensor, "b t h w d"]:
         """Of a normed x in autocast's dtype; `Quantized` only where `wants_fp8` is true."""

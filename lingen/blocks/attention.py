@@ -15,8 +15,7 @@ from lingen.recipe.signature import checked
 class Attention(nn.Module):
     """Full bidirectional attention with RMS-normed queries and keys; quadratic in tokens.
 
-    Positions come from the model's tables, so `layer` changes nothing. Raises SettingError.
-    """
+    Positions come from the model's tables, so `layer` changes nothing. Raises SettingError."""
 
     def __init__(
         self,

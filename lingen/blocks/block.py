@@ -35,8 +35,7 @@ class Block(nn.Module):
     that queries and hidden activations of all tokens never exist at once.
 
     With `recompute` the block keeps only its input for the backward pass and is computed again there. It does so
-    itself: where its weights are sharded, they are there in both computations.
-    """
+    itself: where its weights are sharded, they are there in both computations."""
 
     def __init__(self, config: LinGenConfig, mixer: Any, layer: int):
         super().__init__()
@@ -80,13 +79,9 @@ class Block(nn.Module):
         return out
 
     def _after_mixer(
-        self,
-        x: Float[Tensor, "b t h w d"],
-        update: Float[Tensor, "b t h w d"],
-        modulation: list[Float[Tensor, "b f d"]],
-        text: TextKeys,
-        out: Float[Tensor, "b t h w d"] | None = None,
-    ) -> Float[Tensor, "b t h w d"]:
+        self, x: Float[Tensor, "b t h w d"], update: Float[Tensor, "b t h w d"],
+        modulation: list[Float[Tensor, "b f d"]], text: TextKeys, out: Float[Tensor, "b t h w d"] | None = None,
+    ) -> Float[Tensor, "b t h w d"]:  # fmt: skip
         """The stream after the block, from the stream before it and the mixer's update; written to `out`."""
         gate, shift, scale, ffn_gate = modulation
         norm, dtype = self.text_norm, input_dtype(self.cross_attention, x)

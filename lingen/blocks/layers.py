@@ -99,10 +99,8 @@ def head_count(dim: int, num_heads: int | None) -> int:
         return next((dim // e for e in (128, 64, 32, 16, 8) if dim % e == 0 and dim >= 2 * e), 1)
     if dim % num_heads:
         fits = [str(k) for k in range(1, dim + 1) if dim % k == 0]
-        shown = ", ".join(fits[:8]) + (", ..." if len(fits) > 8 else "")
-        raise SettingError(
-            "num_heads", f"num_heads={num_heads} does not divide the width {dim}; choose one of {shown}."
-        )
+        told = f"num_heads={num_heads} does not divide the width {dim}; choose one of "
+        raise SettingError("num_heads", told + ", ".join(fits[:8]) + (", ..." if len(fits) > 8 else "") + ".")
     return num_heads
 
 

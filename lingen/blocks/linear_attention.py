@@ -21,8 +21,7 @@ class LinearAttention(nn.Module):
 
     The kernel and the order of the projections are SANA's (arXiv 2410.10629, section 2.2), the linear form with its
     normaliser is that of Katharopoulos et al. (arXiv 2006.16236, eq. 4-7). RMS-normed queries and keys, as in the other
-    mixers. Positions come from the model's tables, so `layer` changes nothing. Raises SettingError.
-    """
+    mixers. Positions come from the model's tables, so `layer` changes nothing. Raises SettingError."""
 
     def __init__(self, dim: int, layer: int, *, num_heads: Annotated[int | None, AtLeast(1), IDENTITY] = None):
         super().__init__()

@@ -29,8 +29,7 @@ class Mamba2(nn.Module):
     Projections are shared by the directions; A, D and dt bias are per direction [ours]. The directions are summed
     before the gated norm. Review tokens (LinGen, arXiv 2412.09856) are the mean-pooled grid, read before the clip: as
     their outputs are thrown away, only the state they leave is computed, and as pooling commutes with the projection,
-    the projected streams are pooled. The conv starts fresh on either sequence. Defaults are mamba_ssm's. Raises
-    SettingError.
+    the projected streams are pooled. The conv starts fresh on either. Defaults are mamba_ssm's. SettingError.
 
     Settings:
         scan: name in SCANS (or 'module:attr'); a cycle gives each layer its own order.
@@ -49,8 +48,7 @@ class Mamba2(nn.Module):
             it reads the review last and gains nothing from it.
         bidirectional: false is the causal Mamba2 of other implementations.
         kernel: of `lingen.kernels.scan`. The scan order costs nothing with "triton": the conv reads the grid in scan
-            order, and the gated norm writes it back.
-    """
+            order, and the gated norm writes it back."""
 
     def __init__(
         self,
@@ -174,14 +172,9 @@ class Mamba2(nn.Module):
         return column_length(self.order, grid) if self.masked else 0
 
     def _scan(
-        self,
-        streams: Float[Tensor, "b n c"],
-        index: Int[Tensor, "n"] | None,
-        segment: int,
-        state: Float[Tensor, "b r k e s"] | None,
-        kernel: str,
-        fused: str,
-    ) -> Float[Tensor, "b rows f"]:
+        self, streams: Float[Tensor, "b n c"], index: Int[Tensor, "n"] | None, segment: int,
+        state: Float[Tensor, "b r k e s"] | None, kernel: str, fused: str,
+    ) -> Float[Tensor, "b rows f"]:  # fmt: skip
         """Conv and scan, all directions summed, in scan order."""
         n = streams.shape[1]
         xbc, dt = streams.split(self.sizes[1:], -1)
@@ -198,14 +191,9 @@ class Mamba2(nn.Module):
         return sides[0] + sides[1].flip(1)
 
     def _one_scan(
-        self,
-        u: Float[Tensor, "b rows c"],
-        dt: Float[Tensor, "b n k"],
-        ways: slice,
-        index: Int[Tensor, "n"] | None,
-        state: Float[Tensor, "b r k e s"] | None,
-        kernel: str,
-    ) -> Float[Tensor, "b rows f"]:
+        self, u: Float[Tensor, "b rows c"], dt: Float[Tensor, "b n k"], ways: slice, index: Int[Tensor, "n"] | None,
+        state: Float[Tensor, "b r k e s"] | None, kernel: str,
+    ) -> Float[Tensor, "b rows f"]:  # fmt: skip
         start = None if state is None else state[:, ways]
         a, d, dt_bias = (row[ways] for row in self.memory())
         return scan(
@@ -235,14 +223,9 @@ class Mamba2(nn.Module):
         return torch.cat([state, torch.zeros_like(state)], 1) if missing else state
 
     def _conv(
-        self,
-        xbc: Float[Tensor, "b n c"],
-        index: Int[Tensor, "n"] | None,
-        way: int,
-        segment: int,
-        rows: int,
+        self, xbc: Float[Tensor, "b n c"], index: Int[Tensor, "n"] | None, way: int, segment: int, rows: int,
         kernel: str,
-    ) -> Float[Tensor, "b rows c"]:
+    ) -> Float[Tensor, "b rows c"]:  # fmt: skip
         """Depthwise conv along the scan and SiLU: centred, or causal with the weights of direction `way`."""
         channels = self.sizes[1]
         mine = slice(way * channels, (way + 1) * channels)
@@ -258,8 +241,7 @@ class ScanMemory(nn.Module):
     """What sets how long each head of a scan remembers, for which bfloat16 is too coarse: always float32, also where
     the rest of a block is gathered in bfloat16 (`lingen.training.sharding`).
 
-    `forward` gives A, D and dt bias [r k].
-    """
+    `forward` gives A, D and dt bias [r k]."""
 
     def __init__(self, directions: int, heads: int):
         super().__init__()
@@ -272,8 +254,7 @@ class ScanMemory(nn.Module):
         between those of a_min and 1 [ours], from the same random numbers.
 
         Long are the nearest whole number to `long_heads` of all k heads, the same ones in both directions, spread
-        evenly over them and so over the groups of B and C: of every four heads the last one for 0.25.
-        """
+        evenly over them and so over the groups of B and C: of every four heads the last one for 0.25."""
         a, heads = self.a_log.uniform_(1, a_max), self.a_log.shape[1]
         count = int(long_heads * heads + 0.5)
         is_long = torch.arange(1, heads + 1, device=a.device) * count % heads < count

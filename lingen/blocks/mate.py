@@ -42,8 +42,7 @@ class MATE(nn.Module):
         ma, te: any mixer, by name or as a mapping with `name` and its own settings (which win over the flat ones);
             null switches the branch off.
         branch_gate: "shared" is the plain sum (the paper: one gate, the block's); "each" gives each branch a learned
-            gain per channel that starts at 1 [ours].
-    """
+            gain per channel that starts at 1 [ours]."""
 
     def __init__(
         self,

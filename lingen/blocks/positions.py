@@ -24,8 +24,7 @@ class Positions(nn.Module):
     Args:
         grid: sizes of the tables for t, h, w, in tokens.
         dim: width of a token.
-        std: root mean square of the sum of the three tables at the start.
-    """
+        std: root mean square of the sum of the three tables at the start."""
 
     def __init__(self, grid: Triple, dim: int, std: float):
         super().__init__()

@@ -25,8 +25,7 @@ def recomputed_blocks(config: LinGenConfig, tokens: int, sixteen_bit: bool, devi
     Args:
         tokens: of all samples of the batch on this rank.
         sixteen_bit: whether matrix products are done in 16 bits.
-        device: type of the device.
-    """
+        device: type of the device."""
     if isinstance(config.checkpointing, bool):
         return config.depth if config.checkpointing else 0
     target = config.checkpointing * 2**30
@@ -39,8 +38,7 @@ def activation_bytes(config: LinGenConfig, tokens: int, recomputed: int, sixteen
 
     The backward pass begins with the last block. By the time that the first ones are computed again, one by one, what
     the others kept is gone; so recomputing the first ones costs nothing on top, and the peak is either the one or the
-    other.
-    """
+    other."""
     table = KEPT_BYTES.get(device, KEPT_BYTES["cpu"])
     share = SIXTEEN_BIT.get(device, SIXTEEN_BIT["cpu"]) if sixteen_bit else 1
     blocks = [share * table.get(mixer_name(mixer), max(table.values())) for mixer, _ in mixers_of(config)]

@@ -2,8 +2,7 @@
 
 An entry of SCANS is an axis string (slowest axis first, so "thw" is raster order; a kernel can take it as strides), a
 function `(t, h, w) -> LongTensor [t*h*w]` (the flat raster index of each position in the sequence), or a cycle: a
-tuple of entries, of which layer i takes number i % len.
-"""
+tuple of entries, of which layer i takes number i % len."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -122,12 +121,13 @@ def _raster_index(order: ScanOrder, grid: Triple) -> Int[Tensor, "n"]:
     raster = torch.arange(grid[0] * grid[1] * grid[2])
     if isinstance(order, str):
         return raster.view(grid).permute(*map("thw".index, order)).flatten()
-    index = torch.as_tensor(order(*grid))
+    name, index = getattr(order, "__name__", repr(order)), order(*grid)
+    if not isinstance(index, Tensor) or index.is_floating_point():
+        what = str(index.dtype) if isinstance(index, Tensor) else type(index).__name__
+        raise SettingError("scan", f"Scan order '{name}' gives {what}, not a tensor of whole numbers.")
     if index.shape != raster.shape or not torch.equal(index.long().sort().values, raster):
-        name = getattr(order, "__name__", repr(order))
-        raise SettingError(
-            "scan", f"Scan order '{name}' does not visit each of the {len(raster)} tokens of a {grid} grid once."
-        )
+        told = f"does not visit each of the {len(raster)} tokens of a {grid} grid once"
+        raise SettingError("scan", f"Scan order '{name}' {told}.")
     return index.long()
 
 

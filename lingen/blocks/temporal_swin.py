@@ -20,8 +20,7 @@ class TemporalSwin(nn.Module):
 
     A window is clamped to the grid in each axis, and a clamped axis is not shifted. Nothing wraps around: an edge of
     the clip is an edge of a window. RMS-normed queries and keys, 3D rotary embedding inside the window. Window, shift
-    and their sources: docs/facts.md, "TESA" and "TESA at the edges". Raises SettingError.
-    """
+    and their sources: docs/facts.md, "TESA" and "TESA at the edges". Raises SettingError."""
 
     adds_onto = True
 

@@ -1,7 +1,6 @@
 """The ``lingen`` command: argparse reads, rich prints. Only this package prints; each command calls one function.
 
-Heavy imports are made inside the commands, so that ``lingen --help`` is instant.
-"""
+Heavy imports are made inside the commands, so that ``lingen --help`` is instant."""
 
 import contextlib
 import io

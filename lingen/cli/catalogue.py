@@ -5,16 +5,12 @@ from typing import Any
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import shipped_recipes
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
-from lingen.recipe.signature import REQUIRED, settings_of
+from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
+from lingen.recipe.signature import REQUIRED
 
-REGISTRIES = {
-    "mixers": MIXERS,
-    "scans": SCANS,
-    "autoencoders": AUTOENCODERS,
-    "text": TEXT_ENCODERS,
-    "perceptual": PERCEPTUAL,
-}
+REGISTRIES = {"mixers": MIXERS, "scans": SCANS, "autoencoders": AUTOENCODERS, "text": TEXT_ENCODERS}
+REGISTRIES["perceptual"] = PERCEPTUAL
+REGISTRIES |= {str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()}
 GRID = (8, 16, 16)
 """Tokens (t, h, w) on which scan orders are compared."""
 
@@ -49,10 +45,8 @@ def _row(registry: Registry, name: str) -> CatalogueRow:
         part = registry[name]
         if registry is SCANS:
             return row | {f"steps between neighbours at {GRID}": _distances(part), "about": _about(part)}
-        settings = {
-            key: "required" if setting.default is REQUIRED else setting.default
-            for key, setting in settings_of(part).items()
-        }
+        defaults = {key: setting.default for key, setting in registry.settings(name).items()}
+        settings = {key: "required" if value is REQUIRED else value for key, value in defaults.items()}
         return row | {"settings": settings, "about": _about(part)}
     except Exception as error:  # a plugin may raise anything; other rows are still shown
         return row | {"error": " ".join(str(error).split())}

@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,7 +129,9 @@ def status(args: argparse.Namespace) -> int:
             told = [asdict(one) for one in found]
             print_json(told[0] if len(told) == 1 else told)
         else:
-            _print_status(found, clear=args.watch and sys.stdout.isatty())
+            if args.watch and sys.stdout.isatty():
+                print("\033[H\033[2J", end="")
+            print(*("\n".join(_lines_of(one)) for one in found), sep="\n\n", flush=True)
         if not args.watch or all(one.state in ("finished", "failed") for one in found):
             return DONE
         time.sleep(WATCH)
@@ -148,13 +150,6 @@ def _judge(run: Path, code: int) -> int:
         again, why = code != FAILED, str(error)
     print(f"lingen: {why}", file=sys.stderr)
     return REQUEUE if again else FAILED
-
-
-def _print_status(found: Sequence[Status], *, clear: bool) -> None:
-    if clear:
-        print("\033[H\033[2J", end="")
-    for number, one in enumerate(found):
-        print(*([""] if number else []), *_lines_of(one), sep="\n", flush=True)
 
 
 def _lines_of(one: Status) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -72,30 +72,17 @@ def size_of(text: str) -> tuple[int, int]:
 RECIPE = argument("--recipe", metavar="R", help="a YAML file, or the name of a recipe that comes with lingen")
 STAGE = argument("--stage", metavar="S", help="one stage of the recipe")
 JSON = argument("--json", action="store_true", help="for machines")
-IMPORT = argument(
-    "--import",
-    dest="imports",
-    metavar="MODULE",
-    action="append",
-    default=[],
-    help="import a module that registers parts of yours; may be given again",
-)
+IMPORT = argument("--import", dest="imports", metavar="MODULE", action="append", default=[],
+                  help="import a module that registers parts of yours; may be given again")  # fmt: skip
 PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
 PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
 STREAM_FLAGS = (
-    argument(
-        "--stream",
-        choices=["exact", "tiled", "whole"],
-        help="by the autoencoder's own streams, the same in cross-faded tiles of a frame, or in one call; default: "
-        "exact where it has streams, else whole",
-    ),
-    argument(
-        "--tile",
-        type=size_of,
-        metavar="HxW",
-        help="--stream tiled in tiles of this height and width; default: of the whole frame",
-    ),
-)
+    argument("--stream", choices=["exact", "tiled", "whole"],
+             help="by the autoencoder's own streams, the same in cross-faded tiles of a frame, or in one call; "
+             "default: exact where it has streams, else whole"),
+    argument("--tile", type=size_of, metavar="HxW",
+             help="--stream tiled in tiles of this height and width; default: of the whole frame"),
+)  # fmt: skip
 SHARD_MB = argument("--shard-mb", type=natural, default=1000, metavar="N", help="size of a shard; default: 1000")
 
 
@@ -161,14 +148,14 @@ def _check_command(words: Sequence[str]) -> None:
             "checkout of lingen, installed with pip install -e ."
         )
     if words[0] not in groups:
-        raise RecipeError(
-            f"There is no command '{words[0]}'.{did_you_mean(words[0], groups)} Known: {', '.join(groups)}."
-        )
+        raise RecipeError(_no_command(words[0], words[0], groups))
     tails = groups[words[0]]
     if tails != [""] and len(words) > 1 and not words[1].startswith("-") and words[1] not in tails:
-        raise RecipeError(
-            f"There is no command '{words[0]} {words[1]}'.{did_you_mean(words[1], tails)} Known: {', '.join(tails)}."
-        )
+        raise RecipeError(_no_command(" ".join(words[:2]), words[1], tails))
+
+
+def _no_command(command: str, word: str, known: Collection[str]) -> str:
+    return f"There is no command '{command}'.{did_you_mean(word, known)} Known: {', '.join(known)}."
 
 
 def import_all(modules: Sequence[str]) -> None:
@@ -192,10 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, one in COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group and group not in groups:
-            about = GROUPS[group]
-            groups[group] = commands.add_parser(group, help=about, description=about).add_subparsers(
-                metavar="WHAT", required=True
-            )
+            own = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            groups[group] = own.add_subparsers(metavar="WHAT", required=True)
         usage = (" [key=value ...]" if one.takes_overrides else "") + (" [-- COMMAND ...]" if one.takes_command else "")
         sub = groups.get(group, commands).add_parser(word, help=one.help, description=one.help, allow_abbrev=False)
         sub.set_defaults(command=name)

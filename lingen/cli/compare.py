@@ -55,6 +55,18 @@ def compare(args: argparse.Namespace) -> int:
 
 
 @command(
+    "the page of a run, report.html in its folder: curves, clips over the steps, samples, settings",
+    argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not"),
+)
+def report(args: argparse.Namespace) -> int:
+    from lingen.studies.report import write_report
+
+    for run in args.runs:
+        print(write_report(run))
+    return DONE
+
+
+@command(
     "variants of a recipe against it, paired by seed: intervals at equal steps and at equal FLOPs",
     *OF_A_GRID,
     argument("--variants", nargs="+", required=True, metavar="V", help="no_te, no_ma, no_review, no_rms, zigzag, "

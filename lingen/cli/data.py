@@ -17,25 +17,21 @@ WEIGHTS = ("vgg16", "i3d", "efficientnet")
 @cli.command(
     "real clips with captions, as shards; weights of a perceptual distance, or of networks that judge",
     cli.argument(
-        "set",
-        choices=["emoji", "footage", *WEIGHTS],
-        help="emoji: animated 3-D emoji and their names; footage: a few filmed clips; vgg16: weights for training an "
+        "set", choices=["emoji", "footage", "theatre", *WEIGHTS],
+        help="emoji: animated 3-D emoji and their names; footage: a few filmed clips; theatre: actors of "
+        "data.synthetic=theatre; vgg16: weights for training an "
         "autoencoder (59 MB); i3d, efficientnet: networks of lingen eval (51 and 19 MB)",
     ),
     cli.argument("--out", metavar="DIR", help="default: data/SET; of weights: weights"),
-    cli.argument(
-        "--parts",
-        type=int,
-        choices=[1, 2, 3, 4],
-        help="emoji: how many of the four packages of animations (170 MB each); default: 1",
-    ),
+    cli.argument("--parts", type=int, choices=[1, 2, 3, 4],
+                 help="emoji: how many of the four packages of animations (170 MB each); default: 1"),
     cli.argument("--limit", type=int, help="emoji, footage: only so many clips and images"),
-)
+)  # fmt: skip
 def data_fetch(args: argparse.Namespace) -> int:
     if args.parts is not None and args.set != "emoji":
         raise RecipeError(f"--parts goes with emoji: {args.set} does not come in parts. Leave it out.")
-    if args.limit is not None and args.set in WEIGHTS:
-        raise RecipeError("--limit goes with emoji and footage: weights are fetched whole. Leave it out.")
+    if args.limit is not None and args.set not in ("emoji", "footage"):
+        raise RecipeError(f"--limit goes with emoji and footage: {args.set} is fetched whole. Leave it out.")
     from lingen.files import check_place
     from lingen.prepare.packages import FetchError
 
@@ -77,10 +73,8 @@ FAULTS_SHOWN = 10
     cli.argument("--quick", action="store_true", help="only headers and manifest"),
     cli.argument("--decode", action="store_true", help="every frame of every clip"),
     cli.argument("--ranks", type=int, metavar="N", help="default: devices times nodes of the recipe"),
-    cli.PROCESSES,
-    cli.JSON,
-    overrides=True,
-)
+    cli.PROCESSES, cli.JSON, overrides=True,
+)  # fmt: skip
 def data_check(args: argparse.Namespace) -> int:
     folders = split_overrides(args.folders, args)
     if args.recipe is None and not folders:
@@ -133,15 +127,10 @@ def _print_faults(faults: Sequence[Any], more: str) -> None:
 
 def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, str]:
     return {
-        "stage": bucket.stage,
-        "kind": bucket.kind,
-        "frames x height x width": bucket.shape,
-        "samples": f"{bucket.samples:,}",
-        "a rank": f"{bucket.per_rank:,.4g}",
-        "a step": str(bucket.step),
-        "steps an epoch": f"{bucket.steps:,.4g}",
-        "epochs in the stage": f"{epochs[bucket.stage][bucket.kind]:,.3g}",
-    }
+        "stage": bucket.stage, "kind": bucket.kind, "frames x height x width": bucket.shape,
+        "samples": f"{bucket.samples:,}", "a rank": f"{bucket.per_rank:,.4g}", "a step": str(bucket.step),
+        "steps an epoch": f"{bucket.steps:,.4g}", "epochs in the stage": f"{epochs[bucket.stage][bucket.kind]:,.3g}",
+    }  # fmt: skip
 
 
 @cli.command(

@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 
 @command(
     "which weights and shards does a recipe lack, and where do they come from? Without one: about this machine",
-    RECIPE,
-    STAGE,
-    argument(
+    RECIPE, STAGE, argument(
         "--preflight", action="store_true",
         help="look whether every node is fit to train it: run folder, memory, samples, network, a step; under srun, or "
         "on this machine alone",
     ),
     argument("--run", metavar="DIR", help="run folder of --preflight; default: runs/RECIPE-FINGERPRINT"),
-    JSON,
-    overrides=True,
+    JSON, overrides=True,
 )  # fmt: skip
 def doctor(args: argparse.Namespace) -> int:
     if args.preflight:

@@ -19,7 +19,7 @@ CURES = {
     errno.EISDIR: "A folder stands where a file is expected: correct the path",
     errno.EMFILE: "Too many files are open: raise `ulimit -n`",
     errno.EIO: "The disk does not read or write: look at it, or name another place",
-}
+}  # fmt: skip
 """Error numbers of the operating system -> what helps."""
 ALLOCATIONS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 """Words in errors of torch that mean that memory ran out."""

@@ -12,17 +12,11 @@ DEVICE = argument("--device", metavar="D", help="cuda, cuda:1, cpu; default: cud
 
 @command(
     "what a recipe trains on -> latents and text embeddings of its frozen parts, as shards for `lingen fit`",
-    RECIPE,
-    STAGE,
-    argument("--out", required=True, metavar="DIR"),
+    RECIPE, STAGE, argument("--out", required=True, metavar="DIR"),
     argument("--validation", action="store_true", help="the held-out shards instead of the training shards"),
     argument("--precision", choices=["float16", "float32"], default="float16", help="default: float16"),
-    DEVICE,
-    SHARD_MB,
-    PART,
-    JSON,
-    overrides=True,
-)
+    DEVICE, SHARD_MB, PART, JSON, overrides=True,
+)  # fmt: skip
 def encode(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say with which recipe: --recipe R; it names the shards, the autoencoder and the encoders.")
@@ -50,11 +44,8 @@ def encode(args: argparse.Namespace) -> int:
     argument("--frames", type=natural, default=8, metavar="N", help="of a clip that the model is shown; default: 8"),
     argument("--max-tokens", type=natural, default=120, metavar="N", help="of a caption; default: 120"),
     argument("--replace", action="store_true", help="also what has captions already"),
-    DEVICE,
-    SHARD_MB,
-    PART,
-    JSON,
-)
+    DEVICE, SHARD_MB, PART, JSON,
+)  # fmt: skip
 def data_caption(args: argparse.Namespace) -> int:
     from lingen.kernels.choice import best_device
     from lingen.prepare.caption import Captioning, caption

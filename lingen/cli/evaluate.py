@@ -16,8 +16,7 @@ from lingen.recipe.errors import RecipeError
 
 @cli.command(
     "how well a recipe's autoencoder reconstructs its held-out clips, next to bicubic scaling of the same size",
-    cli.RECIPE,
-    cli.STAGE,
+    cli.RECIPE, cli.STAGE,
     cli.argument("--run", metavar="DIR", help="the autoencoder of a run's last finished stage; it also is the recipe"),
     cli.argument("--checkpoint", metavar="F", help="the autoencoder of a weights file of such a run"),
     cli.argument("--autoencoder", metavar="NAME", help="another one than the recipe's, e.g. pixels"),
@@ -28,9 +27,7 @@ from lingen.recipe.errors import RecipeError
     cli.argument("--compare", action="store_true",
                  help="also how far the ways are apart, tiles where there is a --tile"),
     cli.argument("--out", default="eval/tae", metavar="DIR", help="default: eval/tae"),
-    DEVICE,
-    cli.JSON,
-    overrides=True,
+    DEVICE, cli.JSON, overrides=True,
 )  # fmt: skip
 def eval_tae(args: argparse.Namespace) -> int:
     way, tile = cli.ways_of_args(args)
@@ -38,9 +35,8 @@ def eval_tae(args: argparse.Namespace) -> int:
     from lingen.kernels.choice import best_device
     from lingen.metrics.autoencoder import Request, evaluate
 
-    asked = Request(
-        clips=args.clips, way=way, tile=tile, compare=args.compare, device=str(best_device(args.device)),
-    )  # fmt: skip
+    device = str(best_device(args.device))
+    asked = Request(clips=args.clips, way=way, tile=tile, compare=args.compare, device=device)
     with cli.count_bar("reconstructing") as progress:
         try:
             result = evaluate(recipe, asked, Path(args.out), progress)
@@ -57,8 +53,7 @@ def eval_tae(args: argparse.Namespace) -> int:
 
 
 UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sample.tile=null")
-"""Overrides that switch off checks of training and sampling, which do not matter here: any autoencoder may be
-judged."""
+"""Overrides that switch off checks of training and sampling: here any autoencoder may be judged."""
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -124,12 +119,9 @@ def _print(result: dict[str, Any], out: Any) -> None:
     cli.print_table([*_rows(result)])
     if result["compare"]:
         print()
-        cli.print_table(
-            [
-                {"ways": name, "decodes, PSNR": f"{one['psnr']:.2f}", "latents, relative RMS": f"{one['latents']:.2g}"}
-                for name, one in result["compare"].items()
-            ]
-        )
+        cells = {name: (f"{one['psnr']:.2f}", f"{one['latents']:.2g}") for name, one in result["compare"].items()}
+        heads = ("ways", "decodes, PSNR", "latents, relative RMS")
+        cli.print_table([dict(zip(heads, (name, *told), strict=True)) for name, told in cells.items()])
     print()
     for kind, one in result["latents"].items():
         print(f"{kind}: latents have mean {one['mean']:.3g} and standard deviation {one['std']:.3g}")
@@ -179,8 +171,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
                  help="at which all clips are judged; default: 8"),
     cli.argument("--frames", type=cli.natural, default=16, metavar="T", help="that video networks see; default: 16"),
     cli.argument("--out", default="eval/clips", metavar="DIR", help="default: eval/clips"),
-    DEVICE,
-    cli.JSON,
+    DEVICE, cli.JSON,
 )  # fmt: skip
 def eval_clips(args: argparse.Namespace) -> int:
     from lingen.evaluation.clips import View

@@ -12,14 +12,13 @@ FILTERS = {
     "min_side": ("pixels of the shorter side", "those of the largest stage"),
     "min_fps": ("frames a second", "the recipe's"),
     "min_seconds": ("keep shorter shots than any stage wants, down to this", "off"),
-    "black": ("largest share of black frames", "0.3"),
-    "frozen": ("largest share of time that stands still", "0.5"),
+    "black": ("largest share of black frames", "0.3"), "frozen": ("largest share of time that stands still", "0.5"),
     "still": ("least motion, in picture heights a second", "0.01"),
     "jerky": ("largest jerk of the camera, in picture heights a second", "1"),
     "hdr": ("largest share of frames in PQ or HLG", "0"),
     "interlaced": ("largest share of frames that are declared interlaced", "0"),
     "duplicates": ("of 192 bits of its looks, how few may differ from another clip's", "10"),
-}
+}  # fmt: skip
 
 
 def split_overrides(words: list[str], args: argparse.Namespace) -> list[str]:
@@ -50,8 +49,7 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
     cli.argument("--videos", nargs="+", default=[], metavar="DIR", help="films and clips"),
     cli.argument("--images", nargs="+", default=[], metavar="DIR", help="pictures"),
     cli.argument(
-        "--captions",
-        metavar="TABLE",
+        "--captions", metavar="TABLE",
         help="CSV, JSONL or Parquet with the columns key (a file's path in its folder) and caption; else NAME.txt or "
         "NAME.json beside each file",
     ),
@@ -61,12 +59,8 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
         cli.argument(f"--{name.replace('_', '-')}", metavar="N|off", help=f"{doc}; default: {default}")
         for name, (doc, default) in FILTERS.items()
     ),
-    cli.SHARD_MB,
-    cli.PART,
-    cli.PROCESSES,
-    cli.JSON,
-    overrides=True,
-)
+    cli.SHARD_MB, cli.PART, cli.PROCESSES, cli.JSON, overrides=True,
+)  # fmt: skip
 def data_pack(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say for which recipe: --recipe R; its stages say which sizes and lengths are wanted.")

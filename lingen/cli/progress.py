@@ -20,15 +20,9 @@ LINE_SECONDS = 30.0
 def bar(console: Console) -> Progress:
     """lingen's progress bar."""
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        transient=False,
-    )
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"), console=console, transient=False,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -24,14 +24,9 @@ REWRITER = argument("--rewriter", metavar="DIR", help="rewrite with the chat mod
 @command(
     "short prompts -> long ones by a local chat model, a line for a line; what was rewritten before is kept",
     argument("file", metavar="FILE", help="a prompt on each line"),
-    REWRITER,
-    RECIPE,
-    STAGE,
-    argument("--out", metavar="FILE", help="default: standard output"),
-    DEVICE,
-    JSON,
+    REWRITER, RECIPE, STAGE, argument("--out", metavar="FILE", help="default: standard output"), DEVICE, JSON,
     overrides=True,
-)
+)  # fmt: skip
 def prompts_rewrite(args: argparse.Namespace) -> int:
     from lingen.kernels.choice import best_device
 
@@ -44,11 +39,21 @@ def prompts_rewrite(args: argparse.Namespace) -> int:
         print("Nothing was written. Change what is named above; the others are kept.", file=sys.stderr)
         return FAILED
     lines = "\n".join(str(one.text) for one in found)
-    text = json.dumps([_row(one) for one in found], indent=2, ensure_ascii=False) if args.json else lines
+    rows = [
+        {"prompt": one.prompt, "rewritten": one.text, "cached": one.cached}
+        | ({"fault": one.fault} if one.fault else {})
+        for one in found
+    ]
+    text = json.dumps(rows, indent=2, ensure_ascii=False) if args.json else lines
     if args.out is None:
         print(text)
     else:
-        _write(args.out, text)
+        try:
+            Path(args.out).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            why = error.strerror
+            raise RecipeError(f"--out {args.out} cannot be written: {why}. The rewritten prompts are kept.") from error
+        print(args.out)
     return FAILED if wrong else DONE
 
 
@@ -92,22 +97,6 @@ def report_faults(found: Sequence[Rewritten]) -> int:
     for prompt, fault in wrong.items():
         print(f"Not rewritten in two attempts: {prompt} -- the last answer: {fault}", file=sys.stderr)
     return len(wrong)
-
-
-def _row(one: Rewritten) -> dict[str, str | bool | None]:
-    row: dict[str, str | bool | None] = {"prompt": one.prompt, "rewritten": one.text, "cached": one.cached}
-    return row | {"fault": one.fault} if one.fault else row
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    except OSError as error:
-        raise RecipeError(
-            f"--out {path} cannot be written: {error.strerror}. The rewritten prompts are kept."
-        ) from error
-    print(path)
 
 
 def lines_of(path: str) -> list[str]:

@@ -1,8 +1,9 @@
 """The parts that recipes can name, a recipe with all defaults filled in, and what it takes: ``lingen list``, ``lingen
-show`` and ``lingen plan``."""
+show`` and ``lingen plan``; and ``lingen new``, a package with a part."""
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from lingen.cli import command as cli
@@ -10,17 +11,12 @@ from lingen.recipe.errors import RecipeError
 
 
 @cli.command(
-    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances; and the recipes "
-    "that come with lingen",
-    cli.argument(
-        "what",
-        nargs="?",
-        choices=["mixers", "scans", "autoencoders", "text", "perceptual", "recipes"],
-        help="default: all of them",
-    ),
-    cli.JSON,
-    cli.IMPORT,
-)
+    "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances, optimisers, "
+    "decays, losses; and the recipes that come with lingen",
+    cli.argument("what", nargs="?", help="default: all of them", choices=[
+        "mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "recipes"]),
+    cli.JSON, cli.IMPORT,
+)  # fmt: skip
 def list_(args: argparse.Namespace) -> int:
     from lingen.cli.catalogue import REGISTRIES, parts, recipes
     from lingen.tables import as_cell
@@ -40,13 +36,33 @@ def list_(args: argparse.Namespace) -> int:
 
 
 @cli.command(
+    "writes a small package with a part of your own, which a recipe names once the package is installed, and its test",
+    cli.argument("what", choices=["mixer", "scan", "text", "autoencoder"]),
+    cli.argument("name", metavar="NAME", help="of part, package and folder: small letters, digits and _"),
+)
+def new(args: argparse.Namespace) -> int:
+    from lingen.recipe.reading import shipped_folder
+
+    folder = Path(args.name)
+    if not (args.name.isidentifier() and args.name.islower() and args.name.isascii()):
+        raise RecipeError(f"A part is named in small letters, digits and _, such as my_{args.what}; got '{args.name}'.")
+    if folder.exists():
+        raise RecipeError(f"{folder} is there already; name another part, or go to another folder.")
+    folder.mkdir()
+    for file in sorted((shipped_folder("templates") / args.what).glob("*.*")):
+        path, text = folder / file.name.replace("NAME", args.name), file.read_text(encoding="utf-8")
+        text = text.replace("NAME", args.name).replace("CLASS", args.name.title().replace("_", ""))
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    return cli.DONE
+
+
+@cli.command(
     "the recipe with every default filled in, its tokens and parameters; for its memory see `lingen plan`",
-    cli.RECIPE,
-    cli.STAGE,
-    cli.JSON,
+    cli.RECIPE, cli.STAGE, cli.JSON,
     cli.argument("--schema", action="store_true", help="print a JSON Schema of recipes, for editors"),
     overrides=True,
-)
+)  # fmt: skip
 def show(args: argparse.Namespace) -> int:
     if args.schema:
         from lingen.recipe.json_schema import json_schema
@@ -66,9 +82,8 @@ def show(args: argparse.Namespace) -> int:
     recipe = stages[0] if args.stage else curriculum.base
     plans = [(plan(stage), steps_of(stage)) for stage in stages]
     if args.json:
-        cli.print_json(
-            {"recipe": as_plain(recipe), "stages": [one.as_dict() | {"steps": steps} for one, steps in plans]}
-        )
+        told = [one.as_dict() | {"steps": steps} for one, steps in plans]
+        cli.print_json({"recipe": as_plain(recipe), "stages": told})
         return cli.DONE
     _print_forecast([_forecast_row(*one) for one in plans], plans[0][0].parameters)
     print(to_yaml(recipe), end="")
@@ -77,16 +92,12 @@ def show(args: argparse.Namespace) -> int:
 
 @cli.command(
     "what each stage takes: tokens, FLOPs and hours, memory of a GPU by kind, disk; and what makes it fit",
-    cli.RECIPE,
-    cli.STAGE,
+    cli.RECIPE, cli.STAGE,
     cli.argument("--gpus", type=cli.natural, metavar="N", help="ranks; default: the recipe's"),
-    cli.argument(
-        "--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, a100-40, ..."
-    ),
+    cli.argument("--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, ..."),
     cli.argument("--mfu", type=cli.positive, default=0.4, metavar="SHARE", help="of its bfloat16 FLOP/s; default: 0.4"),
-    cli.JSON,
-    overrides=True,
-)
+    cli.JSON, overrides=True,
+)  # fmt: skip
 def plan(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R.")

@@ -1,24 +1,27 @@
-"""Training and sampling: ``lingen fit``, ``sample`` and ``decode``."""
+"""Training and sampling: ``lingen fit``, ``sample``, ``demo`` and ``decode``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lingen.cli import command as cli
 from lingen.cli.edge import line_of
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
+from lingen.files import check_target
 from lingen.ranks import signals
 from lingen.ranks.environment import OtherRankError, UnfitError, here, who
-from lingen.recipe.errors import RecipeError, SettingError
+from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
 from lingen.recipe.subjects import SUBJECTS, Subject
 
 if TYPE_CHECKING:
@@ -35,9 +38,7 @@ T = TypeVar("T")
     cli.RECIPE,
     cli.argument("--stage", metavar="S", help="train only this stage"),
     cli.argument("--run", metavar="DIR", help="run folder; default: runs/RECIPE-FINGERPRINT"),
-    cli.argument(
-        "--preflight", action="store_true", help="first look whether every node is fit, as lingen doctor does"
-    ),
+    cli.argument("--preflight", action="store_true", help="first look whether every node is fit, as doctor does"),
     overrides=True,
 )
 def fit(args: argparse.Namespace) -> int:
@@ -51,6 +52,8 @@ def fit(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    if args.run == "":
+        raise RecipeError("--run is empty, as an unset variable of a shell is: name a folder, or leave it out.")
     curriculum = load_alike(args)
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
@@ -120,19 +123,17 @@ def leave_unfit(error: UnfitError) -> int:
 
 
 def _print_outcome(outcome: Any, subject: Subject) -> None:
+    from lingen.studies.report import write_report
+
     folder = outcome.folder
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
-        cli.print_table(
-            [
-                _score_row(what, name, score[what][name])
-                for what in ("sampled", "real")
-                for name in ("colour", "shape", "motion")
-            ]
-        )
+        rows = product(("sampled", "real"), ("colour", "shape", "motion"))
+        cli.print_table([_score_row(what, name, score[what][name]) for what, name in rows])
         print("", *map(_about_score, ("sampled", "real"), (score["sampled"], score["real"])), sep="\n")
     for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
         print(sheet)
+    print(write_report(folder.path))
     if subject is SUBJECTS["autoencoder"]:
         print(f"lingen eval tae --run {folder.path}")
     else:
@@ -183,29 +184,37 @@ def sample(args: argparse.Namespace) -> int:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
     seconds, size = _parsed("--seconds", args.seconds, cli.positive), _parsed("--size", args.size, cli.size_of)
     repeat, out = _parsed("--repeat", args.repeat, cli.natural) or 1, args.out or "clip.mp4"
+    from lingen.ranks.collectives import on_first_rank, together
+    from lingen.ranks.local_ranks import share
     from lingen.sampling.files import clip_paths, sample_to_files
+    from lingen.weights import find_weights
 
-    clip_paths(out, len(prompts) * repeat)
-    rewritten = _rewritten(args, prompts)
-    if report_faults(rewritten):
+    paths = clip_paths(out, len(prompts) * repeat)
+    find_weights(args.run or args.checkpoint)
+    own = share(len(paths))
+    rewritten = on_first_rank(partial(_rewritten, args, prompts))
+    if on_first_rank(lambda: report_faults(rewritten)):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return cli.FAILED
-    with cli.count_bar("sampling") as progress:
+    with cli.count_bar("sampling") if own.rank == 0 else nullcontext() as progress:
         files = sample_to_files(
             args.run or args.checkpoint, prompts, out, seed=args.seed, steps=args.steps,
             guidance=args.guidance, seconds=seconds, size=size, repeat=repeat, progress=progress,
-            rewritten=[str(one.text) for one in rewritten],
+            rewritten=[str(one.text) for one in rewritten], own=own,
         )  # fmt: skip
-        try:
-            for file in files:
-                print(file)
-        except SettingError as error:
-            raise RecipeError(
-                *(f"--{error.setting}: {text.partition(' (at ')[0]}" for text in error.problems)
-            ) from error
-        except ValueError as error:
-            raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+        together(partial(_make, files))
     return cli.DONE
+
+
+def _make(files: Iterable[Path]) -> None:
+    """Names each file as soon as it is made."""
+    try:
+        for file in files:
+            print(file, flush=True)
+    except SettingError as error:
+        raise RecipeError(*(f"--{error.setting}: {text.partition(' (at ')[0]}" for text in error.problems)) from error
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
 
 
 def _sample_again(args: argparse.Namespace) -> int:
@@ -258,6 +267,39 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
             "out --rewrite to use the prompts as they are."
         )
     return rewrite(prompts, how, str(best_device()))
+
+
+@cli.command(
+    "a sentence as a clip of the emoji theatre, within seconds on a laptop, and a contact sheet",
+    cli.argument("prompt", nargs="+", metavar="PROMPT", help="what to show: one sentence, in quotes or without"),
+    cli.argument("--checkpoint", metavar="F", help="a weights file, a run folder, or a folder of both models"),
+    cli.argument("--seconds", type=cli.positive, default=4.0, metavar="S", help="default: 4; trained are 4, 16, 60"),
+    cli.argument("--seed", type=int, default=0, help="another seed gives another clip"),
+    cli.argument("--steps", type=cli.natural, metavar="N", help="solver steps"),
+    cli.argument("--out", default="demo.mp4", metavar="x.mp4", help="or x.gif, x.webp; default: demo.mp4"),
+)
+def demo(args: argparse.Namespace) -> int:
+    from lingen.data.theatre import known_words
+
+    prompt, known = " ".join(args.prompt), known_words()
+    unknown = [word for word in dict.fromkeys(re.findall(r"\w+", prompt)) if word.lower() not in known]
+    marked = re.sub(r"\w+", lambda word: f"{word[0]}(?)" if word[0] in unknown else word[0], prompt)
+    told = [f"'{word}' is not known.{did_you_mean(word, known)}" for word in unknown]
+    print(f"{args.seconds:g} seconds of: {marked}", *told, sep="\n", flush=True)  # importing torch takes its time
+    check_target(args.out, form if (form := Path(args.out).suffix) in (".gif", ".webp") else ".mp4")
+    with cli.count_bar("sampling") as progress:
+        _make(_demo_files(args, prompt, progress))
+    return cli.DONE
+
+
+def _demo_files(args: argparse.Namespace, prompt: str, progress: Callable[[int, int], None]) -> Iterator[Path]:
+    from lingen.media import contact_sheet, save_animation, save_video
+    from lingen.sampling.clips import sample_demo
+
+    how = {name: getattr(args, name) for name in ("seconds", "seed", "steps")}
+    clip, out = sample_demo(prompt, **how, weights=args.checkpoint, progress=progress), Path(args.out)
+    yield save_video(clip, out, 12, title=prompt) if out.suffix == ".mp4" else save_animation(clip, out, 12)
+    yield contact_sheet([clip], out.with_suffix(".png"), [prompt])
 
 
 @cli.command(

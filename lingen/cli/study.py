@@ -22,9 +22,7 @@ def study_make(args: argparse.Namespace) -> int:
     key, notes = make_study(args.folders, lines_of(args.prompts), args.out, args.seed, args.per_rater)
     print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     print(f"study {key['study']}, {sum('pair' in one for one in key['trials'].values())} pairs")
-    print(
-        f"{args.out}: for the raters", f"{args.out[:-5]}.key.json: which side was which; keep it to yourself", sep="\n"
-    )
+    print(f"{args.out}: for the raters\n{args.out[:-5]}.key.json: which side was which; keep it to yourself")
     return DONE
 
 

@@ -32,8 +32,7 @@ class Ahead:
 
     Args:
         index: where the samples lie.
-        reader: how they are read.
-    """
+        reader: how they are read."""
 
     def __init__(self, index: Index, reader: Reader):
         self.index = index

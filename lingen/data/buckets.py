@@ -91,14 +91,11 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
 
     Args:
         tokens: of one sample of a shape.
-        setting: where the shards stand in the recipe, for messages.
-    """
+        setting: where the shards stand in the recipe, for messages."""
     shapes = shapes_of(data, kind)
     if len(shapes) > 1 and not index.mark:
-        raise RecipeError(
-            f"{setting}: data.sizes and data.lengths need a manifest to sort the samples by; write it with "
-            f"`lingen data index {index.shards[0].folder}`."
-        )
+        cure = f"write it with `lingen data index {index.shards[0].folder}`."
+        raise RecipeError(f"{setting}: data.sizes and data.lengths need a manifest to sort the samples by; {cure}")
     chunks = _sorted(index, shapes, kind, data.fps)
     if index.mark:
         name = hashlib.sha256(repr((shapes, data.fps, kind)).encode()).hexdigest()[:8]
@@ -117,21 +114,15 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
                 f"data.size and data.frames, or raise data.batch.{kind} to "
                 f"{math.ceil(tokens(shapes[number]) / tokens(shapes[0]))}."
             )
-    return Pool(
-        kind,
-        index,
-        shapes[0],
-        [shapes[number] for number in used],
-        [budget // tokens(shapes[number]) for number in used],
-        [rows[number] for number in used],
-        {
-            reason.format(frames=min(shape.frames for shape in shapes), fps=data.fps): LeftOut(
-                len(part), index.where(int(part[0]))
-            )
-            for reason, part in zip(REASONS, out, strict=True)
-            if len(part)
-        },
-    )
+    least = min(shape.frames for shape in shapes)
+    left_out = {
+        reason.format(frames=least, fps=data.fps): LeftOut(len(part), index.where(int(part[0])))
+        for reason, part in zip(REASONS, out, strict=True)
+        if len(part)
+    }
+    batches = [budget // tokens(shapes[number]) for number in used]
+    own, rows = [shapes[number] for number in used], [rows[number] for number in used]
+    return Pool(kind, index, shapes[0], own, batches, rows, left_out)
 
 
 def _write(folder: Path, chunks: Iterator[list[np.ndarray]], shapes: int) -> None:

@@ -13,8 +13,7 @@ class Cache(Generic[Key, Value]):
 
     Args:
         limit: what all values may come to; 0 keeps nothing.
-        size: what a value comes to, such as its bytes.
-    """
+        size: what a value comes to, such as its bytes."""
 
     def __init__(self, limit: int, size: Callable[[Value], int]):
         self.limit, self.used = limit, 0

@@ -25,9 +25,8 @@ def captions_of(sample: dict[str, bytes]) -> list[str]:
 
 def clean_captions(found: Any) -> list[str]:
     """One caption or several, stripped, each once. Errors as for `captions_of`."""
-    captions = [
-        text.strip() if isinstance(text, str) else "" for text in (found if isinstance(found, list) else [found])
-    ]
+    given = found if isinstance(found, list) else [found]
+    captions = [text.strip() if isinstance(text, str) else "" for text in given]
     "".join(captions).encode()  # JSON can hold one half of a surrogate pair, which is no text
     if not captions:
         raise ValueError(NO_CAPTION)

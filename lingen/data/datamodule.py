@@ -17,19 +17,23 @@ import torch
 from torch.utils.data import DataLoader
 
 from lingen.data import order
+from lingen.data.acting import DrawnIndex, check_sprites
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
 from lingen.data.fingerprint import check_encoded
 from lingen.data.follow import follow_parent
+from lingen.data.index import Index
 from lingen.data.indexing import open_index
 from lingen.data.latents import LatentRequirements
 from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import Anchor, BatchOrder, RankBatch
 from lingen.data.sources import Reader
+from lingen.data.theatre import Theatre
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.reading import SYNTHETIC
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.sizes import patch_of, round_of
@@ -40,12 +44,10 @@ class ClipData(lightning.LightningDataModule):
 
     Which samples a batch holds follows from the seed, the stage, the optimiser step and the rank alone: not from the
     number of workers, and not from what was handed out before. A resumed run goes on after the last step trained; with
-    another number of ranks, batches of another size or another mix, it goes on in the same epochs, and loses and
-    repeats nothing.
+    other ranks, batches or another mix it goes on in the same epochs, and loses and repeats nothing.
 
     Args:
-        recipe: a loaded stage.
-    """
+        recipe: a loaded stage."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -62,7 +64,10 @@ class ClipData(lightning.LightningDataModule):
         return [kind for kind in KINDS if getattr(self.recipe.data.mix, kind) > 0]
 
     def check(self) -> None:
-        """RecipeError where a pattern of the recipe's shards matches no file; no shard is read."""
+        """RecipeError where a pattern of the recipe's shards matches no file, or the theatre has no actors; no shard is
+        read."""
+        if self._theatre is not None:
+            check_sprites(self._theatre.sprites)
         for setting in ("shards", "validation"):
             for kind in self.kinds:
                 self._expand(getattr(self.recipe.data, setting), kind, f"data.{setting}")
@@ -105,10 +110,23 @@ class ClipData(lightning.LightningDataModule):
             Clips(data, validation, ("validation",), reader, self._wanted, shuffle=False),
         )
 
+    @cached_property
+    def _theatre(self) -> Theatre | None:
+        """What draws clips of `data.frames` and `data.size`, where no shards are named."""
+        data = self.recipe.data
+        made = data.synthetic and not (data.shards.image or data.shards.video) and SYNTHETIC.build(data.synthetic)
+        if isinstance(made, Theatre) and (data.lengths or data.sizes):
+            raise RecipeError(
+                "The theatre draws clips of data.frames and data.size: data.lengths and data.sizes stay []."
+            )
+        return made if isinstance(made, Theatre) else None
+
     def _shards(self) -> tuple[Shards, Shards]:
         data = self.recipe.data
         if data.synthetic is None or data.shards.image or data.shards.video:
             return data.shards, data.validation
+        if self._theatre is not None:
+            return Shards(video="theatre"), Shards(video="theatre")
         from lingen.data.synthetic import ensure
 
         return ensure(self.recipe)
@@ -118,13 +136,17 @@ class ClipData(lightning.LightningDataModule):
 
     def _open(self, shards: Shards, setting: str, reader: Reader) -> dict[str, Pool]:
         return {
-            kind: self._pool(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
+            kind: self._pool(self._index(shards, kind, setting, reader), kind, f"{setting}.{kind}")
             for kind in self.kinds
             if getattr(shards, kind)
         }
 
-    def _pool(self, locations: list[str], kind: str, setting: str, reader: Reader) -> Pool:
-        index = open_index(locations, kind, setting, reader)
+    def _index(self, shards: Shards, kind: str, setting: str, reader: Reader) -> Index:
+        if self._theatre is not None:
+            return DrawnIndex.of(self._theatre, "train" if setting == "data.shards" else "tune")
+        return open_index(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
+
+    def _pool(self, index: Index, kind: str, setting: str) -> Pool:
         if not len(index):
             faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in index.faults[:3]) or "they are empty"
             raise DataError(f"{setting}: there is no whole sample in {len(index.shards)} shards ({faults}).")
@@ -154,9 +176,7 @@ class ClipData(lightning.LightningDataModule):
     def needs_no_encoders(self) -> bool:
         """Whether all training and validation samples are encoded, with the tokens of the null text."""
         indexes = [pool.index for clips in (self.train, self.validation) for pool in clips.pools.values()]
-        return all(
-            index.encoded and all(about.settings.get("null_text") for about in index.abouts) for index in indexes
-        )
+        return all(one.encoded and all(about.settings.get("null_text") for about in one.abouts) for one in indexes)
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -218,14 +238,11 @@ class ClipData(lightning.LightningDataModule):
 
     def largest(self, rank: int = 0) -> Batch:
         """A training batch of the bucket whose batches have the most tokens, out of turn."""
-        buckets = ((kind, number) for kind, pool in self.train.pools.items() for number in range(len(pool.shapes)))
-
-        def size(kind: str, bucket: int) -> int:
-            pool = self.train.pools[kind]
-            return pool.batches[bucket] * self._tokens(pool.shapes[bucket])
-
-        kind, bucket = max(buckets, key=lambda one: size(*one))
-        count = self.train.pools[kind].batches[bucket]
+        pools = self.train.pools
+        buckets = [(kind, number) for kind, pool in pools.items() for number in range(len(pool.shapes))]
+        sizes = [pools[kind].batches[number] * self._tokens(pools[kind].shapes[number]) for kind, number in buckets]
+        kind, bucket = buckets[sizes.index(max(sizes))]
+        count = pools[kind].batches[bucket]
         own = range(rank * count, (rank + 1) * count)
         return self.train[RankBatch(kind, 0, bucket, own, own)]
 
@@ -241,13 +258,9 @@ class ClipData(lightning.LightningDataModule):
         """The order of the stage's batches for this number of ranks, from where a loaded checkpoint leaves it."""
         lanes = {kind: pool.lanes for kind, pool in self.train.pools.items()}
         ordered = partial(
-            BatchOrder,
-            lanes,
-            round_of(self.recipe.data),
-            self.train.stream,
-            accumulate=self.recipe.train.accumulate,
-            world=world,
-        )
+            BatchOrder, lanes, round_of(self.recipe.data), self.train.stream,
+            accumulate=self.recipe.train.accumulate, world=world,
+        )  # fmt: skip
         if self._resumed is None:
             return ordered()
         here = Anchor(*self._resumed["here"])
@@ -266,8 +279,7 @@ class ClipData(lightning.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """A few integers that follow from the steps trained, not from the batches handed out, which are ahead of
-        training."""
+        """A few integers that follow from the steps trained, not from the batches handed out, which are ahead."""
         current, step = self.order(self._ranks()[1]), self._step()
         return {
             "samples": (self._resumed or {}).get("samples", {}) | self._samples(),
@@ -316,15 +328,10 @@ def _loader(clips: Clips, places: Places, workers: int) -> DataLoader[Batch]:
     # A forked worker starts at once and never touches the GPU; what else is safe imports torch anew in each worker.
     fork = workers > 0 and sys.platform == "linux"
     return DataLoader(
-        clips,
-        batch_size=None,
-        sampler=places,
-        collate_fn=as_it_is,
-        num_workers=workers,
+        clips, batch_size=None, sampler=places, collate_fn=as_it_is, num_workers=workers,
         worker_init_fn=partial(_start_worker, _closing()) if workers else None,
-        multiprocessing_context="fork" if fork else None,
-        pin_memory=torch.cuda.is_available(),
-    )
+        multiprocessing_context="fork" if fork else None, pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
 
 
 def as_it_is(batch: Any) -> Any:
@@ -342,8 +349,7 @@ def _closing() -> Any:
 
 def _start_worker(closing: Any, worker: int) -> None:
     """Signals are for the training process, which ends its workers itself. A scheduler that stops a job signals all its
-    processes. A worker that ended at once would break the step that is still to be saved, so it ends only with the
-    training process."""
+    processes, and a worker that ended at once would break the step that is still to be saved."""
     for number in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, number):
             signal.signal(getattr(signal, number), signal.SIG_IGN)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from lingen.data import order
+from lingen.data.acting import DrawnIndex
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Batch, Drop
 from lingen.data.buckets import Pool, Shape
@@ -47,8 +48,7 @@ class ClipCache:
     decoded; a video that is exactly as long as a clip has one, so it is decoded once.
 
     Args:
-        limit: bytes of pixels to keep; 0 keeps nothing.
-    """
+        limit: bytes of pixels to keep; 0 keeps nothing."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -88,24 +88,13 @@ class Clips(Dataset[Batch]):
         stream: what the order depends on: the seed and the stage.
         reader: how shards are read.
         encoded: what encoded samples hold.
-        shuffle: an order of its own for each epoch; without it the samples come as they lie in the shards.
-    """
+        shuffle: an order of its own for each epoch; without it the samples come as they lie in the shards."""
 
     def __init__(
-        self,
-        data: DataConfig,
-        pools: Mapping[str, Pool],
-        stream: StreamKey,
-        reader: Reader,
-        encoded: LatentRequirements,
-        *,
-        shuffle: bool = True,
-    ):
-        self.data = data
-        self.pools = pools
-        self.stream = stream
-        self.encoded = encoded
-        self.shuffle = shuffle
+        self, data: DataConfig, pools: Mapping[str, Pool], stream: StreamKey, reader: Reader,
+        encoded: LatentRequirements, *, shuffle: bool = True,
+    ):  # fmt: skip
+        self.data, self.pools, self.stream, self.encoded, self.shuffle = data, pools, stream, encoded, shuffle
         self.cache = ClipCache(data.cache_mb << 20)
         self.ahead = {kind: Ahead(pool.index, reader) for kind, pool in pools.items()}
 
@@ -185,10 +174,14 @@ class Clips(Dataset[Batch]):
         start = order.uniform("start", stream, epoch, where)
 
         def read() -> Sample:
+            index = self.pools[kind].index
+            if isinstance(index, DrawnIndex):
+                pixels, captions = index.draw(number, choice.shape, self.data.fps)
+                return Sample(pixels, 1, captions)
             piece = self.ahead[kind].get(number)
             retries.extend([where] * piece.retries)
-            members = parse_sample(piece.data, self.pools[kind].index.key(number))
-            if self.pools[kind].index.encoded:
+            members = parse_sample(piece.data, index.key(number))
+            if index.encoded:
                 latents, captions, text = read_encoded(members, choice.shape, self.encoded)
                 return Sample(latents, 1, captions, text)
             captions = captions_of(members)
@@ -210,13 +203,10 @@ class Places(DistributedSampler):
     Args:
         places: called at the beginning of each iteration.
         length: how many there are; None: no end.
-        workers: processes that take turns; each is told what it gets next.
-    """
+        workers: processes that take turns; each is told what it gets next."""
 
     def __init__(self, places: Callable[[], Iterator[RankBatch]], length: int | None = None, workers: int = 0):
-        self.places = places
-        self.length = length
-        self.workers = workers
+        self.places, self.length, self.workers = places, length, workers
 
     def __iter__(self) -> Iterator[RankBatch]:
         places = self.places()

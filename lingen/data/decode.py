@@ -33,8 +33,7 @@ def decode_sample(
     Args:
         sample: extension -> content; what else it holds, such as webdataset's ``__key__``, is not read.
         kind: ``image`` or ``video``; a webp is a picture in the one and an animation in the other.
-        frames, size, fps, start: see `decode_video`.
-    """
+        frames, size, fps, start: see `decode_video`."""
     known = VIDEO if kind == "video" else IMAGE
     suffix = next((suffix for suffix in known if suffix in sample), None)
     if suffix is None:
@@ -56,8 +55,7 @@ def decode_video(data: bytes, *, frames: int, size: tuple[int, int], fps: float,
         frames: frames wanted.
         size: height and width in pixels: the smaller side is scaled to cover it, the centre is cut out.
         fps: frames per second wanted; each frame is the nearest one in time.
-        start: 0 <= start < 1, where between the first and the last possible beginning the clip begins.
-    """
+        start: 0 <= start < 1, where between the first and the last possible beginning the clip begins."""
     with opened_video(data) as (stream, packets, shown):
         tick = float(stream.time_base)
         chosen, starts = resample((shown - shown[:1]) * tick, frames, fps, start, tick)
@@ -87,8 +85,7 @@ def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size:
 
 def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int, int]) -> dict[int, np.ndarray]:
     """Presentation time -> those of the needed frames that the packets give, fitted to `size`. ValueError for what
-    `refuse_odd` refuses, and where the times of frames are those of decoding them: decoders give frames in the order in
-    which they are shown."""
+    `refuse_odd` refuses, and where times are those of decoding: decoders give frames as they are shown."""
     from av.video.reformatter import VideoReformatter
 
     scaler = VideoReformatter()  # one scaler for all frames, because it keeps its tables
@@ -139,8 +136,7 @@ def decode_image(data: bytes, *, size: tuple[int, int]) -> UInt8[Tensor, "3 1 h 
 
     Args:
         data: the file.
-        size: height and width in pixels: scaled to cover it, the centre is cut out.
-    """
+        size: height and width in pixels: scaled to cover it, the centre is cut out."""
     from PIL import ImageOps
 
     picture = open_picture(data, ("PNG", "JPEG", "WEBP"))

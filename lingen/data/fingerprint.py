@@ -111,15 +111,13 @@ def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None
 
     Args:
         abouts: what the manifests of encoded shards say.
-        setting: where the shards stand in the recipe, for messages.
-    """
+        setting: where the shards stand in the recipe, for messages."""
     here = json.loads(json.dumps(frozen_settings(recipe)))
     for about in abouts:
         held = {key: about.settings.get(key) for key in here}
         if held["made_by"] != MADE_BY:
-            raise RecipeError(
-                f"{setting}: its manifest does not say what encoded these samples. Encode them with `lingen encode`."
-            )
+            told = "its manifest does not say what encoded these samples. Encode them with `lingen encode`."
+            raise RecipeError(f"{setting}: {told}")
         wanted = _completed(here, held)
         if held != wanted:
             told = "; ".join(frozen_differences(held, wanted))

@@ -107,8 +107,7 @@ def frames_at(fps: float, length: float, interval: float, count: int, tick: floa
         interval: seconds that the last one is shown.
         count: how many they are.
         tick: the container's time base in seconds. Time stamps are rounded to it: either end may be half of it off, and
-            the interval, which is their mean distance, accordingly.
-    """
+            the interval, which is their mean distance, accordingly."""
     rounding = tick * (1 + 1 / max(1, count - 1)) * fps
     return int((length + interval) * fps + min(rounding, 0.25) + 1e-3)
 
@@ -122,8 +121,7 @@ def resample(
         times: when each source frame is shown, in seconds from the first one, ascending.
         tick: see `frames_at`.
     Returns:
-        indices into `times`, and the number of possible beginnings. ShortClip where there is none.
-    """
+        indices into `times`, and the number of possible beginnings. ShortClip where there is none."""
     if len(times) == 0:
         raise ShortClip(0, frames)
     interval = times[-1] / (len(times) - 1) if len(times) > 1 else 1 / fps

@@ -13,21 +13,10 @@ from lingen.data.batch import Drop
 from lingen.data.locations import Location
 from lingen.data.manifest import About
 
-RECORD = np.dtype(
-    [
-        ("offset", "<i8"),
-        ("length", "<i8"),
-        ("key_at", "<i8"),
-        ("hash", "<u8"),
-        ("shard", "<u4"),
-        ("frames", "<i4"),
-        ("fps", "<f4"),
-        ("height", "<i4"),
-        ("width", "<i4"),
-        ("key_length", "<u2"),
-        ("source", "<u2"),
-    ]
-)
+RECORD = np.dtype([
+    ("offset", "<i8"), ("length", "<i8"), ("key_at", "<i8"), ("hash", "<u8"), ("shard", "<u4"), ("frames", "<i4"),
+    ("fps", "<f4"), ("height", "<i4"), ("width", "<i4"), ("key_length", "<u2"), ("source", "<u2"),
+])  # fmt: skip
 """What is kept of a row of a manifest; `key_at` and `key_length` say where its key stands in the file of keys."""
 FORGET = 512
 """Look-ups after which a process releases the pages of the mapped file that it touched."""
@@ -38,8 +27,7 @@ class Mapped:
 
     Args:
         path: the file.
-        dtype: of its numbers.
-    """
+        dtype: of its numbers."""
 
     def __init__(self, path: Path, dtype: np.dtype | type):
         self.path = path

@@ -2,8 +2,7 @@
 
 From manifests it is made once, kept in lingen's cache folder and mapped into memory, so that a hundred million samples
 take seconds to open and no memory of a process's own. Of local shards without a manifest the headers are read, each
-time; then only the media themselves tell their size and length.
-"""
+time; then only the media themselves tell their size and length."""
 
 import hashlib
 import json
@@ -61,20 +60,17 @@ def open_index(locations: Sequence[str], kind: str, setting: str, reader: Reader
         locations: as `expand` gives them. Shards that have a manifest beside them are looked up in it; local ones
             without one are scanned.
         kind: ``image`` or ``video``: which samples to take of a manifest that is named as a whole.
-        setting: where the shards stand in the recipe, for messages.
-    """
+        setting: where the shards stand in the recipe, for messages."""
     sets, bare = _sort(locations, setting, reader)
     for shard in bare:
         if sets or is_remote(str(shard)):
             why = "as other shards here have one" if sets else "as it is not on a local disk"
-            raise RecipeError(
-                f"{setting}: {shard} needs a manifest, {why}; write it with `lingen data index` where the shards are."
-            )
+            cure = "write it with `lingen data index` where the shards are."
+            raise RecipeError(f"{setting}: {shard} needs a manifest, {why}; {cure}")
     if not sets:
         return scan_shards(bare)
-    mark = hashlib.sha256(
-        json.dumps([INDEX_FORMAT, kind, [(one.folder, one.version, one.shards) for one in sets]]).encode()
-    ).hexdigest()[:16]
+    told = json.dumps([INDEX_FORMAT, kind, [(one.folder, one.version, one.shards) for one in sets]])
+    mark = hashlib.sha256(told.encode()).hexdigest()[:16]
     return _open(kept_folder(mark, lambda work: _build(work, sets, kind, setting)))
 
 
@@ -168,13 +164,10 @@ def _build(work: Path, sets: Sequence[Set], kind: str, setting: str) -> None:
         raise RecipeError(f"{setting}: some shards hold latents and some do not; name those of one sort.")
     version_of = {one.folder: one.version for one in sets}
     about = {
-        "shards": list(shards),
-        "ends": ends.tolist(),
-        "sources": list(sources),
-        "encoded": kinds == {"latents"},
+        "shards": list(shards), "ends": ends.tolist(), "sources": list(sources), "encoded": kinds == {"latents"},
         "versions": [version_of[shard.folder] for shard in shards],
         "abouts": [manifest.about(one.path) for one in sets],
-    }
+    }  # fmt: skip
     (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -242,16 +235,10 @@ def _open(folder: Path) -> Index:
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     shards = [Location(*one) for one in about["shards"]]
     return Index(
-        shards,
-        Mapped(folder / "records", RECORD),
-        Mapped(folder / "keys", np.uint8),
-        about["sources"],
-        about["encoded"],
-        [manifest.About(*one) for one in about["abouts"]],
-        _cut(shards, about["ends"]),
-        folder.name,
-        about["versions"],
-    )
+        shards, Mapped(folder / "records", RECORD), Mapped(folder / "keys", np.uint8), about["sources"],
+        about["encoded"], [manifest.About(*one) for one in about["abouts"]], _cut(shards, about["ends"]),
+        folder.name, about["versions"],
+    )  # fmt: skip
 
 
 def _cut(shards: Sequence[Location], ends: Sequence[int]) -> list[Drop]:

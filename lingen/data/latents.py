@@ -5,8 +5,7 @@ of the recipe, its tokens [m w] of every caption, one caption behind the other, 
 stands for a caption that is left out. ``tokens`` and ``null`` of the JSON say how many belong to each:
 ``{"captions": [...], "tokens": {"0": [7, 12], "1": [30, 41]}, "null": {"0": 0, "1": 4}}``. An encoder that is trained
 with the denoiser has none: it reads the captions. Older sets have no ``null``. Never pickled; half precision is enough
-(ours).
-"""
+(ours)."""
 
 import io
 import json

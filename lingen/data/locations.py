@@ -38,15 +38,13 @@ def expand(patterns: str | list[str] | None, setting: str, timeout: float = 30.0
     """Paths and addresses of the tar files, and of the manifests, that a recipe names; sorted, each once.
 
     A manifest stands for all the samples of its kind in the shards beside it, and so does a folder that holds one.
-    RecipeError for a pattern that matches nothing, a missing file, a folder without a manifest, or something that
-    cannot be read piece by piece.
+    RecipeError for a pattern without a match, a missing file or manifest, or what cannot be read piece by piece.
 
     Args:
         patterns: a path, an address, a glob (``s3://`` and local only), a brace pattern (``clips-{000..127}.tar``), or
             a list of them. A path that exists is that one, whatever signs of a pattern stand in it.
         setting: where it stands in the recipe, for messages, e.g. ``data.shards.video``.
-        timeout: seconds until a server that is asked for a list counts as silent.
-    """
+        timeout: seconds until a server that is asked for a list counts as silent."""
     listed = [patterns] if isinstance(patterns, str) else patterns or []
     return sorted({file for pattern in listed for file in _expand_one(pattern, setting, timeout)})
 
@@ -55,17 +53,14 @@ def _expand_one(pattern: str, setting: str, timeout: float) -> list[str]:
     import braceexpand
 
     if ("://" in pattern and not is_remote(pattern)) or pattern.startswith("pipe:"):
-        raise RecipeError(
-            f"{setting}: '{pattern}' is neither a path nor an address at https:// or s3://; copy the shards to where "
-            "pieces of them can be read, and name them there."
-        )
+        cure = "copy the shards to where pieces of them can be read, and name them there."
+        raise RecipeError(f"{setting}: '{pattern}' is neither a path nor an address at https:// or s3://; {cure}")
     folder, rest = ("", pattern) if is_remote(pattern) else _literal(os.path.expanduser(pattern))
     try:
         names = list(braceexpand.braceexpand(rest)) if rest else [""]
     except ValueError as error:
-        raise RecipeError(
-            f"{setting}: '{pattern}' has unbalanced braces; write e.g. 'clips-{{000..127}}.tar'."
-        ) from error
+        told = "has unbalanced braces; write e.g. 'clips-{000..127}.tar'."
+        raise RecipeError(f"{setting}: '{pattern}' {told}") from error
     if is_remote(pattern):
         found = [match for name in names for match in _remote(name, setting, timeout)]
     else:
@@ -115,7 +110,6 @@ def _checked(name: str, setting: str) -> str:
     if os.path.isdir(name):
         raise RecipeError(f"{setting}: {without_manifest(name)}")
     if not os.path.isfile(name):
-        raise RecipeError(
-            f"{setting}: there is no file '{name}'; correct the path, or the folder that lingen is started in."
-        )
+        cure = "correct the path, or the folder that lingen is started in."
+        raise RecipeError(f"{setting}: there is no file '{name}'; {cure}")
     return name

@@ -95,8 +95,7 @@ def write(path: Path, rows: Iterable[Row], about: About) -> int:
     Args:
         path: usually ``FOLDER/manifest.parquet``.
         rows: in the order of the shards and of the samples in them; taken as they come, so there may be many millions.
-        about: what holds for all of them.
-    """
+        about: what holds for all of them."""
     remaining = iter(rows)
     groups = iter(lambda: list(islice(remaining, GROUP)), [])
     return write_batches(path, map(_columns, groups), about)

@@ -12,8 +12,7 @@ a run went on with another number of ranks, another batch or another mix, a few 
 
 Reading is by random access: a sample is one ranged read, made ahead of time. Clips are megabytes, so that a read costs
 little beside its bytes on network disks and in object stores; for small samples on disks that are slow to seek, `block`
-keeps neighbours of a shard near each other.
-"""
+keeps neighbours of a shard near each other."""
 
 from __future__ import annotations
 
@@ -104,8 +103,7 @@ def spare_for(number: int, attempt: int, size: int, stream: StreamKey) -> int:
 
 def kind_of(step: int, mix: PerKind) -> str:
     """``image`` or ``video``: exactly ``mix.image`` image steps in any ``mix.image + mix.video`` in a row, spread out.
-    Where both kinds are mixed, step 0 is an image step, so that both are seen early. ValueError for an impossible
-    mix."""
+    Of two kinds step 0 is an image step, so that both are seen early. ValueError for an impossible mix."""
     return "image" if count_before("image", step + 1, mix) > count_before("image", step, mix) else "video"
 
 
@@ -113,9 +111,7 @@ def count_before(kind: str, step: int, mix: PerKind) -> int:
     """How many of the steps 0 .. step - 1 are of this kind; constant time."""
     period = mix.image + mix.video
     if min(mix.image, mix.video) < 0 or period == 0:
-        raise ValueError(
-            f"data.mix needs two numbers from 0 up, not both 0; got image: {mix.image}, video: {mix.video}."
-        )
+        raise ValueError(f"data.mix needs two numbers from 0 up, not both 0; got {mix.image} and {mix.video}.")
     images = (step * mix.image + period - 1) // period
     return images if kind == "image" else step - images
 
@@ -144,8 +140,7 @@ class Turns:
     Args:
         lanes: the buckets.
         per_batch: batches of all ranks in a step: ranks times batches accumulated.
-        stream: what the order depends on.
-    """
+        stream: what the order depends on."""
 
     def __init__(self, lanes: Sequence[Lane], per_batch: int, stream: StreamKey):
         self.lanes = lanes
@@ -174,9 +169,8 @@ class Turns:
 
     def _before(self, number: int) -> list[int]:
         """How often each bucket was taken before a round."""
-        return [
-            number * lane.samples // (size * self.rounds) for lane, size in zip(self.lanes, self.sizes, strict=True)
-        ]
+        pairs = zip(self.lanes, self.sizes, strict=True)
+        return [number * lane.samples // (size * self.rounds) for lane, size in pairs]
 
     def _draw_round(self, number: int) -> list[int]:
         before, after = self._before(number), self._before(number + 1)
@@ -220,22 +214,13 @@ class BatchOrder:
         stream: what the order depends on: the seed and the stage.
         accumulate: batches in an optimiser step.
         world: ranks.
-        anchor: where it begins; None: at the first step, with nothing taken.
-    """
+        anchor: where it begins; None: at the first step, with nothing taken."""
 
     def __init__(
-        self,
-        lanes: Mapping[str, Sequence[Lane]],
-        mix: PerKind,
-        stream: StreamKey,
-        *,
-        accumulate: int = 1,
-        world: int = 1,
-        anchor: Anchor | None = None,
-    ):
-        self.mix = mix
-        self.accumulate = accumulate
-        self.world = world
+        self, lanes: Mapping[str, Sequence[Lane]], mix: PerKind, stream: StreamKey, *, accumulate: int = 1,
+        world: int = 1, anchor: Anchor | None = None,
+    ):  # fmt: skip
+        self.mix, self.accumulate, self.world = mix, accumulate, world
         self.anchor = anchor or Anchor(0, {kind: [0] * len(of_kind) for kind, of_kind in lanes.items()})
         self.turns = {kind: Turns(of_kind, accumulate * world, (*stream, kind)) for kind, of_kind in lanes.items()}
 
@@ -259,13 +244,11 @@ class BatchOrder:
     def taken(self, step: int) -> dict[str, list[int]]:
         """Samples of each bucket that were taken before a step, by all ranks."""
         since = {kind: turns.taken(self._steps_before(kind, step)) for kind, turns in self.turns.items()}
-        return {kind: list(before) for kind, before in self.anchor.taken.items()} | {
-            kind: [
-                before + count
-                for before, count in zip(self.anchor.taken.get(kind, [0] * len(counts)), counts, strict=True)
-            ]
-            for kind, counts in since.items()
-        }
+        taken = {kind: list(before) for kind, before in self.anchor.taken.items()}
+        for kind, counts in since.items():
+            before = taken.get(kind, [0] * len(counts))
+            taken[kind] = [sum(pair) for pair in zip(before, counts, strict=True)]
+        return taken
 
     def leads_to(self, later: Anchor) -> bool:
         """Whether these samples were taken before that step, had this order been followed from its anchor on."""
@@ -281,9 +264,8 @@ def held_out_places(
     kind: str, count: int, batch: int, *, bucket: int = 0, rank: int = 0, world: int = 1
 ) -> list[RankBatch]:
     """One rank's share of the first `count` held-out samples of a bucket in their fixed order, in batches of up to
-    `batch`. Every rank gets as many batches of the same sizes; where `count` is no multiple of `world`, the first
-    samples come again, with the slot -1: they are to be left out of means, which are then the same for any number of
-    ranks."""
+    `batch`. Every rank gets as many batches of the same sizes; where `count` is no multiple of `world`, the first come
+    again with slot -1, to be left out of means, which are then the same for any number of ranks."""
     share = -(-count // world)
     own = [position * world + rank for position in range(share)]
     slots = [number if number < count else -1 for number in own]

@@ -13,8 +13,7 @@ class PieceCache:
     briefly exceed the limit by that much for each process.
 
     Args:
-        limit: bytes; 0 keeps nothing.
-    """
+        limit: bytes; 0 keeps nothing."""
 
     def __init__(self, folder: Path, limit: int):
         self.folder = folder

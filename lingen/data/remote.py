@@ -49,7 +49,11 @@ def read_remote(location: str, offset: int, length: int, timeout: float) -> byte
     else:
         data, headers = _get(location, offset, length, timeout)
         told = headers.get("Content-Range", "")
-    return _whole(data, told, offset, length)
+    end = told.rpartition("/")[2]  # of ``bytes 0-9/100``: fewer bytes are right only where the file ends
+    wanted = min(length, int(end) - offset) if end.isdigit() else length
+    if len(data) < wanted:
+        raise Passing(f"{len(data)} of {wanted} bytes came")
+    return data
 
 
 def stat_remote(location: str, timeout: float) -> Stat:
@@ -58,15 +62,6 @@ def stat_remote(location: str, timeout: float) -> Stat:
         return _stat_http(location, timeout)
     reply = _ask(location, timeout, "head_object", Key=urlsplit(location).path[1:])
     return int(reply["ContentLength"]), reply["ETag"]
-
-
-def _whole(data: bytes, told: str, offset: int, length: int) -> bytes:
-    """Checks a piece against ``bytes 0-9/100``: fewer bytes are right only where the file ends."""
-    end = told.rpartition("/")[2]
-    wanted = min(length, int(end) - offset) if end.isdigit() else length
-    if len(data) < wanted:
-        raise Passing(f"{len(data)} of {wanted} bytes came")
-    return data
 
 
 @cache

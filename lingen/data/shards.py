@@ -26,8 +26,7 @@ def parse_sample(data: bytes | bytearray, key: str) -> dict[str, bytes]:
 
     Args:
         data: from its first header to the end of its last member's content.
-        key: its name, as a manifest or `scan_shard` tells it.
-    """
+        key: its name, as a manifest or `scan_shard` tells it."""
     from webdataset.tariterators import base_plus_ext
 
     members: dict[str, bytes] = {}
@@ -125,9 +124,8 @@ def _scan(path: Path) -> Iterator[ScannedSample]:
                 yield sample
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                yield ScannedSample(
-                    "", fault=f"truncated shard: no end-of-archive block at byte {min(tar.offset, size)} of {size}"
-                )
+                where = f"at byte {min(tar.offset, size)} of {size}"
+                yield ScannedSample("", fault=f"truncated shard: no end-of-archive block {where}")
     except (tarfile.TarError, ValueError) as error:
         yield ScannedSample("", fault=f"not a tar: {error}")
 
@@ -147,9 +145,8 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[ScannedSample]:
         key, suffix = base_plus_ext(member.name)
         if key is None or member.isdir() or META.match(member.name):
             continue
-        yield ScannedSample(
-            key, member.offset, member.offset_data + member.size, _fault_of(member, size), frozenset([suffix.lower()])
-        )
+        end, fault = member.offset_data + member.size, _fault_of(member, size)
+        yield ScannedSample(key, member.offset, end, fault, frozenset([suffix.lower()]))
 
 
 def _fault_of(member: tarfile.TarInfo, size: int) -> str:
@@ -181,8 +178,7 @@ def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: 
         pattern: path of a shard with a place for its number, e.g. ``out/video-%05d.tar``.
         per_shard: samples in a shard.
     Returns:
-        the shards written.
-    """
+        the shards written."""
     written: list[Path] = []
     tar, count = None, 0
     with contextlib.ExitStack() as shard:

@@ -2,8 +2,7 @@
 
 A read that fails for a passing reason (a timeout, a broken connection, a server that is busy) is tried again, each time
 after a longer wait; one that cannot succeed (no such file, no permission) is not. Remote pieces may be kept on
-the local disk, up to a limit.
-"""
+the local disk, up to a limit."""
 
 import contextlib
 import errno
@@ -89,9 +88,8 @@ class Reader:
             if attempt + 1 < self.settings.attempts:
                 time.sleep(min(60.0, FIRST_WAIT * 2**attempt))
         times = f"{self.settings.attempts} attempts" if self.settings.attempts > 1 else "one attempt"
-        raise SourceError(
-            f"unreachable: {location} could not be read in {times} ({said})", retries=self.settings.attempts - 1
-        )
+        told = f"unreachable: {location} could not be read in {times} ({said})"
+        raise SourceError(told, retries=self.settings.attempts - 1)
 
 
 @lru_cache(OPEN_FILES)

@@ -2,8 +2,7 @@
 
 6 colours x 3 shapes x 6 motions = 108 captions in three splits that never share one: 84 to train on, 12 to tune on, 12
 to report on. Every shape is brighter on one side, and that side turns with it, so that a turn shows on a circle too.
-All of it is ours; the paper has no such set.
-"""
+All of it is ours; the paper has no such set."""
 
 import hashlib
 import itertools
@@ -11,11 +10,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from lingen.data.theatre import SPLITS, Split
 from lingen.files import cache_folder, whole_folder
 from lingen.media import encode_mp4, encode_png, read_video
 from lingen.recipe.bounds import IDENTITY, AtLeast
@@ -25,19 +25,13 @@ from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.signature import checked
 
 COLOURS = {
-    "red": (1.0, 0.0, 0.0),
-    "yellow": (1.0, 1.0, 0.0),
-    "green": (0.0, 1.0, 0.0),
-    "cyan": (0.0, 1.0, 1.0),
-    "blue": (0.0, 0.0, 1.0),
-    "magenta": (1.0, 0.0, 1.0),
-}
+    "red": (1.0, 0.0, 0.0), "yellow": (1.0, 1.0, 0.0), "green": (0.0, 1.0, 0.0),
+    "cyan": (0.0, 1.0, 1.0), "blue": (0.0, 0.0, 1.0), "magenta": (1.0, 0.0, 1.0),
+}  # fmt: skip
 """RGB at full light, in steps of 60 degrees of hue."""
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "turns")
 
-Split = Literal["train", "tune", "report"]
-SPLITS: tuple[Split, ...] = ("train", "tune", "report")
 DRAWING_FORMAT = 5
 """Raised whenever the drawing changes, so that an old cache is not taken for a new one."""
 
@@ -102,8 +96,7 @@ def draw_clip(
 
     Args:
         caption: as `parse_caption` reads it; without a motion the shape stands still.
-        size: height and width in pixels.
-    """
+        size: height and width in pixels."""
     colour, shape, motion = parse_caption(caption)
     height, width = size
     side = min(height, width)
@@ -125,13 +118,9 @@ def draw_clip(
 
 
 def _shape(
-    shape: str,
-    size: tuple[int, int],
-    x: Float[np.ndarray, " t"],
-    y: Float[np.ndarray, " t"],
-    radius: Float[np.ndarray, " t"],
-    angle: Float[np.ndarray, " t"],
-) -> tuple[Float[np.ndarray, "t h w"], Float[np.ndarray, "t h w"]]:
+    shape: str, size: tuple[int, int], x: Float[np.ndarray, " t"], y: Float[np.ndarray, " t"],
+    radius: Float[np.ndarray, " t"], angle: Float[np.ndarray, " t"],
+) -> tuple[Float[np.ndarray, "t h w"], Float[np.ndarray, "t h w"]]:  # fmt: skip
     """Coverage 0..1 (anti-aliased over one pixel) and light 0.6..1 of a shape whose area is pi radius^2."""
     rows, columns = np.mgrid[0.5 : size[0], 0.5 : size[1]]
     dx, dy = columns - x[:, None, None], rows - y[:, None, None]
@@ -154,8 +143,7 @@ def ensure(recipe: Recipe) -> tuple[Shards, Shards]:
     Videos are H.264 MP4, images PNG, at the recipe's size, length and frame rate (clips have 8 frames where it wants
     single ones). They lie in the cache folder under a name that depends on all of this. The folder appears whole or not
     at all, so two ranks may call this at once and a killed process leaves nothing half made. RecipeError for an unknown
-    name or setting of ``data.synthetic``.
-    """
+    name or setting of ``data.synthetic``."""
     folder = _folder(recipe)
     return _shards(folder, "train"), _shards(folder, "tune")
 
@@ -190,13 +178,8 @@ def _folder(recipe: Recipe) -> Path:
     shapes = settings(recipe.data.synthetic)
     height, width = (extent + extent % 2 for extent in recipe.data.size)  # yuv420p needs even sizes
     frames = recipe.data.frames if recipe.data.frames > 1 else 8
-    what = {
-        **asdict(shapes),
-        "size": [height, width],
-        "frames": frames,
-        "fps": recipe.data.fps,
-        "format": DRAWING_FORMAT,
-    }
+    what = {**asdict(shapes), "size": [height, width], "frames": frames, "fps": recipe.data.fps}
+    what["format"] = DRAWING_FORMAT
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"shapes-{digest}"
     if folder.is_dir():

@@ -91,8 +91,7 @@ def check_paired(subjects: dict[str, list[ClipFile]], prompts: Sequence[str] = (
     """The takes that every subject should hold: those asked for, else all that any of them holds.
 
     RecipeError where subjects have different seeds, or one lacks prompts of another. A repetition that is not there
-    and a clip that cannot be read are failures of their subject, and with `prompts` all that is missing.
-    """
+    and a clip that cannot be read are failures of their subject, and with `prompts` all that is missing."""
     seeds = {name: {clip.seed for clip in clips} - {None} for name, clips in subjects.items()}
     if len({frozenset(held) for held in seeds.values() if held}) > 1:
         raise RecipeError(f"The clips were sampled with different seeds ({seeds}). Sample all with the same --seed.")

@@ -52,8 +52,7 @@ def make_study(
             without ``-N``, and its repetition the place among those of the prompt.
         per_rater: so many pairs for each rater, drawn by name; None: every two folders at every clip of a prompt.
     Raises:
-        RecipeError: clips are missing, doubled, broken or the same on both sides, or another study's key is there.
-    """
+        RecipeError: clips are missing, doubled, broken or the same on both sides, or another study's key is there."""
     page = check_target(out, ".html")
     if len(folders) < 2 or len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise RecipeError("A study compares two or more different folders: lingen study make A/ B/ --prompts P.")

@@ -1,8 +1,7 @@
 """What the votes of a study say: shares and strengths with intervals, signs of raters, agreement, raters still needed.
 
 Raters and prompts are both a sample: a variance is that by raters plus that by prompts minus that by single votes
-(Cameron, Gelbach and Miller 2011), each by its own bootstrap; intervals are Student's, with Satterthwaite's degrees.
-"""
+(Cameron, Gelbach and Miller 2011), each by its own bootstrap; intervals are Student's, with Satterthwaite's degrees."""
 
 import csv
 import math
@@ -34,8 +33,7 @@ def report_votes(files: Sequence[str | Path], key_file: str | Path, margin: floa
     Args:
         margin: a difference of the shares of wins and losses that should show (power 80%, level 5%).
     Raises:
-        RecipeError: a file is none of this study, no vote is left, or the extra `eval` is not installed.
-    """
+        RecipeError: a file is none of this study, no vote is left, or the extra `eval` is not installed."""
     check_extra()
     key = read_key(key_file)
     votes, notes = read_votes(files, key)
@@ -159,10 +157,8 @@ def preference_of(ballot: np.ndarray, margin: float) -> dict[str, Any]:
     normal = stats.norm.ppf(1 - SIGNIFICANT / 2)
     row: dict[str, Any] = {"n": len(ballot), "raters": raters, "agreement": agreement(ballot)}
     for name, value, reach in zip(("win", "tie", "loss"), values, half[:3], strict=False):
-        worth = (
-            value * (1 - value) * (normal / reach) ** 2 if reach else max(1, min({raters, prompts} - {1}, default=1))
-        )
-        worth = min(len(ballot), worth)
+        alike = max(1, min({raters, prompts} - {1}, default=1))
+        worth = min(len(ballot), value * (1 - value) * (normal / reach) ** 2 if reach else alike)
         low, high = proportion_confint(value * worth, worth, method="wilson")
         row[name] = {"value": float(value), "interval": [float(low), float(high)]}
     row["net"] = {"value": float(values[3]), "interval": [float(values[3] + sign * half[3]) for sign in (-1, 1)]}
@@ -201,8 +197,7 @@ def davidson(counts: np.ndarray, systems: int) -> np.ndarray:
     Args:
         counts: [draws, pairs * 3] of win, tie, loss, pairs in the order of `itertools.combinations`.
     Returns:
-        Logarithms of strengths [draws systems], of mean 0.
-    """
+        Logarithms of strengths [draws systems], of mean 0."""
     design = np.zeros((counts.shape[1] // 3, 3, systems + 1))
     for number, (one, other) in enumerate(combinations(range(systems), 2)):
         design[number, 0, one] = design[number, 2, other] = design[number, 1, systems] = 1

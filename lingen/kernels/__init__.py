@@ -50,5 +50,4 @@ s; q is CHUNK. Names in _f or `first` belong to the direction from the first tok
                             column, there without the factor of the step [b r k rows]
     by_token, own           the same through the states [b r k rows]; dy_i x_i [b k rows]
     row_stride, column_stride  strides of dpairs, exchanged where it is to be transposed
-    per_group, split, share heads of a group; parts that they are shared out to; heads of a part
-"""
+    per_group, split, share heads of a group; parts that they are shared out to; heads of a part"""

@@ -13,11 +13,8 @@ ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash")
 
 # cuDNN's is the fastest on a Hopper GPU; the others run what it does not support.
 _FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
 
 
 def attention(
@@ -34,8 +31,7 @@ def attention(
     kernel: "sdpa" is `F.scaled_dot_product_attention` with the backend that torch picks, "cudnn" the same with cuDNN's
     first; "flash" is flash-attn on CUDA. "auto" is "cudnn" for 16-bit tokens on CUDA, else "sdpa", which also stands
     for the others where nothing is computed.
-    Raises ValueError for an unknown or unavailable kernel.
-    """
+    Raises ValueError for an unknown or unavailable kernel."""
     if kernel == "flash" and holds_numbers(q):
         return _flash(q, k, v, real)
     if kernel not in ATTENTION_KERNELS:

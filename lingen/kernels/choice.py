@@ -34,8 +34,7 @@ def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain
     Args:
         operation: what the message calls it, e.g. "scan".
         known: the operation's twins, "auto" among them.
-        x: a tensor of the operation; its device and dtype decide.
-    """
+        x: a tensor of the operation; its device and dtype decide."""
     if kernel not in known:
         raise RecipeError(f"There is no {operation} kernel called {kernel!r}. Known: {', '.join(known)}.")
     if kernel in ("auto", "triton") and not holds_numbers(x):

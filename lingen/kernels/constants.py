@@ -15,8 +15,7 @@ T = TypeVar("T")
 def constants(maxsize: int = 64) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Keeps the last `maxsize` results of a function whose last argument is a device, given by position. What is kept
     holds numbers, whatever surrounds the first call: the function runs on the CPU outside of any device context, of
-    inference mode and of FakeTensorMode, and puts its result on the device. In FakeTensorMode the caller gets a fake of
-    it."""
+    inference mode and of FakeTensorMode, and puts its result on the device; in FakeTensorMode a fake of it."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @lru_cache(maxsize)

@@ -34,8 +34,7 @@ def conv_silu(
         kernel: one of CONV_KERNELS.
 
     Computed in float32 at least; contiguous, in scan order and in u's dtype. Raises ValueError for sizes that do not
-    fit and for a kernel that cannot run.
-    """
+    fit and for a kernel that cannot run."""
     rows = u.shape[1] if rows is None else rows
     _check(u, weight, bias, index, before, segment, rows)
     if choose("conv", kernel, CONV_KERNELS, u) == "reference":

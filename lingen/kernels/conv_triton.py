@@ -14,8 +14,7 @@ Names, beside those of `lingen.kernels`:
     AHEAD                positions whose rows are loaded before they are computed with
     taps, shift          weight and bias of the program's channels: tuple of [CHANNELS], [CHANNELS]
     inputs, slopes       the last TAPS rows of u, and of the gradient of the pre-activation
-    partial              sums of the gradients of weight and bias [b runs TAPS+1 c], float32
-"""
+    partial              sums of the gradients of weight and bias [b runs TAPS+1 c], float32"""
 
 from typing import Any
 
@@ -48,16 +47,9 @@ def conv_silu_forward(
 
 
 def conv_silu_backward(
-    grad: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    index: Tensor | None,
-    *,
-    before: int,
-    segment: int = 0,
+    grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, *, before: int, segment: int = 0,
     out: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `conv_silu` from grad [b rows c]: (dweight [c m], dbias [c]), float32, added in a fixed order. The
     gradient of `u` is written into `out` [b n c], which may be a slice of a wider buffer; it must not overlap `u`.
     `grad` and `u` may be views with a contiguous last axis; what grad holds behind n is ignored."""

@@ -79,12 +79,10 @@ def cross_attention(
     """softmax(norm(q) norm(k)^T / sqrt(e)) v over the keys where `mask` is True; each row of it must hold a True.
 
     Both norms are RMSNorm over e (arXiv 1910.07467) with the gains `q_weight` and `k_weight`, and `eps` inside their
-    roots. q, k and v are raw projections and may be slices of wider ones. Linear in n; masked keys cost nothing in
-    "triton".
+    roots. q, k and v are raw projections, maybe slices of wider ones. Linear in n; masked keys are free in "triton".
 
     kernel: "reference" is torch's SDPA on normed copies; "triton" norms inside; "auto" is "triton" on CUDA for heads
-    of at most 256, else "reference". Raises RecipeError for a kernel that is unknown or cannot run.
-    """
+    of at most 256, else "reference". Raises RecipeError for a kernel that is unknown or cannot run."""
     if choose("cross-attention", kernel, twins_of(q.shape[-1], kernel, CROSS_KERNELS), q) == "triton":
         from lingen.kernels.cross_attention_triton import CrossAttentionFunction
 

@@ -13,8 +13,7 @@ Names, beside those of `lingen.kernels`:
     keys, values, place  `Packed`; i: queries, j: keys, c: numbers of a head
     logs, pull           of each query, log2 of the softmax's sum, and sum of dout * out [b k n], float32
     q_b, k_m, d_k ...    strides of q, k, v and (d) dout between clips (b), tokens (n or m) and heads (k)
-    blocks, splits       blocks of keys; parts of the queries whose sums are kept apart
-"""
+    blocks, splits       blocks of keys; parts of the queries whose sums are kept apart"""
 
 from typing import Any, NamedTuple
 

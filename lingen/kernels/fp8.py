@@ -2,8 +2,7 @@
 
 float8_e4m3fn has 3 bits of mantissa and reaches 448, so each row carries a float32 scale: one for each token of the
 activations, one for each output channel of the weights (W8A8 per token and per channel, as in SmoothQuant, arXiv
-2211.10438, section 2). A product is then one 8-bit GEMM whose result is scaled by rows and columns.
-"""
+2211.10438, section 2). A product is then one 8-bit GEMM whose result is scaled by rows and columns."""
 
 from typing import NamedTuple
 
@@ -68,14 +67,9 @@ def product(
         wide = None if bias is None else bias.float()
         return F.linear(x.dequantize(), weight.dequantize(), wide).to(torch.bfloat16)
     out = torch._scaled_mm(
-        x.values.flatten(0, -2),
-        weight.values.t(),
-        scale_a=x.scale.flatten(0, -2),
-        scale_b=weight.scale.t(),
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+        x.values.flatten(0, -2), weight.values.t(), scale_a=x.scale.flatten(0, -2), scale_b=weight.scale.t(), bias=bias,
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
     return out.view(*x.shape[:-1], -1)
 
 

@@ -35,8 +35,7 @@ def gated_norm(
         kernel: one of GATED_NORM_KERNELS.
 
     Computed in float32 at least; contiguous, in raster order and in y's dtype. Raises ValueError for sizes that do not
-    fit, a gradient of a quantized result, and a kernel that cannot run.
-    """
+    fit, a gradient of a quantized result, and a kernel that cannot run."""
     _check(y, z, weight, index, groups, eps)
     if quantize and torch.is_grad_enabled() and any(x.requires_grad for x in (y, z, weight)):
         raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
@@ -64,10 +63,8 @@ def gated_norm(
 def _check(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float) -> None:
     (b, rows, c), n = y.shape, z.shape[1]
     if n == 0 or z.shape != (b, n, c) or weight.shape != (c,) or rows < n:
-        shapes = [list(x.shape) for x in (y, z, weight)]
-        raise ValueError(
-            f"gated_norm needs y [b rows c], z [b n c] and weight [c] with rows >= n >= 1, but got {shapes}."
-        )
+        got = [list(x.shape) for x in (y, z, weight)]
+        raise ValueError(f"gated_norm needs y [b rows c], z [b n c] and weight [c] with rows >= n >= 1, but got {got}.")
     if index is not None and index.shape != (n,):
         raise ValueError(f"gated_norm needs an index of the {n} tokens of z, not of {list(index.shape)}.")
     if groups < 1 or c % groups:

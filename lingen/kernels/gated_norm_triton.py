@@ -11,8 +11,7 @@ Names, beside those of `lingen.kernels`:
     first                group at which a program's part of the row begins
     QUANTIZE             whether the result is float8, with a `scale` for each row [b n]
     step, smallest       1 / 448, the largest float8; floor of a scale
-    turns, total         rows that a program takes, one after the other; rows of all clips
-"""
+    turns, total         rows that a program takes, one after the other; rows of all clips"""
 
 from typing import Any
 

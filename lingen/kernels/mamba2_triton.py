@@ -2,8 +2,7 @@
 
 The projection is read where it lies and its gradient is written where it belongs, slice by slice, so that autograd
 neither splits nor concatenates the widest tensor of a layer. Why only the state of the review is computed:
-docs/facts.md, "Review tokens".
-"""
+docs/facts.md, "Review tokens"."""
 
 from typing import NamedTuple
 
@@ -42,8 +41,7 @@ class Mamba2Plan(NamedTuple):
     order and review_order: raster row of each position of the scan, over the grid and over the pooled grid; None for
     raster order. review: pooling size, or None. review_ways: directions that read the review first, 0 without one.
     before, segment, review_segment: see `conv_silu`; the latter over the pooled grid. norm_groups, eps: of the gated
-    norm.
-    """
+    norm."""
 
     sizes: ScanSizes
     order: Tensor | None

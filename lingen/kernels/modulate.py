@@ -4,8 +4,7 @@ For each token, where gate, scale and shift are the rows of its frame (adaLN, Di
 
     x_new = x + gate * update        normed = (x_new / rms(x_new) * weight + positions) * (1 + scale) + shift
 
-Why positions enter here and not the stream: docs/facts.md, "Positional tables".
-"""
+Why positions enter here and not the stream: docs/facts.md, "Positional tables"."""
 
 from typing import Any
 
@@ -31,15 +30,13 @@ def norm_modulate(
     kernel: str = "auto",
 ) -> Float[Tensor, "b t h w d"] | Quantized:
     """(RMSNorm(x) * weight + positions) * (1 + scale) + shift, in float32 at least and rounded once, at the end.
-    RecipeError for a kernel that cannot run; ValueError for 8 bits where a gradient is wanted, and where f is neither 1
-    nor t.
+    RecipeError for a kernel that cannot run; ValueError for 8 bits with a gradient, and for f neither 1 nor t.
 
     Args:
         shift, scale: f is 1, or t for a row for each frame.
         dtype: of the result, by default that of x; float8_e4m3fn gives a `Quantized`, without gradients.
         kernel: "reference" (plain PyTorch) or "triton". x may be a slice of something wider; rows at unequal distances
-            are copied first.
-    """
+            are copied first."""
     return _run((x, None, None, weight, shift, scale, positions), eps, dtype, None, kernel)[1]
 
 
@@ -62,8 +59,7 @@ def add_norm(
     Args:
         gate: f is 1 or t; without one, update is added as it is.
         out: where x_new is written, x itself allowed; only where no gradient is wanted.
-    Otherwise as `norm_modulate`.
-    """
+    Otherwise as `norm_modulate`."""
     return _run((x, update, gate, weight, shift, scale, positions), eps, dtype, out, kernel)
 
 
@@ -96,15 +92,9 @@ def _run(
 
 
 def _normed(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    positions: Tensor | None,
-    *,
-    eps: float,
+    x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor | None, positions: Tensor | None, *, eps: float,
     dtype: torch.dtype,
-) -> Tensor | Quantized:
+) -> Tensor | Quantized:  # fmt: skip
     high = x.to(torch.promote_types(x.dtype, torch.float32))
     y = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + eps) * weight.to(high.dtype)
     if positions is not None:

@@ -13,8 +13,7 @@ Names, beside those of `lingen.kernels`:
     width, frames        d; frames of a clip that have a modulation of their own, 1 or t
     rows, run            tokens of such a frame; tokens of a program
     BLOCK, STAGES        width as a power of two; tokens that are loaded ahead
-    of_shift, of_norm, of_positions, of_gate   a program's part of `sums`
-"""
+    of_shift, of_norm, of_positions, of_gate   a program's part of `sums`"""
 
 from typing import Any, NamedTuple
 
@@ -222,8 +221,7 @@ def backward(
     Args:
         operands: x is what was normed, x_new where there was an update; the update is only needed with a gate.
         dx_new, dy: gradients of the two results.
-        update_dtype: of the update's gradient; None: there was no update.
-    """
+        update_dtype: of the update's gradient; None: there was no update."""
     x, update, gate, weight, shift, scale, positions = operands
     assert x is not None
     split = _Split.of(operands, "backward")
@@ -255,12 +253,9 @@ def _from_sums(operands: Operands, sums: Tensor) -> Operands:
     of_weight = of_norm if scale is None else of_norm * (1 + scale)
     of_scale = of_positions if positions is not None else torch.zeros_like(of_norm)
     return Operands(
-        x=None,
-        gate=_like(of_gate, gate),
-        weight=None if weight is None else of_weight.sum((0, 1)).to(weight.dtype),
-        shift=_like(of_shift, shift),
-        scale=None if weight is None else _like(of_scale + of_norm * weight, scale),
-    )
+        x=None, gate=_like(of_gate, gate), weight=None if weight is None else of_weight.sum((0, 1)).to(weight.dtype),
+        shift=_like(of_shift, shift), scale=None if weight is None else _like(of_scale + of_norm * weight, scale),
+    )  # fmt: skip
 
 
 class _Fused(torch.autograd.Function):

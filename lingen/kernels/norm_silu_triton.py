@@ -5,8 +5,7 @@ Names, beside those of `lingen.kernels`:
     n, d                 rows; channels of a row
     ROWS, COLUMNS        rows and columns of a program's tile; COLUMNS is d as a power of two
     tiles                number of tiles, which the programs of the backward pass share
-    d_weights            their sums of the gradients of weight and bias [programs 2 d], float32
-"""
+    d_weights            their sums of the gradients of weight and bias [programs 2 d], float32"""
 
 from typing import Any
 

@@ -1,7 +1,6 @@
 """Triton twin of `lingen.kernels.pool`: forward and backward as plain functions, and as one autograd Function.
 
-A program takes a window with a block of channels: it adds up the window's tokens, or hands each its share of a
-gradient.
+A program takes a window with a block of channels: it adds up the tokens, or hands each its share of a gradient.
 
 Names, beside those of `lingen.kernels`:
 
@@ -9,8 +8,7 @@ Names, beside those of `lingen.kernels`:
     T, H, W              tokens of a window
     stride_b, stride_t ...  strides of the tensor that holds the grid: x, in the backward pass out
     CHANNELS, AHEAD      channels of a program; tokens that it loads at once
-    share                1 / real tokens of the window
-"""
+    share                1 / real tokens of the window"""
 
 from typing import Any
 
@@ -61,15 +59,9 @@ class PoolFunction(torch.autograd.Function):
 
 
 def _launch(
-    kernel: Any,
-    name: str,
-    source: Tensor,
-    target: Tensor,
-    grid: Tensor,
-    size: Size,
-    windows: Size,
+    kernel: Any, name: str, source: Tensor, target: Tensor, grid: Tensor, size: Size, windows: Size,
     flags: dict[str, bool],
-) -> None:
+) -> None:  # fmt: skip
     """Runs a kernel over all windows of `grid`, the one of the two tensors that holds the tokens."""
     b, *tokens, c = grid.shape
     assert grid.stride(-1) == 1 or c == 1

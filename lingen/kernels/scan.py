@@ -4,8 +4,7 @@ For each head, with the state h [e s] and the token i, the first direction is
 
     h_i = exp(dt_i a) h_{i-1} + dt_i x_i b_i^T        y_i = h_i c_i + d x_i
 
-and the second the same from the last token to the first, with a, d and dt bias of its own; their y are summed.
-"""
+and the second the same from the last token to the first, with a, d and dt bias of its own; their y are summed."""
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +74,7 @@ def scan(
         initial_state: of each direction, where it enters the sequence.
         kernel: "triton" reads x, b, c and dt once for both directions; "chunked" is `ssd` on the sequence and on its
             flipped copy, "reference" the recurrence itself, "stock" mamba_ssm on CUDA. "auto" is "triton" on CUDA and
-            else "chunked".
-    """
+            else "chunked"."""
     n, heads = dt.shape[1:]
     width = (u.shape[2] - 2 * groups * state_dim) // heads
     kernel = scan_kernel(kernel, u, width, state_dim)
@@ -95,16 +93,9 @@ def scan(
 
 
 def _by_flips(
-    u: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    state: Tensor | None,
-    groups: int,
-    state_dim: int,
+    u: Tensor, dt: Tensor, a: Tensor, d: Tensor, dt_bias: Tensor, state: Tensor | None, groups: int, state_dim: int,
     kernel: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One causal scan in which the second direction is further heads, whose streams are flipped."""
     ways = len(a)
     if ways == 2:

@@ -22,8 +22,7 @@ def _scan_pairs(
 ):  # fmt: skip
     """Gradient of c b^T, summed over heads, and of the weights w, per head summed over rows and over columns. SIDE 0:
     the two blocks on the diagonal (`by_row` and `by_column` are added to); 1: the block of later rows and earlier
-    columns; 2: the other one. The diagonal itself is left out of the sums, where it would cancel, but for `own` = dy_i
-    x_i."""
+    columns; 2: the other one. The diagonal, which would cancel in the sums, is only in `own` = dy_i x_i."""
     CHUNK: tl.constexpr = 2 * HALF
     groups = heads // per_group
     chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -207,8 +206,7 @@ def _of_decays(scan: Scan, rows: Tensor, inside: Tensor, later: Tensor, met: Ten
     Args:
         rows: sums over what each row reads.
         inside, later: sums over what of each column its own chunk reads, and later chunks.
-        met: of each chunk, over what passes all of it.
-    """
+        met: of each chunk, over what passes all of it."""
     rows, inside, later = (part.unflatten(-1, (scan.chunks, -1)) for part in (rows, inside, later))
     # Pairs that lie on one side of the token are in both terms of a difference, with the same rounding in both. That
     # is why `later` has its own total: one from states in 16 bits would leave their rounding where little is left.

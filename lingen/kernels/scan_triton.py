@@ -10,8 +10,7 @@ product as in Hydra, arXiv 2407.09941). The gradient with respect to x is the sa
 computes both. Blocks off the diagonal take their decay as a factor of the row times one of the column, both at most 1;
 only the blocks on the diagonal pay an exponential for each pair. Decays are kept as base-2 logarithms in float32.
 
-Padding up to whole chunks holds zeros in x, b, c and dt: no kernel masks the sequence. Names: see `lingen.kernels`.
-"""
+Padding up to whole chunks holds zeros in x, b, c and dt: no kernel masks the sequence. Names: see `lingen.kernels`."""
 
 from typing import NamedTuple
 
@@ -24,11 +23,9 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 # Tuned on an H100 at heads of 64 and a state of 128.
 LAUNCH = {
-    "sums": {"num_warps": 8},
-    "states": {"num_warps": 4, "num_stages": 3},
-    "carry": {"num_warps": 2},
+    "sums": {"num_warps": 8}, "states": {"num_warps": 4, "num_stages": 3}, "carry": {"num_warps": 2},
     "mix": {"num_warps": 8, "num_stages": 2},
-}
+}  # fmt: skip
 # Parts that the heads of a group are shared out to, so that there are programs enough to fill a GPU.
 SPLIT = 8
 
@@ -290,8 +287,7 @@ class Scan:
     Args:
         u: x | b | c [b rows c] in scan order, zeros behind the last token.
         dt: raw steps [b n k] in raster order, of which position i of the scan reads row index[i].
-        a, bias: of each direction [r k].
-    """
+        a, bias: of each direction [r k]."""
 
     def __init__(
         self, u: Tensor, dt: Tensor, a: Tensor, bias: Tensor, index: Tensor | None, sizes: ScanSizes, chunk: int

@@ -4,8 +4,7 @@ For each head, with the state h [e s] and the token i:
 
     h_i = exp(dt_i a) h_{i-1} + dt_i x_i b_i^T        y_i = h_i c_i + d x_i
 
-`ssd` is causal. Time runs along n; a caller who wants the other direction flips. Work and memory are linear in n.
-"""
+`ssd` is causal. Time runs along n; a caller who wants the other direction flips. Work and memory are linear in n."""
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +38,12 @@ def ssd(
     """The causal scan of Mamba2 (arXiv 2405.21060, eq. 1-3 with section 6's chunks).
 
     `a` is negative (not its logarithm). `dt` >= 0 is used as given; with `dt_bias` it is softplus(dt + dt_bias). Head i
-    reads group i // (k / g) of `b` and `c`. Computed in float32 (float64 for float64 inputs), also under autocast;
-    y comes back in x's dtype.
+    reads group i // (k / g) of `b` and `c`. In float32 (float64 for float64), also under autocast; y in x's dtype.
 
     kernel: "reference" is the recurrence, token by token; "chunked" matrix products over chunks of at most `chunk`
     tokens; "stock" is mamba_ssm on CUDA; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel. Where
     nothing is computed and products are counted, all of them are "chunked", "stock" in chunks of its own length.
-    Raises ValueError for an unknown or unavailable kernel and for shapes that do not fit.
-    """
+    Raises ValueError for an unknown or unavailable kernel and for shapes that do not fit."""
     _check(x, b, chunk)
     run = {"auto": _chunked, "chunked": _chunked, "reference": _reference, "stock": _stock}.get(kernel)
     if run is None:

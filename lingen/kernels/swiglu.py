@@ -18,8 +18,7 @@ def swiglu(
 
     Args:
         dtype: of the result, by default that of `gate_up`; float8_e4m3fn gives a `Quantized`, without gradients.
-        kernel: "reference" (plain PyTorch) or "triton", which keeps nothing but `gate_up` for the backward pass.
-    """
+        kernel: "reference" (plain PyTorch) or "triton", which keeps nothing but `gate_up` for the backward pass."""
     check_no_gradient(dtype, gate_up)
     if choose("swiglu", kernel, SWIGLU_KERNELS, gate_up) == "triton":
         from lingen.kernels import swiglu_triton

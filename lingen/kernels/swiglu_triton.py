@@ -13,8 +13,7 @@ from lingen.kernels.fp8 import FLOAT8, Quantized
 from lingen.kernels.fp8_triton import as_rows, row_to_fp8
 
 TUNING = {"forward": (8192, 16), "backward": (8192, 16), "quantized": (1 << 20, 16)}
-"""Largest number of columns of a program, and its warps. 8-bit rows need their largest value, so there one program has
-the whole row."""
+"""Most columns of a program, and its warps. 8-bit rows need their largest value, so one program has the whole row."""
 
 
 @triton.jit

@@ -44,8 +44,7 @@ def window_attention(
         padding: tokens missing before and after each axis, less than a window: with them the windows tile the grid.
         kernel: "triton" gathers the windows inside one kernel and saves only `qkv` for the backward pass; the others
             cut the grid into windows first: "reference" spells the softmax out, "sdpa" is torch's, "flash"
-            flash-attn's. "auto" is "triton" on CUDA for heads of at most 256, else "sdpa".
-    """
+            flash-attn's. "auto" is "triton" on CUDA for heads of at most 256, else "sdpa"."""
     _, t, h, w, _ = qkv.shape
     width, grid = q_weight.shape[0], (t, h, w)
     rows = window_rows(grid, window, padding, qkv.device)

@@ -7,8 +7,7 @@ The backward pass recomputes everything from q, k and v. A token lies in one win
 the gains' gradients are one partial sum for each program, added up in a fixed order: the same input, the same bits.
 Windows of one block (128 tokens of a head of 128 in bfloat16) are read once in either direction. Larger ones go block
 by block with a running softmax; their backward pass is two kernels, first by queries, then by keys. The names of the
-kernels' arguments stand in `heads_triton`.
-"""
+kernels' arguments stand in `heads_triton`."""
 
 from collections.abc import Callable
 

@@ -96,8 +96,7 @@ class PreflightContext:
 
     Args:
         run: folder of the run; it need not exist.
-        stages: that are to be trained.
-    """
+        stages: that are to be trained."""
 
     def __init__(self, run: Path, stages: Sequence[Recipe]):
         self.run, self.stages, self.own, self.report = run, stages, here(), PreflightReport()
@@ -136,7 +135,7 @@ class NodeCheck(NamedTuple):
     seconds: float
     """That it may take [ours]."""
     measure: Callable[[PreflightContext], Measured]
-    judge: Callable[[PreflightContext, AllMeasured], None]
+    judge: Callable[[PreflightContext, AllMeasured], object]
     """By rank 0, of what all have measured."""
     once: bool = False
     """By one rank of each node; else by every rank."""
@@ -158,9 +157,8 @@ def _judge_versions(context: PreflightContext, words: AllMeasured) -> None:
         usual = Counter(version for _, version in held).most_common(1)[0][0]
         for other in sorted({version for _, version in held} - {usual}):
             nodes = [node for node, version in held if version == other]
-            context.report.blame(
-                "versions", nodes, f"{name} is {other} there and {usual} elsewhere; make them the same"
-            )
+            told = f"{name} is {other} there and {usual} elsewhere; make them the same"
+            context.report.blame("versions", nodes, told)
     needed = signal_seconds(context.stages, list(context.plans.values()))
     context.report.notes += faults_of_job(os.environ.get("SLURM_JOB_ID"), needed)
 
@@ -169,8 +167,7 @@ def faults_of_job(job: str | None, needed: int) -> Iterator[str]:
     """What of SLURM's settings would cost a job work, in sentences; nothing outside of a job.
 
     Args:
-        needed: seconds before its end at which it has to be told.
-    """
+        needed: seconds before its end at which it has to be told."""
     told = answer("scontrol", "show", "job", job) if job else ""
     if not job or not told:
         return
@@ -222,10 +219,8 @@ def _judge_disk(context: PreflightContext, words: AllMeasured) -> None:
         report.blame("clock", wrong, f"it is more than {SKEW:.0f} s off: let it follow a time server")
     report.notes += _slow(report.measured(words, "write", max), "writes to the run folder")
     run = RunFolder(context.run)
-    needed = sum(
-        disk_of(stage, context.plans[str(stage.stage)], len(run.checkpoints(str(stage.stage))))
-        for stage in context.stages
-    )
+    names = [(stage, str(stage.stage)) for stage in context.stages]
+    needed = sum(disk_of(stage, context.plans[name], len(run.checkpoints(name))) for stage, name in names)
     if full := [node for node, free in report.measured(words, "free", min).items() if free < needed]:
         told = f"checkpoints still take {needed / 1e9:.3g} GB at {place.parent}: free some, or lower "
         report.blame("run folder", full, f"{told}train.keep_checkpoints")
@@ -333,15 +328,11 @@ def _step(context: PreflightContext) -> Measured:
     return {"gpu": most}
 
 
-def _judge_step(context: PreflightContext, words: AllMeasured) -> None:
-    context.report.measured(words, "gpu", max)
-
-
 NODE_CHECKS = (
     NodeCheck("versions", 300.0, _versions, _judge_versions, once=True),
     NodeCheck("run folder", 180.0, _disk, _judge_disk, once=True),
     NodeCheck("samples", 1800.0, _samples, _judge_samples),
     NodeCheck("network", 120.0, _network, _judge_network),
-    NodeCheck("step", 1200.0, _step, _judge_step),
+    NodeCheck("step", 1200.0, _step, lambda context, words: context.report.measured(words, "gpu", max)),
 )
 """In their order."""

@@ -23,24 +23,21 @@ def signal_seconds(stages: Sequence[Recipe], plans: Sequence[Plan]) -> int:
     signal ends, which is an optimiser step or a sampled clip, and a checkpoint. Of a GPU that is not known here the
     slowest known is taken."""
     both = list(zip(stages, plans, strict=True))
-    act = max(max(_step_flop(one, forecast), _clip_flop(one, forecast)) / _speed(one) for one, forecast in both)
+    speeds = {True: CPU_FLOPS, False: SLOWEST_SHARE * min(PEAK_FLOPS.values())}
+    act = max(
+        max(_step_flop(one, forecast), _clip_flop(one, forecast)) / speeds[one.trainer.get("accelerator") == "cpu"]
+        for one, forecast in both
+    )
     checkpoint = max(forecast.checkpoint for forecast in plans) / WRITE_SPEED
     needed = 2 * act + checkpoint + SLURM_DELAY
     return min(MOST, max(LEAST, 60 * math.ceil(needed / 60)))
 
 
-def _speed(recipe: Recipe) -> float:
-    """FLOP/s of a rank."""
-    on_cpu = recipe.trainer.get("accelerator") == "cpu"
-    return CPU_FLOPS if on_cpu else SLOWEST_SHARE * min(PEAK_FLOPS.values())
-
-
 def _step_flop(recipe: Recipe, forecast: Plan) -> float:
     """Of the longest optimiser step of a rank."""
     asked = [kind for kind in KINDS if getattr(recipe.data.mix, kind)]
-    return recipe.train.accumulate * max(
-        getattr(recipe.data.batch, kind) * forecast.training_flops.get(kind, 0.0) for kind in asked
-    )
+    flop = [getattr(recipe.data.batch, kind) * forecast.training_flops.get(kind, 0.0) for kind in asked]
+    return recipe.train.accumulate * max(flop)
 
 
 def _clip_flop(recipe: Recipe, forecast: Plan) -> float:

@@ -18,15 +18,10 @@ from lingen.recipe.text import decode_text
 MAX_REQUEUES = 20
 """Times that a job is put into the queue again [ours]."""
 OF_SUBMIT = {
-    "nodes": "--nodes",
-    "ntasks": "--nodes and --gpus-per-node",
-    "ntasks-per-node": "--gpus-per-node",
-    "array": "--array",
-    "time": "--time",
-    "signal": "--signal-seconds",
-    "chdir": "the current folder",
+    "nodes": "--nodes", "ntasks": "--nodes and --gpus-per-node", "ntasks-per-node": "--gpus-per-node",
+    "array": "--array", "time": "--time", "signal": "--signal-seconds", "chdir": "the current folder",
     "open-mode": "nothing: the log goes on after a restart",
-}
+}  # fmt: skip
 """Options of sbatch that are decided otherwise, and by what."""
 
 Options = dict[str, str | None]
@@ -40,9 +35,7 @@ class ClusterSettings:
 
     sbatch: Annotated[list[str], "options of sbatch, such as --partition=NAME"] = field(default_factory=list)
     srun: Annotated[list[str], "options of srun, such as those of a container"] = field(default_factory=list)
-    setup: Annotated[list[str], "lines of shell before anything else, such as module load ..."] = field(
-        default_factory=list
-    )
+    setup: Annotated[list[str], "lines of shell before all else, such as module load ..."] = field(default_factory=list)
     gpus_per_node: Annotated[int | None, AtLeast(1), "where the command line does not say"] = None
     time: Annotated[str | None, "of a job, as sbatch takes it"] = None
     max_requeues: Annotated[int, AtLeast(0), "how often a job goes on by itself"] = MAX_REQUEUES
@@ -69,8 +62,7 @@ def read_options(words: Iterable[str], where: str) -> Options:
     """Options as they are written, each as ``--name=value`` or ``--name``.
 
     Args:
-        where: what messages call the place.
-    """
+        where: what messages call the place."""
     found: Options = {}
     for word in (part for text in words for part in shlex.split(text)):
         name, equals, value = word.partition("=")

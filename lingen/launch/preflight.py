@@ -1,8 +1,7 @@
 """Is every node fit to train? ``lingen doctor --preflight``, and ``lingen fit --preflight`` before its first step.
 
 A check runs in a thread, since what it waits for may never come, and ranks tell what they found through the store where
-they met: it answers where a collective hangs. Rank 0 waits for all and judges, and the others hear what it says.
-"""
+they met: it answers where a collective hangs. Rank 0 waits for all and judges, and the others hear what it says."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ def preflight(folder: RunFolder, stages: Sequence[Recipe]) -> PreflightReport:
         folder: of the run, which need not exist.
         stages: that are to be trained; of the one with the most tokens in a batch a step is made.
     Raises:
-        UnfitError: rank 0 has gone.
-    """
+        UnfitError: rank 0 has gone."""
     context = PreflightContext(folder.path.absolute(), stages)
     store = dist.distributed_c10d._get_default_store() if is_connected() else dist.HashStore()
     words = _Exchange(dist.PrefixStore(f"preflight-{next(_numbers)}", store), context)
@@ -95,8 +93,7 @@ class _Exchange:
     """What the ranks tell each other.
 
     Args:
-        store: of this preflight alone.
-    """
+        store: of this preflight alone."""
 
     def __init__(self, store: dist.Store, context: PreflightContext):
         self.store, self.context, self.first, self.names = store, context, context.own.rank == 0, list[str]()
@@ -142,9 +139,8 @@ class _Exchange:
 
     def _judge(self, check: NodeCheck) -> bool:
         keys = self._keys(check)
-        words: list[Measured | None] = [
-            json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys
-        ]
+        there = [self.store.check([key]) for key in keys]
+        words = [json.loads(self.store.get(key)) if here else None for key, here in zip(keys, there, strict=True)]
         report, names = self.context.report, self._names(keys)
         late = [rank for rank, word in enumerate(words) if word is None]
         missing = [rank for rank in late if not self.store.check([f"{keys[rank]}/came"])]
@@ -160,9 +156,8 @@ class _Exchange:
         report.hung = bool(late)
         if not (report.hung or failed):
             step = self.context.own.per_node if check.once else 1
-            check.judge(
-                self.context, [(names[rank], cast(Measured, words[rank])) for rank in range(0, len(words), step)]
-            )
+            own = [(names[rank], cast(Measured, words[rank])) for rank in range(0, len(words), step)]
+            check.judge(self.context, own)
         return not (report.hung or failed or any(word and word["signal"] for word in words))
 
 

@@ -49,12 +49,10 @@ def cluster_of(recipe: Recipe, gpus: int | None, gpu: str) -> Cluster:
     """So many GPUs, by default those that the recipe asks for.
 
     Raises:
-        RecipeError: for a GPU that is not known, and for a number that does not fill nodes.
-    """
+        RecipeError: for a GPU that is not known, and for a number that does not fill nodes."""
     if gpu not in GPUS:
-        raise RecipeError(
-            f"--gpu: there is no GPU called '{gpu}' here.{did_you_mean(gpu, GPUS)} Known: {', '.join(GPUS)}."
-        )
+        known = f"{did_you_mean(gpu, GPUS)} Known: {', '.join(GPUS)}"
+        raise RecipeError(f"--gpu: there is no GPU called '{gpu}' here.{known}.")
     nodes = int(recipe.trainer.get("num_nodes", 1))
     asked = ranks_of(recipe, NODE if nodes > 1 else 1) // nodes
     if gpus is None:
@@ -69,8 +67,7 @@ def resource_rows(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: flo
     """A row for each stage, for rank 0, whose shards are the largest; errors as `cluster_of`.
 
     Args:
-        mfu: share of the GPU's bfloat16 FLOP/s that training reaches.
-    """
+        mfu: share of the GPU's bfloat16 FLOP/s that training reaches."""
     for recipe in stages:
         cluster = cluster_of(recipe, gpus, gpu)
         forecast, memory = plan(recipe), step_memory(recipe, cluster.nodes, cluster.each)
@@ -78,18 +75,12 @@ def resource_rows(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: flo
         seconds = flop / (PEAK_FLOPS[GPUS[gpu][0]] * mfu)
         fits = memory.peak <= cluster.room
         yield {
-            "stage": forecast.stage,
-            "ranks": cluster.ranks,
-            "steps": steps_of(recipe),
+            "stage": forecast.stage, "ranks": cluster.ranks, "steps": steps_of(recipe),
             "tokens": max(getattr(recipe.data.batch, kind) * count for kind, count in forecast.tokens.items()),
-            "parameters": forecast.trained,
-            "flop": flop,
-            "memory": dataclasses.asdict(memory),
-            "gpu_hours": seconds / 3600,
-            "disk": disk_of(recipe, forecast),
-            "fits": fits,
+            "parameters": forecast.trained, "flop": flop, "memory": dataclasses.asdict(memory),
+            "gpu_hours": seconds / 3600, "disk": disk_of(recipe, forecast), "fits": fits,
             "advice": None if fits else what_fits(recipe, cluster),
-        }
+        }  # fmt: skip
 
 
 def what_fits(recipe: Recipe, cluster: Cluster) -> str:

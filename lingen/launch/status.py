@@ -186,9 +186,7 @@ def _steps_per_second(rows: list[Logged]) -> float | None:
         rate, more = float(row.get("steps_per_second") or 0), int(row["step"]) - int(before["step"])
         if rate > 0 and more > 0:
             steps, seconds = steps + more, seconds + more / rate
-    if steps:
-        return steps / seconds
-    return _last(rows, "steps_per_second")
+    return steps / seconds if steps else _last(rows, "steps_per_second")
 
 
 def _eta_run(

@@ -61,22 +61,16 @@ class Submission:
 
 
 def prepare_training(
-    recipe: str,
-    overrides: Sequence[str],
-    wish: Wish,
-    settings: ClusterSettings,
-    *,
-    run: str | None = None,
-    stage: str | None = None,
-) -> Submission:
+    recipe: str, overrides: Sequence[str], wish: Wish, settings: ClusterSettings,
+    *, run: str | None = None, stage: str | None = None,
+) -> Submission:  # fmt: skip
     """The job that trains a recipe. Nothing is written. RecipeError for mistakes in the recipe or in what is wished."""
     per_node = _per_node(recipe, overrides, wish, settings, stage)
     ranks = [f"trainer.num_nodes={wish.nodes}", f"trainer.devices={per_node}"]
     curriculum = load_for_training(recipe, [*overrides, *ranks], stage)
     told, chosen, lines = described(curriculum.stages), curriculum.chosen(stage), list[str]()
-    folder = RunFolder(
-        (Path(run) if run else record.default_path(curriculum.stages[0].name, told, lines.append)).absolute()
-    )
+    path = Path(run) if run else record.default_path(curriculum.stages[0].name, told, lines.append)
+    folder = RunFolder(path.absolute())
     place = _next_place(folder.path / "submit")
     seconds = wish.signal_seconds or settings.signal_seconds or signal_seconds(chosen, [plan(one) for one in chosen])
     time = _time(wish, settings)
@@ -85,14 +79,12 @@ def prepare_training(
             f"--time {time}: the signal to stop comes {seconds} s before the end, as the longest step and a checkpoint "
             f"need, so that most of the job would be lost. Ask for more time, or for less with --signal-seconds."
         )
-    on_gpus = not _is_on_cpu(curriculum)
+    on_gpus = curriculum.base.trainer.get("accelerator") != "cpu"
     own: Options = _usual(folder.path.name, place, time) | {
-        "nodes": str(wish.nodes),
-        "ntasks-per-node": str(per_node),
+        "nodes": str(wish.nodes), "ntasks-per-node": str(per_node),
         **({"gpus-per-node": str(per_node)} if on_gpus else {}),
-        "cpus-per-task": str(1 + max(one.data.workers for one in chosen)),
-        "signal": f"USR1@{seconds}",
-    }
+        "cpus-per-task": str(1 + max(one.data.workers for one in chosen)), "signal": f"USR1@{seconds}",
+    }  # fmt: skip
     lingen = [sys.executable, "-m", "lingen"]
     command = [*lingen, "fit", "--recipe", str(place / "recipe.yaml"), "--run", str(folder.path)]
     judge = [*lingen, "status", str(folder.path), "--ended"]
@@ -122,8 +114,7 @@ def prepare_array(words: Sequence[str], shares: int, out: Path, wish: Wish, sett
 
     Args:
         words: of the command, behind `lingen`.
-        out: the folder that the command writes; beside it the script and the logs lie.
-    """
+        out: the folder that the command writes; beside it the script and the logs lie."""
     place = _next_place(out.absolute().with_name(f"{out.absolute().name}-submit"))
     own: Options = _usual(out.name, place, _time(wish, settings), task="-%a") | {
         "array": f"1-{shares}",
@@ -139,7 +130,8 @@ def _per_node(recipe: str, overrides: Sequence[str], wish: Wish, settings: Clust
     """Ranks of a node: --gpus-per-node, else what the recipe says, else the user's file."""
     said = [one for one in overrides if one.partition("=")[0].endswith(("trainer.num_nodes", "trainer.devices"))]
     curriculum = load_for_training(recipe, overrides, stage)
-    on_cpu, devices = _is_on_cpu(curriculum), curriculum.base.trainer.get("devices")
+    trainer = curriculum.base.trainer
+    on_cpu, devices = trainer.get("accelerator") == "cpu", trainer.get("devices")
     if any("num_nodes" in one for one in said):
         raise RecipeError("trainer.num_nodes is what --nodes says; leave it out.")
     if on_cpu and wish.gpus_per_node:
@@ -150,10 +142,6 @@ def _per_node(recipe: str, overrides: Sequence[str], wish: Wish, settings: Clust
         if isinstance(count, int) and count > 0:
             return count
     raise RecipeError("Say how many GPUs a node has: --gpus-per-node G, or gpus_per_node in your slurm.yaml.")
-
-
-def _is_on_cpu(curriculum: Curriculum) -> bool:
-    return curriculum.base.trainer.get("accelerator") == "cpu"
 
 
 def _time(wish: Wish, settings: ClusterSettings) -> str | None:
@@ -197,8 +185,7 @@ def submit(submission: Submission) -> str:
     """Writes a job down and hands it to SLURM. Returns its number.
 
     Raises:
-        RecipeError: it would fail at once, there is no sbatch here, or it refuses the job; nothing is left of it.
-    """
+        RecipeError: it would fail at once, there is no sbatch here, or it refuses the job; nothing is left of it."""
     if submission.problems:
         raise RecipeError(*submission.problems)
     if shutil.which("sbatch") is None:

@@ -57,14 +57,12 @@ def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_
         out: a folder.
     Returns:
         what metrics.json holds: `rows`, each the means over the clips of a kind; `clips`, the numbers of each clip;
-        `compare`; `notes`, sentences that a reader should see.
-    """
+        `compare`; `notes`, sentences that a reader should see."""
     check_place(out)
     recipe = _of_one_shape(recipe, asked.clips)
     autoencoder, way, tiles = _build(recipe, asked)
-    sources = {
-        kind: _Source(recipe, kind, asked.clips) for kind in ("video", "image") if getattr(recipe.data.mix, kind)
-    }
+    kinds = [kind for kind in ("video", "image") if getattr(recipe.data.mix, kind)]
+    sources = {kind: _Source(recipe, kind, asked.clips) for kind in kinds}
     judge = _Judge(recipe, autoencoder, way, tiles, asked, out)
     (out / "side_by_side.mp4").unlink(missing_ok=True)  # images alone make no film
     total, done = sum(source.clips for source in sources.values()), 0
@@ -75,16 +73,10 @@ def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_
             progress(done, total)
         judge.notes += source.notes()
     result = {
-        "recipe": recipe.name,
-        "stage": recipe.stage,
-        "autoencoder": recipe.autoencoder,
-        "way": way,
-        "data": {kind: source.about(recipe) for kind, source in sources.items()},
-        **judge.result(),
-        "paper": PAPER,
-        "commit": git_commit(),
-        "versions": versions(),
-    }
+        "recipe": recipe.name, "stage": recipe.stage, "autoencoder": recipe.autoencoder, "way": way,
+        "data": {kind: source.about(recipe) for kind, source in sources.items()}, **judge.result(),
+        "paper": PAPER, "commit": git_commit(), "versions": versions(),
+    }  # fmt: skip
     judge.picture()
     write_json(out / "metrics.json", result)
     return result
@@ -93,7 +85,7 @@ def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_
 def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
     """Single clips of ``data.frames`` and ``data.size``, and so many held-out ones."""
     synthetic = recipe.data.synthetic
-    if synthetic:  # as many as are evaluated, which are the first of the held-out ones
+    if synthetic and "images" in synthetic:  # as many as are evaluated, which are the first of the held-out ones
         synthetic = {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
     data = replace(recipe.data, lengths=[], sizes=[], batch=PerKind(), workers=0, synthetic=synthetic)
     return replace(recipe, data=data, train=replace(recipe.train, validation_samples=clips))
@@ -104,10 +96,8 @@ def _build(recipe: Recipe, asked: Request) -> tuple[Autoencoder, str, Tiles | No
     autoencoder = AUTOENCODERS.build(recipe.autoencoder)
     if min(recipe.data.size) < LEAST_SIDE:
         height, width = recipe.data.size
-        raise RecipeError(
-            f"Frames of {height}x{width} are too small to be compared: {LEAST_SIDE} pixels a side are the least (at "
-            "data.size)."
-        )
+        least = f"{LEAST_SIDE} pixels a side are the least (at data.size)"
+        raise RecipeError(f"Frames of {height}x{width} are too small to be compared: {least}.")
     way = way_for(autoencoder, asked.way, recipe.autoencoder["name"])
     tiles = tiles_of(asked.tile, autoencoder.strides)
     check_ready([autoencoder])
@@ -183,11 +173,8 @@ class _Judge:
         network = PERCEPTUAL.build(component)
         missing = missing_of([network])
         if component["name"] == "none" or missing:
-            why = (
-                "; ".join(f"{one.name} {one.path}: {one.cure}" for one in missing)
-                or "reconstruction.features.name is none"
-            )
-            self.notes.append(f"no perceptual distance: {why}")
+            why = "; ".join(f"{one.name} {one.path}: {one.cure}" for one in missing)
+            self.notes.append(f"no perceptual distance: {why or 'reconstruction.features.name is none'}")
             return None
         return network.to(self.asked.device).eval().requires_grad_(False)
 
@@ -238,9 +225,8 @@ class _Judge:
                 comparison.add(*pair)
                 if shown:
                     one, other = map(as_frames, pair)
-                    stills.extend(
-                        (one[at - start], other[at - start]) for at in picks if start <= at < start + len(one)
-                    )
+                    here = [at - start for at in picks if start <= at < start + len(one)]
+                    stills.extend((one[at], other[at]) for at in here)
                     start += len(one)
                     yield from beside(one, other)
 
@@ -278,10 +264,7 @@ class _Judge:
             kind: {"mean": sum(a for a, _ in each) / len(each), "std": sum(b for _, b in each) / len(each)}
             for kind, each in self.spread.items()
         }
-        between = {
-            name: {what: sum(values) / len(values) for what, values in each.items()}
-            for name, each in self.between.items()
-        }
+        between = {name: {what: sum(v) / len(v) for what, v in each.items()} for name, each in self.between.items()}
         return {"rows": rows, "latents": spread, "compare": between, "notes": self.notes, "clips": self.clips}
 
     def picture(self) -> None:

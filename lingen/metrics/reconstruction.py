@@ -41,8 +41,7 @@ class Comparison:
     """Compares a clip with its reconstruction piece by piece; memory does not grow with the length.
 
     Args:
-        perceptual: a distance of pairs of frames in -1..1, ``forward(a [n 3 h w], b) -> [n]``.
-    """
+        perceptual: a distance of pairs of frames in -1..1, ``forward(a [n 3 h w], b) -> [n]``."""
 
     def __init__(self, perceptual: nn.Module | None = None):
         self.perceptual = perceptual
@@ -115,8 +114,7 @@ def bicubic_shape(clip: Sequence[int], numbers: int, *, in_time: bool) -> tuple[
     Args:
         clip: its t, h, w.
         numbers: to keep, those of the latents.
-        in_time: the same factor in t, h and w; else all frames are kept, and each is smaller.
-    """
+        in_time: the same factor in t, h and w; else all frames are kept, and each is smaller."""
     t, h, w = clip
     frames = max(1, min(t, round(t * (numbers / (3 * t * h * w)) ** (1 / 3)))) if in_time else t
     side = math.sqrt(numbers / (3 * frames * h * w))
@@ -133,10 +131,8 @@ def bicubic(pieces: Iterable[Video], shape: Sequence[int], piece: int = AT_ONCE)
     Args:
         pieces: of one clip.
         shape: t, h, w of the small clip.
-        piece: frames in each piece that is given out.
-    """
-    small: list[Tensor] = []
-    size: tuple[int, int] = (0, 0)
+        piece: frames in each piece that is given out."""
+    small, size = list[Tensor](), (0, 0)
     for one in pieces:
         size = (one.shape[3], one.shape[4])
         small.append(_resize(one, (shape[1], shape[2])))

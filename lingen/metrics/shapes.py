@@ -65,17 +65,13 @@ def score_clips(clips: Sequence[UInt8[np.ndarray, "t h w 3"]], captions: Sequenc
     """Judges each clip against its caption. A caption without a motion (an image's) is right with any. ValueError for
     no clips, another number of captions than clips, or a caption of another data set."""
     if len(clips) != len(captions) or not clips:
-        raise ValueError(
-            f"A score needs clips and one caption for each, got {len(clips)} clips and {len(captions)} captions."
-        )
+        got = f"{len(clips)} clips and {len(captions)} captions"
+        raise ValueError(f"A score needs clips and one caption for each, got {got}.")
     verdicts = [judge(clip) for clip in clips]
     asked = [parse_caption(caption) for caption in captions]
-    right = np.array(
-        [
-            [v.colour == a.colour, v.shape == a.shape, not v.empty and a.motion in (None, v.motion)]
-            for v, a in zip(verdicts, asked, strict=True)
-        ]
-    )
+    both = zip(verdicts, asked, strict=True)
+    told = [(v.colour == a.colour, v.shape == a.shape, not v.empty and a.motion in (None, v.motion)) for v, a in both]
+    right = np.array(told)
     same = [[number for number, text in enumerate(captions) if text == one] for one in dict.fromkeys(captions)]
     chances = (1 / len(COLOURS), 1 / len(SHAPES), 1 / len(MOTIONS) if any(a.motion for a in asked) else 1.0)
     colour, shape, motion = (_rate(column, same, chance) for column, chance in zip(right.T, chances, strict=True))
@@ -115,8 +111,7 @@ def clustered_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]
     and too wide where clusters are large and alike.
 
     Args:
-        counts: of each cluster (right, samples).
-    """
+        counts: of each cluster (right, samples)."""
     right, total, m = sum(one for one, _ in counts), sum(n for _, n in counts), len(counts)
     means = np.array([one / n for one, n in counts] + [0.0, 1.0])
     effective = means.mean() * (1 - means.mean()) / (means.var(ddof=1) / m)
@@ -218,13 +213,9 @@ def _offsets(
 def _shape(cover: Float[np.ndarray, "t h w"]) -> str:
     """By the n-fold symmetry |sum z^n| / sum |z|^n of its pixels z, which no turn changes; large areas weigh more."""
     z, area, _ = _offsets(cover)
-    fold = {
-        n: np.average(
-            abs((cover * z**n).sum((1, 2))) / np.maximum((cover * abs(z) ** n).sum((1, 2)), 1e-6), weights=area
-        )
-        for n in (3, 4)
-    }
-    return "triangle" if fold[3] > TRIANGLE else "square" if fold[4] > SQUARE else "circle"
+    powers = [(abs((cover * z**n).sum((1, 2))), (cover * abs(z) ** n).sum((1, 2))) for n in (3, 4)]
+    three, four = (np.average(turned / np.maximum(size, 1e-6), weights=area) for turned, size in powers)
+    return "triangle" if three > TRIANGLE else "square" if four > SQUARE else "circle"
 
 
 def _motion(cover: Float[np.ndarray, "t h w"], light: Float[np.ndarray, "t h w"]) -> str | None:
@@ -239,14 +230,8 @@ def _motion(cover: Float[np.ndarray, "t h w"], light: Float[np.ndarray, "t h w"]
     mean = (cover * light).sum((1, 2)) / area
     inside = cover * (cover > 0.9)
     bright = (inside * (light - mean[:, None, None]) * z).sum((1, 2)) / area**1.5
-    done = {
-        "moves left": -travel.real / MOVE,
-        "moves right": travel.real / MOVE,
-        "moves down": -travel.imag / MOVE,
-        "moves up": travel.imag / MOVE,
-        "grows": np.log(area) @ slope / GROW,
-        "turns": abs(_turn(bright)) / TURN,
-    }
+    done = {"moves left": -travel.real / MOVE, "moves right": travel.real / MOVE, "moves down": -travel.imag / MOVE}
+    done |= {"moves up": travel.imag / MOVE, "grows": np.log(area) @ slope / GROW, "turns": abs(_turn(bright)) / TURN}
     motion = max(done, key=lambda name: done[name])
     return motion if done[motion] > STILL else None
 

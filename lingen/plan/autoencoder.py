@@ -16,18 +16,12 @@ def plan_autoencoder(recipe: Recipe) -> Plan:
     grids = stage_grids(recipe)
     frames = {kind: 1 if kind == "image" else recipe.data.frames for kind in grids}
     counted = {kind: _count(autoencoder, (length, *recipe.data.size)) for kind, length in frames.items()}
-    parameters = {
-        name: size for name, part in autoencoder.named_children() if (size := sum(p.numel() for p in part.parameters()))
-    }
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in autoencoder.named_children()}
     return Plan(
-        stage=recipe.stage or "main",
-        grids=grids,
-        parameters=parameters,
-        frozen=0,
-        held=bytes_of_a_number(recipe),
-        flops=counted,
+        stage=recipe.stage or "main", grids=grids, parameters={name: size for name, size in sizes.items() if size},
+        frozen=0, held=bytes_of_a_number(recipe), flops=counted,
         training_flops={kind: 3 * flops for kind, flops in counted.items()},
-    )
+    )  # fmt: skip
 
 
 def _count(autoencoder: TrainableAutoencoder, size: tuple[int, int, int]) -> float:

@@ -1,13 +1,13 @@
 """Whether the parts of a recipe keep their contracts, tried at tiny shapes before anything trains.
 
-lingen's own parts are tested and left out; so are those that read weights when they are used.
-"""
+lingen's own parts are tested and left out; so are those that read weights when they are used."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ def broken_contract(registry: Registry, component: dict[str, Any], part: Any, *p
     """What a part, built on the meta device, owes and does not do, as a sentence; None where it keeps its contract."""
     if _is_ours(part):
         return None
+    made = type(part).__init__
+    if made is not nn.Module.__init__ and any(p.kind is p.VAR_KEYWORD for p in signature(made).parameters.values()):
+        return "its `**kwargs` would take a key with a typing mistake; name its settings, each after `*`."
     try:
         if registry is AUTOENCODERS:
             return _of_autoencoder(part, lambda: registry.build(component))
@@ -58,8 +61,29 @@ def faults_of_scans(module: nn.Module, grids: list[Triple]) -> Iterator[str]:
                 break
             except Exception as error:  # a third party's function may raise anything
                 name = getattr(order, "__name__", repr(order))
-                yield f"Scan order '{name}' fails on a {grid} grid: {_told(error)}"
+                yield f"Scan order '{name}' fails on a {grid} grid: {error_told(error)}"
                 break
+
+
+def fault_at_sizes(mixer: nn.Module, grids: list[Triple], dim: int) -> str | None:
+    """A sentence where a mixer of others, which works on `TRIED_GRID`, fails on one of these grids, on meta."""
+
+    def run(grid: Triple) -> None:
+        with torch.no_grad(), torch.device("meta"):
+            mixer(torch.zeros(1, *grid, dim))
+
+    if _is_ours(mixer):
+        return None
+    try:
+        run(TRIED_GRID)
+    except Exception:  # it looks at numbers
+        return None
+    for grid in dict.fromkeys(grids):
+        try:
+            run(grid)
+        except Exception as error:
+            return f"forward fails on the {'x'.join(map(str, grid))} tokens of a batch: {error_told(error)}"
+    return None
 
 
 def has_scan_of_others(component: dict[str, Any]) -> bool:
@@ -76,24 +100,29 @@ def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
 
     def fault_in(one: Any, again: Callable[[], Any]) -> str | None:
         output, fault = _tried(one, again, run, "forward")
-        fault = fault or _unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
+        fault = fault or unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
         return fault or _untrainable(again, dim)
 
     if not type(mixer).__module__.startswith("lingen."):
         return fault_in(mixer, build)
     branches = {name: child for name, child in mixer.named_children() if not _is_ours(child)}
-    found = ((name, fault_in(child, partial(_child, build, name))) for name, child in branches.items())
+    found = (
+        (name, fault_in(child, partial(lambda own: build().get_submodule(own), name)))
+        for name, child in branches.items()
+    )
     return next((f"its branch '{name}': {fault}" for name, fault in found if fault), None)
 
 
 def _untrainable(build: Callable[[], Any], dim: int) -> str | None:
-    """A sentence where a mixer, tried on numbers, lets no gradient through, or makes of them what is no number."""
+    """A sentence where a mixer, tried on numbers of two samples, lets no gradient through, or one from another sample,
+    or makes of them what is no number."""
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
-            x = torch.randn(1, *TRIED_GRID, dim, requires_grad=True)
+            x = torch.randn(2, *TRIED_GRID, dim, requires_grad=True)
             output = build()(x)
-            gradient = torch.autograd.grad(output.sum(), x, allow_unused=True)[0] if output.requires_grad else None
+            told = (output[1] * torch.randn_like(output[1])).sum()
+            gradient = torch.autograd.grad(told, x, allow_unused=True)[0] if told.requires_grad else None
     except OSError as error:
         raise _Unreadable from error
     except Exception:  # it has kept its shape without numbers; it may need a GPU
@@ -102,11 +131,10 @@ def _untrainable(build: Callable[[], Any], dim: int) -> str | None:
         return "forward of normal numbers gives NaN or infinity."
     if gradient is None:
         return "forward gives a tensor without a gradient, so nothing could be learned; look for detach or no_grad."
-    return None if gradient.isfinite().all() else "the gradient of its forward is NaN or infinite."
-
-
-def _child(build: Callable[[], Any], name: str) -> Any:
-    return build().get_submodule(name)
+    if not gradient.isfinite().all():
+        return "the gradient of its forward is NaN or infinite."
+    others = "what forward gives for a sample depends on the others of its batch, which are there by chance."
+    return others if gradient[0].any() else None
 
 
 def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
@@ -132,7 +160,7 @@ def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
             return one.decode(torch.zeros(*latents))
 
     output, fault = _tried(part, build, encode, "encode")
-    fault = fault or _unlike(output, latents, None, f"encode of {[1, 3, *size]} gives")
+    fault = fault or unlike(output, latents, None, f"encode of {[1, 3, *size]} gives")
     if fault:
         return fault
     output, fault = _tried(part, build, decode, "decode")
@@ -140,7 +168,7 @@ def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
         return fault or f"decode gives {type(output).__name__}, not a tensor."
     frames = range(1, strides[0] + 1)
     if output.ndim == 5 and output.shape[2] in frames:
-        return _unlike(output, (1, 3, output.shape[2], *size[1:]), None, f"decode of {list(latents)} gives")
+        return unlike(output, (1, 3, output.shape[2], *size[1:]), None, f"decode of {list(latents)} gives")
     return f"decode of {list(latents)} gives {list(output.shape)}; expected {[1, 3, 1, *size[1:]]}."
 
 
@@ -165,7 +193,7 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
     tokens, mask = output
     if tokens.ndim != 3 or tokens.shape[0] != len(TEXTS) or tokens.shape[1] < 1 or tokens.shape[2] != dim:
         return f"encode of {len(TEXTS)} texts gives tokens {list(tokens.shape)}; expected [{len(TEXTS)}, n, {dim}]."
-    return _unlike(mask, tuple(tokens.shape[:2]), torch.bool, "encode gives a mask")
+    return unlike(mask, tuple(tokens.shape[:2]), torch.bool, "encode gives a mask")
 
 
 def _tried(
@@ -184,10 +212,10 @@ def _tried(
         except OSError as error:
             raise _Unreadable from error
         except Exception as error:
-            return None, f"{what} fails: {_told(error)}"
+            return None, f"{what} fails: {error_told(error)}"
 
 
-def _unlike(output: Any, shape: tuple[int, ...], dtype: torch.dtype | None, what: str) -> str | None:
+def unlike(output: Any, shape: tuple[int, ...], dtype: torch.dtype | None, what: str) -> str | None:
     if not isinstance(output, Tensor):
         return f"{what} {type(output).__name__}, not a tensor."
     if tuple(output.shape) != shape:
@@ -207,7 +235,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _told(error: Exception) -> str:
+def error_told(error: Exception) -> str:
     """The error, with the line of the part's own code that it comes from."""
     ours = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(ours)]

@@ -40,8 +40,7 @@ def forward_flops(
         grid: tokens (t, h, w).
         text_tokens: of each text encoder.
         sixteen_bit: whether matrix products are done in 16 bits.
-        device: type of the device that it is to run on; kernels multiply differently on "cuda".
-    """
+        device: type of the device that it is to run on; kernels multiply differently on "cuda"."""
     try:
         return _of_model(ModelKey(replace(config, checkpointing=False)), grid, tuple(text_tokens), sixteen_bit, device)
     except Exception as error:  # a third party's mixer may fail in any way
@@ -99,10 +98,9 @@ def flops_inside(
             module(*given)
     # The counter puts the class of the root in front: ``MATE.ma.in_proj``.
     root = type(module).__name__
-    named = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name != "Global"}
-    return {"": counter.get_total_flops()} | {
-        name.removeprefix(root)[1:]: n for name, n in named.items() if name != root
-    }
+    named = {name: counts for name, counts in counter.get_flop_counts().items() if name not in ("Global", root)}
+    inside = {name.removeprefix(root)[1:]: sum(counts.values()) for name, counts in named.items()}
+    return {"": counter.get_total_flops()} | inside
 
 
 def _description(mixer: nn.Module) -> str:

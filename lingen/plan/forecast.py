@@ -127,15 +127,15 @@ def plan_denoiser(recipe: Recipe) -> Plan:
             frozen += _count(encoder)
     grids = stage_grids(recipe)
     flops = _flops(recipe, grids)
+    twice = {
+        kind: recomputed_blocks(recipe.model, _batch_tokens(recipe, kind, grids[kind]), *_where(recipe))
+        for kind in flops
+    }
+    training = {kind: flop * (3 + twice[kind] / recipe.model.depth) for kind, flop in flops.items()}
     return Plan(
-        stage=recipe.stage or "main",
-        grids=grids,
-        parameters=dict(parameters),
-        frozen=frozen,
-        held=bytes_of_a_number(recipe),
-        flops=flops,
-        training_flops={kind: flops[kind] * (3 + _recomputed_share(recipe, kind, grids[kind])) for kind in flops},
-    )
+        stage=recipe.stage or "main", grids=grids, parameters=dict(parameters), frozen=frozen,
+        held=bytes_of_a_number(recipe), flops=flops, training_flops=training,
+    )  # fmt: skip
 
 
 def _count(module: Any) -> int:
@@ -165,12 +165,6 @@ def _where(recipe: Recipe) -> tuple[bool, str]:
     """Whether products are done in 16 bits, and the type of the device: a GPU, unless the trainer says CPU."""
     device = "cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"
     return "16" in str(recipe.trainer.get("precision")), device
-
-
-def _recomputed_share(recipe: Recipe, kind: str, grid: Triple) -> float:
-    """Share of the blocks that training with batches of this kind computes twice."""
-    tokens = _batch_tokens(recipe, kind, grid)
-    return recomputed_blocks(recipe.model, tokens, *_where(recipe)) / recipe.model.depth
 
 
 def _flops(recipe: Recipe, grids: dict[str, Triple]) -> dict[str, float]:

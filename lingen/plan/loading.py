@@ -11,6 +11,7 @@ from lingen.plan.trial import Trial
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, read_draft, unknown_stage
+from lingen.recipe.registry import FOR_TRAINING
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
 
@@ -18,17 +19,11 @@ CUDA_KERNELS = ("triton", "stock", "flash", "cudnn")
 """Kernels that do not run on a CPU."""
 
 OURS = {
-    "max_steps": "train.steps",
-    "max_epochs": "train.steps",
-    "accumulate_grad_batches": "train.accumulate",
-    "gradient_clip_val": "train.clip_grad",
-    "log_every_n_steps": "train.log_every",
-    "val_check_interval": "train.validate_every",
-    "check_val_every_n_epoch": "train.validate_every",
-    "default_root_dir": "--run",
-    "callbacks": "lingen's own",
-    "plugins": "lingen's own",
-}
+    "max_steps": "train.steps", "max_epochs": "train.steps", "accumulate_grad_batches": "train.accumulate",
+    "gradient_clip_val": "train.clip_grad", "log_every_n_steps": "train.log_every",
+    "val_check_interval": "train.validate_every", "check_val_every_n_epoch": "train.validate_every",
+    "default_root_dir": "--run", "plugins": "lingen's own",
+}  # fmt: skip
 """Arguments of lightning.Trainer that another key of the recipe decides."""
 
 STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
@@ -61,16 +56,16 @@ def load_curriculum(recipe: str | Path | RecipeText, overrides: Sequence[str] = 
 
     Args:
         recipe: a path, the name of a recipe that comes with lingen, or a text.
-        overrides: see `load_recipe`.
-    """
+        overrides: see `load_recipe`."""
     return _complete(read_draft(recipe, overrides))
 
 
 def load_to_run(recipe: str | Path, overrides: Sequence[str] = ()) -> Curriculum:
-    """As `load_curriculum`, where training is planned: RecipeError also for loggers that cannot be built here."""
+    """As `load_curriculum`, where training is planned: RecipeError also for what is used in training alone (loggers,
+    optimisers, decays, losses, callbacks) and cannot be built here, or breaks its contract."""
     draft = read_draft(recipe, overrides)
     _check_loggers(draft.stages.values())
-    return _complete(draft)
+    return _complete(draft, to_train=True)
 
 
 def _check_loggers(stages: Iterable[Layered]) -> None:
@@ -93,7 +88,7 @@ def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: 
         if (text := fault_of_strategy(one.get(place), one.get(("trains",)), one.get(("trainer", "precision"))))
     )
     _check_loggers(chosen)
-    return _complete(draft)
+    return _complete(draft, to_train=True)
 
 
 def load_recipe(recipe: str | Path | RecipeText, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
@@ -108,8 +103,7 @@ def load_recipe(recipe: str | Path | RecipeText, overrides: Sequence[str] = (), 
         stage: merge this stage's overlay; None: none of them, and `stages` holds what each stage changes.
 
     Raises:
-        RecipeError: one sentence for each mistake, with file and line or ``command line``.
-    """
+        RecipeError: one sentence for each mistake, with file and line or ``command line``."""
     draft = read_draft(recipe, overrides)
     if stage is not None:
         _check_stage(stage, list(draft.stages))  # before anything is built
@@ -137,8 +131,7 @@ def fault_of_strategy(strategy: Any, trains: Any, precision: Any) -> str | None:
 
     Args:
         trains: the recipe's subject.
-        precision: `trainer.precision`.
-    """
+        precision: `trainer.precision`."""
     name = str(strategy or "auto").lower()
     if name in ("fsdp", "hsdp") and str(precision) in ("16", "16-mixed"):
         return (
@@ -184,20 +177,23 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _complete(draft: Draft) -> Curriculum:
+def _complete(draft: Draft, *, to_train: bool = False) -> Curriculum:
     """Second half of loading: checks settings against signatures, derives settings from other parts, builds models on
-    `meta`."""
+    `meta`. Parts that only training needs may be missing unless it comes `to_train`."""
     everything = [draft.base, *draft.stages.values()]
     raise_all(
         problem
         for one in everything
-        for problem in (*_fill_components(one), *_check_trainer(one), *_check_kernels(one))
+        for problem in (*_fill_components(one, to_train), *_check_trainer(one), *_check_kernels(one))
     )
     loaded = [Recipe(**check_settings(Recipe, one.tree)[0]) for one in everything]
     trial = Trial()
     raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in trial.neighbours(*pair))
+    if to_train:
+        raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in trial.training(*pair))
     raise_all(problem for pair in zip(everything[1:], loaded[1:], strict=True) for problem in trial.grids(*pair))
-    written = [recipe.model.max_grid for one, recipe in zip(everything, loaded, strict=True) if _writes_grid(one)]
+    place = ("model", "max_grid")
+    written = [recipe.model.max_grid for one, recipe in zip(everything, loaded, strict=True) if one.get(place)]
     largest = tuple(max(axis) for axis in zip(*trial.seen, *written, strict=True))
     base, *stages = (replace(recipe, model=trial.derive(recipe, largest)) for recipe in loaded)
     raise_all(trial.trials(list(zip(draft.stages, everything[1:], stages, strict=True))))
@@ -211,18 +207,15 @@ def with_stages(base: Recipe, stages: Sequence[Recipe]) -> Recipe:
     return replace(base, stages={str(one.stage): _difference(below, as_plain(one)) for one, below in plain})
 
 
-def _writes_grid(draft: Layered) -> bool:
-    return draft.get(("model", "max_grid")) is not None
-
-
-def _fill_components(draft: Layered) -> Iterator[Problem]:
+def _fill_components(draft: Layered, to_train: bool) -> Iterator[Problem]:
     """Checks every component against its signature and fills it in, in place."""
     for path, component, registry in components_of(draft.tree):
         settings = {key: value for key, value in component.items() if key != "name"}
         try:
-            filled, found = check_settings(registry[component["name"]], settings)
+            filled, found = check_settings(registry[component["name"]], settings, registry.given)
         except RecipeError as error:
-            yield draft.problem((*path, "name"), str(error))
+            if to_train or path[:2] not in FOR_TRAINING:
+                yield draft.problem((*path, "name"), str(error))
             continue
         for one in found:
             yield draft.problem((*path, *one.path), one.text)
@@ -231,7 +224,11 @@ def _fill_components(draft: Layered) -> Iterator[Problem]:
 
 def _check_trainer(draft: Layered) -> Iterator[Problem]:
     """Arguments of lightning.Trainer that are not there, or name what is not there, such as an accelerator."""
-    arguments = {key: value for key, value in (draft.tree.get("trainer") or {}).items() if key != "logger"}
+    arguments = {k: v for k, v in (draft.tree.get("trainer") or {}).items() if k not in ("logger", "callbacks")}
+    callbacks = draft.get(("trainer", "callbacks")) or []
+    if not isinstance(callbacks, list) or not all(isinstance(one, dict) for one in callbacks):
+        text = f"Callbacks are a list of components (name: 'module:Class'), got {callbacks!r}."
+        yield draft.problem(("trainer", "callbacks"), text)
     if not arguments:
         return
     from lightning import Trainer
@@ -259,12 +256,10 @@ def _check_kernels(draft: Layered) -> Iterator[Problem]:
 
 def _difference(base: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
     """The overlay that turns `base` into `stage`; a changed part is given with all its settings."""
-    return {
-        key: _difference(base[key], value) if _same_part(base.get(key), value) else value
-        for key, value in stage.items()
-        if key not in base or base[key] != value
-    }
-
-
-def _same_part(one: Any, other: Any) -> bool:
-    return isinstance(one, dict) and isinstance(other, dict) and one.get("name") == other.get("name")
+    found = {}
+    for key, value in stage.items():
+        one = base.get(key)
+        same_part = isinstance(one, dict) and isinstance(value, dict) and one.get("name") == value.get("name")
+        if key not in base or one != value:
+            found[key] = _difference(base[key], value) if same_part else value
+    return found

@@ -11,20 +11,15 @@ from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.registry import import_object
 
 LOGGERS = {
-    "tensorboard": "lightning.pytorch.loggers:TensorBoardLogger",
-    "wandb": "lightning.pytorch.loggers:WandbLogger",
-    "mlflow": "lightning.pytorch.loggers:MLFlowLogger",
-    "comet": "lightning.pytorch.loggers:CometLogger",
+    "tensorboard": "lightning.pytorch.loggers:TensorBoardLogger", "wandb": "lightning.pytorch.loggers:WandbLogger",
+    "mlflow": "lightning.pytorch.loggers:MLFlowLogger", "comet": "lightning.pytorch.loggers:CometLogger",
     "neptune": "lightning.pytorch.loggers:NeptuneLogger",
-}
+}  # fmt: skip
 """Short names of loggers."""
 PACKAGES = {
-    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
-    "WandbLogger": ("wandb",),
-    "MLFlowLogger": ("mlflow",),
-    "CometLogger": ("comet_ml",),
-    "NeptuneLogger": ("neptune",),
-}
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",), "MLFlowLogger": ("mlflow",),
+    "CometLogger": ("comet_ml",), "NeptuneLogger": ("neptune",),
+}  # fmt: skip
 """Lightning's logger, also where another one is made of it -> modules, one of which it needs."""
 PROFILERS = ("simple", "advanced", "pytorch", "xla")
 """Names of profilers; Lightning keeps them inside of a function."""
@@ -44,10 +39,8 @@ def logger_of(component: Any) -> tuple[str, Any, dict[str, Any]]:
     if not isinstance(name, str):
         raise RecipeError(f"A logger is a name, or has one (name: ...); got {component!r}.")
     if name not in LOGGERS and ":" not in name:
-        known = ", ".join(LOGGERS)
-        raise RecipeError(
-            f"There is no logger called '{name}'.{did_you_mean(name, LOGGERS)} Known: {known}. Or write 'module:Class'."
-        )
+        known = f"{did_you_mean(name, LOGGERS)} Known: {', '.join(LOGGERS)}. Or write 'module:Class'."
+        raise RecipeError(f"There is no logger called '{name}'.{known}")
     return name, import_object(LOGGERS.get(name, name)), settings
 
 

@@ -12,7 +12,7 @@ from lingen.frozen import on_meta
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.layers import Layered, Problem
 from lingen.recipe.reading import components_of
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS
+from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import LinGenConfig, Recipe, Triple
 from lingen.recipe.signature import settings_of
 from lingen.recipe.sizes import all_grids
@@ -39,6 +39,8 @@ class Trial:
         from lingen.plan.contract import broken_contract
 
         for path, component, registry in components_of(draft.tree):
+            if path[:2] in FOR_TRAINING:
+                continue
             positional = (recipe.model.dim, 0) if registry is MIXERS else ()
             try:
                 part = on_meta(registry, component, *positional)
@@ -46,6 +48,14 @@ class Trial:
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
                 continue
             if fault := broken_contract(registry, component, part, *positional):
+                yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
+
+    def training(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
+        """Tries what only training needs."""
+        from lingen.plan.practice import fault_in_training
+
+        for path, component, registry in components_of(draft.tree):
+            if path[:2] in FOR_TRAINING and (fault := fault_in_training(registry, component, recipe)):
                 yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
 
     def grids(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
@@ -64,11 +74,15 @@ class Trial:
             yield from _critic(draft, recipe)
 
     def _scans(self, draft: Layered, recipe: Recipe, grids: list[Triple]) -> Iterator[Problem]:
-        """Scan orders of others, at every grid that a batch of the stage may have."""
-        from lingen.plan.contract import faults_of_scans, has_scan_of_others
+        """Mixers and scan orders of others, at every grid that a batch of the stage may have."""
+        from lingen.plan.contract import fault_at_sizes, faults_of_scans, has_scan_of_others
 
         for path, component, registry in components_of(draft.tree):
-            if registry is not MIXERS or not has_scan_of_others(component):
+            if registry is not MIXERS:
+                continue
+            if fault := fault_at_sizes(on_meta(registry, component, recipe.model.dim, 0), grids, recipe.model.dim):
+                yield draft.problem((*path, "name"), f"The mixer '{component['name']}': {fault}")
+            if not has_scan_of_others(component):
                 continue
             layers = range(min(recipe.model.depth, CYCLE))
             mixers = [on_meta(registry, component, recipe.model.dim, layer) for layer in layers]
@@ -86,15 +100,15 @@ class Trial:
         first: dict[str, Any] | None = None
         for (_, _, before), (_, draft, recipe) in pairwise(stages):
             same_critic = before.subject.has_critic(before) == recipe.subject.has_critic(recipe)
-            if recipe.train.keep_optimizer and not same_critic:
-                text = "The stage before trains other parameters (the critic): its moments do not fit; take false."
+            same = same_critic and before.train.optimizer["name"] == recipe.train.optimizer["name"]
+            if recipe.train.keep_optimizer and not same:
+                what = "with another optimiser" if same_critic else "other parameters (the critic)"
+                text = f"The stage before trains {what}: its moments do not fit; take false."
                 yield draft.problem(("train", "keep_optimizer"), text)
         for name, draft, recipe in stages:
             if recipe.subject is not stages[0][2].subject:
-                text = (
-                    f"Stage '{name}' trains another model than stage '{stages[0][0]}'; give each a recipe of its own."
-                )
-                yield draft.problem(("trains",), text)
+                text = f"Stage '{name}' trains another model than stage '{stages[0][0]}'"
+                yield draft.problem(("trains",), f"{text}; give each a recipe of its own.")
                 continue
             try:
                 model = recipe.subject.build_weights(recipe)

@@ -52,15 +52,8 @@ class Captioning(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings on which the captions depend."""
-        return {
-            "model": self.name,
-            "weights": hash_weights(self.model),
-            "prompt": self.prompt,
-            "captions": self.captions,
-            "frames": self.frames,
-            "max_tokens": self.max_tokens,
-            "replace": self.replace,
-        }
+        given = {name: getattr(self, name) for name in ("prompt", "captions", "frames", "max_tokens", "replace")}
+        return {"model": self.name, "weights": hash_weights(self.model), **given}
 
 
 class Captioner:

@@ -25,8 +25,7 @@ class Captions:
     The table is CSV, JSONL or Parquet with the columns ``key`` and ``caption`` (or ``captions``, lists), or a JSON
     object of key -> caption. A key is the path of a file below the folder that was named, with or without its
     extension. Several rows of a key are several captions. RecipeError for no such file, another format, or no column of
-    keys or of captions.
-    """
+    keys or of captions."""
 
     def __init__(self, table: str | Path | None = None):
         self.table = Path(table) if table is not None else None

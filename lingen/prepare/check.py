@@ -10,7 +10,7 @@ from lingen.data.captions import captions_of
 from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import ManifestError, Row, media_hash
 from lingen.data.shards import parse_sample, scan_shard, tar_files
-from lingen.prepare.index import compressed_shards, describe_sample, packed_up
+from lingen.prepare.index import compressed_shards, crashed_at, describe_sample, packed_up
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
@@ -46,23 +46,19 @@ def check_folders(
 
     Args:
         processes: that read shards at the same time; 0: this one.
-        progress: called with the shards checked and all shards.
-    """
+        progress: called with the shards checked and all shards."""
     samples, faults = 0, []
     jobs = []
     for folder in folders:
         of_folder, missing = _jobs(folder, depth)
         jobs += of_folder
         faults += missing
-    for number, (_, found) in enumerate(in_order(check_shard, jobs, processes, _crashed), 1):
+    done = in_order(check_shard, jobs, processes, lambda job: Checked(0, [crashed_at(job.path)]))
+    for number, (_, found) in enumerate(done, 1):
         samples += found.samples
         faults += found.faults
         progress(number, len(jobs))
     return Checked(samples, faults)
-
-
-def _crashed(job: CheckJob) -> Checked:
-    return Checked(0, [Drop(job.path.name, "unreadable shard: the process that read it ended")])
 
 
 def _jobs(folder: Path, depth: Depth) -> tuple[list[CheckJob], list[Drop]]:
@@ -87,9 +83,8 @@ def _jobs(folder: Path, depth: Depth) -> tuple[list[CheckJob], list[Drop]]:
         out = frozenset(told.get("not_in_manifest", []))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         faults.append(Drop(LEDGER, f"unreadable ledger: {error}; what it leaves out counts as missing"))
-    return [
-        CheckJob(path, rows[name] if rows is not None else None, out, depth) for name, path in paths.items()
-    ], faults
+    jobs = [CheckJob(path, None if rows is None else rows[name], out, depth) for name, path in paths.items()]
+    return jobs, faults
 
 
 def check_shard(job: CheckJob) -> Checked:
@@ -112,10 +107,8 @@ def check_shard(job: CheckJob) -> Checked:
                     problems += _compare(row, entry.start, entry.end, bool(problems))
                 faults += [Drop(where, problem) for problem in problems]
                 seen.add(entry.key)
-        gone = [key for key in known if key not in seen]
-        faults += [
-            Drop(f"{job.path.name}:{key}", "missing sample: the manifest has it, the shard has not") for key in gone
-        ]
+        gone = [f"{job.path.name}:{key}" for key in known if key not in seen]
+        faults += [Drop(where, "missing sample: the manifest has it, the shard has not") for where in gone]
         return Checked(samples, faults)
     except OSError as error:
         return Checked(0, [Drop(job.path.name, f"unreadable shard: {error.strerror or error}")])

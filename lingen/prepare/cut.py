@@ -157,8 +157,7 @@ def _film(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
         motion, jerk = limits.motion_of(track, first, end)
         start = float(track.times[first])
         about = _about(job) | {"start": round(start, 3), "seconds": round(len(frames) / fps, 3)}
-        about |= {"source_fps": round(track.fps, 3)}
-        about |= {"motion": round(motion, 4), "jerk": round(jerk, 4)}
+        about |= {"source_fps": round(track.fps, 3), "motion": round(motion, 4), "jerk": round(jerk, 4)}
         yield WrittenSample(key, "mp4", *size, len(frames), fps, limits.looks_of(track, first, end)), media, about
 
 
@@ -173,8 +172,7 @@ def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
 
 def _pieces(job: CutJob, track: Track, fps: float, drops: Reasons) -> Iterator[Int[np.ndarray, " t"]]:
     """Of each piece of each shot, which source frames show it at `fps`; repeats where the film has fewer."""
-    bounds = [0, *track.cuts, len(track.times)]
-    for first, end in itertools.pairwise(bounds):
+    for first, end in itertools.pairwise([0, *track.cuts, len(track.times)]):
         times = track.times[first:end]
         interval = 1 / track.fps if track.fps else 1 / fps
         available = frames_at(fps, float(times[-1] - times[0]), interval, len(times), track.tick)
@@ -187,9 +185,8 @@ def _pieces(job: CutJob, track: Track, fps: float, drops: Reasons) -> Iterator[I
 
 
 def divide(available: int, lengths: tuple[int, ...], min_seconds: float | None, fps: float) -> list[tuple[int, int]]:
-    """Pieces of a shot as (first frame, frames): the longest length that fits, again and again; what is left over
-    lengthens the last one. A shot that is shorter than all lengths is one piece where `min_seconds` allows it: it
-    serves other recipes."""
+    """Pieces of a shot as (first frame, frames): the longest length that fits, again and again; what is left lengthens
+    the last. A shot shorter than all is one piece where `min_seconds` allows it, for other recipes."""
     least = min(lengths, default=1)
     if available < least:
         keep = min_seconds is not None and available >= max(2.0, min_seconds * fps)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lingen.data.acting import DrawnIndex
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Progress, no_progress
 from lingen.data.buckets import Shape
@@ -69,8 +70,7 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
 
     Args:
         part: the share that is asked for; neighbours in a shard stay together.
-        validation: those of the held-out shards instead.
-    """
+        validation: those of the held-out shards instead."""
     found: dict[tuple[str, Shape, float], list[Task]] = {}
     for recipe in stages:
         data = ClipData(recipe)
@@ -115,6 +115,8 @@ class _Clips(Dataset[LoadedClip]):
 
     def __getitem__(self, at: int) -> LoadedClip:
         task = self.tasks[at]
+        if isinstance(task.samples, DrawnIndex):
+            return LoadedClip(*task.samples.draw(task.number, task.shape, task.fps))
         try:
             piece = self.readers[self.of[at]].get(task.number)
             members = parse_sample(piece.data, task.samples.key(task.number))
@@ -191,13 +193,10 @@ Group = list[tuple[Task, LoadedClip]]
 def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iterator[Group]:
     """Decoded clips, up to `batch` of one shape at a time, in the order of the tasks."""
     loader = DataLoader(
-        _Clips(tasks, recipe),
-        batch_size=None,
-        collate_fn=as_it_is,
-        num_workers=min(workers, len(tasks)),
+        _Clips(tasks, recipe), batch_size=None, collate_fn=as_it_is, num_workers=min(workers, len(tasks)),
         worker_init_fn=follow_parent,
         multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
-    )
+    )  # fmt: skip
     group: Group = []
     for task, loaded in zip(tasks, loader, strict=True):
         if group and (len(group) == batch or group[0][0].shape != task.shape):
@@ -216,8 +215,7 @@ def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None
         try:
             if loaded.reason:
                 raise ValueError(loaded.reason)
-            source = task.samples.where(task.number)
-            members = encoders.members(next(latents), loaded.captions, task.fps, source)
+            members = encoders.members(next(latents), loaded.captions, task.fps, task.samples.where(task.number))
         except ValueError as error:
             stream.note([Note(task.key, str(error)), Note(task.key, mark=task.mark)])
             continue

@@ -27,8 +27,7 @@ class Encoders:
         device: where they run.
         precision: of what is kept, one of `STORED_DTYPES`; half is enough for latents of a spread near 1 (ours).
     Raises:
-        RecipeError: a part lacks something; all of them are named.
-    """
+        RecipeError: a part lacks something; all of them are named."""
 
     def __init__(self, recipe: Recipe, device: str, precision: str):
         self.dtype = STORED_DTYPES[precision]
@@ -65,33 +64,27 @@ class Encoders:
         return self._null[fps]
 
     def members(self, latents: Tensor, captions: Sequence[str], fps: float, source: str) -> dict[str, bytes]:
-        """The members of a sample, as `lingen.data.latents` reads them. ValueError where something is not finite at
-        this precision.
+        """The members of a sample, as `lingen.data.latents` reads them. ValueError for what is not finite here.
 
         Args:
             latents: [c t h w]
             captions: at least one.
             fps: of the clip, 0 for an image.
-            source: where it came from, for the JSON.
-        """
+            source: where it came from, for the JSON."""
         tokens, null = self.tokens(captions, fps), self.null(fps)
         about: dict[str, Any] = {"captions": list(captions), "source": source}
         about["tokens"] = {str(number): [len(one) for one in each] for number, each in tokens.items()}
         about["null"] = {str(number): len(nothing) for number, nothing in null.items()}
         told = {number: torch.cat([*each, null[number]]) for number, each in tokens.items()}
         text = {TEXT.format(number): self._npy(each, "text") for number, each in told.items()}
-        return {
-            LATENTS_NPY: self._npy(latents, "latents"),
-            **text,
-            "json": json.dumps(about, ensure_ascii=False).encode(),
-        }
+        stored = {LATENTS_NPY: self._npy(latents, "latents"), **text}
+        return stored | {"json": json.dumps(about, ensure_ascii=False).encode()}
 
     def _npy(self, tensor: Tensor, what: str) -> bytes:
         tensor = tensor.to(self.dtype).cpu().contiguous()
         if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{what} not finite: as {str(self.dtype).removeprefix('torch.')} they hold NaN or infinity"
-            )
+            kind = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"{what} not finite: as {kind} they hold NaN or infinity")
         buffer = io.BytesIO()
         np.save(buffer, tensor.numpy(), allow_pickle=False)
         return buffer.getvalue()

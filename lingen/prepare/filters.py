@@ -42,18 +42,12 @@ class Filters:
     min_fps: Annotated[float | None, AtLeast(0), "frames per second"] = None
     min_seconds: Annotated[float | None, AtLeast(0), "length of a shot"] = None
     black: Annotated[float | None, Between(0, 1), "largest share of black frames"] = 0.3
-    frozen: Annotated[
-        float | None, Between(0, 1), "largest share of frames that stand still for half a second or more"
-    ] = 0.5
+    frozen: Annotated[float | None, Between(0, 1), "largest share of frames still for half a second or more"] = 0.5
     still: Annotated[float | None, AtLeast(0), "least motion, in picture heights a second"] = 0.01
-    jerky: Annotated[
-        float | None, AtLeast(0), "largest jerk of the camera, in picture heights a second from frame to frame"
-    ] = 1.0
+    jerky: Annotated[float | None, AtLeast(0), "largest jerk of the camera, in picture heights a second a frame"] = 1.0
     hdr: Annotated[float | None, Between(0, 1), "largest share of frames in PQ or HLG"] = 0.0
     interlaced: Annotated[float | None, Between(0, 1), "largest share of frames that are declared interlaced"] = 0.0
-    duplicates: Annotated[
-        int | None, Between(0, BANDS - 1), f"of {64 * LOOKS} bits, how few may differ: at most {BANDS - 1}"
-    ] = 10
+    duplicates: Annotated[int | None, Between(0, BANDS - 1), f"of {64 * LOOKS} bits, how few may differ"] = 10
 
 
 class Rejection(NamedTuple):
@@ -96,9 +90,8 @@ def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Rejectio
     if filters.still is not None and motion < filters.still:
         return Rejection("still", f"moves by {motion:.2g} picture heights a second, less than {filters.still:g}")
     if filters.jerky is not None and jerk > filters.jerky:
-        return Rejection(
-            "jerky", f"the camera jerks by {jerk:.2g} picture heights a second, more than {filters.jerky:g}"
-        )
+        told = f"the camera jerks by {jerk:.2g} picture heights a second, more than {filters.jerky:g}"
+        return Rejection("jerky", told)
     return None
 
 
@@ -125,8 +118,7 @@ def frozen_share(change: np.ndarray, times: np.ndarray) -> float:
 
     Args:
         change: [n - 1] from each frame to the next.
-        times: [n]
-    """
+        times: [n]"""
     if not len(change):
         return 0.0
     edges = np.flatnonzero(np.diff(np.concatenate([[0], (change < FROZEN).astype(int), [0]])))
@@ -143,13 +135,11 @@ class Duplicates:
     """The looks of all clips so far, in which near-duplicates are found. About 500 bytes a clip.
 
     Args:
-        limit: clips that differ in at most this many bits are duplicates; below `BANDS`, so that all are found.
-    """
+        limit: clips that differ in at most this many bits are duplicates; below `BANDS`, so that all are found."""
 
     def __init__(self, limit: int | None):
         self.limit = limit
-        self._looks: list[int] = []
-        self._names: list[str] = []
+        self._looks, self._names = list[int](), list[str]()
         self._bands: dict[tuple[int, int], list[int]] = defaultdict(list)
 
     def find(self, looks: tuple[int, ...]) -> str | None:

@@ -48,8 +48,7 @@ class Forecast(NamedTuple):
 
 
 def forecast(stages: Sequence[Recipe], ranks: int | None = None) -> Forecast:
-    """Works out all stages from the manifests alone; nothing is decoded. `ranks` are by default those of
-    the recipe's trainer."""
+    """Works out all stages from the manifests alone; decodes nothing. `ranks`: by default those of the trainer."""
     whole = Forecast([], {}, {}, [])
     for recipe in stages:
         name = recipe.stage or "main"
@@ -81,18 +80,15 @@ def _add(whole: Forecast, recipe: Recipe, data: ClipData, ranks: int) -> None:
 
 
 def stages_on(stages: Sequence[Recipe], folders: Sequence[Path]) -> list[Recipe]:
-    """The stages with the shards of these folders in the place of the recipe's own. A kind that none of the folders
-    holds keeps the recipe's own shards. A folder without a manifest stays as it is, so that the forecast tells that it
-    needs one."""
+    """The stages with the shards of these folders in the place of the recipe's own. A kind that none holds keeps the
+    recipe's own. A folder without a manifest stays, so that the forecast asks for one."""
     held: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for folder in folders:
         for kind in _kinds_in(folder):
             held[kind].append(str(folder))
     named = {kind: found for kind, found in held.items() if found}
-    return [
-        replace(one, data=replace(one.data, shards=replace(one.data.shards, **named), validation=Shards()))
-        for one in stages
-    ]
+    data = [replace(one.data, shards=replace(one.data.shards, **named), validation=Shards()) for one in stages]
+    return [replace(one, data=own) for one, own in zip(stages, data, strict=True)]
 
 
 def _kinds_in(folder: Path) -> set[str]:

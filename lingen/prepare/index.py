@@ -33,7 +33,7 @@ def index_folder(folder: Path, processes: int, progress: Progress = no_progress)
     drops = compressed_shards(folder)
 
     def rows() -> Iterator[Row]:
-        done = in_order(index_shard, paths, processes, _crashed)
+        done = in_order(index_shard, paths, processes, lambda path: ([], [crashed_at(path)]))
         for number, (_, (found, broken)) in enumerate(done, start=1):
             drops.extend(broken)
             yield from found
@@ -59,8 +59,9 @@ def packed_up(folder: Path) -> str:
     return "".join(f" {drop.where} is a {drop.reason}." for drop in compressed_shards(folder)[:1])
 
 
-def _crashed(path: Path) -> tuple[list[Row], list[Drop]]:
-    return [], [Drop(path.name, "unreadable shard: the process that read it ended")]
+def crashed_at(path: Path) -> Drop:
+    """The fault of a shard that ended the process which read it."""
+    return Drop(path.name, "unreadable shard: the process that read it ended")
 
 
 def index_shard(path: Path) -> tuple[list[Row], list[Drop]]:
@@ -106,8 +107,7 @@ def describe_sample(members: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _video(data: bytes) -> dict[str, Any]:
-    """Size, frames and rate of a video by the time stamps of its frames, not its header; rotated as the first frame
-    is."""
+    """Size, frames and rate of a video by its frames' time stamps, not its header; rotated as the first frame."""
     with opened_video(data) as (stream, packets, shown):
         codec = stream.codec_context
         first = next((frame for packet in [*packets, None] for frame in codec.decode(packet)), None)

@@ -3,8 +3,7 @@
 Each part of the set (``--part 3/64``) has a folder below ``OUT/.parts``. A shard appears in one step, after its record:
 what lies in it, and what became of everything that was looked at since the shard before. So the records alone say where
 to continue, and no sample is lost or written twice. When all parts are done, their records become the manifest and the
-ledger.
-"""
+ledger."""
 
 import contextlib
 import hashlib
@@ -91,8 +90,7 @@ class SetFolder:
 
     Args:
         part: the share of this job.
-        settings: plain values that all parts, and all runs, must have in common.
-    """
+        settings: plain values that all parts, and all runs, must have in common."""
 
     def __init__(self, out: Path, part: Part, settings: dict[str, Any]):
         self.out, self.part, self.settings = out, part, settings
@@ -185,8 +183,7 @@ class ShardStream:
     Args:
         folder: the set.
         kind: the first word of their names: ``video-003-00000.tar`` of part 3, ``video-00000.tar`` where there is one.
-        limit: bytes of a shard; the sample that passes it is its last.
-    """
+        limit: bytes of a shard; the sample that passes it is its last."""
 
     def __init__(self, folder: SetFolder, kind: str, limit: int):
         self.folder, self.kind, self.limit = folder, kind, limit

@@ -106,9 +106,8 @@ def _i3d(flax: bytes) -> dict[str, Any]:
             if isinstance(one, dict):
                 walk(one, f"{path}{name}/")
             else:
-                tensors[path + name] = np.ascontiguousarray(
-                    one.transpose(4, 3, 0, 1, 2) if name == "kernel" else one.ravel()
-                )
+                own = one.transpose(4, 3, 0, 1, 2) if name == "kernel" else one.ravel()
+                tensors[path + name] = np.ascontiguousarray(own)
 
     walk(held["params"], "")
     walk(held["batch_stats"], "")

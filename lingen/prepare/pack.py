@@ -35,20 +35,15 @@ class Packing(NamedTuple):
     """Processes that work at once; 0: this process."""
     shard_mb: int = 1000
     keep_uncaptioned: bool = False
-    """Whether samples without a caption are kept, for `lingen data caption`; those with a broken or empty one are
-    dropped."""
+    """Whether samples without a caption are kept, for `lingen data caption`; broken or empty ones are dropped."""
     unseen: Sequence[tuple[str, str]] = ()
     """What lies among the sources and is none, with the reason, for the ledger."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings on which the samples depend."""
-        return {
-            "made_by": "lingen data pack",
-            "wanted": self.wanted._asdict(),
-            "filters": asdict(self.filters),
-            "keep_uncaptioned": self.keep_uncaptioned,
-        }
+        told = {"made_by": "lingen data pack", "wanted": self.wanted._asdict(), "filters": asdict(self.filters)}
+        return told | {"keep_uncaptioned": self.keep_uncaptioned}
 
 
 def wanted_by(stages: Sequence[Recipe]) -> ClipRequirements:
@@ -87,8 +82,7 @@ def pack(job: Packing, out: Path, progress: Progress = no_progress) -> Report:
     Args:
         progress: called with the files dealt with and all files of this part.
     Returns:
-        of this part; of the whole set once all parts are done.
-    """
+        of this part; of the whole set once all parts are done."""
     fileless = [Note(key, "caption without a file: a row of the table") for key in job.captions.unused(job.sources)]
     fileless += [Note(name, reason) for name, reason in job.unseen]
     folder = SetFolder(out, job.part, job.settings)
@@ -102,9 +96,7 @@ def pack(job: Packing, out: Path, progress: Progress = no_progress) -> Report:
                 progress(done, len(own))
             stream.commit()
         complete = folder.finish()
-    if complete:
-        return finish(folder, job, fileless)
-    return Report(folder.own_records())
+    return finish(folder, job, fileless) if complete else Report(folder.own_records())
 
 
 def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) -> Iterator[MediaSource]:
@@ -118,7 +110,9 @@ def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) ->
         seen.add(entry.row.key, entry.looks)
     yield from (source for source in sources if source.key in finished)
     jobs = (_job(job, source, stream, marks[source.key]) for source in sources if source.key not in finished)
-    for one, outcome in in_order(make_samples, jobs, job.processes, _crashed):
+    ended = "unreadable: it ended the process that decoded it"
+    done = in_order(make_samples, jobs, job.processes, lambda one: CutResult([], [(one.source.key, ended)]))
+    for one, outcome in done:
         notes = [Note(name, reason) for name, reason in outcome.drops]
         notes += [Note(name, f"{KEPT}{reason}") for name, reason in outcome.told]
         samples = read_samples(one.out) if outcome.samples else iter(())
@@ -154,10 +148,6 @@ def _job(job: Packing, source: MediaSource, stream: ShardStream, mark: str) -> C
     return CutJob(source, captions, fault, job.wanted, job.filters, stream.folder.work / f"{stream.kind}-{told}.tar")
 
 
-def _crashed(one: CutJob) -> CutResult:
-    return CutResult([], [(one.source.key, "unreadable: it ended the process that decoded it")])
-
-
 def _row(made: WrittenSample, one: CutJob, media: bytes) -> Row:
     return Row(
         made.key, "", 0, 0, one.source.kind, made.height, made.width, made.frames, made.fps,
@@ -186,7 +176,6 @@ def finish(folder: SetFolder, job: Packing, notes: list[Note]) -> Report:
             rows += [entry.row for entry in kept]
             report.add(Record(kept, record.notes))
     report.add(Record([], notes))
-    write_set(
-        folder, rows, About(hash_settings(job.settings), job.settings), {**report.as_json(), "not_in_manifest": twins}
-    )
+    about = About(hash_settings(job.settings), job.settings)
+    write_set(folder, rows, about, {**report.as_json(), "not_in_manifest": twins})
     return report

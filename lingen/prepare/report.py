@@ -19,8 +19,7 @@ class Report:
     """Counts of samples made and of what was left out. A reason's part before its first colon is what it is grouped by.
 
     Args:
-        records: what the shards' records say.
-    """
+        records: what the shards' records say."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.looked_at = 0
@@ -59,28 +58,18 @@ class Report:
 
     def rows(self) -> list[dict[str, str]]:
         """For a table: what was made, then what was left out, most frequent first, with an example."""
+        told = [(reason, n, self.named[reason][0].partition(":")[0]) for reason, n in self.changed.most_common()]
+        told += [(f"left out: {reason}", n, self.named[reason][0]) for reason, n in self.left_out.most_common()]
         made = [{"what": kind, "count": f"{count:,}"} for kind, count in sorted(self.made.items())]
-        out = [
-            {"what": f"left out: {reason}", "count": f"{count:,}", "first": self.named[reason][0]}
-            for reason, count in self.left_out.most_common()
-        ]
-        changed = [
-            {"what": reason, "count": f"{count:,}", "first": self.named[reason][0].partition(":")[0]}
-            for reason, count in self.changed.most_common()
-        ]
-        return made + changed + out
+        return made + [{"what": what, "count": f"{count:,}", "first": first} for what, count, first in told]
 
     def as_json(self) -> dict[str, Any]:
         """Plain types."""
         return {
-            "looked_at": self.looked_at,
-            "made": dict(self.made),
-            "seconds": round(self.seconds, 3),
-            "bytes": self.size,
+            "looked_at": self.looked_at, "made": dict(self.made), "seconds": round(self.seconds, 3), "bytes": self.size,
             "changed": {reason.removeprefix(KEPT): count for reason, count in self.changed.items()},
-            "left_out": dict(self.left_out),
-            "named": self.named,
-        }
+            "left_out": dict(self.left_out), "named": self.named,
+        }  # fmt: skip
 
 
 def close_set(folder: SetFolder, about: About, complete: bool) -> Report:

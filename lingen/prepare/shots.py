@@ -72,10 +72,7 @@ def follow(frames: Iterable[Frame]) -> Track:
     detector = AdaptiveDetector(min_scene_len=1)  # a flash counts as a cut, too, so that no clip holds a cut
     size, before, tick = (0, 0), None, 0.0
     odd = np.zeros(3, int)
-    times: list[float] = []
-    cuts: list[int] = []
-    rows: list[tuple[float, ...]] = []
-    looks: list[int] = []
+    times, cuts, rows, looks = list[float](), list[int](), list[tuple[float, ...]](), list[int]()
     for number, frame in enumerate(frames):
         small, shown = _small(frame)
         size = size if number else shown

@@ -48,16 +48,13 @@ def _row(kind: str, table: dict[str, np.ndarray]) -> dict[str, str]:
     with np.errstate(divide="ignore", invalid="ignore"):
         seconds = np.where(own["fps"] > 0, own["frames"] / own["fps"], 0)
     return {
-        "kind": kind,
-        "samples": f"{len(own['kind']):,}",
-        "GB": f"{own['length'].sum() / 1e9:.3g}",
+        "kind": kind, "samples": f"{len(own['kind']):,}", "GB": f"{own['length'].sum() / 1e9:.3g}",
         "hours": f"{seconds.sum() / 3600:.3g}" if seconds.any() else "",
         "seconds (5%, half, 95%)": _spread(seconds) if seconds.any() else "",
         "shorter side": _spread(np.minimum(own["height"], own["width"])),
-        "frames a second": _spread(own["fps"]) if seconds.any() else "",
-        "captions": f"{own['captions'].sum():,}",
+        "frames a second": _spread(own["fps"]) if seconds.any() else "", "captions": f"{own['captions'].sum():,}",
         "characters": _spread(own["caption_length"]),
-    }
+    }  # fmt: skip
 
 
 def _spread(values: np.ndarray) -> str:

@@ -29,8 +29,7 @@ def in_order(
         work: a function of a module; what it raises is raised here.
         items: taken as they are needed, so there may be many millions.
         processes: how many work at once; 0: in this process.
-        crashed: the result of an item that ended a process (a decoder that was killed, say), twice.
-    """
+        crashed: the result of an item that ended a process (a decoder that was killed, say), twice."""
     if processes == 0:
         yield from ((item, work(item)) for item in items)
         return

@@ -49,8 +49,7 @@ class UnfitError(RuntimeError):
     Args:
         text: what is wrong, and the cure.
         nodes: that cannot train, where others may; none: it is the same everywhere.
-        hung: a thread of a rank may hang for ever.
-    """
+        hung: a thread of a rank may hang for ever."""
 
     def __init__(self, text: str, nodes: Sequence[str] = (), hung: bool = False):
         super().__init__(text)
@@ -92,15 +91,10 @@ def rank_of(env: Mapping[str, str]) -> Rank:
 def _of_launcher(env: Mapping[str, str]) -> Rank:
     rank, ranks, local_rank, per_node = (int(env[name]) for name in OF_LAUNCHERS[:4])
     return Rank(
-        by="lingen" if PARENT in env else "torchrun",
-        rank=rank,
-        ranks=ranks,
-        local_rank=local_rank,
-        node=int(env.get("GROUP_RANK", rank // per_node)),
-        nodes=int(env.get("GROUP_WORLD_SIZE", ranks // per_node)),
-        address=env["MASTER_ADDR"],
-        port=int(env["MASTER_PORT"]),
-    )
+        by="lingen" if PARENT in env else "torchrun", rank=rank, ranks=ranks, local_rank=local_rank,
+        node=int(env.get("GROUP_RANK", rank // per_node)), nodes=int(env.get("GROUP_WORLD_SIZE", ranks // per_node)),
+        address=env["MASTER_ADDR"], port=int(env["MASTER_PORT"]),
+    )  # fmt: skip
 
 
 def _of_task(env: Mapping[str, str]) -> Rank:
@@ -109,15 +103,10 @@ def _of_task(env: Mapping[str, str]) -> Rank:
     # Of each step of each job its own, below the ports that a system gives to connections.
     port = 10_000 + (61 * int(env.get("SLURM_JOB_ID", "0")) + int(env["SLURM_STEP_ID"])) % 20_000
     return Rank(
-        by="srun",
-        rank=int(env["SLURM_PROCID"]),
-        ranks=int(env["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(env["SLURM_LOCALID"]),
-        node=int(env["SLURM_NODEID"]),
-        nodes=nodes,
-        address=env.get("MASTER_ADDR", first),
-        port=int(env.get("MASTER_PORT", port)),
-    )
+        by="srun", rank=int(env["SLURM_PROCID"]), ranks=int(env["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(env["SLURM_LOCALID"]), node=int(env["SLURM_NODEID"]), nodes=nodes,
+        address=env.get("MASTER_ADDR", first), port=int(env.get("MASTER_PORT", port)),
+    )  # fmt: skip
 
 
 def first_host(nodes: str) -> str:

@@ -1,8 +1,7 @@
 """Signs of life: each rank keeps a small file in the run folder that says what it does and since when.
 
 A file is overwritten in place and has one size, so that a rank costs a shared file system one small write every
-`BEAT` seconds and a full disk does no harm. Imports neither torch nor lightning: `lingen status` reads here.
-"""
+`BEAT` seconds and a full disk does no harm. Imports neither torch nor lightning: `lingen status` reads here."""
 
 from __future__ import annotations
 
@@ -81,8 +80,7 @@ class HeartbeatWriter:
     Args:
         folder: where the files of all ranks lie.
         rank: of this process, of `ranks`.
-        session: mark of the session.
-    """
+        session: mark of the session."""
 
     def __init__(self, folder: Path, rank: int, ranks: int, session: str):
         self.path = folder / f"{rank:05d}.json"
@@ -112,8 +110,7 @@ class HeartbeatWriter:
         Args:
             doing: None: the same as before, from any thread.
             stage, step: given at turns that all ranks take alike.
-            samples: of its last batch, and those that it waits for.
-        """
+            samples: of its last batch, and those that it waits for."""
         now = time.monotonic()
         with self._lock:
             self._spent[self._doing] += now - self._since  # type: ignore[assignment]
@@ -218,9 +215,8 @@ def word_of(error: BaseException) -> str:
     if isinstance(error, OtherRankError):
         return f"{OTHER_WORD}{text}"[:500]
     if isinstance(error, UnfitError):
-        return (f"{UNFIT_WORD}{','.join(error.nodes)}: {text}" if error.nodes else f"{FAILED_WORD}preflight: {text}")[
-            :500
-        ]
+        start = f"{UNFIT_WORD}{','.join(error.nodes)}" if error.nodes else f"{FAILED_WORD}preflight"
+        return f"{start}: {text}"[:500]
     if is_lost_rank(error):  # srun ends the other ranks by SIGTERM, which is not why they end
         return LOST_WORD
     number = error.number if isinstance(error, Stopped) else noted()

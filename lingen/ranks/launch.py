@@ -80,8 +80,7 @@ def join() -> None:
     """Connects this process to the other ranks, where its environment says that there are some; once.
 
     Raises:
-        RecipeError: rank 0 cannot be reached, or the ranks lie on the nodes in a way that does not work.
-    """
+        RecipeError: rank 0 cannot be reached, or the ranks lie on the nodes in a way that does not work."""
     own = here()
     if is_connected() or own.ranks == 1:
         return
@@ -114,8 +113,7 @@ def meet(own: Rank, store: Any) -> None:
     """Waits until all ranks are there; rank 0 names those that are not.
 
     Raises:
-        RecipeError: on rank 0, where some did not come. OtherRankError on the others.
-    """
+        RecipeError: on rank 0, where some did not come. OtherRankError on the others."""
     if own.rank:
         try:
             return store.wait(["met"], MEETING + TELL_AFTER)
@@ -214,8 +212,7 @@ def ranks_to_start(stages: Sequence[Recipe]) -> int:
     """How many ranks a run of these stages has, where this process has to start the others; 1: none is missing.
 
     Raises:
-        RecipeError: the ranks that are there are not those that a stage asks for.
-    """
+        RecipeError: the ranks that are there are not those that a stage asks for."""
     own = here()
     asked = {str(one.stage): _asked(one) for one in stages}
     for stage, (devices, nodes) in asked.items():
@@ -267,10 +264,8 @@ def _other_ranks(own: Rank, stage: str, devices: int, nodes: int) -> str:
     asks = f"stage {stage} asks for trainer.devices={devices} and trainer.num_nodes={nodes}"
     if own.by == "lingen":
         return f"This process has started {own.ranks} ranks for a run before, but {asks}. Train it in one of its own."
-    launch = {
-        "srun": f"srun -N{nodes} --ntasks-per-node={devices}",
-        "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={devices}",
-    }[own.by]
+    srun, torchrun = f"-N{nodes} --ntasks-per-node={devices}", f"--nnodes={nodes} --nproc-per-node={devices}"
+    launch = f"srun {srun}" if own.by == "srun" else f"torchrun {torchrun}"
     return (
         f"{own.by} has started {own.ranks} ranks, {own.per_node} on each of {own.nodes} nodes, but {asks}. Set "
         f"trainer.devices={own.per_node} trainer.num_nodes={own.nodes}, or start with {launch}."

@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 
+import torch
 import torch.distributed as dist
 
 from lingen.ranks import environment, signals
 from lingen.ranks.collectives import is_connected
 from lingen.ranks.environment import PARENT, Rank
-from lingen.ranks.launch import MEETING, agree, connect, disconnect
+from lingen.ranks.launch import MEETING, agree, connect, disconnect, join
 from lingen.recipe.errors import RecipeError
 
 log = logging.getLogger("lingen")
@@ -35,8 +36,7 @@ def start_ranks(ranks: int) -> bool:
     whether it did: not for one rank, nor where they are there.
 
     Raises:
-        RecipeError: this process has no command.
-    """
+        RecipeError: this process has no command."""
     if ranks == 1 or (is_connected() and dist.get_world_size() > 1):
         return False
     disconnect()  # a strategy for many ranks connects also one
@@ -57,12 +57,27 @@ def start_ranks(ranks: int) -> bool:
     return True
 
 
+def share(parts: int) -> Rank:
+    """Connects to the ranks that share so many independent parts of work, and is one of them: those that a launcher has
+    started, else one for each GPU of this machine, no more than parts. Its GPU is this process's own from then on.
+
+    Raises:
+        RecipeError: as `launch.join` and `start_ranks`."""
+    join()
+    gpus = torch.cuda.device_count()
+    if environment.here().ranks == 1:
+        start_ranks(max(1, min(gpus, parts)))
+    own = environment.here()
+    if gpus:
+        torch.cuda.set_device(own.local_rank % gpus)
+    return own
+
+
 class LocalRanks:
     """The other ranks of this machine: processes that end with this one, and this one with them.
 
     Args:
-        own: this process, rank 0.
-    """
+        own: this process, rank 0."""
 
     def __init__(self, own: Rank):
         self.joined = False
@@ -134,8 +149,7 @@ def give_up(hung: bool = False) -> None:
     """After an error: other ranks may be gone, or wait for this one. Nobody waits for them, at the end either.
 
     Args:
-        hung: a thread of this process waits for them.
-    """
+        hung: a thread of this process waits for them."""
     atexit.unregister(disconnect)
     if hung or is_connected() and "nccl" in str(dist.get_backend_config()):
         atexit.unregister(end_ranks)

@@ -2,8 +2,7 @@
 so that the command line listens from its first statement on.
 
 A handler only notes the number: saving inside of one can hang, and what it interrupts need not be in order. A second
-Ctrl-C is the exception, and asks for no order: the process ends at once, its children before it.
-"""
+Ctrl-C is the exception, and asks for no order: the process ends at once, its children before it."""
 
 import atexit
 import contextlib
@@ -29,8 +28,7 @@ class Stopped(BaseException):
     may go on after this.
 
     Args:
-        number: of the signal.
-    """
+        number: of the signal."""
 
     def __init__(self, number: int):
         super().__init__(f"Stopped by {signal.Signals(number).name}")
@@ -47,8 +45,7 @@ class Listener:
 
     Args:
         owns_process: a second Ctrl-C ends the process, even one that hangs outside of Python; else it is raised in the
-            main thread as `Stopped`, since the process is somebody else's.
-    """
+            main thread as `Stopped`, since the process is somebody else's."""
 
     def __init__(self, owns_process: bool):
         self.owns_process = owns_process
@@ -183,8 +180,7 @@ def by_first_rank(work: Callable[[], Iterator[None]]) -> None:
 
     Raises:
         Stopped: any rank got one, and rank 0 is not done. On all ranks.
-        FirstRankError: on the others, where rank 0 raised an error.
-    """
+        FirstRankError: on the others, where rank 0 raised an error."""
     from lingen.ranks.collectives import FirstRankError, is_first_rank, largest
 
     over, goes_on, failed = range(3)

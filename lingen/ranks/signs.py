@@ -17,8 +17,7 @@ class LifeSigns(Callback):
     The first step of a stage, which may compile, is part of its start.
 
     Args:
-        stage: that is trained.
-    """
+        stage: that is trained."""
 
     def __init__(self, stage: str):
         self.stage = stage

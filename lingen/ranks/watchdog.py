@@ -1,8 +1,7 @@
 """Ends a run that hangs, with the rank that hangs by name: a thread of each rank looks at the signs of life of all.
 
 Ranks tell each other what they do through the store at which they met, not through the disk, which may be what hangs.
-Rank 0 judges, the others watch rank 0, and whoever learns of a verdict ends itself.
-"""
+Rank 0 judges, the others watch rank 0, and whoever learns of a verdict ends itself."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ def watching(writer: HeartbeatWriter, session: str, limits: Sequence[int]) -> It
 
     Args:
         session: its mark.
-        limits: of the stages, see `HeartbeatWriter.limit`; where all are 0, nothing is watched.
-    """
+        limits: of the stages, see `HeartbeatWriter.limit`; where all are 0, nothing is watched."""
     shortest = min(filter(None, limits), default=None)
     writer.limit = limits[-1]
     dog = _Watchdog(writer, session, min(TICK, shortest / 4)) if shortest else None
@@ -167,8 +165,7 @@ def lost(reports: Sequence[Signs], limit: float) -> str | None:
 
     Args:
         reports: of ranks; with `age`, how old each is, and `silence` until now.
-        limit: seconds.
-    """
+        limit: seconds."""
     silent = [one for one in reports if one["age"] > min(limit, SLOW_UNHEARD if one["doing"] in SLOW else UNHEARD)]
     return _words(max(silent, key=lambda one: one["age"]), "is stopped, or gone with its node") if silent else None
 

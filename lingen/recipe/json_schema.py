@@ -4,14 +4,14 @@ import dataclasses
 import inspect
 import types
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import COMPONENTS
 from lingen.recipe.registry import Registry
 from lingen.recipe.sections import Component, Recipe
-from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, Setting, bare, bounds_of, settings_of
+from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, bare, bounds_of, settings_of
 
 Schema = dict[str, Any]
 WORDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -32,22 +32,21 @@ def json_schema() -> Schema:
     return head | recipe | {"$defs": definitions}
 
 
-def _part_schema(part: Callable[..., Any], path: Path | None, limits: Schema | None = None) -> Schema:
-    """The settings of a section or of a part; `path` is where a section stands in the recipe, `limits` as below."""
+def _part_schema(
+    part: Callable[..., Any], path: Path | None, limits: Schema | None = None, given: Collection[str] | None = None
+) -> Schema:
+    """The settings of a section or of a part (`given`: see `settings_of`); `path` is where a section stands in the
+    recipe, `limits` as below."""
     properties = {}
-    for name, setting in settings_of(part).items():
+    for name, setting in settings_of(part, given).items():
         registry = COMPONENTS.get((*path, name)) if path is not None else None
         below = (*path, name) if path is not None else None
         one = _component_use(registry, bare(setting.hint)) if registry else _hint_schema(setting.hint, below, limits)
-        properties[name] = one | _notes(setting)
+        plain = setting.default is not REQUIRED and not dataclasses.is_dataclass(setting.default)
+        notes: Schema = {"description": setting.doc} if setting.doc else {}
+        properties[name] = one | notes | ({"default": setting.default} if plain else {})
     section = {"type": "object", "properties": properties, "additionalProperties": False}
     return section | {"description": (inspect.getdoc(part) or "").partition("\n")[0]}
-
-
-def _notes(setting: Setting) -> Schema:
-    notes: Schema = {"description": setting.doc} if setting.doc else {}
-    plain = setting.default is not REQUIRED and not dataclasses.is_dataclass(setting.default)
-    return notes | ({"default": setting.default} if plain else {})
 
 
 def _component_use(registry: Registry, hint: Any) -> Schema:
@@ -64,7 +63,7 @@ def _component_schema(registry: Registry) -> Schema:
     forms: list[Schema] = [{"enum": known}, custom]
     for name in known:
         try:
-            one = _part_schema(registry[name], None)
+            one = _part_schema(registry[name], None, given=registry.given)
         except RecipeError:
             one = {"type": "object", "properties": {}}
         one["properties"] = {"name": {"const": name}} | one["properties"]

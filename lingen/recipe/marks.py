@@ -10,7 +10,8 @@ from lingen.recipe.registry import Registry
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import Path, Setting, settings_of
 
-TRAINER: dict[str, Mark] = dict.fromkeys(("devices", "num_nodes", "precision", "max_time"), COURSE) | dict.fromkeys(
+TRAINER: dict[str, Mark] = dict.fromkeys(("devices", "num_nodes", "precision", "max_time", "callbacks"), COURSE)
+TRAINER |= dict.fromkeys(
     ("accelerator", "strategy", "logger", "benchmark", "deterministic", "profiler", "detect_anomaly"), FREE
 )
 """Arguments of lightning.Trainer that are no part of what a run is; those that do not stand here are."""
@@ -39,7 +40,10 @@ def _of_section(section: Any, path: Path, above: Mark) -> Iterator[tuple[Path, E
         elif dataclasses.is_dataclass(value):
             yield from _of_section(value, here, mark)
         elif here == ("trainer",):
-            yield from (((*here, key), Entry(item, TRAINER.get(key, mark))) for key, item in value.items())
+            for key, item in value.items():
+                entry = Entry(item, TRAINER.get(key, mark))
+                registry = COMPONENTS.get((*here, key))
+                yield from _of_components(item, registry, (*here, key), entry) if registry else [((*here, key), entry)]
         elif here != ("stages",):
             yield here, Entry(value, mark, _is_content(setting))
 
@@ -50,7 +54,7 @@ def _of_components(value: Any, registry: Registry, path: Path, above: Entry) -> 
         for index, one in enumerate(value):
             yield from _of_components(one, registry, (*path, index), above)
     elif isinstance(value, dict) and isinstance(value.get("name"), str) and value["name"] in registry:
-        known = settings_of(registry[value["name"]])
+        known = registry.settings(value["name"])
         for key, item in value.items():
             own = known.get(key)
             mark = own.mark if own and own.mark else above.mark

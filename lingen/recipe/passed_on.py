@@ -17,8 +17,7 @@ def passes_on(*parts: Callable[..., Any]) -> Callable[[Part], Part]:
     in the other parts, so that they are checked, filled in and documented from there. The constructor takes all of them
     as one mapping, its last argument `flat`. A setting of several parts offers the choices of all and comes last.
     TypeError where parts disagree about the default or the type of a setting; and in the constructor, as for any other,
-    for a setting that does not exist.
-    """
+    for a setting that does not exist."""
     settings = _joined(parts)
 
     def decorate(part: Part) -> Part:

@@ -2,27 +2,38 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_yaml, resolve
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, PERCEPTUAL, TEXT_ENCODERS, Registry, import_module
+from lingen.recipe.registry import (
+    AUTOENCODERS,
+    FOR_TRAINING,
+    MIXERS,
+    PERCEPTUAL,
+    TEXT_ENCODERS,
+    Registry,
+    import_module,
+)
 from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
 from lingen.recipe.signature import Path, as_plain, check_settings
 from lingen.recipe.text import NoText, decode_text
 
-SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {"shapes": "lingen.data.synthetic:Shapes"})
+DRAWN = {"shapes": "lingen.data.synthetic:Shapes", "theatre": "lingen.data.theatre:Theatre"}
+SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", DRAWN)
 """Data sets that lingen draws itself, by name; their settings are the fields of a dataclass."""
 
 COMPONENTS: dict[Path, Registry] = {
-    ("model", "mixer"): MIXERS,
-    ("autoencoder",): AUTOENCODERS,
-    ("text",): TEXT_ENCODERS,
-    ("data", "synthetic"): SYNTHETIC,
-    ("reconstruction", "features"): PERCEPTUAL,
-}
+    ("model", "mixer"): MIXERS, ("autoencoder",): AUTOENCODERS, ("text",): TEXT_ENCODERS,
+    ("data", "synthetic"): SYNTHETIC, ("reconstruction", "features"): PERCEPTUAL, **FOR_TRAINING,
+}  # fmt: skip
 """Where a recipe names registered parts: one of them, or a list."""
+LISTED = (("text",), ("trainer", "callbacks"))
+"""Where one alone is short for a list."""
+MAY_LACK = (*LISTED, ("data", "synthetic"))
+"""Where there need not be any."""
 
 NOT_IN_A_STAGE = ("name", "stage", "stages", "extends")
 
@@ -51,10 +62,14 @@ class Draft(NamedTuple):
 
 
 def shipped_recipes() -> dict[str, File]:
-    """Name -> file of the recipes that come with lingen, installed from a wheel or run from its source tree."""
-    inside = File(__file__).parents[1] / "recipes"
-    folder = inside if inside.is_dir() else File(__file__).parents[2] / "recipes"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    """Name -> file of the recipes that come with lingen."""
+    return {file.stem: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}
+
+
+def shipped_folder(name: str) -> File:
+    """A folder that comes with lingen, installed from a wheel or in its source tree."""
+    inside = File(__file__).parents[1] / name
+    return inside if inside.is_dir() else File(__file__).parents[2] / name
 
 
 def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -> Draft:
@@ -107,7 +122,7 @@ def spell_out(layered: Layered, prefix: Path = ()) -> None:
         path = (*prefix, *component)
         value = layered.get(path)
         one = isinstance(value, dict) and "name" in value or isinstance(value, str) and "${" not in value
-        if component == ("text",) and one:
+        if component in LISTED and one:
             origin = layered.origin(path)
             layered.put(path, [value], layered, path)
             layered.origins[path] = layered.origins[(*path, 0)] = origin
@@ -141,19 +156,14 @@ def _find(recipe: str | File, folder: File) -> RecipeText:
 
 
 def _read_file(file: File) -> RecipeText:
-    shown = _shown(file)
+    relative = os.path.relpath(file)
+    shown = str(file) if relative.startswith("..") else relative
     try:
         return RecipeText(decode_text(file.read_bytes()), shown, file.stem, file.parent)
     except NoText as error:
         raise RecipeError(str(Problem(shown, f"This is no text: {error}."))) from None
     except OSError as error:
         raise RecipeError(str(Problem(shown, f"Cannot be read: {error.strerror}."))) from None
-
-
-def _shown(file: File) -> str:
-    """The path as short as it can be said from here."""
-    relative = os.path.relpath(file)
-    return str(file) if relative.startswith("..") else relative
 
 
 def _read(source: RecipeText, child: str | None) -> Layered:
@@ -171,9 +181,8 @@ def _read(source: RecipeText, child: str | None) -> Layered:
         if not isinstance(parent, str):
             raise_all([layer.problem(("extends",), "Expected the name or path of one recipe.")])
         if child is not None:
-            raise RecipeError(
-                f"{child}: '{shown}' extends another recipe itself; only one level is allowed. (at extends)"
-            )
+            told = f"'{shown}' extends another recipe itself; only one level is allowed. (at extends)"
+            raise RecipeError(f"{child}: {told}")
         try:
             above = _find(parent, source.folder)
         except RecipeError as error:
@@ -188,13 +197,11 @@ def _read(source: RecipeText, child: str | None) -> Layered:
 
 def _defaults(shown: str) -> Layered:
     """The components that a recipe has without naming them, so that settings can be given to them."""
-    recipe = Recipe()
-    tree = {
-        "autoencoder": recipe.autoencoder,
-        "text": recipe.text,
-        "model": {"mixer": recipe.model.mixer},
-        "reconstruction": {"features": recipe.reconstruction.features},
-    }
+    tree: dict[Any, Any] = {}
+    for path in COMPONENTS:
+        if path not in MAY_LACK[1:]:
+            section, key = (tree.setdefault(path[0], {}), path[1]) if len(path) > 1 else (tree, path[0])
+            section[key] = reduce(getattr, map(str, path), Recipe())
     return Layered(tree, {(): Origin(shown, "")}).copy()
 
 
@@ -233,8 +240,8 @@ def _overlay(stages: Layered, name: str) -> Layered:
     overlay = stages.copy().pop(name)
     if not isinstance(overlay.tree, dict):
         raise_all([overlay.problem((), "A stage is a mapping of sections.")])
-    wrong = [overlay.problem((key,), f"A stage cannot set '{key}'.") for key in overlay.tree if key in NOT_IN_A_STAGE]
-    raise_all(wrong)
+    wrong = (key for key in overlay.tree if key in NOT_IN_A_STAGE)
+    raise_all(overlay.problem((key,), f"A stage cannot set '{key}'.") for key in wrong)
     return overlay
 
 
@@ -244,6 +251,8 @@ def _merge(
     merged = base.copy()
     for layer in (overlay, *plain, *own):
         problems += _lay_over(merged, layer)
+    if merged.tree.get("train") is None:  # all of its lines are commented out
+        merged.tree["train"] = _defaults("").tree["train"]
     spell_out(merged)
     return merged
 
@@ -284,12 +293,7 @@ def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
         if "${" not in str(draft.get(one.path)):  # an unresolved ${...} is reported elsewhere
             yield draft.problem(one.path, one.text)
     for path, registry in COMPONENTS.items():
-        if (
-            draft.get(path) is None
-            and registry in (MIXERS, AUTOENCODERS, PERCEPTUAL)
-            or draft.get(path) == []
-            and registry is MIXERS
-        ):
+        if draft.get(path) is None and path not in MAY_LACK or draft.get(path) == [] and registry is MIXERS:
             yield draft.problem(path, f"There is no {registry.kind} named here. Known: {', '.join(registry.names())}.")
     for path, component, registry in components_of(draft.tree):
         name = component.get("name")
@@ -314,14 +318,13 @@ def _problems_of_data(draft: Layered) -> Iterator[Problem]:
             cure = f"set data.shards.{kind}, or data.mix.{kind}=0"
             text = f"The mix asks for {kind} batches, and there are no {kind} shards; {cure}."
             yield draft.problem(("data", "mix", kind), text)
-    if data.synthetic is None and getattr(filled["score"], "clips", None):
-        yield draft.problem(("score", "clips"), "Only clips of data.synthetic can be scored; set it, or score.clips=0.")
+    if getattr(filled["score"], "clips", None) and (data.synthetic or {}).get("name") in (None, "theatre"):
+        text = "Only clips of data.synthetic=shapes can be scored; set it, or score.clips=0."
+        yield draft.problem(("score", "clips"), text)
     held_out = data.synthetic or any(getattr(data.validation, kind) for kind in shards if getattr(data.mix, kind) > 0)
     if getattr(filled["train"], "evaluate_every", 0) and (filled["trains"] == "autoencoder" or not held_out):
-        text = (
-            "Only clips of a denoiser's held-out captions can be evaluated: name data.validation of this stage, or 0."
-        )
-        yield draft.problem(("train", "evaluate_every"), text)
+        text = "Only clips of a denoiser's held-out captions can be evaluated"
+        yield draft.problem(("train", "evaluate_every"), f"{text}: name data.validation of this stage, or 0.")
     low, high = filled["sample"].guidance_interval
     if low > high:
         text = f"The interval ends at {high:g}, before it begins at {low:g}."

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.signature import Path, Setting, check_settings, refusal, settings_of
 
 T = TypeVar("T")
 
@@ -20,8 +21,14 @@ def import_object(path: str) -> Any:
     try:
         with _folder_on_path():
             return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a plugin may raise anything; it is reported, never hidden
-        raise RecipeError(f"Cannot load '{path}': {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a plugin may raise anything; it is reported, never hidden
+        told = f"Cannot load '{path}': {type(error).__name__}: {error}"
+        if isinstance(error, AttributeError) and error.name == name:
+            close = did_you_mean(name, vars(sys.modules[module]))
+            told += f".{close} What a module registers under a name is named alone, with --import {module}."
+        elif isinstance(error, ModuleNotFoundError) and error.name == module:
+            told += ". It is looked for in the current folder, on PYTHONPATH and among what is installed."
+        raise RecipeError(told) from error
 
 
 def import_module(name: str) -> None:
@@ -43,9 +50,7 @@ def _why(name: str, error: BaseException) -> str:
     if name.endswith(".py") or os.sep in name:
         return "this is a path; write the module's name, as in `import my_mixers`: dots for folders, without .py."
     if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-        return (
-            f"there is no module '{error.name}' in the current folder or installed. Run where it lies, or install it."
-        )
+        return f"there is no module '{error.name}' in the current folder or installed. Run where it lies or install it."
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {told}. Mend it."
     frames = traceback.extract_tb(error.__traceback__)
@@ -75,11 +80,13 @@ class Registry:
         kind: what a part is called in messages, e.g. ``mixer``.
         group: the entry-point group that other packages use, e.g. ``lingen.mixers``.
         builtin: lingen's own parts; a ``module:Name`` is imported when asked for, anything else is the part itself.
-    """
+        given: arguments that a recipe does not give a part -> what does; all others are its settings. None: only its
+            keyword-only arguments are."""
 
-    def __init__(self, kind: str, group: str, builtin: dict[str, Any]):
+    def __init__(self, kind: str, group: str, builtin: dict[str, Any], given: dict[str, str] | None = None):
         self.kind = kind
         self.group = group
+        self.given = given
         self._parts: dict[str, Any] = dict(builtin)
         self._origin: dict[str, str] = dict.fromkeys(builtin, "lingen")
 
@@ -90,9 +97,8 @@ class Registry:
             if ":" in name:
                 raise ValueError(f"A {self.kind}'s name cannot hold ':' (got '{name}').")
             if name in self.names():
-                raise ValueError(
-                    f"The {self.kind} '{name}' exists already, from {self.origin(name)}; choose another name."
-                )
+                told = f"exists already, from {self.origin(name)}; choose another name."
+                raise ValueError(f"The {self.kind} '{name}' {told}")
             self._parts[name] = part
             self._origin[name] = getattr(part, "__module__", "here")
             return part
@@ -139,21 +145,24 @@ class Registry:
             f"Known: {', '.join(known)}. To use your own, write 'module:Class'."
         )
 
-    def build(self, component: str | dict[str, Any], *positional: Any) -> Any:
-        """Calls the named part with the model's positional arguments and the recipe's settings. ``MIXERS.build({"name":
-        "mate", "window": (8, 4, 4)}, dim, layer)``. Settings are checked against the part's signature: SettingError for
-        an unknown or missing one, a wrong type, a number out of bounds, naming it."""
-        from lingen.recipe.signature import check_settings, refusal
+    def settings(self, name: str) -> dict[str, Setting]:
+        """What a recipe can set of a part. Errors as for the part itself."""
+        return settings_of(self[name], self.given)
 
+    def build(self, component: str | dict[str, Any], *positional: Any, **offered: Any) -> Any:
+        """Calls the named part with the model's arguments and the recipe's settings. ``MIXERS.build({"name":
+        "mate", "window": (8, 4, 4)}, dim, layer)``. Settings are checked against the part's signature: SettingError for
+        an unknown or missing one, a wrong type, a number out of bounds, naming it. It may leave what is `offered`."""
         settings = {"name": component} if isinstance(component, str) else dict(component)
         name = settings.pop("name", None)
         if not isinstance(name, str):
             raise RecipeError(f"A {self.kind} is named by a word, got {name!r}.")
         part = self[name]
-        filled, found = check_settings(part, settings)
+        filled, found = check_settings(part, settings, self.given)
         if found:
             raise refusal(found, f"{self.kind} '{name}'")
-        return part(*positional, **filled)
+        taken = {key: value for key, value in offered.items() if key in settings_of(part, ())}
+        return part(*positional, **taken, **filled)
 
     def refused(self) -> list[tuple[str, str, str]]:
         """Entry points that are not used, because their name is taken: (name, package, why)."""
@@ -176,71 +185,74 @@ def _package(plugin: importlib.metadata.EntryPoint) -> str:
     return plugin.dist.name if plugin.dist else plugin.value
 
 
-MIXERS = Registry(
-    "mixer",
-    "lingen.mixers",
-    {
-        "attention": "lingen.blocks.attention:Attention",
-        "linear_attention": "lingen.blocks.linear_attention:LinearAttention",
-        "mamba2": "lingen.blocks.mamba2:Mamba2",
-        "temporal_swin": "lingen.blocks.temporal_swin:TemporalSwin",
-        "mate": "lingen.blocks.mate:MATE",
-    },
-)
+MIXERS = Registry("mixer", "lingen.mixers", {
+    "attention": "lingen.blocks.attention:Attention",
+    "linear_attention": "lingen.blocks.linear_attention:LinearAttention",
+    "mamba2": "lingen.blocks.mamba2:Mamba2",
+    "temporal_swin": "lingen.blocks.temporal_swin:TemporalSwin",
+    "mate": "lingen.blocks.mate:MATE",
+})  # fmt: skip
 """Token mixers: ``Mixer(dim, layer, *, settings...)`` with ``forward(x [b t h w d]) -> [b t h w d]``; no base class.
 The whole contract is `lingen.blocks.Mixer`."""
 
-SCANS = Registry(
-    "scan order",
-    "lingen.scans",
-    {axes: axes for axes in ("thw", "twh", "htw", "hwt", "wth", "wht")}
-    | {
-        "rotary_major": "lingen.blocks.scan:ROTARY_MAJOR",
-        "rotary_major_folded": "lingen.blocks.scan:ROTARY_MAJOR_FOLDED",
-        "zigzag": "lingen.blocks.scan:zigzag",
-        "hilbert": "lingen.blocks.scan:hilbert",
-    },
-)
+SCANS = Registry("scan order", "lingen.scans", {
+    **{axes: axes for axes in ("thw", "twh", "htw", "hwt", "wth", "wht")},
+    "rotary_major": "lingen.blocks.scan:ROTARY_MAJOR",
+    "rotary_major_folded": "lingen.blocks.scan:ROTARY_MAJOR_FOLDED",
+    "zigzag": "lingen.blocks.scan:zigzag", "hilbert": "lingen.blocks.scan:hilbert",
+})  # fmt: skip
 """Scan orders: an axis string (slowest axis first), a function ``(t, h, w) -> LongTensor [t*h*w]`` that gives the flat
 raster index of each position in the sequence, or a tuple of those, of which layer i takes entry ``i % len``."""
 
-AUTOENCODERS = Registry(
-    "autoencoder",
-    "lingen.autoencoders",
-    {
-        "pixels": "lingen.autoencoder.pixels:Pixels",
-        "tae": "lingen.autoencoder.tae:TAE",
-        "tae_small": "lingen.autoencoder.tae:TAESmall",
-        "diffusers": "lingen.autoencoder.diffusers_vae:DiffusersVAE",
-    },
-)
+AUTOENCODERS = Registry("autoencoder", "lingen.autoencoders", {
+    "pixels": "lingen.autoencoder.pixels:Pixels",
+    "tae": "lingen.autoencoder.tae:TAE", "tae_small": "lingen.autoencoder.tae:TAESmall",
+    "diffusers": "lingen.autoencoder.diffusers_vae:DiffusersVAE",
+})  # fmt: skip
 """Video autoencoders: ``encode(video [b 3 t h w] in -1..1) -> latents [b c t h w]``, ``decode``; ``.strides``,
 ``.channels``."""
 
-TEXT_ENCODERS = Registry(
-    "text encoder",
-    "lingen.text_encoders",
-    {
-        "words": "lingen.text.small:Words",
-        "bytes": "lingen.text.small:Bytes",
-        "ul2": "lingen.text.pretrained:UL2",
-        "byt5": "lingen.text.pretrained:ByT5",
-        "t5": "lingen.text.pretrained:T5",
-        "metaclip": "lingen.text.metaclip:MetaCLIP",
-        "llama": "lingen.text.pretrained:Llama",
-        "bert": "lingen.text.pretrained:BERT",
-    },
-)
+TEXT_ENCODERS = Registry("text encoder", "lingen.text_encoders", {
+    "words": "lingen.text.small:Words", "bytes": "lingen.text.small:Bytes", "ul2": "lingen.text.pretrained:UL2",
+    "byt5": "lingen.text.pretrained:ByT5", "t5": "lingen.text.pretrained:T5",
+    "metaclip": "lingen.text.metaclip:MetaCLIP", "llama": "lingen.text.pretrained:Llama",
+    "bert": "lingen.text.pretrained:BERT",
+})  # fmt: skip
 """Text encoders: ``encode(list[str]) -> (tokens [b n w], mask [b n])`` and ``.dim`` = w."""
 
-PERCEPTUAL = Registry(
-    "perceptual distance",
-    "lingen.perceptual",
-    {
-        "vgg16": "lingen.autoencoder.perceptual:VGG16Distance",
-        "lpips": "lingen.autoencoder.perceptual:LPIPS",
-        "none": "lingen.autoencoder.perceptual:NoDistance",
-    },
-)
+PERCEPTUAL = Registry("perceptual distance", "lingen.perceptual", {
+    "vgg16": "lingen.autoencoder.perceptual:VGG16Distance", "lpips": "lingen.autoencoder.perceptual:LPIPS",
+    "none": "lingen.autoencoder.perceptual:NoDistance",
+})  # fmt: skip
 """Perceptual distances: frozen `nn.Module`s, ``forward(a [n 3 h w] in -1..1, b) -> [n]`` with gradients into a and b,
 ``missing() -> list[Missing]``."""
+
+OPTIMIZERS = Registry(
+    "optimiser",
+    "lingen.optimizers",
+    {"adamw": "lingen.training.named:adamw", "muon": "lingen.training.named:Muon"},
+    {"params": "lingen"} | {key: f"train.{key}" for key in ("lr", "betas", "weight_decay")},
+)
+"""Optimisers: ``Class(params, settings...)``, a torch.optim.Optimizer; `params` are groups with ``lr``, ``betas``,
+``weight_decay`` and ``decays`` (whether weight decay is for them). What it keeps lies in ``state[parameter]``."""
+
+DECAYS = Registry(
+    "decay", "lingen.decays", {name: f"lingen.training.named:{name}" for name in ("constant", "cosine", "wsd")}
+)
+"""Of the learning rate: ``f(step, steps, *, settings...) -> factor``; `step` goes from 0 to `steps` after warm-up."""
+
+LOSSES = Registry(
+    "loss", "lingen.losses", {"mse": "lingen.training.named:SquaredError", "huber": "lingen.training.named:Huber"}
+)
+"""Losses: ``Module(*, settings...)``, ``forward(velocity [b c t h w], target, time [b]) -> [b]``, from 0 on."""
+
+CALLBACKS = Registry("callback", "lingen.callbacks", {}, {})
+"""Lightning's callbacks: ``Class(settings...)``; its ``state_dict`` is plain values."""
+
+FOR_TRAINING: dict[Path, Registry] = {
+    ("train", "optimizer"): OPTIMIZERS,
+    ("train", "decay"): DECAYS,
+    ("train", "loss"): LOSSES,
+    ("trainer", "callbacks"): CALLBACKS,
+}
+"""Where a recipe names parts that nothing but training needs: weights are used where they are not installed."""

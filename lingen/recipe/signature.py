@@ -2,8 +2,7 @@
 
 A dataclass's fields, or a constructor's keyword-only parameters, are the settings that a recipe may give: name, type
 hint, default, and in ``Annotated[hint, AtLeast(1), Mark.COURSE, "line"]`` its bounds, its mark (see
-`lingen.recipe.bounds`) and a line of documentation. Nothing here imports torch.
-"""
+`lingen.recipe.bounds`) and a line of documentation. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from lingen.recipe.bounds import Bound, Mark
@@ -59,32 +58,43 @@ class Setting(NamedTuple):
     """None where none is written."""
 
 
-def settings_of(part: Callable[..., Any]) -> dict[str, Setting]:
-    """Settings of a dataclass (its fields but for derived ones) or of a class or function (keyword-only arguments)."""
+def settings_of(part: Callable[..., Any], given: Collection[str] | None = None) -> dict[str, Setting]:
+    """Settings of a dataclass (its fields but for derived ones) or of a class or function: its keyword-only arguments,
+    or, where arguments are `given` by others, all but those."""
     if dataclasses.is_dataclass(part):
         space = vars(sys.modules[part.__module__])
         fields = [f for f in dataclasses.fields(part) if not f.metadata.get("derived")]
         return {f.name: _setting(f.type, _field_default(f), space) for f in fields}
     function = inspect.unwrap(part.__init__) if inspect.isclass(part) else inspect.unwrap(part)
     space = getattr(function, "__globals__", {})
-    parameters = [p for p in _parameters(part).values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    kinds = [inspect.Parameter.KEYWORD_ONLY, *([inspect.Parameter.POSITIONAL_OR_KEYWORD] if given is not None else [])]
+    parameters = [p for p in _parameters(part).values() if p.kind in kinds and p.name not in (given or ())]
     return {p.name: _setting(p.annotation, p.default, space) for p in parameters}
 
 
-def check_settings(part: Callable[..., Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], Found]:
+def check_settings(
+    part: Callable[..., Any], settings: Mapping[str, Any], given: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], Found]:
     """Checks settings against a part's signature and fills in its defaults. Returns the filled settings, lists made
-    tuples where the hint says so, and the mistakes."""
+    tuples where the hint says so, and the mistakes.
+
+    Args:
+        given: as for `settings_of`; argument -> what gives it."""
     if not callable(part):
         return {}, [Mistake(("name",), f"{_show(part)} is neither a class nor a function.")]
-    known = settings_of(part)
+    known = settings_of(part, given)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(part).values())
-    extra = {key: value for key, value in settings.items() if key not in known}
-    found = [] if takes_any else [Mistake((key,), _unknown(key, part, known)) for key in extra]
+    ours = {key: f"'{key}' is not set here but by {(given or {})[key]}." for key in settings if key in (given or ())}
+    extra = {key: value for key, value in settings.items() if key not in known and key not in ours}
+    found = [Mistake((key,), text) for key, text in ours.items()]
+    found += [] if takes_any else [Mistake((key,), _unknown(key, part, known)) for key in extra]
     filled = dict(extra) if takes_any else {}
     for key, setting in known.items():
         if key in settings:
             filled[key], mistakes = _check(settings[key], setting.hint)
             found += [one.below(key) for one in mistakes]
+        elif given is not None and not isinstance(setting.default, (*SCALARS, type(None), type(REQUIRED))):
+            pass  # YAML cannot hold it
         elif setting.default is REQUIRED:
             found.append(Mistake((key,), f"'{part.__name__}' needs '{key}': {describe(setting.hint)}."))
         else:
@@ -93,18 +103,21 @@ def check_settings(part: Callable[..., Any], settings: Mapping[str, Any]) -> tup
 
 
 def checked(part: Any) -> Any:
-    """Class decorator: the constructor itself refuses numbers out of bounds and unknown choices, as the loader does. It
-    raises SettingError for the settings that it is given by keyword."""
-    construct = part.__init__
+    """Decorator: a constructor or function itself refuses numbers out of bounds and unknown choices, as the loader
+    does. It raises SettingError for the settings that it is given by keyword."""
+    is_class = inspect.isclass(part)
+    construct = part.__init__ if is_class else part
 
     @functools.wraps(construct)
-    def checking(self: Any, *positional: Any, **given: Any) -> None:
+    def checking(*positional: Any, **given: Any) -> Any:
         known = {key: setting.hint for key, setting in settings_of(part).items() if key in given}
         found = [one.below(key) for key, hint in known.items() for one in _unfit(given[key], hint)]
         if found:
             raise refusal(found, f"'{part.__name__}'")
-        construct(self, *positional, **given)
+        return construct(*positional, **given)
 
+    if not is_class:
+        return checking
     part.__init__ = checking
     return part
 
@@ -261,11 +274,8 @@ def _check_union(value: Any, hint: Any, members: tuple[Any, ...]) -> tuple[Any, 
     fitting = [converted for converted, found in tried if not found]
     if fitting:
         return next((converted for converted in fitting if type(converted) is type(value)), fitting[0]), []
-    alike = [
-        found
-        for member, (_, found) in zip(known, tried, strict=True)
-        if _same_shape(value, member) or all(one.typed for one in found)
-    ]
+    pairs = zip(known, (found for _, found in tried), strict=True)
+    alike = [found for one, found in pairs if _same_shape(value, one) or all(mistake.typed for mistake in found)]
     return value, alike[0] if len(alike) == 1 else _expected(hint, value)
 
 

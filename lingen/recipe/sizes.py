@@ -56,18 +56,13 @@ def check_frames(frames: int, autoencoder: Autoencoder, patch: int = 1) -> None:
 def grids_of(data: DataConfig, strides: Triple, patch: Triple) -> dict[str, Triple]:
     """Tokens (t, h, w) of a sample of each kind in the mix; SettingError if patches do not fill a frame."""
     grids, height, width = {}, *data.size
-    for axis, pixels, stride, size in (
-        ("height", height, strides[1], patch[1]),
-        ("width", width, strides[2], patch[2]),
-    ):
+    for axis, pixels, stride, size in zip(("height", "width"), data.size, strides[1:], patch[1:], strict=True):
         if pixels % (stride * size):
             low = pixels // (stride * size) * stride * size
             fits = f"{low} or {low + stride * size}" if low else stride * size
-            raise SettingError(
-                "size",
-                f"The {axis} of {pixels} pixels is no multiple of {stride * size}, the autoencoder's stride {stride} "
-                f"times the patch {size}; take {fits}.",
-            )
+            what = f"The {axis} of {pixels} pixels is no multiple of {stride * size}"
+            why = f"the autoencoder's stride {stride} times the patch {size}"
+            raise SettingError("size", f"{what}, {why}; take {fits}.")
     for kind, frames in (("image", 1), ("video", data.frames)):
         if getattr(data.mix, kind):
             t = math.ceil(math.ceil(frames / strides[0]) / patch[0])

@@ -52,22 +52,15 @@ class Subject:
 
 SUBJECTS = {
     "denoiser": Subject(
-        section="model",
-        encoded=True,
-        module="lingen.training.denoiser:LinGenModule",
-        weights="lingen.plan.trial:denoiser_on_meta",
-        frozen="lingen.plan.trial:parts_of_denoiser",
-        forecast="lingen.plan.forecast:plan_denoiser",
-        has_critic=lambda recipe: False,
+        section="model", encoded=True, module="lingen.training.denoiser:LinGenModule",
+        weights="lingen.plan.trial:denoiser_on_meta", frozen="lingen.plan.trial:parts_of_denoiser",
+        forecast="lingen.plan.forecast:plan_denoiser", has_critic=lambda recipe: False,
     ),
     "autoencoder": Subject(
-        section="autoencoder",
-        encoded=False,
-        module="lingen.training.autoencoder:AutoencoderModule",
-        weights="lingen.plan.trial:autoencoder_on_meta",
-        frozen="lingen.plan.trial:parts_of_autoencoder",
+        section="autoencoder", encoded=False, module="lingen.training.autoencoder:AutoencoderModule",
+        weights="lingen.plan.trial:autoencoder_on_meta", frozen="lingen.plan.trial:parts_of_autoencoder",
         forecast="lingen.plan.autoencoder:plan_autoencoder",
         has_critic=lambda recipe: bool(recipe.reconstruction.adversarial),
     ),
-}
+}  # fmt: skip
 """`trains` of a recipe -> what it trains."""

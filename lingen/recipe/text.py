@@ -25,8 +25,7 @@ def decode_text(data: bytes) -> str:
     """The text without its byte order mark, with ``\\n`` for every end of a line; without a mark it is UTF-8.
 
     Raises:
-        NoText: the bytes are no such text.
-    """
+        NoText: the bytes are no such text."""
     mark, encoding = next((one for one in MARKS if data.startswith(one[0])), (b"", "utf-8"))
     try:
         return data[len(mark) :].decode(encoding).replace("\r\n", "\n").replace("\r", "\n")

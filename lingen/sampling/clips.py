@@ -25,6 +25,7 @@ from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device, memory_here
 from lingen.media import as_frames
 from lingen.ranks.heartbeat import sign
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
 from lingen.sampling.precision import set_precision
@@ -105,8 +106,7 @@ def generate(
         RecipeError: for a folder or file that holds no weights.
         ValueError: for a size that the model's strides and patch do not divide, or what is no length, size, guidance
             or number of clips.
-        TypeError: for a prompt that is no text.
-    """
+        TypeError: for a prompt that is no text."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -120,6 +120,40 @@ def generate(
     settings = settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clip_size(module, seconds, size)
     yield from clips_of(module, takes_of(prompts, repeat=repeat), clip, settings, device, progress)
+
+
+def sample_demo(
+    prompt: str,
+    *,
+    seconds: float = 4.0,
+    seed: int = 0,
+    steps: int | None = None,
+    weights: str | Path | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """uint8 [t h w 3], 12 frames a second, of a sentence in words of `lingen.data.theatre`; errors as of `generate`.
+
+    Args:
+        weights: a folder of denoiser.safetensors and autoencoder.safetensors, a run folder or a weights file; default:
+            those that come with lingen.
+    """
+    module = load_demo(weights)
+    return next(generate(module, prompt, seconds=seconds, seed=seed, steps=steps, progress=progress))
+
+
+def load_demo(weights: str | Path | None = None) -> LinGenModule:
+    """The module of `sample_demo`."""
+    folder = Path(weights or Path(__file__).with_name("theatre"))
+    if weights is None and not folder.is_dir():
+        raise RecipeError(
+            "This installation has no weights of the emoji theatre: train them with `lingen fit --recipe theatre_128`, "
+            "and name the run with --checkpoint (in Python: weights)."
+        )
+    denoiser, autoencoder = folder / "denoiser.safetensors", folder / "autoencoder.safetensors"
+    module: Any = load_denoiser(denoiser if denoiser.is_file() else folder, best_device())
+    if autoencoder.is_file():
+        module.autoencoder.path = str(autoencoder)
+    return module
 
 
 def settings_with(
@@ -189,8 +223,7 @@ def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize)
     """Encodes each prompt for itself (b = 1), so that it is the same whatever else is asked for.
 
     One text encoder comes after the other, and a frozen one is freed before the next is read: memory must hold the
-    largest of them, not their sum.
-    """
+    largest of them, not their sum."""
     fps = clip.fps if clip.frames > 1 else 0.0
     found = [Texts([], []) for _ in prompts]
     for number, encoder in enumerate(module.text):
@@ -222,13 +255,9 @@ def as_sampled(module: LinGenModule) -> Iterator[None]:
 
 
 def sample_takes(
-    module: LinGenModule,
-    takes: Sequence[Take],
-    clip: ClipSize,
-    settings: SampleConfig,
-    device: torch.device | None = None,
-    progress: Progress | None = None,
-) -> Iterator[Tensor]:
+    module: LinGenModule, takes: Sequence[Take], clip: ClipSize, settings: SampleConfig,
+    device: torch.device | None = None, progress: Progress | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """The one way from prompts to latents [c t h w], float32: of `lingen.generate`, `lingen sample`, clips during
     training and the score. A clip is solved for itself, so that its bits do not depend on what else is asked for.
 
@@ -238,8 +267,7 @@ def sample_takes(
         module: in eval mode, or in training; it trains on with its own weights between and after the clips.
         device: where to sample; default: where the module is.
     Raises:
-        RecipeError: weights of a frozen part are missing.
-    """
+        RecipeError: weights of a frozen part are missing."""
     check_ready([module.autoencoder, *module.text])
     device = device or module.device
     module.text.to(device)
@@ -253,13 +281,9 @@ def sample_takes(
 
 
 def clips_of(
-    module: LinGenModule,
-    takes: Sequence[Take],
-    clip: ClipSize,
-    settings: SampleConfig,
-    device: torch.device | None = None,
-    progress: Progress | None = None,
-) -> Iterator[np.ndarray]:
+    module: LinGenModule, takes: Sequence[Take], clip: ClipSize, settings: SampleConfig,
+    device: torch.device | None = None, progress: Progress | None = None,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """`sample_takes`, decoded: uint8 [t h w 3] of each take."""
     for latents in sample_takes(module, takes, clip, settings, device, progress):
         yield decoded(module, latents, clip, settings)
@@ -272,13 +296,9 @@ def decoded(module: LinGenModule, latents: Tensor, clip: ClipSize, settings: Sam
 
 @torch.no_grad()
 def sample_latents(
-    module: LinGenModule,
-    takes: Sequence[Take],
-    texts: Texts,
-    clip: ClipSize,
-    settings: SampleConfig,
+    module: LinGenModule, takes: Sequence[Take], texts: Texts, clip: ClipSize, settings: SampleConfig,
     progress: Progress | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Solves the flow from noise for a batch of clips, in `settings.precision` (see `lingen.sampling.precision`).
 
     Args:
@@ -286,8 +306,7 @@ def sample_latents(
         texts: of `encode_prompts` for the words of each, `joined`.
     Returns:
         latents [b c t h w], float32. Those of a clip are the same bits in every batch of as many clips and tokens, and
-        agree to 1e-5 in others.
-    """
+        agree to 1e-5 in others."""
     shape = (module.recipe.model.channels, *module.latent_size((clip.frames, *clip.size)))
     training = module.times_of(shape[1:])
     times = training.schedule(settings)
@@ -320,11 +339,8 @@ def warn_untrained(training: flow.Times, times: Tensor) -> None:
     """Warns where many sampling steps lie at times that are rare in training."""
     share = training.untrained_share(times)
     if share > 0.25:
-        log.warning(
-            "%.0f%% of the sampling steps lie at times that training hardly saw; use a smaller sample.emulated_steps "
-            "or sample.schedule=uniform.",
-            100 * share,
-        )
+        told = "%.0f%% of the sampling steps lie at times that training hardly saw; use a smaller "
+        log.warning(told + "sample.emulated_steps or sample.schedule=uniform.", 100 * share)
 
 
 @torch.no_grad()
@@ -339,8 +355,7 @@ def decode_frames(
         way, tile: `sample.decode` and `sample.tile`.
     Raises:
         RecipeError: a way that the autoencoder does not have.
-        SettingError: a tile that its strides do not divide.
-    """
+        SettingError: a tile that its strides do not divide."""
     way = way_for(autoencoder, "tiled" if tile is not None else way, type(autoencoder).__name__)
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
         pieces = ways.decode(autoencoder, latents[None], way, tiles_of(tile, autoencoder.strides))

@@ -1,7 +1,7 @@
 """The files of sampling: latents first, then MP4 and contact sheet, so that a failed decode loses no sampled clip."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lingen.files import check_target
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device
 from lingen.media import contact_sheet, save_video, sheet_frames
+from lingen.ranks.environment import Rank
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import SampleConfig
@@ -26,19 +27,10 @@ from lingen.weights import find_weights, write_tensors
 
 
 def sample_to_files(
-    source: str | Path,
-    prompts: Sequence[str],
-    out: str | Path,
-    *,
-    seed: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seconds: float | None = None,
-    size: tuple[int, int] | None = None,
-    repeat: int = 1,
-    progress: Progress | None = None,
-    rewritten: Sequence[str] = (),
-) -> Iterator[Path]:
+    source: str | Path, prompts: Sequence[str], out: str | Path, *, seed: int | None = None, steps: int | None = None,
+    guidance: float | None = None, seconds: float | None = None, size: tuple[int, int] | None = None, repeat: int = 1,
+    progress: Progress | None = None, rewritten: Sequence[str] = (), own: Rank | None = None,
+) -> Iterator[Path]:  # fmt: skip
     """Samples `repeat` clips of each prompt into ``out`` (``out-00.mp4``, ``out-01.mp4``, ... for several); yields the
     MP4s one by one.
 
@@ -47,15 +39,17 @@ def sample_to_files(
 
     Args:
         rewritten: what is shown to the text encoders instead of each prompt; it is noted as `rewritten`.
+        own: this process among ranks that share the clips; only its own are made and yielded.
     Raises:
         RecipeError: no weights at `source` or of a frozen part, no prompt, or `out` is no .mp4 that can be written.
-        ValueError: a size or length that the model cannot make.
-    """
+        ValueError: a size or length that the model cannot make."""
     takes = clips.takes_of(prompts, rewritten, repeat)
     if not takes:
         raise RecipeError("There is no prompt. Give --prompt, or --prompts with a file of one prompt a line.")
     paths = clip_paths(out, len(takes))
     weights = find_weights(source)
+    if own is not None:
+        takes, paths = takes[own.rank :: own.ranks], paths[own.rank :: own.ranks]
     module = load_denoiser(weights)
     settings = clips.settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clips.clip_size(module, seconds, size)
@@ -64,13 +58,9 @@ def sample_to_files(
 
 
 def sample_again(
-    made: str | Path,
-    out: str | Path,
-    source: str | Path | None = None,
-    *,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress | None = None,
-) -> Path:
+    made: str | Path, out: str | Path, source: str | Path | None = None, *,
+    say: Callable[[str], None] = lambda line: None, progress: Progress | None = None,
+) -> Path:  # fmt: skip
     """Makes a clip again from what its MP4 notes: on the same machine with the same versions, the same bits.
 
     Args:
@@ -81,8 +71,7 @@ def sample_again(
         say: is told what differs from when the clip was made: versions, device, threads.
     Raises:
         RecipeError: the MP4 has no notes, its weights are not there, or those there (or those of a frozen part) are
-            others.
-    """
+            others."""
     clip_paths(out, 1)
     noted = read_notes(made)
     weights = _weights_of(noted, made, source)
@@ -108,25 +97,17 @@ def _weights_of(noted: Noted, made: str | Path, source: str | Path | None) -> Pa
 
 
 def _write_takes(
-    module: LinGenModule,
-    takes: Sequence[clips.Take],
-    paths: Sequence[Path],
-    clip: clips.ClipSize,
-    settings: SampleConfig,
-    shared: Notes,
-    progress: Progress | None,
-) -> Iterator[Path]:
+    module: LinGenModule, takes: Sequence[clips.Take], paths: Sequence[Path], clip: clips.ClipSize,
+    settings: SampleConfig, shared: Notes, progress: Progress | None,
+) -> Iterator[Path]:  # fmt: skip
     """Each clip's latents, with everything that decoding needs to know, and then what `decode_file` makes of them."""
     sampled = clips.sample_takes(module, takes, clip, settings, best_device(), progress)
     for take, path, latents in zip(takes, paths, sampled, strict=True):
         metadata = {
-            "format": LATENTS_FORMAT,
-            "autoencoder": module.recipe.autoencoder,
-            "frames": clip.frames,
-            "fps": clip.fps,
+            "format": LATENTS_FORMAT, "autoencoder": module.recipe.autoencoder, "frames": clip.frames, "fps": clip.fps,
             "about": notes_on(shared, take, module.device),
             "decoding": {"way": settings.decode, "tile": settings.tile},
-        }
+        }  # fmt: skip
         kept = path.with_suffix(LATENTS_SUFFIX)
         write_tensors(kept, {"latents": latents}, {name: json.dumps(value) for name, value in metadata.items()})
         yield decode_file(kept, path)
@@ -142,8 +123,7 @@ def clip_paths(out: str | Path, count: int, beside: Sequence[str] = (".png", LAT
     Args:
         beside: suffixes of the files that are written beside each MP4.
     Raises:
-        RecipeError: one of the files cannot be written.
-    """
+        RecipeError: one of the files cannot be written."""
     path = check_target(out, ".mp4")
     paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{n:02d}{path.suffix}") for n in range(count)]
     for one in paths:
@@ -162,8 +142,7 @@ def decode_file(
         way, tile: in place of the `sample.decode` and `sample.tile` that it was sampled with.
     Raises:
         RecipeError: the file holds no latents of lingen, the autoencoder's weights are missing, or `out` is no .mp4
-            that can be written.
-    """
+            that can be written."""
     clip_paths(out, 1, [".png"])
     tensor, metadata = read_latents(latents)
     autoencoder = AUTOENCODERS.build(metadata["autoencoder"]).eval().requires_grad_(False).to(best_device())
@@ -173,7 +152,13 @@ def decode_file(
     about = metadata["about"]
     shown: list[np.ndarray] = []
     keep = sheet_frames(metadata["frames"])
-    path = save_video(_noting(frames, keep, shown), out, metadata["fps"], title=about["prompt"], about=about)
+
+    def passed_on() -> Iterator[np.ndarray]:
+        for number, frame in enumerate(frames):
+            shown.extend([frame] * (number in keep))
+            yield frame
+
+    path = save_video(passed_on(), out, metadata["fps"], title=about["prompt"], about=about)
     contact_sheet([np.stack(shown)], Path(out).with_suffix(".png"), [about["prompt"]])
     return path
 
@@ -191,11 +176,3 @@ def read_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
             return file.get_tensor("latents"), {name: json.loads(value) for name, value in metadata.items()}
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{path} cannot be read as latents of `lingen sample`: {error}.") from error
-
-
-def _noting(frames: Iterable[np.ndarray], keep: set[int], shown: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Passes frames on and stores those whose number is in `keep`."""
-    for number, frame in enumerate(frames):
-        if number in keep:
-            shown.append(frame)
-        yield frame

@@ -23,8 +23,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu", dtype: t
             a scan's memory stay float32), of an autoencoder throughout.
     Raises:
         RecipeError: no weights there, or weights that do not fit the recipe inside.
-        ValueError: for another dtype.
-    """
+        ValueError: for another dtype."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"A model is loaded in torch.float32 or torch.bfloat16, got {dtype}.")
     module = load_module(path)

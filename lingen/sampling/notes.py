@@ -34,37 +34,23 @@ def notes_of(module: LinGenModule, weights: Path, clip: ClipSize, settings: Samp
 
     Args:
         weights: the file that holds the weights, or will hold them.
-        settings: the recipe's, with what was given in their place.
-    """
-    recipe = as_plain(module.recipe)
+        settings: the recipe's, with what was given in their place."""
+    recipe = json.dumps(as_plain(module.recipe), sort_keys=True)
     how = {key: value for key, value in as_plain(settings).items() if key != "prompts"}
     return {
-        "format": NOTES_FORMAT,
-        "recipe": module.recipe.name,
-        "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-        "stage": module.recipe.stage,
-        "weights": str(weights.resolve()),
-        "weights_sha256": hash_tensors(averaged_state(module), whole_of),
-        "frozen": frozen_settings(module.recipe),
-        **how,
-        "frames": clip.frames,
-        "size": list(clip.size),
-        "fps": clip.fps,
-    }
+        "format": NOTES_FORMAT, "recipe": module.recipe.name, "stage": module.recipe.stage,
+        "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(), "weights": str(weights.resolve()),
+        "weights_sha256": hash_tensors(averaged_state(module), whole_of), "frozen": frozen_settings(module.recipe),
+        **how, "frames": clip.frames, "size": list(clip.size), "fps": clip.fps,
+    }  # fmt: skip
 
 
 def notes_on(shared: Notes, take: Take, device: torch.device) -> Notes:
     """The notes of one clip. `rewritten` is there where that was asked for."""
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "prompt": take.prompt,
-        **({} if take.rewritten is None else {"rewritten": take.rewritten}),
-        "repetition": take.repetition,
-        **shared,
-        "device": place,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
+    rewritten = {} if take.rewritten is None else {"rewritten": take.rewritten}
+    own = {"device": place, "threads": torch.get_num_threads(), "versions": versions()}
+    return {"prompt": take.prompt, **rewritten, "repetition": take.repetition, **shared, **own}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,7 @@ def set_precision(module: LinGenModule, precision: str) -> bool:
     where the trainer's precision has bf16.
     Raises:
         RecipeError: for weights that are in lower precision already, for 8 bits on a GPU that has no such products, or
-            where no layer is large enough for them.
-    """
+            where no layer is large enough for them."""
     is_low, on_cuda = "bf16" in str(module.recipe.trainer.get("precision", "")), module.device.type == "cuda"
     if module.average is not None:
         # On a CPU as `lingen sample` does there, in float32, unless the weights are gathered in bfloat16.

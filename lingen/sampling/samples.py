@@ -38,8 +38,7 @@ def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: 
     All ranks sample every clip together, since each may hold a part of the weights; the first one decodes and writes.
     Stopped, on all of them, between two clips where any got a signal.
 
-    The MP4s note what `lingen sample` notes: with the stage's weights, once it is finished, they can be made again.
-    """
+    The MP4s note what `lingen sample` notes: with the stage's weights, once it is finished, they can be made again."""
     if not prompts:
         return
     target, takes = folder.samples(str(module.recipe.stage), step), takes_of(prompts)
@@ -136,15 +135,8 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     sign("score")
     real, real_captions = held_out_clips(recipe, recipe.score.clips, recipe.score.split)
     step = folder.finished_steps(str(recipe.stage))
-    result = {
-        "step": step,
-        "split": recipe.score.split,
-        "sampled": asdict(judge(clips, captions)),
-        "real": asdict(judge(real, real_captions)),
-    }
-    target = folder.samples("score", step)
+    scores = {"sampled": asdict(judge(clips, captions)), "real": asdict(judge(real, real_captions))}
+    target, about = folder.samples("score", step), notes_on(shared, takes[0], module.device)
     contact_sheet(clips, target / SHEET, captions)
-    save_video(
-        clips[0], target / "00.mp4", clip.fps, title=captions[0], about=notes_on(shared, takes[0], module.device)
-    )
-    write_json(folder.score, result)
+    save_video(clips[0], target / "00.mp4", clip.fps, title=captions[0], about=about)
+    write_json(folder.score, {"step": step, "split": recipe.score.split, **scores})

@@ -62,7 +62,7 @@ def _read(folder: RunFolder, name: str) -> Compared:
     status, about = status_of(folder.path), json.loads(folder.about.read_text(encoding="utf-8"))
     changes = [f"{one['stage']} {one['step']}: {told(one['changes'])}" for one in about.get("history", ())]
     recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) if folder.recipe.is_file() else {}
-    settings = dict(_leaves(recipe)) | {name: as_cell(about.get(name)) for name in ("commit", "versions")}
+    settings = dict(leaves(recipe)) | {name: as_cell(about.get(name)) for name in ("commit", "versions")}
     settings["changed on the way"] = "; ".join(one for one in changes if not one.endswith(": "))
     scores = json.loads(folder.score.read_text(encoding="utf-8"))["sampled"] if folder.score.is_file() else {}
     ranks = next((one["ranks"] for one in reversed(read_sessions(folder))), 1)
@@ -88,11 +88,11 @@ def _read(folder: RunFolder, name: str) -> Compared:
     return Compared(folder, list(status.stages), told_of, settings, scores, points)
 
 
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Dotted key and value of each setting in a recipe, whatever version wrote it."""
     if isinstance(node, dict):
         for word, value in node.items():
-            yield from _leaves(value, f"{key}.{word}")
+            yield from leaves(value, f"{key}.{word}")
     else:
         yield key[1:], as_cell(node)
 
@@ -145,6 +145,6 @@ def cell_of(value: Any) -> str:
     """A number, an interval, or a number with its interval; a text stays as it is."""
     if isinstance(value, list):
         return f"{cell_of(value[0])} " * (len(value) > 2) + f"[{cell_of(value[-2])}, {cell_of(value[-1])}]"
-    if value is None or isinstance(value, str):
-        return value or "-"
+    if value is None or isinstance(value, str) or value != value:
+        return value if value and isinstance(value, str) else "-"
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}" if abs(value) < 1e10 else f"{value:.3g}"

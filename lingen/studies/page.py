@@ -3,9 +3,10 @@
 import base64
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import av
@@ -30,12 +31,28 @@ def page_of(found: dict[str, Any], runs: Sequence[Compared]) -> str:
     """The whole page of what `compare_runs` found."""
     overview, differ = tables_of(found)
     title, clips = escape(f"{found['metric']} of {len(runs)} runs"), _samples(runs)
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
-<h1>{title}</h1>{_table(overview)}<h2>Curves</h2>{_curves(found)}<h2>Settings that differ</h2>{_table(differ)}
-<h2>Clips of the same prompts</h2>{_table(clips) if clips else "<p>There are none yet.</p>"}"""
+    return whole_page(
+        title,
+        {
+            "": table(overview), "Curves": _curves(found), "Settings that differ": table(differ),
+            "Clips of the same prompts": table(clips) if clips else "<p>There are none yet.</p>",
+        },
+    )  # fmt: skip
 
 
-def _table(rows: Sequence[dict[str, str]]) -> str:
+def whole_page(title: str, parts: Mapping[str, str]) -> str:
+    """A page of parts, each under its heading.
+
+    Args:
+        title: escaped, as the parts are.
+    """
+    body = "".join(f"<h2>{name}</h2>{part}" if name else part for name, part in parts.items())
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    return f'<!doctype html><html lang="en">{head}<style>{STYLE}</style><main><h1>{title}</h1>{body}</main>'
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows, whose cells are escaped unless they are an `Element`."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[row.get(name, "") for name in names] for row in rows]
     lines = ["".join(f"<td>{one if isinstance(one, Element) else escape(one)}" for one in line) for line in cells]
@@ -53,6 +70,11 @@ def _curves(found: dict[str, Any]) -> str:
         lines += axes.plot(*zip(*thin, strict=True) if thin else ([], []), marker="." if len(thin) < 30 else None)
     for text in axes.legend(lines, [one["run"] for one in found["runs"]], fontsize=8).get_texts():
         text.set_parse_math(False)
+    return svg_of(figure)
+
+
+def svg_of(figure: Figure) -> str:
+    """A drawing as an element of HTML."""
     drawn = io.StringIO()
     with rc_context({"svg.fonttype": "none"}):  # letters stay letters
         figure.savefig(drawn, format="svg")
@@ -71,9 +93,18 @@ def _samples(runs: Sequence[Compared]) -> list[dict[str, str]]:
 
 def _strips(run: Compared) -> Iterator[tuple[str, str]]:
     """Prompt -> its row in the contact sheet of the clips that were sampled last."""
-    found = (path for stage in run.stages for path in sorted(run.folder.path.glob(f"samples/{stage}-[0-9]*/sheet.png")))
-    with suppress(OSError, ValueError, IndexError, ZeroDivisionError):  # there is none, or it is being written
-        sheet = [*found][-1]
+    return strips_of(sheets[-1]) if (sheets := sheets_of(run)) else iter(())
+
+
+def sheets_of(run: Compared) -> list[Path]:
+    """The contact sheets of the clips of `sample.prompts`, from the first stage to the last."""
+    found = (sorted(run.folder.path.glob(f"samples/{stage}-[0-9]*/sheet.png")) for stage in run.stages)
+    return [sheet for each in found for sheet in each]
+
+
+def strips_of(sheet: Path) -> Iterator[tuple[str, Element]]:
+    """Prompt -> its row in a contact sheet, as a picture."""
+    with suppress(OSError, ValueError, IndexError, ZeroDivisionError):  # it is being written
         clips, whole = sorted(sheet.parent.glob("[0-9]*.mp4")), Image.open(sheet).convert("RGB")
         height = whole.height // len(clips)
         for number, clip in enumerate(clips):

@@ -8,11 +8,8 @@ from typing import Any
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 WEIGHTS_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 """Names of weights files, in the order in which transformers looks for them."""
 FILES_END = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 TORCH = (b"PK", b"\x80")
@@ -26,8 +23,7 @@ class Lacking(ValueError):
     Args:
         what: the fault as half a sentence, which the message completes.
         cure: what helps; None: the right files.
-        elsewhere: the right files belong in another folder, since this one holds something else.
-    """
+        elsewhere: the right files belong in another folder, since this one holds something else."""
 
     def __init__(self, what: str, cure: str | None = None, *, elsewhere: bool = False):
         super().__init__(what)
@@ -53,8 +49,7 @@ def check_model(path: Path, families: Collection[str] | None, *, tokenizer: bool
 
     Args:
         families: `model_type`s that will do; None: any.
-        tokenizer: its files must be there, too.
-    """
+        tokenizer: its files must be there, too."""
     if not path.is_dir():
         raise Lacking("it is a file, not a folder" if path.is_file() else "there is no such folder")
     config = read_json(path / "config.json")

@@ -71,8 +71,7 @@ def fault_of(prompt: str, text: str, ended: bool, max_tokens: int) -> str | None
     Args:
         prompt: the user's.
         text: what `clean` gave.
-        ended: whether the model stopped before `max_tokens`.
-    """
+        ended: whether the model stopped before `max_tokens`."""
     if not ended:
         return f"It has not come to an end after {max_tokens} tokens."
     if not text:

@@ -27,13 +27,9 @@ Precision = Annotated[
     IDENTITY,
     "of the network; auto: bf16 on a GPU, fp32 elsewhere (a large T5 overflows fp16)",
 ]
-Read = Annotated[
-    Literal["prompt", "quoted"], IDENTITY, "the whole prompt, or only what stands in quotes, to be seen as writing"
-]
+Read = Annotated[Literal["prompt", "quoted"], IDENTITY, "the prompt, or only what it quotes, to be seen as writing"]
 Device = Annotated[Literal["auto", "cpu", "cuda"], FREE, "where it runs; auto: where the denoiser is"]
-BatchSetting = Annotated[
-    int, AtLeast(1), FREE, "texts that run at once; with 1, a text has the same bits in any company"
-]
+BatchSetting = Annotated[int, AtLeast(1), FREE, "texts run at once; with 1, a text has the same bits in any company"]
 
 REMEMBERED = 256 * 2**20
 """Bytes of an encoder's cache of tokens (ours): some 300 prompts of UL2, thousands of a small encoder."""

@@ -34,8 +34,7 @@ class MetaCLIP(LocalEncoder):
     """MetaCLIP-H14's text tower (arXiv 2309.16671), token by token, which carries how the clip looks.
 
     Takes a folder of open_clip (with open_clip_config.json), one of transformers (a CLIP's config.json), or a file of
-    weights whose architecture open_clip knows by name. The published H14 is 1024 wide, bigG14 is 1280 wide.
-    """
+    weights whose architecture open_clip knows by name. The published H14 is 1024 wide, bigG14 is 1280 wide."""
 
     name, public, home = "metaclip", "timm/vit_huge_patch14_clip_224.metaclip_2pt5b", "weights/metaclip-h14"
 
@@ -43,7 +42,7 @@ class MetaCLIP(LocalEncoder):
         self,
         *,
         path: Annotated[
-            str | None, IDENTITY, CONTENT, "its local folder, or its file of weights; nothing is ever downloaded"
+            str | None, IDENTITY, CONTENT, "local folder, or file of weights; nothing is downloaded"
         ] = None,
         architecture: Annotated[str, IDENTITY, "open_clip's name for it, where path is a file"] = "ViT-H-14-quickgelu",
         dim: Dim = 1024,
@@ -97,9 +96,8 @@ class MetaCLIP(LocalEncoder):
 
             if self.architecture not in open_clip.list_models():
                 close = did_you_mean(self.architecture, open_clip.list_models())
-                raise Lacking(
-                    f"open_clip knows no {self.architecture}.{close}", "set architecture in this text encoder"
-                )
+                cure = "set architecture in this text encoder"
+                raise Lacking(f"open_clip knows no {self.architecture}.{close}", cure)
             config = open_clip.get_model_config(self.architecture)
         text = config.get("text_cfg")
         if not isinstance(text, dict) or "embed_dim" not in config:
@@ -119,8 +117,7 @@ class ClipReader:
         longest: ids of a text.
         device: where the tower is.
         pooled: give the pooled embedding as one more token.
-        spelling: settings of open_clip's tokenizer.
-    """
+        spelling: settings of open_clip's tokenizer."""
 
     special = 2  # a start and an end
 

@@ -23,16 +23,10 @@ class _T5Family(local.LocalEncoder):
     """The encoder's half of any T5: `config.json` tells which, and whether the tokenizer is ByT5's, without files."""
 
     def __init__(
-        self,
-        *,
-        path: local.PathSetting = None,
-        dim: local.Dim = 4096,
-        max_tokens: local.MaxTokens = 512,
-        precision: local.Precision = "auto",
-        read: local.Read = "prompt",
-        device: local.Device = "auto",
+        self, *, path: local.PathSetting = None, dim: local.Dim = 4096, max_tokens: local.MaxTokens = 512,
+        precision: local.Precision = "auto", read: local.Read = "prompt", device: local.Device = "auto",
         batch: local.BatchSetting = 1,
-    ):
+    ):  # fmt: skip
         super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
     def inspect(self, path: Path) -> None:
@@ -69,18 +63,11 @@ class ByT5(_T5Family):
     name, public, home, unit = "byt5", "google/byt5-small", "weights/byt5-small", "bytes"
 
     def __init__(
-        self,
-        *,
-        path: local.PathSetting = None,
-        dim: local.Dim = 1472,
-        max_tokens: Annotated[
-            int, AtLeast(1), IDENTITY, "bytes that are read; the rest is cut, with a warning (ours)"
-        ] = 256,
-        precision: local.Precision = "auto",
-        read: local.Read = "prompt",
-        device: local.Device = "auto",
+        self, *, path: local.PathSetting = None, dim: local.Dim = 1472,
+        max_tokens: Annotated[int, AtLeast(1), IDENTITY, "bytes read; the rest is cut, with a warning (ours)"] = 256,
+        precision: local.Precision = "auto", read: local.Read = "prompt", device: local.Device = "auto",
         batch: local.BatchSetting = 1,
-    ):
+    ):  # fmt: skip
         super().__init__(
             path=path, dim=dim, max_tokens=max_tokens, precision=precision, read=read, device=device, batch=batch
         )
@@ -95,25 +82,16 @@ class ByT5(_T5Family):
 class Llama(local.LocalEncoder):
     """A decoder's hidden states: Llama (arXiv 2407.21783), Mistral, Qwen, Gemma, Phi; base and chat models alike.
 
-    The text is read as it is, without a chat's template. The start of the sequence is read but gives no token.
-    """
+    The text is read as it is, without a chat's template. The start of the sequence is read but gives no token."""
 
     name, public, home = "llama", "meta-llama/Llama-3.1-8B-Instruct", "weights/llama-3.1-8b"
 
     def __init__(
-        self,
-        *,
-        path: local.PathSetting = None,
-        dim: local.Dim = 4096,
-        layer: Annotated[
-            int, IDENTITY, "whose states are read: -1 the last, after the final norm; 0 the embeddings"
-        ] = -1,
-        max_tokens: local.MaxTokens = 256,
-        precision: local.Precision = "auto",
-        read: local.Read = "prompt",
-        device: local.Device = "auto",
-        batch: local.BatchSetting = 1,
-    ):
+        self, *, path: local.PathSetting = None, dim: local.Dim = 4096,
+        layer: Annotated[int, IDENTITY, "whose states are read: -1 the last, after the norm; 0 the embeddings"] = -1,
+        max_tokens: local.MaxTokens = 256, precision: local.Precision = "auto", read: local.Read = "prompt",
+        device: local.Device = "auto", batch: local.BatchSetting = 1,
+    ):  # fmt: skip
         super().__init__(path, dim, max_tokens, precision, read, device, batch)
         self.layer = layer
 
@@ -139,16 +117,10 @@ class BERT(local.LocalEncoder):
     name, public, home = "bert", "sentence-transformers/all-MiniLM-L6-v2", "weights/minilm"
 
     def __init__(
-        self,
-        *,
-        path: local.PathSetting = None,
-        dim: local.Dim = 384,
-        max_tokens: local.MaxTokens = 256,
-        precision: local.Precision = "auto",
-        read: local.Read = "prompt",
-        device: local.Device = "auto",
+        self, *, path: local.PathSetting = None, dim: local.Dim = 384, max_tokens: local.MaxTokens = 256,
+        precision: local.Precision = "auto", read: local.Read = "prompt", device: local.Device = "auto",
         batch: local.BatchSetting = 1,
-    ):
+    ):  # fmt: skip
         super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
     def inspect(self, path: Path) -> None:

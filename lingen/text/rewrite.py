@@ -46,8 +46,7 @@ class Rewriter:
 
     Args:
         how: the section `rewrite` of a recipe.
-        device: where it runs; in bfloat16 on CUDA, else in float32.
-    """
+        device: where it runs; in bfloat16 on CUDA, else in float32."""
 
     def __init__(self, how: RewriteConfig, device: str | torch.device = "cpu"):
         self.how = how
@@ -75,8 +74,7 @@ class Rewriter:
         `fault`. An empty prompt stays as it is. RecipeError where there is no such model, or it is no chat model.
 
         Args:
-            progress: called with the prompts done and all of them.
-        """
+            progress: called with the prompts done and all of them."""
         check_ready([self])
         kept = _Kept(self.settings)
         known = {one: kept.get(one) for one in dict.fromkeys(prompts) if one.strip()}
@@ -106,13 +104,10 @@ class Rewriter:
         """Everything besides the prompt on which a text depends. Reads pieces of the weights."""
         drawn = {"temperature": self.how.temperature, "seed": self.how.seed} if self.how.temperature else {}
         return {
-            "made_by": "lingen prompts rewrite",
-            "instruction": INSTRUCTION_VERSION,
-            "weights": hash_weights(Path(str(self.path))),
-            "precision": str(self.dtype).removeprefix("torch."),
-            "max_tokens": self.how.max_tokens,
-            **drawn,
-        }
+            "made_by": "lingen prompts rewrite", "instruction": INSTRUCTION_VERSION,
+            "weights": hash_weights(Path(str(self.path))), "precision": str(self.dtype).removeprefix("torch."),
+            "max_tokens": self.how.max_tokens, **drawn,
+        }  # fmt: skip
 
     def _write(self, prompts: list[str]) -> Iterator[Rewritten]:
         if self._chat is None:

@@ -18,10 +18,10 @@ _START = 256  # the id after the last byte
 
 @checked
 class Words(nn.Module):
-    """Hashed lower-case words: an embedding plus a learned position, for captions of few words.
+    """Hashed lower-case words: an embedding plus a learned position, for captions of few words; with `depth` a small
+    transformer encoder tells each word of the others.
 
-    Two words may share a bucket; with 4,096 buckets and 20 words the chance of that is 5%.
-    """
+    Two words may share a bucket; with 4,096 buckets and 20 words the chance of that is 5%."""
 
     trainable = True
 
@@ -31,6 +31,7 @@ class Words(nn.Module):
         dim: Annotated[int, AtLeast(1), IDENTITY, "width of a token"] = 96,
         buckets: Annotated[int, AtLeast(1), IDENTITY, "rows of the embedding, into which words are hashed"] = 4096,
         max_tokens: Annotated[int, AtLeast(1), IDENTITY, "words that are read; the rest is cut, with a warning"] = 32,
+        depth: Annotated[int, AtLeast(0), IDENTITY, "layers of the encoder; 0: none, each word for itself"] = 0,
     ):
         super().__init__()
         self.dim = dim
@@ -38,11 +39,11 @@ class Words(nn.Module):
         self.embedding = nn.Embedding(buckets, dim)
         undecayed(self.embedding.weight)
         self.position = undecayed(nn.Parameter(torch.randn(max_tokens, dim) * 0.1))
+        self.layers = _layers(dim, depth) if depth else None
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """Tokens of the longest text's length, at least 1; an empty text is masked all over."""
-        ids, mask = self.read_ids(texts)
-        return self.embed(ids.to(self.position.device), mask.to(self.position.device))
+        return self.embed(*(one.to(self.position.device) for one in self.read_ids(texts)))
 
     def read_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """What `embed` takes, on the CPU."""
@@ -50,7 +51,10 @@ class Words(nn.Module):
         return padded(ids, few_up_to=len(self.position) if self.position.is_cuda else None)
 
     def embed(self, ids: Tensor, mask: Tensor) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        return self.embedding(ids) + self.position[: ids.shape[1]], mask
+        hidden = self.embedding(ids) + self.position[: ids.shape[1]]
+        if self.layers is not None:  # an empty text attends to its padding, as a softmax over nothing is NaN
+            hidden = self.layers(hidden, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
+        return hidden, mask
 
     def _ids(self, text: str) -> list[int]:
         words = re.findall(r"\w+", text.lower())
@@ -76,12 +80,7 @@ class Bytes(nn.Module):
         self.embedding = nn.Embedding(_START + 1, dim)
         undecayed(self.embedding.weight)
         self.position = undecayed(nn.Parameter(torch.randn(max_tokens + 1, dim) * 0.1))
-        layer = nn.TransformerEncoderLayer(
-            dim, head_count(dim, None), 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        for copy in self.layers.layers:
-            undecayed(copy.self_attn.in_proj_weight)
+        self.layers = _layers(dim, depth)
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """A token for the start and one for each byte; an empty text is masked all over."""
@@ -98,3 +97,13 @@ class Bytes(nn.Module):
     def embed(self, ids: Tensor, real: Tensor, empty: Tensor) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         hidden = self.layers(self.embedding(ids) + self.position[: ids.shape[1]], src_key_padding_mask=~real)
         return hidden, real & ~empty[:, None]
+
+
+def _layers(dim: int, depth: int) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(
+        dim, head_count(dim, None), 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    for copy in layers.layers:
+        undecayed(copy.self_attn.in_proj_weight)
+    return layers

@@ -20,8 +20,7 @@ class TransformersReader:
         tokenizer: of transformers.
         layer: whose states are read: -1 the last, after the final norm; 0 the embeddings.
         skip: an id that is read but gives no token where it comes first. A causal network's start sees nothing but
-            itself, so it is the same for every text.
-    """
+            itself, so it is the same for every text."""
 
     def __init__(self, network: Any, tokenizer: Any, *, layer: int = -1, skip: int | None = None):
         self.network, self.tokenizer = network, tokenizer

@@ -38,8 +38,7 @@ class AutoencoderModule(Trained):
     from the weights there, else from fresh ones.
 
     Args:
-        recipe: a loaded stage.
-    """
+        recipe: a loaded stage."""
 
     optional = ("discriminator.",)
 
@@ -107,8 +106,7 @@ class AutoencoderModule(Trained):
 
         The gradients are taken at the reconstruction, once for the terms that compare and once for the adversarial
         one: so their ratio at the decoder's last layer (`losses.adaptive_weight`) costs that layer's backward pass
-        alone, and what the perceptual distance keeps is freed before the decoder's backward.
-        """
+        alone, and what the perceptual distance keeps is freed before the decoder's backward."""
         settings, seen = self.settings, video.detach().requires_grad_()
         terms["l1"] = losses.l1(seen, clips).mean()
         terms["perceptual"] = self.distance(seen, clips, uniform)
@@ -146,8 +144,7 @@ class AutoencoderModule(Trained):
         each.
 
         Args:
-            uniform: [b] in [0, 1), the frame's position within each part.
-        """
+            uniform: [b] in [0, 1), the frame's position within each part."""
         frames = video.shape[2]
         count = min(self.settings.perceptual_frames or frames, frames)
         part = frames / count
@@ -238,8 +235,7 @@ class AutoencoderModule(Trained):
         """Puts mean and standard deviation of each channel over the first `count` batches into the autoencoder's
         buffers `mean` and `std`, so that `encode` gives latents of a spread near 1, as the noise has.
 
-        Over the posterior's means, of all positions alike, in float64. Raises ValueError where there is no batch.
-        """
+        Over the posterior's means, of all positions alike, in float64. Raises ValueError where there is no batch."""
         total = square = torch.zeros((), dtype=torch.float64)
         positions = 0
         for batch in islice(batches, count):

@@ -22,8 +22,7 @@ class AveragedWeights:
 
     Args:
         parameters: name -> parameter; the average starts as a copy of them.
-        decay: 0..1, the largest decay; or the width of a power function, of which g follows.
-    """
+        decay: 0..1, the largest decay; or the width of a power function, of which g follows."""
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float | PowerAverage):
         self.decay = decay

@@ -1,4 +1,4 @@
-"""The common part of all trainings: AdamW, averaged weights, the guard against non-finite steps, logging."""
+"""The common part of all trainings: optimiser, averaged weights, the guard against non-finite steps, logging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from lingen.blocks.layers import decays
 from lingen.data.batch import Batch
 from lingen.data.ledger import is_cut
 from lingen.plan.forecast import Plan, peak_flops, plan
+from lingen.plan.practice import build_optimizer
 from lingen.ranks.collectives import gather_objects, is_connected, is_first_rank, place, together
+from lingen.recipe.registry import DECAYS
 from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
 from lingen.training.checkpoint import moments_of, open_checkpoint, restore
@@ -38,8 +40,7 @@ class Trained(lightning.LightningModule):
     Frozen parts run without gradients and stay out of checkpoints.
 
     Args:
-        recipe: a loaded stage.
-    """
+        recipe: a loaded stage."""
 
     optional: tuple[str, ...] = ()
     """Prefixes of names that only some stages have: weights to load may lack them, and may hold ones that are not
@@ -57,7 +58,7 @@ class Trained(lightning.LightningModule):
         self.checkpoint: Path | None = None
         """What the stage goes on from, read when the strategy has set everything up."""
         self.moments_from: Path | None = None
-        """A checkpoint of the stage before, whose moments AdamW takes over where the recipe keeps them."""
+        """A checkpoint of the stage before, whose moments the optimiser takes over, where the recipe keeps them."""
         self._seen: list[tuple[list[str], Tensor]] = []
         """Of each batch of this step, the samples and their losses."""
         self.spikes = SpikeWatch()
@@ -124,24 +125,16 @@ class Trained(lightning.LightningModule):
         return self
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self._groups(), fused=fused_here(self) or None)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor),
-                "interval": "step",
-            },
-        }
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """`parameter_groups`, each with all of its settings."""
-        settings = self.recipe.train
-        return [{"lr": settings.lr, "betas": settings.betas, **group} for group in self.parameter_groups()]
+        optimizer = build_optimizer(self.recipe.train, self.parameter_groups())
+        for group in optimizer.param_groups if fused_here(self) else ():
+            group |= {"fused": True, "foreach": False}
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def follow_recipe(self, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
         """Gives optimiser and schedule the settings of the recipe: Lightning has just given them those of the
         checkpoint, which may be others. The place in the schedule and the moments stay."""
-        for group, own in zip(optimizer.param_groups, self._groups(), strict=True):
+        for group, own in zip(optimizer.param_groups, self.parameter_groups(), strict=True):
             factor = self._lr_factor(scheduler.last_epoch)
             group.update({key: value for key, value in own.items() if key != "params"})
             group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor
@@ -150,21 +143,20 @@ class Trained(lightning.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay applies to the weights of linear layers and convolutions, not to norms, biases, tables or a_log,
-        as each says where it is made (`lingen.blocks.layers.undecayed`)."""
-        trained, rate = self.trained_parameters().items(), self.recipe.train.weight_decay
+        as each says where it is made (`lingen.blocks.layers.undecayed`). Each group has all of its settings."""
+        trained, its = self.trained_parameters().items(), self.recipe.train
+        both = {decay: [p for name, p in trained if (name in self.decayed) == decay] for decay in (True, False)}
         return [
-            {"params": [p for name, p in trained if (name in self.decayed) == decay], "weight_decay": rate * decay}
-            for decay in (True, False)
+            {"params": own, "decays": decay, "weight_decay": its.weight_decay * decay, "lr": its.lr, "betas": its.betas}
+            for decay, own in both.items()
         ]
 
     def _lr_factor(self, step: int) -> float:
         settings = self.recipe.train
         if step < settings.warmup:
             return (step + 1) / settings.warmup
-        if settings.decay == "constant":
-            return 1.0
-        done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        steps = max(0, settings.steps - settings.warmup)
+        return float(DECAYS.build(settings.decay, min(step - settings.warmup, steps), steps))
 
     def clipped_together(self) -> Sequence[Iterable[nn.Parameter]]:
         """Sets of parameters, each of which has its gradient clipped as one; the first one's norm is logged."""
@@ -293,8 +285,7 @@ class Trained(lightning.LightningModule):
 
         Args:
             losses: [b], of each sample: positive numbers by which steps are compared, or not finite.
-            tokens: of the batch.
-        """
+            tokens: of the batch."""
         self._batch = batch
         self._seen.append((batch.keys, losses.detach()))
         of_model, of_hardware = self.flop_of_training(batch.kind)
@@ -312,8 +303,7 @@ class Trained(lightning.LightningModule):
     def log_row(self, values: dict[str, float]) -> None:
         """Hands values to metrics.csv, and to every logger under the stage's name and the steps of the whole run.
 
-        Not through `self.log`, which would repeat a value at every step until it changes.
-        """
+        Not through `self.log`, which would repeat a value at every step until it changes."""
         self.write_row(self.global_step, values)
         for logger in self.trainer.loggers:
             tagged = {f"{self.recipe.stage or 'main'}/{name}": value for name, value in values.items()}
@@ -338,8 +328,8 @@ class Trained(lightning.LightningModule):
         values["lr"] = self._lr
         values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        for name, flop in [(name, values.pop(name, 0.0)) for name in ("mfu", "hfu")]:
-            if peak is not None and flop:
+        for name in ("mfu", "hfu"):
+            if (flop := values.pop(name, 0.0)) and peak is not None:
                 values[name] = flop / seconds / (peak * self.trainer.world_size)
         values["steps_per_second"] = (self.global_step - self._started[1]) / seconds
         self._started = (clock.perf_counter(), self.global_step)
@@ -369,9 +359,5 @@ def _samples(step: Step) -> str:
 
 def counts(batch: Batch) -> dict[str, float]:
     """What the ledger counts of a batch, under the names of metrics.csv."""
-    return {
-        "data/used": len(batch.keys),
-        "data/dropped": len(batch.drops),
-        "data/truncated": sum(map(is_cut, batch.drops)),
-        "data/retried": len(batch.retries),
-    }
+    found = {"used": len(batch.keys), "dropped": len(batch.drops), "truncated": sum(map(is_cut, batch.drops))}
+    return {f"data/{name}": count for name, count in {**found, "retried": len(batch.retries)}.items()}

@@ -38,8 +38,7 @@ def start_of(
     RecipeError where `init` or moments to keep are not there.
 
     Args:
-        every: only checkpoints of multiples of this step count.
-    """
+        every: only checkpoints of multiples of this step count."""
     recipe, name = stages[index], str(stages[index].stage)
     if folder.finished_steps(name) >= recipe.train.steps:
         return None

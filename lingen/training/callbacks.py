@@ -27,13 +27,10 @@ class StepEdge(Callback):
     Each rank counts its own samples since the last checkpoint; at a checkpoint the counts of all ranks are added up.
 
     One reduction a step tells all ranks whether any of them got a signal (`lingen.ranks.signals`) or too many
-    broken samples: they stop at the same step, with a checkpoint of it.
-    """
+    broken samples: they stop at the same step, with a checkpoint of it."""
 
     def __init__(self, folder: RunFolder, stage: str, say: Callable[[str], None]):
-        self.folder = folder
-        self.stage = stage
-        self.say = say
+        self.folder, self.stage, self.say = folder, stage, say
         self.ledger = Ledger()
         """The counts of all ranks, up to the last checkpoint."""
         self.saver: Any = None
@@ -70,8 +67,11 @@ class StepEdge(Callback):
         recipe = pl_module.recipe
         if (batch_idx + 1) % recipe.train.accumulate:
             return
-        error = self._data_error(recipe.data.max_dropped)
-        step = trainer.global_step
+        error, step = None, trainer.global_step
+        try:
+            self._own.check(recipe.data.max_dropped, self.ledger)
+        except DataError as found:  # too many of this rank's samples
+            error = str(found)
         number, is_broken, is_writing = largest(signals.noted() or 0, error is not None, self.saver.is_writing)
         if not is_writing:
             self.saver.finish()
@@ -93,23 +93,10 @@ class StepEdge(Callback):
         if step % min(settings.validate_every or settings.steps, settings.steps):
             trainer.limit_val_batches = 0
 
-    def _data_error(self, max_dropped: float) -> str | None:
-        """What is wrong with this rank's samples, if too many of them are."""
-        try:
-            self._own.check(max_dropped, self.ledger)
-        except DataError as error:
-            return str(error)
-        return None
-
     def on_validation_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for drop in batch.drops:
             if drop not in self._said:
                 self._said.add(drop)
@@ -119,8 +106,7 @@ class StepEdge(Callback):
         """Begins a checkpoint, which is complete as a whole or not there at all; one that is on its way is waited for.
 
         Args:
-            wait: return when this one is complete, too.
-        """
+            wait: return when this one is complete, too."""
         module = cast(Trained, trainer.lightning_module)
         module.settle()
         self._saved = step
@@ -156,8 +142,7 @@ class ClipsDuringTraining(Callback):
         sample: makes the clips of a step, on all ranks; it raises `Stopped` on all of them at a signal.
         is_made: whether all clips of a step are there; rank 0 is asked.
         edge: stops the stage.
-        every: the setting.
-    """
+        every: the setting."""
 
     def __init__(
         self, sample: Callable[[Trained, int], None], is_made: Callable[[int], bool], edge: StepEdge, every: str
@@ -192,8 +177,7 @@ class StageEnd(Callback):
 
     Args:
         finish: raises `Stopped` on all ranks at a signal. What is left of it is done when the run goes on.
-        edge: is told of it.
-    """
+        edge: is told of it."""
 
     def __init__(self, finish: Callable[[Trained, int], None], edge: StepEdge):
         self.finish, self.edge = finish, edge

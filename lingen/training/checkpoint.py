@@ -1,8 +1,7 @@
 """What a checkpoint holds, put together from a Trainer and its module, and given back to another one.
 
-Tensors are called ``raw.NAME`` (what is trained), ``averaged.NAME``, and after what the optimiser calls them
-``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Everything else is plain values, see `state_of`.
-"""
+Tensors are called ``raw.NAME`` (what is trained), ``averaged.NAME``, and after what the optimiser calls them, as
+``exp_avg.NAME``. Everything else is plain values, see `state_of`."""
 
 from __future__ import annotations
 
@@ -36,12 +35,9 @@ def open_checkpoint(path: Path, module: Trained) -> Stored:
     """A checkpoint of this or of the earlier form. RecipeError where it cannot be read.
 
     Args:
-        module: its names tell whose moments a checkpoint of the earlier form holds.
-    """
+        module: its names tell whose moments a checkpoint of the earlier form holds."""
     try:
-        if path.is_dir():
-            return Checkpoint(path)
-        return EarlierCheckpoint(path, module)
+        return Checkpoint(path) if path.is_dir() else EarlierCheckpoint(path, module)
     except BrokenError as error:
         raise RecipeError(f"{path} cannot be gone on from: {error}.") from error
 
@@ -55,7 +51,8 @@ def tensors_of(module: Trained, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 
 def planned_tensors(module: Trained) -> dict[str, Tensor]:
-    """Tensors of the names and sizes that a checkpoint will have once AdamW has moved every parameter."""
+    """Tensors of the names and sizes that a checkpoint will have once AdamW has moved every parameter. Where another
+    optimiser keeps more, checkpoints are written while training waits."""
     held = _copies_of(module)
     for moment in MOMENTS:
         held |= {f"{moment}.{name}": value for name, value in module.trained_parameters().items()}
@@ -70,7 +67,7 @@ def _copies_of(module: Trained) -> dict[str, Tensor]:
 
 def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
     """What is no tensor, as plain values: the place in the stage, the schedule, the order of samples, the counts of the
-    average and of AdamW, of the ledger and of steps thrown away in a row, what steps are compared with, the scale of
+    average, the optimiser, the ledger and of steps thrown away in a row, what steps are compared with, the scale of
     gradients in float16. The optimiser's settings are for whoever looks: a run goes on with those of its recipe."""
     counts = {
         name: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
@@ -84,9 +81,7 @@ def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
         "callbacks": {one.state_key: state for one in trainer.callbacks if (state := one.state_dict())},  # type: ignore[attr-defined]
         "precision": trainer.precision_plugin.state_dict(),
         "optimizer": counts,
-        "settings": [
-            {key: group[key] for key in group if key != "params"} for group in trainer.optimizers[0].param_groups
-        ],
+        "settings": [{key: one[key] for key in one if key != "params"} for one in trainer.optimizers[0].param_groups],
         "bad_steps": module.bad_steps,
         "spikes": module.spikes.state_dict(),
         "average_updates": module.average.updates if module.average is not None else 0,
@@ -98,8 +93,7 @@ def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None
 
     Raises:
         RecipeError: the checkpoint is of another model.
-        DataError: the shards hold other samples now.
-    """
+        DataError: the shards hold other samples now."""
     state = stored.state
     _fill_model(stored, module)
     load_state_by_name(module, trainer.optimizers[0], moments_of(stored, module))
@@ -131,18 +125,24 @@ def _fill_model(stored: Stored, module: Trained) -> None:
 
 def moments_of(stored: Stored, module: Trained) -> OptimizerState:
     """What the optimiser keeps, read as this rank holds each parameter, and in its type; names that the module lacks,
-    and moments of another shape, are left out."""
+    and parameters of another shape, are left out."""
     parameters, kept = module.trained_parameters(), _kept_for_parameters(stored)
     found: OptimizerState = {}
     for name, counts in stored.state["optimizer"].items():
         like = parameters.get(name)
-        if like is None or any(stored.shape(tensor) != like.shape for tensor in kept[name].values()):
+        if like is None or stored.shape(f"raw.{name}") != like.shape:
             continue
-        found[name] = dict(counts)
-        for key, tensor in kept[name].items():
-            found[name][key] = torch.empty_like(like, requires_grad=False)
-            fill_rows(found[name][key], stored, tensor)
+        found[name] = counts | {key: _read_for(like, stored, tensor) for key, tensor in kept[name].items()}
     return found
+
+
+def _read_for(parameter: Tensor, stored: Stored, name: str) -> Tensor:
+    """What an optimiser keeps of a parameter: as that is held here, or, where it has a shape of its own, whole."""
+    if stored.shape(name) != parameter.shape:
+        return stored.read(name).to(parameter.device)
+    value = torch.empty_like(parameter, requires_grad=False)
+    fill_rows(value, stored, name)
+    return value
 
 
 def _kept_for_parameters(stored: Stored) -> dict[str, dict[str, str]]:

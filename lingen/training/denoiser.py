@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -17,10 +18,11 @@ from lingen.frozen import is_trained
 from lingen.media import as_floats
 from lingen.model import LinGen, Text, resize_tables
 from lingen.ranks.heartbeat import sign
-from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.recipe.registry import AUTOENCODERS, LOSSES, TEXT_ENCODERS
 from lingen.recipe.sections import Recipe
 from lingen.text import TextEncoder, replace_rows, with_frame_rate
 from lingen.training.base import Trained
+from lingen.training.named import SquaredError
 from lingen.training.sharding import shard_denoiser
 
 TokensByEncoder = Mapping[int, tuple[Tensor, Tensor]]
@@ -48,14 +50,13 @@ class Inputs(NamedTuple):
 
 class LinGenModule(Trained):
     """A denoiser with autoencoder and text encoders: the loss of flow matching (Movie Gen, 2410.13720, section 3.1.2),
-    AdamW, averaged weights.
+    an optimiser, averaged weights.
 
     Trained parts are the denoiser and those text encoders that are `trainable`; everything else is frozen, runs without
     gradients and stays out of checkpoints. A step's randomness is a function of (seed, stage, slot), see `Batch.slots`.
 
     Args:
-        recipe: a loaded stage.
-    """
+        recipe: a loaded stage."""
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
@@ -63,6 +64,12 @@ class LinGenModule(Trained):
         self.text = nn.ModuleList(TEXT_ENCODERS.build(component) for component in recipe.text)
         self.autoencoder = AUTOENCODERS.build(recipe.autoencoder)
         self.freeze_parts()
+
+    @cached_property
+    def loss(self) -> nn.Module:
+        """`train.loss`; no child of the module, so that clips are made where it is not installed."""
+        made: nn.Module = LOSSES.build(self.recipe.train.loss)
+        return made.to(self.device)
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """Prefix of the parameters' names -> the frozen parts."""
@@ -91,31 +98,23 @@ class LinGenModule(Trained):
             return self.autoencoder.encode(as_floats(clips))
 
     def encode_text(
-        self,
-        captions: list[str],
-        fps: float,
-        stored: TokensByEncoder = MappingProxyType({}),
+        self, captions: list[str], fps: float, stored: TokensByEncoder = MappingProxyType({}),
         null: TokensByEncoder = MappingProxyType({}),
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
+    ) -> tuple[tuple[Tensor, Tensor], ...]:  # fmt: skip
         """Captions -> one (tokens [b n w], mask [b n]) per encoder; fps 0 is an image. An empty caption is no text.
 
         Args:
             stored: number of an encoder -> what it made of these captions before; not read where a caption is empty.
-            null: number of an encoder -> what it made of no text at this fps before, a row for each caption.
-        """
+            null: number of an encoder -> what it made of no text at this fps before, a row for each caption."""
         return tuple(
             self.encode_with(number, captions, fps, stored.get(number), null.get(number))
             for number in range(len(self.text))
         )
 
     def encode_with(
-        self,
-        number: int,
-        captions: list[str],
-        fps: float,
-        stored: tuple[Tensor, Tensor] | None = None,
+        self, number: int, captions: list[str], fps: float, stored: tuple[Tensor, Tensor] | None = None,
         null: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The tokens and mask of one encoder, as in `encode_text`."""
         sign()  # it may read its weights anew
         encoder = cast(TextEncoder, self.text[number])
@@ -132,37 +131,34 @@ class LinGenModule(Trained):
             return replace_rows(kept, empty, (null[0][empty], null[1][empty]))
 
     def losses(self, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
-        """Squared error of the velocity of each sample.
+        """`train.loss` of the velocity of each sample; in validation its squared error, whatever is trained with.
 
         Args:
             batch: one kind of samples.
             purpose: names the stream of random numbers: a stage's name, or ``validation`` (always the same times and
                 noise, no text left out).
         Returns:
-            losses [b] and times [b], float32 (float64 where the model is).
-        """
+            losses [b] and times [b], float32 (float64 where the model is)."""
         clips, captions = self.draw(batch, purpose)
         text = self.encode_text(captions, batch.fps, batch.text, batch.null)
-        return self.losses_of(*clips, text), clips[2]
+        loss = SquaredError() if purpose == "validation" else self.loss
+        return self.losses_of(*clips, text, loss), clips[2]
 
     def draw(self, batch: Batch, purpose: str) -> tuple[tuple[Tensor, Tensor, Tensor], list[str]]:
         """Latents and noise [b c t h w], times [b] and captions, some left out; arguments as for `losses`."""
-        latents = self.encode_clips(batch.clips)
-        latents = latents.to(torch.promote_types(self.model.patchify.weight.dtype, torch.float32))
-        draws = flow.sample_draws(
-            latents.shape[1:], batch.slots, (self.recipe.seed, purpose), self.times_of(latents.shape[2:])
-        )
+        dtype = torch.promote_types(self.model.patchify.weight.dtype, torch.float32)
+        latents = self.encode_clips(batch.clips).to(dtype)
+        seed, training = (self.recipe.seed, purpose), self.times_of(latents.shape[2:])
+        draws = flow.sample_draws(latents.shape[1:], batch.slots, seed, training)
         drop = draws.uniform < (0.0 if purpose == "validation" else self.recipe.train.text_drop)
-        captions = [
-            "" if left_out else caption for caption, left_out in zip(batch.captions, drop.tolist(), strict=True)
-        ]
+        pairs = zip(batch.captions, drop.tolist(), strict=True)
+        captions = ["" if left_out else caption for caption, left_out in pairs]
         return (latents, sent(draws.noise, latents), sent(draws.times, latents)), captions
 
-    def losses_of(self, latents: Tensor, noise: Tensor, times: Tensor, text: Text) -> Tensor:
+    def losses_of(self, latents: Tensor, noise: Tensor, times: Tensor, text: Text, loss: Any) -> Tensor:
         """The losses [b] of `losses`: a function of tensors alone."""
-        velocity = self.model(flow.interpolate(noise, latents, times), times, text)
-        error = velocity.to(latents.dtype) - flow.target(noise, latents)
-        return error.square().flatten(1).mean(1)
+        velocity = self.model(flow.interpolate(noise, latents, times), times, text).to(latents.dtype)
+        return cast(Tensor, loss(velocity, flow.target(noise, latents), times))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         size = batch.clips.shape[2:]
@@ -196,7 +192,7 @@ class LinGenModule(Trained):
             cast(Any, encoder).embed(*one) if is_trained(encoder) else one
             for encoder, one in zip(self.text, inputs.text, strict=True)
         )
-        losses = self.losses_of(*inputs[:3], cast(Text, text))
+        losses = self.losses_of(*inputs[:3], cast(Text, text), self.loss)
         self.measure(kind, losses, inputs.times)
         return losses
 

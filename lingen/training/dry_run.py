@@ -4,7 +4,6 @@ numbers and among ranks that are not there. What it allocates is the memory that
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from lingen.frozen import is_trained
 from lingen.kernels.choice import memory_here, unlaunched
 from lingen.plan.forecast import Plan, largest_batch, rough_memory, stage_grids, text_tokens
 from lingen.plan.memory_tracker import MemoryTracker, part_here
+from lingen.plan.practice import build_optimizer
 from lingen.plan.trial import denoiser_on_meta
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe, Triple
@@ -65,8 +65,7 @@ def step_memory(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) ->
 
     Raises:
         RecipeError: a part, a third party's mixer say, does not run without numbers; or this process is one of several
-            ranks, and cannot be another.
-    """
+            ranks, and cannot be another."""
     depths = _depths(recipe) if recipe.subject.encoded else [0]
     found = []
     for depth in depths:
@@ -74,10 +73,8 @@ def step_memory(recipe: Recipe, nodes: int = 1, each: int = 1, rank: int = 0) ->
         try:
             found.append(_dry_run(dataclasses.replace(recipe, model=shallow), nodes, each, rank))
         except Exception as error:  # a third party's part may fail in any way
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise RecipeError(
-                f"stage {recipe.stage or 'main'}: a step cannot be tried without numbers ({told})."
-            ) from error
+            told = f"a step cannot be tried without numbers ({type(error).__name__}: {' '.join(str(error).split())})"
+            raise RecipeError(f"stage {recipe.stage or 'main'}: {told}.") from error
     times = (recipe.model.depth - depths[0]) // (depths[-1] - depths[0]) if len(depths) > 1 else 0
     took = {name: size + times * (found[-1][name] - size) for name, size in found[0].items()}
     phase = max(("forward", "backward"), key=lambda one: took[one])
@@ -157,9 +154,10 @@ def _steps(module: Trained, tracker: MemoryTracker) -> dict[str, int]:
     on_cpu = module.recipe.trainer.get("accelerator") == "cpu"
     trained = module.trained_parameters()
     average = AveragedWeights({name: part_here(one) for name, one in trained.items()}, module.recipe.train.ema)
-    optimizer = _flat_optimizer(module, on_cpu)
+    optimizer = _optimizer_here(module, on_cpu)
     optimizer.step()
-    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    kept = [pair for state in optimizer.state.values() for pair in state.items()]
+    moments = [value for name, value in kept if name != "step" and isinstance(value, Tensor)]
     flat = [one for group in optimizer.param_groups for one in group["params"]]
     lasting = tracker.numbers([*module.parameters(), *module.buffers(), *moments, *average.weights().values()])
     lasting |= tracker.numbers(one.grad for one in flat)
@@ -218,18 +216,21 @@ def _clips(module: Trained, tracker: MemoryTracker, on_cpu: bool) -> int:
     return tracker.most - before + _bytes(module.trained_parameters().values())
 
 
-def _flat_optimizer(module: Trained, on_cpu: bool) -> torch.optim.AdamW:
-    """AdamW over as many numbers as this rank holds of each group, with gradients."""
-    groups = []
+def _optimizer_here(module: Trained, on_cpu: bool) -> torch.optim.Optimizer:
+    """The recipe's optimiser over what this rank holds, with gradients; AdamW, which does not look at shapes, over as
+    many numbers of each group."""
+    settings, groups = module.recipe.train, []
+    is_adamw = settings.optimizer["name"] == "adamw"
     for group in module.parameter_groups():
-        sizes: Counter[torch.dtype] = Counter()
-        for parameter in group["params"]:
-            sizes[parameter.dtype] += part_here(parameter).numel()
-        flat = [nn.Parameter(torch.empty(size, dtype=dtype)) for dtype, size in sizes.items()]
-        for one in flat:
+        held = [part_here(parameter) for parameter in group["params"]]
+        if is_adamw:
+            types = {one.dtype for one in held}
+            held = [torch.cat([one.flatten() for one in held if one.dtype == dtype]) for dtype in types]
+        own = [nn.Parameter(torch.empty_like(one)) for one in held]
+        for one in own:
             one.grad = torch.empty_like(one)
-        groups.append({**group, "params": flat})
-    return torch.optim.AdamW(groups, foreach=not on_cpu)
+        groups.append({**group, "params": own})
+    return torch.optim.AdamW(groups, foreach=not on_cpu) if is_adamw else build_optimizer(settings, groups)
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -278,7 +279,8 @@ def _loss_of_velocity(module: LinGenModule, rows: int, grid: Triple) -> Tensor:
             text.append((torch.empty(rows, tokens, config.text_dims[number]), torch.ones(rows, tokens).bool()))
     times = torch.empty(rows)
     velocity = module.model(flow.interpolate(noise, latents, times), times, tuple(text))
-    return (velocity.to(latents.dtype) - flow.target(noise, latents)).square().flatten(1).mean(1).mean()
+    loss: Tensor = module.loss(velocity.to(latents.dtype), flow.target(noise, latents), times)
+    return loss.mean()
 
 
 def _loss_of_reconstruction(module: AutoencoderModule, rows: int, kind: str) -> Tensor:

@@ -23,8 +23,7 @@ class EarlierCheckpoint:
         path: ``step-00000500.ckpt``.
         module: its groups tell the order in which AdamW counted its parameters.
     Raises:
-        BrokenError: it is none, or holds an optimiser of other parameters.
-    """
+        BrokenError: it is none, or holds an optimiser of other parameters."""
 
     def __init__(self, path: Path, module: Trained):
         try:
@@ -66,13 +65,7 @@ def _order(stored: list[str], module: Trained) -> list[str]:
 def _state(held: dict[str, Any], counts: dict[str, dict[str, float]]) -> dict[str, Any]:
     """As `checkpoint.state_of` makes it."""
     return {
-        "step": held["global_step"],
-        "loops": held["loops"]["fit_loop"],
-        "schedules": held["lr_schedulers"],
-        "data": held["ClipData"],
-        "callbacks": held["callbacks"],
-        "precision": held.get("MixedPrecision", {}),
-        "optimizer": counts,
-        "bad_steps": held.get("bad_steps", 0),
-        "average_updates": held["average"]["updates"],
-    }
+        "step": held["global_step"], "loops": held["loops"]["fit_loop"], "schedules": held["lr_schedulers"],
+        "data": held["ClipData"], "callbacks": held["callbacks"], "precision": held.get("MixedPrecision", {}),
+        "optimizer": counts, "bad_steps": held.get("bad_steps", 0), "average_updates": held["average"]["updates"],
+    }  # fmt: skip

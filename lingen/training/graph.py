@@ -296,10 +296,14 @@ def refuse_graphs(module: Trained, fault: str, is_asked: bool) -> None:
 def fused_here(module: Trained) -> bool:
     """Whether AdamW is one kernel, which may be part of a graph: on a GPU, with or without one."""
     trainer = cast(Any, module)._trainer
-    if trainer is None or not isinstance(trainer.strategy, SingleDeviceStrategy):
+    if trainer is None or not isinstance(trainer.strategy, SingleDeviceStrategy) or not _is_adamw(module):
         return False
     is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # such a scaler hides the gradients
     return not is_scaled and (module.device.type == "cuda" or module.recipe.train.compile == "graph")
+
+
+def _is_adamw(module: Trained) -> bool:
+    return bool(module.recipe.train.optimizer["name"] == "adamw")
 
 
 def what_forbids_graphs(module: Trained) -> str | None:
@@ -313,6 +317,8 @@ def what_forbids_graphs(module: Trained) -> str | None:
         return f"trainer.accelerator is {module.device.type}"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return f"trainer.precision={module.recipe.trainer['precision']} scales gradients"
+    if not _is_adamw(module):
+        return f"train.optimizer is {settings.optimizer['name']}"
     if settings.on_spike == "skip":
         return "train.on_spike=skip looks at each step before it is taken"
     for number, encoder in enumerate(cast(Any, module).text):

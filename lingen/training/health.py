@@ -37,8 +37,7 @@ class GoBack(Exception):
         step: at which the spike is.
         taken: samples of each bucket that were taken up to and with it, see `Anchor`.
         returns: see `SpikeWatch.returns`.
-        what: the spike and its samples, for people.
-    """
+        what: the spike and its samples, for people."""
 
     def __init__(self, step: int, taken: Mapping[str, Sequence[int]], returns: tuple[int, int], what: str):
         super().__init__(what)
@@ -101,8 +100,7 @@ class SpikeWatch:
     """Compares each step with the last ones of its like, by robust scores of the logarithms of its loss and gradient
     norm: both are positive, and spread in proportion to their size.
 
-    Plain numbers that are the same on all ranks go in, so that all come to the same end. A stage begins with none.
-    """
+    Plain numbers that are the same on all ranks go in, so that all come to the same end. A stage begins with none."""
 
     def __init__(self) -> None:
         self._known: dict[str, list[list[float]]] = {}

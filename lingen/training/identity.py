@@ -1,8 +1,7 @@
 """What a run is and which course it takes, as plain values: the settings of its stages by their marks.
 
 A path counts by what lies there (`Content`), shards by their manifests, so that a moved data set or a renamed file of
-weights is the same run, and other weights in the same place are another one.
-"""
+weights is the same run, and other weights in the same place are another one."""
 
 import hashlib
 import inspect
@@ -144,16 +143,12 @@ def other_course(held: Values, here: Values) -> dict[str, list[Any]]:
 def fingerprint(stages: dict[str, Stage]) -> str:
     """8 hex digits of identity and course of all stages, however many ranks share the samples of a step. Where the
     machine decides how many ranks there are, they are the same on every machine."""
-    parts = [
-        [name, one.identity, {key: value for key, value in one.course.items() if not _is_idle(key, one.course)}]
-        for name, one in stages.items()
-    ]
+    parts = []
+    for name, one in stages.items():
+        counted = str(one.course["trainer.devices"]) not in BY_MACHINE
+        idle = PER_STEP if counted else [key for key in one.course if key.startswith(SAMPLES)]
+        parts.append([name, one.identity, {key: value for key, value in one.course.items() if key not in idle}])
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def _is_idle(key: str, course: Values) -> bool:
-    counted = str(course["trainer.devices"]) not in BY_MACHINE
-    return key in PER_STEP if counted else key.startswith(SAMPLES)
 
 
 def shown(value: Any) -> str:

@@ -41,18 +41,13 @@ def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:
     shards, text encoders and autoencoder are needed for sampled clips alone.
 
     Args:
-        begun: there is a checkpoint of the stage, so it needs no weights to start from.
-    """
+        begun: there is a checkpoint of the stage, so it needs no weights to start from."""
     lacks = missing_of(recipe.subject.frozen_parts(recipe, begun=begun))
-    if not lacks or not recipe.subject.encoded or not _is_encoded(recipe):
+    named = recipe.data.shards.image or recipe.data.shards.video
+    if not (lacks and recipe.subject.encoded and named and ClipData(recipe).needs_no_encoders):
         return lacks
     if not (recipe.sample.prompts or recipe.score.clips or recipe.train.evaluate_every):
         return []
     without = "sample.prompts=[] score.clips=0 train.evaluate_every=0"
     reason = f"needed for clips alone, since the shards are encoded: {without} trains without"
     return [one._replace(cure=f"{one.cure.rstrip('.')} ({reason}).") for one in lacks]
-
-
-def _is_encoded(recipe: Recipe) -> bool:
-    shards = recipe.data.shards
-    return bool(shards.image or shards.video) and ClipData(recipe).needs_no_encoders

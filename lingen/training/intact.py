@@ -1,7 +1,6 @@
 """The form of a checkpoint on the disk: whether one is whole, which is the newest whole one, and reading it.
 
-A checkpoint is a folder of safetensors files and `ABOUT`, a JSON file with a hash of each of them and of itself.
-"""
+A checkpoint is a folder of safetensors files and `ABOUT`, a JSON file with a hash of each of them and of itself."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ def about_of(state: dict[str, Any], tensors: dict[str, Any], files: Sequence[Wri
     Args:
         state: as `checkpoint.state_of` makes it.
         tensors: as `storage.describe_tensors` makes it; their pieces are filled in.
-        files: what each rank wrote.
-    """
+        files: what each rank wrote."""
     for one in files:
         for name, start, stop in one.pieces:
             tensors[name]["pieces"].append([one.file, start, stop])
@@ -95,8 +93,7 @@ def newest_intact(folder: RunFolder, stage: str, every: int = 1) -> tuple[Path |
     All of its files are read. For one rank; the others are told. OSError where a file is there and may not be read.
 
     Args:
-        every: only those of multiples of this step count.
-    """
+        every: only those of multiples of this step count."""
     lines = []
     for path in (path for path in reversed(folder.checkpoints(stage)) if step_of(path) % every == 0):
         try:
@@ -114,8 +111,14 @@ def newest_intact(folder: RunFolder, stage: str, every: int = 1) -> tuple[Path |
 
 def check_intact(path: Path) -> None:
     """Reads a checkpoint to its end. BrokenError where something is missing, cut or changed."""
-    if not path.is_dir():
-        _check_zip(path)
+    if not path.is_dir():  # one file of the earlier form: a zip archive of torch's, with a checksum of each member
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            raise BrokenError(f"it is cut off or empty ({path.stat().st_size:,} bytes)") from error
+        if broken is not None:
+            raise BrokenError(f"its part {broken} holds other bytes than were written")
         return
     about = read_about(path)
     lacking = [name for name, of in about["tensors"].items() if not is_covered(of)]
@@ -146,14 +149,3 @@ def _hash_file(path: Path) -> str:
             raise
         return f"unreadable: {os.strerror(errno.EIO)}"
     return digest.hexdigest()
-
-
-def _check_zip(path: Path) -> None:
-    """One file of the earlier form: torch writes a zip archive, with a checksum of each member."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise BrokenError(f"it is cut off or empty ({path.stat().st_size:,} bytes)") from error
-    if broken is not None:
-        raise BrokenError(f"its part {broken} holds other bytes than were written")

@@ -3,8 +3,7 @@
 A lock appears by a hard link, which exactly one of many processes gets. A dead owner's lock is replaced only by who
 holds the lock on that very lock (its name ends with the dead owner's mark) and finds it unchanged; so of several
 claimants exactly one wins, also where one of them dies on the way. Works on network file systems, which is why no
-flock is used. Times are compared with those that the file system itself gives.
-"""
+flock is used. Times are compared with those that the file system itself gives."""
 
 import contextlib
 import errno
@@ -32,21 +31,16 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 """Errors of file systems without hard links."""
 
 HIDDEN = "hidden"
-
 Owner = dict[str, Any]
 
 
 def myself() -> Owner:
     """What a lock says of its owner."""
     return {
-        "host": _host(),
-        "pid": os.getpid(),
-        "process_started": started(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": os.environ.get("SLURM_RESTART_COUNT"),
-        "since": time_now(),
+        "host": _host(), "pid": os.getpid(), "process_started": started(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT"), "since": time_now(),
         "mark": secrets.token_hex(8),
-    }
+    }  # fmt: skip
 
 
 def _host() -> str:
@@ -81,8 +75,7 @@ def death_of(owner: Owner, silent: float) -> str | None:
     """Why the owner of a lock counts as dead; None where it may be alive.
 
     Args:
-        silent: seconds since the lock was touched.
-    """
+        silent: seconds since the lock was touched."""
     if owner.get("host") == _host():
         alive = started(int(owner["pid"])) in (HIDDEN, owner.get("process_started"))
         return None if alive else f"process {owner.get('pid')} of {_place(owner)} has ended"
@@ -111,8 +104,7 @@ def locked(folder: Path) -> Iterator["Lock"]:
     """Holds the lock of a folder, which is made.
 
     Raises:
-        RecipeError: another process trains there, or nothing can be written.
-    """
+        RecipeError: another process trains there, or nothing can be written."""
     check_place(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,8 +124,7 @@ class Lock:
     """A file that one process holds.
 
     Args:
-        path: of the lock.
-    """
+        path: of the lock."""
 
     def __init__(self, path: Path):
         self.path = path

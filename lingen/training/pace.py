@@ -37,8 +37,7 @@ class Pace:
 
     Args:
         parts: what a strategy does to them, which may wait for other ranks, is done already.
-        on_gpu: where they run.
-    """
+        on_gpu: where they run."""
 
     def __init__(self, parts: Iterable[nn.Module] = (), on_gpu: bool = False):
         self._on_gpu = on_gpu

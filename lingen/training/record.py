@@ -12,7 +12,7 @@ from lingen.plan.loading import Curriculum, load_curriculum, to_yaml, with_stage
 from lingen.provenance import git_commit, time_now, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training.folder import RunFolder
+from lingen.training.folder import README, RunFolder
 from lingen.training.identity import SAMPLES, Stage, Values, described, fingerprint, other_course, other_identity, shown
 from lingen.weights import read_run
 
@@ -83,8 +83,7 @@ def start(
         step: that it goes on from; default: that of its newest checkpoint, which may be damaged.
     Raises:
         RecipeError: the folder holds another run, something that is no run, a finished stage of which another course
-            is asked for, or one that is further on than it is to go.
-    """
+            is asked for, or one that is further on than it is to go."""
     if not folder.about.is_file():
         return _first(folder, curriculum, here, begins)
     held = _completed(folder, read_held(folder), here)
@@ -104,22 +103,20 @@ def start(
         "first_course": held.about.get("first_course", {name: one.course for name, one in held.stages.items()}),
         "course": course,
         "asked": asked,
-        "history": [
-            *held.about.get("history", [_first_entry(held.about)]),
-            *(entries or [_entry(begins, steps[begins], {})]),
-        ],
+        "history": held.about.get("history", [_first_entry(held.about)])
+        + (entries or [_entry(begins, steps[begins], {})]),
     }
-    lines = [
-        f"stage {name} goes on from step {steps[name]} with {told(change)}"
-        for name, change in acting.items()
-        if steps[name]
-    ]
+    begun = {name: change for name, change in acting.items() if steps[name]}
+    lines = [f"stage {name} goes on from step {steps[name]} with {told(change)}" for name, change in begun.items()]
     return Start(about, _true_recipe(folder, curriculum, set(asked)), lines)
 
 
 def _first(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], begins: str) -> Start:
     """The record of a new run."""
-    if folder.path.exists() and (not folder.path.is_dir() or any(map(_is_no_leftover, folder.path.iterdir()))):
+    # Left by a first start that was killed before it wrote its record, or by `lingen submit`, which comes before it.
+    left = ("lock.json", "run.json.")
+    held = [one for one in folder.path.glob("*") if one.name != "submit" and not one.name.startswith(left)]
+    if held or folder.path.exists() and not folder.path.is_dir():
         raise RecipeError(f"{folder.path} exists and is no run folder. Name a new or empty folder with --run.")
     course = {name: stage.course for name, stage in here.items()}
     about = {"recipe": curriculum.stages[0].name, "fingerprint": fingerprint(here), "stages": list(here), **_now()}
@@ -128,13 +125,9 @@ def _first(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], be
     return Start(about, curriculum.base, [])
 
 
-def _is_no_leftover(path: Path) -> bool:
-    """Of a first start that was killed before it wrote its record, or of `lingen submit`, which comes before it."""
-    return path.name != "submit" and not path.name.startswith(("lock.json", "run.json."))
-
-
 def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
-    """With the settings that the version which wrote the record did not know: it trained as their defaults say."""
+    """With the settings that the version which wrote the record did not know: it trained as their defaults say. What it
+    called otherwise is as its recipe says."""
     both = [(held.stages[name], one) for name, one in here.items() if name in held.stages]
     if all(one.identity.keys() <= old.identity.keys() and one.course.keys() <= old.course.keys() for old, one in both):
         return held
@@ -143,7 +136,8 @@ def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
     except RecipeError:
         return held  # what differs is told
     for name, old in held.stages.items():
-        held.stages[name] = Stage(known[name].identity | old.identity, known[name].course | old.course)
+        pairs = zip(known[name], old, strict=True)
+        held.stages[name] = Stage(*({key: there.get(key, now[key]) for key in now} for now, there in pairs))
     return held
 
 
@@ -217,9 +211,8 @@ def _true_recipe(folder: RunFolder, curriculum: Curriculum, kept: set[str]) -> R
     if not kept or not curriculum.base.stages:
         return curriculum.base
     trained = {str(one.stage): one for one in _curriculum_of(folder).stages}
-    return with_stages(
-        curriculum.base, [trained[str(one.stage)] if str(one.stage) in kept else one for one in curriculum.stages]
-    )
+    stages = [trained[str(one.stage)] if str(one.stage) in kept else one for one in curriculum.stages]
+    return with_stages(curriculum.base, stages)
 
 
 def _now() -> dict[str, Any]:
@@ -242,6 +235,7 @@ def put_on_record(folder: RunFolder, begun: Start) -> None:
     """Puts a start on record: first what the run is, so that whatever is left by a kill can be told apart."""
     write_json(folder.about, begun.about)
     write_text(folder.recipe, to_yaml(begun.base))
+    write_text(folder.readme, README)
 
 
 # default folders
@@ -259,9 +253,8 @@ def default_path(name: str, here: dict[str, Stage], say: Callable[[str], None]) 
         if first and not any(other_course(first[name], one.course) for name, one in here.items()):
             return folder.path  # it named a file that was not on this machine, or on that one
     if kin:
-        nearest, change = min(
-            ((folder, _apart(held, here)) for folder, held in reversed(kin)), key=lambda one: len(one[1])
-        )
+        apart = [(folder, _apart(held, here)) for folder, held in reversed(kin)]
+        nearest, change = min(apart, key=lambda one: len(one[1]))
         more = f" More of the kind: {len(kin) - 1}." if len(kin) > 1 else ""
         say(
             f"{nearest.path} is a run of the same model and data; this one, {path}, differs in {', '.join(change)}. "
@@ -274,13 +267,12 @@ def _apart(held: Held, here: dict[str, Stage]) -> list[str]:
     """``train.lr 0.002 -> 1e-05`` of each setting of the course that differs, with its stage unless all have it."""
     of = {name: other_course(held.stages[name].course, one.course) for name, one in here.items()}
     lines = {name: [told({key: pair}) for key, pair in change.items()] for name, change in of.items()}
-    return list(
-        dict.fromkeys(
-            line if all(line in one for one in lines.values()) else f"stages.{name}.{line}"
-            for name, changes in lines.items()
-            for line in changes
-        )
-    ) or ["how it was started"]
+    named = [
+        line if all(line in one for one in lines.values()) else f"stages.{name}.{line}"
+        for name, changes in lines.items()
+        for line in changes
+    ]
+    return list(dict.fromkeys(named)) or ["how it was started"]
 
 
 def _kin(runs: Path, here: dict[str, Stage], name: str) -> Iterator[tuple[RunFolder, Held]]:

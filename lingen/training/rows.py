@@ -28,23 +28,18 @@ class MetricsFile:
         path: the file.
         stage: goes into each row.
         resumed: step from which the stage goes on.
-        listen: a function that is called with each row.
-    """
+        listen: a function that is called with each row."""
 
     def __init__(self, path: Path, stage: str, resumed: int, listen: Callable[[dict[str, Any]], None]):
-        self.path = path
-        self.stage = stage
-        self.listen = listen
+        self.path, self.stage, self.listen = path, stage, listen
         self._rows: list[dict[str, Any]] = []
         if is_first_rank() and path.is_file():
             with path.open(newline="") as file:
-                self._rows = [row for row in csv.DictReader(file) if self._stays(row, resumed)]
+                whole = (row for row in csv.DictReader(file) if row["step"])
+                # But those of steps that are trained again.
+                self._rows = [row for row in whole if row["stage"] != stage or int(row["step"]) <= resumed]
         self._columns = list(dict.fromkeys(("stage", "step", *(name for row in self._rows for name in row))))
         self._began = False
-
-    def _stays(self, row: dict[str, Any], resumed: int) -> bool:
-        """A row is whole, and not of steps that are trained again."""
-        return bool(row["step"]) and (row["stage"] != self.stage or int(row["step"]) <= resumed)
 
     def holds(self, step: int, name: str) -> bool:
         """Whether a row of this stage has a value of that name."""
@@ -77,8 +72,7 @@ class Rows(Callback):
     """Logs a row every `train.log_every` steps, before a checkpoint of the same step is written.
 
     The row includes measures of the mixers at that step: the memory horizon of every scan, in tokens, and the output
-    RMS of both branches of every MATE layer.
-    """
+    RMS of both branches of every MATE layer."""
 
     def __init__(self) -> None:
         self._hooks: list[Any] = []

@@ -67,17 +67,13 @@ class Saver:
         stage: whose checkpoints.
         keep: how many of the newest ones stay.
         keep_every: those of multiples of this step stay as well; None: no others.
-        back_every: so does the newest one of a multiple of this step.
-    """
+        back_every: so does the newest one of a multiple of this step."""
 
     def __init__(
         self, folder: RunFolder, stage: str, keep: int, keep_every: int | None = None, back_every: int | None = None
     ):
-        self.folder = folder
-        self.stage = stage
-        self.keep = keep
-        self.keep_every = keep_every
-        self.back_every = back_every
+        self.folder, self.stage, self.keep = folder, stage, keep
+        self.keep_every, self.back_every = keep_every, back_every
         self._mark = broadcast_object(f"{PARTIAL}{secrets.token_hex(4)}")
         self._buffer: Tensor | None = None
         self._from_gpu = False
@@ -94,8 +90,7 @@ class Saver:
 
         Args:
             tensors: of the sizes that checkpoints will have.
-            pinned: a GPU copies into it.
-        """
+            pinned: a GPU copies into it."""
         size = sum(piece.rows.nbytes for piece in pieces_of(tensors, *place()))
         here, left = socket.gethostname(), memory_left()
         if sum(needed for host, needed in gather_objects((here, size)) if host == here) <= ROOM * left:
@@ -119,10 +114,10 @@ class Saver:
 
         Args:
             tensors: as `storage.pieces_of` takes them.
-            state, ledger: plain values; those of rank 0 count.
-        """
+            state, ledger: plain values; those of rank 0 count."""
         self.finish()
-        job = _Job(step, self._partial(step), describe_tensors(tensors), state, ledger)
+        path = self.folder.checkpoint(self.stage, step)
+        job = _Job(step, path.with_name(path.name + self._mark), describe_tensors(tensors), state, ledger)
         rank, world = place()
         file = job.partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
         pieces = pieces_of(tensors, rank, world)
@@ -135,10 +130,6 @@ class Saver:
         self._job = job
         if self._buffer is None:  # on all ranks: training waits anyway
             self.finish()
-
-    def _partial(self, step: int) -> Path:
-        path = self.folder.checkpoint(self.stage, step)
-        return path.with_name(path.name + self._mark)
 
     def _copy(self, pieces: Sequence[RowPiece]) -> Tensor | None:
         """This rank's rows in the buffer, as they will lie in the file; None where they find no room."""
@@ -159,8 +150,7 @@ class Saver:
 
         Raises:
             OSError: this rank could not write; nothing of this checkpoint is left.
-            OtherRankError: another one could not.
-        """
+            OtherRankError: another one could not."""
         job, self._job = self._job, None
         if job is None:
             return
@@ -177,8 +167,7 @@ class Saver:
 
         Args:
             together: all ranks end by this error, so that the checkpoint can be completed; else it is left unfinished
-                where other ranks have a part in it.
-        """
+                where other ranks have a part in it."""
         if together or place()[1] == 1:
             with contextlib.suppress(OSError):  # the error that ends the run is the one to tell
                 self.finish()

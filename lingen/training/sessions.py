@@ -1,8 +1,7 @@
 """The sessions of a run, in its run.json: each start of training, and how it ended. Imports no torch.
 
 A session that left no word, because its process was killed, gets one from the next one, or from the script of
-`lingen submit`: from what the lock says of its owner and from the signs of life of its ranks.
-"""
+`lingen submit`: from what the lock says of its owner and from the signs of life of its ranks."""
 
 from __future__ import annotations
 
@@ -53,8 +52,7 @@ def session(
     Args:
         stage, step: that is trained first, and from where.
         was: why the owner before counts as dead, where there was one.
-        flop: of an optimiser step of a rank in each stage, by which `lingen status` tells how long the run takes.
-    """
+        flop: of an optimiser step of a rank in each stage, by which `lingen status` tells how long the run takes."""
     before = read_sessions(folder)
     if before and before[-1]["how"] in (None, heartbeat.LOST_WORD):
         before[-1] |= {"how": killed(folder, before[-1], before[-1]["how"] or was or "it left no word")}
@@ -119,9 +117,9 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
     gets one.
 
     Args:
-        code: exit code of srun, above 128 that number and the number of the signal that killed a rank.
-    """
-    ended = f"exit code {code}" + (f" ({_name_of(code - 128)})" if code > 128 else "")
+        code: exit code of srun, above 128 that number and the number of the signal that killed a rank."""
+    names = {one.value: one.name for one in signal.Signals}
+    ended = f"exit code {code}" + (f" ({names.get(code - 128, f'signal {code - 128}')})" if code > 128 else "")
     sessions = read_sessions(folder) if folder.about.is_file() else []
     job = (os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT"))
     if not sessions or (sessions[-1]["job"], sessions[-1]["restart"]) != job:
@@ -131,13 +129,10 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
     beats = heartbeat.read_heartbeats(folder.ranks, last["mark"])
     if last["how"] is None or last["how"].startswith(heartbeat.LOST_WORD) or _failed(beats):
         # None was killed: a rank that was stopped may leave before another one is done, which then finds it gone.
-        stopped = [
-            beat.ended for beat in beats if code == REQUEUE and str(beat.ended).startswith(heartbeat.STOPPED_WORD)
-        ]
-        last |= {
-            "ended": time_now(),
-            "how": killed(folder, last, ended) if _failed(beats) or not stopped else stopped[0],
-        }
+        ends = [beat.ended for beat in beats if code == REQUEUE]
+        stopped = [word for word in ends if str(word).startswith(heartbeat.STOPPED_WORD)]
+        how = killed(folder, last, ended) if _failed(beats) or not stopped else stopped[0]
+        last |= {"ended": time_now(), "how": how}
         _write(folder, sessions)
     how, tail = str(last["how"]), sessions[-IN_VAIN:]
     in_vain = len({(one["stage"], one["step"]) for one in tail}) == 1
@@ -150,10 +145,3 @@ def unfit_nodes(folder: RunFolder) -> str:
     """Names of the nodes that the preflight of the last session refused, with commas between."""
     how = str(read_sessions(folder)[-1]["how"]) if folder.about.is_file() else ""
     return how.removeprefix(heartbeat.UNFIT_WORD).partition(":")[0] if how.startswith(heartbeat.UNFIT_WORD) else ""
-
-
-def _name_of(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

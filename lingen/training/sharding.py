@@ -31,8 +31,7 @@ def shard_denoiser(
         model, encoders: whole, on any device.
         mesh: of one axis, or of two (replicas, shards).
         device: of this rank; a unit is moved there whole and leaves its shard.
-        low: the dtype that blocks are gathered in; None for their own. Gradients are summed in float32 then.
-    """
+        low: the dtype that blocks are gathered in; None for their own. Gradients are summed in float32 then."""
     own = MixedPrecisionPolicy(cast_forward_inputs=False)
     lowered = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False) if low else own
     group = cast(list[nn.Module], [part for part in model.blocks.modules() if is_float32(part, training=True)])
@@ -44,7 +43,8 @@ def shard_denoiser(
         _start_alike([block], device)
         fully_shard(block, mesh=mesh, mp_policy=lowered)
     _start_alike([model], device)
-    model.register_forward_hook(lambda _model, _inputs, output: _no_view(output))  # before FSDP's own looks at it
+    # Before FSDP's own looks at it: a change in place of a view takes away the hook that gathers the weights again.
+    model.register_forward_hook(lambda _model, _inputs, out: out if out._base is None else out.clone())
     fully_shard(model, mesh=mesh, mp_policy=own)
     model.register_forward_pre_hook(lambda *_: _unshard_group(model))
     model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else _reshard(model))
@@ -60,11 +60,6 @@ def _start_alike(unit: list[nn.Module], device: torch.device) -> None:
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device).contiguous()
             dist.broadcast(tensor.data, 0)
-
-
-def _no_view(output: Tensor) -> Tensor:
-    """A change in place of a view would take away the hook that gathers the weights again."""
-    return output if output._base is None else output.clone()
 
 
 def _unhook(part: nn.Module) -> None:
@@ -110,8 +105,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scales gradients down to a common norm of at most `limit`; returns the norm before, on all ranks the same.
 
     Args:
-        parameters: all whole, or all sharded alike; those without a gradient do not count.
-    """
+        parameters: all whole, or all sharded alike; those without a gradient do not count."""
     held = [p for p in parameters if p.grad is not None]
     shards = [p.grad for p in held if isinstance(p.grad, DTensor)]
     if not shards:

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from lingen.ranks.heartbeat import sign
 
 OptimizerState = dict[str, dict[str, Any]]
-"""Name of a parameter -> what its optimiser keeps for it: AdamW's `exp_avg` and `exp_avg_sq`, tensors like the
-parameter (a DTensor where that is one), and `step`, a float. What else an optimiser keeps has its own names."""
+"""Name of a parameter -> what its optimiser keeps for it: tensors (AdamW's `exp_avg` and `exp_avg_sq`; DTensors where
+the parameter is one) and plain values. `step` is a float where the optimiser has a tensor."""
 
 
 def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
@@ -19,10 +19,14 @@ def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> Optimi
 
     Args:
         module: names the parameters; a LightningModule, whatever wraps it.
-        optimizer: as torch makes it.
-    """
+        optimizer: as torch makes it."""
     named = ((name, optimizer.state.get(parameter)) for name, parameter in module.named_parameters())
-    return {name: {key: _noted(key, value) for key, value in held.items()} for name, held in named if held}
+    # A count as a number. A tensor of a parameter without axes has none either, so that the name has to tell.
+    return {
+        name: {key: float(one) if key == "step" and isinstance(one, Tensor) else one for key, one in held.items()}
+        for name, held in named
+        if held
+    }
 
 
 def load_state_by_name(
@@ -32,13 +36,12 @@ def load_state_by_name(
 
     Args:
         module, optimizer: as for `state_by_name`.
-        state: as `state_by_name` gives it; the optimiser goes on in these tensors.
-    """
+        state: as `state_by_name` gives it; the optimiser goes on in these tensors."""
     moved = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     own = dict(module.named_parameters())
     for name, held in state.items():
-        parameter = own[name]
-        optimizer.state[parameter] = {key: _held(value, parameter, moved[id(parameter)]) for key, value in held.items()}
+        parameter, group = own[name], moved[id(own[name])]
+        optimizer.state[parameter] = {key: _held(key, value, parameter, group) for key, value in held.items()}
 
 
 def whole_of(value: Tensor) -> Tensor:
@@ -47,14 +50,9 @@ def whole_of(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _noted(key: str, value: Any) -> Any:
-    """A count as a number. A tensor of a parameter without axes has none either, so that the name has to tell."""
-    return float(value) if key == "step" else value
-
-
-def _held(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
-    """A value as AdamW keeps it: a count in float32 on the CPU unless it is read by a kernel."""
-    if isinstance(value, Tensor):
+def _held(key: str, value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+    """A value as an optimiser keeps it: a count in float32 on the CPU unless it is read by a kernel."""
+    if key != "step" or not isinstance(value, float):
         return value
     on_device = group.get("capturable") or group.get("fused")
     return torch.tensor(value, dtype=torch.float32, device=parameter.device if on_device else "cpu")

@@ -1,7 +1,6 @@
 """Tensors in a folder of safetensors files: which rows each rank writes, and any rows of them read again.
 
-A row is an index of axis 0; a tensor without axes is one row. Nothing here knows what the tensors are for.
-"""
+A row is an index of axis 0; a tensor without axes is one row. Nothing here knows what the tensors are for."""
 
 from __future__ import annotations
 
@@ -55,14 +54,15 @@ def pieces_of(tensors: Mapping[str, Tensor], rank: int, world: int) -> list[RowP
     Args:
         tensors: name -> tensor, the same names and shapes on all ranks.
     Raises:
-        NotImplementedError: a DTensor that is cut along another axis.
-    """
+        NotImplementedError: a DTensor that is cut along another axis."""
     whole = {name: value for name, value in tensors.items() if not is_cut_into_rows(value)}
     total, before = sum(value.nbytes for value in whole.values()), 0
     found = []
     for name, value in tensors.items():
         if name not in whole:
-            found.append(_own_share(name, value))
+            start, held, (copy, copies) = _local_rows(value)
+            low, high = (len(held) * number // copies for number in (copy, copy + 1))
+            found.append(RowPiece(name, start + low, start + high, held[low:high]))
             continue
         held, rows = part_here(value), value.shape[0] if value.ndim else 1
         start, stop = (_first_row(held.nbytes, rows, before, total, one, world) for one in (rank, rank + 1))
@@ -78,12 +78,6 @@ def _first_row(size: int, rows: int, before: int, total: int, rank: int, world: 
         return 0
     behind = rank * total - before * world  # times `world`, to stay with whole numbers
     return min(max(-(-behind * rows // (size * world)), 0), rows)
-
-
-def _own_share(name: str, value: Tensor) -> RowPiece:
-    start, held, (copy, copies) = _local_rows(value)
-    low, high = (len(held) * number // copies for number in (copy, copy + 1))
-    return RowPiece(name, start + low, start + high, held[low:high])
 
 
 def is_cut_into_rows(value: Tensor) -> bool:
@@ -152,8 +146,7 @@ class StoredRows:
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, Any]):
-        self.folder = folder
-        self.tensors = tensors
+        self.folder, self.tensors = folder, tensors
         self._open: dict[str, Any] = {}
 
     def shape(self, name: str) -> torch.Size:

@@ -30,8 +30,7 @@ class Sharded(DDPStrategy):
 
     Args:
         inside_nodes: shards are spread over the devices of a node, and each node holds a replica; else over all ranks.
-        low: the dtype that blocks are gathered in; None for their own.
-    """
+        low: the dtype that blocks are gathered in; None for their own."""
 
     def __init__(self, *, inside_nodes: bool, low: torch.dtype | None):
         super().__init__()

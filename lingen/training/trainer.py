@@ -14,14 +14,17 @@ from lingen.plan.trainer import listed, logger_of
 from lingen.ranks.environment import here
 from lingen.ranks.launch import RankEnvironment
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import CALLBACKS
 from lingen.recipe.sections import Component, Recipe
 from lingen.training.folder import RunFolder
 from lingen.training.strategy import Sharded, strategy_of
 
 
 def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> lightning.Trainer:
-    """lightning.Trainer with the recipe's arguments and those that lingen sets."""
+    """lightning.Trainer with the recipe's arguments and what lingen sets. The recipe's callbacks come first, so that a
+    checkpoint holds them as they are after its step."""
     arguments = dict(recipe.trainer) | {"strategy": strategy_of(recipe)}
+    callbacks = [*map(CALLBACKS.build, arguments.pop("callbacks", None) or []), *callbacks]
     loggers = [build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard"))]
     settings = recipe.train
     batches = settings.steps * settings.accumulate
@@ -31,24 +34,12 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
     with warnings.catch_warnings():
         quiet_lightning()
         trainer = _trainer(
-            **arguments,
-            plugins=[RankEnvironment()],
-            max_steps=settings.steps,
-            max_epochs=-1,
-            min_epochs=0,
-            accumulate_grad_batches=settings.accumulate,
-            val_check_interval=min(every, batches),
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            logger=loggers,
-            callbacks=callbacks,
-            default_root_dir=folder.path,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+            **arguments, plugins=[RankEnvironment()], max_steps=settings.steps, max_epochs=-1, min_epochs=0,
+            accumulate_grad_batches=settings.accumulate, val_check_interval=min(every, batches),
+            check_val_every_n_epoch=None, num_sanity_val_steps=0, log_every_n_steps=1, logger=loggers,
+            callbacks=callbacks, default_root_dir=folder.path, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False,
+        )  # fmt: skip
     if {trainer.world_size, trainer.num_devices * trainer.num_nodes} != {(ranks := here().ranks)}:
         raise RecipeError(
             f"{ranks} ranks train, but trainer.strategy={recipe.trainer.get('strategy', 'auto')} makes "
@@ -93,16 +84,9 @@ def build_logger(component: str | Component, folder: RunFolder) -> Logger:
 
 def quiet_lightning() -> None:
     """Silences advice that does not apply: the loader is endless by design, and its workers are a setting."""
-    for text in (
-        ".*does not have many workers.*",
-        ".*`srun` command is available.*",
-        ".*max_epochs.*",
-        ".*GPU available but not used.*",
-        ".*in eval mode.*",
-        ".*isinstance.treespec.*",
-        ".*Total length of.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
+    texts = ("does not have many workers", "`srun` command is available", "max_epochs", "GPU available but not used")
+    for text in (*texts, "in eval mode", "isinstance.treespec", "Total length of"):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
     if not os.environ.get("LINGEN_DEBUG"):
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)

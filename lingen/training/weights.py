@@ -22,8 +22,7 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     """Writes the raw and the averaged copy of everything trained, with the whole filled recipe, in one step. All ranks
     gather one tensor after the other, the first one writes; where it cannot, all raise.
 
-    Keys are ``raw.NAME`` and ``averaged.NAME``; the metadata holds `recipe` (YAML), `stage` and `step`.
-    """
+    Keys are ``raw.NAME`` and ``averaged.NAME``; the metadata holds `recipe` (YAML), `stage` and `step`."""
     copies = {"raw": module.trained_state(), "averaged": averaged_state(module)}
     tensors = {f"{copy}.{name}": value for copy, state in copies.items() for name, value in state.items()}
     metadata = {"format": "lingen", "recipe": recipe_yaml, "stage": module.recipe.stage or "main", "step": str(step)}
@@ -50,25 +49,17 @@ def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
     """Puts weights into a module; positional tables of another size are resized (model.resize_tables).
 
     Raises:
-        RecipeError: names what is missing, left over or of another shape.
-    """
+        RecipeError: names what is missing, left over or of another shape."""
     own = module.trained_state()
     weights = module.fitted(stored.names_now(weights, own))
-    missing, extra = (
-        sorted(name for name in names if not name.startswith(module.optional))
-        for names in (own.keys() - weights.keys(), weights.keys() - own.keys())
-    )
-    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if missing or extra or shapes:
-        parts = [
-            f"{len(names)} {what} (such as {names[0]})"
-            for names, what in (
-                (missing, "missing"),
-                (extra, "not in this model"),
-                (sorted(shapes), "of another shape"),
-            )
-            if names
-        ]
+    both = sorted(own.keys() & weights.keys())
+    wrong = {
+        "missing": sorted(name for name in own.keys() - weights.keys() if not name.startswith(module.optional)),
+        "not in this model": sorted(name for name in weights.keys() - own if not name.startswith(module.optional)),
+        "of another shape": [name for name in both if own[name].shape != weights[name].shape],
+    }
+    parts = [f"{len(names)} {what} (such as {names[0]})" for what, names in wrong.items() if names]
+    if parts:
         raise RecipeError(
             f"The weights in {source} do not fit this recipe's model: {', '.join(parts)}. Use the recipe that they "
             "were trained with."
@@ -81,8 +72,7 @@ def load_module(source: str | Path, device: str | torch.device = "cpu") -> Train
     with its averaged weights, in eval mode.
 
     Raises:
-        RecipeError: no weights there, or weights that do not fit.
-    """
+        RecipeError: no weights there, or weights that do not fit."""
     path = stored.find_weights(source)
     recipe = recipe_of(path)
     module = recipe.subject.build_module(recipe)

@@ -2,16 +2,20 @@
 ``kill --seed S --times N`` kills training and goes on with it,
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
 ``plan`` dry-runs every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a dry-run step with one on a GPU,
-``gpu`` trains the main recipe on one GPU, ``study`` asks whether the intervals of `lingen study report` cover."""
+``gpu`` trains the main recipe on one GPU, ``gpus`` on all of this machine,
+``handover`` trains a toy of two stages, ``study`` asks whether the intervals of `lingen study report` cover."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
+from tests.soak.handover import handover
 from tests.soak.kill import kill
 from tests.soak.moments import MOMENTS, moments
 from tests.soak.one_gpu import on_one_gpu
@@ -20,8 +24,12 @@ from tests.soak.ranks import compare_all
 
 def main() -> int:
     args = _arguments()
-    trials = {"fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks, "gpu": _gpu}
-    return (trials | {"plan": _plan, "plan-peak": _plan_peak, "study": _study})[args.trial](args)
+    trials = {
+        "fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks,
+        "gpu": partial(_told, on_one_gpu), "gpus": _gpus, "handover": partial(_told, handover),
+        "plan": _plan, "plan-peak": _plan_peak, "study": _study,
+    }  # fmt: skip
+    return trials[args.trial](args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -57,6 +65,13 @@ def _arguments() -> argparse.Namespace:
     peak.add_argument("overrides", nargs="*", metavar="key=value")
     more = trials.add_parser("gpu", help="the main recipe on one GPU, stopped and undisturbed")
     more.add_argument("--keep", type=Path, default=Path("gpu"), metavar="DIR", help="the runs lie there; made anew")
+    several = trials.add_parser("gpus", help="all GPUs of this machine: speed, equality, what comes over a run")
+    several.add_argument("--acts", nargs="+", default=["speed", "equal", "events"])
+    several.add_argument("--strategies", nargs="+", default=["fsdp", "hsdp", "ddp"])
+    several.add_argument("--keep", type=Path, default=Path("gpus"), metavar="DIR", help="runs lie there; made anew")
+    several.add_argument("--json", type=Path, help="what was seen")
+    toy = trials.add_parser("handover", help="the loss over a hand-over, with and without a decay before it")
+    toy.add_argument("--keep", type=Path, default=Path("handover"), metavar="DIR", help="runs lie there; made anew")
     votes = trials.add_parser("study", help="simulated votes with effects of raters and prompts")
     votes.add_argument("--seed", type=int, default=1)
     votes.add_argument("--times", type=int, default=200, help="studies of each design")
@@ -114,10 +129,17 @@ def _moments(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _gpu(args: argparse.Namespace) -> int:
+def _gpus(args: argparse.Namespace) -> int:
+    from tests.soak.gpus import several_gpus
+
+    shutil.rmtree(args.keep, ignore_errors=True)
+    return several_gpus(args.keep.absolute(), args.acts, args.strategies, args.json)
+
+
+def _told(trial: Callable[[Path], Iterator[str]], args: argparse.Namespace) -> int:
     shutil.rmtree(args.keep, ignore_errors=True)
     failures = 0
-    for line in on_one_gpu(args.keep.absolute()):
+    for line in trial(args.keep.absolute()):
         print(line, flush=True)
         failures += line.startswith("failed")
     print(f"{failures} failures")

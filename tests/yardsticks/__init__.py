@@ -18,6 +18,7 @@ lingen is measured against. Nothing here is something that lingen itself runs on
   `rivals`: a bare PyAV loop and plain webdataset; beside them the cost of an index of very many samples, `index_scale`.
 - `selftest`, `coverage`, `eval_commands`: ``lingen eval selftest``, which metric sees which damage, and what intervals
   cover; `vbench`: ``lingen eval vbench``.
+- `theatre`: judges of the emoji theatre and the score of its model, run as a module; `theatre_gpu.sh` trains both.
 - `loopback`: a web server on this machine, a stand-in for remote shards.
 
 `lingen.cli.bench.yardstick` loads them by their place beside the package; an installed wheel does not hold them.

@@ -15,12 +15,15 @@ a GPU: ``--grid 34 32 32 --device cuda`` is 34,816 tokens.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +124,7 @@ def study(name: str, task: str, grid: Triple, seed: int, lr: float, device: str,
     torch.manual_seed(seed)
     a_min = min(1.0, 100 / (LONGER * math.prod(grid)))
     model = Reader(**{"a_min": a_min, "review": (2, 2, 2) if review else None} | SETTINGS[name]).to(device)
-    row = {"settings": name, "task": task, "review": review, "tokens": math.prod(grid), "seed": seed,
+    row = {"settings": name, "task": task, "review": review, "tokens": math.prod(grid), "seed": seed, "device": device,
            "reach": float(model.mixer.horizon())}  # fmt: skip
     generator = torch.Generator(device).manual_seed(1000 + seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
@@ -177,6 +180,7 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, of one thread each")
     parser.add_argument("--json", type=Path, help="rows are added to those that it holds")
     parser.add_argument("--start", action="store_true", help="tell only what layers of t2v_68s start with")
     args = parser.parse_args()
@@ -187,18 +191,25 @@ def main() -> int:
     held = json.loads(args.json.read_text())["rows"] if args.json and args.json.is_file() else []
     keys = ("settings", "task", "review", "tokens", "seed")
     done = {tuple(row[key] for key in keys) for row in held}
-    for seed in args.seeds:
-        for task in args.tasks:
-            for review in map(bool, args.review):
-                for name in args.settings:
-                    if (name, task, review, math.prod(args.grid), seed) in done:
-                        continue
-                    held.append(study(name, task, tuple(args.grid), seed, args.lr, args.device, review))
-                    print(json.dumps(held[-1]), flush=True)
-                    if args.json:
-                        args.json.write_text(_json(held))
+    grid: Triple = tuple(args.grid)
+    todo = [
+        (name, task, grid, seed, args.lr, args.device, review)
+        for seed, task, review in itertools.product(args.seeds, args.tasks, map(bool, args.review))
+        for name in args.settings
+        if (name, task, review, math.prod(grid), seed) not in done
+    ]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), initializer=_one_thread) as jobs:
+        for one in as_completed([jobs.submit(study, *case) for case in todo]):
+            held.append(one.result())
+            print(json.dumps(held[-1]), flush=True)
+            if args.json:
+                args.json.write_text(_json(held))
     print(as_table([{key: str(value) for key, value in row.items()} for row in medians(held)], terminal=False))
     return 0
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def _json(rows: list[dict[str, Any]]) -> str:

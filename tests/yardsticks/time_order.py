@@ -41,6 +41,9 @@ WAYS: dict[str, dict[str, str]] = {
 }
 TEMPORAL = {"hwt": 2, "wht": 3}
 """Layers of both cycles that read column by column."""
+PAPER = WAYS["paper"] | {"norm": "shared"}
+SPEED = WAYS | {"norm per head": {"norm": "per_head"}, "masked, norm per head": WAYS["masked"] | {"norm": "per_head"}}
+"""Of `speed`: settings of the mixer, each over `PAPER`."""
 SMALL = {"head_dim": 16, "state_dim": 16}
 CHANNELS, NOISE = 4, 0.7
 """Of the task: noisy signal, bit, whether there is one, frame; deviation of the noise, the signal's being 1."""
@@ -228,9 +231,9 @@ def speed(recipe: str, grid: Triple, pairs: int, device: str | None, ways: Seque
     config = load_recipe(recipe, (), stage).model
     assert isinstance(config.mixer, dict)
     inputs = sample_inputs(config, grid, place.device)
-    base = denoiser(replace(config, mixer=config.mixer | WAYS["paper"]), place)
+    base = denoiser(replace(config, mixer=config.mixer | PAPER), place)
     for way in ways:
-        other = denoiser(replace(config, mixer=config.mixer | WAYS[way]), place)
+        other = denoiser(replace(config, mixer=config.mixer | PAPER | SPEED[way]), place)
         works = [forward_work(other, inputs), forward_work(base, inputs)]
         for work in works:
             milliseconds(work, place.device)
@@ -256,7 +259,7 @@ def main() -> int:
     parser.add_argument("--dim", type=int, default=0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--png", type=Path, help="reach: where the picture goes")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="task, speed: which ones")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(SPEED), help="task, speed: which ones")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-2)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from lingen.run import fit
 
@@ -46,21 +45,24 @@ def losses(run: Path, *words: str) -> list[float]:
     return [float(row["validation/loss"]) for row in rows if row["validation/loss"]]
 
 
-@pytest.mark.slow
-def test_warming_up_again_is_enough_and_decaying_before_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Clips of 4 frames, then of 8, as the stages of t2v_68s grow: its stages before the last keep their rate."""
-    monkeypatch.setenv("LINGEN_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "toy.yaml").write_text(RECIPE)
+def handover(folder: Path) -> Iterator[str]:
+    """What was seen, and a sentence that begins with ``failed`` for each thing that is not as docs/model.md says. Clips
+    of 4 frames, then of 8, as the stages of t2v_68s grow: its stages before the last keep their rate."""
+    folder.mkdir(parents=True)
+    (folder / "toy.yaml").write_text(RECIPE)
     found: dict[str, list[float]] = {}
     for decay, warmups in (("constant", (0, 20)), ("cosine", (20,))):
         before = f"stages.short.train.decay={decay}"
-        fit(tmp_path / "toy.yaml", [before], run=tmp_path / decay, stage="short")
+        fit(folder / "toy.yaml", [before], run=folder / decay, stage="short")
         for warmup in warmups:
-            run = Path(shutil.copytree(tmp_path / decay, tmp_path / f"{decay} {warmup}"))
+            run = Path(shutil.copytree(folder / decay, folder / f"{decay} {warmup}"))
             found[run.name] = losses(run, before, f"stages.long.train.warmup={warmup}")
-    print({name: [round(value, 4) for value in values] for name, values in found.items()})
+            yield f"{run.name}: {[round(value, 4) for value in found[run.name]]}"
     end = {name: sum(values[-4:]) / 4 for name, values in found.items()}
-    for values in found.values():
-        assert max(values[:5]) < 1.15 * values[0]  # no jump: the first one is 4 steps after the hand-over
-    assert found["constant 20"][0] < found["cosine 20"][0] and end["constant 20"] < end["cosine 20"]
-    assert end["constant 20"] == pytest.approx(end["constant 0"], rel=0.15)
+    for name, values in found.items():
+        if max(values[:5]) >= 1.15 * values[0]:  # the first one is 4 steps after the hand-over
+            yield f"failed: {name} jumps"
+    if not (found["constant 20"][0] < found["cosine 20"][0] and end["constant 20"] < end["cosine 20"]):
+        yield "failed: decaying before the hand-over does not cost"
+    if abs(end["constant 20"] / end["constant 0"] - 1) > 0.15:
+        yield "failed: warming up again is not the same as going on at once"

@@ -1,0 +1,296 @@
+"""All GPUs of one machine through NCCL and lingen's own commands (docs/performance.md, "Several GPUs"):
+
+- ``speed``: LinGen-4B, clips of 512p and 17 s of encoded random numbers, under every strategy and on one GPU; tokens a
+  second, MFU and the memory of a rank beside what `lingen plan` says.
+- ``equal``: first and last gradients and the losses of 20 steps of a small model, in float32, beside one GPU's.
+- ``events``: the preflight; a signal, and the run goes on with one GPU; a rank that is killed; a rank that
+  is stopped; clips that GPUs share.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from lingen.data import manifest
+from lingen.data.fingerprint import frozen_settings, hash_settings
+from lingen.data.latents import LATENTS_NPY, TEXT
+from lingen.data.shards import write_shards
+from lingen.plan.forecast import text_tokens
+from lingen.recipe import load_recipe
+from lingen.recipe.sections import DataConfig
+from lingen.sampling.files import read_latents
+from tests.helpers.closeness import relative_error
+from tests.helpers.commands import ROOT, lingen_command
+from tests.helpers.ranks import steps_of_ranks
+from tests.helpers.tiny import write_recipe, write_shapes
+from tests.soak import ranks
+from tests.soak.kill import RECORDER, notes_of
+
+Row = dict[str, Any]
+LARGE = """
+extends: t2v_68s
+data: {shards: {image: "shards/image-*.tar", video: "shards/video-*.tar"}, workers: 2}
+train: {sample_every: 0, validate_every: 0, log_every: 1, checkpoint_every: 1000000000, watchdog: 120}
+sample: {prompts: []}
+trainer: {num_nodes: 1, logger: false}
+stages:
+  t2v_512_17s: {data: {mix: {image: 0, video: 1}}, train: {steps: STEPS, warmup: 2}}
+"""
+STAGE, STEPS, FIRST = "t2v_512_17s", 6, 3
+"""Stage that is measured, its steps, and the first one that counts."""
+ACTS = '''
+"""What happens to rank 1 in a step, and to all of them at a signal."""
+import os, signal, time
+from lingen.training.denoiser import LinGenModule
+
+how, _, at = os.environ.get("ACT", "").partition(":")
+train = LinGenModule.training_step
+
+def act(self, batch, batch_idx):
+    if how and self.recipe.stage == "clips" and self.global_step == int(at) and self.global_rank == 1:
+        print("acted", time.time(), flush=True)
+        os.kill(os.getpid(), getattr(signal, how))
+    return train(self, batch, batch_idx)
+
+LinGenModule.training_step = act
+'''
+
+
+PEAK = '''
+from contextlib import nullcontext
+import torch
+from lingen.ranks.environment import here
+from lingen.recipe.subjects import Subject
+from lingen.training.denoiser import LinGenModule
+
+train = LinGenModule.training_step
+
+def note(self, batch, batch_idx):
+    with open(f"peak-{self.global_rank}", "w") as file:
+        print(torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0, file=file)
+    return train(self, batch, batch_idx)
+
+LinGenModule.training_step = note
+build = Subject.build_module
+
+def build_here(self, recipe):
+    """Four billion random numbers take minutes on a CPU."""
+    with torch.device("cuda", here().local_rank) if torch.cuda.is_available() else nullcontext():
+        return build(self, recipe)
+
+Subject.build_module = build_here
+'''
+
+
+def write_encoded(folder: Path, stage: str, clips: int) -> None:
+    """Encoded shards of random numbers, in the sizes of a stage of `LARGE`."""
+    (folder / "large.yaml").write_text(LARGE.replace("STEPS", str(STEPS)))
+    recipe = load_recipe(folder / "large.yaml", stage=stage)
+    rng, model, data = np.random.default_rng(0), recipe.model, recipe.data
+    strides = (8, 8, 8)
+    counts = list(zip(text_tokens(recipe), model.text_dims, strict=True))
+    rows: list[manifest.Row] = []
+    for kind, frames in (("video", data.frames), ("image", 1)):
+        t, h, w = (-(-n // stride) for n, stride in zip((frames, *data.size), strides, strict=True))
+        samples = []
+        for number in range(clips):
+            texts = {TEXT.format(n): _npy(rng.standard_normal((2 * m, width))) for n, (m, width) in enumerate(counts)}
+            about: Row = {"captions": ["a clip"], "source": "random numbers"}
+            about["tokens"] = {str(n): [m] for n, (m, _) in enumerate(counts)}
+            about["null"] = {str(n): m for n, (m, _) in enumerate(counts)}
+            latents = {LATENTS_NPY: _npy(rng.standard_normal((model.channels, t, h, w)))}
+            samples.append({"__key__": f"{number:04d}", **latents, **texts, "json": about})
+        (shard,) = write_shards(samples, str(folder / "shards" / f"{kind}-%05d.tar"))
+        rows += _rows(shard, frames, data)
+    (folder / "peak.py").write_text(PEAK)
+    settings = {**frozen_settings(recipe), "null_text": True}
+    manifest.write(folder / "shards" / manifest.NAME, rows, manifest.About(hash_settings(settings), settings))
+
+
+def _rows(shard: Path, frames: int, data: DataConfig) -> Iterator[manifest.Row]:
+    """Of the samples of a shard, as `lingen encode` would list them."""
+    ends: dict[str, list[tarfile.TarInfo]] = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            ends.setdefault(member.name.partition(".")[0], []).append(member)
+    for key, members in ends.items():
+        first, last = members[0].offset, members[-1].offset_data + members[-1].size
+        fps = data.fps if frames > 1 else 0.0
+        height, width = data.size
+        yield manifest.Row(
+            key, shard.name, first, last - first, "latents", height, width, frames, fps, 1, 6, LATENTS_NPY
+        )
+
+
+def _npy(numbers: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, numbers.astype("<f2"))
+    return buffer.getvalue()
+
+
+def speed(folder: Path, gpus: int, strategies: Sequence[str]) -> Iterator[Row]:
+    """A row for one GPU and one for each strategy on all of them."""
+    (folder / "shards").mkdir()
+    write_encoded(folder, STAGE, 4 * gpus)
+    for count, strategy in [(1, "auto"), *((gpus, one) for one in strategies)]:
+        run = f"large-{strategy}-{count}"
+        words = [
+            "--run",
+            run,
+            "--stage",
+            STAGE,
+            "--import",
+            "peak",
+            f"trainer.devices={count}",
+            f"trainer.strategy={strategy}",
+        ]
+        code, text, seconds = _fit(folder, "large.yaml", *words)
+        row = {"act": "speed", "strategy": strategy, "gpus": count, "seconds": round(seconds)}
+        if code:
+            yield row | {"failed": text[-1500:]}
+            continue
+        row["peak bytes"] = [int((folder / f"peak-{rank}").read_text()) for rank in range(count)]
+        with (folder / run / "metrics.csv").open(newline="") as file:
+            rows = [one for one in csv.DictReader(file) if one["tokens_per_second"] and int(one["step"]) >= FIRST]
+        for name in rows[0]:
+            if rows[-1][name] and re.search("tokens_per_second|mfu|hfu|mem|gib|loss$", name):
+                row[name] = statistics.median(float(one[name]) for one in rows)
+        yield row
+
+
+def equal(folder: Path, gpus: int, strategies: Sequence[str]) -> Iterator[Row]:
+    """Differences of each strategy to one GPU: of the first and last gradients, all together, and of the velocities."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    sizes = [word.replace("accelerator=cpu", "accelerator=gpu") for word in ranks.SIZES]
+    with mock.patch.multiple(ranks, SIZES=tuple(sizes), STEPS={"32-true": 20, "64-true": 20}):
+        one = ranks.Alone(folder, 20)
+        held = one.found("32-true")
+        for strategy in strategies:
+            trial = {"recipe": str(one.recipe), "overrides": one.overrides("32-true", strategy, gpus),
+                     "run": str(folder / f"{strategy}-{gpus}"), "stage": ranks.STAGE}  # fmt: skip
+            (found,) = steps_of_ranks([trial], gpus)
+            first, last = min(held.gradients), max(held.gradients)
+            losses = [_losses(run) for run in (one.run("32-true"), Path(trial["run"]))]
+            yield {
+                "act": "equal", "strategy": strategy, "gpus": gpus,
+                "first gradients": _together(held.gradients[first], found.gradients[first]),
+                "last gradients": _together(held.gradients[last], found.gradients[last]),
+                "losses": max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True)), "steps": len(losses[0]),
+            }  # fmt: skip
+
+
+def _together(one: dict, other: dict) -> float:
+    return relative_error(*(torch.cat([held[key].flatten().cpu() for key in sorted(one)]) for held in (one, other)))
+
+
+def _losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+def events(folder: Path, gpus: int, accelerator: str = "gpu") -> Iterator[Row]:
+    """What comes over a run of a small model, and how it ends."""
+    (folder / "shards").mkdir(parents=True)
+    write_recipe(folder / "tiny.yaml", write_shapes(folder / "shards"))
+    (folder / "recorder.py").write_text(RECORDER)
+    (folder / "acts.py").write_text(ACTS)
+    base = ["--import", "recorder", "--import", "acts", f"trainer.accelerator={accelerator}", "sample.prompts=[]",
+            "stages.clips.train.steps=12", "train.log_every=1", "trainer.strategy=fsdp"]  # fmt: skip
+
+    def start(run: str, count: int, *words: str, act: str = "") -> tuple[int, str, float, Any]:
+        for path in folder.glob("notes-*"):
+            path.unlink()
+        many = [f"data.batch={{image: {4 // count}, video: {4 // count}}}", f"trainer.devices={count}"]
+        code, text, seconds = _fit(folder, "tiny.yaml", "--run", run, *base, *many, *words, ACT=act)
+        notes = dict(notes_of(folder))
+        acted = re.search(r"acted ([\d.]+)", text)
+        return code, text, (time.time() - float(acted[1])) if acted else seconds, _samples(notes)
+
+    code, text, seconds, straight = start("straight", 1)
+    yield {"act": "events", "what": "undisturbed, 1 GPU", "code": code, "seconds": round(seconds, 1),
+           "failed": text[-1500:] if code else ""}  # fmt: skip
+    code, text, seconds, _ = start("preflight", gpus, "--preflight")
+    yield {"act": "events", "what": f"preflight, {gpus} GPUs", "code": code, "seconds": round(seconds, 1),
+           "said": text[-3000:]}  # fmt: skip
+    code, text, seconds, before = start("moved", gpus, act="SIGTERM:5")
+    again, more, _, after = start("moved", 1)
+    same = {key: before.get(key, set()) | after.get(key, set()) for key in straight} == straight
+    yield {"act": "events", "what": f"SIGTERM on {gpus} GPUs, resumed on 1", "codes": [code, again],
+           "seconds": round(seconds, 1), "same samples": same, "said": (text[-600:], more[-1200:])}  # fmt: skip
+    code, text, seconds, _ = start("killed", gpus, act="SIGKILL:5")
+    yield {"act": "events", "what": "a rank is killed", "code": code, "seconds": round(seconds, 1),
+           "said": text[-1500:]}  # fmt: skip
+    code, text, seconds, _ = start("stopped", gpus, "train.watchdog=20", act="SIGSTOP:5")
+    traces = sorted(path.name for path in (folder / "stopped" / "ranks").glob("*"))
+    yield {"act": "events", "what": "a rank is stopped, train.watchdog=20", "code": code, "seconds": round(seconds, 1),
+           "said": text[-1500:], "files": traces}  # fmt: skip
+    yield {"act": "events", "what": f"4 clips on {gpus} GPUs and on 1"} | _sampled(folder)
+
+
+def _sampled(folder: Path) -> Row:
+    """Whether clips of one `lingen sample` are the same, shared by all GPUs and made by one."""
+    words = lingen_command("sample", "--run", "straight", "--repeat", "4", "--prompt", "a red square", "--out")
+    env, seconds = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}, []
+    for name, more in (("many", {}), ("one", {"CUDA_VISIBLE_DEVICES": "0"})):
+        began = time.monotonic()
+        subprocess.run([*words, f"{name}.mp4"], cwd=folder, env=env | more, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(round(time.monotonic() - began, 1))
+    latents = [
+        [read_latents(path)[0] for path in sorted(folder.glob(f"{name}-*.latents.*"))] for name in ("many", "one")
+    ]
+    same = [torch.equal(*both) for both in zip(*latents, strict=True)]
+    return {"same": same, "seconds": seconds, "failed": "" if same == [True] * 4 else "other clips"}
+
+
+def _samples(notes: dict) -> dict[tuple[str, int], set[str]]:
+    """(stage, step) -> keys that were trained on, by all ranks."""
+    held: dict[tuple[str, int], set[str]] = {}
+    for (stage, step, _), (_, _, keys) in notes.items():
+        held.setdefault((stage, step), set()).update(keys)
+    return held
+
+
+def _fit(folder: Path, recipe: str, *words: str, **env: str) -> tuple[int, str, float]:
+    """Exit code of `lingen fit`, what it said, and how long it took."""
+    began, log = time.monotonic(), folder / f"log-{time.monotonic_ns()}.txt"
+    paths = os.pathsep.join([str(ROOT), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with log.open("w") as file:
+        process = subprocess.run(
+            lingen_command("fit", "--recipe", recipe, *words), cwd=folder, stdout=file, stderr=file, check=False,
+            env=os.environ | {"PYTHONPATH": paths} | env, timeout=300,
+        )  # fmt: skip
+    return process.returncode, log.read_text(), time.monotonic() - began
+
+
+def several_gpus(folder: Path, acts: Sequence[str], strategies: Sequence[str], json_file: Path | None) -> int:
+    """Prints a JSON row for whatever was seen; 1 where something failed."""
+    gpus, rows = torch.cuda.device_count(), []
+    chosen = {
+        "speed": lambda: speed(folder / "speed", gpus, strategies),
+        "equal": lambda: equal(folder / "equal", gpus, strategies),
+        "events": lambda: events(folder / "events", gpus),
+    }
+    for act in acts:
+        (folder / act).mkdir(parents=True)
+        for row in chosen[act]():
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if json_file:
+                command = f"python -m tests.soak gpus --acts {' '.join(acts)}"
+                json_file.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    return int(any(row.get("failed") for row in rows))

@@ -1,0 +1,74 @@
+"""`lingen report`: the page of a run, and the README beside it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lingen.cli import main
+from lingen.studies.report import write_report
+from lingen.training.folder import README
+
+
+class Page(HTMLParser):
+    """Headings, alternative texts and addresses of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.headings: list[str] = []
+        self.alts: list[str | None] = []
+        self.addresses: list[str] = []
+        self._in = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in, given = tag, dict(attrs)
+        self.addresses += [str(given[name]) for name in ("src", "href") if name in given]
+        self.alts += [given.get("alt")] if tag == "img" else []
+
+    def handle_data(self, data: str) -> None:
+        if self._in in ("h1", "h2") and data.strip():
+            self.headings.append(data)
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path / "a <run>"))
+
+
+def test_a_page_tells_of_the_run_and_needs_nothing_else(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["report", str(run)]) == 0 and capsys.readouterr().out.strip() == str(run / "report.html")
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert len(text) < 5_000_000 and page.headings[0].startswith("a <run>: a run of ")
+    assert page.headings[1:] == ["Curves", "Clips", "Samples", "Settings"]
+    assert page.alts == ["a red square"] * len(page.alts) and page.alts
+    own = re.compile("#|data:image/jpeg;base64,")  # places of the drawings themselves, and pictures
+    assert all(own.match(address) for address in page.addresses)
+    assert "finished. Stages: images 2 of 2 steps, clips 6 of 6 steps." in text and ">nan<" not in text
+    assert re.search("<td>model.depth<td>2", text)
+
+
+def test_a_run_that_goes_on_has_a_page(run: Path):
+    """Without clips, ledger and weights of the last stage, and with a row that is being written."""
+    shutil.rmtree(run / "samples")
+    shutil.rmtree(run / "stages/clips")
+    (run / "ledger.json").unlink()
+    with (run / "metrics.csv").open("a") as file:
+        file.write("clips,")
+    assert Page(write_report(run).read_text()).headings[1:] == ["Curves", "Settings"]
+
+
+def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path} is no run folder" in capsys.readouterr().err
+
+
+def test_the_readme_names_each_file(run: Path):
+    names = [path.name for path in run.iterdir() if path.name not in ("README.md", "report.html")]
+    assert (run / "README.md").read_text() == README and len(names) > 4
+    assert [name for name in names if name not in README] == []

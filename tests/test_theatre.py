@@ -1,0 +1,300 @@
+"""The emoji theatre: held-out combinations, exact captions, clips that are a function of their number."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+import lingen
+from lingen.cli import main
+from lingen.data.acting import SPRITE, SPRITE_FRAMES, DrawnIndex, load_sprites, perform
+from lingen.data.datamodule import ClipData
+from lingen.data.theatre import (
+    ACTIONS,
+    ACTORS,
+    LIGHTS,
+    SCENES,
+    SPLITS,
+    Event,
+    Split,
+    Storyboard,
+    Theatre,
+    caption_of,
+    known_words,
+    split_of,
+    splits_in,
+    storyboard,
+)
+from lingen.recipe import load_stages
+from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import DataConfig, PerKind, Recipe
+from lingen.text.small import Words
+from tests.yardsticks import theatre as judging
+
+REPORT = "1664458191316f98005909df547500fdc235416c3be7ee72bec4f818a906f823"
+"""SHA-256 of the captions of the clips to report on, fixed before anything was trained on the theatre."""
+
+
+@pytest.fixture(scope="session")
+def sprites(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sheet of plain round actors, each of its own colour, darker in the second half of its animation."""
+    rows, columns = np.mgrid[:SPRITE, :SPRITE] - SPRITE / 2
+    round_ = np.uint8(255 * (rows**2 + columns**2 < (0.45 * SPRITE) ** 2))
+    sheet = np.zeros((len(ACTORS), SPRITE, SPRITE_FRAMES, SPRITE, 4), np.uint8)
+    sheet[..., 3] = round_[:, None]
+    for number in range(len(ACTORS)):
+        sheet[number, ..., :3] = (37 * number % 256, 101 * number % 256, 211 * number % 256)
+    sheet[:, :, SPRITE_FRAMES // 2 :, :, :3] //= 2
+    path = tmp_path_factory.mktemp("theatre") / "sprites.png"
+    Image.fromarray(sheet.reshape(len(ACTORS) * SPRITE, -1, 4), "RGBA").save(path, compress_level=1)
+    return str(path)
+
+
+def recipe(sprites: str, frames: int = 8, **data: object) -> Recipe:
+    component = {"name": "theatre", "sprites": sprites, "clips": 40, "held_out": 6, "seed": 0}
+    config = DataConfig(
+        synthetic=component, size=(32, 32), frames=frames, fps=4.0, mix=PerKind(image=0, video=1),
+        batch=PerKind(video=4), workers=0,
+    )  # fmt: skip
+    return Recipe(data=replace(config, **data))
+
+
+def boards(split: Split, seconds: float = 4.0, count: int = 400) -> list[Storyboard]:
+    return [storyboard(split, 0, number, seconds) for number in range(count)]
+
+
+def test_each_actor_has_one_held_out_action_in_each_split_and_trains_nearly_all_scenes():
+    for who in ACTORS:
+        assert Counter(split_of("action", who, action) for action in ACTIONS) == {"train": 9, "tune": 1, "report": 1}
+        assert Counter(split_of("scene", who, scene) for scene in SCENES)["train"] == 5
+    for one in (ACTIONS, SCENES):
+        held_out = Counter(name for name in one for who in ACTORS if _split_of(who, name) == "report")
+        assert len(held_out) == len(one)
+
+
+def _split_of(who: str, name: str) -> Split:
+    return split_of("action" if name in ACTIONS else "scene", who, name)
+
+
+def test_a_held_out_order_of_two_actions_is_trained_the_other_way_around():
+    held_out = [(one, other) for one in ACTIONS for other in ACTIONS if split_of("order", one, other) != "train"]
+    assert Counter(split_of("order", *pair) for pair in held_out) == {"tune": 8, "report": 8}
+    assert all(split_of("order", other, one) == "train" for one, other in held_out)
+
+
+@pytest.mark.parametrize("seconds", [4.0, 16.0, 60.0])
+def test_training_sees_nothing_that_is_held_out_and_no_split_sees_the_other_ones(seconds: float):
+    assert all(splits_in(board) == {"train"} for board in boards("train", seconds))
+    for split, other in (("tune", "report"), ("report", "tune")):
+        found = [splits_in(board) for board in boards(split, seconds, 100)]
+        assert all(split in one and other not in one for one in found)
+    assert not {caption_of(board) for board in boards("train", seconds)} & {
+        caption_of(board) for split in SPLITS[1:] for board in boards(split, seconds)
+    }
+
+
+def test_the_clips_to_report_on_are_those_that_were_fixed_before_any_training():
+    lines = [caption_of(board) for seconds in (4.0, 16.0, 60.0) for board in boards("report", seconds, 512)]
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == REPORT
+
+
+def test_training_holds_every_word_of_the_held_out_captions():
+    words = {word for board in boards("train", count=3000) for word in caption_of(board).replace(",", "").split()}
+    held_out = {word for board in boards("report") for word in caption_of(board).replace(",", "").split()}
+    assert held_out <= words <= known_words()
+    assert {word for name in ACTORS for word in name.split()} <= words
+
+
+def test_the_words_of_the_recipe_have_a_row_each():
+    (text,) = load_stages("theatre_128")[0].text
+    encoder = Words(**{key: value for key, value in text.items() if key != "name"})
+    rows = [encoder._ids(word)[0] for word in known_words()]
+    assert len(set(rows)) == len(rows)
+    longest = max((caption_of(board) for board in boards("train", 60.0)), key=lambda text: len(text.split()))
+    assert len(encoder._ids(longest)) <= text["max_tokens"]
+
+
+def test_captions_say_all_events_in_order():
+    board = Storyboard(
+        (
+            Event("honeybee", "", "fly", "left", "meadow", "dusk"),
+            Event("rocket", "", "rise", "", "meadow", "dusk"),
+            Event("ant", "polar bear", "follow", "right", "space", "night"),
+        ),
+        "left",
+    )
+    assert caption_of(board) == (
+        "a honeybee flies left over a meadow at dusk, then a rocket takes off, then an ant follows a polar bear to the "
+        "right in space at night, the camera pans left"
+    )
+    told = [caption_of(board, np.random.default_rng(seed)) for seed in range(9)]
+    assert len(set(told)) == 9
+    for text in told:
+        places = [text.index(word) for word in ("honeybee", "rocket", "ant ", "polar bear")]
+        assert places == sorted(places)
+
+
+def test_numbers_of_events_go_with_the_length():
+    for seconds, least, most in ((0.1, 1, 1), (4.0, 1, 2), (16.0, 1, 8), (60.0, 5, 12), (600.0, 12, 12)):
+        found = {len(board.events) for board in boards("train", seconds, 300)}
+        assert (min(found), max(found)) == (least, most)
+    assert all(len({event.scene for event in board.events}) == 1 for board in boards("train", 4.0))
+    assert any(len({event.scene for event in board.events}) > 2 for board in boards("train", 60.0))
+
+
+def test_a_clip_is_a_function_of_its_split_and_number(sprites: str):
+    data = ClipData(recipe(sprites))
+    batches = [batch for batch, _ in zip(data.batches(), range(3), strict=False)]
+    assert batches[0].clips.shape == (4, 3, 8, 32, 32) and batches[0].clips.dtype == torch.uint8
+    again = ClipData(recipe(sprites))
+    late = next(iter(again.batches(start=2)))
+    assert torch.equal(late.clips, batches[2].clips) and late.captions == batches[2].captions
+    assert late.keys == batches[2].keys
+    for key, clip in zip(late.keys, late.clips, strict=True):
+        number = int(key.rpartition(":")[2])
+        frames, captions = DrawnIndex.of(Theatre(sprites=sprites), "train").draw(number, (8, 32, 32), 4.0)
+        assert torch.equal(frames, clip)
+        assert late.captions[late.keys.index(key)] in captions
+
+
+def test_validation_is_the_split_to_tune_on(sprites: str):
+    data = ClipData(recipe(sprites))
+    (first, *_) = data.val_dataloader()
+    frames, captions = DrawnIndex.of(Theatre(sprites=sprites), "tune").draw(0, (8, 32, 32), 4.0)
+    assert torch.equal(frames, first.clips[0])
+    assert first.captions[0] in captions
+
+
+def test_mistakes_are_told_before_anything_runs(sprites: str, tmp_path: Path):
+    absent = recipe(str(tmp_path / "none" / "sprites.webp"))
+    for do in (ClipData(absent).check, ClipData(absent).setup):
+        with pytest.raises(RecipeError, match="fetch them with `lingen data fetch theatre --out .*none`"):
+            do()
+    Image.new("RGBA", (8, 8)).save(tmp_path / "small.png")
+    with pytest.raises(RecipeError, match="does not hold this version's actors"):
+        load_sprites(str(tmp_path / "small.png"))
+    for wrong, words in (
+        ({"mix": PerKind(image=1, video=1)}, "or set data.mix.image to 0"),
+        ({"lengths": [4]}, "data.lengths and data.sizes stay"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            ClipData(recipe(sprites, **wrong)).setup()
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_actions_move_as_their_names_say(action: str, sprites: str):
+    event = Event("dog", "cat" if action == "follow" else "", action, "right", "snow", "day")
+    found = _places(perform_one(event, sprites), "dog")
+    first, middle, last = found[1], found[len(found) // 2], found[-2]
+    if action in ("cross", "fly", "follow", "enter", "leave"):
+        seen = [place for place in found if place is not None]
+        assert seen[-1][0] > seen[0][0] + 10
+    if action == "enter":
+        assert found[0] is None or found[0][0] < 10
+        assert last is not None
+    if action in ("leave", "rise"):
+        assert last is None or last[2] < 0.2 * first[2]
+    if action == "rise":
+        assert middle is not None and middle[1] < first[1]
+    if action == "fall":
+        assert first is None or first[1] < last[1] - 20
+    if action == "jump":
+        assert max(y for _, y, _ in found) - min(y for _, y, _ in found) > 10
+    if action in ("grow", "shrink"):
+        assert (last[2] > 3 * first[2]) == (action == "grow") and (first[2] > 3 * last[2]) == (action == "shrink")
+    if action == "turn":
+        assert abs(first[0] - last[0]) < 1 and abs(first[2] - last[2]) < 0.1 * first[2]
+
+
+def perform_one(event: Event, sprites: str) -> np.ndarray:
+    return perform(Storyboard((event,), ""), 24, 6.0, (64, 64), load_sprites(sprites), np.random.default_rng(1))
+
+
+def _places(clip: np.ndarray, who: str) -> list[tuple[float, float, float] | None]:
+    """Middle (x, y) and area of an actor's colour in each frame; None where it is not seen."""
+    number = list(ACTORS).index(who)
+    colour = np.array([37 * number % 256, 101 * number % 256, 211 * number % 256])
+    found: list[tuple[float, float, float] | None] = []
+    for frame in clip.astype(int):
+        own = np.abs(frame - colour).sum(-1) < 12
+        own |= np.abs(frame - colour // 2).sum(-1) < 12
+        rows, columns = np.nonzero(own)
+        found.append((columns.mean(), rows.mean(), own.sum()) if own.sum() > 8 else None)
+    return found
+
+
+def test_each_scene_and_light_looks_its_own_way(sprites: str):
+    means = []
+    for scene in SCENES:
+        for light in LIGHTS:
+            clip = perform_one(Event("dog", "", "turn", "", scene, light), sprites)
+            means.append(clip[0].reshape(-1, 3)[::7].mean(0))
+    distances = np.linalg.norm(np.array(means)[:, None] - np.array(means), axis=-1) + 99 * np.eye(len(means))
+    assert distances.min() > 2
+
+
+def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "clip.webp"
+    words = ["demo", "a", "honeybea", "jumps", "--checkpoint", str(tiny_run), "--seconds", "1", "--steps", "1"]
+    assert main([*words, "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["1 seconds of: a honeybea(?) jumps", "'honeybea' is not known. Did you mean 'honeybee'?"]
+    assert said[2:] == [str(out), str(out.with_suffix(".png"))]
+    with Image.open(out) as picture:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)])
+    clip = lingen.sample_demo("a honeybea jumps", seconds=1, steps=1, weights=tiny_run)
+    assert clip.dtype == np.uint8 and clip.shape == frames.shape
+    assert main(["demo", "a dog jumps", "--out", str(tmp_path / "clip.avi")]) == 2
+    assert main(["demo", "a dog jumps", "--out", str(out)]) == 2
+    assert "no weights of the emoji theatre" in capsys.readouterr().err
+
+
+def test_the_demo_speaks_before_torch_is_imported():
+    code = (
+        "import builtins, os, sys; from lingen.cli import main; own = builtins.print\n"
+        "builtins.print = lambda *a, **k: (own('torch' in sys.modules, *a, flush=True), os._exit(0))\n"
+        "main(['demo', 'a dog jumps', '--checkpoint', 'nowhere'])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "False 4 seconds of: a dog jumps"
+
+
+def test_words_that_know_their_neighbours_tell_an_empty_text_from_none():
+    torch.manual_seed(0)
+    words = Words(dim=16, depth=1)
+    tokens, mask = words.encode(["a dog follows a cat", "a cat follows a dog", ""])
+    assert torch.isfinite(tokens).all() and mask.sum(1).tolist() == [5, 5, 0]
+    alone, _ = words.encode(["a cat follows a dog"])
+    assert torch.allclose(alone[0], tokens[1], atol=1e-5)
+    changed, _ = words.encode(["a dog follows a bear"])
+    assert not torch.allclose(changed[0, 1], tokens[0, 1], atol=1e-4)  # the dog hears of whom it follows
+    plain, _ = Words(dim=16).encode(["a dog follows a cat", "a dog follows a bear"])
+    assert torch.equal(plain[0, 1], plain[1, 1])
+
+
+def test_judges_see_each_event_and_what_it_shows(sprites: str):
+    events, targets = judging.drawn("tune", 3, sprites, judging.LENGTHS[2])
+    board = storyboard("tune", 1, 3, 60.0)
+    assert events.shape == (len(board.events), 3, judging.FRAMES, judging.SIDE, judging.SIDE)
+    assert [list(ACTORS)[row[0]] for row in targets.tolist()] == [event.who for event in board.events]
+    judge = judging.EventJudge(width=8).eval()
+    found = judging.verdicts(judge, events, "coarse")
+    assert found.shape == targets.shape
+    perfect = judging.summary([board], [targets])["rates"]
+    assert perfect["all"]["share"] == perfect["who"]["share"] == 1.0
+    wrong = targets.clone()
+    wrong[0, 0] = (wrong[0, 0] + 1) % len(ACTORS)
+    worse = judging.summary([board], [wrong])
+    assert worse["rates"]["all"]["share"] == 0.0 and worse["rates"]["action"]["share"] == 1.0
+    assert len(worse["confusions"]["who"]) == 1
