@@ -84,7 +84,7 @@ def test_a_scan_order_is_checked_under_fake_mode_too():
     with FakeTensorMode():
         assert callable(order_of("hilbert", 0))
         with pytest.raises(ValueError, match="does not visit each of the 24 tokens"):
-            order_of(lambda t, h, w: torch.zeros(t * h * w), 0)
+            order_of(lambda t, h, w: torch.zeros(t * h * w, dtype=torch.long), 0)
         fake, _ = permutation("hwt", (2, 3, 4), torch.device("cpu"))
     real, _ = permutation("hwt", (2, 3, 4), torch.device("cpu"))
     assert fake.shape == real.shape and real.sort().values.tolist() == list(range(24))

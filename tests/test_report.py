@@ -72,3 +72,16 @@ def test_the_readme_names_each_file(run: Path):
     names = [path.name for path in run.iterdir() if path.name not in ("README.md", "report.html")]
     assert (run / "README.md").read_text() == README and len(names) > 4
     assert [name for name in names if name not in README] == []
+
+
+def test_a_page_that_cannot_be_made_fails_no_run(
+    tiny_recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lingen.studies.report.write_text", full)
+    words = ["fit", "--recipe", str(tiny_recipe), "--run", "run", "--stage", "images", "sample.prompts=[]"]
+    assert main(words) == 0
+    assert "report.html was not made ([Errno 28] No space left" in capsys.readouterr().err
+    assert (here / "run/stages/images/weights.safetensors").is_file() and not (here / "run/report.html").exists()

@@ -315,6 +315,8 @@ def test_ranks_share_the_clips_and_make_those_of_one_process(run: Path, tmp_path
             output.read_latents(tmp_path / f"{name}-{number:02d}.latents.safetensors")[0] for name in ("one", "many")
         )
         assert torch.equal(one, many) and (tmp_path / f"many-{number:02d}.mp4").is_file()
+    few = [*words[:5], *words[7:-1], "--out", str(tmp_path / "few.mp4")]  # the second rank has no part of one clip
+    assert [text.count("few.mp4") for text in run_ranks(few, 2)] == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,10 @@ def _print_outcome(outcome: Any, subject: Subject) -> None:
         print("", *map(_about_score, ("sampled", "real"), (score["sampled"], score["real"])), sep="\n")
     for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
         print(sheet)
-    print(write_report(folder.path))
+    try:
+        print(write_report(folder.path))
+    except Exception as error:  # the run is finished, whatever becomes of its page
+        print(f"report.html was not made ({error}); lingen report {folder.path} tries again", file=sys.stderr)
     if subject is SUBJECTS["autoencoder"]:
         print(f"lingen eval tae --run {folder.path}")
     else:

@@ -59,13 +59,15 @@ def start_ranks(ranks: int) -> bool:
 
 def share(parts: int) -> Rank:
     """Connects to the ranks that share so many independent parts of work, and is one of them: those that a launcher has
-    started, else one for each GPU of this machine, no more than parts. Its GPU is this process's own from then on.
+    started, else one for each GPU of this machine, no more than parts, where this process is the command `lingen`: they
+    repeat it. Its GPU is this process's own from then on.
 
     Raises:
         RecipeError: as `launch.join` and `start_ranks`."""
     join()
     gpus = torch.cuda.device_count()
-    if environment.here().ranks == 1:
+    named = getattr(sys.modules["__main__"].__spec__, "name", None)
+    if environment.here().ranks == 1 and (named == "lingen.__main__" or os.path.basename(sys.argv[0]) == "lingen"):
         start_ranks(max(1, min(gpus, parts)))
     own = environment.here()
     if gpus:

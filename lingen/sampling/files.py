@@ -50,6 +50,8 @@ def sample_to_files(
     weights = find_weights(source)
     if own is not None:
         takes, paths = takes[own.rank :: own.ranks], paths[own.rank :: own.ranks]
+    if not takes:  # more ranks than clips
+        return
     module = load_denoiser(weights)
     settings = clips.settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clips.clip_size(module, seconds, size)
