@@ -197,9 +197,9 @@ class Trained(lightning.LightningModule):
             self._throw_away(step, spike)
             return False
         self.bad_steps = 0
-        self.meter.keep()
         for name in ("grad_norm", f"grad_norm/{step.kind}"):
             self.meter.add(name, torch.tensor([step.norms[0]]))
+        self.meter.keep()
         self.spikes.learn(step.like, step.loss, step.norms[0])
         return True
 
