@@ -56,7 +56,10 @@ class Block(nn.Module):
         recompute: bool = False,
     ) -> Float[Tensor, "b t h w d"]:
         if recompute:
-            return checkpoint(self.forward, x, positions, modulation, text, mask, use_reentrant=False)
+            # While a graph is recorded the state of the random numbers cannot be read; it is without random numbers.
+            keep = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+            inputs = x, positions, modulation, text, mask
+            return checkpoint(self.forward, *inputs, use_reentrant=False, preserve_rng_state=keep)
         shift, scale, *rows = (modulation + self.modulation.weight).unbind(2)
         norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)
         # Only the mixer holds its input, so that it is freed when the update is computed.
