@@ -15,18 +15,20 @@ if TYPE_CHECKING:
     from lingen.run import fit
     from lingen.sampling.clips import generate, sample_demo
     from lingen.sampling.loading import load_model
+    from lingen.sampling.pipeline import LinGenPipeline
     from lingen.training.denoiser import LinGenModule
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AUTOENCODERS", "ClipData", "LinGen", "LinGenModule", "MIXERS", "RecipeError", "SCANS", "TEXT_ENCODERS", "fit",
-    "generate", "load_model", "load_recipe", "sample_demo", "save_video", "stages_of",
+    "AUTOENCODERS", "ClipData", "LinGen", "LinGenModule", "LinGenPipeline", "MIXERS", "RecipeError", "SCANS",
+    "TEXT_ENCODERS", "fit", "generate", "load_model", "load_recipe", "sample_demo", "save_video", "stages_of",
 ]  # fmt: skip
 
 _HOMES = {
     "lingen.data.datamodule": ("ClipData",), "lingen.sampling.clips": ("generate", "sample_demo"),
     "lingen.sampling.loading": ("load_model",), "lingen.model": ("LinGen",), "lingen.run": ("fit",),
+    "lingen.sampling.pipeline": ("LinGenPipeline",),
     "lingen.training.denoiser": ("LinGenModule",), "lingen.recipe": ("load_recipe", "stages_of"),
     "lingen.recipe.errors": ("RecipeError",),
     "lingen.recipe.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS"), "lingen.media": ("save_video",),

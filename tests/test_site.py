@@ -232,6 +232,8 @@ def test_llms_txt_leads_to_pages(site: Path):
 
 @pytest.mark.skipif(find_spec("codespell_lib") is None, reason="codespell is not installed: pip install 'lingen[docs]'")
 def test_spelling():
-    files = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(str(file) for file in DOCS.rglob("*.md"))]
+    """Of pages, and of what people read in the code: docstrings, messages, templates, recipes."""
+    files = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "lingen", "templates", "recipes"]
+    files += [str(file) for file in DOCS.rglob("*.md")]
     done = subprocess.run([sys.executable, "-m", "codespell_lib", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -98,4 +98,6 @@ def _keys(opened: Any) -> dict[str, str]:
     """Key in the file -> name in the autoencoder."""
     keys = list(opened.keys())
     prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in keys)), None)
-    return {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)} if prefix else {}
+    if prefix is None and {"mean", "std"} <= {*keys}:  # a folder of `lingen export --to diffusers`
+        prefix = ""
+    return {} if prefix is None else {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}

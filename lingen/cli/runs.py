@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lingen.cli import command as cli
 from lingen.cli.edge import line_of
 from lingen.cli.prompts import REWRITER, lines_of, report_faults, rewrite
-from lingen.files import check_target
+from lingen.files import check_place, check_target
 from lingen.ranks import signals
 from lingen.ranks.environment import OtherRankError, UnfitError, here, who
 from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
@@ -297,12 +298,14 @@ def demo(args: argparse.Namespace) -> int:
 
 def _demo_files(args: argparse.Namespace, prompt: str, progress: Callable[[int, int], None]) -> Iterator[Path]:
     from lingen.media import contact_sheet, save_animation, save_video
-    from lingen.sampling.clips import sample_demo
+    from lingen.sampling.clips import generate, load_demo
 
-    how = {name: getattr(args, name) for name in ("seconds", "seed", "steps")}
-    clip, out = sample_demo(prompt, **how, weights=args.checkpoint, progress=progress), Path(args.out)
-    yield save_video(clip, out, 12, title=prompt) if out.suffix == ".mp4" else save_animation(clip, out, 12)
-    yield contact_sheet([clip], out.with_suffix(".png"), [prompt])
+    how, module = {name: getattr(args, name) for name in ("seconds", "seed", "steps")}, load_demo(args.checkpoint)
+    clip, out = next(generate(module, prompt, **how, progress=progress)), Path(args.out)
+    about = {"prompt": prompt, "recipe": module.recipe.name}
+    is_film = out.suffix == ".mp4"
+    yield save_video(clip, out, 12, title=prompt, about=about) if is_film else save_animation(clip, out, 12, about)
+    yield contact_sheet([clip], out.with_suffix(".png"), [prompt], about=about)
 
 
 @cli.command(
@@ -316,4 +319,20 @@ def decode(args: argparse.Namespace) -> int:
     from lingen.sampling.files import decode_file
 
     print(decode_file(args.latents, args.out, *cli.ways_of_args(args)))
+    return cli.DONE
+
+
+@cli.command(
+    "a page for this machine's browser: clips as they are made, stop, a gallery with what made each (gradio)",
+    cli.argument("--runs", default="runs", metavar="DIR", help="a folder of run folders; default: runs"),
+    cli.argument("--out", default="clips", metavar="DIR", help="where clips are written; default: clips"),
+    cli.argument("--port", type=cli.natural, default=7860, metavar="N", help="of 127.0.0.1; default: 7860"),
+)
+def ui(args: argparse.Namespace) -> int:
+    if find_spec("gradio") is None:
+        raise RecipeError('The page is made by gradio, which is not installed: pip install "lingen[ui]".')
+    check_place(Path(args.out))
+    from lingen.sampling.ui import open_page
+
+    open_page(Path(args.runs), Path(args.out).resolve(), args.port)
     return cli.DONE

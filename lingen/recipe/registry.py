@@ -183,7 +183,7 @@ def _package(plugin: importlib.metadata.EntryPoint) -> str:
 
 MIXERS = Registry("mixer", "lingen.mixers", {
     "attention": "lingen.blocks.attention:Attention",
-    "linear_attention": "lingen.blocks.linear_attention:LinearAttention",
+    "linear_attention": "lingen.blocks.attention:LinearAttention",
     "mamba2": "lingen.blocks.mamba2:Mamba2",
     "temporal_swin": "lingen.blocks.temporal_swin:TemporalSwin",
     "mate": "lingen.blocks.mate:MATE",

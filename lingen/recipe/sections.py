@@ -192,6 +192,11 @@ class TrainConfig:
     validation_samples: Annotated[int, AtLeast(1), FREE, "held-out samples in a validation loss"] = 32
     sample_every: Annotated[int, AtLeast(0), FREE, "steps between clips of sample.prompts; 0: at the stage's end"] = 0
     evaluate_every: Annotated[int, AtLeast(0), FREE, "steps between measures of held-out captions' clips; 0: none"] = 0
+    compile: Annotated[
+        Literal["auto", "off", "graph"],
+        FREE,
+        "whether steps are CUDA graphs, with the same weights: auto, where it works",
+    ] = "auto"
     watchdog: Annotated[int, AtLeast(0), FREE, "seconds without a sign of any rank that end a hung run; 0: off"] = 600
 
 

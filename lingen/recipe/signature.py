@@ -226,6 +226,7 @@ def _check(value: Any, hint: Any) -> tuple[Any, Found]:
     if _is_union(hint):
         return _check_union(value, hint, arguments)
     if origin is Literal:
+        value = "off" if value is False and "off" in arguments else value  # how YAML reads that word
         fits = any(value == choice and type(value) is type(choice) for choice in arguments)
         return value, [] if fits else _expected(hint, value, did_you_mean(str(value), map(str, arguments)))
     if hint in SCALARS:

@@ -149,11 +149,8 @@ def load_demo(weights: str | Path | None = None) -> LinGenModule:
             "This installation has no weights of the emoji theatre: train them with `lingen fit --recipe theatre_128`, "
             "and name the run with --checkpoint (in Python: weights)."
         )
-    denoiser, autoencoder = folder / "denoiser.safetensors", folder / "autoencoder.safetensors"
-    module: Any = load_denoiser(denoiser if denoiser.is_file() else folder, best_device())
-    if autoencoder.is_file():
-        module.autoencoder.path = str(autoencoder)
-    return module
+    denoiser = folder / "denoiser.safetensors"
+    return load_denoiser(denoiser if denoiser.is_file() else folder, best_device())
 
 
 def settings_with(
@@ -304,6 +301,7 @@ def sample_latents(
     Args:
         takes: the clips of the batch.
         texts: of `encode_prompts` for the words of each, `joined`.
+        progress: one that has a `show(autoencoder, latents)` is shown the first clip as it is foreseen at each step.
     Returns:
         latents [b c t h w], float32. Those of a clip are the same bits in every batch of as many clips and tokens, and
         agree to 1e-5 in others."""
@@ -331,8 +329,14 @@ def sample_latents(
         unconditional, conditional = velocities
         return flow.guided(conditional, unconditional, settings.guidance, settings.guidance_rescale)
 
+    def shown(latents: Tensor, time: Tensor) -> Tensor:
+        found = velocity(latents, time)
+        cast(Any, progress).show(module.autoencoder, (latents + (1 - time) * found)[0])
+        return found
+
+    seen = shown if hasattr(progress, "show") else velocity
     with torch.autocast(module.device.type, torch.bfloat16, enabled=set_precision(module, settings.precision)):
-        return flow.solve(velocity, noise.to(module.device), times.to(module.device), settings.solver, progress)
+        return flow.solve(seen, noise.to(module.device), times.to(module.device), settings.solver, progress)
 
 
 def warn_untrained(training: flow.Times, times: Tensor) -> None:

@@ -161,7 +161,7 @@ def decode_file(
             yield frame
 
     path = save_video(passed_on(), out, metadata["fps"], title=about["prompt"], about=about)
-    contact_sheet([np.stack(shown)], Path(out).with_suffix(".png"), [about["prompt"]])
+    contact_sheet([np.stack(shown)], Path(out).with_suffix(".png"), [about["prompt"]], about=about)
     return path
 
 

@@ -54,7 +54,7 @@ def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: 
     for take, latents in zip(takes, sample_takes(module, takes, clip, how), strict=True):
         on_first_rank(partial(write, take, latents))
         signals.check()
-    on_first_rank(lambda: log_sheet(module, contact_sheet(clips, target / SHEET, prompts), step))
+    on_first_rank(lambda: log_sheet(module, contact_sheet(clips, target / SHEET, prompts, about=shared), step))
 
 
 def evaluate_prompts(module: LinGenModule, captions: Sequence[str]) -> None:
@@ -137,6 +137,6 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     step = folder.finished_steps(str(recipe.stage))
     scores = {"sampled": asdict(judge(clips, captions)), "real": asdict(judge(real, real_captions))}
     target, about = folder.samples("score", step), notes_on(shared, takes[0], module.device)
-    contact_sheet(clips, target / SHEET, captions)
+    contact_sheet(clips, target / SHEET, captions, about=shared)
     save_video(clips[0], target / "00.mp4", clip.fps, title=captions[0], about=about)
     write_json(folder.score, {"step": step, "split": recipe.score.split, **scores})

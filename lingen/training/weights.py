@@ -81,7 +81,8 @@ def load_module(source: str | Path, device: str | torch.device = "cpu") -> Train
 
 
 def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> LinGenModule:
-    """`load_module` for what makes clips. RecipeError for the weights of an autoencoder, too."""
+    """`load_module` for what makes clips; an autoencoder.safetensors beside the weights is its autoencoder. RecipeError
+    for the weights of an autoencoder, too."""
     path = stored.find_weights(source)
     module = load_module(path, device)
     if not isinstance(module, LinGenModule):
@@ -89,6 +90,8 @@ def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> Lin
             f"{path} holds the weights of an autoencoder, which makes no clips of its own. Train a denoiser with "
             f"autoencoder.path={source}."
         )
+    if (autoencoder := path.with_name("autoencoder.safetensors")).is_file():
+        module.autoencoder.path = str(autoencoder)
     return module
 
 
