@@ -64,7 +64,8 @@ def rows_of(run: Path) -> list[dict[str, str]]:
     with RunFolder(run).metrics.open() as file:
         rows = list(csv.DictReader(file))
     return [
-        {name: value for name, value in row.items() if not re.search("_per_second|^time/|^[mh]fu$", name)} for row in rows
+        {name: value for name, value in row.items() if not re.search("_per_second|^time/|^[mh]fu$", name)}
+        for row in rows
     ]
 
 

@@ -211,7 +211,8 @@ class Trained(lightning.LightningModule):
         """The mean loss of the step's samples and the norms, the same on all ranks; for this a GPU is waited for."""
         sums = [losses.sum().to(norms[0]) for _, losses in self._seen]
         count = norms[0].new_full((), sum(len(losses) for _, losses in self._seen))
-        told = torch.stack([sum(sums[1:], sums[0]), count, *(norm.to(count) for norm in norms)])  # no gradients: a CPU's
+        on_one = (norm.to(count) for norm in norms)  # one without a gradient is the CPU's
+        told = torch.stack([sum(sums[1:], sums[0]), count, *on_one])
         if is_connected():
             dist.all_reduce(told)
         total, count, *sums = told.tolist()
