@@ -134,25 +134,18 @@ def _print(result: dict[str, Any], out: Any) -> None:
 def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     for row in result["rows"]:
         yield {
-            "kind": row["kind"],
-            "what": row["what"],
-            "numbers kept": f"{row['numbers']:.3%}",
-            "PSNR": f"{row['psnr']:.2f}",
-            "SSIM": f"{row['ssim']:.3f}",
-            "perceptual": _cell(row["perceptual"], ".4f"),
-            "flicker": _cell(row["flicker"], "+.4f"),
-            "of the clip's": _cell(row["flicker_share"], "+.1%"),
+            "kind": row["kind"], "what": row["what"], "numbers kept": f"{row['numbers']:.3%}",
+            "PSNR": f"{row['psnr']:.2f}", "SSIM": f"{row['ssim']:.3f}", "perceptual": _cell(row["perceptual"], ".4f"),
+            "flicker": _cell(row["flicker"], "+.4f"), "of the clip's": _cell(row["flicker_share"], "+.1%"),
             "flicker of the error": _cell(row["error_flicker"], ".4f"),
-        }
+        }  # fmt: skip
     for kind in result["data"]:
         paper = result["paper"][kind]
         yield {
-            "kind": kind,
-            "what": "Movie Gen's TAE, in its paper, other clips, 512 pixels",
-            "numbers kept": f"{16 / (3 * 8 ** (3 if kind == 'video' else 2)):.3%}",
-            "PSNR": f"{paper['psnr']:.2f}",
+            "kind": kind, "what": "Movie Gen's TAE, in its paper, other clips, 512 pixels",
+            "numbers kept": f"{16 / (3 * 8 ** (3 if kind == 'video' else 2)):.3%}", "PSNR": f"{paper['psnr']:.2f}",
             "SSIM": f"{paper['ssim']:.3f}",
-        }
+        }  # fmt: skip
 
 
 @cli.command(
