@@ -24,8 +24,10 @@ from lingen.kernels.window_attention import WINDOW_KERNELS
 from lingen.plan.loading import fault_of_strategy
 from lingen.provenance import version_of
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.reading import components_of
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe
+from lingen.recipe.signature import as_plain
 
 LITTLE_DISK = 20.0
 """GB of free disk space below which there is a warning: a checkpoint of the largest recipe is larger (ours)."""
@@ -91,12 +93,8 @@ def _rewriters(recipe: Recipe) -> list[Any]:
 
 def _names(recipe: Recipe) -> dict[Any, str]:
     """Constructor of each part that a recipe names -> the part's name in its registry."""
-    named = [
-        (AUTOENCODERS, recipe.autoencoder),
-        *((TEXT_ENCODERS, component) for component in recipe.text),
-        (PERCEPTUAL, recipe.reconstruction.features),
-    ]
-    return {registry[component["name"]]: component["name"] for registry, component in named}
+    named = [(component["name"], registry) for _, component, registry in components_of(as_plain(recipe))]
+    return {registry[name]: name for name, registry in named if registry in (AUTOENCODERS, TEXT_ENCODERS, PERCEPTUAL)}
 
 
 def _init(recipe: Recipe) -> Iterator[Missing]:
@@ -134,7 +132,8 @@ def machine() -> Iterator[Line]:
     yield Line(True, "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
     yield _lightning()
     yield from _gpus()
-    yield Line(*_triton())
+    triton = str(version_of("triton")) if has_triton() else "not installed; kernels run on plain PyTorch"
+    yield Line(has_triton() or not torch.cuda.is_available(), "triton", triton)
     yield Line(True, "kernels", _kernels())
     yield _encoder()
     for name, folder in (("here", Path.cwd()), ("cache", cache_folder())):
@@ -168,12 +167,6 @@ def _gpus() -> Iterator[Line]:
         told = f"{about.name}, {free:.1f} of {total:.1f} GiB free, compute capability {about.major}.{about.minor}"
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         yield Line(fast, f"cuda:{number}", told + ("" if fast else ", no bfloat16: set precision 16-mixed or 32-true"))
-
-
-def _triton() -> tuple[bool, str, str]:
-    if has_triton():
-        return True, "triton", str(version_of("triton"))
-    return not torch.cuda.is_available(), "triton", "not installed; kernels run on plain PyTorch"
 
 
 def _kernels() -> str:

@@ -18,7 +18,7 @@ from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.flow import along
 from lingen.kernels.choice import device_type, full_precision
 from lingen.kernels.fp8 import input_dtype
-from lingen.kernels.modulate import norm_modulate
+from lingen.kernels.modulate import modulate
 from lingen.recipe.sections import LinGenConfig, Triple
 
 log = logging.getLogger("lingen")
@@ -92,7 +92,7 @@ class LinGen(nn.Module):
             x = block(x, positions, modulation, tokens, mask, index < recomputed)
         shift, scale = (embedding[:, :, None] + self.modulation).unbind(2)
         dtype = torch.promote_types(dtype, torch.float32)  # that of `_linear`
-        normed = norm_modulate(x, self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
+        _, normed = modulate(x, weight=self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
         assert isinstance(normed, Tensor)
         out = _linear(self.unpatchify, normed)
         out = _join(out, self.config.patch)[:, :, : latents.shape[2]].to(latents.dtype)

@@ -15,7 +15,6 @@ import lightning
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from lingen.data.datamodule import ClipData
-from lingen.data.ledger import Ledger
 from lingen.plan.forecast import flop_a_step, plan
 from lingen.plan.practice import note_of_warmup
 from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
@@ -337,7 +336,8 @@ def _fit_once(
             trainer.fit(module, datamodule=data)
         except GoBack as found:
             return found.with_traceback(None)  # which holds the model
-    reporter.say(report(edge.ledger))
+    dropped = edge.ledger.rows()
+    reporter.say(edge.ledger.summary() + (f"\n{as_table(dropped, terminal=False)}" if len(dropped) > 1 else ""))
     if edge.stopped is not None:
         raise signals.Stopped(edge.stopped)
     if trainer.global_step < recipe.train.steps:
@@ -346,9 +346,3 @@ def _fit_once(
             "train.steps: take it out of trainer.callbacks, and the same command goes on from the last checkpoint."
         )
     return None
-
-
-def report(ledger: Ledger) -> str:
-    """How many samples of a stage were used and dropped: a sentence, and a table where any was dropped."""
-    rows = ledger.rows()
-    return ledger.summary() + (f"\n{as_table(rows, terminal=False)}" if len(rows) > 1 else "")

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lingen.blocks.layers import RMSNorm, SwiGLU, head_count
 from lingen.blocks.temporal_swin import TemporalSwin
-from lingen.kernels.rotary import rotary_table, rotate
+from lingen.kernels.window_attention import rotary_table, rotate
 from lingen.recipe.errors import SettingError
 from lingen.recipe.registry import MIXERS
 from tests.helpers.closeness import assert_close

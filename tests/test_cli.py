@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lingen.cli import COMMANDS, main
-from lingen.cli.catalogue import REGISTRIES
+from lingen.cli.recipes import registries
 from lingen.recipe import load_recipe
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.registry import MIXERS, SCANS
@@ -63,7 +63,7 @@ def test_list(what, capsys):
 def test_list_alone_lists_everything(capsys):
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == [*REGISTRIES, "recipes"]
+    assert list(found) == [*registries(), "recipes"]
     assert {"mate", "rotary_major", "quickstart_cpu"} <= {row["name"] for rows in found.values() for row in rows}
     assert main(["list"]) == 0
     told = capsys.readouterr().out

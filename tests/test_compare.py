@@ -22,7 +22,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.studies import ablation
 from lingen.studies.compare import compare_runs, read_compared, value_at
 from lingen.studies.grid import GridRun, combinations_of, values_of
-from lingen.studies.page import page_of
+from lingen.studies.report import page_of
 from lingen.training import lock
 from lingen.training.folder import RunFolder
 from tests.helpers.commands import lingen_command, wait_for
@@ -171,7 +171,7 @@ def test_what_is_no_run_and_what_no_run_has_is_refused(tiny_run: Path, here: Pat
 
 
 def test_a_page_of_large_pictures_stays_small(two_runs: list[Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lingen.studies.page.MOST_BYTES", 100)
+    monkeypatch.setattr("lingen.studies.report.MOST_BYTES", 100)
     runs = read_compared(two_runs)
     page = page_of(compare_runs(runs, "loss", "steps"), runs)
     assert "data:image" not in page and "left out" in page

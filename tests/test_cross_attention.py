@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lingen.kernels.choice import has_triton
-from lingen.kernels.cross_attention import cross_attention
+from lingen.kernels.cross_attention import TextKeys, cross_attention
 from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close
 
@@ -42,7 +42,7 @@ def run(case, dtype, device, kernel):
     parts = {name: part.detach().requires_grad_() for name, part in parts.items()}
     q = parts["q"][..., 1:-2].unflatten(-1, (heads, width))
     k, v = parts["kv"].unflatten(-1, (2, heads, width)).unbind(2)
-    out = cross_attention(q, k, v, mask, parts["q_weight"], parts["k_weight"], eps=EPS, kernel=kernel)
+    out = cross_attention(q, TextKeys(k, v, mask), parts["q_weight"], parts["k_weight"], eps=EPS, kernel=kernel)
     gradients = torch.autograd.grad(out, list(parts.values()), seed)
     return {"out": out.detach()} | dict(zip(parts, gradients, strict=True))
 
@@ -88,12 +88,17 @@ def test_masked_text_has_no_say_and_no_gradient(device):
     kv[~mask] = torch.inf
     kv.requires_grad_()
     k, v = kv.unflatten(-1, (2, 2, 8)).unbind(2)
-    out = cross_attention(q, k, v, mask, *gains.unbind(), eps=EPS, kernel="triton")
+    out = cross_attention(q, TextKeys(k, v, mask), *gains.unbind(), eps=EPS, kernel="triton")
     alone = [
-        cross_attention(q[i : i + 1], k[i : i + 1, real], v[i : i + 1, real], real[None, real], *gains, eps=EPS,
-                        kernel="reference")
-        for i, real in enumerate(mask)
-    ]  # fmt: skip
+        cross_attention(
+            one[None],
+            TextKeys(k[i, real][None], v[i, real][None], real[None, real]),
+            *gains,
+            eps=EPS,
+            kernel="reference",
+        )
+        for i, (one, real) in enumerate(zip(q, mask, strict=True))
+    ]
     assert_close("output", torch.cat(alone), out, 1e-5)
     gradient = torch.autograd.grad(out, kv, seed)[0]
     assert (gradient[~mask] == 0).all() and gradient.isfinite().all() and (gradient[mask] != 0).any()
@@ -106,7 +111,7 @@ def test_scores_of_any_size_stay_finite(device):
     wide, kv, gains, mask, seed = operands(case, device)
     wide, kv, gains = (u.requires_grad_() for u in (wide, kv, gains * 30))
     k, v = kv.unflatten(-1, (2, 1, 16)).unbind(2)
-    out = cross_attention(wide[..., None, :16], k, v, mask, *gains.unbind(), eps=EPS, kernel="triton")
+    out = cross_attention(wide[..., None, :16], TextKeys(k, v, mask), *gains.unbind(), eps=EPS, kernel="triton")
     for gradient in torch.autograd.grad(out, (wide, kv, gains), seed):
         assert gradient.isfinite().all()
 
@@ -127,7 +132,7 @@ def test_the_reference_is_the_formula():
     wide, kv, gains, mask, _ = operands(case, "cpu", torch.float64)
     q = wide[..., :16].unflatten(-1, (2, 8))
     k, v = kv.unflatten(-1, (2, 2, 8)).unbind(2)
-    got = cross_attention(q, k, v, mask, *gains.double(), eps=EPS, kernel="auto")
+    got = cross_attention(q, TextKeys(k, v, mask), *gains.double(), eps=EPS, kernel="auto")
     q, k = (u / (u.square().mean(-1, keepdim=True) + EPS).sqrt() * gain for u, gain in zip((q, k), gains, strict=True))
     weights = torch.einsum("bnke,bmke->bknm", q, k).div(8**0.5).exp() * mask[:, None, None, :]
     want = torch.einsum("bknm,bmke->bnke", weights / weights.sum(-1, keepdim=True), v)
@@ -138,7 +143,7 @@ def test_runs_on_meta():
     q, k, weight = torch.empty(2, 5, 3, 8, device="meta"), torch.empty(2, 4, 3, 8, device="meta"), torch.empty(8)
     mask = torch.ones(2, 4, dtype=torch.bool, device="meta")
     weight = weight.to("meta")
-    assert cross_attention(q, k, k, mask, weight, weight, eps=EPS).shape == q.shape
+    assert cross_attention(q, TextKeys(k, k, mask), weight, weight, eps=EPS).shape == q.shape
 
 
 @needs_triton
@@ -146,6 +151,6 @@ def test_mistakes_are_sentences(device):
     wide, kv, gains, mask, _ = operands((1, 3, 2, 1, 300, 1.0), device)
     q, (k, v) = wide[..., None, :300], kv.unflatten(-1, (2, 1, 300)).unbind(2)
     with pytest.raises(RecipeError, match="kernel='triton' takes heads of at most 256, not 300: raise num_heads"):
-        cross_attention(q, k, v, mask, *gains.unbind(), eps=EPS, kernel="triton")
+        cross_attention(q, TextKeys(k, v, mask), *gains.unbind(), eps=EPS, kernel="triton")
     with pytest.raises(RecipeError, match="no cross-attention kernel called 'flash'. Known: auto, reference"):
-        cross_attention(q, k, v, mask, *gains.unbind(), eps=EPS, kernel="flash")
+        cross_attention(q, TextKeys(k, v, mask), *gains.unbind(), eps=EPS, kernel="flash")

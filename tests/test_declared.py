@@ -16,21 +16,21 @@ from PIL import Image
 from lingen.data.decode import decode_image, decode_video
 from lingen.data.frames import ShortClip, fit_frame
 from lingen.media import encode_mp4, save_video
-from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, make_samples
+from lingen.prepare.cut import ClipRequirements, CutJob
 from lingen.prepare.filters import Filters
 from lingen.prepare.footage import MediaSource, read_frames
 from lingen.prepare.index import describe_sample
 from lingen.prepare.shots import follow
-from tests.helpers.footage import frames, write_film
+from tests.helpers.footage import Cut, cut_out, frames, write_film
 
 SIDE = 64
 OPEN = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)
 
 
-def cut(path: Path, filters: Filters = OPEN, fps: float = 24.0) -> CutResult:
+def cut(path: Path, filters: Filters = OPEN, fps: float = 24.0) -> Cut:
     wanted = ClipRequirements((((SIDE, SIDE),),), fps, (8,))
     source = MediaSource("video", path.stem, path, "films")
-    return make_samples(CutJob(source, ["a caption"], "", wanted, filters, path.with_suffix(".tar")))
+    return cut_out(CutJob(source, ["a caption"], "", wanted, filters, path.with_suffix(".tar")))
 
 
 def greys(count: int) -> list[np.ndarray]:

@@ -359,7 +359,8 @@ def test_tiles_are_the_class_s_own_clip_by_clip(class_name, tmp_path):
     same(latents, normal(vae, direct(vae, video)))
     assert not torch.allclose(latents, normal(vae, untiled), atol=1e-3)
     batches = set()
-    for part in (ours._loaded[0].vae.encoder, ours._loaded[0].vae.decoder):
+    vae, _, _ = ours._loaded[0]
+    for part in (vae.encoder, vae.decoder):
         part.register_forward_pre_hook(lambda _, inputs: batches.add(len(inputs[0])))
     ours.encode(video)
     same(ours.decode(latents), direct_decode(vae, back(vae, latents)))

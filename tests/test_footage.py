@@ -22,23 +22,23 @@ from lingen.data.decode import decode_image, decode_video
 from lingen.data.frames import covering
 from lingen.data.shards import META
 from lingen.prepare.captions import Captions
-from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, divide, make_samples, read_outcome, read_samples
+from lingen.prepare.cut import ClipRequirements, CutJob, divide, make_samples, read_samples
 from lingen.prepare.filters import BANDS, LOOKS, Duplicates, Filters, frozen_share
 from lingen.prepare.footage import MediaSource, look_through, read_frames, sample_key
 from lingen.prepare.shots import follow
 from lingen.recipe.errors import RecipeError
-from tests.helpers.footage import SIZE, film, frames, write_film
+from tests.helpers.footage import SIZE, Cut, cut_out, film, frames, write_film
 
 WANTED = ClipRequirements((((64, 64),),), 12.0, (24, 12))
 OPEN = Filters(black=None, frozen=None, still=None, jerky=None, duplicates=None)
 
 
-def cut(path: Path, filters: Filters = OPEN, wanted: ClipRequirements = WANTED, kind: str = "video") -> CutResult:
+def cut(path: Path, filters: Filters = OPEN, wanted: ClipRequirements = WANTED, kind: str = "video") -> Cut:
     source = MediaSource(kind, path.stem, path, "films")
-    return make_samples(CutJob(source, ["a caption"], "", wanted, filters, path.parent / "work" / f"{path.name}.tar"))
+    return cut_out(CutJob(source, ["a caption"], "", wanted, filters, path.parent / "work" / f"{path.name}.tar"))
 
 
-def reasons(outcome: CutResult) -> list[str]:
+def reasons(outcome: Cut) -> list[str]:
     return [reason.partition(":")[0] for _, reason in outcome.drops]
 
 
@@ -65,8 +65,8 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     os.link(film(tmp_path / "a.mp4", ("testsrc2", 2)), os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4"))
     one, other = look_through([tmp_path], "video").sources
     assert one.key == "a" and other.key == "caf\\xe9"
-    made = make_samples(CutJob(other, ["a"], "", WANTED, OPEN, tmp_path / "out.tar")).samples
-    assert [sample.key for sample in made] == ["caf\\xe9-0000"]
+    made = make_samples(CutJob(other, ["a"], "", WANTED, OPEN, tmp_path / "out.tar")).entries
+    assert [entry.row.key for entry in made] == ["caf\\xe9-0000"]
 
 
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_clips_show_what_the_film_shows(tmp_path: Path) -> None:
     outcome = cut(path, wanted=ClipRequirements(((half,),), 12.0, (24, 12)))
     made = [(made.key, made.frames, made.fps, made.height, made.width) for made in outcome.samples]
     assert made == [("a-0000", 30, 12.0, *half), ("a-0001", 12, 12.0, *half)]
-    assert read_outcome(tmp_path / "work" / "a.mp4.tar") == outcome
+    assert cut(path, wanted=ClipRequirements(((half,),), 12.0, (24, 12))) == outcome, "the same, read again"
     whole = decode_video(path.read_bytes(), frames=42, size=half, fps=12.0, start=0.0).pixels.float()
     for sample, start in zip(media_of(path), (0.0, 2.5), strict=True):
         about = json.loads(sample["json"])
@@ -285,13 +285,13 @@ def test_every_near_duplicate_is_found(look: tuple[int, ...], others: list[tuple
 
 
 def test_the_same_film_in_another_quality_is_a_near_duplicate(tmp_path: Path) -> None:
-    good = cut(film(tmp_path / "a.mp4", ("testsrc2", 2))).samples[0]
+    good = cut(film(tmp_path / "a.mp4", ("testsrc2", 2))).looks[0]
     small = (np.asarray(Image.fromarray(picture).resize((96, 72))) for picture in frames("testsrc2", 2))
-    smaller = cut(write_film(tmp_path / "b.avi", small, codec="mpeg4")).samples[0]
-    other = cut(film(tmp_path / "c.mp4", ("mandelbrot", 2))).samples[0]
+    smaller = cut(write_film(tmp_path / "b.avi", small, codec="mpeg4")).looks[0]
+    other = cut(film(tmp_path / "c.mp4", ("mandelbrot", 2))).looks[0]
     seen = Duplicates(10)
-    seen.add("a", good.looks)
-    assert seen.find(smaller.looks) == "a" and seen.find(other.looks) is None
+    seen.add("a", good)
+    assert seen.find(smaller) == "a" and seen.find(other) is None
 
 
 # captions

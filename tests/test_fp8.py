@@ -9,7 +9,7 @@ from torch import nn
 from lingen.kernels import fp8
 from lingen.kernels.choice import interpreted
 from lingen.kernels.fp8 import FLOAT8, Fp8Linear, Quantized, product, quantize, to_fp8, wants_fp8
-from lingen.kernels.modulate import add_norm, norm_modulate
+from lingen.kernels.modulate import modulate
 from lingen.kernels.swiglu import swiglu
 from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close, relative_error
@@ -64,10 +64,9 @@ def test_norms_and_the_swiglu_hand_over_8_bits(kernel, device):
     x, update = rows(2, 3, 1, 5, 21, device=device)[..., :-1], rows(2, 3, 1, 5, 20, device=device)
     weight, gate, scale = torch.rand(20, device=device), *torch.randn(2, 2, 3, 20, device=device).unbind(0)
     positions = torch.randn(3, 1, 5, 20, device=device)
-    x_new, normed = add_norm(
-        x, update, weight, gate=gate, scale=scale, shift=gate, positions=positions, dtype=FLOAT8, kernel=kernel
-    )
-    exact = norm_modulate(x_new.double(), weight, scale=scale, shift=gate, positions=positions)
+    moves = {"weight": weight, "scale": scale, "shift": gate, "positions": positions}
+    x_new, normed = modulate(x, update=update, gate=gate, **moves, dtype=FLOAT8, kernel=kernel)
+    _, exact = modulate(x_new.double(), **moves)
     gate_up = rows(3, 4, 22, device=device) / 100
     for low, want in [(normed, exact), (swiglu(gate_up, dtype=FLOAT8, kernel=kernel), swiglu(gate_up.double()))]:
         twin = quantize(want, kernel="reference")

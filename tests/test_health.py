@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from lingen.cli.cluster import _lines_of
-from lingen.launch.status import RankStatus, Status
-from lingen.ranks.heartbeat import heartbeats, read_heartbeats, sign
+from lingen.launch.status import Status
+from lingen.ranks.heartbeat import Heartbeat, heartbeats, read_heartbeats, sign
 from lingen.recipe import load_for_training
 from lingen.run import NonFiniteError, Reporter, fit, fit_curriculum
 from lingen.training.denoiser import LinGenModule
@@ -294,9 +294,9 @@ def test_a_rank_measures_its_parts_in_training_and_its_wait_for_data(tmp_path: P
 
 
 def test_status_sorts_by_what_others_wait_for():
-    def one(rank: int, pace: tuple[float, float] | None, **more: Any) -> RankStatus:
+    def one(rank: int, pace: tuple[float, float] | None, **more: Any) -> Heartbeat:
         usual = {"age_seconds": 3.0, "doing": "step", "doing_seconds": 1.0, "data_share": 0.0, "host": "n1", "step": 5}
-        return RankStatus(rank=rank, pace=pace, stage="a", memory={}, ended=None, **usual | more)
+        return Heartbeat(rank=rank, pace=pace, stage="a", memory={}, ended=None, **usual | more)
 
     ranks = [one(0, (0.5, 0.0)), one(1, None), one(2, (0.5, 0.4)), one(3, (0.7, 0.0)), one(4, (0.5, 0.0))]
     ranks += [one(5, (0.5, 0.0), doing="data", doing_seconds=40.0), one(6, (0.5, 0.0), age_seconds=80.0)]

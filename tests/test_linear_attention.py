@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import relu
 
-from lingen.blocks import linear_attention
-from lingen.blocks.linear_attention import LinearAttention, relu_attention
+from lingen.blocks import attention
+from lingen.blocks.attention import LinearAttention, relu_attention
 from lingen.recipe.errors import SettingError
 from tests.helpers.closeness import assert_close
 
@@ -19,7 +19,7 @@ def by_pairs(q, k, v, eps=1e-6):
 
 @pytest.mark.parametrize("n", [1, 5, 16, 37])
 def test_equals_the_quadratic_form_in_outputs_and_gradients(n, monkeypatch):
-    monkeypatch.setattr(linear_attention, "_BLOCK", 16)
+    monkeypatch.setattr(attention, "_BLOCK", 16)
     torch.manual_seed(n)
     inputs = {name: torch.randn(2, n, 3, 8, dtype=torch.float64, requires_grad=True) for name in "qkv"}
     got, want = relu_attention(**inputs, eps=0.1), by_pairs(**inputs, eps=0.1)

@@ -76,7 +76,7 @@ def explicit(mixer, x):
     y = sum(one_direction(mixer, x, direction, plain and direction == 1) for direction in range(mixer.directions))
     _, inverse = permutation(mixer.order, tuple(x.shape[1:4]), x.device)
     z = mixer.in_proj(x)[..., : mixer.sizes[0]]
-    gated = (y[:, inverse].unflatten(1, x.shape[1:4]) * F.silu(z)).unflatten(-1, (mixer.norm.groups, -1))
+    gated = (y[:, inverse].unflatten(1, x.shape[1:4]) * F.silu(z)).unflatten(-1, (mixer.norm_groups, -1))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + mixer.norm.eps)
     return mixer.out_proj(normed.flatten(-2) * mixer.norm.weight)
 
@@ -311,7 +311,7 @@ def test_a_norm_for_each_head_keeps_a_loud_one_from_drowning_the_others():
     for norm in ("shared", "per_head"):
         mixer = mamba2(norm=norm, expand=1)
         heads = mixer.sizes[2]
-        assert mixer.norm.groups == (heads if norm == "per_head" else 1)
+        assert mixer.norm_groups == (heads if norm == "per_head" else 1)
         mixer.out_proj = torch.nn.Identity()
         before = mixer(x).unflatten(-1, (heads, -1))
         with torch.no_grad():

@@ -106,7 +106,7 @@ def test_a_block_is_what_figure_2_draws():
     text, mask = torch.randn(2, 7, 16).double(), torch.ones(2, 7, dtype=torch.bool)
     rows = [(shared + block.modulation.weight)[:, :, i, None, None] for i in range(6)]
     y = x + rows[2] * block.mixer((block.mixer_norm(x) + positions) * (1 + rows[1]) + rows[0])
-    y = y + block.cross_attention(block.text_norm(y), text, mask)
+    y = y + block.cross_attention.attend(block.text_norm(y), block.cross_attention.keys(text, mask))
     y = y + rows[5] * block.ffn(block.ffn_norm(y) * (1 + rows[4]) + rows[3])
     torch.testing.assert_close(block(x, positions, shared, text, mask), y)
 

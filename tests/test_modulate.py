@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lingen.kernels.fp8 import FLOAT8
-from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
+from lingen.kernels.modulate import modulate
 from tests.helpers.closeness import assert_close
 
 SMALL, ODD = (3, 1, 2), (7, 5, 3)
@@ -28,16 +28,10 @@ def operands(grid, frames, device, width=20, batch=2, dtype=torch.float64, strea
 
 
 def run(given, names, dtype, kernel):
-    """Results and gradients of the function that takes these operands."""
+    """Results that these operands have, and gradients."""
     leaves = {name: given[name].detach().requires_grad_() for name in names}
-    rest = {name: leaf for name, leaf in leaves.items() if name not in ("x", "update", "weight")}
-    tokens = [leaves[name] for name in ("x", "update", "weight") if name in leaves]
-    if "weight" not in leaves:
-        results = (gated_add(*tokens, **rest, kernel=kernel),)
-    elif "update" in leaves:
-        results = add_norm(*tokens, **rest, dtype=dtype, kernel=kernel)
-    else:
-        results = (norm_modulate(*tokens, **rest, dtype=dtype, kernel=kernel),)
+    found = modulate(**leaves, dtype=dtype, kernel=kernel)
+    results = [y for y, operand in zip(found, ("update", "weight"), strict=True) if operand in leaves]
     generator = torch.Generator().manual_seed(4)
     seeds = [torch.randn(y.shape, generator=generator).to(dtype or y.dtype).to(y) for y in results]
     grads = torch.autograd.grad(results, list(leaves.values()), seeds)
@@ -91,7 +85,7 @@ def test_many_programs_share_the_tokens_and_only_the_asked_for_gradients_are_mad
         (_, wanted), (_, grads) = run(wide, names, None, "reference"), run(given, names, None, "triton")
         assert_close("gradient of", wanted, grads, 1e-5)
     x = given["x"].detach().requires_grad_()
-    norm_modulate(x, given["weight"], positions=given["positions"], kernel="triton").sum().backward()
+    modulate(x, weight=given["weight"], positions=given["positions"], kernel="triton")[1].sum().backward()
     assert x.grad.isfinite().all()
 
 
@@ -99,21 +93,22 @@ def test_many_programs_share_the_tokens_and_only_the_asked_for_gradients_are_mad
 def test_the_stream_is_written_where_it_is_asked_to_be(kernel, device):
     given = operands(SMALL, False, device, dtype=torch.bfloat16)
     x, update, weight, gate = (given[name] for name in ("x", "update", "weight", "gate"))
-    want, want_normed = add_norm(x, update, weight, gate=gate, kernel=kernel)
+    want, want_normed = modulate(x, update=update, weight=weight, gate=gate, kernel=kernel)
     for out in (torch.full_like(want, torch.nan), x.contiguous(), x.clone()):  # also one with gaps between its rows
         source = x if out.isnan().any() else out
-        got, normed = add_norm(source, update, weight, gate=gate, out=out, kernel=kernel)
+        got, normed = modulate(source, update=update, weight=weight, gate=gate, out=out, kernel=kernel)
         assert got is out and torch.equal(out, want) and torch.equal(normed, want_normed)
     ours = x.contiguous()
-    assert torch.equal(gated_add(ours, update, gate=gate, out=ours, kernel=kernel), want) and torch.equal(ours, want)
+    got, normed = modulate(ours, update=update, gate=gate, out=ours, kernel=kernel)
+    assert normed is None and torch.equal(got, want) and torch.equal(ours, want)
 
 
 def test_mistakes_are_named(device):
     given = operands(SMALL, False, device, dtype=torch.float32)
     x, update, weight, scale = (given[name] for name in ("x", "update", "weight", "scale"))
     with pytest.raises(ValueError, match="has 2 frames and x has 3; give one, or one for each"):
-        norm_modulate(x, weight, scale=scale.repeat(1, 2, 1))
+        modulate(x, weight=weight, scale=scale.repeat(1, 2, 1))
     with pytest.raises(ValueError, match="8-bit results carry no gradient"):
-        norm_modulate(x.requires_grad_(), weight, dtype=FLOAT8)
+        modulate(x.requires_grad_(), weight=weight, dtype=FLOAT8)
     with pytest.raises(ValueError, match="cannot be written over"):
-        gated_add(x, update, out=torch.empty_like(update))
+        modulate(x, update=update, out=torch.empty_like(update))

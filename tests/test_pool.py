@@ -25,8 +25,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def small_programs(monkeypatch):
     """Several blocks of channels at the sizes of a test."""
-    for launch in pool_triton.LAUNCH.values():
-        monkeypatch.setitem(launch, "CHANNELS", 32)
+    monkeypatch.setitem(pool_triton.LAUNCH, "CHANNELS", 32)
 
 
 def tokens(grid, device, dtype=torch.float32):

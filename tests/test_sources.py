@@ -24,10 +24,9 @@ from lingen.data import manifest, remote, sources
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import Ledger
 from lingen.data.locations import Location, expand
-from lingen.data.pieces import PieceCache
 from lingen.data.remote import SourceError
 from lingen.data.shards import scan_shard, write_shards
-from lingen.data.sources import Reader
+from lingen.data.sources import PieceCache, Reader
 from lingen.media import encode_png
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards

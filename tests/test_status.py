@@ -60,13 +60,14 @@ def test_a_rank_says_what_it_does_and_since_when(tmp_path: Path):
         sign("step", step=4)
         writer.write()
         (beat,) = read_heartbeats(tmp_path / "ranks", "m")
-        assert (beat.rank, beat.ranks, beat.stage, beat.step, beat.doing) == (1, 2, "clips", 4, "step")
-        assert beat.pid == os.getpid() and beat.ended is None and 0 <= beat.age < 5 and beat.since >= beat.age
-        assert beat.memory["process"] > 1e6 and set(beat.spent) == {"start", "data"}
+        assert (beat.rank, beat.stage, beat.step, beat.doing) == (1, "clips", 4, "step") and beat.ended is None
+        assert 0 <= beat.age_seconds < 5 and beat.doing_seconds >= beat.age_seconds and beat.memory["process"] > 1e6
+        told = json.loads(writer.path.read_text())
+        assert (told["ranks"], told["pid"]) == (2, os.getpid()) and set(told["spent"]) == {"start", "data"}
         assert read_heartbeats(tmp_path / "ranks", "of another session") == []
         file = writer.path
         os.utime(file, (time.time() - 100,) * 2)
-        assert 99 < read_heartbeats(tmp_path / "ranks")[0].age < 105
+        assert 99 < read_heartbeats(tmp_path / "ranks")[0].age_seconds < 105
     assert read_heartbeats(tmp_path / "ranks")[0].ended == "finished" and file.stat().st_size == SIZE
     sign("step")  # of no rank: nothing happens
 

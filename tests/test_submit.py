@@ -10,8 +10,15 @@ import pytest
 
 from lingen.cli import main
 from lingen.launch.lead import signal_seconds
-from lingen.launch.options import ClusterSettings, merged, read_options, read_settings, seconds_of, settings_file
-from lingen.launch.script import Job, script_of
+from lingen.launch.options import (
+    ClusterSettings,
+    merged,
+    read_options,
+    read_settings,
+    script_of,
+    seconds_of,
+    settings_file,
+)
 from lingen.plan.forecast import plan
 from lingen.recipe import load_recipe, load_stages
 from lingen.recipe.errors import RecipeError
@@ -181,7 +188,7 @@ STANDS_IN = {
 
 def end_with(code: int, *, state: str = "RUNNING", judged: int = 75, restarts: str | None = None) -> tuple[int, bool]:
     """Exit code of the script, and whether it put the job into the queue again."""
-    script = script_of(Job(options={}, command=["x"], judge=["lingen", "status"], max_requeues=2))
+    script = script_of({}, ["x"], ClusterSettings(max_requeues=2), judge=["lingen", "status"])
     environment = {"PATH": f"{Path.cwd()}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CODE": str(code)}
     environment |= {"STATE": state, "JUDGED": str(judged)} | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
     for name, text in STANDS_IN.items():
@@ -220,7 +227,7 @@ def test_the_script_knows_when_to_go_on(how: dict, ends: tuple[int, bool]):
 def test_the_script_hands_signals_on_and_waits(name: str):
     """SLURM may send them to the script (`--signal=B:USR1@600`) or to the ranks."""
     text = f"trap 'sleep 0.2; exit 75' {name}; touch ready; while :; do sleep 0.01; done"
-    script = script_of(Job(options={}, command=["bash", "-c", text]))
+    script = script_of({}, ["bash", "-c", text], ClusterSettings(max_requeues=0))
     Path("srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
     Path("srun").chmod(0o755)
     Path("squeue").symlink_to("/bin/true")

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lingen.autoencoder.network import NetworkSizes, decoder, encoder
-from lingen.autoencoder.tae import TAE, TAESmall, regroup
-from lingen.autoencoder.temporal import Stream, TimeAttention, TimeBlock, TimeConv, _Ends
+from lingen.autoencoder.tae import TAE, TAESmall
+from lingen.autoencoder.temporal import Stream, TimeAttention, TimeBlock, TimeConv, _Ends, regroup
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.registry import AUTOENCODERS
 from tests.helpers.closeness import assert_close

@@ -85,7 +85,7 @@ def test_triton_in_16_bits(dtype, limit, device):
 def test_every_number_is_written_and_no_other(device):
     """Into views of wider rows, as a fused layer would have it."""
     from lingen.kernels import window_attention_triton as triton_twin
-    from lingen.kernels.rotary import rotary_table
+    from lingen.kernels.window_attention import rotary_table
 
     grid, heads, width = (3, 4, 2), 2, 8
     wide, gains, seed = operands(grid, heads, width, device)

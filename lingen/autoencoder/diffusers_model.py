@@ -1,10 +1,13 @@
-"""A model of diffusers, read from a folder and called in one way, whatever its class returns."""
+"""A model of diffusers, read from a folder and called in one way, whatever its class returns; and Wan's piece by piece,
+with the same results as for the whole clip, in memory that does not grow with it: its convolutions see the past only,
+and its encoder and decoder take their memory of past frames as an argument."""
 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +17,14 @@ from lingen.recipe.errors import RecipeError, did_you_mean
 
 log = logging.getLogger(__name__)
 
+FRAMES = 4
+"""Frames after the first that Wan's encoder takes at a time, and its stride in time."""
+Past = dict[int, Any]
+"""What each convolution of Wan's remembers of past frames."""
 
-class LoadedVae(NamedTuple):
-    """A model, and the spread of its own latents."""
 
-    vae: Any
-    mean: Tensor
-    """[1 c t 1 1]; t is 1 where every frame has the same."""
-    std: Tensor
-
-    def to(self, device: torch.device) -> LoadedVae:
-        """The same on a device."""
-        return LoadedVae(self.vae.to(device), self.mean.to(device), self.std.to(device))
+LoadedVae = tuple[Any, Tensor, Tensor]
+"""A model, and mean and standard deviation of its own latents, [1 c t 1 1]; t is 1 where all frames have the same."""
 
 
 def spread_of(vae: Any, channels: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -102,3 +101,28 @@ def frames_of(statistic: Tensor, latents: Tensor) -> Tensor:
         known = f"the spread of its latents for {known_frames} latent frames"
         raise ValueError(f"This autoencoder knows {known}, not for {frames}: use shorter clips.")
     return statistic[:, :, :frames]
+
+
+def no_past() -> Past:
+    """At the beginning of a clip."""
+    return defaultdict(lambda: None)
+
+
+def encode_piece(vae: Any, past: Past, video: Tensor) -> Tensor:
+    """The next frames [b 3 t h w] of a clip, first one, then up to `FRAMES`, -> the posterior's mode [b c 1 h w]."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+    if vae.config.patch_size is not None:
+        video = patchify(video, vae.config.patch_size)
+    return vae.quant_conv(vae.encoder(video, feat_cache=past, feat_idx=[0])).chunk(2, 1)[0]
+
+
+def decode_piece(vae: Any, past: Past, latents: Tensor) -> Tensor:
+    """The next latent frame [b c 1 h w] -> pixels [b 3 t h w], one frame for the first, then four."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    latents = vae.post_quant_conv(latents)
+    video = vae.decoder(latents, feat_cache=past, feat_idx=[0], first_chunk=not past)
+    if vae.config.patch_size is not None:
+        video = unpatchify(video, vae.config.patch_size)
+    return video.clamp(-1, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder import diffusers_known as known
 from lingen.autoencoder import diffusers_model as adapter
-from lingen.autoencoder.diffusers_stream import FRAMES, cut_for_wan, decode_piece, encode_piece, no_past
+from lingen.autoencoder.temporal import regroup
 from lingen.frozen import Missing
 from lingen.recipe.bounds import CONTENT, IDENTITY, Above, AtLeast
 from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
@@ -131,21 +131,21 @@ class DiffusersVAE(nn.Module):
     def streams(self) -> bool:
         """Whether `encode_stream` and `decode_stream` hold a few frames at a time: Wan's classes do, without tiles.
         Reads config.json where the recipe names no class."""
-        return self._class() == "AutoencoderKLWan" and self.strides[0] == FRAMES and not self.tiling
+        return self._class() == "AutoencoderKLWan" and self.strides[0] == adapter.FRAMES and not self.tiling
 
     def encode_stream(self, pieces: Iterable[Float[Tensor, "b 3 _t h w"]]) -> Iterator[Float[Tensor, "b c _t _h _w"]]:
         """`encode` of a clip that comes in pieces, where it can (`streams`)."""
-        frames, past = 0, no_past()
-        for video in cut_for_wan(pieces):
+        frames, past = 0, adapter.no_past()
+        for video, _ in regroup(pieces, adapter.FRAMES, first=1):
             frames += video.shape[2]
             vae, mean, std = self._ready(video.device)
             self._check_size(video, frames)
-            yield (self._run(partial(encode_piece, vae, past), video) - mean) / std
+            yield (self._run(partial(adapter.encode_piece, vae, past), video) - mean) / std
 
     def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
         """`decode`, piece by piece, where it can (`streams`)."""
         vae, mean, std = self._ready(latents.device)
-        decode = partial(decode_piece, vae, no_past())
+        decode = partial(adapter.decode_piece, vae, adapter.no_past())
         for latent in latents.split(1, 2):
             yield self._run(decode, latent.float() * std + mean)
 
@@ -165,7 +165,7 @@ class DiffusersVAE(nn.Module):
     def _class(self) -> str:
         """The model's class as far as it is known: from the weights, else the recipe, else config.json."""
         if self._loaded:
-            return type(self._loaded[0].vae).__name__
+            return type(self._loaded[0][0]).__name__
         if self.class_name is not None or self.path is None:
             return self.class_name or ""
         try:
@@ -197,12 +197,10 @@ class DiffusersVAE(nn.Module):
 
     def _ready(self, device: torch.device) -> adapter.LoadedVae:
         """The model on a device, loaded once."""
-        if not self._loaded:
-            self._loaded = [self._load()]
-        now = self._loaded[0]
-        if now.mean.device != device:
-            self._loaded[0] = now = now.to(device)
-        return now
+        vae, mean, std = self._loaded[0] if self._loaded else self._load()
+        if not self._loaded or mean.device != device:
+            self._loaded = [(vae.to(device), mean.to(device), std.to(device))]
+        return self._loaded[0]
 
     def _load(self) -> adapter.LoadedVae:
         problems = list(self._problems())
@@ -213,7 +211,7 @@ class DiffusersVAE(nn.Module):
         vae = adapter.from_pretrained(folder, name, self.dtype)
         if self.tiling:
             adapter.switch_on_tiles(vae)
-        return adapter.LoadedVae(vae, *adapter.spread_of(vae, self.channels, self.scale))
+        return vae, *adapter.spread_of(vae, self.channels, self.scale)
 
 
 def _given(setting: str, value: Any, class_name: str | None) -> Any:

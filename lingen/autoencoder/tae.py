@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lingen.autoencoder.network import NetworkSizes, decoder, encoder
 from lingen.autoencoder.stored import read_part, unfit_weights
-from lingen.autoencoder.temporal import Stream
+from lingen.autoencoder.temporal import Stream, regroup
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
@@ -172,17 +172,3 @@ class TAESmall(TAE):
         if not Path(str(self.path)).is_file():
             return [Missing(self.name, "-", "this installation of lingen has no weights for it: install lingen anew.")]
         return super().missing()
-
-
-def regroup(pieces: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, bool]]:
-    """Pieces [b c _t h w] of any lengths -> pieces of `size` frames (the last one of 1..size), and whether it is last.
-    Raises ValueError where there are no frames at all."""
-    held: Tensor | None = None
-    for piece in pieces:
-        held = piece if held is None else torch.cat([held, piece], 2)
-        while held.shape[2] > size:
-            yield held[:, :, :size], False
-            held = held[:, :, size:]
-    if held is None or not held.shape[2]:
-        raise ValueError("A clip must have one frame or more.")
-    yield held, True

@@ -8,6 +8,7 @@ waits for its delayed part, is ours. Everything works on the grid tensor [b t h 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +52,21 @@ class Stream:
         x = self.take(layer, x)
         self.keep(layer, x[:, late.shape[1] :])
         return add(x if x.shape[1] == late.shape[1] else x[:, : late.shape[1]], late)
+
+
+def regroup(pieces: Iterable[Tensor], size: int, first: int | None = None) -> Iterator[tuple[Tensor, bool]]:
+    """Pieces [b c _t h w] of any lengths -> pieces of `size` frames, and whether each is the last, which has 1..size.
+    `first`: of the first one, where it is another number. ValueError where there are no frames at all."""
+    held: Tensor | None = None
+    wanted = first or size
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece], 2)
+        while held.shape[2] > wanted:
+            yield held[:, :, :wanted], False
+            held, wanted = held[:, :, wanted:], size
+    if held is None or not held.shape[2]:
+        raise ValueError("A clip must have one frame or more.")
+    yield held, True
 
 
 def add(x: Tensor, update: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The block around a mixer (arXiv 2412.09856, Figure 2): norms, the timestep's modulation, text and feed-forward."""
 
 from collections import Counter
-from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lingen.blocks import Mixer
 from lingen.blocks.layers import RMSNorm, SwiGLU, head_count, stays_float32, undecayed
-from lingen.kernels.cross_attention import TextKeys, cross_attention_to, text_keys
+from lingen.kernels.cross_attention import TextKeys, cross_attention, text_keys
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
-from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
+from lingen.kernels.modulate import modulate
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Component, LinGenConfig
 
@@ -56,12 +56,15 @@ class Block(nn.Module):
         recompute: bool = False,
     ) -> Float[Tensor, "b t h w d"]:
         if recompute:
-            return checkpoint(self.forward, x, positions, modulation, text, mask, use_reentrant=False)
+            # While a graph is recorded the state of the random numbers cannot be read; it is without random numbers.
+            keep = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+            inputs = x, positions, modulation, text, mask
+            return checkpoint(self.forward, *inputs, use_reentrant=False, preserve_rng_state=keep)
         shift, scale, *rows = (modulation + self.modulation.weight).unbind(2)
         norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)
         # Only the mixer holds its input, so that it is freed when the update is computed.
         update = self.mixer(
-            norm_modulate(x, norm.weight, shift=shift, scale=scale, positions=positions, eps=norm.eps, dtype=dtype)
+            modulate(x, weight=norm.weight, shift=shift, scale=scale, positions=positions, eps=norm.eps, dtype=dtype)[1]
         )
         keys = self.cross_attention.keys(text, mask)
         if torch.is_grad_enabled():
@@ -70,7 +73,9 @@ class Block(nn.Module):
         if rows[0].shape[1] > 1 or x[..., 0].numel() <= self._part(x):
             return self._after_mixer(x, update, rows, keys, out)
         streams = [stream.flatten(1, 3) for stream in (x, update, out)]
-        for one, tokens in _parts(streams[0], self._part(x)):
+        size = self._part(x)
+        for clip, first in product(range(len(x)), range(0, streams[0].shape[1], size)):
+            one, tokens = slice(clip, clip + 1), slice(first, first + size)
             before, added, after = (stream[one, None, None, tokens] for stream in streams)
             self._after_mixer(before, added, [row[one] for row in rows], keys.of(one), after)
         return out
@@ -82,11 +87,13 @@ class Block(nn.Module):
         """The stream after the block, from the stream before it and the mixer's update; written to `out`."""
         gate, shift, scale, ffn_gate = modulation
         norm, dtype = self.text_norm, input_dtype(self.cross_attention, x)
-        x, normed = add_norm(x, update, norm.weight, gate=gate, eps=norm.eps, dtype=dtype, out=out)
+        x, normed = modulate(x, update=update, weight=norm.weight, gate=gate, eps=norm.eps, dtype=dtype, out=out)
         update = self.cross_attention.attend(normed, text)
         norm, dtype = self.ffn_norm, input_dtype(self.ffn, x)
-        x, normed = add_norm(x, update, norm.weight, shift=shift, scale=scale, eps=norm.eps, dtype=dtype, out=out)
-        return gated_add(x, self.ffn(normed), gate=ffn_gate, out=out)
+        x, normed = modulate(
+            x, update=update, weight=norm.weight, shift=shift, scale=scale, eps=norm.eps, dtype=dtype, out=out
+        )
+        return modulate(x, update=self.ffn(normed), gate=ffn_gate, out=out)[0]
 
     def _part(self, x: Tensor) -> int:
         """The number of tokens whose hidden activations (gate, up and their product) take `PART_BYTES`."""
@@ -123,11 +130,6 @@ class CrossAttention(nn.Module):
     def wants_fp8(self) -> bool:
         return wants_fp8(self.q_proj)
 
-    def forward(
-        self, x: Float[Tensor, "b t h w d"], text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]
-    ) -> Float[Tensor, "b t h w d"]:
-        return self.attend(x, self.keys(text, mask))
-
     def keys(self, text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> TextKeys:
         """Keys and values of the text, prepared once for all parts of a clip."""
         k, v = self.kv_proj(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
@@ -136,15 +138,8 @@ class CrossAttention(nn.Module):
     def attend(self, x: Float[Tensor, "b t h w d"] | Quantized, text: TextKeys) -> Float[Tensor, "b t h w d"]:
         """The attention of the grid's tokens to the text that `keys` prepared, projected."""
         q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
-        out = cross_attention_to(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)
+        out = cross_attention(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)
         return self.out_proj(out.flatten(2)).view(*x.shape[:4], -1)
-
-
-def _parts(tokens: Float[Tensor, "b n d"], size: int) -> Iterator[tuple[slice, slice]]:
-    """Each clip's tokens in runs of `size`."""
-    for clip in range(len(tokens)):
-        for first in range(0, tokens.shape[1], size):
-            yield slice(clip, clip + 1), slice(first, first + size)
 
 
 def mixers_of(config: LinGenConfig) -> list[tuple[Component | str, int]]:

@@ -53,16 +53,6 @@ class RMSNorm(nn.Module):
         return (high * scale * self.weight.to(dtype)).to(x.dtype)
 
 
-@stays_float32
-class GatedRMSNorm(nn.Module):
-    """What `lingen.kernels.gated_norm` needs beside its tokens: a gain for each channel."""
-
-    def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5):
-        super().__init__()
-        self.eps, self.groups = eps, groups
-        self.weight = nn.Parameter(torch.ones(dim))
-
-
 class SwiGLU(nn.Module):
     """silu(x W_gate) * (x W_up) W_down without biases (arXiv 2002.05202, eq. 6)."""
 

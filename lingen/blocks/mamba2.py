@@ -1,6 +1,7 @@
 """Bidirectional Mamba2 over a scan of the grid, with review tokens as its initial state: the core of the MA-branch."""
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lingen.blocks.layers import GatedRMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
+from lingen.blocks.layers import RMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
 from lingen.blocks.scan import column_length, order_of, permutation
 from lingen.kernels.choice import holds_numbers, is_unlaunched
 from lingen.kernels.conv import conv_silu
@@ -97,7 +98,7 @@ class Mamba2(nn.Module):
         convolved = channels if self.centred else self.directions * channels
         self.conv1d = trains_in_float32(nn.Conv1d(convolved, convolved, conv_width, groups=convolved))
         self.memory.draw(dt_min, dt_max, long_heads, a_min, a_max)
-        self.norm = GatedRMSNorm(inner, heads if norm == "per_head" else groups)
+        self.norm, self.norm_groups = RMSNorm(inner, eps=1e-5), heads if norm == "per_head" else groups
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     @property
@@ -117,11 +118,10 @@ class Mamba2(nn.Module):
         state = None
         if self.review is not None:
             state = self._review_state(pool(streams, self.review, kernel=fused), kernel, fused)
-        index = self._index(grid, projected.device)
-        y = self._scan(streams.flatten(1, 3), index, self._segment(grid), state, kernel, fused)
+        index, y = self._index(grid, projected.device), self._scan(streams, state, kernel, fused)
         norm, low = self.norm, wants_fp8(self.out_proj)
         out = gated_norm(
-            y, z.flatten(1, 3), norm.weight, index, groups=norm.groups, eps=norm.eps, quantize=low, kernel=fused
+            y, z.flatten(1, 3), norm.weight, index, groups=self.norm_groups, eps=norm.eps, quantize=low, kernel=fused
         )
         if isinstance(out, tuple):
             return self.out_proj(Quantized(out[0].unflatten(1, grid), out[1].unflatten(1, (*grid, 1))))
@@ -141,7 +141,7 @@ class Mamba2(nn.Module):
             ways = self.directions if self.review_reverse == "front" else 1
         plan = Mamba2Plan(
             sizes, self._index(grid, device), self.review, review_index, ways, self._before, self._segment(grid),
-            review_segment, self.norm.groups, self.norm.eps,
+            review_segment, self.norm_groups, self.norm.eps,
         )  # fmt: skip
         bias = self.conv1d.bias
         assert bias is not None
@@ -172,68 +172,50 @@ class Mamba2(nn.Module):
         return column_length(self.order, grid) if self.masked else 0
 
     def _scan(
-        self, streams: Float[Tensor, "b n c"], index: Int[Tensor, "n"] | None, segment: int,
-        state: Float[Tensor, "b r k e s"] | None, kernel: str, fused: str,
-    ) -> Float[Tensor, "b rows f"]:  # fmt: skip
+        self, streams: Float[Tensor, "b t h w c"], state: Float[Tensor, "b r k e s"] | None, kernel: str, fused: str
+    ) -> Float[Tensor, "b rows f"]:
         """Conv and scan, all directions summed, in scan order."""
-        n = streams.shape[1]
-        xbc, dt = streams.split(self.sizes[1:], -1)
-        if self.centred or self.directions == 1:
-            u = self._conv(xbc, index, 0, segment, rows_of(n, kernel, xbc.dtype), fused)
-            return self._one_scan(u, dt, slice(None), index, state, kernel)
-        if index is None:
-            index = torch.arange(n, device=streams.device)
+        n, (a, d, dt_bias) = streams.shape[1:4].numel(), self.memory()
         sides = []
-        # Each direction has streams of its own: two scans of one direction, the second of the reversed sequence.
-        for way, order in enumerate((index, index.flip(0))):
-            u = self._conv(xbc, order, way, segment, rows_of(n, kernel, xbc.dtype), fused)
-            sides.append(self._one_scan(u, dt, slice(way, way + 1), order, state, kernel)[:, :n])
-        return sides[0] + sides[1].flip(1)
-
-    def _one_scan(
-        self, u: Float[Tensor, "b rows c"], dt: Float[Tensor, "b n k"], ways: slice, index: Int[Tensor, "n"] | None,
-        state: Float[Tensor, "b r k e s"] | None, kernel: str,
-    ) -> Float[Tensor, "b rows f"]:  # fmt: skip
-        start = None if state is None else state[:, ways]
-        a, d, dt_bias = (row[ways] for row in self.memory())
-        return scan(
-            u, dt, a, d, dt_bias, index, start,
-            groups=self.groups, state_dim=self.state_dim, kernel=kernel,
-        )  # fmt: skip
+        for ways, order, u, dt in self._convolved(streams, self.directions, kernel, fused, turns=True):
+            start = None if state is None else state[:, ways]
+            sides.append(scan(
+                u, dt, a[ways], d[ways], dt_bias[ways], order, start,
+                groups=self.groups, state_dim=self.state_dim, kernel=kernel,
+            ))  # fmt: skip
+        return sides[0] if len(sides) == 1 else sides[0][:, :n] + sides[1][:, :n].flip(1)
 
     def _review_state(self, streams: Float[Tensor, "b t h w c"], kernel: str, fused: str) -> Float[Tensor, "b r k e s"]:
         """What the directions remember of the review tokens, which all of them read forwards."""
-        grid = grid_of(streams)
+        reading, (a, _, dt_bias) = self.directions if self.review_reverse == "front" else 1, self.memory()
+        sizes = {"groups": self.groups, "state_dim": self.state_dim}
+        states = [
+            scan_state(u, dt, a[ways], dt_bias[ways], order, **sizes, kernel=kernel)
+            for ways, order, u, dt in self._convolved(streams, reading, kernel, fused, turns=False)
+        ]
+        state = torch.cat(states, 1)
+        return torch.cat([state, torch.zeros_like(state)], 1) if reading < self.directions else state
+
+    def _convolved(
+        self, streams: Float[Tensor, "b t h w c"], ways: int, kernel: str, fused: str, *, turns: bool
+    ) -> Iterator[tuple[slice, Int[Tensor, "n"] | None, Float[Tensor, "b rows c"], Float[Tensor, "b n k"]]]:
+        """What each scan reads: its directions, their order, the streams after the depthwise conv along it and SiLU,
+        and dt. A centred conv serves all directions at once; of causal ones each has its own, and with `turns` the
+        second one has the reversed sequence."""
+        grid, channels = grid_of(streams), self.sizes[1]
         index, segment = self._index(grid, streams.device), self._segment(grid)
         xbc, dt = streams.flatten(1, 3).split(self.sizes[1:], -1)
-        rows = rows_of(xbc.shape[1], kernel, xbc.dtype)
-        ways = self.directions if self.review_reverse == "front" else 1
-        # One conv for all directions, or one for each.
-        shared = [slice(0, ways)] if self.centred else [slice(way, way + 1) for way in range(ways)]
-        a, _, dt_bias = self.memory()
-        states = [
-            scan_state(
-                self._conv(xbc, index, one.start, segment, rows, fused), dt, a[one], dt_bias[one], index,
-                groups=self.groups, state_dim=self.state_dim, kernel=kernel,
-            )
-            for one in shared
-        ]  # fmt: skip
-        state = torch.cat(states, 1)
-        missing = self.directions - ways
-        return torch.cat([state, torch.zeros_like(state)], 1) if missing else state
-
-    def _conv(
-        self, xbc: Float[Tensor, "b n c"], index: Int[Tensor, "n"] | None, way: int, segment: int, rows: int,
-        kernel: str,
-    ) -> Float[Tensor, "b rows c"]:  # fmt: skip
-        """Depthwise conv along the scan and SiLU: centred, or causal with the weights of direction `way`."""
-        channels = self.sizes[1]
-        mine = slice(way * channels, (way + 1) * channels)
+        rows = rows_of(dt.shape[1], kernel, xbc.dtype)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
-        return conv_silu(
-            xbc, weight[mine], bias[mine], index, before=self._before, segment=segment, rows=rows, kernel=kernel
-        )
+        for one in [slice(0, ways)] if self.centred else [slice(way, way + 1) for way in range(ways)]:
+            order = index
+            if turns and one.start == 1:
+                order = (torch.arange(dt.shape[1], device=dt.device) if index is None else index).flip(0)
+            mine = slice(one.start * channels, (one.start + 1) * channels)
+            yield one, order, conv_silu(
+                xbc, weight[mine], bias[mine], order, before=self._before, segment=segment, rows=rows, kernel=fused
+            ), dt  # fmt: skip
 
 
 @stays_float32

@@ -135,9 +135,6 @@ def adjacency(scan: str | ScanEntry, grid: Triple, layer: int = 0) -> tuple[floa
     """Mean distance in the sequence between tokens that are neighbours in t, in h and in w (0 where an axis is 1)."""
     _, inverse = permutation(order_of(scan, layer), grid, torch.device("cpu"))
     position = inverse.view(grid).double()
-    t, h, w = (position.diff(dim=axis).abs() for axis in range(3))
-    return _mean(t), _mean(h), _mean(w)
-
-
-def _mean(steps: Tensor) -> float:
-    return float(steps.mean()) if steps.numel() else 0.0
+    steps = (position.diff(dim=axis).abs() for axis in range(3))
+    t, h, w = (float(along.mean()) if along.numel() else 0.0 for along in steps)
+    return t, h, w

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_told = bool(who()) and (sys.argv[1:] if argv is None else argv)[:1] == ["fit"]  # by rank 0
         with contextlib.redirect_stderr(io.StringIO()) if is_told else contextlib.nullcontext():
             args = parse_arguments(argv)
-        return COMMANDS[args.command].run(args)
+        return COMMANDS[args.command].run(args) or DONE
     except SystemExit as stop:  # argparse has printed the reason
         return int(stop.code or DONE)
     except RecipeError as error:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,38 +55,42 @@ def _count(text: str) -> int:
     overrides=True,
     behind=True,
 )  # fmt: skip
-def submit(args: argparse.Namespace) -> int:
+def submit(args: argparse.Namespace) -> None:
     if args.array is None and args.behind:
         raise RecipeError("A command behind -- goes with --array N, which shares its work.")
-    from lingen.launch.options import read_options, read_settings, settings_file
+    from lingen.launch.options import merged, read_options, read_settings, seconds_of, settings_file
 
-    options = read_options(args.sbatch, "--sbatch")
+    asked = {name: getattr(args, name) for name in ("time", "max_requeues", "signal_seconds")}
     settings = read_settings(settings_file())
+    settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
+    options = read_options(settings.sbatch, str(settings_file()))
+    options = merged(options, read_options(args.sbatch, "--sbatch"))
+    if settings.time is not None:
+        seconds_of(settings.time)  # refuses
     words = _check_array(args) if args.array is not None else []
     if args.array is None and args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R.")
     from lingen.launch import submit as jobs
 
-    wish = jobs.Wish(
-        nodes=args.nodes or 1, gpus_per_node=args.gpus_per_node, time=args.time, options=options,
-        max_requeues=args.max_requeues, signal_seconds=args.signal_seconds, preflight=not args.no_preflight,
-    )  # fmt: skip
     if args.array is not None:
-        job = jobs.prepare_array(words, args.array, Path(parse_arguments(words).out), wish, settings)
+        out = Path(parse_arguments(words).out)
+        job = jobs.prepare_array(words, args.array, out, settings, options, args.gpus_per_node)
     else:
-        job = jobs.prepare_training(args.recipe, args.overrides, wish, settings, run=args.run, stage=args.stage)
+        job = jobs.prepare_training(
+            args.recipe, args.overrides, settings, options, nodes=args.nodes or 1, gpus=args.gpus_per_node,
+            preflight=not args.no_preflight, run=args.run, stage=args.stage,
+        )  # fmt: skip
     for line in job.lines:
         print(line, file=sys.stderr)
     if args.dry_run:
         for problem in job.problems:
             print(f"it would be refused: {problem}", file=sys.stderr)
         print(job.script, end="")
-        return DONE
+        return
     print(jobs.submit(job))
     print(f"its script and its log lie in {job.folder}", file=sys.stderr)
     if args.array is None:
         print(f"lingen status {job.folder.parents[1]}", file=sys.stderr)
-    return DONE
 
 
 def _check_array(args: argparse.Namespace) -> list[str]:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from lingen.recipe.registry import import_module
 DONE, FAILED, WRONG_USE = 0, 1, 2
 """Exit codes; beside them those of `lingen.ranks.signals`."""
 
-CommandFunction = Callable[[argparse.Namespace], int]
+CommandFunction = Callable[[argparse.Namespace], int | None]
+"""Returns an exit code; None where all that it can be is done."""
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
@@ -213,3 +214,14 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def tell(args: argparse.Namespace, value: Any, tables: Iterable[Sequence[dict[str, str]]], *lines: object) -> None:
+    """Prints what a command found: as JSON where --json asks for it, else as tables and lines for people."""
+    if getattr(args, "json", False):
+        print_json(value)
+        return
+    for rows in tables:
+        print_table(rows)
+    for line in lines:
+        print(line)

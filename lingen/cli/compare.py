@@ -41,7 +41,8 @@ def sweep(args: argparse.Namespace) -> int:
 
     runs = load_grid(args.recipe, combinations_of(args.overrides), out)
     code = _train(args, runs, out, args.overrides)
-    return _compare(args, [out], "steps", out / "compare.html") or code
+    _compare(args, [out], "steps", out / "compare.html")
+    return code
 
 
 @command(
@@ -50,20 +51,19 @@ def sweep(args: argparse.Namespace) -> int:
     argument("--at", choices=["steps", "flops"], default="steps", help="at equal steps (default) or equal FLOPs"),
     argument("--out", metavar="F.html", help="a page with curves and clips as well"), JSON,
 )  # fmt: skip
-def compare(args: argparse.Namespace) -> int:
-    return _compare(args, args.runs, args.at, args.out)
+def compare(args: argparse.Namespace) -> None:
+    _compare(args, args.runs, args.at, args.out)
 
 
 @command(
     "the page of a run, report.html in its folder: curves, clips over the steps, samples, settings",
     argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not"),
 )
-def report(args: argparse.Namespace) -> int:
+def report(args: argparse.Namespace) -> None:
     from lingen.studies.report import write_report
 
     for run in args.runs:
         print(write_report(run))
-    return DONE
 
 
 @command(
@@ -100,7 +100,8 @@ def ablate(args: argparse.Namespace) -> int:
     rows = [row for axis in ("steps", "flops") for row in ablation.effects_of(runs, args.metric, axis)]
     write_json(out / "ablation.json", {"metric": args.metric, "variants": variants, "results": rows})
     cli.print_table([{key: cell_of(value) for key, value in row.items()} for row in rows])
-    return _compare(args, [out], "steps", out / "compare.html") or code
+    _compare(args, [out], "steps", out / "compare.html")
+    return code
 
 
 def _out(args: argparse.Namespace) -> Path:
@@ -137,20 +138,15 @@ def _train(args: argparse.Namespace, runs: Sequence[GridRun], out: Path, words: 
     return code
 
 
-def _compare(args: argparse.Namespace, paths: Sequence[str | Path], axis: str, out: str | Path | None) -> int:
+def _compare(args: argparse.Namespace, paths: Sequence[str | Path], axis: str, out: str | Path | None) -> None:
     """The comparison as tables or JSON, and as a page."""
     from lingen.studies.compare import compare_runs, read_compared, tables_of
 
     runs = read_compared(paths)
     found = compare_runs(runs, args.metric, axis)
-    if getattr(args, "json", False):
-        cli.print_json(found)
-    else:
-        for rows in tables_of(found):
-            cli.print_table(rows)
+    cli.tell(args, found, tables_of(found))
     if out:
-        from lingen.studies.page import page_of
+        from lingen.studies.report import page_of
 
         write_text(Path(out), page_of(found, runs))
         say(str(out))
-    return DONE

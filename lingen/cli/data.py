@@ -141,21 +141,17 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
     cli.argument("--seed", type=int, default=0, help="other samples"),
     cli.JSON,
 )
-def data_stats(args: argparse.Namespace) -> int:
+def data_stats(args: argparse.Namespace) -> None:
     from lingen.prepare.stats import measure_folders, sample_sheet
 
     folders, out = [Path(folder) for folder in args.folders], Path(args.out)
     stats = measure_folders(folders)
     out.mkdir(parents=True, exist_ok=True)
     sheet = sample_sheet(folders, out / "samples.jpg", args.clips, args.seed)
-    files = [sheet] if sheet is not None else []
-    if args.json:
-        cli.print_json({"kinds": stats.rows, "sources": stats.sources, "files": [str(file) for file in files]})
-        return cli.DONE
-    cli.print_table(stats.rows)
-    cli.print_table([{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]])
-    print(*files, sep="\n")
-    return cli.DONE
+    files = [str(sheet)] if sheet is not None else []
+    found = {"kinds": stats.rows, "sources": stats.sources, "files": files}
+    sources = [{"source": name, "samples": f"{count:,}"} for name, count in list(stats.sources.items())[:20]]
+    cli.tell(args, found, [stats.rows, sources], *files)
 
 
 @cli.command(
@@ -163,7 +159,7 @@ def data_stats(args: argparse.Namespace) -> int:
     cli.argument("folders", nargs="+", metavar="DIR", help="folders of tar files; each gets its own"),
     cli.PROCESSES,
 )
-def data_index(args: argparse.Namespace) -> int:
+def data_index(args: argparse.Namespace) -> None:
     from lingen.prepare.index import index_folder
     from lingen.prepare.workers import processes_here
 
@@ -173,4 +169,3 @@ def data_index(args: argparse.Namespace) -> int:
             rows, drops = index_folder(Path(folder), processes, progress)
         _print_faults(drops, f" (all of them: lingen data check {folder} --json)")
         print(f"{folder}: {rows:,} samples, {len(drops):,} left out")
-    return cli.DONE

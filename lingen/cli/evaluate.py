@@ -131,21 +131,21 @@ def _print(result: dict[str, Any], out: Any) -> None:
     print(*sorted(str(file) for file in out.glob("side_by_side.*")), out / "metrics.json", sep="\n")
 
 
+MEASURES = {
+    "numbers kept": ("numbers", ".3%"), "PSNR": ("psnr", ".2f"), "SSIM": ("ssim", ".3f"),
+    "perceptual": ("perceptual", ".4f"), "flicker": ("flicker", "+.4f"), "of the clip's": ("flicker_share", "+.1%"),
+    "flicker of the error": ("error_flicker", ".4f"),
+}  # fmt: skip
+"""Column -> what it shows of a row, and how."""
+
+
 def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
-    for row in result["rows"]:
-        yield {
-            "kind": row["kind"], "what": row["what"], "numbers kept": f"{row['numbers']:.3%}",
-            "PSNR": f"{row['psnr']:.2f}", "SSIM": f"{row['ssim']:.3f}", "perceptual": _cell(row["perceptual"], ".4f"),
-            "flicker": _cell(row["flicker"], "+.4f"), "of the clip's": _cell(row["flicker_share"], "+.1%"),
-            "flicker of the error": _cell(row["error_flicker"], ".4f"),
-        }  # fmt: skip
-    for kind in result["data"]:
-        paper = result["paper"][kind]
-        yield {
-            "kind": kind, "what": "Movie Gen's TAE, in its paper, other clips, 512 pixels",
-            "numbers kept": f"{16 / (3 * 8 ** (3 if kind == 'video' else 2)):.3%}", "PSNR": f"{paper['psnr']:.2f}",
-            "SSIM": f"{paper['ssim']:.3f}",
-        }  # fmt: skip
+    name = "Movie Gen's TAE, in its paper, other clips, 512 pixels"
+    kept = {kind: 16 / (3 * 8 ** (3 if kind == "video" else 2)) for kind in result["data"]}
+    papers = [{"kind": kind, "what": name, "numbers": kept[kind], **result["paper"][kind]} for kind in kept]
+    for row in (*result["rows"], *papers):
+        cells = {title: _cell(row[key], form) for title, (key, form) in MEASURES.items() if key in row}
+        yield {"kind": row["kind"], "what": row["what"], **cells}
 
 
 @cli.command(
@@ -166,7 +166,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     cli.argument("--out", default="eval/clips", metavar="DIR", help="default: eval/clips"),
     DEVICE, cli.JSON,
 )  # fmt: skip
-def eval_clips(args: argparse.Namespace) -> int:
+def eval_clips(args: argparse.Namespace) -> None:
     from lingen.evaluation.clips import View
     from lingen.evaluation.comparison import evaluate_clips
     from lingen.evaluation.judging import Judge
@@ -180,21 +180,16 @@ def eval_clips(args: argparse.Namespace) -> int:
         args.subjects, judge, Path(args.out), cli.count_bar, real=args.real, repeat=args.repeat,
         prompts=lines_of(args.prompts) if args.prompts else (), seed=args.seed,
     )  # fmt: skip
-    if args.json:
-        cli.print_json(found)
-        return cli.DONE
     lines: dict[str, dict[str, str]] = {}
     for row in found["results"]:
         around = "" if row["interval"] is None else " [{:.4g}, {:.4g}]".format(*row["interval"])
         line = lines.setdefault(row["metric"], {"metric": row["metric"], "floor": _cell(row["floor"], ".4g")})
         line[row["subject"]] = f"{row['value']:.4g}{around}"
-    cli.print_table(list(lines.values()))
-    cli.print_table(
-        [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in found["comparisons"]]
-    )
+    pairs = found["comparisons"]
+    pairs = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in pairs]
     failed = [f"{name}: {n} x {why}" for name, held in found["failures"].items() for why, n in held.items()]
-    print(*failed, *found["notes"], *(Path(args.out) / f"results.{end}" for end in ("png", "json")), sep="\n")
-    return cli.DONE
+    files = [Path(args.out) / f"results.{end}" for end in ("png", "json")]
+    cli.tell(args, found, [list(lines.values()), pairs], *failed, *found["notes"], *files)
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -87,14 +87,9 @@ def data_pack(args: argparse.Namespace) -> int:
 
 def print_report(report: Any, args: argparse.Namespace) -> int:
     """Prints what was made as a table or JSON; returns FAILED where nothing was made."""
-    if args.json:
-        cli.print_json(report.as_json())
-    else:
-        cli.print_table(report.rows())
-        print(
-            f"\n{args.out}: {sum(report.made.values()):,} samples of {report.looked_at:,} looked at, "
-            f"{report.seconds / 3600:.3g} hours of clips, {report.size / 1e9:.3g} GB"
-        )
+    made = f"{sum(report.made.values()):,} samples of {report.looked_at:,} looked at"
+    amount = f"{report.seconds / 3600:.3g} hours of clips, {report.size / 1e9:.3g} GB"
+    cli.tell(args, report.as_json(), [report.rows()], "", f"{args.out}: {made}, {amount}")
     if not report.made:
         print("No sample was made: everything was left out.", file=sys.stderr)
         return cli.FAILED

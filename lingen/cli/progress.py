@@ -18,34 +18,29 @@ LINE_SECONDS = 30.0
 
 
 def bar(console: Console) -> Progress:
-    """lingen's progress bar."""
+    """lingen's progress bar; where there is no terminal, it shows nothing."""
+    shown = console if console.is_terminal else Console(quiet=True)
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=console, transient=False,
+        TextColumn("{task.fields[note]}"), console=shown, disable=not console.is_terminal,
     )  # fmt: skip
 
 
 @contextmanager
 def count_progress(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
     """A bar to be called with (done, total); where there is no terminal, a line every `LINE_SECONDS`."""
-    if not console.is_terminal:
-        yield _lines(console, description)
-        return
+    told = time.monotonic()
     with bar(console) as shown:
         task = shown.add_task(description, total=None, note="")
-        yield lambda done, total: shown.update(task, completed=done, total=total)
 
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            shown.update(task, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - told >= LINE_SECONDS:
+                told = time.monotonic()
+                console.print(f"{description} {done:,}/{total:,}", markup=False, highlight=False)
 
-def _lines(console: Console, description: str) -> Callable[[int, int], None]:
-    told = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= LINE_SECONDS:
-            told = time.monotonic()
-            console.print(f"{description} {done:,}/{total:,}", markup=False, highlight=False)
-
-    return tell
+        yield tell
 
 
 class ConsoleReporter(Reporter):
@@ -58,7 +53,7 @@ class ConsoleReporter(Reporter):
     def __init__(self, console: Console, every: float = 5.0):
         self.console = console
         self.every = every
-        self._bar = bar(console) if console.is_terminal else None
+        self._bar = bar(console)
         self._task: Any = None
         self._said = 0.0
         self._name, self._steps = "", 0
@@ -66,13 +61,11 @@ class ConsoleReporter(Reporter):
         """Samples that were replaced since the stage began or went on."""
 
     def __enter__(self) -> ConsoleReporter:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -81,12 +74,10 @@ class ConsoleReporter(Reporter):
         self._name, self._steps, self._dropped = str(recipe.stage), recipe.train.steps, 0
         going_on = f", going on from step {done}" if done else ""
         self.say(f"stage {number}/{count} {self._name}: {self._steps} steps{going_on}")
-        if self._bar is not None:
-            self._task = self._bar.add_task(self._name, total=self._steps, completed=done, note="")
+        self._task = self._bar.add_task(self._name, total=self._steps, completed=done, note="")
 
     def step(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        self._bar.update(self._task, completed=step)
 
     def row(self, row: dict[str, Any]) -> None:
         if "loss" not in row:
@@ -95,8 +86,7 @@ class ConsoleReporter(Reporter):
         dropped = f"  {self._dropped:,} dropped" if self._dropped else ""
         note = f"loss {row['loss']:.4f}  {row.get('tokens_per_second', 0):,.0f} tokens/s{dropped}"
         last = int(row["step"]) >= self._steps
-        if self._bar is not None:
-            self._bar.update(self._task, note=note)
-        elif last or time.monotonic() - self._said > self.every:
+        self._bar.update(self._task, note=note)
+        if not self.console.is_terminal and (last or time.monotonic() - self._said > self.every):
             self._said = time.monotonic()
             self.say(f"{self._name} {row['step']}/{self._steps}  {note}")

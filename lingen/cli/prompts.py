@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,8 +60,6 @@ def prompts_rewrite(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> RewriteConfig:
     """The recipe's settings, with the model of --rewriter where that is given."""
-    from dataclasses import replace
-
     if args.recipe is None and (args.overrides or args.stage):
         raise RecipeError("--stage and key=value change a recipe: say which, --recipe R.")
     if args.recipe is None and args.rewriter is None:

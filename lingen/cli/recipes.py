@@ -2,12 +2,20 @@
 show`` and ``lingen plan``; and ``lingen new``, a package with a part."""
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
 from lingen.cli import command as cli
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
+from lingen.recipe.signature import REQUIRED
+
+GRID = (8, 16, 16)
+"""Tokens (t, h, w) on which scan orders are compared."""
+
+CatalogueRow = dict[str, Any]
 
 
 @cli.command(
@@ -17,22 +25,82 @@ from lingen.recipe.errors import RecipeError
         "mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "recipes"]),
     cli.JSON, cli.IMPORT,
 )  # fmt: skip
-def list_(args: argparse.Namespace) -> int:
-    from lingen.cli.catalogue import REGISTRIES, parts, recipes
+def list_(args: argparse.Namespace) -> None:
     from lingen.tables import as_cell
 
-    asked = [args.what] if args.what else [*REGISTRIES, "recipes"]
+    asked = [args.what] if args.what else [*registries(), "recipes"]
     found = {what: recipes() if what == "recipes" else parts(what) for what in asked}
     if args.json:
         cli.print_json(found[args.what] if args.what else found)
-        return cli.DONE
+        return
     for what, rows in found.items():
         if not args.what:
             print(what.upper())
         cli.print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
         if what != asked[-1]:
             print()
-    return cli.DONE
+
+
+def registries() -> dict[str, Registry]:
+    """What `lingen list` shows beside recipes."""
+    for_training = {str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()}
+    models = {"mixers": MIXERS, "scans": SCANS, "autoencoders": AUTOENCODERS, "text": TEXT_ENCODERS}
+    return models | {"perceptual": PERCEPTUAL} | for_training
+
+
+def parts(what: str) -> list[CatalogueRow]:
+    """A row for each part of a registry (``mixers``, ``scans``, ``autoencoders``, ``text``), plugins included."""
+    registry = registries()[what]
+    rows = [_row(registry, name) for name in registry.names()]
+    return rows + [{"name": name, "origin": origin, "error": error} for name, origin, error in registry.refused()]
+
+
+def recipes() -> list[CatalogueRow]:
+    """A row for each recipe that comes with lingen: its stages, and the first line that says what it is."""
+    from lingen.recipe import stages_of
+    from lingen.recipe.reading import shipped_recipes
+
+    rows = []
+    for name, file in shipped_recipes().items():
+        comments = [line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        about = next((line for line in comments if not line.startswith("yaml-language-server")), "")
+        try:
+            rows.append({"name": name, "stages": stages_of(file), "about": about})
+        except RecipeError as error:
+            rows.append({"name": name, "error": str(error)})
+    return rows
+
+
+def _row(registry: Registry, name: str) -> CatalogueRow:
+    row: CatalogueRow = {"name": name, "origin": registry.origin(name)}
+    try:
+        part = registry[name]
+        if registry is SCANS:
+            return row | {f"steps between neighbours at {GRID}": _distances(part), "about": _about(part)}
+        defaults = {key: setting.default for key, setting in registry.settings(name).items()}
+        settings = {key: "required" if value is REQUIRED else value for key, value in defaults.items()}
+        return row | {"settings": settings, "about": _about(part)}
+    except Exception as error:  # a plugin may raise anything; other rows are still shown
+        return row | {"error": " ".join(str(error).split())}
+
+
+def _distances(scan: Any) -> dict[str, float]:
+    """Mean distance in the sequence of neighbours in t, h and w; of a cycle, over its entries."""
+    from lingen.blocks.scan import adjacency
+
+    layers = range(len(scan)) if isinstance(scan, tuple) else range(1)
+    scores = [adjacency(scan, GRID, layer) for layer in layers]
+    means = [sum(values) / len(scores) for values in zip(*scores, strict=True)]
+    return {axis: round(mean, 1) for axis, mean in zip("thw", means, strict=True)}
+
+
+def _about(part: Any) -> str:
+    if isinstance(part, str):
+        return f"slowest axis {part[0]}, fastest axis {part[-1]}"
+    if isinstance(part, tuple):
+        entries = ", ".join(one if isinstance(one, str) else one.__name__ for one in part)
+        return f"layer i takes entry i % {len(part)} of {entries}"
+    return (inspect.getdoc(part) or "").partition("\n")[0]
 
 
 @cli.command(
@@ -40,7 +108,7 @@ def list_(args: argparse.Namespace) -> int:
     cli.argument("what", choices=["mixer", "scan", "text", "autoencoder"]),
     cli.argument("name", metavar="NAME", help="of part, package and folder: small letters, digits and _"),
 )
-def new(args: argparse.Namespace) -> int:
+def new(args: argparse.Namespace) -> None:
     from lingen.recipe.reading import shipped_folder
 
     folder = Path(args.name)
@@ -54,7 +122,6 @@ def new(args: argparse.Namespace) -> int:
         text = text.replace("NAME", args.name).replace("CLASS", args.name.title().replace("_", ""))
         path.write_text(text, encoding="utf-8")
         print(path)
-    return cli.DONE
 
 
 @cli.command(
@@ -63,12 +130,12 @@ def new(args: argparse.Namespace) -> int:
     cli.argument("--schema", action="store_true", help="print a JSON Schema of recipes, for editors"),
     overrides=True,
 )  # fmt: skip
-def show(args: argparse.Namespace) -> int:
+def show(args: argparse.Namespace) -> None:
     if args.schema:
         from lingen.recipe.json_schema import json_schema
 
         cli.print_json(json_schema())
-        return cli.DONE
+        return
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
     from lingen.data.order import steps_of
@@ -84,10 +151,9 @@ def show(args: argparse.Namespace) -> int:
     if args.json:
         told = [one.as_dict() | {"steps": steps} for one, steps in plans]
         cli.print_json({"recipe": as_plain(recipe), "stages": told})
-        return cli.DONE
+        return
     _print_forecast([_forecast_row(*one) for one in plans], plans[0][0].parameters)
     print(to_yaml(recipe), end="")
-    return cli.DONE
 
 
 @cli.command(
@@ -98,7 +164,7 @@ def show(args: argparse.Namespace) -> int:
     cli.argument("--mfu", type=cli.positive, default=0.4, metavar="SHARE", help="of its bfloat16 FLOP/s; default: 0.4"),
     cli.JSON, overrides=True,
 )  # fmt: skip
-def plan(args: argparse.Namespace) -> int:
+def plan(args: argparse.Namespace) -> None:
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R.")
     if args.mfu > 1:
@@ -108,16 +174,11 @@ def plan(args: argparse.Namespace) -> int:
 
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     rows = list(resource_rows(stages, args.gpus, args.gpu, args.mfu))
-    if args.json:
-        cli.print_json({"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows})
-        return cli.DONE
-    cli.print_table(list(map(_plan_row, rows)))
+    found = {"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows}
     hours = sum(row["gpu_hours"] for row in rows)
-    print(f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank")
-    for row in rows:
-        if not row["fits"]:
-            print(f"stage {row['stage']} does not fit: {row['advice']}")
-    return cli.DONE
+    cost = f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank"
+    advice = [f"stage {row['stage']} does not fit: {row['advice']}" for row in rows if not row["fits"]]
+    cli.tell(args, found, [list(map(_plan_row, rows))], cost, *advice)
 
 
 def _plan_row(row: dict[str, Any]) -> dict[str, str]:

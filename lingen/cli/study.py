@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from lingen.cli.command import DONE, JSON, argument, command, natural, positive, print_json, print_table
+from lingen.cli.command import JSON, argument, command, natural, positive, print_json, print_table
 from lingen.cli.prompts import lines_of
 
 
@@ -16,14 +16,13 @@ from lingen.cli.prompts import lines_of
     argument("--seed", type=int, default=0, help="another order, other sides"),
     argument("--per-rater", type=natural, metavar="N", help="so many pairs for each rater; default: all"),
 )
-def study_make(args: argparse.Namespace) -> int:
+def study_make(args: argparse.Namespace) -> None:
     from lingen.evaluation.study import make_study
 
     key, notes = make_study(args.folders, lines_of(args.prompts), args.out, args.seed, args.per_rater)
     print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     print(f"study {key['study']}, {sum('pair' in one for one in key['trials'].values())} pairs")
     print(f"{args.out}: for the raters\n{args.out[:-5]}.key.json: which side was which; keep it to yourself")
-    return DONE
 
 
 @command(
@@ -33,17 +32,16 @@ def study_make(args: argparse.Namespace) -> int:
     argument("--margin", type=positive, default=0.1, metavar="M", help="wins minus losses to show; default: 0.1"),
     JSON,
 )
-def study_report(args: argparse.Namespace) -> int:
+def study_report(args: argparse.Namespace) -> None:
     from lingen.evaluation.study_report import report_votes
 
     found = report_votes(args.votes, args.key, args.margin)
     if args.json:
         print_json(found)
-        return DONE
+        return
     print_table([_row(row) for row in found["pairs"]])
     print_table([{"axis": row["axis"], "of": row["of"], "strength": _cell(row, "+.2f")} for row in found["strengths"]])
     print(*found["notes"], sep="\n", file=sys.stderr)
-    return DONE
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:

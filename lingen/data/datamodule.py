@@ -219,6 +219,11 @@ class ClipData(lightning.LightningDataModule):
         workers = min(self.recipe.data.workers, len(places))
         return _loader(self.validation, Places(lambda: iter(places), len(places), workers), workers)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """The numbers of samples stay on the CPU, where random numbers are drawn."""
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved._replace(slots=batch.slots)
+
     def held_out_captions(self, count: int) -> list[str]:
         """Up to `count` different captions of held-out clips, or of images where there are no clips."""
         kind, pool = min(self.validation.pools.items(), key=lambda one: one[0] != "video")

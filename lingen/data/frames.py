@@ -154,10 +154,6 @@ def orientation(frame: Any) -> tuple[int, bool]:
     return round(-math.atan2(sign * b, sign * a) / (math.pi / 2)) % 4, mirrored
 
 
-def _upright(pixels: UInt8[np.ndarray, "3 h w"], turns: int, mirrored: bool) -> UInt8[np.ndarray, "3 _ _"]:
-    return np.rot90(pixels[:, :, ::-1] if mirrored else pixels, turns, (1, 2))
-
-
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer curves of ITU-T H.273 that are not those of ordinary screens."""
 
@@ -201,12 +197,13 @@ def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UI
     fitted = scaler.reformat(on_white(frame, scaler), scaled[1], scaled[0], layout, interpolation=method, threads=1)
     if layout == "rgb24":
         cut = fitted.to_ndarray()[top : top + height, left : left + width]
-        return _upright(np.ascontiguousarray(cut.transpose(2, 0, 1)), turns, mirrored)
-    pixels = np.empty((3, height, width), np.uint8)
-    for channel, plane in enumerate(fitted.planes[index] for index in (2, 0, 1)):
-        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-        pixels[channel] = rows[top : top + height, left : left + width]
-    return _upright(pixels, turns, mirrored)
+        pixels = np.ascontiguousarray(cut.transpose(2, 0, 1))
+    else:
+        pixels = np.empty((3, height, width), np.uint8)
+        for channel, plane in enumerate(fitted.planes[index] for index in (2, 0, 1)):
+            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            pixels[channel] = rows[top : top + height, left : left + width]
+    return np.rot90(pixels[:, :, ::-1] if mirrored else pixels, turns, (1, 2))
 
 
 def covering(

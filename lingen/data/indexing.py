@@ -264,23 +264,20 @@ def scan_shards(shards: Iterable[Location]) -> Index:
     shards = list(shards)
     folders = list(dict.fromkeys(shard.folder for shard in shards))
     index = Index(shards, np.zeros(0, RECORD), np.zeros(0, np.uint8), folders)
-    rows: list[np.ndarray] = []
     keys: list[bytes] = []
+    places: list[tuple[int, int, int, int]] = []
     for number, (shard, name) in enumerate(zip(shards, index.names, strict=True)):
         try:
             for entry in scan_shard(Path(str(shard))):
-                where = f"{name}:{entry.key}" if entry.key else name
                 if entry.fault:
-                    index.faults.append(Drop(where, entry.fault))
+                    index.faults.append(Drop(f"{name}:{entry.key}" if entry.key else name, entry.fault))
                     continue
-                row = np.zeros((), RECORD)
-                row["shard"], row["source"] = number, folders.index(shard.folder)
-                row["offset"], row["length"] = entry.start, entry.end - entry.start
-                rows.append(row)
+                places.append((number, folders.index(shard.folder), entry.start, entry.end - entry.start))
                 keys.append(entry.key.encode(errors="replace"))
         except OSError as error:
             index.faults.append(Drop(name, f"unreadable shard: {error.strerror or error}"))
-    records = np.array(rows, RECORD).reshape(-1)
+    records = np.zeros(len(keys), RECORD)
+    records[["shard", "source", "offset", "length"]] = places
     records["key_length"] = [len(key) for key in keys]
     records["key_at"] = np.cumsum(records["key_length"].astype(np.int64)) - records["key_length"]
     return Index(shards, records, np.frombuffer(b"".join(keys), np.uint8), folders, faults=index.faults)

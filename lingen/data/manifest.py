@@ -155,10 +155,12 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
-    """The file, and what is stored beside its rows."""
+    """The file, and what is stored beside its rows; empty where it is nothing of ours."""
     try:
         file = pq.ParquetFile(path, memory_map=True)
-        stored, names = _stored(file), file.schema_arrow.names
+        stored, names = decode_json((file.schema_arrow.metadata or {}).get(b"lingen", b"{}")), file.schema_arrow.names
+        if not isinstance(stored, dict) or not isinstance(stored.get("settings", {}), dict):
+            raise ValueError("what it says of the whole set is no mapping")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from error
     version = stored.get("version", 0)
@@ -168,14 +170,6 @@ def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
     if version > VERSION:
         raise ManifestError(f"{path} is of version {version}, this lingen reads up to {VERSION}; install a newer one.")
     return file, stored
-
-
-def _stored(file: pq.ParquetFile) -> dict[str, Any]:
-    """What is stored beside the rows; empty where it is nothing of ours. ValueError where it is broken."""
-    stored = decode_json((file.schema_arrow.metadata or {}).get(b"lingen", b"{}"))
-    if not isinstance(stored, dict) or not isinstance(stored.get("settings", {}), dict):
-        raise ValueError("what it says of the whole set is no mapping")
-    return stored
 
 
 def _damaged(path: Path, error: Exception) -> ManifestError:

@@ -9,6 +9,8 @@ import re
 import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -79,14 +81,11 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
     for entry in entries:
         places.setdefault(entry.key, []).append(entry)
     apart = {key for key, found in places.items() if key and len(found) > 1 and _disjoint(found)}
-    seen: set[str] = set()
     for entry in entries:
-        if entry.key in apart:
-            continue
-        if entry.key and entry.key in seen:
+        if entry.key and entry is not places[entry.key][0]:
             entry = entry._replace(fault=entry.fault or "same key twice: in one shard")
-        seen.add(entry.key)
-        yield entry
+        if entry.key not in apart:
+            yield entry
     if apart:
         first, *_, last = places[next(key for key in places if key in apart)]
         one, other = (f"{entry.key}.{min(entry.suffixes)}" for entry in (first, last))
@@ -109,19 +108,13 @@ def _scan(path: Path) -> Iterator[ScannedSample]:
     if size == 0:
         yield ScannedSample("", fault="empty shard: zero bytes")
         return
-    sample: ScannedSample | None = None
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in _members(tar, size):
-                if sample is not None and sample.key != member.key:
-                    yield sample
-                    sample = None
-                if sample is not None:
-                    fault, suffixes = sample.fault or member.fault, sample.suffixes | member.suffixes
-                    member = member._replace(start=sample.start, fault=fault, suffixes=suffixes)
-                sample = member
-            if sample is not None:
-                yield sample
+            for key, beside in groupby(_members(tar, size), attrgetter("key")):
+                members = list(beside)
+                fault = next((member.fault for member in members if member.fault), "")
+                suffixes = frozenset().union(*(member.suffixes for member in members))
+                yield ScannedSample(key, members[0].start, members[-1].end, fault, suffixes)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 where = f"at byte {min(tar.offset, size)} of {size}"

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import SYNTHETIC
 from lingen.recipe.sections import KINDS, Recipe, Shards
-from lingen.recipe.signature import checked
+from lingen.recipe.signature import section
 
 COLOURS = {
     "red": (1.0, 0.0, 0.0), "yellow": (1.0, 1.0, 0.0), "green": (0.0, 1.0, 0.0),
@@ -36,8 +36,7 @@ DRAWING_FORMAT = 5
 """Raised whenever the drawing changes, so that an old cache is not taken for a new one."""
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class Shapes:
     """Coloured shapes that move, grow or turn; 12 captions are held out to tune on and 12 to report on."""
 

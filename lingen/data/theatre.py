@@ -8,7 +8,6 @@ Words alone, no pixels: `lingen.data.acting` draws. All of it is ours; the paper
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 import yaml
 
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
-from lingen.recipe.signature import checked
+from lingen.recipe.signature import section
 
 PLAY: dict[str, Any] = yaml.safe_load(files("lingen.data").joinpath("theatre.yaml").read_text(encoding="utf-8"))
 """What the theatre plays with: names, wordings, and how scenes look."""
@@ -33,8 +32,7 @@ SPLITS: tuple[Split, ...] = ("train", "tune", "report")
 """Of every data set that lingen draws itself."""
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class Theatre:
     """Animated emoji that act before drawn scenes, drawn while training goes on; nothing is kept on the disk."""
 

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lingen.kernels.choice import choose
+from lingen.kernels.gradients import FromInputs
 
 CONV_KERNELS = ("auto", "reference", "triton")
 MOST_TAPS = 8
@@ -41,9 +42,9 @@ def conv_silu(
         return _reference(u, weight, bias, index, before, segment, rows)
     if u.stride(-1) != 1 and u.shape[-1] > 1:
         raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")
-    from lingen.kernels.conv_triton import ConvSilu
+    from lingen.kernels.conv_triton import conv_silu_forward, conv_silu_gradients
 
-    return ConvSilu.apply(u, weight, bias, index, before, segment, rows)
+    return FromInputs.apply(conv_silu_forward, conv_silu_gradients, u, weight, bias, index, before, segment, rows)
 
 
 def _check(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""Triton twin of `lingen.kernels.conv`: forward and backward as plain functions, and as one autograd Function.
+"""Triton twin of `lingen.kernels.conv`: forward and backward as plain functions.
 
 A program walks down a run of consecutive positions with a block of channels and keeps the last m rows in registers, in
 a tuple: each row is read once, and in the backward pass the gradient of the pre-activation, whose exponential costs
@@ -16,12 +16,12 @@ Names, beside those of `lingen.kernels`:
     inputs, slopes       the last TAPS rows of u, and of the gradient of the pre-activation
     partial              sums of the gradients of weight and bias [b runs TAPS+1 c], float32"""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lingen.kernels.gradients import channels_last
 
 # POSITIONS and CHANNELS of a program, and the rows that it loads AHEAD of its arithmetic (a divisor of POSITIONS).
 LAUNCH = {
@@ -31,7 +31,7 @@ LAUNCH = {
 
 
 def conv_silu_forward(
-    u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, *, before: int, segment: int = 0, rows: int
+    u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int
 ) -> Tensor:
     """y [b rows c] of `conv_silu`, whose arguments these are; `u` may be a view with a contiguous last axis."""
     assert u.stride(-1) == 1 or u.shape[-1] == 1
@@ -67,26 +67,13 @@ def conv_silu_backward(
     return total[:taps].T.contiguous(), total[taps]
 
 
-class ConvSilu(torch.autograd.Function):
-    """Saves its inputs only; the pre-activation is recomputed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int
-    ) -> Tensor:
-        ctx.save_for_backward(u, weight, bias, index)
-        ctx.reach = {"before": before, "segment": segment}
-        return conv_silu_forward(u, weight, bias, index, rows=rows, **ctx.reach)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, weight, bias, index = ctx.saved_tensors
-        du = u.new_empty(u.shape)
-        # Autograd may pass one number that is expanded to all channels: the kernel needs them side by side.
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        dweight, dbias = conv_silu_backward(grad, u, weight, bias, index, out=du, **ctx.reach)
-        return du, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None, None
+def conv_silu_gradients(
+    grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int
+) -> tuple[Tensor, ...]:
+    """Gradients of u, weight and bias, in their dtypes; the pre-activation is computed again."""
+    du = u.new_empty(u.shape)
+    found = conv_silu_backward(channels_last(grad), u, weight, bias, index, before=before, segment=segment, out=du)
+    return du, found[0].to(weight.dtype), found[1].to(bias.dtype)
 
 
 @triton.jit

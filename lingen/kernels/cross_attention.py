@@ -14,13 +14,13 @@ CROSS_KERNELS = ("auto", "reference", "triton")
 
 
 class TextKeys(NamedTuple):
-    """A text that several calls attend to, without gradients."""
+    """A text that one or several calls attend to: raw projections, maybe slices of wider ones."""
 
     k: Float[Tensor, "b m k e"]
     v: Float[Tensor, "b m k e"]
     mask: Bool[Tensor, "b m"]
-    packed: tuple[Tensor, ...] | None
-    """What the Triton kernel reads, prepared once."""
+    packed: tuple[Tensor, ...] | None = None
+    """What the Triton kernel reads, prepared once by `text_keys`; without gradients."""
 
     def of(self, rows: slice) -> "TextKeys":
         """The text of these rows of the batch."""
@@ -37,18 +37,18 @@ def text_keys(
     eps: float,
     kernel: str = "auto",
 ) -> TextKeys:
-    """The text as `cross_attention_to` takes it; arguments as in `cross_attention`, in the queries' dtype."""
+    """A text, in the queries' dtype, prepared for all calls of `cross_attention` where no gradient is wanted."""
     if (
         torch.is_grad_enabled()
         or choose("cross-attention", kernel, twins_of(k.shape[-1], kernel, CROSS_KERNELS), k) != "triton"
     ):
-        return TextKeys(k, v, mask, None)
+        return TextKeys(k, v, mask)
     from lingen.kernels.cross_attention_triton import pack_text
 
     return TextKeys(k, v, mask, tuple(pack_text(k, v, mask, k_weight, eps, k.dtype)))
 
 
-def cross_attention_to(
+def cross_attention(
     q: Float[Tensor, "b n k e"],
     text: TextKeys,
     q_weight: Float[Tensor, "e"],
@@ -57,32 +57,18 @@ def cross_attention_to(
     eps: float,
     kernel: str = "auto",
 ) -> Float[Tensor, "b n k e"]:
-    """`cross_attention` to a text that `text_keys` has prepared."""
-    if text.packed is None or q.dtype != text.k.dtype:
-        return cross_attention(q, *text[:3], q_weight, k_weight, eps=eps, kernel=kernel)
-    from lingen.kernels.cross_attention_triton import Packed, forward
-
-    return forward(q, Packed(*text.packed), q_weight, eps)[0]
-
-
-def cross_attention(
-    q: Float[Tensor, "b n k e"],
-    k: Float[Tensor, "b m k e"],
-    v: Float[Tensor, "b m k e"],
-    mask: Bool[Tensor, "b m"],
-    q_weight: Float[Tensor, "e"],
-    k_weight: Float[Tensor, "e"],
-    *,
-    eps: float,
-    kernel: str = "auto",
-) -> Float[Tensor, "b n k e"]:
-    """softmax(norm(q) norm(k)^T / sqrt(e)) v over the keys where `mask` is True; each row of it must hold a True.
+    """softmax(norm(q) norm(k)^T / sqrt(e)) v over the keys where `text.mask` is True; each row of it must hold a True.
 
     Both norms are RMSNorm over e (arXiv 1910.07467) with the gains `q_weight` and `k_weight`, and `eps` inside their
-    roots. q, k and v are raw projections, maybe slices of wider ones. Linear in n; masked keys are free in "triton".
+    roots. q is a raw projection, maybe a slice of a wider one. Linear in n; masked keys are free in "triton".
 
     kernel: "reference" is torch's SDPA on normed copies; "triton" norms inside; "auto" is "triton" on CUDA for heads
     of at most 256, else "reference". Raises RecipeError for a kernel that is unknown or cannot run."""
+    k, v, mask, packed = text
+    if packed is not None and q.dtype == k.dtype:
+        from lingen.kernels.cross_attention_triton import Packed, forward
+
+        return forward(q, Packed(*packed), q_weight, eps)[0]
     if choose("cross-attention", kernel, twins_of(q.shape[-1], kernel, CROSS_KERNELS), q) == "triton":
         from lingen.kernels.cross_attention_triton import CrossAttentionFunction
 

@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lingen.kernels.gradients import channels_last
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Numbers that change from grid to grid and from text to text: no reason to compile again.
 _SIZES = ["n", "m", "rows", "heads", "splits"]
@@ -67,24 +69,28 @@ class CrossAttentionFunction(torch.autograd.Function):
 
 def pack_text(k: Tensor, v: Tensor, mask: Tensor, k_weight: Tensor, eps: float, dtype: torch.dtype) -> Packed:
     """What `forward` reads of the text [b m k e], in the queries' dtype."""
-    k, v = map(_last_contiguous, (k, v))
-    return _gather(k, v, mask, k_weight, eps, _Sizes.of(k.new_empty(0, dtype=dtype), k.shape, 0), dtype)
+    k, v = map(channels_last, (k, v))
+    b, m, heads, width = k.shape
+    block = max(keys for _, keys, _, _ in LAUNCH.values())
+    rows, full = triton.cdiv(m, block) * block, max(16, triton.next_power_of_2(width))
+    place = mask.cumsum(1, dtype=torch.int32)
+    keys, values = k.new_empty(2, b, heads, rows, full, dtype=dtype)
+    _cross_gather_keys[triton.cdiv(rows, _TEXT_BLOCK), heads, b](
+        k, v, place, k_weight, keys, values, *k.stride()[:3], *v.stride()[:3], m, rows, heads, eps,
+        E=width, FULL=full, BLOCK=_TEXT_BLOCK,
+    )  # fmt: skip
+    return Packed(keys, values, place)
 
 
 def forward(q: Tensor, packed: Packed, q_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What the heads give, [b n k e] in q's dtype, and the base-2 logarithms of the softmax's sums, [b k n]."""
-    q = _last_contiguous(q)
-    keys, values, place = packed
-    b, n, heads, width = q.shape
-    size = _Sizes.of(q, (b, place.shape[1], heads, width), n)
-    out = q.new_empty(size.b, size.n, size.heads, size.width)
-    logs = torch.empty(size.b, size.heads, size.n, dtype=torch.float32, device=q.device)
-    launch = size.launch("forward")
-    grid = triton.cdiv(size.n, launch["QUERIES"]) * size.heads, size.b
-    _cross_forward[grid](
-        q, keys, values, place, q_weight, out, logs, *q.stride()[:3], size.n, size.m, size.rows, size.heads, eps,
-        **launch,
-    )  # fmt: skip
+    q = channels_last(q)
+    (b, n, heads, _), m, rows = q.shape, packed.place.shape[1], packed.keys.shape[2]
+    out, logs = q.new_empty(q.shape), torch.empty(b, heads, n, dtype=torch.float32, device=q.device)
+    launch = _launch("forward", q, packed)
+    _cross_forward[triton.cdiv(n, launch["QUERIES"]) * heads, b](
+        q, *packed, q_weight, out, logs, *q.stride()[:3], n, m, rows, heads, eps, **launch
+    )
     return out, logs
 
 
@@ -94,95 +100,50 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the two gains, from that of `out` and from what `forward` gave."""
-    q, k, v, grad = map(_last_contiguous, (q, k, v, grad))
-    size = _Sizes.of(q, k.shape, q.shape[1])
-    keys, values, place = _gather(k, v, mask, k_weight, eps, size, q.dtype)
-    numbers = size.n, size.m, size.rows, size.heads
-    given = q, keys, values, place, q_weight, grad, logs
+    q, k, v, grad = map(channels_last, (q, k, v, grad))
+    packed = pack_text(k, v, mask, k_weight, eps, q.dtype)
+    (b, n, heads, width), m, (_, _, rows, full) = q.shape, k.shape[1], packed.keys.shape
+    given = q, *packed, q_weight, grad, logs
     strides = *q.stride()[:3], *grad.stride()[:3]
 
-    launch = size.launch("backward_queries")
-    blocks = triton.cdiv(size.n, launch["QUERIES"])
+    launch = _launch("backward_queries", q, packed)
+    blocks = triton.cdiv(n, launch["QUERIES"])
     dq, pull = q.new_empty(out.shape), torch.empty_like(logs)
-    q_partial = logs.new_empty(size.b * blocks * size.heads, size.width)
-    _cross_backward_queries[blocks * size.heads, size.b](
-        *given, pull, out, dq, q_partial, *strides, *numbers, eps, **launch
+    q_partial = logs.new_empty(b * blocks * heads, width)
+    _cross_backward_queries[blocks * heads, b](
+        *given, pull, out, dq, q_partial, *strides, n, m, rows, heads, eps, **launch
     )
 
-    launch = size.launch("backward_keys")
-    blocks, query_blocks = triton.cdiv(size.m, launch["KEYS"]), triton.cdiv(size.n, launch["QUERIES"])
-    splits = min(query_blocks, triton.cdiv(PROGRAMS, blocks * size.heads * size.b))
-    sums = logs.new_empty(splits, 2, *keys.shape)
-    _cross_backward_keys[size.heads, blocks * splits, size.b](
-        *given, pull, sums, *strides, *numbers, blocks, splits, eps, **launch
+    launch = _launch("backward_keys", q, packed)
+    blocks, query_blocks = triton.cdiv(m, launch["KEYS"]), triton.cdiv(n, launch["QUERIES"])
+    splits = min(query_blocks, triton.cdiv(PROGRAMS, blocks * heads * b))
+    sums = logs.new_empty(splits, 2, *packed.keys.shape)
+    _cross_backward_keys[heads, blocks * splits, b](
+        *given, pull, sums, *strides, n, m, rows, heads, blocks, splits, eps, **launch
+    )
+
+    # The parts' sums are added up, and go back to the places of their tokens.
+    dk, dv = k.new_empty(2, *k.shape)
+    blocks = triton.cdiv(m, _TEXT_BLOCK)
+    k_partial = sums.new_empty(b * blocks * heads, width)
+    _cross_scatter_keys[blocks, heads, b](
+        k, sums, packed.place, k_weight, dk, dv, k_partial, *k.stride()[:3], m, rows, heads, splits, eps,
+        E=width, FULL=full, BLOCK=_TEXT_BLOCK,
     )  # fmt: skip
-    dk, dv, k_partial = _scatter(k, sums, place, k_weight, eps, size)
     return dq, dk, dv, q_partial.sum(0).to(q_weight.dtype), k_partial.sum(0).to(k_weight.dtype)
 
 
-class _Sizes(NamedTuple):
-    b: int
-    n: int
-    m: int
-    rows: int
-    """m rounded up to whole blocks of keys."""
-    heads: int
-    width: int
-    bytes: int
-
-    @classmethod
-    def of(cls, q: Tensor, text: tuple[int, ...], n: int) -> "_Sizes":
-        """For n queries of q's dtype and text of the shape [b m k e]."""
-        b, m, heads, width = text
-        most = max(keys for _, keys, _, _ in LAUNCH.values())
-        return cls(b, n, m, triton.cdiv(m, most) * most, heads, width, q.element_size())
-
-    @property
-    def full(self) -> int:
-        """Width of a head as the kernels hold it."""
-        return max(16, triton.next_power_of_2(self.width))
-
-    def launch(self, kernel: str) -> dict[str, Any]:
-        queries, keys, warps, stages = LAUNCH[kernel]
-        # Float32 has no tensor cores here: a number takes twice the room, and products are unrolled into long code.
-        less = max(1, self.full * self.bytes // 256) * (2 if self.bytes == 4 else 1)
-        queries, keys = (max(16, rows // less) for rows in (queries, keys))
-        if self.bytes == 4:
-            warps, stages = 4, 1
-        sizes = {"E": self.width, "FULL": self.full, "QUERIES": queries, "KEYS": keys}
-        return sizes | {"num_warps": warps, "num_stages": stages}
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    """Itself, unless autograd expanded it or its axes were permuted."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _gather(
-    k: Tensor, v: Tensor, mask: Tensor, k_weight: Tensor, eps: float, size: _Sizes, dtype: torch.dtype
-) -> Packed:
-    place = mask.cumsum(1, dtype=torch.int32)
-    keys, values = k.new_empty(2, size.b, size.heads, size.rows, size.full, dtype=dtype)
-    grid = triton.cdiv(size.rows, _TEXT_BLOCK), size.heads, size.b
-    _cross_gather_keys[grid](
-        k, v, place, k_weight, keys, values, *k.stride()[:3], *v.stride()[:3], size.m, size.rows, size.heads, eps,
-        E=size.width, FULL=size.full, BLOCK=_TEXT_BLOCK,
-    )  # fmt: skip
-    return Packed(keys, values, place)
-
-
-def _scatter(
-    k: Tensor, sums: Tensor, place: Tensor, k_weight: Tensor, eps: float, size: _Sizes
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of k and v, [b m k e], and the parts of the gain's; `sums` [splits 2 b k rows full] are added up."""
-    dk, dv = k.new_empty(2, size.b, size.m, size.heads, size.width)
-    blocks = triton.cdiv(size.m, _TEXT_BLOCK)
-    partial = sums.new_empty(size.b * blocks * size.heads, size.width)
-    _cross_scatter_keys[blocks, size.heads, size.b](
-        k, sums, place, k_weight, dk, dv, partial, *k.stride()[:3], size.m, size.rows, size.heads, sums.shape[0], eps,
-        E=size.width, FULL=size.full, BLOCK=_TEXT_BLOCK,
-    )  # fmt: skip
-    return dk, dv, partial
+def _launch(kernel: str, q: Tensor, packed: Packed) -> dict[str, Any]:
+    """Compile-time sizes of a kernel."""
+    queries, keys, warps, stages = LAUNCH[kernel]
+    full, size = packed.keys.shape[3], q.element_size()
+    # Float32 has no tensor cores here: a number takes twice the room, and products are unrolled into long code.
+    less = max(1, full * size // 256) * (2 if size == 4 else 1)
+    queries, keys = (max(16, rows // less) for rows in (queries, keys))
+    if size == 4:
+        warps, stages = 4, 1
+    sizes = {"E": q.shape[-1], "FULL": full, "QUERIES": queries, "KEYS": keys}
+    return sizes | {"num_warps": warps, "num_stages": stages}
 
 
 @triton.jit

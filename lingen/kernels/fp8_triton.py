@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lingen.kernels.gradients import channels_last
+
 WARPS = 8
 """Warps of a program, which takes one row."""
 
@@ -30,8 +32,7 @@ def _fp8_quantize(x, x_row, values, scales, width, BLOCK: tl.constexpr):
 
 def as_rows(x: Tensor) -> Tensor:
     """x as [n d], a view where one stride leads from row to row and columns lie side by side, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return channels_last(x.reshape(-1, x.shape[-1]))
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lingen.kernels.choice import choose
+from lingen.kernels.gradients import FromInputs
 
 GATED_NORM_KERNELS = ("auto", "reference", "triton")
 WIDEST_ROW = 8192
@@ -51,13 +52,15 @@ def gated_norm(
     for name, x in (("y", y), ("z", z)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"gated_norm needs the channels of {name} side by side, but its strides are {x.stride()}.")
-    from lingen.kernels.gated_norm_triton import GatedNorm, gated_norm_forward
+    from lingen.kernels.gated_norm_triton import gated_norm_forward, gated_norm_gradients
 
     if quantize:
-        values, scale = gated_norm_forward(y, z, weight, index, groups=groups, eps=eps, quantize=True)
+        values, scale = gated_norm_forward(y, z, weight, index, groups, eps, quantize=True)
         assert scale is not None
         return values, scale
-    return GatedNorm.apply(y, z, weight, index, groups, eps)
+    return FromInputs.apply(
+        lambda *inputs: gated_norm_forward(*inputs)[0], gated_norm_gradients, y, z, weight, index, groups, eps
+    )
 
 
 def _check(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float) -> None:

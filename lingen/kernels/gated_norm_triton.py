@@ -1,4 +1,4 @@
-"""Triton twin of `lingen.kernels.gated_norm`: forward and backward as plain functions, and as one autograd Function.
+"""Triton twin of `lingen.kernels.gated_norm`: forward and backward as plain functions.
 
 A program holds a whole row in registers, as a tuple of pieces [groups lanes]: a width such as 5120 is no power of two,
 and one padded to 8192 would waste a third of the lanes.
@@ -13,14 +13,13 @@ Names, beside those of `lingen.kernels`:
     step, smallest       1 / 448, the largest float8; floor of a scale
     turns, total         rows that a program takes, one after the other; rows of all clips"""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lingen.kernels.fp8 import FLOAT8, LARGEST_FLOAT8
+from lingen.kernels.gradients import channels_last
 
 # PROGRAMS of the backward pass share the rows, and each sums a gradient of the weight of its own.
 # 32 * num_warps threads with 4 lanes each read float32 weights and bfloat16 tokens alike, without a shuffle.
@@ -30,7 +29,7 @@ SMALLEST_SCALE = 1e-12
 
 
 def gated_norm_forward(
-    y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, *, groups: int, eps: float, quantize: bool = False
+    y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float, quantize: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Result [b n c] of `gated_norm`, whose arguments these are, and the scales [b n] where it is quantized. `y` and
     `z` may be views with a contiguous last axis."""
@@ -68,26 +67,13 @@ def gated_norm_backward(
     return dy, partial.sum(0)
 
 
-class GatedNorm(torch.autograd.Function):
-    """Saves its inputs only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float
-    ) -> Tensor:
-        ctx.save_for_backward(y, z, weight, index)
-        ctx.groups, ctx.eps = groups, eps
-        return gated_norm_forward(y, z, weight, index, groups=groups, eps=eps)[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, z, weight, index = ctx.saved_tensors
-        dz = z.new_empty(z.shape)
-        # Autograd may pass one number that is expanded to all channels: the kernel needs them side by side.
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        dy, dweight = gated_norm_backward(grad, y, z, weight, index, groups=ctx.groups, eps=ctx.eps, dz_out=dz)
-        return dy, dz, dweight.to(weight.dtype), None, None, None
+def gated_norm_gradients(
+    grad: Tensor, y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, ...]:
+    """Gradients of y, z and weight, in their dtypes."""
+    dz, grad = z.new_empty(z.shape), channels_last(grad)
+    dy, dweight = gated_norm_backward(grad, y, z, weight, index, groups=groups, eps=eps, dz_out=dz)
+    return dy, dz, dweight.to(weight.dtype)
 
 
 def _tiles(c: int, groups: int, launch: dict[str, int], whole: bool = False) -> tuple[dict[str, int], int]:

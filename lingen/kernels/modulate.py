@@ -18,77 +18,42 @@ from lingen.kernels.fp8 import FLOAT8, Quantized, check_no_gradient, quantize
 MODULATE_KERNELS = ("auto", "reference", "triton")
 
 
-def norm_modulate(
+def modulate(
     x: Float[Tensor, "b t h w d"],
-    weight: Float[Tensor, "d"],
     *,
+    update: Float[Tensor, "b t h w d"] | None = None,
+    gate: Float[Tensor, "b f d"] | None = None,
+    weight: Float[Tensor, "d"] | None = None,
     shift: Float[Tensor, "b f d"] | None = None,
     scale: Float[Tensor, "b f d"] | None = None,
     positions: Float[Tensor, "t h w d"] | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
+    out: Float[Tensor, "b t h w d"] | None = None,
     kernel: str = "auto",
-) -> Float[Tensor, "b t h w d"] | Quantized:
-    """(RMSNorm(x) * weight + positions) * (1 + scale) + shift, in float32 at least and rounded once, at the end.
+) -> tuple[Any, Any]:
+    """(x_new, normed), both [b t h w d], in one pass over memory; in float32 at least and rounded once, at the end.
+    Without an update x_new means nothing, without a weight normed is None; what else is left out takes no part.
     RecipeError for a kernel that cannot run; ValueError for 8 bits with a gradient, and for f neither 1 nor t.
 
     Args:
-        shift, scale: f is 1, or t for a row for each frame.
-        dtype: of the result, by default that of x; float8_e4m3fn gives a `Quantized`, without gradients.
+        update: added to x, in x's dtype.
+        gate, shift, scale: f is 1, or t for a row for each frame.
+        weight: of the norm.
+        dtype: of normed, by default that of x; float8_e4m3fn gives a `Quantized`, without gradients.
+        out: where x_new is written, x itself allowed; only where no gradient is wanted.
         kernel: "reference" (plain PyTorch) or "triton". x may be a slice of something wider; rows at unequal distances
             are copied first."""
-    return _run((x, None, None, weight, shift, scale, positions), eps, dtype, None, kernel)[1]
-
-
-def add_norm(
-    x: Float[Tensor, "b t h w d"],
-    update: Float[Tensor, "b t h w d"],
-    weight: Float[Tensor, "d"],
-    *,
-    gate: Float[Tensor, "b f d"] | None = None,
-    shift: Float[Tensor, "b f d"] | None = None,
-    scale: Float[Tensor, "b f d"] | None = None,
-    positions: Float[Tensor, "t h w d"] | None = None,
-    eps: float = 1e-6,
-    dtype: torch.dtype | None = None,
-    out: Float[Tensor, "b t h w d"] | None = None,
-    kernel: str = "auto",
-) -> tuple[Float[Tensor, "b t h w d"], Float[Tensor, "b t h w d"] | Quantized]:
-    """x_new = x + gate * update, in x's dtype, and its `norm_modulate`: one pass over memory.
-
-    Args:
-        gate: f is 1 or t; without one, update is added as it is.
-        out: where x_new is written, x itself allowed; only where no gradient is wanted.
-    Otherwise as `norm_modulate`."""
-    return _run((x, update, gate, weight, shift, scale, positions), eps, dtype, out, kernel)
-
-
-def gated_add(
-    x: Float[Tensor, "b t h w d"],
-    update: Float[Tensor, "b t h w d"],
-    *,
-    gate: Float[Tensor, "b f d"] | None = None,
-    out: Float[Tensor, "b t h w d"] | None = None,
-    kernel: str = "auto",
-) -> Float[Tensor, "b t h w d"]:
-    """x + gate * update, in x's dtype; arguments as in `add_norm`."""
-    return _run((x, update, gate, None, None, None, None), 0.0, None, out, kernel)[0]
-
-
-def _run(
-    operands: tuple[Tensor | None, ...], eps: float, dtype: torch.dtype | None, out: Tensor | None, kernel: str
-) -> tuple[Any, Any]:
-    """(x_new, normed) by the twin that `kernel` names, from x, update, gate, weight, shift, scale and positions. What
-    takes no part is None. Without an update x_new means nothing, without a weight normed is None."""
-    x, update, gate, weight, *moves = operands
-    assert x is not None
+    operands = x, update, gate, weight, shift, scale, positions
     _check(x, dtype, *operands, out=out)
     if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
         from lingen.kernels.modulate_triton import Operands, fused
 
         return fused(Operands(*operands), eps, dtype or x.dtype, out)
     x_new = x if update is None else _added(x, update, gate, out)
-    return x_new, None if weight is None else _normed(x_new, weight, *moves, eps=eps, dtype=dtype or x.dtype)
+    if weight is None:
+        return x_new, None
+    return x_new, _normed(x_new, weight, shift, scale, positions, eps=eps, dtype=dtype or x.dtype)
 
 
 def _normed(

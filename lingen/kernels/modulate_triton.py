@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lingen.kernels.fp8 import FLOAT8, Quantized
 from lingen.kernels.fp8_triton import row_to_fp8
+from lingen.kernels.gradients import channels_last
 
 TUNING = {"forward": (2112, 16, 3), "backward": (528, 16, 2)}
 """The most programs that share the tokens (16 and 4 for each multiprocessor of an H100), the warps of each, and the
@@ -197,11 +198,11 @@ def forward(
     if weight is not None:
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         y_scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device) if dtype == FLOAT8 else None
-    split = _Split.of(operands, "forward")
+    grid, sizes, options = _split(operands, "forward")
     if x.numel():
-        _modulate_forward[split.grid](
+        _modulate_forward[grid](
             *_of_tokens(x), *_of_tokens(update), *_of_frames(gate), weight, *_of_frames(shift), *_of_frames(scale),
-            *_of_positions(positions), x_new, y, y_scale, eps, *split.sizes, **split.options,
+            *_of_positions(positions), x_new, y, y_scale, eps, *sizes, **options,
         )  # fmt: skip
     if out is not None and x_new is not None and out is not x_new:
         x_new = out.copy_(x_new)
@@ -224,7 +225,7 @@ def backward(
         update_dtype: of the update's gradient; None: there was no update."""
     x, update, gate, weight, shift, scale, positions = operands
     assert x is not None
-    split = _Split.of(operands, "backward")
+    grid, sizes, options = _split(operands, "backward")
     # Without a norm the gradient of x is that of x_new, and without a gate that of the update is, too.
     dx = dx_new if weight is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_update = d_positions = None
@@ -232,12 +233,12 @@ def backward(
         d_update = torch.empty(x.shape, dtype=update_dtype, device=x.device)
     if positions is not None and wants_positions:
         d_positions = torch.empty(x.shape, dtype=positions.dtype, device=x.device)
-    sums = torch.empty(split.grid[1], split.grid[0], 4, x.shape[-1], dtype=torch.float32, device=x.device)
+    sums = torch.empty(grid[1], grid[0], 4, x.shape[-1], dtype=torch.float32, device=x.device)
     if x.numel():
-        _modulate_backward[split.grid](
+        _modulate_backward[grid](
             *_of_tokens(x), *_of_tokens(update), *_of_frames(gate), weight, *_of_frames(scale),
             *_of_positions(positions), *_of_tokens(dx_new), *_of_tokens(dy),
-            dx, d_update, d_positions, sums, eps, *split.sizes, **split.options,
+            dx, d_update, d_positions, sums, eps, *sizes, **options,
         )  # fmt: skip
     return _from_sums(operands, sums.sum(1).unflatten(0, (len(x), -1)))._replace(
         x=dx,
@@ -276,34 +277,25 @@ class _Fused(torch.autograd.Function):
         return None, None, *found
 
 
-class _Split(NamedTuple):
-    """How the tokens are shared out among programs."""
-
-    grid: tuple[int, int]
-    sizes: tuple[int, int, int, int]
-    """Width, frames, tokens of a frame, tokens of a program."""
-    options: dict[str, int]
-
-    @classmethod
-    def of(cls, operands: Operands, kind: str) -> "_Split":
-        """A frame is all tokens of the clip where the modulation has one row for all."""
-        assert operands.x is not None
-        b, t, h, w, width = operands.x.shape
-        modulation = (operands.gate, operands.shift, operands.scale)
-        frames = max((rows.shape[1] for rows in modulation if rows is not None), default=1)
-        rows = t * h * w // frames
-        programs, warps, stages = TUNING[kind]
-        run = max(1, triton.cdiv(b * t * h * w, programs))
-        options = {"BLOCK": triton.next_power_of_2(width), "STAGES": stages, "num_warps": warps}
-        return cls((triton.cdiv(rows, run), b * frames), (width, frames, rows, run), options)
+def _split(operands: Operands, kind: str) -> tuple[tuple[int, int], tuple[int, int, int, int], dict[str, int]]:
+    """How the tokens are shared out: programs; width, frames, tokens of a frame and of a program; launch parameters. A
+    frame is all tokens of the clip where the modulation has one row for all."""
+    assert operands.x is not None
+    b, t, h, w, width = operands.x.shape
+    modulation = (operands.gate, operands.shift, operands.scale)
+    frames = max((rows.shape[1] for rows in modulation if rows is not None), default=1)
+    rows = t * h * w // frames
+    programs, warps, stages = TUNING[kind]
+    run = max(1, triton.cdiv(b * t * h * w, programs))
+    options = {"BLOCK": triton.next_power_of_2(width), "STAGES": stages, "num_warps": warps}
+    return (triton.cdiv(rows, run), b * frames), (width, frames, rows, run), options
 
 
 def _of_tokens(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """[b t h w d] -> the tensor and its strides between clips and between tokens."""
     if x is None:
         return None, 0, 0
-    rows = x.reshape(len(x), -1, x.shape[-1])
-    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    rows = channels_last(x.reshape(len(x), -1, x.shape[-1]))
     return rows, rows.stride(0), rows.stride(1)
 
 
@@ -317,7 +309,7 @@ def _of_frames(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """[b f d] -> the tensor and its strides between clips and between frames, 0 where one row serves all frames."""
     if x is None:
         return None, 0, 0
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = channels_last(x)
     return x, x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
 
 

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import choose
+from lingen.kernels.gradients import FromInputs
 
 NORM_SILU_KERNELS = ("auto", "reference", "triton")
 
@@ -22,9 +23,9 @@ def norm_silu(
     kernel that cannot run. `kernel`: "reference" (plain PyTorch) or "triton", which keeps nothing but `x` for the
     backward pass and gives a program many of these short rows (PyTorch's norm gives it one)."""
     if choose("norm and SiLU", kernel, NORM_SILU_KERNELS, x) == "triton":
-        from lingen.kernels.norm_silu_triton import NormSiLU
+        from lingen.kernels.norm_silu_triton import backward, forward
 
-        return NormSiLU.apply(x, weight, bias, eps)
+        return FromInputs.apply(forward, backward, x, weight, bias, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps) + bias.to(wide.dtype)
     return F.silu(normed, inplace=True).to(x.dtype)

@@ -7,8 +7,6 @@ Names, beside those of `lingen.kernels`:
     tiles                number of tiles, which the programs of the backward pass share
     d_weights            their sums of the gradients of weight and bias [programs 2 d], float32"""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -77,7 +75,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return y
 
 
-def backward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, contiguous and in its dtype, of the weight and of the bias."""
     rows, grads = as_rows(x), as_rows(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -91,21 +89,6 @@ def backward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Tensor) ->
         )  # fmt: skip
     d_weight, d_bias = d_weights.sum(0)
     return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
-
-
-class NormSiLU(torch.autograd.Function):
-    """Saves its inputs only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.eps = eps
-        return forward(x, weight, bias, eps)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
-        return *backward(x, weight, bias, ctx.eps, grads[0]), None
 
 
 def _tile(d: int, kind: str) -> tuple[int, int]:

@@ -20,17 +20,14 @@ from torch import Tensor
 from lingen.kernels.pool import Size, windows_of
 
 # CHANNELS of a program, and the tokens that it loads AHEAD of its arithmetic.
-LAUNCH = {
-    "forward": {"CHANNELS": 512, "AHEAD": 8, "num_warps": 2},
-    "backward": {"CHANNELS": 512, "AHEAD": 8, "num_warps": 2},
-}
+LAUNCH = {"CHANNELS": 512, "AHEAD": 8, "num_warps": 2}
 
 
 def pool_forward(x: Tensor, size: Size) -> Tensor:
     """Means [b t2 h2 w2 c] of `pool`, whose arguments these are; `x` may be a view with a contiguous last axis."""
     size, windows = windows_of(x, size)
     out = x.new_empty(x.shape[0], *windows, x.shape[-1])
-    _launch(_pool_forward, "forward", x, out, x, size, windows, {})
+    _launch(_pool_forward, x, out, x, size, windows)
     return out
 
 
@@ -39,7 +36,7 @@ def pool_backward(grad: Tensor, size: Size, out: Tensor, add: bool = False) -> N
     a wider buffer, or added to what is there."""
     size, windows = windows_of(out, size)
     assert grad.shape == (out.shape[0], *windows, out.shape[-1]) and grad.is_contiguous()
-    _launch(_pool_backward, "backward", grad, out, out, size, windows, {"ADD": add})
+    _launch(_pool_backward, grad, out, out, size, windows, ADD=add)
 
 
 class PoolFunction(torch.autograd.Function):
@@ -59,16 +56,14 @@ class PoolFunction(torch.autograd.Function):
 
 
 def _launch(
-    kernel: Any, name: str, source: Tensor, target: Tensor, grid: Tensor, size: Size, windows: Size,
-    flags: dict[str, bool],
-) -> None:  # fmt: skip
+    kernel: Any, source: Tensor, target: Tensor, grid: Tensor, size: Size, windows: Size, **flags: bool
+) -> None:
     """Runs a kernel over all windows of `grid`, the one of the two tensors that holds the tokens."""
     b, *tokens, c = grid.shape
     assert grid.stride(-1) == 1 or c == 1
-    launch = LAUNCH[name]
-    programs = windows[0] * windows[1] * windows[2] * triton.cdiv(c, launch["CHANNELS"])
+    programs = windows[0] * windows[1] * windows[2] * triton.cdiv(c, LAUNCH["CHANNELS"])
     kernel[(programs, b)](
-        source, target, *tokens, *windows, c, *grid.stride()[:-1], T=size[0], H=size[1], W=size[2], **flags, **launch
+        source, target, *tokens, *windows, c, *grid.stride()[:-1], T=size[0], H=size[1], W=size[2], **flags, **LAUNCH
     )
 
 

@@ -84,7 +84,8 @@ def scan(
     if kernel == "triton" and not (holds_numbers(u) or is_unlaunched(u)):
         return _products_of_triton(u, chunk_of(n, u.dtype), len(a), heads, groups, state_dim)
     if kernel == "triton":
-        from lingen.kernels.scan_triton import FusedScan, ScanSizes
+        from lingen.kernels.scan_backward_triton import FusedScan
+        from lingen.kernels.scan_triton import ScanSizes
 
         begin = None if initial_state is None else initial_state.float().mT.contiguous()
         sizes = ScanSizes(heads, width, groups, state_dim, len(a))
@@ -157,7 +158,7 @@ def scan_state(
         states = torch.stack([torch.einsum("zqgs,zqgme->zgmes", b, x) for _ in a], 1).flatten(2, 3)
         return states.unflatten(0, (len(u), -1)).sum(1, dtype=torch.float32)
     if kernel == "triton":
-        from lingen.kernels.scan_state_triton import FusedState
+        from lingen.kernels.scan_backward_triton import FusedState
         from lingen.kernels.scan_triton import ScanSizes
 
         sizes = ScanSizes(dt.shape[2], width, groups, state_dim, len(a), turns=False)

@@ -1,5 +1,6 @@
-"""The backward pass of the scan in Triton: gradients of b, c and of the weights w; that of x is by `_scan_mix`. The
-formulas stand in `lingen.kernels.scan_triton`, the names of the kernels' arguments in `lingen.kernels`."""
+"""The backward pass of the scan in Triton: gradients of b, c and of the weights w; that of x is by `_scan_mix`. And the
+scan, and its states alone, with a gradient. The formulas stand in `lingen.kernels.scan_triton`, the names of the
+kernels' arguments in `lingen.kernels`."""
 
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lingen.kernels.scan_triton import Scan
+from lingen.kernels.scan import state_gradients
+from lingen.kernels.scan_triton import Scan, scan_forward
 
 # Tuned on an H100 at heads of 64 and a state of 128.
 LAUNCH = {"pairs": {"num_warps": 8, "num_stages": 2}, "inter": {"num_warps": 4, "num_stages": 2}}
@@ -227,3 +229,41 @@ def step_gradients(scan: Scan, found: Gradients, a: Tensor, index: Tensor | None
     else:
         ddt[:, index] = in_order.to(ddt.dtype)
     return (found.decays * scan.steps).sum((0, 3)), raw.sum((0, 3))
+
+
+class FusedScan(torch.autograd.Function):
+    """`lingen.kernels.scan.scan` with kernel="triton"; saves its inputs and recomputes the rest for the gradient."""
+
+    @staticmethod
+    def forward(ctx, u, dt, a, d, bias, index, begin, sizes, chunk):
+        ctx.save_for_backward(u, dt, a, d, bias, index, begin)
+        ctx.sizes, ctx.chunk = sizes, chunk
+        return scan_forward(Scan(u, dt, a, bias, index, sizes, chunk), d.sum(0), begin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, dt, a, d, bias, index, begin = ctx.saved_tensors
+        scan = Scan(u, dt, a, bias, index, ctx.sizes, ctx.chunk)
+        found = scan_backward(scan, dy.contiguous(), d.sum(0), begin)
+        ddt = torch.empty(dt.shape, device=dt.device, dtype=dt.dtype)
+        da, dbias = step_gradients(scan, found, a, index, ddt)
+        begins = None if begin is None else found.begin
+        return found.u, ddt, da, found.d.expand_as(d), dbias, None, begins, None, None
+
+
+class FusedState(torch.autograd.Function):
+    """`lingen.kernels.scan.scan_state` with kernel="triton"; the gradient is that of its plain twin, recomputed."""
+
+    @staticmethod
+    def forward(ctx, u, dt, a, bias, index, sizes, chunk):
+        ctx.save_for_backward(u, dt, a, bias, index)
+        ctx.sizes = sizes
+        scan = Scan(u, dt, a, bias, index, sizes, chunk)
+        _, end, _ = scan.states(scan.x, scan.b, None)
+        return end.mT.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, dt, a, bias, index = ctx.saved_tensors
+        grads = state_gradients(grad, u, dt, a, bias, index, ctx.sizes.groups, ctx.sizes.state)
+        return *grads, None, None, None

@@ -265,22 +265,6 @@ class ScanSizes(NamedTuple):
         return self.heads * self.width, self.groups * self.state, self.groups * self.state
 
 
-def _step_sums(
-    dt: Tensor, a: Tensor, bias: Tensor, index: Tensor | None, rows: int, chunk: int, turns: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw steps [b n k] in raster order -> what `_scan_sums` writes, each [b r k rows], float32, in scan order."""
-    batch, n, heads = dt.shape
-    ways = a.shape[0]
-    steps = torch.empty(batch, ways, heads, rows, device=dt.device, dtype=torch.float32)
-    logs, columns = torch.empty_like(steps), torch.empty_like(steps)
-    block = min(16, triton.next_power_of_2(heads))
-    _scan_sums[batch * rows // chunk, triton.cdiv(heads, block), ways](
-        dt, a, bias, dt if index is None else index, steps, logs, columns, n, rows, heads, dt.stride(0), dt.stride(1),
-        CHUNK=chunk, HEADS=block, INDEXED=index is not None, REVERSED=turns, **LAUNCH["sums"],
-    )  # fmt: skip
-    return steps, logs, columns
-
-
 class Scan:
     """One call of the scan: its streams, steps and sizes, from which all passes are launched.
 
@@ -294,10 +278,16 @@ class Scan:
     ):
         self.u, self.sizes, self.chunk = u, sizes, chunk
         self.batch, self.rows, _ = u.shape
-        self.steps, self.logs, self.columns = _step_sums(
-            dt, a.contiguous(), bias.contiguous(), index, self.rows, chunk, sizes.turns
-        )
         self.chunks = self.rows // chunk
+        # What `_scan_sums` writes, each [b r k rows], in scan order.
+        self.steps = torch.empty(self.batch, len(a), sizes.heads, self.rows, device=dt.device, dtype=torch.float32)
+        self.logs, self.columns = torch.empty_like(self.steps), torch.empty_like(self.steps)
+        block = min(16, triton.next_power_of_2(sizes.heads))
+        _scan_sums[self.batch * self.chunks, triton.cdiv(sizes.heads, block), len(a)](
+            dt, a.contiguous(), bias.contiguous(), dt if index is None else index, self.steps, self.logs, self.columns,
+            dt.shape[1], self.rows, sizes.heads, dt.stride(0), dt.stride(1),
+            CHUNK=chunk, HEADS=block, INDEXED=index is not None, REVERSED=sizes.turns, **LAUNCH["sums"],
+        )  # fmt: skip
         self.x, self.b, self.c = u.split(sizes.parts, -1)
         self.per_group = sizes.heads // sizes.groups
         self.shape = {
@@ -360,25 +350,3 @@ def scan_forward(scan: Scan, d: Tensor, begin: Tensor | None) -> Tensor:
     states, _, _ = scan.states(scan.x, scan.b, begin)
     scan.mix(scan.x, scan.c, scan.products(scan.c, scan.b), states, d, y, adjoint=False)
     return y
-
-
-class FusedScan(torch.autograd.Function):
-    """`lingen.kernels.scan.scan` with kernel="triton"; saves its inputs and recomputes the rest for the gradient."""
-
-    @staticmethod
-    def forward(ctx, u, dt, a, d, bias, index, begin, sizes, chunk):  # noqa: D102
-        ctx.save_for_backward(u, dt, a, d, bias, index, begin)
-        ctx.sizes, ctx.chunk = sizes, chunk
-        return scan_forward(Scan(u, dt, a, bias, index, sizes, chunk), d.sum(0), begin)
-
-    @staticmethod
-    def backward(ctx, dy):  # noqa: D102
-        from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
-
-        u, dt, a, d, bias, index, begin = ctx.saved_tensors
-        scan = Scan(u, dt, a, bias, index, ctx.sizes, ctx.chunk)
-        found = scan_backward(scan, dy.contiguous(), d.sum(0), begin)
-        ddt = torch.empty(dt.shape, device=dt.device, dtype=dt.dtype)
-        da, dbias = step_gradients(scan, found, a, index, ddt)
-        begins = None if begin is None else found.begin
-        return found.u, ddt, da, found.d.expand_as(d), dbias, None, begins, None, None

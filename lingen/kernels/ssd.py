@@ -6,6 +6,14 @@ For each head, with the state h [e s] and the token i:
 
 `ssd` is causal. Time runs along n; a caller who wants the other direction flips. Work and memory are linear in n."""
 
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -161,10 +169,28 @@ def _pass_on(added: Tensor, logs: Tensor, state: Tensor | None) -> tuple[Tensor,
 
 
 def _stock(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int) -> Tensor:
-    from lingen.kernels.stock import chunk_scan
-
     scan = chunk_scan()
     if not x.is_cuda:
         raise RecipeError(f"kernel='stock' runs on CUDA, but the tokens are on {x.device}.")
     y: Tensor = scan(x, dt, a, b.to(x.dtype), c.to(x.dtype), chunk_size=_STOCK_CHUNK, initial_states=state)
     return y
+
+
+@lru_cache
+def chunk_scan() -> Callable[..., Any]:
+    """`mamba_chunk_scan_combined` of mamba_ssm, also where it was built without its CUDA extension. Raises RecipeError
+    where mamba_ssm is not installed."""
+    path = "mamba_ssm.ops.triton.ssd_combined"
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        spec = find_spec("mamba_ssm")
+        if spec is None or spec.submodule_search_locations is None:
+            raise RecipeError(f"kernel='stock' needs mamba_ssm ({error}): pip install 'lingen[cuda]'.") from error
+        # Its __init__ asks for the extension, which only Mamba 1 uses: the package is entered past it.
+        package = types.ModuleType("mamba_ssm")
+        package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
+        sys.modules["mamba_ssm"] = package
+        module = importlib.import_module(path)
+    scan: Callable[..., Any] = module.mamba_chunk_scan_combined
+    return scan

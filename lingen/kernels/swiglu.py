@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lingen.kernels.choice import choose
 from lingen.kernels.fp8 import FLOAT8, Quantized, check_no_gradient, quantize
+from lingen.kernels.gradients import FromInputs
 
 SWIGLU_KERNELS = ("auto", "reference", "triton")
 
@@ -21,9 +22,11 @@ def swiglu(
         kernel: "reference" (plain PyTorch) or "triton", which keeps nothing but `gate_up` for the backward pass."""
     check_no_gradient(dtype, gate_up)
     if choose("swiglu", kernel, SWIGLU_KERNELS, gate_up) == "triton":
-        from lingen.kernels import swiglu_triton
+        from lingen.kernels.swiglu_triton import backward, forward
 
-        return swiglu_triton.swiglu(gate_up, dtype or gate_up.dtype)
+        if torch.is_grad_enabled() and gate_up.requires_grad:
+            return FromInputs.apply(forward, backward, gate_up, dtype or gate_up.dtype)
+        return forward(gate_up, dtype or gate_up.dtype)
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
     y = F.silu(gate) * up
     return quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype or gate_up.dtype)

@@ -2,8 +2,6 @@
 of `lingen.kernels`: half, width of the result; BLOCK, columns of a program; scales, those of the rows of an 8-bit
 result, else None."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -47,12 +45,6 @@ def _swiglu_backward(gate_up, gate_up_row, dy, dy_row, d_gate_up, half, BLOCK: t
     tl.store(target + half, (grad * gate * share).to(d_gate_up.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
-    """`lingen.kernels.swiglu.swiglu` for tensors that Triton reads."""
-    wants_gradient = torch.is_grad_enabled() and gate_up.requires_grad
-    return _SwiGLU.apply(gate_up, dtype) if wants_gradient else forward(gate_up, dtype)
-
-
 def forward(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
     """gate_up [*rows 2h] -> [*rows h]."""
     rows, half = as_rows(gate_up), gate_up.shape[-1] // 2
@@ -66,25 +58,14 @@ def forward(gate_up: Tensor, dtype: torch.dtype) -> Tensor | Quantized:
     return y if scale is None else Quantized(y, scale)
 
 
-def backward(gate_up: Tensor, dy: Tensor) -> Tensor:
+def backward(dy: Tensor, gate_up: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
     """Gradient of gate_up, contiguous, in its dtype."""
     rows, grads, half = as_rows(gate_up), as_rows(dy), dy.shape[-1]
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     grid, options = _grid(rows, half, "backward")
     if len(rows):
         _swiglu_backward[grid](rows, rows.stride(0), grads, grads.stride(0), out, half, **options)
-    return out
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, dtype: torch.dtype) -> Any:
-        ctx.save_for_backward(gate_up)
-        return forward(gate_up, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return backward(ctx.saved_tensors[0], grads[0]), None
+    return (out,)
 
 
 def _grid(rows: Tensor, half: int, kind: str) -> tuple[tuple[int, int], dict[str, int]]:

@@ -1,4 +1,5 @@
-"""Attention inside the windows of a grid, from projected tokens to the heads' outputs, without copies in between."""
+"""Attention inside the windows of a grid, from projected tokens to the heads' outputs, without copies in between; and
+the 3D rotary embedding of a window's tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor
 from lingen.kernels.attention import attention
 from lingen.kernels.choice import choose, full_precision
 from lingen.kernels.constants import constants
-from lingen.kernels.rotary import rotary_table, rotate
+from lingen.kernels.gradients import FromInputs
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
@@ -16,6 +17,8 @@ WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
 # Tokens along t, h and w are a Triple; and padding before and after each of these axes.
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
+# Frequencies span positions 1..100, a window's length and not a text's [ours; RoFormer's 10,000 is for texts].
+_ROTARY_BASE = 100.0
 # The Triton twin holds a block of a head's rows in registers.
 _WIDEST_HEAD = 256
 
@@ -50,11 +53,11 @@ def window_attention(
     rows = window_rows(grid, window, padding, qkv.device)
     chosen = choose("window attention", kernel, twins_of(width, kernel, WINDOW_KERNELS), qkv, plain="sdpa")
     if chosen == "triton":
-        from lingen.kernels.window_attention_triton import WindowAttention
+        from lingen.kernels.window_attention_triton import backward, forward
 
         # Beside 16-bit tokens a float16 table is exact enough (2.4e-4 at most) and half as many bytes.
         table = rotary_table(window, width, torch.float32 if qkv.dtype == torch.float32 else torch.float16, qkv.device)
-        return WindowAttention.apply(qkv, q_weight, k_weight, *table, rows, num_heads, eps)
+        return FromInputs.apply(forward, backward, qkv, q_weight, k_weight, *table, rows, num_heads, eps)
     table = rotary_table(window, width, torch.promote_types(qkv.dtype, torch.float32), qkv.device)
     q, k, v = partition(qkv, window, padding).unflatten(-1, (3, num_heads, -1)).unbind(2)
     q, k = rotate(rms_norm(q, q_weight, eps), table), rotate(rms_norm(k, k_weight, eps), table)
@@ -79,6 +82,36 @@ def rms_norm(x: Float[Tensor, "*any e"], weight: Float[Tensor, "e"], eps: float)
     """x / rms(x) * weight over the last axis, computed in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
+
+
+@constants(maxsize=64)
+def rotary_table(
+    grid: Triple, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, "n 1 p"], Float[Tensor, "n 1 p"]]:
+    """Cosines and sines of the 3D rotary embedding of a grid's tokens in raster order, for heads of `width`. The width
+    // 2 pairs are shared out over t, h and w (t first where three does not divide them); an odd channel is not turned.
+    Axial form of arXiv 2104.09864; the base is ours."""
+    pairs = width // 2
+    share = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
+    angles = []
+    for axis, m in enumerate(share):
+        frequencies = _ROTARY_BASE ** (-torch.arange(m, dtype=torch.float64) / max(m, 1))
+        angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies
+        shape = [1, 1, 1, m]
+        shape[axis] = grid[axis]
+        angles.append(angle.view(shape).expand(*grid, m))
+    angle = torch.cat(angles, -1).flatten(0, 2).unsqueeze(1)
+    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+
+
+def rotate(
+    x: Float[Tensor, "b n k e"], table: tuple[Float[Tensor, "n 1 p"], Float[Tensor, "n 1 p"]]
+) -> Float[Tensor, "b n k e"]:
+    """Turns channel pairs (i, i + p) by the table's angles, in the table's dtype; returned in x's dtype."""
+    cos, sin = table
+    pairs = cos.shape[-1]
+    first, second, rest = x.to(cos.dtype).split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], -1).to(x.dtype)
 
 
 @constants(maxsize=64)

@@ -9,14 +9,12 @@ Windows of one block (128 tokens of a head of 128 in bfloat16) are read once in 
 by block with a running softmax; their backward pass is two kernels, first by queries, then by keys. The names of the
 kernels' arguments stand in `heads_triton`."""
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lingen.kernels.fp8_triton import as_rows
 from lingen.kernels.heads_triton import halves, store_whole, turned, turned_back, whole
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,32 +31,16 @@ EIGHT_WARPS = 128 * 128
 REGISTERS = 128
 
 
-class WindowAttention(torch.autograd.Function):
-    """`window_attention` of its Triton twin: qkv [b t h w 3d], gains [e], cosines and sines [n 1 p], rows [m n]."""
-
-    @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, cos, sin, rows, num_heads, eps):
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, rows)
-        ctx.settings = num_heads, eps
-        return forward(qkv, q_weight, k_weight, cos, sin, rows, num_heads, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        gradients = backward(grad, *ctx.saved_tensors, *ctx.settings)
-        return *gradients, None, None, None, None, None
-
-
 def forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, num_heads: int, eps: float,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What the heads give, [b t h w d] in qkv's dtype; written into `out` where it is given (last axis contiguous)."""
     out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3) if out is None else out
-    grid, sizes, launch = _launch(qkv, q_weight, rows, num_heads, _block)
+    grid, sizes, launch = _launch(qkv, q_weight, rows, num_heads, halved=False)
     if grid[1] == 1 and launch["num_warps"] == 8:
         launch["maxnreg"] = REGISTERS
-    x, y = _rows(qkv), out.view(-1, out.shape[-1])
+    x, y = as_rows(qkv), out.view(-1, out.shape[-1])
     _window_forward[grid](x, y, rows, cos, sin, q_weight, k_weight, x.stride(0), y.stride(0), *sizes, eps, **launch)
     return out
 
@@ -70,10 +52,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qkv (written into `out` where it is given) and of the gains, from that of what the heads give."""
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format) if out is None else out
-    grid, sizes, launch = _launch(qkv, q_weight, rows, num_heads, _backward_block)
+    grid, sizes, launch = _launch(qkv, q_weight, rows, num_heads, halved=True)
     programs, blocks = grid
     partial = q_weight.new_empty(programs * blocks, 2, q_weight.shape[0], dtype=torch.float32)
-    x, dx, dy = _rows(qkv), out.view(-1, out.shape[-1]), _rows(grad)
+    x, dx, dy = as_rows(qkv), out.view(-1, out.shape[-1]), as_rows(grad)
     strides = x.stride(0), dx.stride(0), dy.stride(0)
     given = x, dx, dy, rows, cos, sin, q_weight, k_weight, partial
     if blocks == 1:
@@ -87,34 +69,19 @@ def backward(
 
 
 def _launch(
-    qkv: Tensor, q_weight: Tensor, rows: Tensor, num_heads: int, block_of: Callable[[int, int, int], int]
+    qkv: Tensor, q_weight: Tensor, rows: Tensor, num_heads: int, *, halved: bool
 ) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
-    """Programs (heads of windows, blocks of a window), run-time sizes, compile-time sizes."""
-    (windows, n), width = rows.shape, q_weight.shape[0]
+    """Programs (heads of windows, blocks of a window), run-time sizes, compile-time sizes. `halved`: blocks have half
+    as many tokens where a window has several: the sums of one are held while others are read."""
+    (windows, n), width, size = rows.shape, q_weight.shape[0], qkv.element_size()
     full = max(16, triton.next_power_of_2(width))
     half = max(16, triton.next_power_of_2(width - width // 2))
-    block = block_of(n, full, qkv.element_size())
+    block = max(16, min(BLOCK[size], BLOCK_BYTES // (full * size), triton.next_power_of_2(n)))
+    block = max(16, block // 2) if halved and n > block else block
     warps = 8 if block * max(block, full) >= EIGHT_WARPS else 4
     grid = qkv.shape[0] * windows * num_heads, triton.cdiv(n, block)
     launch = {"N": n, "E": width, "TILE": block, "HALF": half, "FULL": full, "num_warps": warps, "num_stages": 1}
     return grid, (qkv.shape[1:-1].numel(), windows, num_heads), launch
-
-
-def _block(n: int, full: int, size: int) -> int:
-    """Tokens of a block for windows of n tokens and heads of `full` numbers of `size` bytes."""
-    return max(16, min(BLOCK[size], BLOCK_BYTES // (full * size), triton.next_power_of_2(n)))
-
-
-def _backward_block(n: int, full: int, size: int) -> int:
-    """As `_block`; half as many where a window has several blocks: the sums of one are held while others are read."""
-    block = _block(n, full, size)
-    return block if n <= block else max(16, block // 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[b t h w c] as rows; a view, unless autograd expanded it or its axes were permuted."""
-    x = x.flatten(0, -2)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import time
+import timeit
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,13 +83,11 @@ class PreflightReport:
 
     def measured(self, words: AllMeasured, name: str, how: Callable[[Iterable[float]], float]) -> dict[str, float]:
         """Node -> one value of those of its ranks, which is noted."""
-        found: dict[str, list[float]] = {}
-        for node, word in words:
-            if name in word:
-                found.setdefault(node, []).append(word[name])
-        for node, values in found.items():
-            self.nodes[node][name] = how(values)
-        return {node: how(values) for node, values in found.items()}
+        nodes = dict.fromkeys(node for node, word in words if name in word)
+        found = {node: how(word[name] for one, word in words if one == node and name in word) for node in nodes}
+        for node, value in found.items():
+            self.nodes[node][name] = value
+        return found
 
 
 class PreflightContext:
@@ -107,6 +106,8 @@ class PreflightContext:
         """Of rank 0, as it takes a while."""
         self.told: dict[str, str] = {}
         """What rank 0 tells all."""
+        self.names: list[str] = []
+        """Of rank 0: the node of each rank, as it said at the first check."""
         if self.own.rank == 0:
             self.plans = {str(one.stage): plan(one) for one in stages}
             around = next(one for one in (run, *run.parents) if one.is_dir())
@@ -287,14 +288,13 @@ def _send(ends: list[dist.P2POp]) -> None:
 
 def _seconds(device: torch.device, act: Callable[[], Any]) -> float:
     """The least of `TIMES`."""
-    found = []
-    for _ in range(TIMES):
-        begun = time.perf_counter()
+
+    def whole() -> None:
         act()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - begun)
-    return min(found)
+
+    return min(timeit.repeat(whole, number=1, repeat=TIMES))
 
 
 def _judge_network(context: PreflightContext, words: AllMeasured) -> None:

@@ -1,18 +1,21 @@
-"""What a job asks SLURM for: options of sbatch, from lingen, from the user's own file and from the command line."""
+"""What a job asks SLURM for, from lingen, from the user's own file and from the command line; and the script that it
+runs, which starts the ranks, hands signals on, and puts the job into the queue again."""
 
 import os
 import re
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
+from lingen.ranks.signals import REQUEUE
 from lingen.recipe.bounds import AtLeast
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.layers import read_yaml
 from lingen.recipe.reading import raise_all
-from lingen.recipe.signature import check_settings, checked
+from lingen.recipe.signature import check_settings, section
 from lingen.recipe.text import decode_text
 
 MAX_REQUEUES = 20
@@ -28,10 +31,9 @@ Options = dict[str, str | None]
 """Long name of an option of sbatch -> its value; None: it takes none."""
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class ClusterSettings:
-    """What the user's own file says of his cluster; what the command line says wins."""
+    """What the user's own file says of his cluster; what the command line says stands in its place."""
 
     sbatch: Annotated[list[str], "options of sbatch, such as --partition=NAME"] = field(default_factory=list)
     srun: Annotated[list[str], "options of srun, such as those of a container"] = field(default_factory=list)
@@ -89,19 +91,81 @@ def merged(own: Options, *others: Options) -> Options:
     return found
 
 
-def lines_of_options(options: Options) -> list[str]:
-    """``#SBATCH --name=value`` of each."""
-    return [f"#SBATCH --{name}" + (f"={value}" if value is not None else "") for name, value in options.items()]
-
-
 def seconds_of(time: str) -> int:
     """A time as sbatch takes it (``90``, ``90:00``, ``1:30:00``, ``1-6``, ``1-6:30``, ``1-6:30:00``), in seconds.
     RecipeError for anything else."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if found is None or not any(int(part or 0) for part in found.groups()):
         raise RecipeError(f"--time: '{time}' is no time of SLURM; write minutes, HH:MM:SS or D-HH:MM:SS.")
-    days, *parts = (None if part is None else int(part) for part in found.groups())
-    first, second, third = parts
+    days, first, second, third = (None if part is None else int(part) for part in found.groups())
     if days is not None or third is not None:
         return ((days or 0) * 24 + (first or 0)) * 3600 + (second or 0) * 60 + (third or 0)
     return (first or 0) * 60 + (second or 0)
+
+
+WAITS = """\
+# In the background, so that this shell can hand on signals that SLURM sends to it instead of to the ranks.
+{command} &
+ranks=$!
+hand_on() { handed=1; kill -s "$1" "$ranks" 2>/dev/null; }
+trap 'hand_on USR1' USR1
+trap 'hand_on TERM' TERM
+while handed=; wait "$ranks"; code=$?; [ -n "$handed" ]; do :; done
+"""
+
+REQUEUES = """\
+if [ "$code" -eq {late} ]; then
+  restarts=${SLURM_RESTART_COUNT:-0}
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=RUNNING  # SLURM does not answer
+  if [ "$state" != RUNNING ]; then  # cancelled, or in the queue again already
+    echo "lingen: job $SLURM_JOB_ID is ${state:-gone}; it is left so."
+  elif [ "$restarts" -ge {most} ]; then
+    echo "lingen: job $SLURM_JOB_ID was requeued $restarts times, --max-requeues={most}; it ends here."
+  else
+    echo "lingen: job $SLURM_JOB_ID goes into the queue again, $((restarts + 1)) of at most {most} times."
+    if [ -n "$unfit" ]; then
+      echo "lingen: it goes on without $unfit, where the preflight failed."
+      unfit="$unfit,$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%x)"
+    fi
+    tries=0
+    until scontrol requeue "$SLURM_JOB_ID" || [ $((tries += 1)) -ge 10 ]; do sleep 30; done
+    # Only a job in the queue can be told to leave nodes out; SLURM lets this script live for some seconds.
+    until [ -z "$unfit" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${unfit%,}"; do sleep 1; done
+    sleep 60  # SLURM ends this script
+  fi
+fi
+exit "$code"
+"""
+
+
+def script_of(options: Options, command: Sequence[str], settings: ClusterSettings, judge: Sequence[str] = ()) -> str:
+    """The whole script.
+
+    Args:
+        options: of sbatch, all of them.
+        command: of each rank, behind `srun`; words that begin with $ are left to the shell.
+        judge: a command that gets the code of ranks that were stopped, failed or were killed, and returns `REQUEUE`
+            where they are worth another start, and prints the nodes to do without, if any; none: those that were killed
+            are."""
+    srun = ["srun", "--kill-on-bad-exit=1", *settings.srun]
+    judged = f'unfit=$({_shell(judge)} "$code"); code=$?' if judge else f'[ "$code" -eq 1 ] || code={REQUEUE}'
+    parts = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()),
+        "",
+        f"# Written by: {shlex.join(['lingen', *sys.argv[1:]])}",
+        *settings.setup,
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch",
+        "",
+        WAITS.replace("{command}", _shell([*srun, *command])),
+        "# Stopped by a signal; killed, for want of memory or with a node; or an error, perhaps of a lost network.",
+        f'if [ "$code" -eq 1 ] || [ "$code" -eq {REQUEUE} ] || [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then',
+        f"  {judged}",
+        "fi",
+        REQUEUES.replace("{late}", str(REQUEUE)).replace("{most}", str(settings.max_requeues)),
+    ]
+    return "\n".join(parts)
+
+
+def _shell(words: Sequence[str]) -> str:
+    return " ".join(f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in words)

@@ -47,10 +47,10 @@ def preflight(folder: RunFolder, stages: Sequence[Recipe]) -> PreflightReport:
         UnfitError: rank 0 has gone."""
     context = PreflightContext(folder.path.absolute(), stages)
     store = dist.distributed_c10d._get_default_store() if is_connected() else dist.HashStore()
-    words = _Exchange(dist.PrefixStore(f"preflight-{next(_numbers)}", store), context)
+    store = dist.PrefixStore(f"preflight-{next(_numbers)}", store)  # of this one alone
     try:
         for check in NODE_CHECKS:
-            if not words.agree(check):
+            if not _agree(store, context, check):
                 break
     finally:
         if context.own.rank == 0:
@@ -89,76 +89,58 @@ def report_lines(report: PreflightReport) -> Iterator[str]:
         yield f"unfit: {', '.join(one['nodes']) or 'every node'}: {one['check']}: {one['told']}"
 
 
-class _Exchange:
-    """What the ranks tell each other.
+def _agree(store: dist.Store, context: PreflightContext, check: NodeCheck) -> bool:
+    """This rank checks, hands on what it found, and takes over what rank 0 says: whether the next check makes sense.
+    Meanwhile it gives signs of life, since a check has a limit of its own."""
+    first, keys = context.own.rank == 0, [f"{check.name}/{rank}" for rank in range(context.own.ranks)]
+    store.set(f"{keys[context.own.rank]}/came", heartbeat.host_name())
+    found = _begin(check, context)
+    end, shortened = time.monotonic() + check.seconds + (LAG if first else 2 * LAG), False
+    while not store.check(keys if first else [check.name]):
+        if found:
+            store.set(keys[context.own.rank], json.dumps((word := found.pop()) | {"signal": signals.noted()}))
+            if "error" in word:
+                store.set(f"{check.name}/failed", "")
+        if not shortened and store.check([f"{check.name}/failed"]):  # who waits for that rank waits in vain
+            end, shortened = min(end, time.monotonic() + LAG), first
+        if time.monotonic() > end:
+            break
+        heartbeat.sign("preflight")
+        time.sleep(0.1)
+    if first:
+        goes_on = _judge(store, context, check, keys)
+        store.set(check.name, json.dumps([goes_on, asdict(context.report), context.told]))
+    elif not store.check([check.name]):
+        raise UnfitError(f"rank 0 gives no answer in the preflight ({check.name})", hung=True)
+    goes_on, report, context.told = json.loads(store.get(check.name))
+    context.report = PreflightReport(**report)
+    return bool(goes_on)
 
-    Args:
-        store: of this preflight alone."""
 
-    def __init__(self, store: dist.Store, context: PreflightContext):
-        self.store, self.context, self.first, self.names = store, context, context.own.rank == 0, list[str]()
-
-    def agree(self, check: NodeCheck) -> bool:
-        """This rank checks, hands on what it found, and takes over what rank 0 says: whether the next check makes
-        sense. Meanwhile it gives signs of life, since a check has a limit of its own."""
-        context, key = self.context, f"{check.name}/{self.context.own.rank}"
-        self.store.set(f"{key}/came", heartbeat.host_name())
-        found = _begin(check, context)
-        end, shortened = time.monotonic() + check.seconds + (LAG if self.first else 2 * LAG), False
-        while not self.store.check(self._keys(check) if self.first else [check.name]):
-            if found:
-                self.store.set(key, json.dumps((word := found.pop()) | {"signal": signals.noted()}))
-                if "error" in word:
-                    self.store.set(f"{check.name}/failed", "")
-            if not shortened and self.store.check([f"{check.name}/failed"]):  # who waits for that rank waits in vain
-                end, shortened = min(end, time.monotonic() + LAG), self.first
-            if time.monotonic() > end:
-                break
-            heartbeat.sign("preflight")
-            time.sleep(0.1)
-        if self.first:
-            goes_on = self._judge(check)
-            self.store.set(check.name, json.dumps([goes_on, asdict(context.report), context.told]))
-        elif not self.store.check([check.name]):
-            raise UnfitError(f"rank 0 gives no answer in the preflight ({check.name})", hung=True)
-        goes_on, report, context.told = json.loads(self.store.get(check.name))
-        context.report = PreflightReport(**report)
-        return bool(goes_on)
-
-    def _keys(self, check: NodeCheck) -> list[str]:
-        return [f"{check.name}/{rank}" for rank in range(self.context.own.ranks)]
-
-    def _names(self, keys: list[str]) -> list[str]:
-        """The node of each rank; one that never came is its own."""
-        if not self.names:
-            came = [self.store.check([f"{key}/came"]) for key in keys]
-            pairs = enumerate(zip(keys, came, strict=True))
-            self.names = [self.store.get(f"{key}/came").decode() if here else f"rank {n}" for n, (key, here) in pairs]
-            self.context.report.nodes = {node: {"ranks": count} for node, count in Counter(self.names).items()}
-        return self.names
-
-    def _judge(self, check: NodeCheck) -> bool:
-        keys = self._keys(check)
-        there = [self.store.check([key]) for key in keys]
-        words = [json.loads(self.store.get(key)) if here else None for key, here in zip(keys, there, strict=True)]
-        report, names = self.context.report, self._names(keys)
-        late = [rank for rank, word in enumerate(words) if word is None]
-        missing = [rank for rank in late if not self.store.check([f"{keys[rank]}/came"])]
-        failed = {rank: str(word["error"]) for rank, word in enumerate(words) if word and "error" in word}
-        for text in dict.fromkeys(failed.values()):
-            report.blame(check.name, [names[rank] for rank, told in failed.items() if told == text], text)
-        # Who waits for a rank that has failed, or has not come, is not to blame.
-        waited = missing or ([] if failed else late)
-        if waited:
-            told = ", ".join(f"rank {rank} on {names[rank]}" for rank in waited[:16])
-            how = f"{'did not come' if missing else 'is not through'} after {check.seconds:.0f} s: look at its process"
-            report.blame(check.name, [names[rank] for rank in waited], f"{told} {how}")
-        report.hung = bool(late)
-        if not (report.hung or failed):
-            step = self.context.own.per_node if check.once else 1
-            own = [(names[rank], cast(Measured, words[rank])) for rank in range(0, len(words), step)]
-            check.judge(self.context, own)
-        return not (report.hung or failed or any(word and word["signal"] for word in words))
+def _judge(store: dist.Store, context: PreflightContext, check: NodeCheck, keys: Sequence[str]) -> bool:
+    words = [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
+    came, report = [store.check([f"{key}/came"]) for key in keys], context.report
+    if not context.names:  # one that never came is its own node
+        pairs = enumerate(zip(keys, came, strict=True))
+        context.names = [store.get(f"{key}/came").decode() if here else f"rank {n}" for n, (key, here) in pairs]
+        report.nodes = {node: {"ranks": count} for node, count in Counter(context.names).items()}
+    names = context.names
+    late = [rank for rank, word in enumerate(words) if word is None]
+    missing = [rank for rank in late if not came[rank]]
+    failed = {rank: str(word["error"]) for rank, word in enumerate(words) if word and "error" in word}
+    for text in dict.fromkeys(failed.values()):
+        report.blame(check.name, [names[rank] for rank, told in failed.items() if told == text], text)
+    # Who waits for a rank that has failed, or has not come, is not to blame.
+    waited = missing or ([] if failed else late)
+    if waited:
+        told = ", ".join(f"rank {rank} on {names[rank]}" for rank in waited[:16])
+        how = f"{'did not come' if missing else 'is not through'} after {check.seconds:.0f} s: look at its process"
+        report.blame(check.name, [names[rank] for rank in waited], f"{told} {how}")
+    report.hung = bool(late)
+    if not (report.hung or failed):
+        step = context.own.per_node if check.once else 1
+        check.judge(context, [(names[rank], cast(Measured, words[rank])) for rank in range(0, len(words), step)])
+    return not (report.hung or failed or any(word and word["signal"] for word in words))
 
 
 def _begin(check: NodeCheck, context: PreflightContext) -> list[Measured]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,28 +24,6 @@ Logged = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankStatus:
-    """A rank of the last session."""
-
-    rank: int
-    host: str
-    age_seconds: float
-    """Since its process gave a sign."""
-    stage: str | None
-    step: int
-    doing: str
-    doing_seconds: float
-    """Since it does that: of a rank that hangs this grows, while its process goes on giving signs."""
-    data_share: float
-    """Share of its time in which it waited for data."""
-    pace: tuple[float, float] | None
-    """Seconds of a step: in its own forward pass, and waiting for data."""
-    memory: dict[str, Any]
-    """Bytes: process, workers (of each), gpu."""
-    ended: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Status:
     """How far a run is."""
 
@@ -56,31 +32,32 @@ class Status:
     """new, waiting (in SLURM's queue), running, stopped, failed, dead or finished."""
     reason: str | None
     """Why it does not run; of one that was stopped or killed."""
-    alive: bool
-    stage: str | None
+    alive: bool = False
+    stage: str | None = None
     """That is trained, or was last."""
-    step: int
-    steps: int
-    stages: dict[str, dict[str, int]]
+    step: int = 0
+    steps: int = 0
+    stages: dict[str, dict[str, int]] = field(default_factory=dict)
     """Step and steps of each."""
-    loss: float | None
-    tokens_per_second: float | None
+    loss: float | None = None
+    tokens_per_second: float | None = None
     """Of all ranks together."""
-    eta_seconds: float | None
+    eta_seconds: float | None = None
     """To the end of the stage, at the speed of its last rows."""
-    eta_run_seconds: float | None
+    eta_run_seconds: float | None = None
     """To the end of the last stage; None where the cost of a later stage is not known."""
-    checkpoint: str | None
+    checkpoint: str | None = None
     """The last one: from there it goes on."""
-    restarts: list[dict[str, str]]
+    restarts: list[dict[str, str]] = field(default_factory=list)
     """Time of each start after the first, and the reason why the one before ended."""
-    ranks: list[RankStatus] = field(default_factory=list)
+    ranks: list[Heartbeat] = field(default_factory=list)
+    """Of the last session."""
 
-    def slowest(self) -> list[RankStatus]:
+    def slowest(self) -> list[Heartbeat]:
         """Ranks that lag, 1% of all at least: those without a sign first, then those that have been waiting for data
         for long, then those that take longest for their own part of a step."""
 
-        def lag(one: RankStatus) -> tuple[float, ...]:
+        def lag(one: Heartbeat) -> tuple[float, ...]:
             silent, waits = one.age_seconds > 2 * BEAT, one.doing == "data" and one.doing_seconds > BEAT
             since = one.doing_seconds if waits else 0.0
             return (one.age_seconds if silent else 0.0, since, sum(one.pace or ()), one.data_share)
@@ -118,7 +95,7 @@ def status_of(path: str | Path) -> Status:
             {"time": str(one["began"]), "reason": str(before["how"] or "it left no word")}
             for before, one in zip(sessions, sessions[1:], strict=False)
         ],
-        ranks=[_rank(one) for one in beats],
+        ranks=beats,
     )  # fmt: skip
 
 
@@ -129,11 +106,7 @@ def _not_begun(folder: RunFolder) -> Status:
         raise RecipeError(f"{folder.path} is no run folder: it holds no run.json. `lingen fit` and `submit` make one.")
     job = str(decode_json(submissions[-1].read_bytes()).get("job"))
     queued, new = waiting(job), f"job {job} has not begun to train"
-    return Status(
-        run=str(folder.path), state="waiting" if queued else "new", reason=queued or new,
-        alive=False, stage=None, step=0, steps=0, stages={}, loss=None, tokens_per_second=None, eta_seconds=None,
-        eta_run_seconds=None, checkpoint=None, restarts=[],
-    )  # fmt: skip
+    return Status(run=str(folder.path), state="waiting" if queued else "new", reason=queued or new)
 
 
 def _about(folder: RunFolder) -> dict[str, Any]:
@@ -206,14 +179,16 @@ def _eta_run(
 def _state(folder: RunFolder, last: dict[str, Any], beats: list[Heartbeat], *, done: bool) -> tuple[str, str | None]:
     """What a run does, and why it does nothing."""
     how = last.get("how")
-    if how is None and (owner := _owner(folder)) is not None:
-        silent = [beat for beat in beats if beat.age > SILENT]
+    if how is None and (owner := lock.owner_of(folder.path)) is not None:
+        silent = [beat for beat in beats if beat.age_seconds > SILENT]
         death = lock.death_of(*owner)
         if death is None and not silent:
             return "running", None
         if death is not None:
             return _ended(killed(folder, last, death)) if last else ("dead", death)
-        told = "; ".join(f"rank {one.rank} on {one.host} has given no sign for {one.age:.0f} s" for one in silent[:4])
+        told = "; ".join(
+            f"rank {one.rank} on {one.host} has given no sign for {one.age_seconds:.0f} s" for one in silent[:4]
+        )
         return "dead", told
     if done:
         return "finished", None
@@ -227,21 +202,3 @@ def _ended(how: str) -> tuple[str, str]:
         if how.startswith(start):
             return state, how.removeprefix(FAILED_WORD)
     return "stopped", "there is more to train" if how == FINISHED else how
-
-
-def _owner(folder: RunFolder) -> tuple[dict[str, Any], float] | None:
-    """Who holds the lock, and for how many seconds he has not touched it."""
-    path = folder.path / lock.LOCK_NAME
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))), max(0.0, time.time() - path.stat().st_mtime)
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _rank(beat: Heartbeat) -> RankStatus:
-    spent = sum(beat.spent.values())
-    return RankStatus(
-        rank=beat.rank, host=beat.host, age_seconds=round(beat.age, 1), stage=beat.stage, step=beat.step,
-        doing=beat.doing, doing_seconds=round(beat.since, 1), memory=beat.memory, ended=beat.ended, pace=beat.pace,
-        data_share=round(beat.spent.get("data", 0.0) / spent, 3) if spent else 0.0,
-    )  # fmt: skip

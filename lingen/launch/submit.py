@@ -1,19 +1,16 @@
 """``lingen submit``: everything that a job needs is checked and written down, then SLURM gets the script."""
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lingen.files import write_json, write_text
 from lingen.launch.lead import signal_seconds
-from lingen.launch.options import ClusterSettings, Options, merged, read_options, seconds_of, settings_file
-from lingen.launch.script import Job, script_of
+from lingen.launch.options import ClusterSettings, Options, merged, script_of, seconds_of
 from lingen.plan.forecast import plan
 from lingen.plan.loading import Curriculum, load_for_training, to_yaml
 from lingen.provenance import git_commit, versions
@@ -32,20 +29,6 @@ KEPT_VARIABLES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What the command line asks for; None: what the user's file says, else what is usual."""
-
-    nodes: int = 1
-    gpus_per_node: int | None = None
-    time: str | None = None
-    options: Options = field(default_factory=dict)
-    """Of sbatch."""
-    max_requeues: int | None = None
-    signal_seconds: int | None = None
-    preflight: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
 class Submission:
     """A job that is ready to be submitted."""
 
@@ -61,35 +44,39 @@ class Submission:
 
 
 def prepare_training(
-    recipe: str, overrides: Sequence[str], wish: Wish, settings: ClusterSettings,
-    *, run: str | None = None, stage: str | None = None,
+    recipe: str, overrides: Sequence[str], settings: ClusterSettings, options: Options,
+    *, nodes: int, gpus: int | None, preflight: bool, run: str | None, stage: str | None,
 ) -> Submission:  # fmt: skip
-    """The job that trains a recipe. Nothing is written. RecipeError for mistakes in the recipe or in what is wished."""
-    per_node = _per_node(recipe, overrides, wish, settings, stage)
-    ranks = [f"trainer.num_nodes={wish.nodes}", f"trainer.devices={per_node}"]
+    """The job that trains a recipe. Nothing is written. RecipeError for mistakes in the recipe or in what is wished.
+
+    Args:
+        options: of sbatch, which go before ours.
+        gpus: of a node, where the command line says it."""
+    per_node = _per_node(recipe, overrides, gpus, settings, stage)
+    ranks = [f"trainer.num_nodes={nodes}", f"trainer.devices={per_node}"]
     curriculum = load_for_training(recipe, [*overrides, *ranks], stage)
     told, chosen, lines = described(curriculum.stages), curriculum.chosen(stage), list[str]()
     path = Path(run) if run else record.default_path(curriculum.stages[0].name, told, lines.append)
     folder = RunFolder(path.absolute())
     place = _next_place(folder.path / "submit")
-    seconds = wish.signal_seconds or settings.signal_seconds or signal_seconds(chosen, [plan(one) for one in chosen])
-    time = _time(wish, settings)
-    if time is not None and seconds_of(time) <= 2 * seconds:
+    seconds = settings.signal_seconds or signal_seconds(chosen, [plan(one) for one in chosen])
+    if settings.time is not None and seconds_of(settings.time) <= 2 * seconds:
         raise RecipeError(
-            f"--time {time}: the signal to stop comes {seconds} s before the end, as the longest step and a checkpoint "
-            f"need, so that most of the job would be lost. Ask for more time, or for less with --signal-seconds."
+            f"--time {settings.time}: the signal to stop comes {seconds} s before the end, as the longest step and a "
+            "checkpoint need, so that most of the job would be lost. Ask for more time, or for less with "
+            "--signal-seconds."
         )
     on_gpus = curriculum.base.trainer.get("accelerator") != "cpu"
-    own: Options = _usual(folder.path.name, place, time) | {
-        "nodes": str(wish.nodes), "ntasks-per-node": str(per_node),
+    own = _usual(folder.path.name, place, settings) | {
+        "nodes": str(nodes), "ntasks-per-node": str(per_node),
         **({"gpus-per-node": str(per_node)} if on_gpus else {}),
         "cpus-per-task": str(1 + max(one.data.workers for one in chosen)), "signal": f"USR1@{seconds}",
     }  # fmt: skip
     lingen = [sys.executable, "-m", "lingen"]
     command = [*lingen, "fit", "--recipe", str(place / "recipe.yaml"), "--run", str(folder.path)]
     judge = [*lingen, "status", str(folder.path), "--ended"]
-    command += [*(["--stage", stage] if stage else []), *(["--preflight"] if wish.preflight else [])]
-    script = _script(own, command, wish, settings, judge)
+    command += [*(["--stage", stage] if stage else []), *(["--preflight"] if preflight else [])]
+    script = script_of(merged(own, options), command, settings, judge)
     return Submission(
         folder=place, script=script, recipe=to_yaml(curriculum.base), lines=lines,
         problems=_problems(folder, curriculum, chosen, told),
@@ -109,24 +96,29 @@ def _problems(
     return ()
 
 
-def prepare_array(words: Sequence[str], shares: int, out: Path, wish: Wish, settings: ClusterSettings) -> Submission:
+def prepare_array(
+    words: Sequence[str], shares: int, out: Path, settings: ClusterSettings, options: Options, gpus: int | None
+) -> Submission:  # fmt: skip
     """The job array that does `shares` shares of a command which takes --part.
 
     Args:
         words: of the command, behind `lingen`.
-        out: the folder that the command writes; beside it the script and the logs lie."""
+        out: the folder that the command writes; beside it the script and the logs lie.
+        options, gpus: as of `prepare_training`."""
     place = _next_place(out.absolute().with_name(f"{out.absolute().name}-submit"))
-    own: Options = _usual(out.name, place, _time(wish, settings), task="-%a") | {
+    own = _usual(out.name, place, settings, task="-%a") | {
         "array": f"1-{shares}",
         "ntasks": "1",
-        **({"gpus-per-node": str(wish.gpus_per_node)} if wish.gpus_per_node else {}),
-        "signal": f"TERM@{wish.signal_seconds or settings.signal_seconds or 60}",
+        **({"gpus-per-node": str(gpus)} if gpus else {}),
+        "signal": f"TERM@{settings.signal_seconds or 60}",
     }
     command = [sys.executable, "-m", "lingen", *words, "--part", f"$SLURM_ARRAY_TASK_ID/{shares}"]
-    return Submission(folder=place, script=_script(own, command, wish, settings))
+    return Submission(folder=place, script=script_of(merged(own, options), command, settings))
 
 
-def _per_node(recipe: str, overrides: Sequence[str], wish: Wish, settings: ClusterSettings, stage: str | None) -> int:
+def _per_node(
+    recipe: str, overrides: Sequence[str], gpus: int | None, settings: ClusterSettings, stage: str | None
+) -> int:
     """Ranks of a node: --gpus-per-node, else what the recipe says, else the user's file."""
     said = [one for one in overrides if one.partition("=")[0].endswith(("trainer.num_nodes", "trainer.devices"))]
     curriculum = load_for_training(recipe, overrides, stage)
@@ -134,21 +126,14 @@ def _per_node(recipe: str, overrides: Sequence[str], wish: Wish, settings: Clust
     on_cpu, devices = trainer.get("accelerator") == "cpu", trainer.get("devices")
     if any("num_nodes" in one for one in said):
         raise RecipeError("trainer.num_nodes is what --nodes says; leave it out.")
-    if on_cpu and wish.gpus_per_node:
+    if on_cpu and gpus:
         raise RecipeError("--gpus-per-node: the recipe trains on the CPU; trainer.devices=N makes N ranks a node.")
-    if wish.gpus_per_node and said:
+    if gpus and said:
         raise RecipeError("trainer.devices is what --gpus-per-node says; leave one of them out.")
-    for count in (wish.gpus_per_node, devices, None if on_cpu else settings.gpus_per_node, 1 if on_cpu else None):
+    for count in (gpus, devices, None if on_cpu else settings.gpus_per_node, 1 if on_cpu else None):
         if isinstance(count, int) and count > 0:
             return count
     raise RecipeError("Say how many GPUs a node has: --gpus-per-node G, or gpus_per_node in your slurm.yaml.")
-
-
-def _time(wish: Wish, settings: ClusterSettings) -> str | None:
-    time = wish.time or settings.time
-    if time is not None:
-        seconds_of(time)  # refuses
-    return time
 
 
 def _next_place(folder: Path) -> Path:
@@ -157,7 +142,7 @@ def _next_place(folder: Path) -> Path:
     return folder / f"{max(numbers, default=0) + 1:04d}"
 
 
-def _usual(name: str, place: Path, time: str | None, task: str = "") -> Options:
+def _usual(name: str, place: Path, settings: ClusterSettings, task: str = "") -> Options:
     """Options of every job."""
     return {
         "job-name": f"lingen-{name}",
@@ -165,20 +150,8 @@ def _usual(name: str, place: Path, time: str | None, task: str = "") -> Options:
         "output": str(place / f"%{'A' if task else 'j'}{task}.log"),
         "open-mode": "append",
         "requeue": None,
-        **({"time": time} if time is not None else {}),
+        **({"time": settings.time} if settings.time is not None else {}),
     }
-
-
-def _script(
-    own: Options, command: Sequence[str], wish: Wish, settings: ClusterSettings, judge: Sequence[str] = ()
-) -> str:
-    most = settings.max_requeues if wish.max_requeues is None else wish.max_requeues
-    job = Job(
-        options=merged(own, read_options(settings.sbatch, str(settings_file())), wish.options),
-        command=command, judge=judge, max_requeues=most, srun=settings.srun, setup=settings.setup,
-        about=[f"Written by: {shlex.join(['lingen', *sys.argv[1:]])}"],
-    )  # fmt: skip
-    return script_of(job)
 
 
 def submit(submission: Submission) -> str:
@@ -201,11 +174,7 @@ def submit(submission: Submission) -> str:
         shutil.rmtree(place)
         raise RecipeError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
     job = done.stdout.strip().partition(";")[0]
-    write_json(place / "submitted.json", {"job": job, **_about()})
-    return job
-
-
-def _about() -> dict[str, Any]:
-    """What a job was submitted with."""
     kept = {name: value for name, value in sorted(os.environ.items()) if name.startswith(KEPT_VARIABLES)}
-    return {"command": sys.argv, "commit": git_commit(), "versions": versions(), "environment": kept}
+    about = {"command": sys.argv, "commit": git_commit(), "versions": versions(), "environment": kept}
+    write_json(place / "submitted.json", {"job": job, **about})
+    return job

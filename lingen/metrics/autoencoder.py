@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
-from lingen.autoencoder.tiling import Tiles, tiles_of
+from lingen.autoencoder.tiling import tiles_of
 from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for, ways_of
 from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch, Progress, no_progress
@@ -60,10 +60,10 @@ def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_
         `compare`; `notes`, sentences that a reader should see."""
     check_place(out)
     recipe = _of_one_shape(recipe, asked.clips)
-    autoencoder, way, tiles = _build(recipe, asked)
-    kinds = [kind for kind in ("video", "image") if getattr(recipe.data.mix, kind)]
-    sources = {kind: _Source(recipe, kind, asked.clips) for kind in kinds}
-    judge = _Judge(recipe, autoencoder, way, tiles, asked, out)
+    judge = _Judge(recipe, asked, out)
+    sources = {
+        kind: _Source(recipe, kind, asked.clips) for kind in ("video", "image") if getattr(recipe.data.mix, kind)
+    }
     (out / "side_by_side.mp4").unlink(missing_ok=True)  # images alone make no film
     total, done = sum(source.clips for source in sources.values()), 0
     for kind, source in sources.items():
@@ -73,7 +73,7 @@ def evaluate(recipe: Recipe, asked: Request, out: Path, progress: Progress = no_
             progress(done, total)
         judge.notes += source.notes()
     result = {
-        "recipe": recipe.name, "stage": recipe.stage, "autoencoder": recipe.autoencoder, "way": way,
+        "recipe": recipe.name, "stage": recipe.stage, "autoencoder": recipe.autoencoder, "way": judge.way,
         "data": {kind: source.about(recipe) for kind, source in sources.items()}, **judge.result(),
         "paper": PAPER, "commit": git_commit(), "versions": versions(),
     }  # fmt: skip
@@ -89,19 +89,6 @@ def _of_one_shape(recipe: Recipe, clips: int) -> Recipe:
         synthetic = {**synthetic, "clips": 1, "images": 1, "held_out": min(clips, drawn.settings(synthetic).held_out)}
     data = replace(recipe.data, lengths=[], sizes=[], batch=PerKind(), workers=0, synthetic=synthetic)
     return replace(recipe, data=data, train=replace(recipe.train, validation_samples=clips))
-
-
-def _build(recipe: Recipe, asked: Request) -> tuple[Autoencoder, str, Tiles | None]:
-    """The autoencoder on its device, and its way; all settings are checked here."""
-    autoencoder = AUTOENCODERS.build(recipe.autoencoder)
-    if min(recipe.data.size) < LEAST_SIDE:
-        height, width = recipe.data.size
-        least = f"{LEAST_SIDE} pixels a side are the least (at data.size)"
-        raise RecipeError(f"Frames of {height}x{width} are too small to be compared: {least}.")
-    way = way_for(autoencoder, asked.way, recipe.autoencoder["name"])
-    tiles = tiles_of(asked.tile, autoencoder.strides)
-    check_ready([autoencoder])
-    return autoencoder.to(asked.device).eval().requires_grad_(False), way, tiles
 
 
 class _Source:
@@ -149,17 +136,22 @@ class _Source:
 
 
 class _Judge:
-    """Collects the scores, clip by clip."""
+    """The autoencoder on its device, and its scores, collected clip by clip; all settings are checked first."""
 
-    def __init__(
-        self, recipe: Recipe, autoencoder: Autoencoder, way: str, tiles: Tiles | None, asked: Request, out: Path
-    ):
+    def __init__(self, recipe: Recipe, asked: Request, out: Path):
+        self.recipe, self.asked, self.out = recipe, asked, out
         self.name = recipe.autoencoder["name"]
-        self.fps = recipe.data.fps
-        self.autoencoder, self.way, self.tiles = autoencoder, way, tiles
-        self.asked, self.out = asked, out
+        autoencoder = AUTOENCODERS.build(recipe.autoencoder)
+        if min(recipe.data.size) < LEAST_SIDE:
+            height, width = recipe.data.size
+            least = f"{LEAST_SIDE} pixels a side are the least (at data.size)"
+            raise RecipeError(f"Frames of {height}x{width} are too small to be compared: {least}.")
+        self.way = way_for(autoencoder, asked.way, self.name)
+        self.tiles = tiles_of(asked.tile, autoencoder.strides)
+        check_ready([autoencoder])
+        self.autoencoder: Autoencoder = autoencoder.to(asked.device).eval().requires_grad_(False)
         self.notes: list[str] = []
-        self.perceptual = self._perceptual(recipe)
+        self.perceptual = self._perceptual()
         self.scores: dict[tuple[str, str], list[Quality]] = {}
         self.numbers: dict[tuple[str, str], float] = {}
         """Numbers of the latents as a share of those of the clip."""
@@ -168,8 +160,8 @@ class _Judge:
         self.shown: dict[str, list[np.ndarray]] = {"video": [], "image": []}
         self.spread: dict[str, list[tuple[float, float]]] = {}
 
-    def _perceptual(self, recipe: Recipe) -> nn.Module | None:
-        component = recipe.reconstruction.features
+    def _perceptual(self) -> nn.Module | None:
+        component = self.recipe.reconstruction.features
         network = PERCEPTUAL.build(component)
         missing = missing_of([network])
         if component["name"] == "none" or missing:
@@ -231,7 +223,7 @@ class _Judge:
                     yield from beside(one, other)
 
         if film:
-            save_video(frames(), self.out / "side_by_side.mp4", self.fps, title=f"clip | {self.name}")
+            save_video(frames(), self.out / "side_by_side.mp4", self.recipe.data.fps, title=f"clip | {self.name}")
         else:
             for _ in frames():
                 pass

@@ -56,33 +56,21 @@ def faults_of_scans(module: nn.Module, grids: list[Triple]) -> Iterator[str]:
         for grid in dict.fromkeys(grids):
             try:
                 permutation(order, grid, torch.device("cpu"))
-            except SettingError as error:
-                yield str(error)
-                break
             except Exception as error:  # a third party's function may raise anything
-                name = getattr(order, "__name__", repr(order))
-                yield f"Scan order '{name}' fails on a {grid} grid: {error_told(error)}"
+                fails = f"Scan order '{getattr(order, '__name__', repr(order))}' fails on a {grid} grid"
+                yield str(error) if isinstance(error, SettingError) else f"{fails}: {error_told(error)}"
                 break
 
 
 def fault_at_sizes(mixer: nn.Module, grids: list[Triple], dim: int) -> str | None:
     """A sentence where a mixer of others, which works on `TRIED_GRID`, fails on one of these grids, on meta."""
-
-    def run(grid: Triple) -> None:
-        with torch.no_grad(), torch.device("meta"):
-            mixer(torch.zeros(1, *grid, dim))
-
-    if _is_ours(mixer):
-        return None
-    try:
-        run(TRIED_GRID)
-    except Exception:  # it looks at numbers
-        return None
-    for grid in dict.fromkeys(grids):
+    for grid in [] if _is_ours(mixer) else dict.fromkeys((TRIED_GRID, *grids)):
         try:
-            run(grid)
+            with torch.no_grad(), torch.device("meta"):
+                mixer(torch.zeros(1, *grid, dim))
         except Exception as error:
-            return f"forward fails on the {'x'.join(map(str, grid))} tokens of a batch: {error_told(error)}"
+            told = f"forward fails on the {'x'.join(map(str, grid))} tokens of a batch: {error_told(error)}"
+            return None if grid == TRIED_GRID else told  # it works there, but looks at numbers
     return None
 
 
@@ -94,12 +82,8 @@ def has_scan_of_others(component: dict[str, Any]) -> bool:
 
 
 def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
-    def run(part: Any, device: str) -> Tensor:
-        with torch.device(device):
-            return part(torch.zeros(1, *TRIED_GRID, dim))
-
     def fault_in(one: Any, again: Callable[[], Any]) -> str | None:
-        output, fault = _tried(one, again, run, "forward")
+        output, fault = _tried(one, again, lambda part: part(torch.zeros(1, *TRIED_GRID, dim)), "forward")
         fault = fault or unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
         return fault or _untrainable(again, dim)
 
@@ -150,26 +134,15 @@ def _of_autoencoder(part: Any, build: Callable[[], Any]) -> str | None:
         return None
     size = (1, 2 * strides[1], 2 * strides[2])  # an image
     latents = (1, channels, 1, 2, 2)
-
-    def encode(one: Any, device: str) -> Tensor:
-        with torch.device(device):
-            return one.encode(torch.zeros(1, 3, *size))
-
-    def decode(one: Any, device: str) -> Tensor:
-        with torch.device(device):
-            return one.decode(torch.zeros(*latents))
-
-    output, fault = _tried(part, build, encode, "encode")
+    output, fault = _tried(part, build, lambda one: one.encode(torch.zeros(1, 3, *size)), "encode")
     fault = fault or unlike(output, latents, None, f"encode of {[1, 3, *size]} gives")
     if fault:
         return fault
-    output, fault = _tried(part, build, decode, "decode")
+    output, fault = _tried(part, build, lambda one: one.decode(torch.zeros(latents)), "decode")
     if fault or not isinstance(output, Tensor):
         return fault or f"decode gives {type(output).__name__}, not a tensor."
-    frames = range(1, strides[0] + 1)
-    if output.ndim == 5 and output.shape[2] in frames:
-        return unlike(output, (1, 3, output.shape[2], *size[1:]), None, f"decode of {list(latents)} gives")
-    return f"decode of {list(latents)} gives {list(output.shape)}; expected {[1, 3, 1, *size[1:]]}."
+    frames = output.shape[2] if output.ndim == 5 and 1 <= output.shape[2] <= strides[0] else 1
+    return unlike(output, (1, 3, frames, *size[1:]), None, f"decode of {list(latents)} gives")
 
 
 def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
@@ -180,12 +153,7 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
         return f"its `dim` is the whole number of a token's width, got {dim!r}."
     if hasattr(part, "missing"):
         return None
-
-    def run(one: Any, device: str) -> Any:
-        with torch.device(device):
-            return one.encode(TEXTS)
-
-    output, fault = _tried(part, build, run, "encode", on_meta=False)
+    output, fault = _tried(part, build, lambda one: one.encode(TEXTS), "encode", on_meta=False)
     if fault:
         return fault
     if not (isinstance(output, tuple) and len(output) == 2 and all(isinstance(one, Tensor) for one in output)):
@@ -197,18 +165,19 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
 
 
 def _tried(
-    part: Any, build: Callable[[], Any], run: Callable[[Any, str], Any], what: str, *, on_meta: bool = True
+    part: Any, build: Callable[[], Any], run: Callable[[Any], Any], what: str, *, on_meta: bool = True
 ) -> tuple[Any, str | None]:
     """What a part gives, and a sentence where it fails: on the meta device, and where that fails on the CPU."""
     with torch.no_grad():
         if on_meta:
             try:
-                return run(part, "meta"), None
+                with torch.device("meta"):
+                    return run(part), None
             except Exception:  # it may look at numbers: it is tried where there are some
                 pass
         try:
-            with torch.random.fork_rng(devices=[]):
-                return run(build(), "cpu"), None
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                return run(build()), None
         except OSError as error:
             raise _Unreadable from error
         except Exception as error:

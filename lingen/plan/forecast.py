@@ -5,8 +5,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
 from lingen.blocks.recompute import activation_bytes, recomputed_blocks
 from lingen.frozen import is_trained, on_meta
+from lingen.plan.flops import forward_flops
+from lingen.plan.trial import denoiser_on_meta
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Triple
 from lingen.recipe.sizes import grids_of, patch_of, round_of
@@ -111,22 +117,17 @@ def largest_batch(recipe: Recipe) -> tuple[str, Triple]:
 
 def plan_denoiser(recipe: Recipe) -> Plan:
     """Forecast of a stage that trains its denoiser."""
-    from torch import nn
-
-    from lingen.plan.trial import denoiser_on_meta
-
-    model = denoiser_on_meta(recipe)
     autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
-    encoders = [on_meta(TEXT_ENCODERS, component) for component in recipe.text]
-    parameters = _by_part(model)
+    parameters = _by_part(denoiser_on_meta(recipe))
     frozen = _count(autoencoder) if isinstance(autoencoder, nn.Module) else 0
-    for encoder in encoders:
+    for encoder in (on_meta(TEXT_ENCODERS, component) for component in recipe.text):
         if is_trained(encoder):
             parameters["text encoders"] += _count(encoder)
         elif isinstance(encoder, nn.Module):
             frozen += _count(encoder)
-    grids = stage_grids(recipe)
-    flops = _flops(recipe, grids)
+    grids, text = stage_grids(recipe), text_tokens(recipe)
+    counted = {kind: forward_flops(recipe.model, grid, text, *_where(recipe)) for kind, grid in grids.items()}
+    flops = {kind: float(count) for kind, count in counted.items() if count is not None}
     twice = {
         kind: recomputed_blocks(recipe.model, _batch_tokens(recipe, kind, grids[kind]), *_where(recipe))
         for kind in flops
@@ -135,6 +136,24 @@ def plan_denoiser(recipe: Recipe) -> Plan:
     return Plan(
         stage=recipe.stage or "main", grids=grids, parameters=dict(parameters), frozen=frozen,
         held=bytes_of_a_number(recipe), flops=flops, training_flops=training,
+    )  # fmt: skip
+
+
+def plan_autoencoder(recipe: Recipe) -> Plan:
+    """Forecast of a stage that trains its autoencoder; what the losses and their networks take is not in it."""
+    autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
+    grids, flops = stage_grids(recipe), {}
+    for kind in grids:
+        frames = 1 if kind == "image" else recipe.data.frames
+        clip = torch.empty(1, 3, frames, *recipe.data.size, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            autoencoder.reconstruct(autoencoder.posterior(clip)[0])
+        flops[kind] = float(counter.get_total_flops())
+    sizes = {name: _count(part) for name, part in autoencoder.named_children()}
+    return Plan(
+        stage=recipe.stage or "main", grids=grids, parameters={name: size for name, size in sizes.items() if size},
+        frozen=0, held=bytes_of_a_number(recipe), flops=flops,
+        training_flops={kind: 3 * count for kind, count in flops.items()},
     )  # fmt: skip
 
 
@@ -165,15 +184,6 @@ def _where(recipe: Recipe) -> tuple[bool, str]:
     """Whether products are done in 16 bits, and the type of the device: a GPU, unless the trainer says CPU."""
     device = "cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"
     return "16" in str(recipe.trainer.get("precision")), device
-
-
-def _flops(recipe: Recipe, grids: dict[str, Triple]) -> dict[str, float]:
-    """Of a forward over one sample of each kind; without those that cannot be counted."""
-    from lingen.plan.flops import forward_flops
-
-    text = text_tokens(recipe)
-    counted = {kind: forward_flops(recipe.model, grid, text, *_where(recipe)) for kind, grid in grids.items()}
-    return {kind: float(count) for kind, count in counted.items() if count is not None}
 
 
 def rough_memory(recipe: Recipe, forecast: Plan) -> int:

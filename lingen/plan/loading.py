@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingen.plan.trainer import fault_of_logger, faults_of_names, listed
-from lingen.plan.trial import Trial
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.plan.trial import derived, faults_of_grids, faults_of_models, faults_of_parts, grids_of_stage
+from lingen.recipe.errors import RecipeError, did_you_mean, no_such
 from lingen.recipe.layers import Layered, Problem
-from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, read_draft, unknown_stage
+from lingen.recipe.reading import Draft, RecipeText, components_of, raise_all, read_draft
 from lingen.recipe.registry import FOR_TRAINING
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, check_settings
@@ -45,10 +45,8 @@ class Curriculum(NamedTuple):
 
     def chosen(self, stage: str | None) -> list[Recipe]:
         """The stage of this name, or all of them for None. RecipeError says which there are."""
-        if stage is None:
-            return self.stages
         _check_stage(stage, self.names)
-        return [self.stages[self.names.index(stage)]]
+        return self.stages if stage is None else [self.stages[self.names.index(stage)]]
 
 
 def load_curriculum(recipe: str | Path | RecipeText, overrides: Sequence[str] = ()) -> Curriculum:
@@ -78,8 +76,7 @@ def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: 
     """As `load_to_run`, for a run of all stages or of one. RecipeError, before anything is built and torch is imported,
     where a stage that will be trained asks for a strategy that lingen does not train with."""
     draft = read_draft(recipe, overrides)
-    if stage is not None:
-        _check_stage(stage, list(draft.stages))
+    _check_stage(stage, list(draft.stages))
     chosen = [one for name, one in draft.stages.items() if stage in (None, name)]
     place = ("trainer", "strategy")
     raise_all(
@@ -105,15 +102,14 @@ def load_recipe(recipe: str | Path | RecipeText, overrides: Sequence[str] = (), 
     Raises:
         RecipeError: one sentence for each mistake, with file and line or ``command line``."""
     draft = read_draft(recipe, overrides)
-    if stage is not None:
-        _check_stage(stage, list(draft.stages))  # before anything is built
+    _check_stage(stage, list(draft.stages))  # before anything is built
     curriculum = _complete(draft)
     return curriculum.base if stage is None else curriculum.chosen(stage)[0]
 
 
-def _check_stage(stage: str, names: list[str]) -> None:
-    if stage not in names:
-        raise RecipeError(unknown_stage(stage, names))
+def _check_stage(stage: str | None, names: list[str]) -> None:
+    if stage is not None and stage not in names:
+        raise RecipeError(no_such("stage", stage, names))
 
 
 def load_stages(recipe: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]:
@@ -187,16 +183,14 @@ def _complete(draft: Draft, *, to_train: bool = False) -> Curriculum:
         for problem in (*_fill_components(one, to_train), *_check_trainer(one), *_check_kernels(one))
     )
     loaded = [Recipe(**check_settings(Recipe, one.tree)[0]) for one in everything]
-    trial = Trial()
-    raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in trial.neighbours(*pair))
-    if to_train:
-        raise_all(problem for pair in zip(everything, loaded, strict=True) for problem in trial.training(*pair))
-    raise_all(problem for pair in zip(everything[1:], loaded[1:], strict=True) for problem in trial.grids(*pair))
-    place = ("model", "max_grid")
-    written = [recipe.model.max_grid for one, recipe in zip(everything, loaded, strict=True) if one.get(place)]
-    largest = tuple(max(axis) for axis in zip(*trial.seen, *written, strict=True))
-    base, *stages = (replace(recipe, model=trial.derive(recipe, largest)) for recipe in loaded)
-    raise_all(trial.trials(list(zip(draft.stages, everything[1:], stages, strict=True))))
+    pairs = list(zip(everything, loaded, strict=True))
+    raise_all(problem for pair in pairs for problem in faults_of_parts(*pair, to_train=to_train))
+    raise_all(problem for pair in pairs[1:] for problem in faults_of_grids(*pair))
+    grids = [grid for recipe in loaded[1:] for grid in grids_of_stage(recipe)]
+    grids += [recipe.model.max_grid for one, recipe in pairs if one.get(("model", "max_grid"))]
+    largest = tuple(max(axis) for axis in zip(*grids, strict=True))
+    base, *stages = (replace(recipe, model=derived(recipe, largest)) for recipe in loaded)
+    raise_all(faults_of_models(list(zip(draft.stages, everything[1:], stages, strict=True))))
     stages = [replace(recipe, stage=name) for name, recipe in zip(draft.stages, stages, strict=True)]
     return Curriculum(with_stages(base, stages) if draft.staged else base, stages)
 
@@ -233,10 +227,7 @@ def _check_trainer(draft: Layered) -> Iterator[Problem]:
         return
     from lightning import Trainer
 
-    for key in arguments:
-        if key in OURS:
-            yield draft.problem(("trainer", key), f"'{key}' is not set here but by {OURS[key]}.")
-    for one in check_settings(Trainer, {k: v for k, v in arguments.items() if k not in OURS})[1]:
+    for one in check_settings(Trainer, arguments, OURS)[1]:
         yield draft.problem(("trainer", *one.path), one.text)
     yield from (draft.problem(("trainer", key), text) for key, text in faults_of_names(arguments))
 

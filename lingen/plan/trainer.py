@@ -7,20 +7,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, no_such
 from lingen.recipe.registry import import_object
 
 LOGGERS = {
-    "tensorboard": "lightning.pytorch.loggers:TensorBoardLogger", "wandb": "lightning.pytorch.loggers:WandbLogger",
-    "mlflow": "lightning.pytorch.loggers:MLFlowLogger", "comet": "lightning.pytorch.loggers:CometLogger",
-    "neptune": "lightning.pytorch.loggers:NeptuneLogger",
+    "tensorboard": ("TensorBoardLogger", "tensorboard", "tensorboardX"), "wandb": ("WandbLogger", "wandb"),
+    "mlflow": ("MLFlowLogger", "mlflow"), "comet": ("CometLogger", "comet_ml"), "neptune": ("NeptuneLogger", "neptune"),
 }  # fmt: skip
-"""Short names of loggers."""
-PACKAGES = {
-    "TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",), "MLFlowLogger": ("mlflow",),
-    "CometLogger": ("comet_ml",), "NeptuneLogger": ("neptune",),
-}  # fmt: skip
-"""Lightning's logger, also where another one is made of it -> modules, one of which it needs."""
+"""Short name of a logger -> its class in Lightning, and modules, one of which it needs."""
 PROFILERS = ("simple", "advanced", "pytorch", "xla")
 """Names of profilers; Lightning keeps them inside of a function."""
 
@@ -39,9 +33,9 @@ def logger_of(component: Any) -> tuple[str, Any, dict[str, Any]]:
     if not isinstance(name, str):
         raise RecipeError(f"A logger is a name, or has one (name: ...); got {component!r}.")
     if name not in LOGGERS and ":" not in name:
-        known = f"{did_you_mean(name, LOGGERS)} Known: {', '.join(LOGGERS)}. Or write 'module:Class'."
-        raise RecipeError(f"There is no logger called '{name}'.{known}")
-    return name, import_object(LOGGERS.get(name, name)), settings
+        raise RecipeError(f"{no_such('logger', name, LOGGERS)} Or write 'module:Class'.")
+    path = f"lightning.pytorch.loggers:{LOGGERS[name][0]}" if name in LOGGERS else name
+    return name, import_object(path), settings
 
 
 def fault_of_logger(component: Any) -> str | None:
@@ -52,9 +46,10 @@ def fault_of_logger(component: Any) -> str | None:
         return str(error)
     if not callable(made_by):
         return f"The logger '{name}' is no class: {made_by!r}."
-    for parent in getattr(made_by, "__mro__", ()):
-        needs = PACKAGES.get(parent.__name__, ()) if parent.__module__.startswith("lightning.") else ()
-        if needs and not any(map(find_spec, needs)):
+    # Also where another one is made of Lightning's.
+    parents = {one.__name__ for one in getattr(made_by, "__mro__", ()) if one.__module__.startswith("lightning.")}
+    for made, *needs in LOGGERS.values():
+        if made in parents and not any(map(find_spec, needs)):
             return f"The logger '{name}' needs the package {' or '.join(needs)}, which is not installed; install it."
     given = {"save_dir": ".", "version": ""} | settings if name == "tensorboard" else settings
     try:
@@ -71,8 +66,7 @@ def faults_of_names(arguments: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in arguments.items():
         known = _known(key) if isinstance(value, str) else None
         if known is not None and value.lower() not in known:
-            names = ", ".join(sorted(known))
-            yield key, f"There is no {key} called '{value}'.{did_you_mean(value, known)} Known: {names}."
+            yield key, no_such(key, value, sorted(known))
 
 
 def _known(key: str) -> set[str] | None:

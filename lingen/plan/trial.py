@@ -28,99 +28,96 @@ CYCLE = 8
 """Layers whose scan orders are tried: a cycle is hardly longer."""
 
 
-class Trial:
-    """Builds every part and every model of a recipe, and turns what they refuse into problems."""
+def faults_of_parts(draft: Layered, recipe: Recipe, *, to_train: bool) -> Iterator[Problem]:
+    """Builds every component: the autoencoder and text encoders that the model has to fit, and the mixers. What only
+    training needs is tried where it comes `to_train`."""
+    from lingen.plan.contract import broken_contract
+    from lingen.plan.practice import fault_in_training
 
-    def __init__(self) -> None:
-        self.seen: list[Triple] = []
-
-    def neighbours(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
-        """Builds every component: the autoencoder and text encoders that the model has to fit, and the mixers."""
-        from lingen.plan.contract import broken_contract
-
-        for path, component, registry in components_of(draft.tree):
-            if path[:2] in FOR_TRAINING:
-                continue
+    for path, component, registry in components_of(draft.tree):
+        if path[:2] in FOR_TRAINING:
+            fault = fault_in_training(registry, component, recipe) if to_train else None
+        else:
             positional = (recipe.model.dim, 0) if registry is MIXERS else ()
             try:
                 part = on_meta(registry, component, *positional)
             except Exception as error:  # a third party's part may raise anything
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
                 continue
-            if fault := broken_contract(registry, component, part, *positional):
-                yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
+            fault = broken_contract(registry, component, part, *positional)
+        if fault:
+            yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
 
-    def training(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
-        """Tries what only training needs."""
-        from lingen.plan.practice import fault_in_training
 
-        for path, component, registry in components_of(draft.tree):
-            if path[:2] in FOR_TRAINING and (fault := fault_in_training(registry, component, recipe)):
-                yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
+def grids_of_stage(recipe: Recipe) -> list[Triple]:
+    """Every grid that a batch of a stage may have; SettingError where samples have none."""
+    return all_grids(recipe, on_meta(AUTOENCODERS, recipe.autoencoder))
 
-    def grids(self, draft: Layered, recipe: Recipe) -> Iterator[Problem]:
-        """Notes the largest grid of a stage."""
-        autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
+
+def faults_of_grids(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
+    """Whether samples of a stage's sizes go through its parts."""
+    try:
+        grids = grids_of_stage(recipe)
+    except SettingError as error:
+        yield draft.problem(("data", error.setting), str(error))
+        return
+    if recipe.subject.encoded:
+        yield from _scans(draft, recipe, grids)
+    yield from _decoding(draft, recipe)
+    if recipe.subject.has_critic(recipe):
+        yield from _critic(draft, recipe)
+
+
+def _scans(draft: Layered, recipe: Recipe, grids: list[Triple]) -> Iterator[Problem]:
+    """Mixers and scan orders of others, at every grid that a batch of the stage may have."""
+    from lingen.plan.contract import fault_at_sizes, faults_of_scans, has_scan_of_others
+
+    for path, component, registry in components_of(draft.tree):
+        if registry is not MIXERS:
+            continue
+        if fault := fault_at_sizes(on_meta(registry, component, recipe.model.dim, 0), grids, recipe.model.dim):
+            yield draft.problem((*path, "name"), f"The mixer '{component['name']}': {fault}")
+        if not has_scan_of_others(component):
+            continue
+        layers = range(min(recipe.model.depth, CYCLE))
+        mixers = [on_meta(registry, component, recipe.model.dim, layer) for layer in layers]
+        told = dict.fromkeys(text for mixer in mixers for text in faults_of_scans(mixer, grids))
+        yield from (draft.problem((*path, "scan" if "scan" in component else "name"), text) for text in told)
+
+
+def derived(recipe: Recipe, largest: Triple) -> LinGenConfig:
+    """The model's settings, with those that follow from autoencoder, text encoders and stages."""
+    channels = on_meta(AUTOENCODERS, recipe.autoencoder).channels
+    text_dims = tuple(on_meta(TEXT_ENCODERS, component).dim for component in recipe.text)
+    return replace(recipe.model, channels=channels, text_dims=text_dims, max_grid=largest)
+
+
+def faults_of_models(stages: list[tuple[str, Layered, Recipe]]) -> Iterator[Problem]:
+    """Builds each distinct model, and compares the weights of each stage with those of the first."""
+    first: dict[str, Any] | None = None
+    for (_, _, before), (_, draft, recipe) in pairwise(stages):
+        same_critic = before.subject.has_critic(before) == recipe.subject.has_critic(recipe)
+        same = same_critic and before.train.optimizer["name"] == recipe.train.optimizer["name"]
+        if recipe.train.keep_optimizer and not same:
+            what = "with another optimiser" if same_critic else "other parameters (the critic)"
+            text = f"The stage before trains {what}: its moments do not fit; take false."
+            yield draft.problem(("train", "keep_optimizer"), text)
+    for name, draft, recipe in stages:
+        if recipe.subject is not stages[0][2].subject:
+            text = f"Stage '{name}' trains another model than stage '{stages[0][0]}'"
+            yield draft.problem(("trains",), f"{text}; give each a recipe of its own.")
+            continue
         try:
-            grids = all_grids(recipe, autoencoder)
-        except SettingError as error:
-            yield draft.problem(("data", error.setting), str(error))
-            return
-        self.seen += grids
-        if recipe.subject.encoded:
-            yield from self._scans(draft, recipe, grids)
-        yield from _decoding(draft, recipe, autoencoder)
-        if recipe.subject.has_critic(recipe):
-            yield from _critic(draft, recipe)
-
-    def _scans(self, draft: Layered, recipe: Recipe, grids: list[Triple]) -> Iterator[Problem]:
-        """Mixers and scan orders of others, at every grid that a batch of the stage may have."""
-        from lingen.plan.contract import fault_at_sizes, faults_of_scans, has_scan_of_others
-
-        for path, component, registry in components_of(draft.tree):
-            if registry is not MIXERS:
-                continue
-            if fault := fault_at_sizes(on_meta(registry, component, recipe.model.dim, 0), grids, recipe.model.dim):
-                yield draft.problem((*path, "name"), f"The mixer '{component['name']}': {fault}")
-            if not has_scan_of_others(component):
-                continue
-            layers = range(min(recipe.model.depth, CYCLE))
-            mixers = [on_meta(registry, component, recipe.model.dim, layer) for layer in layers]
-            told = dict.fromkeys(text for mixer in mixers for text in faults_of_scans(mixer, grids))
-            yield from (draft.problem((*path, "scan" if "scan" in component else "name"), text) for text in told)
-
-    def derive(self, recipe: Recipe, largest: Triple) -> LinGenConfig:
-        """The model's settings, with those that follow from autoencoder, text encoders and stages."""
-        channels = on_meta(AUTOENCODERS, recipe.autoencoder).channels
-        text_dims = tuple(on_meta(TEXT_ENCODERS, component).dim for component in recipe.text)
-        return replace(recipe.model, channels=channels, text_dims=text_dims, max_grid=largest)
-
-    def trials(self, stages: list[tuple[str, Layered, Recipe]]) -> Iterator[Problem]:
-        """Builds each distinct model, and compares the weights of each stage with those of the first."""
-        first: dict[str, Any] | None = None
-        for (_, _, before), (_, draft, recipe) in pairwise(stages):
-            same_critic = before.subject.has_critic(before) == recipe.subject.has_critic(recipe)
-            same = same_critic and before.train.optimizer["name"] == recipe.train.optimizer["name"]
-            if recipe.train.keep_optimizer and not same:
-                what = "with another optimiser" if same_critic else "other parameters (the critic)"
-                text = f"The stage before trains {what}: its moments do not fit; take false."
-                yield draft.problem(("train", "keep_optimizer"), text)
-        for name, draft, recipe in stages:
-            if recipe.subject is not stages[0][2].subject:
-                text = f"Stage '{name}' trains another model than stage '{stages[0][0]}'"
-                yield draft.problem(("trains",), f"{text}; give each a recipe of its own.")
-                continue
-            try:
-                model = recipe.subject.build_weights(recipe)
-            except Exception as error:
-                path = (recipe.subject.section,) if recipe.subject.section == "model" else ()
-                yield _refused(draft, path, error, "The model cannot be built")
-                continue
-            shapes = {weight: tuple(value.shape) for weight, value in model.state_dict().items()}
-            first = shapes if first is None else first
-            if shapes != first:
-                text = f"The weights of stage '{name}' have other shapes than those of stage '{stages[0][0]}'."
-                yield draft.problem(_changed(stages[0][2], recipe), text)
+            model = recipe.subject.build_weights(recipe)
+        except Exception as error:
+            path = (recipe.subject.section,) if recipe.subject.section == "model" else ()
+            yield _refused(draft, path, error, "The model cannot be built")
+            continue
+        shapes = {weight: tuple(value.shape) for weight, value in model.state_dict().items()}
+        first = shapes if first is None else first
+        if shapes != first:
+            text = f"The weights of stage '{name}' have other shapes than those of stage '{stages[0][0]}'."
+            yield draft.problem(_changed(stages[0][2], recipe), text)
 
 
 class ModelKey:
@@ -187,12 +184,12 @@ def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what
     return draft.problem(path, f"{what}: {type(error).__name__}: {text}")
 
 
-def _decoding(draft: Layered, recipe: Recipe, autoencoder: Autoencoder) -> Iterator[Problem]:
+def _decoding(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
     """A mistake where the autoencoder cannot decode as `sample` says; found before anything is trained."""
     from lingen.autoencoder.tiling import tiles_of
     from lingen.autoencoder.ways import way_for
 
-    settings = recipe.sample
+    settings, autoencoder = recipe.sample, on_meta(AUTOENCODERS, recipe.autoencoder)
     try:
         way_for(autoencoder, settings.decode, recipe.autoencoder["name"])
         tiles_of(settings.tile, autoencoder.strides)

@@ -102,26 +102,21 @@ class Captioner:
         return [" ".join(text.split()) for text in texts]
 
     def _inputs(self, frames: np.ndarray) -> dict[str, Tensor]:
-        processor = self.processor
+        from PIL import Image
+
+        processor, pictures = self.processor, [Image.fromarray(frame) for frame in frames]
         if getattr(processor, "chat_template", None):
             as_video = len(frames) > 1 and getattr(processor, "video_processor", None) is not None
-            shown = [{"type": "video", "video": frames}] if as_video else [
-                {"type": "image", "image": frame} for frame in _pictures(frames)
-            ]  # fmt: skip
+            images = [{"type": "image", "image": picture} for picture in pictures]
+            shown = [{"type": "video", "video": frames}] if as_video else images
             message = {"role": "user", "content": [*shown, {"type": "text", "text": self.how.prompt or "Describe."}]}
             inputs = processor.apply_chat_template(
                 [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
         else:
             text = {"text": self.how.prompt} if self.how.prompt else {}
-            inputs = processor(images=_pictures(frames)[len(frames) // 2], return_tensors="pt", **text)
+            inputs = processor(images=pictures[len(pictures) // 2], return_tensors="pt", **text)
         return {name: value.to(self.how.device) for name, value in inputs.items()}
-
-
-def _pictures(frames: np.ndarray) -> list[Any]:
-    from PIL import Image
-
-    return [Image.fromarray(frame) for frame in frames]
 
 
 def caption(folder: Path, out: Path, how: Captioning, progress: Progress = no_progress) -> Report:

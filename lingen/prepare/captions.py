@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from lingen.data.captions import captions_of, clean_captions
 from lingen.prepare.footage import MediaSource
 from lingen.prepare.formats import CAPTIONS, extensions
@@ -76,7 +79,10 @@ def read_table(table: Path) -> Iterator[tuple[Any, Any]]:
         raise RecipeError(f"There is no table of captions '{table}'.")
     if table.suffix.lower() not in readers:
         _refuse(table)
-    yield from readers[table.suffix.lower()](table)
+    try:
+        yield from readers[table.suffix.lower()](table)
+    except (csv.Error, pa.ArrowException, OSError, UnicodeError) as error:
+        raise RecipeError(f"'{table}' cannot be read: {error}.") from error
 
 
 def _refuse(table: Path, columns: Iterable[Any] = ()) -> NoReturn:
@@ -109,16 +115,13 @@ def _csv(table: Path) -> Iterator[tuple[Any, Any]]:
     first, _, rest = text.partition("\n")
     if first.lower().startswith("sep="):  # what Excel writes and reads, as if it were a row
         text, first = rest, rest.partition("\n")[0]
-    try:
-        headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in DELIMITERS}
-        mark = max(headers, key=lambda one: (_has_key(headers[one]), len(headers[one])))
-        if not _has_key(headers[mark]):
-            _refuse(table, headers[mark])
-        reader = csv.DictReader(io.StringIO(text), delimiter=mark)
-        for row in reader:
-            yield _pair(row, f"{table}:{reader.line_num}")
-    except csv.Error as error:
-        raise RecipeError(f"'{table}' cannot be read: {error}.") from error
+    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in DELIMITERS}
+    mark = max(headers, key=lambda one: (_has_key(headers[one]), len(headers[one])))
+    if not _has_key(headers[mark]):
+        _refuse(table, headers[mark])
+    reader = csv.DictReader(io.StringIO(text), delimiter=mark)
+    for row in reader:
+        yield _pair(row, f"{table}:{reader.line_num}")
 
 
 def _has_key(columns: Iterable[str]) -> bool:
@@ -149,16 +152,10 @@ def _value(text: str, where: str) -> Any:
 
 
 def _parquet(table: Path) -> Iterator[tuple[Any, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(table)
-        columns = [name for name in ("key", "caption", "captions") if name in file.schema_arrow.names]
-        if len(columns) < 2 or columns[0] != "key":
-            _refuse(table, file.schema_arrow.names)
-        for batch in file.iter_batches(columns=columns):
-            for number, row in enumerate(batch.to_pylist()):
-                yield _pair(row, f"{table}, row {number}")
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise RecipeError(f"'{table}' cannot be read: {error}.") from error
+    file = pq.ParquetFile(table)
+    columns = [name for name in ("key", "caption", "captions") if name in file.schema_arrow.names]
+    if len(columns) < 2 or columns[0] != "key":
+        _refuse(table, file.schema_arrow.names)
+    for batch in file.iter_batches(columns=columns):
+        for number, row in enumerate(batch.to_pylist()):
+            yield _pair(row, f"{table}, row {number}")

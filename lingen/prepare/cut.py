@@ -15,12 +15,14 @@ from jaxtyping import Int, UInt8
 from PIL import ImageOps
 
 from lingen.data.frames import covering, fit_frame, frames_at, nearest_frames
+from lingen.data.manifest import Row, media_hash
 from lingen.data.pictures import fit_picture, open_picture, reported
 from lingen.files import whole_file
 from lingen.media import encode_mp4, encode_webp
 from lingen.prepare import filters as limits
 from lingen.prepare.footage import MediaSource, read_frames, sample_key
 from lingen.prepare.formats import MEMBERS, MOVING, picture_formats
+from lingen.prepare.journal import KEPT, JournalEntry, Note, Record, parse_record
 from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
 
 CRF = 18
@@ -55,66 +57,34 @@ class CutJob(NamedTuple):
     """A tar file that the samples go to, and the outcome as its last member; it appears whole."""
 
 
-class WrittenSample(NamedTuple):
-    """A sample that was written to the tar."""
-
-    key: str
-    media: str
-    """Extension of the member that holds it."""
-    height: int
-    width: int
-    frames: int
-    fps: float
-    looks: tuple[int, ...]
-
-
-class CutResult(NamedTuple):
-    """The samples made of a source, and what was dropped."""
-
-    samples: list[WrittenSample]
-    drops: list[tuple[str, str]]
-    """(the source's key, or a clip's, and ``reason: detail``)"""
-    told: list[tuple[str, str]] = []
-    """The same of what was kept, but not as it is: other frame rates, mended time stamps. Never changed in place."""
-
-
-def make_samples(job: CutJob) -> CutResult:
-    """Makes the samples of a source and writes them to ``job.out``, unless an earlier run has done so."""
+def make_samples(job: CutJob) -> Record:
+    """Makes the samples of a source and writes them to ``job.out``, unless an earlier run has done so: they, what was
+    left out, and what was kept, but not as it is (other frame rates, mended time stamps)."""
     if job.fault:
-        return CutResult([], [(job.source.key, job.fault)])
+        return Record([], [Note(job.source.key, job.fault)])
     if job.out.is_file():
-        return read_outcome(job.out)
-    outcome = CutResult([], [], [])
+        with tarfile.open(job.out) as tar:
+            return parse_record(tar.extractfile(OUTCOME).read())  # type: ignore[union-attr]
+    outcome = Record([], [])
     with whole_file(job.out, durable=False) as partial, tarfile.open(partial, "w") as tar:
-        for made, media, about in _make(job, outcome.drops, outcome.told):
-            _add(tar, f"{made.key}.{made.media}", media)
-            _add(tar, f"{made.key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
-            outcome.samples.append(made)
-        _add(tar, OUTCOME, json.dumps(outcome).encode())
+        for made, media, about in _make(job, outcome.notes):
+            _add(tar, f"{made.row.key}.{made.row.media}", media)
+            _add(tar, f"{made.row.key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
+            outcome.entries.append(made)
+        _add(tar, OUTCOME, json.dumps(outcome._asdict()).encode())
     return outcome
 
 
-Reasons = list[tuple[str, str]]
-"""(the source's key, or a clip's, and ``reason: detail``)"""
-SampleFiles = tuple[WrittenSample, bytes, dict[str, Any]]
+SampleFiles = tuple[JournalEntry, bytes, dict[str, Any]]
 """A sample, its media, and its JSON."""
 
 
-def _make(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
+def _make(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
     try:
-        yield from _film(job, drops, told) if job.source.kind == "video" else _picture(job, drops)
+        yield from _film(job, notes) if job.source.kind == "video" else _picture(job, notes)
     except (ValueError, av.FFmpegError, OSError, MemoryError) as error:
         ours = isinstance(error, ValueError) and not isinstance(error, av.FFmpegError)
-        drops.append((job.source.key, str(error) if ours else f"unreadable: {error}"))
-
-
-def read_outcome(path: Path) -> CutResult:
-    """The outcome that `make_samples` stored in this file."""
-    with tarfile.open(path) as tar:
-        held = json.loads(tar.extractfile(OUTCOME).read())  # type: ignore[union-attr]
-    samples = [WrittenSample(*made)._replace(looks=tuple(made[-1])) for made in held[0]]
-    drops, told = ([(name, reason) for name, reason in one] for one in held[1:])
-    return CutResult(samples, drops, told)
+        notes.append(Note(job.source.key, str(error) if ours else f"unreadable: {error}"))
 
 
 def read_samples(path: Path) -> Iterator[dict[str, bytes]]:
@@ -131,24 +101,24 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _film(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
+def _film(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
     """The pieces of a film that no filter leaves out. The film is decoded twice, to measure it and to cut it."""
     track = follow(read_frames(job.source.path))
     verdict = limits.judge_film(track, job.filters)
-    if verdict is not None:
-        drops.append((job.source.key, str(verdict)))
+    if verdict:
+        notes.append(Note(job.source.key, verdict))
         return
     fps = job.wanted.fps if track.fps_at_most >= 0.99 * job.wanted.fps or len(track.times) == 1 else track.fps
     kept: list[tuple[str, Int[np.ndarray, " t"]]] = []
-    for number, frames in enumerate(_pieces(job, track, fps, drops)):
+    for number, frames in enumerate(_pieces(job, track, fps, notes)):
         key = f"{sample_key(job.source.key)}-{number:04d}"
         verdict = limits.judge_clip(track, int(frames[0]), int(frames[-1]) + 1, job.filters)
-        if verdict is not None:
-            drops.append((key, str(verdict)))
+        if verdict:
+            notes.append(Note(key, verdict))
         else:
             kept.append((key, frames))
     if kept:
-        told += [(job.source.key, reason) for reason in _not_as_it_is(track, fps)]
+        notes += [Note(job.source.key, f"{KEPT}{what}") for what in _not_as_it_is(track, fps)]
     size = covering(track.size, job.wanted.sizes)
     reel = _Reel(job.source.path, size)
     for key, frames in kept:
@@ -158,7 +128,8 @@ def _film(job: CutJob, drops: Reasons, told: Reasons) -> Iterator[SampleFiles]:
         start = float(track.times[first])
         about = _about(job) | {"start": round(start, 3), "seconds": round(len(frames) / fps, 3)}
         about |= {"source_fps": round(track.fps, 3), "motion": round(motion, 4), "jerk": round(jerk, 4)}
-        yield WrittenSample(key, "mp4", *size, len(frames), fps, limits.looks_of(track, first, end)), media, about
+        looks = limits.looks_of(track, first, end)
+        yield JournalEntry(_row(job, key, "mp4", media, size, len(frames), fps), looks), media, about
 
 
 def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
@@ -170,7 +141,7 @@ def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
         yield f"time stamps mended: {track.mended} of {len(track.times)} were missing or did not ascend"
 
 
-def _pieces(job: CutJob, track: Track, fps: float, drops: Reasons) -> Iterator[Int[np.ndarray, " t"]]:
+def _pieces(job: CutJob, track: Track, fps: float, notes: list[Note]) -> Iterator[Int[np.ndarray, " t"]]:
     """Of each piece of each shot, which source frames show it at `fps`; repeats where the film has fewer."""
     for first, end in itertools.pairwise([0, *track.cuts, len(track.times)]):
         times = track.times[first:end]
@@ -179,7 +150,8 @@ def _pieces(job: CutJob, track: Track, fps: float, drops: Reasons) -> Iterator[I
         pieces = divide(available, job.wanted.lengths, job.filters.min_seconds, fps)
         if not pieces:
             where = f"{track.times[first]:.2f} s to {times[-1] + interval:.2f} s"
-            drops.append((job.source.key, f"short shot: {available} frames at {fps:.3g} a second, {where}"))
+            told = f"short shot: {available} frames at {fps:.3g} a second, {where}"
+            notes.append(Note(job.source.key, told))
         for start, count in pieces:
             yield first + nearest_frames(times, times[0] + (start + np.arange(count)) / fps, track.tick)
 
@@ -222,7 +194,7 @@ class _Reel:
             yield self._shown
 
 
-def _picture(job: CutJob, drops: Reasons) -> Iterator[SampleFiles]:
+def _picture(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
     """The picture, its own bytes where it need not be scaled down."""
     data = job.source.path.read_bytes()
     picture = open_picture(data, picture_formats())
@@ -235,16 +207,25 @@ def _picture(job: CutJob, drops: Reasons) -> Iterator[SampleFiles]:
         grey = np.asarray(upright.convert("L").resize((max(16, round(width * HEIGHT / height)), HEIGHT)))
     black = float((grey > BLACK).mean()) < limits.BLACK_FRAME
     verdict = limits.judge_size((height, width), job.filters)
-    if verdict is None and black and job.filters.black is not None:
-        verdict = limits.Rejection("black", "the picture")
-    if verdict is not None:
-        drops.append((job.source.key, str(verdict)))
+    if not verdict and black and job.filters.black is not None:
+        verdict = "black: the picture"
+    if verdict:
+        notes.append(Note(job.source.key, verdict))
         return
     media = MEMBERS.get(picture.format, "")
     if size != (height, width) or not media:
         media, data = "webp", encode_webp(fit_picture(upright, size), quality=95)
-    looks = (look(grey),) * limits.LOOKS
-    yield WrittenSample(sample_key(job.source.key), media, *size, 1, 0.0, looks), data, _about(job)
+    row = _row(job, sample_key(job.source.key), media, data, size, 1, 0.0)
+    yield JournalEntry(row, (look(grey),) * limits.LOOKS), data, _about(job)
+
+
+def _row(job: CutJob, key: str, suffix: str, media: bytes, size: tuple[int, int], frames: int, fps: float) -> Row:
+    """What the manifest says of a sample, but for where it lies."""
+    captions = job.captions
+    return Row(
+        key, "", 0, 0, job.source.kind, *size, frames, fps, len(captions), len(captions[0]) if captions else 0, suffix,
+        media_hash(media), job.source.folder,
+    )  # fmt: skip
 
 
 def _about(job: CutJob) -> dict[str, Any]:

@@ -106,9 +106,7 @@ class _Clips(Dataset[LoadedClip]):
 
     def __init__(self, tasks: list[Task], recipe: Recipe):
         self.tasks = tasks
-        reader = Reader(recipe.data.remote)
-        self.readers = {id(task.samples): Ahead(task.samples, reader) for task in tasks}
-        self.of = [id(task.samples) for task in tasks]
+        self.reader = Reader(recipe.data.remote)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -118,7 +116,7 @@ class _Clips(Dataset[LoadedClip]):
         if isinstance(task.samples, DrawnIndex):
             return LoadedClip(*task.samples.draw(task.number, task.shape, task.fps))
         try:
-            piece = self.readers[self.of[at]].get(task.number)
+            piece = Ahead(task.samples, self.reader).get(task.number)
             members = parse_sample(piece.data, task.samples.key(task.number))
             captions = captions_of(members)
             return LoadedClip(_decode(members, task), captions)

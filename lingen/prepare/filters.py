@@ -3,14 +3,13 @@
 are ours."""
 
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 
 from lingen.prepare.shots import Track
 from lingen.recipe.bounds import AtLeast, Between
-from lingen.recipe.signature import checked
+from lingen.recipe.signature import section
 
 LOOKS = 3
 """Frames of a clip that are compared with those of others: at 1/6, 1/2 and 5/6 of its length."""
@@ -33,8 +32,7 @@ TO_FRAMES = "bwdif=mode=send_field"
 """A filter of ffmpeg that makes a frame of each field."""
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class Filters:
     """Limits of `lingen data pack`; None switches a filter off. Raises SettingError for one out of bounds."""
 
@@ -50,48 +48,37 @@ class Filters:
     duplicates: Annotated[int | None, Between(0, BANDS - 1), f"of {64 * LOOKS} bits, how few may differ"] = 10
 
 
-class Rejection(NamedTuple):
-    """A reason for leaving something out, with the measured number."""
-
-    reason: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
-
-
-def judge_size(size: tuple[int, int], filters: Filters) -> Rejection | None:
-    """Is a picture of this height and width too small?"""
+def judge_size(size: tuple[int, int], filters: Filters) -> str | None:
+    """``reason: detail`` where a picture of this height and width is too small, else None."""
     if filters.min_side is not None and min(size) < filters.min_side:
-        return Rejection("small", f"{size[0]}x{size[1]} pixels, the shorter side is below {filters.min_side}")
+        return f"small: {size[0]}x{size[1]} pixels, the shorter side is below {filters.min_side}"
     return None
 
 
-def judge_film(track: Track, filters: Filters) -> Rejection | None:
-    """The reason to leave out a whole film; None where there is none."""
+def judge_film(track: Track, filters: Filters) -> str | None:
+    """``reason: detail`` for leaving out a whole film; None where there is none."""
     if filters.min_fps is not None and len(track.times) > 1 and track.fps_at_most < filters.min_fps:
-        return Rejection("slow", f"{track.fps:.3g} frames a second, fewer than {filters.min_fps:g}")
+        return f"slow: {track.fps:.3g} frames a second, fewer than {filters.min_fps:g}"
     if filters.hdr is not None and track.hdr > filters.hdr:
-        return Rejection("hdr", f"{track.hdr:.0%} of its frames are PQ or HLG; convert it with ffmpeg -vf {TO_SDR}")
+        return f"hdr: {track.hdr:.0%} of its frames are PQ or HLG; convert it with ffmpeg -vf {TO_SDR}"
     if filters.interlaced is not None and track.interlaced > filters.interlaced:
-        return Rejection("interlaced", f"{track.interlaced:.0%} of its frames; convert it with ffmpeg -vf {TO_FRAMES}")
+        return f"interlaced: {track.interlaced:.0%} of its frames; convert it with ffmpeg -vf {TO_FRAMES}"
     return judge_size(track.size, filters)
 
 
-def judge_clip(track: Track, first: int, end: int, filters: Filters) -> Rejection | None:
-    """The reason to leave out the frames from `first` to `end` (excluded) of a film; None where there is none."""
+def judge_clip(track: Track, first: int, end: int, filters: Filters) -> str | None:
+    """``reason: detail`` for leaving out the frames from `first` to `end` (excluded) of a film; None: there is none."""
     black = float((track.lit[first:end] < BLACK_FRAME).mean())
     if filters.black is not None and black > filters.black:
-        return Rejection("black", f"{black:.0%} of its frames")
+        return f"black: {black:.0%} of its frames"
     frozen = frozen_share(track.change[first + 1 : end], track.times[first:end])
     if filters.frozen is not None and frozen > filters.frozen:
-        return Rejection("frozen", f"{frozen:.0%} of its time")
+        return f"frozen: {frozen:.0%} of its time"
     motion, jerk = motion_of(track, first, end)
     if filters.still is not None and motion < filters.still:
-        return Rejection("still", f"moves by {motion:.2g} picture heights a second, less than {filters.still:g}")
+        return f"still: moves by {motion:.2g} picture heights a second, less than {filters.still:g}"
     if filters.jerky is not None and jerk > filters.jerky:
-        told = f"the camera jerks by {jerk:.2g} picture heights a second, more than {filters.jerky:g}"
-        return Rejection("jerky", told)
+        return f"jerky: the camera jerks by {jerk:.2g} picture heights a second, more than {filters.jerky:g}"
     return None
 
 

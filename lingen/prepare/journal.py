@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +69,7 @@ class Note(NamedTuple):
 
 
 class JournalEntry(NamedTuple):
-    """A sample in a shard."""
+    """A sample in a shard, or on its way there."""
 
     row: Row
     looks: tuple[int, ...] = ()
@@ -168,11 +167,12 @@ def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def _records(folder: Path, kind: str) -> Iterator[Record]:
-    return (read_record(path) for path in sorted(folder.glob(f"{kind}-*.json")))
+    return (parse_record(path.read_bytes()) for path in sorted(folder.glob(f"{kind}-*.json")))
 
 
-def read_record(path: Path) -> Record:
-    held = json.loads(path.read_text(encoding="utf-8"))
+def parse_record(text: str | bytes) -> Record:
+    """A record of the JSON of its `_asdict`."""
+    held = json.loads(text)
     entries = [JournalEntry(Row(*row), tuple(looks)) for row, looks in held["entries"]]
     return Record(entries, [Note(*note) for note in held["notes"]])
 
@@ -191,6 +191,9 @@ class ShardStream:
         self._number = 0
         self.committed = list(self._settle())
         """The records of earlier runs."""
+        notes = (note for record in self.committed for note in record.notes)
+        self._finished = {note.name: note.mark for note in notes if not note.reason}
+        """Everything that they are done with, and the marks of contents."""
         self._record = Record([], [])
         self._used: list[Path] = []
         self._open = contextlib.ExitStack()
@@ -203,7 +206,7 @@ class ShardStream:
             partial.unlink()
         paths = sorted(self.folder.records.glob(f"{self.kind}-*.json"))
         for path in paths:
-            record = read_record(path)
+            record = parse_record(path.read_bytes())
             shard = self._shard(path.stem)
             if not record.entries or shard.is_file():
                 self._number += 1
@@ -219,11 +222,6 @@ class ShardStream:
     @property
     def _stem(self) -> str:
         return f"{self.kind}-{self._number:05d}"
-
-    @cached_property
-    def _finished(self) -> dict[str, str]:
-        """Everything that earlier runs are done with, and the marks of contents."""
-        return {note.name: note.mark for record in self.committed for note in record.notes if not note.reason}
 
     def has(self, name: str, mark: str) -> bool:
         """Whether earlier runs are done with it. RecipeError where its content was another one then."""

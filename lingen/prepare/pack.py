@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from lingen.data.batch import Progress, no_progress
 from lingen.data.captions import NO_CAPTION
 from lingen.data.fingerprint import hash_settings, hash_weights
-from lingen.data.manifest import About, Row, media_hash
+from lingen.data.manifest import About, Row
 from lingen.prepare.captions import Captions
-from lingen.prepare.cut import ClipRequirements, CutJob, CutResult, WrittenSample, make_samples, read_samples
+from lingen.prepare.cut import OUTCOME, ClipRequirements, CutJob, make_samples, read_samples
 from lingen.prepare.filters import Duplicates, Filters
 from lingen.prepare.footage import Footage, MediaSource, look_through
-from lingen.prepare.journal import KEPT, JournalEntry, Note, Part, Record, SetFolder, ShardStream
+from lingen.prepare.journal import JournalEntry, Note, Part, Record, SetFolder, ShardStream
 from lingen.prepare.report import Report, write_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
@@ -111,20 +111,19 @@ def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) ->
     yield from (source for source in sources if source.key in finished)
     jobs = (_job(job, source, stream, marks[source.key]) for source in sources if source.key not in finished)
     ended = "unreadable: it ended the process that decoded it"
-    done = in_order(make_samples, jobs, job.processes, lambda one: CutResult([], [(one.source.key, ended)]))
+    done = in_order(make_samples, jobs, job.processes, lambda one: Record([], [Note(one.source.key, ended)]))
     for one, outcome in done:
-        notes = [Note(name, reason) for name, reason in outcome.drops]
-        notes += [Note(name, f"{KEPT}{reason}") for name, reason in outcome.told]
-        samples = read_samples(one.out) if outcome.samples else iter(())
-        for made, members in zip(outcome.samples, samples, strict=True):
-            if made.key in written:
+        notes = list(outcome.notes)
+        samples = read_samples(one.out) if outcome.entries else iter(())
+        for (row, looks), members in zip(outcome.entries, samples, strict=True):
+            if row.key in written:
                 continue  # where a killed run stopped
-            twin = seen.find(made.looks)
+            twin = seen.find(looks)
             if twin is not None:
-                notes.append(Note(made.key, f"near-duplicate: of {twin}"))
+                notes.append(Note(row.key, f"near-duplicate: of {twin}"))
                 continue
-            seen.add(made.key, made.looks)
-            stream.write({"__key__": made.key, **members}, _row(made, one, members[made.media]), made.looks)
+            seen.add(row.key, looks)
+            stream.write({"__key__": row.key, **members}, row, looks)
         stream.note([*notes, Note(one.source.key, mark=marks[one.source.key])], one.out)
         yield one.source
 
@@ -144,16 +143,9 @@ def _job(job: Packing, source: MediaSource, stream: ShardStream, mark: str) -> C
         captions = job.captions.of(source)
     except (ValueError, OSError) as error:
         fault = "" if str(error) == NO_CAPTION and job.keep_uncaptioned else str(error)
-    told = hashlib.blake2b(json.dumps([source.key, captions, mark]).encode(), digest_size=8).hexdigest()
+    # OUTCOME: what an earlier version left there has another form.
+    told = hashlib.blake2b(json.dumps([OUTCOME, source.key, captions, mark]).encode(), digest_size=8).hexdigest()
     return CutJob(source, captions, fault, job.wanted, job.filters, stream.folder.work / f"{stream.kind}-{told}.tar")
-
-
-def _row(made: WrittenSample, one: CutJob, media: bytes) -> Row:
-    return Row(
-        made.key, "", 0, 0, one.source.kind, made.height, made.width, made.frames, made.fps,
-        len(one.captions), len(one.captions[0]) if one.captions else 0, made.media, media_hash(media),
-        one.source.folder,
-    )  # fmt: skip
 
 
 def finish(folder: SetFolder, job: Packing, notes: list[Note]) -> Report:

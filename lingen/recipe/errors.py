@@ -1,7 +1,7 @@
 """Mistakes of users, told in sentences that name the place and the cure."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class RecipeError(ValueError):
@@ -18,6 +18,11 @@ class SettingError(RecipeError):
     def __init__(self, setting: str, *problems: str):
         super().__init__(*problems)
         self.setting = setting
+
+
+def no_such(kind: str, name: str, known: Collection[str]) -> str:
+    """``There is no stage called 'x'. Did you mean 'y'? Known: y, z.``"""
+    return f"There is no {kind} called '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -74,6 +74,12 @@ class Layered:
         self.origins |= {path + p[source_size:]: o for p, o in source.origins.items() if p[:source_size] == source_path}
         self.origins.setdefault(path, source.origin(source_path))
 
+    def wrap(self, path: Path, value: Any, key: str | int) -> None:
+        """Puts a mapping or list around the node at `path`, which stands under `key` in it and was written there."""
+        origin = self.origin(path)
+        self.put(path, value, self, path)
+        self.origins[path] = self.origins[(*path, key)] = origin
+
     def pop(self, key: str) -> Layered:
         """Takes one top-level mapping out, as a tree of its own; its origins keep the full keys."""
         value = self.tree.pop(key, None)

@@ -6,7 +6,7 @@ from functools import reduce
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, no_such
 from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_yaml, resolve
 from lingen.recipe.registry import (
     AUTOENCODERS,
@@ -83,9 +83,9 @@ def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -
     staged = bool(stages.tree)
     names = list(stages.tree) or [str(base.tree.get("stage") or "main")]
     unknown = [stage for stage in of_stage if stage not in names]
-    problems += [Problem("command line", unknown_stage(stage, names), f"stages.{stage}") for stage in unknown]
-    drafts = {name: _merge(base, _overlay(stages, name), plain, of_stage.get(name, []), problems) for name in names}
-    whole = _merge(base, Layered({}, {}), plain, [], problems)
+    problems += [Problem("command line", no_such("stage", stage, names), f"stages.{stage}") for stage in unknown]
+    drafts = {name: _merge(base, [_overlay(stages, name), *plain, *of_stage.get(name, [])], problems) for name in names}
+    whole = _merge(base, plain, problems)
     for draft in (whole, *drafts.values()):
         problems += resolve(draft, as_plain(Recipe()))
         spell_out(draft)
@@ -108,9 +108,7 @@ def raise_all(problems: Iterable[Problem]) -> None:
 def components_of(tree: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any], Registry]]:
     """Every component of a recipe: where it stands, its mapping, its registry."""
     for path, registry in COMPONENTS.items():
-        node: Any = tree
-        for key in path:
-            node = node.get(key) if isinstance(node, dict) else None
+        node = Layered(tree, {}).get(path)
         for index, one in enumerate(node) if isinstance(node, list) else [(None, node)]:
             if isinstance(one, dict):
                 yield path if index is None else (*path, index), one, registry
@@ -123,22 +121,12 @@ def spell_out(layered: Layered, prefix: Path = ()) -> None:
         value = layered.get(path)
         one = isinstance(value, dict) and "name" in value or isinstance(value, str) and "${" not in value
         if component in LISTED and one:
-            origin = layered.origin(path)
-            layered.put(path, [value], layered, path)
-            layered.origins[path] = layered.origins[(*path, 0)] = origin
+            layered.wrap(path, [value], 0)
             value = [value]
-        if isinstance(value, list):
-            for index, item in enumerate(value):
-                _spell_out_word(layered, (*path, index), item)
-        else:
-            _spell_out_word(layered, path, value)
-
-
-def _spell_out_word(layered: Layered, path: Path, word: Any) -> None:
-    if isinstance(word, str) and "${" not in word:
-        origin = layered.origin(path)
-        layered.put(path, {"name": word}, layered, path)
-        layered.origins[path] = layered.origins[(*path, "name")] = origin
+        places = [((*path, n), item) for n, item in enumerate(value)] if isinstance(value, list) else [(path, value)]
+        for place, word in places:
+            if isinstance(word, str) and "${" not in word:
+                layered.wrap(place, {"name": word}, "name")
 
 
 def _find(recipe: str | File, folder: File) -> RecipeText:
@@ -152,7 +140,7 @@ def _find(recipe: str | File, folder: File) -> RecipeText:
         return _read_file(shipped[name])
     if os.path.isdir(file) or os.sep in str(recipe):
         raise RecipeError(f"There is no recipe file {str(recipe)!r}.")
-    raise RecipeError(f"There is no recipe called '{name}'.{did_you_mean(name, shipped)} Known: {', '.join(shipped)}.")
+    raise RecipeError(no_such("recipe", name, shipped))
 
 
 def _read_file(file: File) -> RecipeText:
@@ -229,11 +217,6 @@ def _read_overrides(
     return plain, of_stage
 
 
-def unknown_stage(stage: str, names: list[str]) -> str:
-    """The sentence for a stage that does not exist."""
-    return f"There is no stage called '{stage}'.{did_you_mean(stage, names)} Known: {', '.join(names)}."
-
-
 def _overlay(stages: Layered, name: str) -> Layered:
     if not stages.tree:
         return Layered({}, {})
@@ -245,11 +228,9 @@ def _overlay(stages: Layered, name: str) -> Layered:
     return overlay
 
 
-def _merge(
-    base: Layered, overlay: Layered, plain: list[Layered], own: list[Layered], problems: list[Problem]
-) -> Layered:
+def _merge(base: Layered, layers: Sequence[Layered], problems: list[Problem]) -> Layered:
     merged = base.copy()
-    for layer in (overlay, *plain, *own):
+    for layer in layers:
         problems += _lay_over(merged, layer)
     if merged.tree.get("train") is None:  # all of its lines are commented out
         merged.tree["train"] = _defaults("").tree["train"]

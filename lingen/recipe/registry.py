@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, did_you_mean, no_such
 from lingen.recipe.signature import Path, Setting, check_settings, refusal, settings_of
 
 T = TypeVar("T")
@@ -139,11 +139,7 @@ class Registry:
 
     def unknown(self, name: str) -> str:
         """The sentence for a name that does not exist."""
-        known = self.names()
-        return (
-            f"There is no {self.kind} called '{name}'.{did_you_mean(name, known)} "
-            f"Known: {', '.join(known)}. To use your own, write 'module:Class'."
-        )
+        return f"{no_such(self.kind, name, self.names())} To use your own, write 'module:Class'."
 
     def settings(self, name: str) -> dict[str, Setting]:
         """What a recipe can set of a part. Errors as for the part itself."""
@@ -187,7 +183,7 @@ def _package(plugin: importlib.metadata.EntryPoint) -> str:
 
 MIXERS = Registry("mixer", "lingen.mixers", {
     "attention": "lingen.blocks.attention:Attention",
-    "linear_attention": "lingen.blocks.linear_attention:LinearAttention",
+    "linear_attention": "lingen.blocks.attention:LinearAttention",
     "mamba2": "lingen.blocks.mamba2:Mamba2",
     "temporal_swin": "lingen.blocks.temporal_swin:TemporalSwin",
     "mate": "lingen.blocks.mate:MATE",

@@ -5,12 +5,12 @@ inside goes before the section's.
 
 Plain dataclasses: neither torch nor omegaconf is imported. Every number that the paper does not give is ours."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from lingen.recipe.bounds import CONTENT, COURSE, FREE, IDENTITY, Above, AtLeast, Between, Finite
 from lingen.recipe.errors import SettingError
-from lingen.recipe.signature import checked
+from lingen.recipe.signature import section
 from lingen.recipe.subjects import SUBJECTS, Subject
 
 SHARE = Between(0, 1)
@@ -33,8 +33,7 @@ def _named(name: str) -> Any:
     return field(default_factory=lambda: {"name": name})
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class LinGenConfig:
     """The denoiser (paper, Figure 2)."""
 
@@ -66,8 +65,7 @@ class LinGenConfig:
     """At least any stage's grid: the loader works it out; a filled recipe of one stage carries it."""
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class Shards:
     """WebDataset tar files of each kind, or the manifest of a set of them: a path, an https:// or s3:// address, a
     glob, a brace pattern, or a list of them."""
@@ -76,8 +74,7 @@ class Shards:
     video: Annotated[str | list[str] | None, "shards of mp4/webm/webp + json or txt, or of encoded clips"] = None
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class PerKind:
     """A whole number for each kind of batch."""
 
@@ -85,8 +82,7 @@ class PerKind:
     video: int = 1
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class Remote:
     """How shards at https:// and s3:// are read."""
 
@@ -95,8 +91,7 @@ class Remote:
     cache_gb: Annotated[float, AtLeast(0), "disk space on each machine for what was read, GB; 0: nothing is kept"] = 0.0
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class DataConfig:
     """What a batch is made of and in which order."""
 
@@ -133,8 +128,7 @@ class DataConfig:
     cache_mb: Annotated[int, AtLeast(0), FREE, "decoded clips that each decoding process may keep in memory, MiB"] = 0
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class TimeConfig:
     """How training times are drawn (Movie Gen, section 3.1.2); time 0 = noise, 1 = data."""
 
@@ -149,8 +143,7 @@ class TimeConfig:
     ] = "auto"
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class PowerAverage:
     """Averaged weights that remember the same share of a stage at each of its steps (EDM2, arXiv 2312.02696, 3.1)."""
 
@@ -159,8 +152,7 @@ class PowerAverage:
     ]
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class TrainConfig:
     """One stage's optimisation."""
 
@@ -200,11 +192,15 @@ class TrainConfig:
     validation_samples: Annotated[int, AtLeast(1), FREE, "held-out samples in a validation loss"] = 32
     sample_every: Annotated[int, AtLeast(0), FREE, "steps between clips of sample.prompts; 0: at the stage's end"] = 0
     evaluate_every: Annotated[int, AtLeast(0), FREE, "steps between measures of held-out captions' clips; 0: none"] = 0
+    compile: Annotated[
+        Literal["auto", "off", "graph"],
+        FREE,
+        "whether steps are CUDA graphs, with the same weights: auto, where it works",
+    ] = "auto"
     watchdog: Annotated[int, AtLeast(0), FREE, "seconds without a sign of any rank that end a hung run; 0: off"] = 600
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class SampleConfig:
     """Defaults of sampling, used by validation and by `lingen sample`."""
 
@@ -240,8 +236,7 @@ class SampleConfig:
             raise SettingError("tile", f"tile={list(self.tile)} goes with decode=tiled, not with {self.decode}.")
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class ReconstructionConfig:
     """What an autoencoder is trained for; a weight of 0 leaves its term out, and what it needs is not built.
 
@@ -282,8 +277,7 @@ class ReconstructionConfig:
             raise SettingError("l1", f"l1=0 and no perceptual distance {why}.")
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class RewriteConfig:
     """A local chat model that makes a long prompt of the user's short one (paper: a Llama-3.1; settings ours)."""
 
@@ -295,8 +289,7 @@ class RewriteConfig:
     batch: Annotated[int, AtLeast(1), "prompts at a time, where nothing is drawn"] = 8
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class ScoreConfig:
     """The score at the end of the quickstart: does a sampled clip show the colour, shape and motion of its caption?"""
 
@@ -304,8 +297,7 @@ class ScoreConfig:
     split: Annotated[Literal["tune", "report"], "held-out captions: to tune settings on, or to report on"] = "report"
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@section
 class Recipe:
     """A checked recipe with every default filled in. With `stage` set, its overlay is merged and `stages` is empty."""
 

@@ -13,7 +13,8 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from itertools import repeat
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 from lingen.recipe.bounds import Bound, Mark
 from lingen.recipe.errors import SettingError, did_you_mean
@@ -21,6 +22,7 @@ from lingen.recipe.errors import SettingError, did_you_mean
 REQUIRED = inspect.Parameter.empty
 """The default of a setting that has none."""
 
+Part = TypeVar("Part")
 Path = tuple[str | int, ...]
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 PLURALS = {bool: "true or false", int: "whole numbers", float: "numbers", str: "texts"}
@@ -122,6 +124,13 @@ def checked(part: Any) -> Any:
     return part
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def section(part: type[Part]) -> type[Part]:
+    """Decorator: a section of a recipe, or of a file like one: a frozen dataclass of keyword arguments, `checked`."""
+    made: type[Part] = checked(dataclasses.dataclass(frozen=True, kw_only=True)(part))
+    return made
+
+
 def refusal(found: Found, part: str) -> SettingError:
     """The error of a part's constructor for mistakes in its settings; `part` says which, e.g. ``mixer 'mate'``."""
     return SettingError(str(found[0].path[0]), *(f"{one.text} (at {one.key} of {part})" for one in found))
@@ -217,6 +226,7 @@ def _check(value: Any, hint: Any) -> tuple[Any, Found]:
     if _is_union(hint):
         return _check_union(value, hint, arguments)
     if origin is Literal:
+        value = "off" if value is False and "off" in arguments else value  # how YAML reads that word
         fits = any(value == choice and type(value) is type(choice) for choice in arguments)
         return value, [] if fits else _expected(hint, value, did_you_mean(str(value), map(str, arguments)))
     if hint in SCALARS:
@@ -225,12 +235,8 @@ def _check(value: Any, hint: Any) -> tuple[Any, Found]:
         return value, [] if value is None else _expected(hint, value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _check_section(value, hint)
-    if (origin or hint) is tuple:
-        return _check_tuple(value, hint, arguments)
-    if (origin or hint) in LISTS:
-        return _check_items(value, hint, arguments)
-    if (origin or hint) in MAPPINGS:
-        return _check_mapping(value, hint, arguments)
+    if (origin or hint) in (tuple, *LISTS, *MAPPINGS):
+        return _check_entries(value, hint, origin or hint, arguments)
     return value, []
 
 
@@ -296,37 +302,21 @@ def _check_section(value: Any, section: Any) -> tuple[Any, Found]:
         return value, [*found, Mistake((error.setting,), str(error))]
 
 
-def _check_tuple(value: Any, hint: Any, arguments: tuple[Any, ...]) -> tuple[Any, Found]:
-    if not arguments or arguments[-1] is Ellipsis:
-        items, found = _check_items(value, hint, arguments)
-        return (tuple(items) if isinstance(items, list) else items), found
-    if not isinstance(value, (list, tuple)):
+def _check_entries(value: Any, hint: Any, kind: Any, arguments: tuple[Any, ...]) -> tuple[Any, Found]:
+    """Each entry of a list, a tuple or a mapping; a tuple of a given length has a hint for each."""
+    is_mapping, each = kind in MAPPINGS, bool(arguments) and kind is tuple and arguments[-1] is not Ellipsis
+    value = {} if value is None and is_mapping else value
+    if not isinstance(value, Mapping if is_mapping else (list, tuple)):
         return value, _expected(hint, value)
-    if len(value) != len(arguments):
+    if each and len(value) != len(arguments):
         return value, [Mistake((), f"Expected {describe(hint)}, got {len(value)}.")]
-    checked = [_check(item, one) for item, one in zip(value, arguments, strict=True)]
-    return tuple(item for item, _ in checked), _below(checked)
-
-
-def _check_items(value: Any, hint: Any, arguments: tuple[Any, ...]) -> tuple[Any, Found]:
-    if not isinstance(value, (list, tuple)):
-        return value, _expected(hint, value)
-    checked = [_check(item, arguments[0] if arguments else Any) for item in value]
-    return [item for item, _ in checked], _below(checked)
-
-
-def _check_mapping(value: Any, hint: Any, arguments: tuple[Any, ...]) -> tuple[Any, Found]:
-    if value is None:
-        value = {}
-    if not isinstance(value, Mapping):
-        return value, _expected(hint, value)
-    checked = {key: _check(item, arguments[1] if arguments else Any) for key, item in value.items()}
+    hints = arguments if each else repeat(arguments[is_mapping] if arguments else Any)
+    items = value if isinstance(value, Mapping) else dict(enumerate(value))
+    checked = {key: _check(item, one) for (key, item), one in zip(items.items(), hints, strict=False)}
     found = [one.below(key) for key, (_, mistakes) in checked.items() for one in mistakes]
-    return {key: item for key, (item, _) in checked.items()}, found
-
-
-def _below(checked: list[tuple[Any, Found]]) -> Found:
-    return [one.below(index) for index, (_, found) in enumerate(checked) for one in found]
+    if is_mapping:
+        return {key: item for key, (item, _) in checked.items()}, found
+    return (tuple if kind is tuple else list)(item for item, _ in checked.values()), found
 
 
 def _is_union(hint: Any) -> bool:

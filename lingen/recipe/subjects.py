@@ -12,54 +12,45 @@ if TYPE_CHECKING:
     from lingen.recipe.sections import Recipe
 
 
+def _later(path: str) -> Callable[..., Any]:
+    """What higher rooms know is named as ``module:function`` and imported when it is called, as a registry does, so
+    that words need no torch."""
+    return lambda *args, **settings: import_object(path)(*args, **settings)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A thing to train. What higher rooms know of it is named as ``module:object`` and imported when it is asked for,
-    as a registry does, so that words need no torch."""
+    """A thing to train."""
 
     section: str
     """The section of a recipe that says how it is built."""
     encoded: bool
     """May it train on shards of latents, with patches of them as tokens? Else it reads pixels, and has no tokens."""
-    module: str
-    """LightningModule: ``(recipe)``."""
-    weights: str
-    """``(recipe) -> nn.Module`` whose weights a stage hands to the next, on the meta device."""
-    frozen: str
-    """``(recipe, *, begun) -> list`` of what a stage uses as it is, on the meta device."""
-    forecast: str
-    """``(recipe) -> Plan``."""
+    build_module: Callable[[Recipe], Any]
+    """The LightningModule of a stage."""
+    build_weights: Callable[[Recipe], Any]
+    """What a stage trains and hands to the next, an nn.Module on the meta device. SettingError or RecipeError where it
+    cannot be built or trained."""
+    frozen_parts: Callable[..., list[Any]]
+    """``(recipe, *, begun=False)``: what a stage uses as it is, on the meta device, so that nothing is read. `begun`:
+    there is a checkpoint of the stage, so it needs no weights to start from."""
+    plan: Callable[[Recipe], Any]
+    """The forecast of a stage."""
     has_critic: Callable[[Recipe], bool]
     """Is a critic trained beside it?"""
-
-    def build_module(self, recipe: Recipe) -> Any:
-        """The LightningModule of a stage."""
-        return import_object(self.module)(recipe)
-
-    def build_weights(self, recipe: Recipe) -> Any:
-        """What a stage trains, on the meta device. SettingError or RecipeError where it cannot be built or trained."""
-        return import_object(self.weights)(recipe)
-
-    def frozen_parts(self, recipe: Recipe, *, begun: bool = False) -> list[Any]:
-        """What a stage uses as it is, on the meta device: nothing is read. `begun`: there is a checkpoint of the stage,
-        so it needs no weights to start from."""
-        return import_object(self.frozen)(recipe, begun=begun)
-
-    def plan(self, recipe: Recipe) -> Any:
-        """The forecast of a stage."""
-        return import_object(self.forecast)(recipe)
 
 
 SUBJECTS = {
     "denoiser": Subject(
-        section="model", encoded=True, module="lingen.training.denoiser:LinGenModule",
-        weights="lingen.plan.trial:denoiser_on_meta", frozen="lingen.plan.trial:parts_of_denoiser",
-        forecast="lingen.plan.forecast:plan_denoiser", has_critic=lambda recipe: False,
+        section="model", encoded=True, build_module=_later("lingen.training.denoiser:LinGenModule"),
+        build_weights=_later("lingen.plan.trial:denoiser_on_meta"), plan=_later("lingen.plan.forecast:plan_denoiser"),
+        frozen_parts=_later("lingen.plan.trial:parts_of_denoiser"), has_critic=lambda recipe: False,
     ),
     "autoencoder": Subject(
-        section="autoencoder", encoded=False, module="lingen.training.autoencoder:AutoencoderModule",
-        weights="lingen.plan.trial:autoencoder_on_meta", frozen="lingen.plan.trial:parts_of_autoencoder",
-        forecast="lingen.plan.autoencoder:plan_autoencoder",
+        section="autoencoder", encoded=False, build_module=_later("lingen.training.autoencoder:AutoencoderModule"),
+        build_weights=_later("lingen.plan.trial:autoencoder_on_meta"),
+        plan=_later("lingen.plan.forecast:plan_autoencoder"),
+        frozen_parts=_later("lingen.plan.trial:parts_of_autoencoder"),
         has_critic=lambda recipe: bool(recipe.reconstruction.adversarial),
     ),
 }  # fmt: skip

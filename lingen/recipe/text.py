@@ -39,10 +39,9 @@ def decode_text(data: bytes) -> str:
 
 def decode_json(data: bytes) -> Any:
     """The value of a JSON file. NoText, or ValueError ``broken JSON: ...``, where there is none."""
+    text = decode_text(data)
     try:
-        return json.loads(decode_text(data))
-    except NoText:
-        raise
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise ValueError(f"broken JSON: {error}") from error
 

@@ -81,9 +81,8 @@ def forecast_lines(runs: Runs, metric: str) -> Iterator[str]:
     found = [row for row in effects_of(runs, metric, "steps") if row["detectable"]]
     sizes = [detectable(seeds) * row["detectable"] / detectable(row["n"]) for row in found]
     told = f"{max(sizes):.3g}" if sizes else "unknown before two seeds of a variant are there"
-    spreads = (
-        f"{detectable(seeds):.3g} standard deviations of a paired difference" if seeds > 1 else "one seed shows none"
-    )
+    apart = "standard deviations of a paired difference"
+    spreads = f"{detectable(seeds):.3g} {apart}" if seeds > 1 else "one seed shows none"
     yield f"Smallest effect on {metric} that it could show (5%, power 80%): {told}; {spreads}."
     yield "All variants take the recipe's learning rate, whichever of them that was found for."
     for (name, seed), run in runs.items():

@@ -46,8 +46,12 @@ class Chat:
         """The model's answer to each conversation, and whether it ended before the limit."""
         how = {"tokenize": True, "add_generation_prompt": True, "padding": True, "return_tensors": "pt", **FIXED}
         inputs = self.tokenizer.apply_chat_template(talks, return_dict=True, **how).to(self.model.device)
-        asked = inputs["input_ids"].shape[1]
-        self._check_room(asked)
+        asked, room = inputs["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
+        if room is not None and asked + self.how.max_tokens > room:
+            raise RecipeError(
+                f"The model in {self.how.path} takes {room} tokens. Instruction and longest prompt have {asked}, the "
+                f"answer may have {self.how.max_tokens} (rewrite.max_tokens). Take another model, or less."
+            )
         drawn = {"do_sample": True, "temperature": self.how.temperature, "top_p": 1.0, "top_k": 0}
         likeliest = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         said = self.model.generate(
@@ -56,14 +60,6 @@ class Chat:
         )[:, asked:]  # fmt: skip
         ended = torch.isin(said, torch.tensor(self.ends, device=said.device)).any(1).tolist()
         return list(zip(self.tokenizer.batch_decode(said, skip_special_tokens=True), ended, strict=True))
-
-    def _check_room(self, asked: int) -> None:
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        if room is not None and asked + self.how.max_tokens > room:
-            raise RecipeError(
-                f"The model in {self.how.path} takes {room} tokens. Instruction and longest prompt have {asked}, the "
-                f"answer may have {self.how.max_tokens} (rewrite.max_tokens). Take another model, or less."
-            )
 
 
 def inspect(path: Path) -> None:

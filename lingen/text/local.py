@@ -151,15 +151,12 @@ class LocalEncoder(nn.Module, abc.ABC):
                     some = new[first : first + self.batch]
                     found.update(zip(some, reader.read([rows[text] for text in some]), strict=True))
             for text in new:
-                self._remember(dtype, text, found[text])
+                kept = found[text].cpu().clone()
+                if not torch.isfinite(kept).all():
+                    told = f"gives NaN or infinity in {str(dtype).removeprefix('torch.')}: set precision=fp32."
+                    raise RecipeError(f"The text encoder '{self.name}' {told}")
+                self._memory.put((dtype, text), kept)
         return found
-
-    def _remember(self, dtype: torch.dtype, text: str, tokens: Tensor) -> None:
-        kept = tokens.cpu().clone()
-        if not torch.isfinite(kept).all():
-            told = str(dtype).removeprefix("torch.")
-            raise RecipeError(f"The text encoder '{self.name}' gives NaN or infinity in {told}: set precision=fp32.")
-        self._memory.put((dtype, text), kept)
 
     def _ready(self, device: torch.device, dtype: torch.dtype) -> TextReader:
         if self._reader is not None and self._opened == (device, dtype):

@@ -25,9 +25,16 @@ class Cut:
         return [row[: self.limit] for row in rows]
 
 
-def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids [b n] with zeros behind the real ones, mask [b n]; n is at least 1."""
+def padded(
+    rows: list[list[int]], device: torch.device | str = "cpu", few_up_to: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """ids [b n] with zeros behind the real ones, mask [b n]; n is at least 1.
+
+    Args:
+        few_up_to: n is a multiple of 16 or this number: so there are few shapes.
+    """
     n = max([1, *map(len, rows)])
+    n = n if few_up_to is None else min(-(-n // 16) * 16, few_up_to)
     ids = torch.tensor([row + [0] * (n - len(row)) for row in rows], dtype=torch.long).view(len(rows), n)
     mask = torch.tensor([[i < len(row) for i in range(n)] for row in rows], dtype=torch.bool).view(len(rows), n)
     return ids.to(device), mask.to(device)

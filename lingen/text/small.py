@@ -43,7 +43,14 @@ class Words(nn.Module):
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """Tokens of the longest text's length, at least 1; an empty text is masked all over."""
-        ids, mask = padded(self.cut([self._ids(text) for text in texts]), self.position.device)
+        return self.embed(*(one.to(self.position.device) for one in self.read_ids(texts)))
+
+    def read_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """What `embed` takes, on the CPU."""
+        ids = self.cut([self._ids(text) for text in texts])
+        return padded(ids, few_up_to=len(self.position) if self.position.is_cuda else None)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         hidden = self.embedding(ids) + self.position[: ids.shape[1]]
         if self.layers is not None:  # an empty text attends to its padding, as a softmax over nothing is NaN
             hidden = self.layers(hidden, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
@@ -77,11 +84,18 @@ class Bytes(nn.Module):
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """A token for the start and one for each byte; an empty text is masked all over."""
+        return self.embed(*(one.to(self.position.device) for one in self.read_ids(texts)))
+
+    def read_ids(self, texts: list[str]) -> tuple[Tensor, ...]:
+        """What `embed` takes, on the CPU."""
         cut = self.cut([list(text.encode("utf-8", "replace")) for text in texts])
         # The start lets an empty text, too, attend to something: a softmax over nothing is NaN.
-        ids, real = padded([[_START, *text] for text in cut], self.position.device)
+        few_up_to = len(self.position) if self.position.is_cuda else None
+        ids, real = padded([[_START, *text] for text in cut], few_up_to=few_up_to)
+        return ids, real, torch.tensor([not text for text in cut])
+
+    def embed(self, ids: Tensor, real: Tensor, empty: Tensor) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         hidden = self.layers(self.embedding(ids) + self.position[: ids.shape[1]], src_key_padding_mask=~real)
-        empty = torch.tensor([not text for text in cut], device=real.device)
         return hidden, real & ~empty[:, None]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,23 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the parameters as they are now."""
-        if isinstance(self.decay, PowerAverage):
-            decay = (self.updates / (self.updates + 1)) ** (power_of_width(self.decay.width) + 1)
-        else:
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self._move(self.share(self.updates))
         self.updates += 1
+
+    @torch.no_grad()
+    def move(self, share: Tensor) -> None:
+        """`update` by a share on the device, which a graph may read; whoever calls it counts the update."""
+        self._move([share] * len(self._average))
+
+    def _move(self, share: Any) -> None:
         live = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self._average.values()), live, 1 - decay)
+        torch._foreach_lerp_(list(self._average.values()), live, share)
+
+    def share(self, n: int) -> float:
+        """Of the way to the parameters that update n goes."""
+        if isinstance(self.decay, PowerAverage):
+            return 1 - (n / (n + 1)) ** (power_of_width(self.decay.width) + 1)
+        return 1 - min(self.decay, (1 + n) / (10 + n))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -25,7 +25,8 @@ from lingen.recipe.registry import DECAYS
 from lingen.recipe.sections import Recipe
 from lingen.training.average import AveragedWeights
 from lingen.training.checkpoint import moments_of, open_checkpoint, restore
-from lingen.training.health import GoBack, NonFiniteError, Spike, SpikeWatch, told_samples
+from lingen.training.graph import StepGraphs, fused_here, graphs_of
+from lingen.training.health import GoBack, NonFiniteError, Spike, SpikeWatch, Step, told_samples
 from lingen.training.meter import Meter
 from lingen.training.pace import Pace, compared
 from lingen.training.sharding import clip_gradients
@@ -61,6 +62,10 @@ class Trained(lightning.LightningModule):
         self._seen: list[tuple[list[str], Tensor]] = []
         """Of each batch of this step, the samples and their losses."""
         self.spikes = SpikeWatch()
+        self.graphs: StepGraphs | None = None
+        """Where steps are CUDA graphs; it runs them in Lightning's stead."""
+        self.rms: dict[str, Tensor] | None = None
+        """Mean squares of the outputs of branches, where this step measures them (`lingen.training.rows.Rows`)."""
         self.pace = Pace()
         self.past: GoBack | None = None
         """The spike for which the stage goes on from an earlier step."""
@@ -121,6 +126,8 @@ class Trained(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.recipe.train, self.parameter_groups())
+        for group in optimizer.param_groups if fused_here(self) else ():
+            group |= {"fused": True, "foreach": False}
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -156,26 +163,45 @@ class Trained(lightning.LightningModule):
         return [self.trained_parameters().values()]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradient. A step that is not finite is thrown away, and one that spikes where `train.on_spike` says
-        so; a few in a row, or all of a stage, stop the run."""
-        settings, like = self.recipe.train, self.likeness(self._batch)
-        self._lr = float(optimizer.param_groups[0]["lr"])
-        norms = [clip_gradients(parameters, settings.clip_grad) for parameters in self.clipped_together()]
-        loss, norm, *others = self._of_all_ranks(norms)
+        """Clips the gradient; a step that is thrown away leaves none (`judge`)."""
+        self.note_rate(optimizer)
+        norms = self.clip()
+        loss, *sizes = self._of_all_ranks(norms)
         self.pace.step()
-        is_finite = all(map(math.isfinite, (loss, norm, *others)))
-        spike = self.spikes.look(like, loss, norm) if is_finite else None
+        step, self._seen = self.step_of(self._seen, loss, sizes), []
+        if not self.judge(step):
+            optimizer.zero_grad(set_to_none=True)
+
+    def note_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """For the next row. A fused AdamW takes the learning rate in float32, as a graph reads it."""
+        self._lr = float(optimizer.param_groups[0]["lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"]).item() if group["fused"] else group["lr"]
+
+    def clip(self) -> list[Tensor]:
+        """Clips the gradient; the norms before, of each set that is clipped together."""
+        return [clip_gradients(parameters, self.recipe.train.clip_grad) for parameters in self.clipped_together()]
+
+    def step_of(self, seen: list[tuple[list[str], Tensor]], loss: float, norms: Sequence[float]) -> Step:
+        """The step that is being done, of batches like the one that was noted last."""
+        return Step(self.global_step + 1, self._batch.kind, self.likeness(self._batch), seen, loss, norms)
+
+    def judge(self, step: Step) -> bool:
+        """Whether a step is kept. One that is not finite is thrown away, and one that spikes where `train.on_spike`
+        says so; a few in a row, or all of a stage, stop the run."""
+        is_finite = all(map(math.isfinite, (step.loss, *step.norms)))
+        spike = self.spikes.look(step.like, step.loss, step.norms[0]) if is_finite else None
         if spike is not None:
-            self._meet(spike)
-        if is_finite and (spike is None or settings.on_spike == "keep"):
-            self.bad_steps = 0
-            self.meter.keep()
-            for name in ("grad_norm", f"grad_norm/{self._batch.kind}"):
-                self.meter.add(name, norms[0][None])
-            self.spikes.learn(like, loss, norm)
-        else:
-            self._throw_away(optimizer, spike)
-        self._seen = []
+            self._meet(spike, step)
+        if not is_finite or (spike is not None and self.recipe.train.on_spike != "keep"):
+            self._throw_away(step, spike)
+            return False
+        self.bad_steps = 0
+        for name in ("grad_norm", f"grad_norm/{step.kind}"):
+            self.meter.add(name, torch.tensor([step.norms[0]]))
+        self.meter.keep()
+        self.spikes.learn(step.like, step.loss, step.norms[0])
+        return True
 
     def likeness(self, batch: Batch) -> str:
         """Names the steps that one of this batch is like, in the size of its loss and its gradient."""
@@ -183,49 +209,52 @@ class Trained(lightning.LightningModule):
 
     def _of_all_ranks(self, norms: Sequence[Tensor]) -> list[float]:
         """The mean loss of the step's samples and the norms, the same on all ranks; for this a GPU is waited for."""
-        losses = torch.cat([losses for _, losses in self._seen]).to(norms[0])
-        told = torch.stack([losses.sum(), losses.new_full((), len(losses)), *norms])
+        sums = [losses.sum().to(norms[0]) for _, losses in self._seen]
+        count = norms[0].new_full((), sum(len(losses) for _, losses in self._seen))
+        on_one = (norm.to(count) for norm in norms)  # one without a gradient is the CPU's
+        told = torch.stack([sum(sums[1:], sums[0]), count, *on_one])
         if is_connected():
             dist.all_reduce(told)
         total, count, *sums = told.tolist()
         return [total / count, *(one / place()[1] for one in sums)]
 
-    def _meet(self, spike: Spike) -> None:
+    def _meet(self, spike: Spike, step: Step) -> None:
         """Counts a spike, and says it with its samples; of several in a row only the first one is said."""
         self.meter.count("spikes", is_first_rank())
         if spike.is_news:
             done = f"train.on_spike={self.recipe.train.on_spike}"
-            self.say(f"{self._where()} spikes: {spike}; {done}; {self._samples()}")
+            self.say(f"{self._where(step)} spikes: {spike}; {done}; {_samples(step)}")
 
-    def _throw_away(self, optimizer: torch.optim.Optimizer, spike: Spike | None) -> None:
+    def _throw_away(self, step: Step, spike: Spike | None) -> None:
         """Leaves the step out. GoBack where training goes on from an earlier one, NonFiniteError where it ends."""
         self.bad_steps += 1
         self.meter.drop()
         self.meter.count("nonfinite_steps" if spike is None else "skipped_steps", is_first_rank())
-        optimizer.zero_grad(set_to_none=True)
         settings = self.recipe.train
         are_many = self.bad_steps >= min(settings.max_nonfinite, settings.steps)  # a shorter stage would be trained
         if settings.on_spike == "rollback" and (spike is not None or are_many):
-            data, what = cast(Any, self.trainer).datamodule, f"{spike or 'not finite'}; {self._samples()}"
-            step = self.global_step + 1
-            raise GoBack(step, data.taken(step), self.spikes.returns, f"{self._where()}: {what}")
+            data, what = cast(Any, self.trainer).datamodule, f"{spike or 'not finite'}; {_samples(step)}"
+            raise GoBack(step.number, data.taken(step.number), self.spikes.returns, f"{self._where(step)}: {what}")
         if are_many:
             what = "was not finite" if spike is None else "spiked"
             raise NonFiniteError(
-                f"The loss or its gradient {what} in {self.bad_steps} steps in a row, up to {self._where()}; "
-                f"{self._samples()}. Lower train.lr, lengthen train.warmup, or look at these samples. Nothing of these "
+                f"The loss or its gradient {what} in {self.bad_steps} steps in a row, up to {self._where(step)}; "
+                f"{_samples(step)}. Lower train.lr, lengthen train.warmup, or look at these samples. Nothing of these "
                 "steps was kept."
             )
 
-    def _where(self) -> str:
-        return f"step {self.global_step + 1} of stage '{self.recipe.stage or 'main'}'"
+    def _where(self, step: Step) -> str:
+        return f"step {step.number} of stage '{self.recipe.stage or 'main'}'"
 
-    def _samples(self) -> str:
-        own = [pair for keys, losses in self._seen for pair in zip(keys, losses.tolist(), strict=True)]
-        return told_samples(gather_objects(own))
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.graphs is None:
+            super().backward(loss, *args, **kwargs)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        if self.graphs is not None:
+            closure()  # runs `training_step`, which does it all
+            return
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         if self.average is not None and self.bad_steps == 0:
             with cast(Any, self.trainer).profiler.profile("average"):
                 self.average.update()
@@ -242,6 +271,11 @@ class Trained(lightning.LightningModule):
             cast(Any, self.trainer).datamodule.go_past(self.past.taken)
             self.spikes.returns = self.past.returns
             self.meter.count("rollbacks", is_first_rank())
+
+    def settle(self) -> None:
+        """Judges the steps that a graph has done, and that nobody has looked at yet; errors as for `judge`."""
+        if self.graphs is not None:
+            self.graphs.settle()
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside the block the parameters hold the averaged values; a module loaded for sampling holds only those."""
@@ -279,10 +313,17 @@ class Trained(lightning.LightningModule):
     def on_train_start(self) -> None:
         self.follow_recipe(self.trainer.optimizers[0], cast(Any, self.trainer.lr_scheduler_configs[0].scheduler))
         self._started = (clock.perf_counter(), self.global_step)
-        self.pace = Pace(self.own_parts(), self.device.type == "cuda")
+        self.graphs = graphs_of(self)
+        parts = self.own_parts() if self.graphs is None else ()
+        self.pace = Pace(parts, self.device.type == "cuda")
+
+    def on_train_end(self) -> None:
+        self.settle()
+        self.graphs = None  # and the memory that they hold
 
     def collect_metrics(self) -> dict[str, float]:
         """Means since the last call, over all ranks; speed in tokens per second of all ranks together."""
+        self.settle()
         values = self.meter.flush()
         seconds = clock.perf_counter() - self._started[0]
         values["lr"] = self._lr
@@ -310,6 +351,11 @@ class Trained(lightning.LightningModule):
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         # validation is not training time
         self._started = (self._started[0] + clock.perf_counter() - self._paused, self._started[1])
+
+
+def _samples(step: Step) -> str:
+    own = [pair for keys, losses in step.seen for pair in zip(keys, losses.tolist(), strict=True)]
+    return told_samples(gather_objects(own))
 
 
 def counts(batch: Batch) -> dict[str, float]:

@@ -107,11 +107,12 @@ class StepEdge(Callback):
 
         Args:
             wait: return when this one is complete, too."""
+        module = cast(Trained, trainer.lightning_module)
+        module.settle()
         self._saved = step
         for state in gather_objects(self._own.state_dict()):
             self.ledger.add(state)
         self._own = Ledger()
-        module = cast(Trained, trainer.lightning_module)
         tensors, state = tensors_of(module, trainer.optimizers[0]), state_of(trainer, module)
         self.saver.begin(step, tensors, state, self.ledger.as_json())
         if wait:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 ALIKE_MOST = 128
 """Steps that a step is compared with: the last ones of its like [ours]."""
 ALIKE_LEAST = 32
@@ -76,6 +78,22 @@ class Spike(NamedTuple):
             f"loss {self.loss:.4g} ({self.scores[0]:.1f} spreads above the median of {self.like}), "
             f"gradient norm {self.norm:.4g} ({self.scores[1]:.1f})"
         )
+
+
+class Step(NamedTuple):
+    """What an optimiser step tells of itself."""
+
+    number: int
+    """Within the stage, counted from 1."""
+    kind: str
+    like: str
+    """Names the steps that it is compared with."""
+    seen: list[tuple[list[str], Tensor]]
+    """Of each batch, its samples and their losses [b]."""
+    loss: float
+    """Mean of all ranks."""
+    norms: Sequence[float]
+    """Of gradients that are clipped together; the first one counts."""
 
 
 class SpikeWatch:

@@ -89,14 +89,21 @@ def _place(owner: Owner) -> str:
     return str(owner.get("host", "an unknown machine")).partition(" ")[0]
 
 
+def owner_of(folder: Path) -> tuple[Owner, float] | None:
+    """Who holds the lock of a folder, and for how many seconds he has not touched it; None: nobody that can be read."""
+    lock = folder / LOCK_NAME
+    try:
+        owner, silent = _read(lock), max(0.0, time.time() - lock.stat().st_mtime)
+    except OSError:
+        return None
+    return (owner, silent) if owner is not None else None
+
+
 def check_unlocked(folder: Path) -> None:
     """RecipeError where a living process trains in a folder. Writes nothing."""
-    lock = folder / LOCK_NAME
-    with contextlib.suppress(OSError):
-        owner = _read(lock)
-        silent = time.time() - lock.stat().st_mtime
-        if owner is not None and owner.get("host") == _host() and death_of(owner, silent) is None:
-            raise _refusal(lock, owner, silent)
+    held = owner_of(folder)
+    if held is not None and held[0].get("host") == _host() and death_of(*held) is None:
+        raise _refusal(folder / LOCK_NAME, *held)
 
 
 @contextlib.contextmanager

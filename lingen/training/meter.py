@@ -26,6 +26,15 @@ class Meter:
         """Adds to the sum `name`."""
         self._counts[name] = self._counts.get(name, 0) + amount
 
+    def take(self) -> list[tuple[str, Tensor]]:
+        """Gives away what was added to means since the last call, each a sum and a number [2], for `give`."""
+        taken, self._open = self._open, []
+        return taken
+
+    def give(self, names: list[str], sums: Tensor) -> None:
+        """Takes sums [n 2] of a step as `take` gave them, under their names."""
+        self._open += zip(names, sums, strict=True)
+
     def keep(self) -> None:
         """What was added to means since the last call counts."""
         for name, sums in self._open:

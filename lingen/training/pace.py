@@ -46,19 +46,24 @@ class Pace:
         self._own, self._steps, self._waited = 0.0, 0, own_writer().waited
         self._slowest = (-1, 0)
         for part in parts:
-            part.register_forward_pre_hook(lambda part, _: self._begun.update({part: self._mark()}))
-            part.register_forward_hook(lambda part, *_: self._end(part))
+            part.register_forward_pre_hook(lambda part, _: self._begun.update({part: self.mark()}))
+            part.register_forward_hook(lambda part, *_: self._end_of(part))
 
-    def _mark(self) -> Any:
+    def mark(self) -> Any:
+        """Now; on a GPU when it comes here."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _end(self, part: nn.Module) -> None:
+    def _end_of(self, part: nn.Module) -> None:
         if torch.is_grad_enabled():  # neither validation nor sampling
-            self._spans.append((self._begun[part], self._mark()))
+            self.end(self._begun[part])
+
+    def end(self, begun: Any) -> None:
+        """Counts what was between a `mark` and now as the rank's own."""
+        self._spans.append((begun, self.mark()))
 
     def step(self) -> None:
         """The forward pass of a step is over, on the GPU, too."""

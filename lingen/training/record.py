@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ class Held:
     """What a run folder says of its run."""
 
     about: dict[str, Any]
+    """What run.json holds; ``asked`` are courses that were asked for beside, for stages that were finished by then and
+    so kept theirs."""
     stages: dict[str, Stage]
     """Identity, and the course that each stage takes; of a finished one, that it took."""
-    asked: dict[str, Values] = field(default_factory=dict)
-    """Courses that were asked for beside, for stages that were finished by then and so kept theirs."""
 
 
 @dataclass
@@ -57,9 +57,7 @@ def read_held(folder: RunFolder) -> Held:
         stages = {name: Stage(about["identity"][name], about["course"][name]) for name in kept}
     except (KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"{folder.about} cannot be read ({error}). Name another folder with --run.") from error
-    if "identity" not in about:
-        return Held(about, described(_curriculum_of(folder).stages))
-    return Held(about, stages, about.get("asked", {}))
+    return Held(about, stages if "identity" in about else described(_curriculum_of(folder).stages))
 
 
 def _curriculum_of(folder: RunFolder) -> Curriculum:
@@ -84,10 +82,10 @@ def start(
     Raises:
         RecipeError: the folder holds another run, something that is no run, a finished stage of which another course
             is asked for, or one that is further on than it is to go."""
-    if not folder.about.is_file():
-        return _first(folder, curriculum, here, begins)
-    held = _completed(folder, read_held(folder), here)
-    _check_identity(folder, held, here, curriculum.stages[0].name)
+    name = curriculum.stages[0].name
+    is_new = not folder.about.is_file()
+    held = _new(folder, name, here) if is_new else _completed(folder, read_held(folder), here)
+    _check_identity(folder, held, here, name)
     _check_steps(folder, curriculum.stages)
     finished = {str(one.stage) for one in curriculum.stages if folder.finished_steps(str(one.stage)) >= one.train.steps}
     changes = _changes(held, here, finished)
@@ -111,18 +109,15 @@ def start(
     return Start(about, _true_recipe(folder, curriculum, set(asked)), lines)
 
 
-def _first(folder: RunFolder, curriculum: Curriculum, here: dict[str, Stage], begins: str) -> Start:
-    """The record of a new run."""
+def _new(folder: RunFolder, name: str, here: dict[str, Stage]) -> Held:
+    """A run that has not begun."""
     # Left by a first start that was killed before it wrote its record, or by `lingen submit`, which comes before it.
     left = ("lock.json", "run.json.")
     held = [one for one in folder.path.glob("*") if one.name != "submit" and not one.name.startswith(left)]
     if held or folder.path.exists() and not folder.path.is_dir():
         raise RecipeError(f"{folder.path} exists and is no run folder. Name a new or empty folder with --run.")
-    course = {name: stage.course for name, stage in here.items()}
-    about = {"recipe": curriculum.stages[0].name, "fingerprint": fingerprint(here), "stages": list(here), **_now()}
-    about |= {"identity": {name: stage.identity for name, stage in here.items()}}
-    about |= {"first_course": course, "course": course, "asked": {}, "history": [_entry(begins, 0, {})]}
-    return Start(about, curriculum.base, [])
+    about = {"recipe": name, "fingerprint": fingerprint(here), "stages": list(here), **_now(), "history": []}
+    return Held(about, here)
 
 
 def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
@@ -159,17 +154,16 @@ def _known(held: Values, here: Values) -> Values:
 
 def _named(found: Iterable[tuple[str, Any, Any]]) -> str:
     """``model.depth is 1 here and 2 there`` of each setting, once."""
-    lines = list(dict.fromkeys(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found))
-    return _first_of(lines)
+    return _first_of(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found)
 
 
 def told(changes: dict[str, list[Any]]) -> str:
     """``train.lr 0.002 -> 1e-05`` of each setting."""
-    parts = [f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items()]
-    return _first_of(parts)
+    return _first_of(f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items())
 
 
-def _first_of(parts: list[str]) -> str:
+def _first_of(words: Iterable[str]) -> str:
+    parts = list(dict.fromkeys(words))
     more = f" and {len(parts) - SETTINGS_NAMED} more" if len(parts) > SETTINGS_NAMED else ""
     return ", ".join(parts[:SETTINGS_NAMED]) + more
 
@@ -189,7 +183,8 @@ def _changes(held: Held, here: dict[str, Stage], finished: set[str]) -> Changes:
         change = other_course(held.stages[name].course, stage.course)
         if name in finished:  # how many ranks this machine would make is no wish
             change = {key: pair for key, pair in change.items() if not key.startswith(SAMPLES)}
-        if change and other_course(held.stages[name].course | held.asked.get(name, {}), stage.course):
+        asked = held.about.get("asked", {}).get(name, {})
+        if change and other_course(held.stages[name].course | asked, stage.course):
             found[name] = change
     return found
 

@@ -76,7 +76,6 @@ class Rows(Callback):
 
     def __init__(self) -> None:
         self._hooks: list[Any] = []
-        self._squares: dict[str, Tensor] = {}
 
     @staticmethod
     def _is_due(pl_module: Any, steps: int) -> bool:
@@ -86,15 +85,19 @@ class Rows(Callback):
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.recipe.train.accumulate or not self._is_due(pl_module, trainer.global_step + 1):
             return
+        pl_module.rms = {}
         for index, block in enumerate(blocks_of(pl_module)):
             for branch in ("ma", "te"):
                 part = getattr(block.mixer, branch, None)
                 if isinstance(part, nn.Module):
-                    self._hooks.append(part.register_forward_hook(self._note(f"mixer/{index:02d}/{branch}_rms")))
+                    name = f"mixer/{index:02d}/{branch}_rms"
+                    self._hooks.append(part.register_forward_hook(self._note(pl_module, name)))
 
-    def _note(self, name: str) -> Callable[..., None]:
+    @staticmethod
+    def _note(module: Trained, name: str) -> Callable[..., None]:
         def hook(part: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._squares[name] = output.detach().float().square().mean()
+            if module.rms is not None:
+                module.rms[name] = output.detach().float().square().mean()
 
         return hook
 
@@ -105,13 +108,17 @@ class Rows(Callback):
             return
         for hook in self._hooks:
             hook.remove()
-        # Over the tokens of all ranks, which have as many each.
-        ranks = gather_objects({name: float(square) for name, square in self._squares.items()})
-        rms = {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in self._squares}
-        for name, value in (rms | horizons(pl_module)).items():
+        pl_module.settle()
+        for name, value in (_all_rms(pl_module.rms or {}) | horizons(pl_module)).items():
             pl_module.meter.add(name, value[None])
-        self._hooks, self._squares = [], {}
+        self._hooks, pl_module.rms = [], None
         pl_module.log_row(pl_module.collect_metrics())
+
+
+def _all_rms(squares: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Over the tokens of all ranks, which have as many each."""
+    ranks = gather_objects({name: float(square) for name, square in squares.items()})
+    return {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in squares}
 
 
 def blocks_of(module: Trained) -> Iterable[Any]:

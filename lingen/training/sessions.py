@@ -105,8 +105,8 @@ def _failed(beats: list[heartbeat.Heartbeat]) -> list[heartbeat.Heartbeat]:
 
 def _suspects(beats: list[heartbeat.Heartbeat]) -> list[heartbeat.Heartbeat]:
     """Ranks whose last sign is clearly older than that of others, or that left no word where others did."""
-    youngest = min((beat.age for beat in beats), default=0.0)
-    silent = [beat for beat in beats if beat.age > youngest + 2 * heartbeat.BEAT]
+    youngest = min((beat.age_seconds for beat in beats), default=0.0)
+    silent = [beat for beat in beats if beat.age_seconds > youngest + 2 * heartbeat.BEAT]
     wordless = [beat for beat in beats if beat.ended is None]
     return silent or (wordless if len(wordless) < len(beats) else [])
 

@@ -7,9 +7,14 @@ import signal
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
+
+from lingen.data.manifest import Row
+from lingen.prepare.cut import CutJob, make_samples
+from lingen.prepare.journal import KEPT
 
 SIZE = (96, 128)
 
@@ -61,3 +66,20 @@ def explode(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGSEGV)
     return number * number
+
+
+class Cut(NamedTuple):
+    """What `make_samples` made of a source."""
+
+    samples: list[Row]
+    looks: list[tuple[int, ...]]
+    drops: list[tuple[str, str]]
+    told: list[tuple[str, str]]
+    """Of what was kept, but not as it is."""
+
+
+def cut_out(job: CutJob) -> Cut:
+    entries, notes = make_samples(job)
+    drops = [(name, reason) for name, reason, _ in notes if not reason.startswith(KEPT)]
+    told = [(name, reason.removeprefix(KEPT)) for name, reason, _ in notes if reason.startswith(KEPT)]
+    return Cut([entry.row for entry in entries], [entry.looks for entry in entries], drops, told)

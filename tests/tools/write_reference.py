@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, get_args
 import yaml
 
 import lingen
-from lingen.cli.catalogue import REGISTRIES, parts
 from lingen.cli.command import COMMANDS, UNSAID, Argument
+from lingen.cli.recipes import parts, registries
 from lingen.recipe.bounds import IDENTITY, Bound, Mark
 from lingen.recipe.marks import TRAINER
 from lingen.recipe.reading import COMPONENTS
@@ -154,7 +154,7 @@ What a recipe can name. `lingen list mixers` and its kin show the same, and part
 besides. Marks are those of [recipe keys](recipe.md).
 """
     ]
-    for title, registry in REGISTRIES.items():
+    for title, registry in registries().items():
         where = " and ".join(f"`{'.'.join(map(str, at))}`" for at, one in COMPONENTS.items() if one is registry)
         pages.append(f"## {title[0].upper()}{title[1:]}\n\n" + (f"Named at {where}.\n" if where else
                      "Named by the setting `scan` of a mixer.\n"))  # fmt: skip

@@ -14,9 +14,9 @@ from lingen.blocks.layers import clamp, head_count
 from lingen.blocks.scan import permutation
 from lingen.blocks.temporal_swin import window_padding
 from lingen.kernels.conv import conv_silu
-from lingen.kernels.cross_attention import cross_attention
+from lingen.kernels.cross_attention import TextKeys, cross_attention
 from lingen.kernels.gated_norm import gated_norm
-from lingen.kernels.modulate import add_norm, gated_add, norm_modulate
+from lingen.kernels.modulate import modulate
 from lingen.kernels.pool import pool
 from lingen.kernels.scan import rows_of, scan
 from lingen.kernels.swiglu import swiglu
@@ -164,7 +164,8 @@ def _make_cross(sizes: LayerSizes, normal: Normal) -> Inputs:
 
 def _cross(inputs: Inputs, sizes: LayerSizes, kernel: str) -> Tensor:
     mask = torch.ones(1, sizes.text, dtype=torch.bool, device=inputs["q"].device)
-    return cross_attention(**inputs, mask=mask, eps=1e-6, kernel=kernel)
+    q, k, v, *gains = inputs.values()
+    return cross_attention(q, TextKeys(k, v, mask), *gains, eps=1e-6, kernel=kernel)
 
 
 def _make_modulate(sizes: LayerSizes, normal: Normal, names: str) -> Inputs:
@@ -173,6 +174,12 @@ def _make_modulate(sizes: LayerSizes, normal: Normal, names: str) -> Inputs:
     made |= {"update": normal(1, *sizes.grid, sizes.dim), "positions": normal(*sizes.grid, sizes.dim)}
     made |= {name: normal(1, 1, sizes.dim).float() for name in ("gate", "scale", "shift")}
     return {name: made[name] for name in names.split()}
+
+
+def _modulate(inputs: Inputs, sizes: LayerSizes, kernel: str) -> tuple[Tensor, ...]:
+    """Of (x_new, normed) those that these operands have."""
+    results = zip(modulate(**inputs, kernel=kernel), ("update", "weight"), strict=True)
+    return tuple(result for result, operand in results if operand in inputs)
 
 
 def _window_flops(sizes: LayerSizes) -> float:
@@ -189,8 +196,8 @@ CASES = (
         for name, shifted in (("window attention", False), ("window attention, shifted", True))
     ),
     Case("cross-attention", _make_cross, _cross, lambda sizes: 4.0 * sizes.n * sizes.text * sizes.dim, 2.5),
-    Case("norm, modulate", partial(_make_modulate, names="x weight shift scale positions"), _plain(norm_modulate)),
-    Case("add, norm, modulate", partial(_make_modulate, names="x update weight gate shift scale"), _plain(add_norm)),
-    Case("gate, add", partial(_make_modulate, names="x update gate"), _plain(gated_add)),
+    Case("norm, modulate", partial(_make_modulate, names="x weight shift scale positions"), _modulate),
+    Case("add, norm, modulate", partial(_make_modulate, names="x update weight gate shift scale"), _modulate),
+    Case("gate, add", partial(_make_modulate, names="x update gate"), _modulate),
     Case("swiglu", lambda sizes, normal: {"gate_up": normal(1, sizes.n, 2 * sizes.hidden)}, _plain(swiglu)),
 )

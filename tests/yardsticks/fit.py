@@ -24,7 +24,8 @@ from .place import device_name
 from .results import GIB, Fields, Results
 
 WARM = 3
-"""Steps before anything is measured, in which kernels are compiled and the loader fills its queue."""
+"""Steps before anything is measured, in which kernels are compiled and the loader fills its queue; where steps become
+graphs, those with a row of the log are recorded at their second turn."""
 PARTS_OF_A_STEP = {
     "train_dataloader_next": "data",
     ".training_step": "forward",
@@ -79,11 +80,11 @@ class StepProfiler(Profiler):
 
 
 class LoopMeter(Callback):
-    """Measures the steps of a Trainer after `WARM` of them: `steps` undisturbed, `steps` by part, and on a GPU `steps`
+    """Measures the steps of a Trainer after `warm` of them: `steps` undisturbed, `steps` by part, and on a GPU `steps`
     under torch's profiler."""
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    def __init__(self, steps: int, warm: int):
+        self.steps, self.warm = steps, warm
         self.found: Fields = {}
         self.device_name = ""
         self._phase, self._began = -1, 0.0
@@ -101,7 +102,7 @@ class LoopMeter(Callback):
         return {"tokens": tokens, "tokens_per_second": tokens / seconds, **shares, **self.found}
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule, *args: Any) -> None:
-        done, device = trainer.global_step - WARM, module.device
+        done, device = trainer.global_step - self.warm, module.device
         phase = done // self.steps
         if done < 0 or done % self.steps or phase == self._phase:  # another batch of the same step
             return
@@ -141,16 +142,18 @@ def bench_fit(recipe: str, overrides: Sequence[str], stage: str | None, steps: i
     asked = load_for_training(recipe, overrides, stage).chosen(stage)[-1]
     device = results.device
     phases = 3 if device.type == "cuda" else 2
+    are_graphs = device.type == "cuda" and asked.train.compile != "off"
+    warm = WARM + 2 * asked.train.log_every * are_graphs
     for kind in (kind for kind in KINDS if getattr(asked.data.mix, kind)):
         one = {
-            "train.steps": phases * steps + WARM, "train.warmup": 0, "train.keep_optimizer": "false", "init": "null",
+            "train.steps": phases * steps + warm, "train.warmup": 0, "train.keep_optimizer": "false", "init": "null",
             "train.checkpoint_every": 10**9, "train.sample_every": 0, "train.validate_every": 0,
             "sample.prompts": "[]", "score.clips": 0, "trainer.devices": 1, "trainer.num_nodes": 1,
             **{f"data.mix.{other}": int(other == kind) for other in KINDS},
         }  # fmt: skip
         within = f"stages.{asked.stage}." if asked.stage else ""
         curriculum = load_for_training(recipe, [*overrides, *(f"{within}{key}={one[key]}" for key in one)], stage)
-        trained, meter = curriculum.chosen(asked.stage)[-1], LoopMeter(steps)
+        trained, meter = curriculum.chosen(asked.stage)[-1], LoopMeter(steps, warm)
         results.say(f"{kind}: {trained.train.steps} steps of stage {trained.stage or 'main'}")
         with tempfile.TemporaryDirectory() as folder:
             fit_curriculum(curriculum, run=Path(folder) / "run", stage=asked.stage, callbacks=[meter])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lingen.kernels.choice import interpreted
-from lingen.kernels.stock import chunk_scan
+from lingen.kernels.ssd import chunk_scan
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 

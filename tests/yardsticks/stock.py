@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from lingen.blocks.layers import RMSNorm, clamp, grid_of
 from lingen.blocks.mamba2 import Mamba2
 from lingen.blocks.temporal_swin import TemporalSwin
-from lingen.kernels.rotary import rotary_table, rotate
-from lingen.kernels.ssd import ssd
-from lingen.kernels.stock import chunk_scan
+from lingen.kernels.ssd import chunk_scan, ssd
+from lingen.kernels.window_attention import rotary_table, rotate
 from lingen.recipe.sections import Triple as Grid
 
 
