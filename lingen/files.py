@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,10 +50,10 @@ def check_place(folder: Path) -> None:
     around = next(one for one in (folder, *folder.parents) if one.exists())
     if not around.is_dir():
         raise RecipeError(f"Nothing can be written into {folder}: {around} is a file, not a folder. Name another one.")
-    if not os.access(around, os.W_OK | os.X_OK):
-        read_only = hasattr(os, "statvfs") and os.statvfs(around).f_flag & os.ST_RDONLY
-        why = "the place is read-only" if read_only else "this user may not"
-        raise RecipeError(f"Nothing can be written into {folder}: {why}. Name another one.")
+    try:
+        tempfile.TemporaryFile(dir=around).close()  # rights alone do not tell: root has them in /proc, too
+    except OSError as error:
+        raise RecipeError(f"Nothing can be written into {folder}: {error.strerror}. Name another one.") from error
 
 
 @contextlib.contextmanager

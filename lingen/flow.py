@@ -166,12 +166,9 @@ def clip_noise(shape: tuple[int, ...], seed: int, prompt: str, repetition: int) 
 
 
 def solve(
-    velocity: Velocity,
-    noise: Float[Tensor, "b *any"],
-    times: Float[Tensor, "n"],
-    solver: str = "euler",
+    velocity: Velocity, noise: Float[Tensor, "b *any"], times: Float[Tensor, "n"], solver: str = "euler",
     progress: Callable[[int, int], None] | None = None,
-) -> Float[Tensor, "b *any"]:
+) -> Float[Tensor, "b *any"]:  # fmt: skip
     """Integrates dx / dt = velocity(x, t) from noise at times[0] to times[-1], by one of `SOLVERS`. `progress` is
     called with (steps done, steps). Raises ValueError for an unknown solver."""
     if solver not in SOLVERS:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from lingen.data.datamodule import ClipData
 from lingen.plan.forecast import flop_a_step, plan
+from lingen.plan.practice import note_of_warmup
 from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
@@ -72,13 +73,9 @@ class Outcome:
 
 
 def fit(
-    recipe: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    run: str | Path | None = None,
-    stage: str | None = None,
+    recipe: str | Path, overrides: Sequence[str] = (), *, run: str | Path | None = None, stage: str | None = None,
     callbacks: Sequence[Callback] = (),
-) -> Path:
+) -> Path:  # fmt: skip
     """Trains a recipe as ``lingen fit`` does: every stage that is not finished, each handing over to the next. The same
     call again goes on where it was stopped.
 
@@ -240,6 +237,8 @@ def _train(
             continue
         signals.check()
         reporter.stage(settings, index + 1, len(stages), done=start.step)
+        if note := note_of_warmup(settings):
+            reporter.say(note)
         train_stage(folder, curriculum, index, start, reporter, callbacks)
     signals.by_first_rank(lambda: _score(folder, stages[-1], reporter))
     return Outcome(folder)

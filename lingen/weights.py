@@ -60,14 +60,10 @@ def export_weights(source: str | Path, out: str | Path, precision: str = "bf16")
     path = find_weights(source)
     metadata = read_metadata(path, OF_TRAINING)
     kept = {name: v for name, v in read_weights(path, "averaged").items() if not name.startswith("discriminator.")}
-    write_tensors(out, {f"averaged.{name}": value for name, value in lowered(kept, precision).items()}, metadata)
+    if precision == "bf16":
+        kept = {name: v.bfloat16() if v.ndim > 1 and v.is_floating_point() else v for name, v in kept.items()}
+    write_tensors(out, {f"averaged.{name}": value for name, value in kept.items()}, metadata)
     return out
-
-
-def lowered(tensors: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
-    """Tensors to share: with ``bf16`` everything of two or more axes in bfloat16, else as they are."""
-    low = {name for name, v in tensors.items() if precision == "bf16" and v.ndim > 1 and v.is_floating_point()}
-    return {name: value.bfloat16() if name in low else value for name, value in tensors.items()}
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = lambda value: value) -> str:

@@ -75,7 +75,7 @@ def test_the_folder_is_as_diffusers_has_it(exported: Path, tiny_run: Path):
     weights = "diffusion_pytorch_model.safetensors"
     assert files == {
         "model_index.json", "README.md", "recipe.yaml", "denoiser/config.json", f"denoiser/{weights}",
-        "autoencoder/config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
+        "autoencoder/config.json", "text_encoder/config.json", f"text_encoder/{weights}",
         "scheduler/scheduler_config.json",
     }  # fmt: skip
     index = json.loads((exported / "model_index.json").read_text())
@@ -120,7 +120,7 @@ def test_an_autoencoder_comes_along(tiny_shards: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "name",
     ["model_index.json", "denoiser/config.json", "denoiser/diffusion_pytorch_model.safetensors",
-     "autoencoder/config.json", "text_encoder/model.safetensors", "scheduler/scheduler_config.json"],
+     "autoencoder/config.json", "text_encoder/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["missing", "cut", "empty"])
 def test_what_is_missing_or_damaged_is_named_with_the_cure(folder: Path, name: str, how: str):

@@ -67,14 +67,11 @@ def settings_from_shapes(shapes: TensorShapes) -> dict[str, Any]:
     time, space = (2 ** len(found(rf"level\d+_down\.{axis}\.weight")) for axis in ("time", "space"))
     bias = found(r"middle_attention\.time\.bias")
     return {
-        "strides": (time, space, space),
-        "channels": shapes["mean"][0],
-        "width": width,
+        "strides": (time, space, space), "channels": shapes["mean"][0], "width": width,
         "multipliers": tuple(one // width for one in widths),
-        "blocks": len(found(r"level0_block\d+\.space\.conv2\.weight")),
-        "attention": bool(bias),
+        "blocks": len(found(r"level0_block\d+\.space\.conv2\.weight")), "attention": bool(bias),
         **({"reach": bias[0][1] // 2} if bias else {}),
-    }
+    }  # fmt: skip
 
 
 def _plain(value: Any) -> str:

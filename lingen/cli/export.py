@@ -16,11 +16,8 @@ from lingen.cli.command import DONE, argument, command
 )  # fmt: skip
 def export(args: argparse.Namespace) -> int:
     if args.to == "diffusers":
-        from lingen.sampling.pipeline import export_folder
-
-        print(export_folder(args.run, args.out, args.precision or "fp32"))
-        return DONE
-    from lingen.weights import export_weights
-
-    print(export_weights(args.run, args.out, args.precision or "bf16"))
+        from lingen.sampling.pipeline import export_folder as write
+    else:
+        from lingen.weights import export_weights as write
+    print(write(args.run, args.out, args.precision or ("fp32" if args.to == "diffusers" else "bf16")))
     return DONE

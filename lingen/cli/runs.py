@@ -311,10 +311,8 @@ def _demo_files(args: argparse.Namespace, prompt: str, progress: Callable[[int, 
 @cli.command(
     "latents that `lingen sample` saved -> MP4 and contact sheet",
     cli.argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
-    cli.argument("--out", default="clip.mp4", metavar="x.mp4"),
-    *cli.STREAM_FLAGS,
-    cli.IMPORT,
-)
+    cli.argument("--out", default="clip.mp4", metavar="x.mp4"), *cli.STREAM_FLAGS, cli.IMPORT,
+)  # fmt: skip
 def decode(args: argparse.Namespace) -> int:
     from lingen.sampling.files import decode_file
 

@@ -28,11 +28,9 @@ def frozen_settings(recipe: Recipe) -> dict[str, Any]:
     """Everything on which a recipe's latents and text embeddings depend. Null stands for a text encoder that is trained
     with the denoiser, because samples hold nothing of it, and for a path that does not exist on this machine."""
     return {
-        "made_by": MADE_BY,
-        "autoencoder": _frozen(AUTOENCODERS, recipe.autoencoder),
-        "text": [_frozen(TEXT_ENCODERS, component) for component in recipe.text],
-        "fps_prefix": recipe.data.fps_prefix,
-    }
+        "made_by": MADE_BY, "autoencoder": _frozen(AUTOENCODERS, recipe.autoencoder),
+        "text": [_frozen(TEXT_ENCODERS, component) for component in recipe.text], "fps_prefix": recipe.data.fps_prefix,
+    }  # fmt: skip
 
 
 def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:

@@ -22,6 +22,13 @@ def build_optimizer(settings: TrainConfig, groups: list[dict[str, Any]]) -> torc
     return made
 
 
+def note_of_warmup(recipe: Recipe) -> str | None:
+    """A sentence where a stage ends amid its warm-up."""
+    told, train = f"warning: stage {recipe.stage} ends amid its warm-up", recipe.train
+    reached = f"at {train.steps / max(1, train.warmup):.0%} of train.lr; lower train.warmup={train.warmup}"
+    return f"{told} (train.steps={train.steps}), {reached}." if train.warmup > train.steps else None
+
+
 def fault_in_training(registry: Registry, component: dict[str, Any], recipe: Recipe) -> str | None:
     """What a part owes and does not do, as a sentence; None where it keeps its contract."""
     checks = {OPTIMIZERS: _of_optimizer, DECAYS: _of_decay, LOSSES: _of_loss, CALLBACKS: _of_callback}

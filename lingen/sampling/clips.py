@@ -78,17 +78,10 @@ def takes_of(prompts: Sequence[str], rewritten: Sequence[str] = (), repeat: int 
 
 
 def generate(
-    run_or_checkpoint: str | Path | LinGenModule,
-    prompts: str | Sequence[str],
-    *,
-    seed: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seconds: float | None = None,
-    size: tuple[int, int] | None = None,
-    repeat: int = 1,
-    progress: Progress | None = None,
-) -> Iterator[np.ndarray]:
+    run_or_checkpoint: str | Path | LinGenModule, prompts: str | Sequence[str], *, seed: int | None = None,
+    steps: int | None = None, guidance: float | None = None, seconds: float | None = None,
+    size: tuple[int, int] | None = None, repeat: int = 1, progress: Progress | None = None,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Samples `repeat` clips for each prompt. On the same machine a clip is a function of the weights, these settings,
     the prompt and the number of its repetition, whatever else is in the list.
 
@@ -123,14 +116,9 @@ def generate(
 
 
 def sample_demo(
-    prompt: str,
-    *,
-    seconds: float = 4.0,
-    seed: int = 0,
-    steps: int | None = None,
-    weights: str | Path | None = None,
+    prompt: str, *, seconds: float = 4.0, seed: int = 0, steps: int | None = None, weights: str | Path | None = None,
     progress: Progress | None = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """uint8 [t h w 3], 12 frames a second, of a sentence in words of `lingen.data.theatre`; errors as of `generate`.
 
     Args:

@@ -30,7 +30,7 @@ from lingen.sampling.clips import clip_size, clips_of, settings_with, takes_of
 from lingen.training.denoiser import LinGenModule
 from lingen.training.folder import RunFolder
 from lingen.training.weights import averaged_state, load_denoiser, load_into
-from lingen.weights import WeightsError, find_weights, lowered, read_metadata, write_tensors
+from lingen.weights import WeightsError, find_weights, read_metadata, write_tensors
 
 _FORM = 1  # of such a folder; raised when an older reader could not use a new one
 _INDEX, _TIMES, _WEIGHTS = "model_index.json", "scheduler/scheduler_config.json", "diffusion_pytorch_model.safetensors"
@@ -101,9 +101,7 @@ def export_folder(source: str | Path, out: str | Path, precision: str = "fp32") 
     """Writes a run folder's last finished stage, or a weights file, as a folder for `LinGenPipeline`, with a model card
     and the recipe. Weights of denoiser, TAE and trained text encoders go into it; of other parts the place or name that
     the recipe has. RecipeError where something lies there, nothing can be written, or no denoiser is at `source`.
-
-    Args:
-        precision: ``fp32``, or ``bf16`` of everything of two or more axes."""
+    `precision`: ``fp32``, or ``bf16`` of everything of two or more axes."""
     path, weights = Path(out), find_weights(source)
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise RecipeError(f"{path} exists. Name a new or empty folder.")
@@ -126,9 +124,11 @@ def export_folder(source: str | Path, out: str | Path, precision: str = "fp32") 
             tensors = {key.removeprefix(start): one for key, one in state.items() if key.startswith(start)}
             if isinstance(part, TAE):
                 config, tensors = _of_tae(part)
+            if precision == "bf16":
+                tensors = {k: v.bfloat16() if v.ndim > 1 and v.is_floating_point() else v for k, v in tensors.items()}
             write_json(work / name / "config.json", {"_class_name": type(part).__name__, **config})
             if tensors:
-                write_tensors(_file(work / name), lowered(tensors, precision), {"format": "lingen"})
+                write_tensors(work / name / _WEIGHTS, tensors, {"format": "lingen"})
         write_json(work / _TIMES, times)
         write_json(work / _INDEX, index | {"_lingen_version": version_of("lingen"), "recipe": known})
         write_text(work / "recipe.yaml", metadata["recipe"])
@@ -143,16 +143,12 @@ def _of_tae(part: TAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"name": "tae", **sizes, "chunk": part.chunk, "path": _WEIGHTS}, part.state_dict()
 
 
-def _file(folder: Path) -> Path:
-    return folder / ("model.safetensors" if folder.name.startswith("text") else _WEIGHTS)
-
-
 def _weights(folder: Path) -> Path:
     try:
-        read_metadata(_file(folder))
+        read_metadata(folder / _WEIGHTS)
     except WeightsError as error:
-        raise WeightsError(_file(folder), f"{error.what} {_CURE}") from error
-    return _file(folder)
+        raise WeightsError(folder / _WEIGHTS, f"{error.what} {_CURE}") from error
+    return folder / _WEIGHTS
 
 
 def _read(file: Path) -> dict[str, Any]:

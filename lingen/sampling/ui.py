@@ -2,7 +2,6 @@
 
 import threading
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lingen.sampling import clips
 from lingen.sampling.files import sample_again, sample_to_files
 from lingen.sampling.notes import read_notes
 from lingen.training.weights import recipe_of
-from lingen.weights import WeightsError, find_weights, read_metadata
+from lingen.weights import find_weights
 
 NEWEST, PREVIEW_SECONDS = 24, 0.5
 """Clips of the gallery; the least time between two previews."""
@@ -42,12 +41,10 @@ class Watch:
 def models_in(runs: Path) -> list[tuple[str, str]]:
     """Name and path of what makes clips: what comes with lingen, and the finished runs in a folder."""
     builtin = Path(clips.__file__).with_name("theatre") / "denoiser.safetensors"
-    found = [("emoji theatre (built in)", str(builtin))] if builtin.is_file() else []
-    for run in sorted(about.parent for about in runs.glob("*/run.json")):
-        with suppress(WeightsError):  # of one that is not finished
-            if "\ntrains: autoencoder" not in read_metadata(find_weights(run))["recipe"]:
-                found.append((run.name, str(run)))
-    return found
+    finished = sorted({file.parents[2] for file in runs.glob("*/stages/*/weights.safetensors")})
+    own = [run for run in finished if "\ntrains: autoencoder" not in (run / "recipe.yaml").read_text(encoding="utf-8")]
+    found = {"emoji theatre (built in)": builtin} if builtin.is_file() else {}
+    return [(name, str(path)) for name, path in (found | {run.name: run for run in own}).items()]
 
 
 def open_page(runs: Path, out: Path, port: int) -> None:
@@ -63,18 +60,12 @@ def open_page(runs: Path, out: Path, port: int) -> None:
              guidance: float, bar: Any = gr.Progress()) -> tuple[str, list[str]]:  # fmt: skip  # noqa: B008
         with alone:
             path, watch.bar, watch.stopped = out / f"ui-{time.time_ns() // 10**6}.mp4", bar, False
-            how: Any = {
-                "seed": seed,
-                "guidance": guidance,
-                "seconds": seconds,
-                "size": (height, width),
-                "progress": watch,
-            }
+            how: Any = {"seed": seed, "guidance": guidance, "seconds": seconds, "size": (height, width)}
             try:
                 if old:
                     sample_again(old, path, progress=watch)
                 else:
-                    list(sample_to_files(model, [prompt], path, **how))
+                    next(sample_to_files(model, [prompt], path, progress=watch, **how))
             except ValueError as error:
                 raise gr.Error(str(error), title="No clip", print_exception=False) from error
         return str(path), newest()
@@ -105,8 +96,7 @@ def open_page(runs: Path, out: Path, port: int) -> None:
                     go, stop = gr.Button("Make", variant="primary"), gr.Button("Stop", variant="stop")
             preview = gr.Image(label="Preview", interactive=False, height=340, buttons=[], elem_id="preview")
             film = gr.Video(label="Clip", autoplay=True, loop=True, interactive=False, height=340)
-        still: Any = {"interactive": False, "allow_preview": False, "fit_columns": False, "buttons": []}
-        shelf = gr.Gallery(newest, label="Clips", columns=8, height=220, **still)
+        shelf = gr.Gallery(newest, label="Clips", columns=8, height=220, allow_preview=False, fit_columns=False)
         again = gr.Button("Make the chosen clip again", interactive=False)
         about = gr.JSON(label="What made the chosen clip", max_height=240)
         one: Any = {"concurrency_limit": 1, "concurrency_id": "sampler", "show_progress_on": film}
@@ -117,8 +107,8 @@ def open_page(runs: Path, out: Path, port: int) -> None:
         model.change(usual, model, numbers)
         gr.Timer(PREVIEW_SECONDS).tick(lambda watch: watch.frame, watch, preview, queue=False, show_progress="hidden")
         page.load(lambda: gr.Dropdown(known := models_in(runs), value=known[0][1]), None, model)
-    how: Any = {"server_name": "127.0.0.1", "server_port": port, "share": False, "allowed_paths": [str(out)]}
+    css = "#preview img {width: 100%; height: 100%; object-fit: contain}"
     try:
-        page.launch(**how, footer_links=[], css="#preview img {width: 100%; height: 100%; object-fit: contain}")
+        page.launch(server_name="127.0.0.1", server_port=port, allowed_paths=[str(out)], footer_links=[], css=css)
     except OSError as error:
         raise RecipeError(f"Nothing can listen at port {port} ({error}). Name another one with --port.") from error
