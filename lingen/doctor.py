@@ -78,7 +78,9 @@ def _lacks(recipe: Recipe) -> list[Missing]:
 
 def _there(recipe: Recipe) -> Iterator[str]:
     """Parts that need files and have them."""
-    names = _names(recipe)
+    named = [(component["name"], registry) for _, component, registry in components_of(as_plain(recipe))]
+    read = (AUTOENCODERS, TEXT_ENCODERS, PERCEPTUAL)
+    names = {registry[name]: name for name, registry in named if registry in read}
     for part in recipe.subject.frozen_parts(recipe) + _rewriters(recipe):
         if hasattr(part, "missing") and not isinstance(part, NoDistance) and not part.missing():
             name = names.get(type(part)) or getattr(part, "name", type(part).__name__)  # a rewriter stores its own name
@@ -89,12 +91,6 @@ def _rewriters(recipe: Recipe) -> list[Any]:
     from lingen.text.rewrite import Rewriter
 
     return [] if recipe.rewrite.path is None else [Rewriter(recipe.rewrite)]
-
-
-def _names(recipe: Recipe) -> dict[Any, str]:
-    """Constructor of each part that a recipe names -> the part's name in its registry."""
-    named = [(component["name"], registry) for _, component, registry in components_of(as_plain(recipe))]
-    return {registry[name]: name for name, registry in named if registry in (AUTOENCODERS, TEXT_ENCODERS, PERCEPTUAL)}
 
 
 def _init(recipe: Recipe) -> Iterator[Missing]:
@@ -137,7 +133,9 @@ def machine() -> Iterator[Line]:
     yield Line(True, "kernels", _kernels())
     yield _encoder()
     for name, folder in (("here", Path.cwd()), ("cache", cache_folder())):
-        yield _disk(name, folder)
+        there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        free = shutil.disk_usage(there).free / 1e9
+        yield Line(free >= LITTLE_DISK, f"disk ({name})", f"{free:,.0f} GB free at {folder}")
     for name, use in OPTIONAL.items():
         version = version_of(name)
         yield Line(version is not None, name, f"{version or 'not installed'}: {use}")
@@ -192,9 +190,3 @@ def _encoder() -> Line:
     except av.codec.codec.UnknownCodecError:
         return Line(False, "libx264", f"not in PyAV {version_of('av')}: no MP4 can be written; pip install -U av")
     return Line(True, "libx264", f"in PyAV {version_of('av')}")
-
-
-def _disk(name: str, folder: Path) -> Line:
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    free = shutil.disk_usage(there).free / 1e9
-    return Line(free >= LITTLE_DISK, f"disk ({name})", f"{free:,.0f} GB free at {folder}")

@@ -86,7 +86,7 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "reconstruction.discriminator_width": "8", "reconstruction.discriminator_layers": "2",
     "autoencoder.strides": "[1, 4, 4]", "autoencoder.channels": "8", "autoencoder.width": "16",
     "autoencoder.path": "FOLDER/tae.safetensors", "autoencoder.multipliers": "[1, 1, 1]", "autoencoder.blocks": "2",
-    "autoencoder.attention": "false", "autoencoder.reach": "1",
+    "autoencoder.attention": "false", "autoencoder.reach": "1", "autoencoder.patch": "2",
     # course
     "data.mix.image": "0", "data.mix.video": "3", "data.mix_by": "samples", "data.batch.image": "1",
     "data.batch.video": "2",
@@ -113,7 +113,7 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "trainer.deterministic": "true", "trainer.profiler": "simple", "trainer.detect_anomaly": "true",
     "autoencoder.chunk": "1", "autoencoder.checkpointing": "true",
     # only rounding
-    "model.mixer.kernel": "reference", "trainer.strategy": "ddp",
+    "model.mixer.kernel": "reference", "trainer.strategy": "ddp", "train.compile": "graph",
 }  # fmt: skip
 """Setting -> another legal value, or the overrides that make it another one."""
 OF_TAE = CHANGED | {
@@ -140,7 +140,7 @@ REASONS = {
 }
 """Settings that are not changed here, and why."""
 
-ROUNDING = ("model.mixer.kernel", "trainer.strategy")
+ROUNDING = ("model.mixer.kernel", "trainer.strategy", "train.compile")
 """Free settings that may change the last bits, and no more."""
 LIMIT = 1e-6
 
@@ -264,7 +264,7 @@ def test_free_settings_change_no_bit(begun: Path, usual: dict[str, Any], name: s
 
 
 @pytest.mark.parametrize("key", ROUNDING)
-def test_kernel_and_strategy_change_only_rounding(begun: Path, usual: dict[str, Any], key: str, tmp_path: Path):
+def test_kernel_strategy_and_graphs_change_only_rounding(begun: Path, usual: dict[str, Any], key: str, tmp_path: Path):
     found = state_after(begun, "quickstart_cpu", overrides_of(key, begun), tmp_path / "run")
     for one, value in usual["quickstart_cpu"].items():
         assert_close(one, value, found[one], LIMIT)

@@ -36,13 +36,9 @@ def spread_of(vae: Any, channels: int, scale: float) -> tuple[Tensor, Tensor]:
         told = "%s does not say how far its latents spread; the noise has a standard deviation of 1. Set 'scale' of "
         log.warning(told + "the autoencoder to 1 / that of its latents.", type(vae).__name__)
     shift = config.get("shift_factor") or 0.0
-    mean = _column([shift] * channels if means is None else means, channels)
-    std = _column([1.0] * channels if stds is None else stds, channels)
+    values = [shift] * channels if means is None else means, [1.0] * channels if stds is None else stds
+    mean, std = (torch.as_tensor(one, dtype=torch.float32).reshape(1, channels, -1, 1, 1) for one in values)
     return mean, std / (scale * (1.0 if factor is None else factor))
-
-
-def _column(values: Any, channels: int) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float32).reshape(1, channels, -1, 1, 1)
 
 
 def from_pretrained(folder: Path, class_name: str, dtype: torch.dtype) -> Any:

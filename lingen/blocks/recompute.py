@@ -5,12 +5,12 @@ from lingen.recipe.sections import LinGenConfig
 
 KEPT_BYTES = {
     "cpu": {"mate": 460, "mamba2": 400, "temporal_swin": 170, "attention": 145, "linear_attention": 160},
-    "cuda": {"mate": 148, "mamba2": 132, "temporal_swin": 94, "attention": 110},
+    "cuda": {"mate": 122, "mamba2": 106, "temporal_swin": 88, "attention": 104},
 }
 """What a block of this mixer keeps for the backward pass in float32, in bytes per token and unit of width, by the type
-of device: tensors that autograd saved, at width 256, with plain PyTorch on a CPU and the Triton kernels on an H100
-[ours]. Other devices count as a CPU, mixers of third parties as the largest entry."""
-SIXTEEN_BIT = {"cpu": 0.85, "cuda": 0.65}
+of device: tensors that autograd saved, at width 256 and 1,024, with plain PyTorch on a CPU and the Triton kernels on an
+H200 [ours]. Other devices count as a CPU, mixers of third parties as the largest entry."""
+SIXTEEN_BIT = {"cpu": 0.85, "cuda": 0.6}
 """The factor on it in 16 bits: with plain PyTorch the SSD's sums stay float32, on CUDA the residual stream does."""
 INPUT_BYTES = 4
 """Bytes of each number of a recomputed block's input: the residual stream is float32 in training."""

@@ -131,7 +131,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
     args.overrides = [*(f"imports={json.dumps([name])}" for name in getattr(args, "imports", ())), *rest]
     if not COMMANDS[args.command].takes_overrides:
-        import_all(getattr(args, "imports", ()))
+        for name in getattr(args, "imports", ()):
+            try:
+                import_module(name)
+            except RecipeError as error:
+                raise RecipeError(f"--import {name}: {error}") from error
     return args
 
 
@@ -157,15 +161,6 @@ def _check_command(words: Sequence[str]) -> None:
 
 def _no_command(command: str, word: str, known: Collection[str]) -> str:
     return f"There is no command '{command}'.{did_you_mean(word, known)} Known: {', '.join(known)}."
-
-
-def import_all(modules: Sequence[str]) -> None:
-    """What --import names, where no recipe is changed by it. RecipeError where one cannot be imported."""
-    for name in modules:
-        try:
-            import_module(name)
-        except RecipeError as error:
-            raise RecipeError(f"--import {name}: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

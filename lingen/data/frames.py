@@ -31,29 +31,25 @@ def refuse_bomb(width: int, height: int) -> None:
 
 
 def picture_stream(file: Any, reason: str) -> Any:
-    """The pictures of an opened video, to be decoded by one thread, as the processes share the cores. Raises ValueError
-    where there are none (with this `reason`), or where they are too large to be decoded."""
+    """The pictures of an opened video, to be decoded by one thread, as the processes share the cores: of its streams of
+    pictures the one that it declares as its default, else the first. Raises ValueError where there are none (with this
+    `reason`), or where they are too large to be decoded."""
+    from av.stream import Disposition
+
     if not file.streams.video:
         raise ValueError(f"{reason}: there is no picture in it")
-    stream = default_stream(file.streams.video)
-    if stream is None:
+    # Covers of sound files and thumbnails are no film.
+    cover = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    films = [stream for stream in file.streams.video if not stream.disposition & cover]
+    if not films:
         raise ValueError(f"{reason}: it holds a cover picture and no film")
+    stream = next((stream for stream in films if stream.disposition & Disposition.default), films[0])
     if stream.codec_context is None:
         raise ValueError(f"{reason}: FFmpeg knows no decoder for its pictures")
     refuse_bomb(stream.codec_context.width, stream.codec_context.height)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     stream.codec_context.thread_count = 1
     return stream
-
-
-def default_stream(streams: Sequence[Any]) -> Any:
-    """Of the streams of pictures the one that the file declares as its default, else the first; covers of sound files
-    and thumbnails are none. None where there is no film among them."""
-    from av.stream import Disposition
-
-    cover = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-    films = [stream for stream in streams if not stream.disposition & cover]
-    return next((stream for stream in films if stream.disposition & Disposition.default), films[0] if films else None)
 
 
 def decoder_of(stream: Any) -> Any:

@@ -58,10 +58,17 @@ def read_remote(location: str, offset: int, length: int, timeout: float) -> byte
 
 def stat_remote(location: str, timeout: float) -> Stat:
     """What is known of a file without reading it; errors as for `read_remote`."""
-    if not location.startswith("s3://"):
-        return _stat_http(location, timeout)
-    reply = _ask(location, timeout, "head_object", Key=urlsplit(location).path[1:])
-    return int(reply["ContentLength"]), reply["ETag"]
+    if location.startswith("s3://"):
+        reply = _ask(location, timeout, "head_object", Key=urlsplit(location).path[1:])
+        return int(reply["ContentLength"]), reply["ETag"]
+    data, headers = _get(location, 0, FIRST_LOOK, timeout)
+    end = headers.get("Content-Range", "").rpartition("/")[2]
+    if not end.isdigit():
+        raise SourceError(f"unreadable shard: {location}: the server does not tell its size")
+    version = headers.get("ETag", "") + headers.get("Last-Modified", "")
+    if not version and len(data) == int(end):
+        version = hashlib.sha256(data).hexdigest()
+    return int(end), version
 
 
 @cache
@@ -105,17 +112,6 @@ def _refusal(url: str, status: int) -> Exception:
         return SourceError(f"unreadable shard: {url}: the server ignores byte ranges; use one that serves them")
     message = f"unreadable shard: {url}: the server answers {status}; is the address right?"
     return SourceError(message, missing=status == 404)
-
-
-def _stat_http(url: str, timeout: float) -> Stat:
-    data, headers = _get(url, 0, FIRST_LOOK, timeout)
-    end = headers.get("Content-Range", "").rpartition("/")[2]
-    if not end.isdigit():
-        raise SourceError(f"unreadable shard: {url}: the server does not tell its size")
-    version = headers.get("ETag", "") + headers.get("Last-Modified", "")
-    if not version and len(data) == int(end):
-        version = hashlib.sha256(data).hexdigest()
-    return int(end), version
 
 
 @cache

@@ -5,6 +5,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,12 +57,10 @@ class Judge:
         digest = hashlib.sha256(data).hexdigest()
         asked = json.dumps([digest, clip.prompt, self.fingerprint], sort_keys=True)
         kept = self.cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.npz"
-        try:
-            with np.load(kept, allow_pickle=False) as held:
-                about = json.loads(str(held["about"]))
-                return Judged(features={name: held[name] for name in self.networks}, sha256=digest, **about)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not measured yet, or damaged
-            pass
+        # One that cannot be read is not measured yet, or damaged.
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept, allow_pickle=False) as held:
+            about = json.loads(str(held["about"]))
+            return Judged(features={name: held[name] for name in self.networks}, sha256=digest, **about)
         pixels, codec = show_clip(data, self.view)
         found = self.measure(pixels, clip.prompt)
         about = {"values": found.values | measure_shapes(read_video(data)[0], clip.prompt), "codec": codec}

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -151,9 +152,7 @@ def _page(content: dict[str, bytes], key: dict[str, Any]) -> str:
 
 def read_key(path: str | Path) -> dict[str, Any]:
     """The key of a study. RecipeError for any other file."""
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError):
         if (key := decode_json(Path(path).read_bytes()))["format"] == KEY_FORMAT:
             return dict(key)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
     raise RecipeError(f"{path} is not there, or no key of `lingen study make`, whose name ends with .key.json.")

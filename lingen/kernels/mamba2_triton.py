@@ -13,7 +13,7 @@ from lingen.kernels.conv_triton import conv_silu_backward, conv_silu_forward
 from lingen.kernels.gated_norm_triton import gated_norm_backward, gated_norm_forward
 from lingen.kernels.pool_triton import pool_backward, pool_forward
 from lingen.kernels.scan import chunk_of, rows_of, state_gradients
-from lingen.kernels.scan_backward_triton import scan_backward, step_gradients
+from lingen.kernels.scan_backward_triton import scan_backward
 from lingen.kernels.scan_triton import Scan, ScanSizes, scan_forward
 from lingen.recipe.sections import Triple
 
@@ -127,15 +127,14 @@ class Mamba2Core(torch.autograd.Function):
         )
         scan = _scan(xbc, dt, weights, plan)
         begin = _review(projected, weights, plan)
-        found = scan_backward(scan, dy, weights.d.sum(0), begin)
-        da, ddt_bias = step_gradients(scan, found, weights.a, plan.order, ddt)
+        du, da, dd, ddt_bias, dbegin = scan_backward(scan, dy, weights.a, weights.d.sum(0), begin, plan.order, ddt)
         dconv, dconv_bias = conv_silu_backward(
-            found.u, xbc, weights.conv, weights.conv_bias, plan.order, before=plan.before, segment=plan.segment,
+            du, xbc, weights.conv, weights.conv_bias, plan.order, before=plan.before, segment=plan.segment,
             out=dxbc,
         )  # fmt: skip
-        grads = Weights(dconv, dconv_bias, da, found.d.expand_as(weights.d), ddt_bias, dnorm)
+        grads = Weights(dconv, dconv_bias, da, dd.expand_as(weights.d), ddt_bias, dnorm)
         if plan.review is not None:
-            grads = _review_backward(projected, weights, plan, found.begin, dprojected, grads)
+            grads = _review_backward(projected, weights, plan, dbegin, dprojected, grads)
         return dprojected, None, *grads
 
 

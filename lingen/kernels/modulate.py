@@ -50,7 +50,12 @@ def modulate(
         from lingen.kernels.modulate_triton import Operands, fused
 
         return fused(Operands(*operands), eps, dtype or x.dtype, out)
-    x_new = x if update is None else _added(x, update, gate, out)
+    x_new = x
+    if update is not None:
+        high = torch.promote_types(x.dtype, torch.float32)
+        added = update if gate is None else update * gate[:, :, None, None]
+        x_new = (x.to(high) + added.to(high)).to(x.dtype)
+        x_new = x_new if out is None else out.copy_(x_new)
     if weight is None:
         return x_new, None
     return x_new, _normed(x_new, weight, shift, scale, positions, eps=eps, dtype=dtype or x.dtype)
@@ -69,14 +74,6 @@ def _normed(
     if shift is not None:
         y = y + shift[:, :, None, None]
     return quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype)
-
-
-def _added(x: Tensor, update: Tensor, gate: Tensor | None, out: Tensor | None) -> Tensor:
-    if gate is not None:
-        update = update * gate[:, :, None, None]
-    high = torch.promote_types(x.dtype, torch.float32)
-    x_new = (x.to(high) + update.to(high)).to(x.dtype)
-    return x_new if out is None else out.copy_(x_new)
 
 
 def _check(x: Tensor, dtype: torch.dtype | None, *tensors: Tensor | None, out: Tensor | None = None) -> None:

@@ -2,8 +2,6 @@
 scan, and its states alone, with a gradient. The formulas stand in `lingen.kernels.scan_triton`, the names of the
 kernels' arguments in `lingen.kernels`."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -138,18 +136,6 @@ def _scan_inter(
     tl.store(out + (start + i)[:, None] * out_row + group * S + s[None, :], acc.to(out.dtype.element_ty), mask=s_ok)
 
 
-class Gradients(NamedTuple):
-    """Gradients of a scan's inputs."""
-
-    u: Tensor
-    steps: Tensor
-    """[b r k rows] of the steps after softplus, through dt x alone."""
-    decays: Tensor
-    """[b r k rows] of dt a of each token."""
-    d: Tensor
-    begin: Tensor
-
-
 def _pairs_backward(scan: Scan, dy: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the products [b chunks g q q] and, by row and by column, of the weights [b r k rows]; dy x."""
     sizes, half = scan.sizes, scan.chunk // 2
@@ -183,8 +169,11 @@ def _inter_backward(scan: Scan, v: Tensor, states: Tensor, dpairs: Tensor, out: 
     return by_token
 
 
-def scan_backward(scan: Scan, dy: Tensor, d: Tensor, begin: Tensor | None) -> Gradients:
-    """All gradients; dy [b rows k*e] in scan order, zeros behind the last token. States are computed again."""
+def scan_backward(
+    scan: Scan, dy: Tensor, a: Tensor, d: Tensor, begin: Tensor | None, index: Tensor | None, ddt: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, of a [r k], of d [k], of the bias [r k], and of begin; that of the raw steps is written to `ddt`
+    [b n k], in raster order. dy [b rows k*e] in scan order, zeros behind the last token. States are computed again."""
     du = torch.empty_like(scan.u)
     dx, db, dc = du.split(scan.sizes.parts, -1)
     states, _, _ = scan.states(scan.x, scan.b, begin)
@@ -199,7 +188,14 @@ def scan_backward(scan: Scan, dy: Tensor, d: Tensor, begin: Tensor | None) -> Gr
     diagonal = pairs.diagonal(dim1=-2, dim2=-1).transpose(1, 2).flatten(2).repeat_interleave(scan.per_group, 1)
     through_steps = column + by_column + (own * diagonal)[:, None]
     decays = _of_decays(scan, by_row + row, scan.steps * by_column, scan.steps * column, met)
-    return Gradients(du, through_steps, decays, own.sum((0, 2)), dbegin)
+    # softplus' = sigmoid = 1 - exp(-softplus)
+    raw = (through_steps + a[..., None] * decays) * -torch.expm1(-scan.steps)
+    in_order = raw.sum(1)[..., : ddt.shape[1]].mT
+    if index is None:
+        ddt.copy_(in_order)
+    else:
+        ddt[:, index] = in_order.to(ddt.dtype)
+    return du, (decays * scan.steps).sum((0, 3)), own.sum((0, 2)), raw.sum((0, 3)), dbegin
 
 
 def _of_decays(scan: Scan, rows: Tensor, inside: Tensor, later: Tensor, met: Tensor) -> Tensor:
@@ -219,18 +215,6 @@ def _of_decays(scan: Scan, rows: Tensor, inside: Tensor, later: Tensor, met: Ten
     return (decays + (later.sum(-1) + met)[..., None]).flatten(-2)
 
 
-def step_gradients(scan: Scan, found: Gradients, a: Tensor, index: Tensor | None, ddt: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a and of the bias [r k]; that of the raw steps is written to `ddt` [b n k], in raster order."""
-    # softplus' = sigmoid = 1 - exp(-softplus)
-    raw = (found.steps + a[..., None] * found.decays) * -torch.expm1(-scan.steps)
-    in_order = raw.sum(1)[..., : ddt.shape[1]].mT
-    if index is None:
-        ddt.copy_(in_order)
-    else:
-        ddt[:, index] = in_order.to(ddt.dtype)
-    return (found.decays * scan.steps).sum((0, 3)), raw.sum((0, 3))
-
-
 class FusedScan(torch.autograd.Function):
     """`lingen.kernels.scan.scan` with kernel="triton"; saves its inputs and recomputes the rest for the gradient."""
 
@@ -244,11 +228,9 @@ class FusedScan(torch.autograd.Function):
     def backward(ctx, dy):
         u, dt, a, d, bias, index, begin = ctx.saved_tensors
         scan = Scan(u, dt, a, bias, index, ctx.sizes, ctx.chunk)
-        found = scan_backward(scan, dy.contiguous(), d.sum(0), begin)
         ddt = torch.empty(dt.shape, device=dt.device, dtype=dt.dtype)
-        da, dbias = step_gradients(scan, found, a, index, ddt)
-        begins = None if begin is None else found.begin
-        return found.u, ddt, da, found.d.expand_as(d), dbias, None, begins, None, None
+        du, da, dd, dbias, dbegin = scan_backward(scan, dy.contiguous(), a, d.sum(0), begin, index, ddt)
+        return du, ddt, da, dd.expand_as(d), dbias, None, None if begin is None else dbegin, None, None
 
 
 class FusedState(torch.autograd.Function):

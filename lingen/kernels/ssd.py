@@ -52,7 +52,10 @@ def ssd(
     tokens; "stock" is mamba_ssm on CUDA; "auto" is "chunked". `lingen.kernels.scan` has a Triton kernel. Where
     nothing is computed and products are counted, all of them are "chunked", "stock" in chunks of its own length.
     Raises ValueError for an unknown or unavailable kernel and for shapes that do not fit."""
-    _check(x, b, chunk)
+    if x.shape[1] == 0 or chunk < 1:
+        raise ValueError(f"ssd needs at least one token and a chunk of at least 1, not {x.shape[1]} and {chunk}.")
+    if x.shape[2] % b.shape[2]:
+        raise ValueError(f"{b.shape[2]} groups do not divide {x.shape[2]} heads.")
     run = {"auto": _chunked, "chunked": _chunked, "reference": _reference, "stock": _stock}.get(kernel)
     if run is None:
         raise ValueError(f"There is no SSD kernel called {kernel!r}. Known: {', '.join(SSD_KERNELS)}.")
@@ -67,13 +70,6 @@ def ssd(
         if d is not None:
             y = y + x.to(y.dtype) * d.to(y.dtype)[:, None]
     return y.to(x.dtype)
-
-
-def _check(x: Tensor, b: Tensor, chunk: int) -> None:
-    if x.shape[1] == 0 or chunk < 1:
-        raise ValueError(f"ssd needs at least one token and a chunk of at least 1, not {x.shape[1]} and {chunk}.")
-    if x.shape[2] % b.shape[2]:
-        raise ValueError(f"{b.shape[2]} groups do not divide {x.shape[2]} heads.")
 
 
 def _reference(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, chunk: int) -> Tensor:

@@ -22,11 +22,10 @@ def signal_seconds(stages: Sequence[Recipe], plans: Sequence[Plan]) -> int:
     """Seconds between the signal and the end of a job, by the forecast of its stages: twice the longest act that no
     signal ends, which is an optimiser step or a sampled clip, and a checkpoint. Of a GPU that is not known here the
     slowest known is taken."""
-    both = list(zip(stages, plans, strict=True))
     speeds = {True: CPU_FLOPS, False: SLOWEST_SHARE * min(PEAK_FLOPS.values())}
     act = max(
         max(_step_flop(one, forecast), _clip_flop(one, forecast)) / speeds[one.trainer.get("accelerator") == "cpu"]
-        for one, forecast in both
+        for one, forecast in zip(stages, plans, strict=True)
     )
     checkpoint = max(forecast.checkpoint for forecast in plans) / WRITE_SPEED
     needed = 2 * act + checkpoint + SLURM_DELAY

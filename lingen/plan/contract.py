@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -31,15 +32,13 @@ def broken_contract(registry: Registry, component: dict[str, Any], part: Any, *p
     made = type(part).__init__
     if made is not nn.Module.__init__ and any(p.kind is p.VAR_KEYWORD for p in signature(made).parameters.values()):
         return "its `**kwargs` would take a key with a typing mistake; name its settings, each after `*`."
-    try:
+    with suppress(_Unreadable):  # training on encoded shards may need no such file
         if registry is AUTOENCODERS:
             return _of_autoencoder(part, lambda: registry.build(component))
         if registry is TEXT_ENCODERS:
             return _of_text_encoder(part, lambda: registry.build(component))
         if registry is MIXERS:
             return _of_mixer(part, positional[0], lambda: registry.build(component, *positional))
-    except _Unreadable:
-        pass  # training on encoded shards may need no such file
     return None
 
 
@@ -170,11 +169,8 @@ def _tried(
     """What a part gives, and a sentence where it fails: on the meta device, and where that fails on the CPU."""
     with torch.no_grad():
         if on_meta:
-            try:
-                with torch.device("meta"):
-                    return run(part), None
-            except Exception:  # it may look at numbers: it is tried where there are some
-                pass
+            with suppress(Exception), torch.device("meta"):  # it may look at numbers: it is tried where there are some
+                return run(part), None
         try:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 return run(build()), None

@@ -152,16 +152,14 @@ def to_yaml(recipe: Recipe) -> str:
     """The filled recipe as YAML; loading it again gives an equal recipe."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
-        pass
-
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
         value = value.replace("${", "\\${")
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="'" if _is_number(value) else None)
 
-    Dumper.add_representer(str, text)
-    tree = as_plain(recipe)
-    tree = {key: value for key, value in tree.items() if not (key in ("stage", "stages") and not value)}
+    class Dumper(yaml.SafeDumper):
+        yaml_representers = {**yaml.SafeDumper.yaml_representers, str: text}
+
+    tree = {key: value for key, value in as_plain(recipe).items() if value or key not in ("stage", "stages")}
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 

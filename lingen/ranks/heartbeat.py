@@ -83,9 +83,9 @@ class HeartbeatWriter:
         self.path = folder / f"{rank:05d}.json"
         self._told: dict[str, Any] = {
             "rank": rank, "ranks": ranks, "host": host_name(), "pid": os.getpid(), "session": session,
+            "stage": None, "step": 0, "doing": "start", "ended": None,
         }  # fmt: skip
-        self._place: tuple[str | None, int] = (None, 0)
-        self._doing, self._since = "start", time.monotonic()
+        self._since = time.monotonic()
         self._spent: Counter[str] = Counter()
         self._samples: Samples = ([], [])
         self._turns = 0
@@ -93,7 +93,6 @@ class HeartbeatWriter:
         """Seconds of silence of all ranks that are too long (`lingen.ranks.watchdog`); 0: none are."""
         self._lock, self._file = threading.Lock(), threading.Lock()
         self._over = threading.Event()
-        self._ended: str | None = None
         self.pace: tuple[float, float] | None = None
         """See `Heartbeat.pace`."""
         self.waited = 0.0
@@ -110,12 +109,13 @@ class HeartbeatWriter:
             samples: of its last batch, and those that it waits for."""
         now = time.monotonic()
         with self._lock:
-            self._spent[self._doing] += now - self._since  # type: ignore[assignment]
-            self.waited += (now - self._since) * (self._doing == "data")
-            self._doing, self._since = doing or self._doing, now
+            before = self._told["doing"]
+            self._spent[before] += now - self._since  # type: ignore[assignment]
+            self.waited += (now - self._since) * (before == "data")
+            given = {"doing": doing, "stage": stage, "step": step}
+            self._told |= {key: value for key, value in given.items() if value is not None}
+            self._since, self._samples = now, samples or self._samples
             self._turns += stage is not None
-            self._samples = samples or self._samples
-            self._place = (stage or self._place[0], self._place[1] if step is None else step)
 
     def silence(self) -> float:
         """Seconds since the last sign."""
@@ -129,24 +129,17 @@ class HeartbeatWriter:
     def report(self) -> dict[str, Any]:
         """What another rank may want to know of this one."""
         with self._lock:
-            (stage, step), (last, coming) = self._place, self._samples
-            return {
-                "rank": self._told["rank"], "host": self._told["host"], "stage": stage, "step": step,
-                "doing": self._doing, "silence": self.silence(), "turns": self._turns,
-                "batch": last[:SAMPLES_TOLD], "awaits": coming[:SAMPLES_TOLD],
-            }  # fmt: skip
+            last, coming = (names[:SAMPLES_TOLD] for names in self._samples)
+            own = {key: self._told[key] for key in ("rank", "host", "stage", "step", "doing")}
+            return own | {"silence": self.silence(), "turns": self._turns, "batch": last, "awaits": coming}
 
     def write(self) -> None:
         """Writes the file; what fails is tried again at the next beat. A disk that hangs holds up no sign."""
         with self._file:
             with self._lock:
-                stage, step = self._place
                 spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
                 self._spent.clear()
-                told = self._told | {
-                    "stage": stage, "step": step, "doing": self._doing, "since": round(self.silence(), 3),
-                    "spent": spent, "ended": self._ended, "pace": self.pace,
-                }  # fmt: skip
+                told = self._told | {"since": round(self.silence(), 3), "spent": spent, "pace": self.pace}
             data = json.dumps(told | {"memory": memory_now()}).encode()
             if len(data) >= SIZE:
                 data = json.dumps(told | {"memory": {}, "ended": (told["ended"] or "")[:200] or None}).encode()
@@ -155,18 +148,16 @@ class HeartbeatWriter:
                 with os.fdopen(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644), "wb") as file:
                     file.write(data.ljust(SIZE - 1) + b"\n")
 
-    def begin(self) -> None:
-        def writing() -> None:
+    def beat(self) -> None:
+        """Writes every `BEAT` seconds, until the end."""
+        self.write()
+        while not self._over.wait(BEAT):
             self.write()
-            while not self._over.wait(BEAT):
-                self.write()
-
-        threading.Thread(target=writing, name="lingen-heartbeat", daemon=True).start()
 
     def end(self, word: str) -> None:
         """The last word; the first one stands."""
         self._over.set()
-        self._ended = self._ended or word
+        self._told["ended"] = self._told["ended"] or word
         self.write()
 
 
@@ -179,7 +170,7 @@ def heartbeats(folder: Path, rank: int, ranks: int, session: str) -> Iterator[He
     global _writer
     before, writer = _writer, HeartbeatWriter(folder, rank, ranks, session)
     _writer = writer
-    writer.begin()
+    threading.Thread(target=writer.beat, name="lingen-heartbeat", daemon=True).start()
     word = "finished"
     try:
         yield writer
@@ -223,20 +214,15 @@ def word_of(error: BaseException) -> str:
 
 def memory_now() -> dict[str, Any]:
     """Bytes in use: by this process, by each that it has started, and the most that was allocated on its GPU."""
-    pids = _children(os.getpid())
-    found: dict[str, Any] = {"process": _resident(os.getpid()), "workers": [_resident(pid) for pid in pids]}
+    pids: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path("/proc/self/task").iterdir():
+            pids += map(int, (task / "children").read_text().split())
+    found: dict[str, Any] = {"process": _resident(os.getpid()), "workers": [_resident(pid) for pid in sorted(pids)]}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         found["gpu"] = torch.cuda.max_memory_allocated()
     return found
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return sorted(found)
 
 
 def _resident(pid: int) -> int:

@@ -154,8 +154,7 @@ def agreed() -> int | None:
 
 def check() -> None:
     """Stopped, on all ranks, where any rank got a signal: a collective."""
-    number = agreed()
-    if number is not None:
+    if (number := agreed()) is not None:
         raise Stopped(number)
 
 

@@ -218,8 +218,6 @@ def _read_overrides(
 
 
 def _overlay(stages: Layered, name: str) -> Layered:
-    if not stages.tree:
-        return Layered({}, {})
     overlay = stages.copy().pop(name)
     if not isinstance(overlay.tree, dict):
         raise_all([overlay.problem((), "A stage is a mapping of sections.")])
@@ -279,8 +277,8 @@ def _problems_of_sections(draft: Layered) -> Iterator[Problem]:
     for path, component, registry in components_of(draft.tree):
         name = component.get("name")
         if not isinstance(name, str):
-            known = ", ".join(registry.names())
-            yield draft.problem((*path, "name"), f"This {registry.kind} has no name. Known: {known}.")
+            text = f"This {registry.kind} has no name. Known: {', '.join(registry.names())}."
+            yield draft.problem((*path, "name"), text)
         elif name not in registry:
             yield draft.problem((*path, "name"), registry.unknown(name))
 

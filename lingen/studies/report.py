@@ -135,28 +135,21 @@ def write_report(folder: str | Path) -> Path:
     status = status_of(path)
     (run,) = read_compared([path])
     numbers = {key.replace("_", " "): cell_of(one) for key, one in run.about.items() if key not in ("run", "state")}
+    shares = {name: f"{one['share']:.0%} ({one['low']:.0%} to {one['high']:.0%})" for name, one in run.scores.items()}
     restarts = [{"time": one["time"], "the start before it ended so": one["reason"]} for one in status.restarts]
+    stages = ", ".join(f"{name} {one['step']:,} of {one['steps']:,} steps" for name, one in status.stages.items())
+    state = f"{status.state}{f': {status.reason}' if status.reason else ''}. Stages: {stages}."
     parts = {
-        "": f"<p>{escape(_state(status))}</p>{table([numbers])}",
+        "": f"<p>{escape(state)}</p>{table([numbers])}",
         "Curves": _curves(run, status),
         "Clips": _clips(run),
-        "Score": _score(run),
+        "Score": table([{"attribute": name, "right": share} for name, share in shares.items()]),
         "Samples": _ledger(path),
         "Started again": table(restarts),
         "Settings": _settings(run),
     }  # fmt: skip
     write_text(target, whole_page(f"{path.resolve().name}: a run of {run.settings.get('name', 'a recipe')}", parts))
     return target
-
-
-def _state(status: Status) -> str:
-    stages = ", ".join(f"{name} {one['step']:,} of {one['steps']:,} steps" for name, one in status.stages.items())
-    return f"{status.state}{f': {status.reason}' if status.reason else ''}. Stages: {stages}."
-
-
-def _score(run: Compared) -> str:
-    shares = {name: f"{one['share']:.0%} ({one['low']:.0%} to {one['high']:.0%})" for name, one in run.scores.items()}
-    return table([{"attribute": name, "right": share} for name, share in shares.items()])
 
 
 def _curves(run: Compared, status: Status) -> str:

@@ -255,6 +255,7 @@ class Trained(lightning.LightningModule):
             closure()  # runs `training_step`, which does it all
             return
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        optimizer.zero_grad()  # here, not before the next backward pass: the next forward pass needs the memory
         if self.average is not None and self.bad_steps == 0:
             with cast(Any, self.trainer).profiler.profile("average"):
                 self.average.update()

@@ -119,7 +119,7 @@ def _dry_run(recipe: Recipe, nodes: int, each: int, rank: int) -> dict[str, int]
         held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         tracker = held.enter_context(MemoryTracker())
         module.to_empty(device="cpu")  # which stands for a GPU
-        took = _steps(module, tracker)
+        took = _steps(module, tracker, is_alone=strategy == "auto" and nodes * each == 1)
     return took | {"copies": took["gradients"] if mesh is None and nodes * each > 1 else 0}  # DDP's, to be reduced
 
 
@@ -149,18 +149,18 @@ def too_large(recipe: Recipe, forecast: Plan) -> str | None:
     )
 
 
-def _steps(module: Trained, tracker: MemoryTracker) -> dict[str, int]:
-    """A step as any but the first: with moments, and with the old gradients until the forward pass is over."""
+def _steps(module: Trained, tracker: MemoryTracker, is_alone: bool) -> dict[str, int]:
+    """A step as any but the first: with moments."""
     on_cpu = module.recipe.trainer.get("accelerator") == "cpu"
     trained = module.trained_parameters()
     average = AveragedWeights({name: part_here(one) for name, one in trained.items()}, module.recipe.train.ema)
-    optimizer = _optimizer_here(module, on_cpu)
+    optimizer = _optimizer_here(module, on_cpu, is_alone)
     optimizer.step()
+    optimizer.zero_grad()  # as `Trained.optimizer_step` does
     kept = [pair for state in optimizer.state.values() for pair in state.items()]
     moments = [value for name, value in kept if name != "step" and isinstance(value, Tensor)]
     flat = [one for group in optimizer.param_groups for one in group["params"]]
     lasting = tracker.numbers([*module.parameters(), *module.buffers(), *moments, *average.weights().values()])
-    lasting |= tracker.numbers(one.grad for one in flat)
     tracker.forget(flat)  # the weights stand there already
     moments_here = {}
 
@@ -169,7 +169,6 @@ def _steps(module: Trained, tracker: MemoryTracker) -> dict[str, int]:
         with _autocast(module.recipe):
             loss = _loss(module)
         moments_here["forward"] = tracker.most, tracker.at_most
-        optimizer.zero_grad()
         tracker.restart()
         loss.backward()
     moments_here["backward"] = tracker.most, tracker.at_most
@@ -216,9 +215,9 @@ def _clips(module: Trained, tracker: MemoryTracker, on_cpu: bool) -> int:
     return tracker.most - before + _bytes(module.trained_parameters().values())
 
 
-def _optimizer_here(module: Trained, on_cpu: bool) -> torch.optim.Optimizer:
+def _optimizer_here(module: Trained, on_cpu: bool, is_alone: bool) -> torch.optim.Optimizer:
     """The recipe's optimiser over what this rank holds, with gradients; AdamW, which does not look at shapes, over as
-    many numbers of each group."""
+    many numbers of each group, and as one kernel where `fused_here` makes it one: that needs no memory of its own."""
     settings, groups = module.recipe.train, []
     is_adamw = settings.optimizer["name"] == "adamw"
     for group in module.parameter_groups():
@@ -230,7 +229,10 @@ def _optimizer_here(module: Trained, on_cpu: bool) -> torch.optim.Optimizer:
         for one in own:
             one.grad = torch.empty_like(one)
         groups.append({**group, "params": own})
-    return torch.optim.AdamW(groups, foreach=not on_cpu) if is_adamw else build_optimizer(settings, groups)
+    if not is_adamw:
+        return build_optimizer(settings, groups)
+    fused = is_alone and not on_cpu and module.recipe.trainer.get("precision") != "16-mixed"
+    return torch.optim.AdamW(groups, foreach=not (on_cpu or fused), fused=fused)
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -120,7 +120,7 @@ def locked(folder: Path) -> Iterator["Lock"]:
         remove_left(folder, f"{LOCK_NAME}.*")
     except OSError as error:
         raise RecipeError(f"Nothing can be written into {folder} ({error.strerror}). Name another one.") from error
-    lock.beat()
+    threading.Thread(target=lock.beat, name="lingen-lock", daemon=True).start()
     try:
         yield lock
     finally:
@@ -201,16 +201,12 @@ class Lock:
             return False
 
     def beat(self) -> None:
-        """Touches the lock from now on, until it is released or another process has it."""
-
-        def beating() -> None:
-            while self.thief is None and not self._over.wait(HEARTBEAT):
-                with contextlib.suppress(OSError):
-                    os.utime(self.path)
-                    owner = _read(self.path)
-                    self.thief = owner if owner != self.owner else None
-
-        threading.Thread(target=beating, name="lingen-lock", daemon=True).start()
+        """Touches the lock until it is released or another process has it."""
+        while self.thief is None and not self._over.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+                owner = _read(self.path)
+                self.thief = owner if owner != self.owner else None
 
     def check(self) -> None:
         """RecipeError where another process has taken the lock over, because this one seemed to be dead."""

@@ -95,14 +95,15 @@ def start(
     course = {name: held.stages[name].course if name in finished else stage.course for name, stage in here.items()}
     asked = {name: stage.course for name, stage in here.items() if stage.course != course[name]}
     steps = {name: folder.last_step(name) for name in here} | ({} if step is None else {begins: step})
-    entries = [_entry(name, steps[name], change) for name, change in acting.items()]
+    # A record of an earlier version kept no history: it has had its first start.
+    history = held.about.get("history", [_entry(next(iter(held.about["stages"])), 0, {}, held.about)])
+    entries = [_entry(name, steps[name], change, _now()) for name, change in (acting or {begins: {}}).items()]
     about = held.about | {
         "identity": {name: _known(held.stages[name].identity, stage.identity) for name, stage in here.items()},
         "first_course": held.about.get("first_course", {name: one.course for name, one in held.stages.items()}),
         "course": course,
         "asked": asked,
-        "history": held.about.get("history", [_first_entry(held.about)])
-        + (entries or [_entry(begins, steps[begins], {})]),
+        "history": history + entries,
     }
     begun = {name: change for name, change in acting.items() if steps[name]}
     lines = [f"stage {name} goes on from step {steps[name]} with {told(change)}" for name, change in begun.items()]
@@ -139,10 +140,11 @@ def _completed(folder: RunFolder, held: Held, here: dict[str, Stage]) -> Held:
 def _check_identity(folder: RunFolder, held: Held, here: dict[str, Stage], name: str) -> None:
     found = other_identity(held.stages, here)
     if found:
+        differ = _first_of(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found.values())
         names = "" if held.about.get("recipe") == name else f" ('{held.about.get('recipe')}'; this one is '{name}')"
         raise RecipeError(
-            f"{folder.path} holds a run of another recipe{names}: "
-            f"{_named(found.values())}. Name another folder with --run, or none, to train it as a run of its own."
+            f"{folder.path} holds a run of another recipe{names}: {differ}. Name another folder with --run, or none, "
+            "to train it as a run of its own."
         )
 
 
@@ -150,11 +152,6 @@ def _known(held: Values, here: Values) -> Values:
     """What a run is, with what its record knows of files that are not on this machine."""
     unknown = [key for key, value in here.items() if value == {"content": None} and key in held]
     return here | {key: held[key] for key in unknown}
-
-
-def _named(found: Iterable[tuple[str, Any, Any]]) -> str:
-    """``model.depth is 1 here and 2 there`` of each setting, once."""
-    return _first_of(f"{key} is {shown(new)} here and {shown(old)} there" for key, old, new in found)
 
 
 def told(changes: dict[str, list[Any]]) -> str:
@@ -214,16 +211,10 @@ def _now() -> dict[str, Any]:
     return {"command": sys.argv, "started": time_now(), "commit": git_commit(), "versions": versions()}
 
 
-def _entry(stage: str, step: int, changes: dict[str, list[Any]]) -> dict[str, Any]:
-    """A start, or a change of a stage: from `step` on each setting has another value, ``[old, new]``."""
-    now = _now()
-    return {"stage": stage, "step": step, "changes": changes, "time": now.pop("started"), **now}
-
-
-def _first_entry(about: dict[str, Any]) -> dict[str, Any]:
-    """The first start of a run whose record kept no history."""
-    kept = {key: about.get(key) for key in ("command", "commit", "versions")}
-    return {"stage": next(iter(about["stages"])), "step": 0, "changes": {}, "time": about.get("started"), **kept}
+def _entry(stage: str, step: int, changes: dict[str, list[Any]], by: dict[str, Any]) -> dict[str, Any]:
+    """A start, or a change of a stage: from `step` on settings have other values, ``[old, new]``. `by`: of `_now`."""
+    kept = {key: by.get(key) for key in ("command", "commit", "versions")}
+    return {"stage": stage, "step": step, "changes": changes, "time": by.get("started"), **kept}
 
 
 def put_on_record(folder: RunFolder, begun: Start) -> None:
