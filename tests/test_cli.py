@@ -43,6 +43,7 @@ def test_list_mixers(capsys):
     assert main(["list", "mixers"]) == 0
     out = capsys.readouterr().out
     assert "window=[8, 4, 4]" in out and len(out.splitlines()) == 1 + len(rows)
+    assert out.splitlines()[0].index("settings") < 160, "the longest column comes last, so that nothing is padded by it"
 
 
 def test_list_scans_shows_how_far_neighbours_are(capsys):

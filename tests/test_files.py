@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lingen.cli import main
 from lingen.files import (
     LEFT,
     cache_folder,
@@ -170,3 +171,17 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch):
     assert cache_folder() == Path("/elsewhere/lingen")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "lingen"
+
+
+def test_a_place_that_rights_alone_would_allow_is_refused(tmp_path: Path):
+    """Root may write into /proc, says the system, and then it takes no file."""
+    for path in (Path("/proc/x.mp4"), Path("/proc/x/y.mp4")):
+        with pytest.raises(RecipeError, match="Nothing can be written into /proc"):
+            check_target(path, ".mp4")
+    assert check_target(tmp_path / "new" / "x.mp4", ".mp4") == tmp_path / "new" / "x.mp4"
+    assert not [*tmp_path.iterdir()]
+
+
+def test_sample_refuses_such_a_place_before_it_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["sample", "--run", str(tmp_path), "--prompt", "x", "--out", "/proc/x.mp4"]) == 2
+    assert "Nothing can be written into /proc" in capsys.readouterr().err

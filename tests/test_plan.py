@@ -164,3 +164,20 @@ def test_a_mixer_that_needs_numbers_is_told(capsys: pytest.CaptureFixture[str], 
 
 if __name__ == "__main__":
     train(*sys.argv[1:])
+
+
+def test_a_stage_that_ends_amid_its_warm_up_is_said(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
+    told = "warning: stage clips ends amid its warm-up (train.steps=6), at 50% of train.lr; lower train.warmup=12."
+    assert main(["show", "--recipe", str(tiny_recipe), "stages.clips.train.warmup=12"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [told] and told not in shown.out
+    assert main(["show", "--recipe", str(tiny_recipe), "stages.clips.train.warmup=6"]) == 0
+    assert "warm-up" not in capsys.readouterr().err
+
+
+def test_a_plan_says_where_it_is(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--recipe", str(tiny_recipe), "--json"]) == 0
+    told = capsys.readouterr()
+    stages = ["stage 1/2 images", "stage 2/2 clips"]
+    assert told.err.splitlines() == [f"{one}: a step without numbers" for one in stages]
+    assert len(json.loads(told.out)["stages"]) == 2

@@ -2,7 +2,7 @@
 
 import argparse
 
-from lingen.cli.command import DONE, argument, command
+from lingen.cli.command import argument, command
 
 
 @command(
@@ -14,10 +14,9 @@ from lingen.cli.command import DONE, argument, command
     argument("--precision", choices=["bf16", "fp32"],
              help="default: bf16; of a folder fp32, which makes the same clips"),
 )  # fmt: skip
-def export(args: argparse.Namespace) -> int:
+def export(args: argparse.Namespace) -> None:
     if args.to == "diffusers":
         from lingen.sampling.pipeline import export_folder as write
     else:
         from lingen.weights import export_weights as write
     print(write(args.run, args.out, args.precision or ("fp32" if args.to == "diffusers" else "bf16")))
-    return DONE

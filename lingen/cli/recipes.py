@@ -60,7 +60,7 @@ def recipes() -> list[CatalogueRow]:
     from lingen.recipe import stages_of
     from lingen.recipe.reading import shipped_recipes
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, file in shipped_recipes().items():
         comments = [line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         about = next((line for line in comments if not line.startswith("yaml-language-server")), "")
@@ -79,7 +79,7 @@ def _row(registry: Registry, name: str) -> CatalogueRow:
             return row | {f"steps between neighbours at {GRID}": _distances(part), "about": _about(part)}
         defaults = {key: setting.default for key, setting in registry.settings(name).items()}
         settings = {key: "required" if value is REQUIRED else value for key, value in defaults.items()}
-        return row | {"settings": settings, "about": _about(part)}
+        return row | {"about": _about(part), "settings": settings}
     except Exception as error:  # a plugin may raise anything; other rows are still shown
         return row | {"error": " ".join(str(error).split())}
 
@@ -141,6 +141,7 @@ def show(args: argparse.Namespace) -> None:
     from lingen.data.order import steps_of
     from lingen.plan.forecast import plan
     from lingen.plan.loading import load_to_run
+    from lingen.plan.practice import note_of_warmup
     from lingen.recipe import to_yaml
     from lingen.recipe.signature import as_plain
 
@@ -148,6 +149,8 @@ def show(args: argparse.Namespace) -> None:
     stages = curriculum.chosen(args.stage)
     recipe = stages[0] if args.stage else curriculum.base
     plans = [(plan(stage), steps_of(stage)) for stage in stages]
+    for note in filter(None, map(note_of_warmup, stages)):
+        print(note, file=sys.stderr)
     if args.json:
         told = [one.as_dict() | {"steps": steps} for one, steps in plans]
         cli.print_json({"recipe": as_plain(recipe), "stages": told})
@@ -173,7 +176,10 @@ def plan(args: argparse.Namespace) -> None:
     from lingen.recipe import load_curriculum
 
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
-    rows = list(resource_rows(stages, args.gpus, args.gpu, args.mfu))
+    rows: list[dict[str, Any]] = []
+    for number, stage in enumerate(stages, start=1):  # each takes up to minutes
+        print(f"stage {number}/{len(stages)} {stage.stage}: a step without numbers", file=sys.stderr)
+        rows += resource_rows([stage], args.gpus, args.gpu, args.mfu)
     found = {"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows}
     hours = sum(row["gpu_hours"] for row in rows)
     cost = f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank"

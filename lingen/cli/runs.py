@@ -282,7 +282,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
     cli.argument("--steps", type=cli.natural, metavar="N", help="solver steps"),
     cli.argument("--out", default="demo.mp4", metavar="x.mp4", help="or x.gif, x.webp; default: demo.mp4"),
 )
-def demo(args: argparse.Namespace) -> int:
+def demo(args: argparse.Namespace) -> None:
     from lingen.data.theatre import known_words
 
     prompt, known = " ".join(args.prompt), known_words()
@@ -293,7 +293,6 @@ def demo(args: argparse.Namespace) -> int:
     check_target(args.out, form if (form := Path(args.out).suffix) in (".gif", ".webp") else ".mp4")
     with cli.count_bar("sampling") as progress:
         _make(_demo_files(args, prompt, progress))
-    return cli.DONE
 
 
 def _demo_files(args: argparse.Namespace, prompt: str, progress: Callable[[int, int], None]) -> Iterator[Path]:
@@ -313,11 +312,10 @@ def _demo_files(args: argparse.Namespace, prompt: str, progress: Callable[[int, 
     cli.argument("latents", metavar="LATENTS", help="a .latents.safetensors file"),
     cli.argument("--out", default="clip.mp4", metavar="x.mp4"), *cli.STREAM_FLAGS, cli.IMPORT,
 )  # fmt: skip
-def decode(args: argparse.Namespace) -> int:
+def decode(args: argparse.Namespace) -> None:
     from lingen.sampling.files import decode_file
 
     print(decode_file(args.latents, args.out, *cli.ways_of_args(args)))
-    return cli.DONE
 
 
 @cli.command(
@@ -326,11 +324,10 @@ def decode(args: argparse.Namespace) -> int:
     cli.argument("--out", default="clips", metavar="DIR", help="where clips are written; default: clips"),
     cli.argument("--port", type=cli.natural, default=7860, metavar="N", help="of 127.0.0.1; default: 7860"),
 )
-def ui(args: argparse.Namespace) -> int:
+def ui(args: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise RecipeError('The page is made by gradio, which is not installed: pip install "lingen[ui]".')
     check_place(Path(args.out))
     from lingen.sampling.ui import open_page
 
     open_page(Path(args.runs), Path(args.out).resolve(), args.port)
-    return cli.DONE
