@@ -51,8 +51,8 @@ trainer: {num_nodes: 1, logger: false}
 stages:
   t2v_512_17s: {data: {mix: {image: 0, video: 1}}, train: {steps: STEPS, warmup: 2}}
 """
-STAGE, STEPS, FIRST = "t2v_512_17s", 6, 3
-"""Stage that is measured, its steps, and the first one that counts."""
+STAGE, STEPS, FIRST = "t2v_512_17s", 8, 3
+"""Stage that is measured, its steps, of which the last one is not taken, and the first one that counts."""
 ACTS = '''
 """What happens to rank 1 in a step, and to all of them at a signal."""
 import os, signal, time
@@ -72,11 +72,10 @@ LinGenModule.training_step = act
 
 
 PEAK = '''
+import os
 from contextlib import nullcontext
 import torch
 from lingen.ranks.environment import here
-from lingen.recipe.subjects import Subject
-from lingen.training.callbacks import StepEdge
 from lingen.training.denoiser import LinGenModule
 
 train = LinGenModule.training_step
@@ -84,18 +83,21 @@ train = LinGenModule.training_step
 def note(self, batch, batch_idx):
     with open(f"peak-{self.global_rank}", "w") as file:
         print(torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0, file=file)
+    if self.global_step + 1 == self.recipe.train.steps:  # what would follow writes 100 GB
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        os._exit(0)
     return train(self, batch, batch_idx)
 
 LinGenModule.training_step = note
-build = Subject.build_module
+build = LinGenModule.__init__
 
 def build_here(self, recipe):
     """Four billion random numbers take minutes on a CPU."""
     with torch.device("cuda", here().local_rank) if torch.cuda.is_available() else nullcontext():
-        return build(self, recipe)
+        build(self, recipe)
 
-Subject.build_module = build_here
-StepEdge.save = lambda *args, **kwargs: None  # 64 GB that a slow disk takes minutes for
+LinGenModule.__init__ = build_here
 '''
 
 
