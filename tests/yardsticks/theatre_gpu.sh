@@ -1,52 +1,79 @@
 #!/bin/bash
-# Trains the emoji theatre on one GPU in pieces that go on where they stopped:
-#     bash tests/yardsticks/theatre_gpu.sh tae|judge|4s|long|out      (all of them: in this order)
-# Needs data/theatre/sprites.webp (`lingen data fetch theatre`). A piece ends itself after LIMIT seconds (520); the same
-# command goes on. What is to be kept is put into $OUT: weights/{denoiser,autoencoder}.safetensors in bfloat16, which is
-# the folder that `lingen demo --checkpoint` takes; judge.safetensors; metrics. PYTHON names the interpreter.
-# Where the run folders are gone, INIT=FOLDER (of such weights) begins from them instead.
-set -euo pipefail
+# Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
+#     bash tests/yardsticks/theatre_gpu.sh tae 240 judge 160 4s 480 long 150 score
+# Needs data/theatre/sprites.webp (`lingen data fetch theatre`). A piece trains at a constant rate for three quarters of
+# its seconds, looks how far it came, and lowers the rate over as many steps as fit into the rest: nobody has to know the
+# GPU's speed. What is to be kept is put into $OUT: weights/{denoiser,autoencoder}.safetensors in bfloat16, which is the
+# folder that `lingen demo --checkpoint` takes; judge.safetensors; logs and metrics. PYTHON names the interpreter, MORE
+# further overrides of the denoiser's recipe.
+set -uo pipefail
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-python} limit=${LIMIT:-520} out=${OUT:-runs/out} workers=${WORKERS:-14}
+python=${PYTHON:-python} out=${OUT:-runs/out} workers=${WORKERS:-14}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 [ -f data/theatre/sprites.webp ] || { echo "data/theatre/sprites.webp is missing: lingen data fetch theatre" >&2; exit 2; }
-[ -d "${INIT:-/nowhere}" ] && [ ! -d runs/theatre_tae ] && tae=$INIT/autoencoder.safetensors || tae=runs/theatre_tae
 mkdir -p "$out/weights"
+always=(data.workers="$workers" train.checkpoint_every=100000 train.sample_every=0 sample.prompts=[] train.log_every=50)
+decay='{name: wsd, share: 0.25}'
 
-# A signal after the limit: the run saves a checkpoint and exits with 75.
-lingen() {
-    local code=0
-    timeout --signal=TERM --kill-after=60 "$limit" "$python" -m lingen "$@" || code=$?
-    [ $code -eq 0 ] || [ $code -eq 75 ] || [ $code -eq 124 ] || exit $code
+# fit SECONDS RUN WORDS...: a signal after so many seconds; the run saves a checkpoint and exits with 75.
+fit() {
+    local seconds=$1 run=$2
+    shift 2
+    timeout --signal=TERM --kill-after=60 "$seconds" "$python" -m lingen fit --run "runs/$run" "$@" "${always[@]}" \
+        >> "$out/$run.log" 2>&1
 }
 
-case ${1:-} in
-tae)   # TAE_STEPS: 2,500 are about four minutes
-    lingen fit --recipe theatre_tae_128 --run runs/theatre_tae train.steps="${TAE_STEPS:-2500}" data.workers="$workers"
-    lingen eval tae --run runs/theatre_tae --clips 24 --out "$out/tae"
-    ;;
-judge) # on the CPU it takes an hour
-    "$python" -m tests.yardsticks.theatre train --minutes "${MINUTES:-3}" --workers "$workers" --out "$out/judge.safetensors"
-    "$python" -m tests.yardsticks.theatre check --judge "$out/judge.safetensors" --out "$out/judge.json"
-    ;;
-4s)    # STEPS: as many as fit into about seven minutes; a first call with STEPS=100 tells how fast they are
-    lingen fit --recipe theatre_128 --run runs/theatre --stage 4s autoencoder.path="$tae" data.workers="$workers" \
-        stages.4s.train.steps="${STEPS:-3000}" ${INIT:+init=$INIT/denoiser.safetensors}
-    ;;
-long)  # 16 s and 60 s, from what 4 s has learned
-    lingen fit --recipe theatre_128 --run runs/theatre autoencoder.path="$tae" data.workers="$workers" \
-        stages.4s.train.steps="${STEPS:-3000}" stages.16s.train.steps="${STEPS_16:-400}" \
-        stages.60s.train.steps="${STEPS_60:-200}" ${INIT:+init=$INIT/denoiser.safetensors}
-    ;;
-out) ;;
-*) echo "usage: $0 tae|judge|4s|long|out" >&2; exit 2 ;;
-esac
+# train SECONDS RUN STAGE PREFIX WORDS...: a stage in the time; its steps are left in runs/RUN.STAGE.
+train() {
+    local seconds=$1 run=$2 stage=$3 prefix=$4
+    shift 4
+    fit $((seconds * 3 / 4)) "$run" "$@" "${prefix}train.steps=1000000" "${prefix}train.decay=constant"
+    local done steps
+    done=$(find "runs/$run/stages/$stage" -maxdepth 1 -name 'step-*' | sort | tail -n 1 | sed 's/.*step-0*//')
+    steps=$((${done:-0} * 5 / 4))
+    echo $steps > "runs/$run.$stage"
+    fit "$seconds" "$run" "$@" "${prefix}train.steps=$steps" "${prefix}train.decay=$decay"
+    echo "$run $stage: $steps steps, exit code $?, $SECONDS s"
+}
 
-for pair in theatre_tae:autoencoder theatre:denoiser; do
-    run=runs/${pair%%:*} file=$out/weights/${pair##*:}.safetensors
-    if ls "$run"/stages/*/weights.safetensors >/dev/null 2>&1; then
-        "$python" -m lingen export --run "$run" --precision bf16 --out "$file"
-        cp "$run/metrics.csv" "$out/metrics_${pair##*:}.csv"
-    fi
+keep() {
+    "$python" -m lingen export --run "runs/$1" --precision bf16 --out "$out/weights/$2.safetensors"
+    cp "runs/$1/metrics.csv" "$out/metrics_$2.csv"
+}
+
+while [ $# -gt 0 ]; do
+    seconds=${2:-0}
+    case $1 in
+    tae)
+        train "$seconds" theatre_tae main "" --recipe theatre_tae_128
+        keep theatre_tae autoencoder
+        "$python" -m lingen eval tae --run runs/theatre_tae --clips 24 --out "$out/tae" | tail -n 2
+        ;;
+    judge) # on a CPU it takes an hour
+        "$python" -m tests.yardsticks.theatre train --minutes "$(((seconds - 10) / 6))e-1" --workers "$workers" \
+            --out "$out/judge.safetensors"
+        ;;
+    4s)
+        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s autoencoder.path=runs/theatre_tae ${MORE:-}
+        keep theatre denoiser
+        ;;
+    long) # 16 s and 60 s, as many steps as the speed of 4 s lets expect: a step of each has as many tokens
+        steps=$(cat runs/theatre.4s)
+        share=$((steps * seconds / ${SECONDS_4S:-480} / 3))
+        fit "$seconds" theatre --recipe theatre_128 autoencoder.path=runs/theatre_tae ${MORE:-} \
+            "stages.4s.train.steps=$steps" "stages.4s.train.decay=$decay" \
+            "stages.16s.train.steps=$share" "stages.60s.train.steps=$share"
+        echo "theatre 60s: exit code $?, $SECONDS s"
+        keep theatre denoiser_long
+        ;;
+    score)
+        "$python" -m tests.yardsticks.theatre score --judge "$out/judge.safetensors" --weights "$out/weights" \
+            --out "$out/theatre.json"
+        shift
+        continue
+        ;;
+    *) echo "usage: $0 [tae SECONDS] [judge SECONDS] [4s SECONDS] [long SECONDS] [score]" >&2; exit 2 ;;
+    esac
+    shift 2
 done
 ls -l "$out" "$out/weights"
