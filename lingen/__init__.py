@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS
     from lingen.run import fit
     from lingen.sampling.clips import generate, sample_demo
-    from lingen.sampling.loading import load_model
     from lingen.sampling.pipeline import LinGenPipeline
+    from lingen.sampling.precision import load_model
     from lingen.training.denoiser import LinGenModule
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ __all__ = [
 
 _HOMES = {
     "lingen.data.datamodule": ("ClipData",), "lingen.sampling.clips": ("generate", "sample_demo"),
-    "lingen.sampling.loading": ("load_model",), "lingen.model": ("LinGen",), "lingen.run": ("fit",),
+    "lingen.sampling.precision": ("load_model",), "lingen.model": ("LinGen",), "lingen.run": ("fit",),
     "lingen.sampling.pipeline": ("LinGenPipeline",),
     "lingen.training.denoiser": ("LinGenModule",), "lingen.recipe": ("load_recipe", "stages_of"),
     "lingen.recipe.errors": ("RecipeError",),

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lingen.autoencoder.discriminator import Discriminator
-from lingen.autoencoder.network import SpaceConv
+from lingen.autoencoder.network import Discriminator, SpaceConv
 from lingen.autoencoder.perceptual import Trunk
 from lingen.autoencoder.tae import TAE, TAESmall
 from lingen.autoencoder.temporal import ClipConv, Stream, TimeConv

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lingen.autoencoder import losses
-from lingen.autoencoder.discriminator import Discriminator
+from lingen.autoencoder.network import Discriminator
 
 
 def test_l1_and_psnr_by_hand():

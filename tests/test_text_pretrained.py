@@ -11,9 +11,9 @@ import torch
 from lingen.frozen import check_ready
 from lingen.prepare.packages import Package, download
 from lingen.recipe.errors import RecipeError, SettingError
+from lingen.text.instruction import quoted
 from lingen.text.metaclip import MetaCLIP
 from lingen.text.pretrained import BERT, T5, UL2, ByT5, Llama
-from lingen.text.quoted import quoted
 from tests.helpers import encoders
 
 BUILDERS = {

@@ -1,4 +1,5 @@
-"""Encoder and decoder of the temporal autoencoder: an image autoencoder with temporal layers beside its spatial ones.
+"""Encoder and decoder of the temporal autoencoder: an image autoencoder with temporal layers beside its spatial ones;
+and the discriminator that it is trained against.
 
 Movie Gen (arXiv 2410.13720, section 3.1.1) on the plan of latent diffusion's image autoencoder (arXiv 2112.10752).
 Normalisation over channels alone is Wan's (arXiv 2503.20314). Between layers there is only the grid tensor [b t h w d],
@@ -14,7 +15,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lingen.autoencoder.temporal import Activation, Grid, Ready, Stream, TimeAttention, TimeBlock, TimeConv, add
+from lingen.autoencoder.temporal import (
+    Activation,
+    ClipConv,
+    Grid,
+    Ready,
+    Stream,
+    TimeAttention,
+    TimeBlock,
+    TimeConv,
+    add,
+)
 from lingen.blocks.layers import RMSNorm, head_count
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
@@ -260,3 +271,37 @@ def decoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
         if i > 0:
             layers[f"level{i}_up"] = Up(width, sizes.scales[i - 1])
     return Network(layers, before, 3 * sizes.patch**2, checkpointing)
+
+
+SLOPE = 0.2
+WIDEST_LAYER = 8
+"""Largest width of a layer, in units of the first one's width."""
+
+
+class Discriminator(nn.Module):
+    """Scores overlapping pieces of a short clip: above 0 for real, below for reconstructed.
+
+    PatchGAN (arXiv 1611.07004) over time too: layers halve height and width, all but the first one also the frames,
+    rounded up, so that an image is a clip of one frame. Norms are over the channels of one position [ours]: unlike
+    those over a batch, they let neither samples nor frames see each other. With 3 layers a score sees 54 x 54 pixels.
+
+    Args:
+        width: channels of the first layer.
+        layers: how many halve height and width."""
+
+    def __init__(self, width: int = 64, layers: int = 3):
+        super().__init__()
+        widths = [width * min(2**layer, WIDEST_LAYER) for layer in range(layers + 1)]
+        self.first = ClipConv(3, width, 4, (1, 2, 2))
+        pairs = zip(widths[:-2], widths[1:-1], strict=True)
+        self.halving = nn.ModuleList(ClipConv(a, b, 4, (2, 2, 2), bias=False) for a, b in pairs)
+        self.middle = ClipConv(widths[-2], widths[-1], 3, bias=False)
+        self.norms = nn.ModuleList(RMSNorm(width) for width in widths[1:])
+        self.last = ClipConv(widths[-1], 1, 3)
+
+    def forward(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 1 _t _h _w"]:
+        """Pixels in -1..1 -> scores. Height and width are at least 2^layers."""
+        x = F.leaky_relu(self.first(video), SLOPE)
+        for conv, norm in zip([*self.halving, self.middle], self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(x).movedim(1, -1)).movedim(-1, 1), SLOPE)
+        return self.last(x)

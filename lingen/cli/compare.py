@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
 METRIC = argument("--metric", metavar="M", help="a column of metrics.csv; default: validation/loss, else loss")
 OF_A_GRID = (
-    RECIPE,
-    argument("--out", metavar="DIR", help="folder of the runs' folders; default: runs/RECIPE-sweep, -ablate"),
+    RECIPE, argument("--out", metavar="DIR", help="folder of the runs' folders; default: runs/RECIPE-sweep, -ablate"),
     argument("--dry-run", action="store_true", help="check all runs and say what they are; none is trained"),
     argument("--array", action="store_true", help="SLURM trains each in a task; options of `lingen submit` behind --"),
     PART,
-)
+)  # fmt: skip
 
 
 def say(*lines: str) -> None:

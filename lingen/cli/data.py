@@ -138,9 +138,8 @@ def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, s
     cli.argument("folders", nargs="+", metavar="DIR", help="folders of shards with a manifest"),
     cli.argument("--out", metavar="DIR", default=".", help="samples.jpg goes there; default: here"),
     cli.argument("--clips", type=int, default=8, metavar="N", help="samples of each kind to show; default: 8"),
-    cli.argument("--seed", type=int, default=0, help="other samples"),
-    cli.JSON,
-)
+    cli.argument("--seed", type=int, default=0, help="other samples"), cli.JSON,
+)  # fmt: skip
 def data_stats(args: argparse.Namespace) -> None:
     from lingen.prepare.stats import measure_folders, sample_sheet
 
@@ -156,9 +155,8 @@ def data_stats(args: argparse.Namespace) -> None:
 
 @cli.command(
     "the manifest of shards that have none, so that their samples can be sorted by size and length",
-    cli.argument("folders", nargs="+", metavar="DIR", help="folders of tar files; each gets its own"),
-    cli.PROCESSES,
-)
+    cli.argument("folders", nargs="+", metavar="DIR", help="folders of tar files; each gets its own"), cli.PROCESSES,
+)  # fmt: skip
 def data_index(args: argparse.Namespace) -> None:
     from lingen.prepare.index import index_folder
     from lingen.prepare.workers import processes_here

@@ -35,13 +35,12 @@ T = TypeVar("T")
 
 
 @cli.command(
-    "train every stage of a recipe; the same command again goes on where it was stopped",
-    cli.RECIPE,
+    "train every stage of a recipe; the same command again goes on where it was stopped", cli.RECIPE,
     cli.argument("--stage", metavar="S", help="train only this stage"),
     cli.argument("--run", metavar="DIR", help="run folder; default: runs/RECIPE-FINGERPRINT"),
     cli.argument("--preflight", action="store_true", help="first look whether every node is fit, as doctor does"),
     overrides=True,
-)
+)  # fmt: skip
 def fit(args: argparse.Namespace) -> int:
     try:
         with signals.listening():
@@ -175,9 +174,8 @@ SAMPLING = (
     REWRITER,
     cli.argument("--again", metavar="CLIP", help="make this MP4 again, from what it notes; same machine, same bits"),
     cli.argument("--out", metavar="x.mp4", help="several give x-00.mp4, ...; default: clip.mp4, or CLIP-again.mp4"),
-    *SAMPLING,
-    cli.IMPORT,
-)
+    *SAMPLING, cli.IMPORT,
+)  # fmt: skip
 def sample(args: argparse.Namespace) -> int:
     if args.again is not None:
         return _sample_again(args)

@@ -203,7 +203,7 @@ def _critic(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
     """A mistake where the frames are too small for the discriminator."""
     import torch
 
-    from lingen.autoencoder.discriminator import Discriminator
+    from lingen.autoencoder.network import Discriminator
 
     settings = recipe.reconstruction
     with torch.device("meta"):

@@ -101,12 +101,11 @@ class Noted:
     def differing(self, now: Notes) -> list[str]:
         """Half sentences about what may make the clip another one in its last bits."""
         pairs = {
-            "device": (self.device, now["device"]),
-            "threads": (self.threads, now["threads"]),
+            "device": (self.device, now["device"]), "threads": (self.threads, now["threads"]),
             "recipe": (self.recipe_sha256, now["recipe_sha256"]),
             **{name: (one, now["versions"].get(name)) for name, one in self.versions.items()},
             **{name: (None, one) for name, one in now["versions"].items() if name not in self.versions},
-        }
+        }  # fmt: skip
         return [f"{name} was {there}, is {here}" for name, (there, here) in pairs.items() if there != here]
 
 

@@ -1,8 +1,7 @@
-"""The precision that a denoiser samples in: float32, bfloat16 throughout, or bfloat16 with products in 8 bits."""
+"""Weights as a module to use, and the precision that a denoiser samples in: float32, bfloat16 throughout, or bfloat16
+with products in 8 bits."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,9 +11,9 @@ from lingen.blocks.layers import is_float32
 from lingen.kernels.fp8 import SMALLEST_LAYER, Fp8Linear, to_fp8
 from lingen.model import LinGen
 from lingen.recipe.errors import RecipeError
-
-if TYPE_CHECKING:
-    from lingen.training.denoiser import LinGenModule
+from lingen.training.base import Trained
+from lingen.training.denoiser import LinGenModule
+from lingen.training.weights import load_module
 
 FLOAT32_NAMES = ("modulation", "pool_text", "unpatchify")
 """Names of parameters and layers of the denoiser that stay float32 beside the modules that say so themselves
@@ -76,3 +75,28 @@ def _cast(part: nn.Module) -> None:
     for name, child in part.named_children():
         if name not in FLOAT32_NAMES and not is_float32(child):
             _cast(child)
+
+
+def load_model(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Trained:
+    """The module of a run folder (its last finished stage), of what `lingen export` wrote, or of another weights file:
+    built from the recipe inside, with the averaged weights, in eval mode.
+
+    A `LinGenModule` (`.model` is the denoiser, beside `.text` and `.autoencoder`), which `lingen.generate` takes, too;
+    of a run that `trains: autoencoder` an `AutoencoderModule` (`.autoencoder`). docs/sampling.md lists the keys of its
+    state dict.
+
+    Args:
+        dtype: float32, or bfloat16: of a denoiser as `sample.precision: bf16-true` has it (norms, positions, times and
+            a scan's memory stay float32), of an autoencoder throughout.
+    Raises:
+        RecipeError: no weights there, or weights that do not fit the recipe inside.
+        ValueError: for another dtype."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"A model is loaded in torch.float32 or torch.bfloat16, got {dtype}.")
+    module = load_module(path)
+    if dtype == torch.bfloat16:
+        if isinstance(module, LinGenModule):
+            lower(module.model, "bf16-true")
+        else:
+            module.to(dtype)
+    return module.to(device).eval()

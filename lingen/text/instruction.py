@@ -1,9 +1,7 @@
-"""The instruction for a chat model, and how its answer is cleaned. The paper does not give its own: all is ours. Pure
-functions of text."""
+"""The instruction for a chat model, how its answer is cleaned, and the words of a prompt that should appear as writing.
+The paper does not give its own: all is ours. Pure functions of text."""
 
 import re
-
-from lingen.text.quoted import quoted
 
 INSTRUCTION_VERSION = 1
 """Raised with every change of `INSTRUCTION` or `clean`, so that cached texts of older versions are not used."""
@@ -82,3 +80,20 @@ def fault_of(prompt: str, text: str, ended: bool, max_tokens: int) -> str | None
         told = ", ".join(f'"{one}"' for one in dict.fromkeys(lost))
         return f"It does not repeat in quotation marks, letter by letter: {told}."
     return None
+
+
+_PARTS = re.compile(
+    r"""
+      (?<!\d)" ([^"]+) "                        # not 7" by 5", which are inches
+    | “ ([^“”]+) ” | „ ([^„“”]+) [“”] | « ([^«»]+) » | 「 ([^「」]+) 」
+    | (?<!\w)' (?=\S) ([^"]+?) (?<=\S) ' (?!\w)  # not the apostrophes of don't and the dogs' bowls
+    | (?<!\w)‘ (?=\S) ([^‘]+?) (?<=\S) ’ (?!\w)
+    """,
+    re.VERBOSE,
+)
+
+
+def quoted(prompt: str) -> str:
+    """What stands in quotes, part after part, one on each line; empty where nothing does. Movie Gen (section 3.1.4)
+    reads only this with ByT5, for text to be rendered; how parts are told and joined is ours."""
+    return "\n".join(part.strip() for found in _PARTS.findall(prompt) for part in found if part.strip())

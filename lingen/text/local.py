@@ -15,7 +15,7 @@ from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
 from lingen.text.folder import Lacking, names_file
-from lingen.text.quoted import quoted
+from lingen.text.instruction import quoted
 from lingen.text.rows import Cut
 from lingen.weights import DTYPES
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from lingen import flow
 from lingen.autoencoder import losses
-from lingen.autoencoder.discriminator import Discriminator
+from lingen.autoencoder.network import Discriminator
 from lingen.autoencoder.perceptual import NoDistance
 from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
