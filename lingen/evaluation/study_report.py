@@ -1,7 +1,7 @@
 """What the votes of a study say: shares and strengths with intervals, signs of raters, agreement, raters still needed.
 
-Raters and prompts are both a sample: a variance is that by raters plus that by prompts minus that by single votes
-(Cameron, Gelbach and Miller 2011), each by its own bootstrap; intervals are Student's, with Satterthwaite's degrees."""
+Raters and prompts are both a sample, crossed: a variance is that by raters plus that by prompts minus what is left of
+either (mean squares of a two-way table; Cameron, Gelbach and Miller 2011); intervals are Student's."""
 
 import csv
 import math
@@ -18,7 +18,7 @@ from lingen.evaluation.study import QUESTIONS, read_key
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import read_text_file
 
-DRAWS, SIGNIFICANT, POWER, PENALTY = 1000, 0.05, 0.8, 0.1
+SIGNIFICANT, POWER, PENALTY, STEP = 0.05, 0.8, 0.1, 1e-3
 RATER, PROMPT, TRIAL, PAIR, VOTED = range(5)
 """Columns of a ballot: whole numbers [n 5], a row for each vote. Outcome 0: the pair's first system wins, 1: tie."""
 VOTE_COLUMNS = ("study", "rater", "session", "trial", "left", "right", "axis", "choice", "seconds", "time")
@@ -118,23 +118,27 @@ def ballot_of(votes: Sequence[Vote], key: dict[str, Any]) -> np.ndarray:
 
 
 def spread(ballot: np.ndarray, pairs: int, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Of a statistic (counts of outcomes [draws, pairs * 3] -> [draws k]): half its 95% interval, and its variances by
-    raters, prompts and votes, each [k]."""
+    """Of a statistic (counts of outcomes [n, pairs * 3] -> [n k]): half its 95% interval, and its variances by raters,
+    by prompts, and of what is left of either, each [k]; by how much a vote moves it (infinitesimal jackknife). In
+    Satterthwaite's degrees a variance a counts as a^2 - rest^2 [ours]: else raters who are alike widen intervals."""
     from scipy import stats
 
-    random, found, own = np.random.default_rng(0), [], 0.0
-    for groups in (ballot[:, RATER], ballot[:, PROMPT], np.arange(len(ballot))):
-        groups = np.unique(groups, return_inverse=True)[1]
-        size = groups.max() + 1
-        counts = np.zeros((size, 3 * pairs))
-        np.add.at(counts, (groups, 3 * ballot[:, PAIR] + ballot[:, VOTED]), 1)
-        drawn = statistic(random.multinomial(size, np.full(size, 1 / size), DRAWS) @ counts)
-        found.append(np.nanvar(drawn, axis=0) * size / max(1, size - 1))
-        own = own + (found[-1] ** 2 / max(1, size - 1) if len(found) < 3 else 0)
-    raters, prompts, votes = found
-    total = np.maximum(raters + prompts - votes, votes)
+    votes, found, sizes = 3 * ballot[:, PAIR] + ballot[:, VOTED], [], []
+    counts = np.bincount(votes, minlength=3 * pairs)
+    moved = statistic(counts + STEP * np.eye(len(counts) + 1, len(counts)))
+    for columns in ([RATER], [PROMPT], [RATER, PROMPT]):
+        groups = np.unique(ballot[:, columns], axis=0, return_inverse=True)[1].reshape(-1)
+        shifts = np.zeros((groups.max() + 1, moved.shape[1]))
+        np.add.at(shifts, groups, (moved[votes] - moved[-1]) / STEP)
+        sizes.append(max(1, len(shifts) - 1))
+        found.append((shifts**2).sum(axis=0) * len(shifts) / sizes[-1])
+    (raters, prompts, rest), left = found, sizes[2] - sizes[0] - sizes[1]
+    if left > 0:
+        rest = np.maximum(0, sizes[2] * rest - sizes[0] * raters - sizes[1] * prompts) / left
+    total, own = np.maximum(raters, rest) + np.maximum(prompts, rest) - rest, rest**2 / max(1, left)
+    own = own + sum(np.maximum(0, one**2 - rest**2) / size for one, size in zip(found[:2], sizes[:2], strict=True))
     degrees = np.maximum(1, total**2 / np.maximum(own, 1e-30))
-    return stats.t.ppf(1 - SIGNIFICANT / 2, degrees) * np.sqrt(total), raters, prompts, votes
+    return stats.t.ppf(1 - SIGNIFICANT / 2, degrees) * np.sqrt(total), raters, prompts, rest
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
@@ -153,19 +157,20 @@ def preference_of(ballot: np.ndarray, margin: float) -> dict[str, Any]:
     ballot = ballot * np.array([1, 1, 1, 0, 1])
     raters, prompts = (len(np.unique(ballot[:, column])) for column in (RATER, PROMPT))
     values = _shares(np.bincount(ballot[:, VOTED], minlength=3)[None])[0]
-    half, by_rater, by_prompt, by_vote = spread(ballot, 1, _shares)
+    half, by_rater, by_prompt, rest = spread(ballot, 1, _shares)
     normal = stats.norm.ppf(1 - SIGNIFICANT / 2)
     row: dict[str, Any] = {"n": len(ballot), "raters": raters, "agreement": agreement(ballot)}
-    for name, value, reach in zip(("win", "tie", "loss"), values, half[:3], strict=False):
-        alike = max(1, min({raters, prompts} - {1}, default=1))
-        worth = min(len(ballot), value * (1 - value) * (normal / reach) ** 2 if reach else alike)
-        low, high = proportion_confint(value * worth, worth, method="wilson")
-        row[name] = {"value": float(value), "interval": [float(low), float(high)]}
-    row["net"] = {"value": float(values[3]), "interval": [float(values[3] + sign * half[3]) for sign in (-1, 1)]}
+    alike = max(1, min({raters, prompts} - {1}, default=1))
+    for name, value, reach in zip(("win", "tie", "loss", "net"), values, half, strict=True):
+        low, wide = (0, 1) if name != "net" else (-1, 2)  # of `net`, the share of its way from -1 to 1
+        share, reach = (value - low) / wide, reach / wide
+        worth = share * (1 - share) * (normal / reach) ** 2 if reach > 1e-6 else alike
+        ends = proportion_confint(share * worth, worth, method="wilson")
+        row[name] = {"value": float(value), "interval": [float(low + wide * end) for end in ends]}
     signs = np.sign(np.bincount(ballot[:, RATER], 1 - ballot[:, VOTED]))
     row |= {"ahead": int((signs > 0).sum()), "behind": int((signs < 0).sum())}
     row["p"] = float(stats.binomtest(row["ahead"], max(1, row["ahead"] + row["behind"])).pvalue)
-    room = (margin / (normal + stats.norm.ppf(POWER))) ** 2 - max(0.0, by_prompt[3] - by_vote[3])
+    room = (margin / (normal + stats.norm.ppf(POWER))) ** 2 - max(0.0, by_prompt[3] - rest[3])
     is_known = raters > 1 and room > 0
     return row | {"raters_needed": max(0, math.ceil(raters * by_rater[3] / room) - raters) if is_known else None}
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -74,18 +75,22 @@ def _arguments() -> argparse.Namespace:
     toy.add_argument("--keep", type=Path, default=Path("handover"), metavar="DIR", help="runs lie there; made anew")
     votes = trials.add_parser("study", help="simulated votes with effects of raters and prompts")
     votes.add_argument("--seed", type=int, default=1)
-    votes.add_argument("--times", type=int, default=200, help="studies of each design")
+    votes.add_argument("--times", type=int, default=1000, help="studies of each design and taste")
+    votes.add_argument("--json", type=Path, help="the table")
     return parser.parse_args()
 
 
 def _study(args: argparse.Namespace) -> int:
-    from tests.soak.study import DESIGNS, coverage
+    from lingen.files import write_text
+    from tests.soak.study import cells
+    from tests.yardsticks.results import head
 
-    for spread in (0.0, 0.5, 1.0):
-        for raters, prompts in DESIGNS:
-            found = coverage(args.seed, args.times, raters, prompts, spread)
-            told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
-            print(f"effects {spread}, {raters} raters, {prompts} prompts: {told}", flush=True)
+    rows, command = [], f"python -m tests.soak study --seed {args.seed} --times {args.times}"
+    for row in cells(args.seed, args.times):
+        rows.append(row)
+        print(*(f"{one:.1%}" if isinstance(one, float) else one for one in row.values()), sep="  ", flush=True)
+    if args.json:
+        write_text(args.json, json.dumps({**head({}), "command": command, "rows": rows}, indent=1) + "\n")
     return 0
 
 

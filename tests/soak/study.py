@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lingen.evaluation import study_report
 
-DESIGNS = ((5, 40), (10, 30), (20, 20), (30, 60))
-"""Raters, prompts; each rater votes once on each prompt."""
+RATERS, PROMPTS = (5, 10, 20), (10, 20, 50)
 
 
-def outcomes_of(random: np.random.Generator, raters: int, prompts: int, spread: float, lead: float) -> np.ndarray:
-    """[raters prompts] of 0 (win), 1 (tie), 2 (loss): a logistic taste with normal effects of raters and prompts."""
-    taste = lead + spread * (random.normal(size=(raters, 1)) + random.normal(size=(1, prompts)))
-    taste = taste + random.logistic(size=(raters, prompts))
-    return np.where(taste > 0.5, 0, np.where(taste < -0.5, 2, 1))
+class Taste(NamedTuple):
+    """Votes of a logistic taste, whose standard deviation is 1.8."""
+
+    effects: float = 1.0
+    """Standard deviation of raters, and that of prompts."""
+    lead: float = 0.4
+    """Of the first side."""
+    tie: float = 0.5
+    """A taste that is nearer to 0 is a tie: 24% of the votes at 0.5, 4% at 0.1, 46% at 1."""
+    part: float = 1.0
+    """Share of the prompts on which a rater votes."""
+
+
+TASTES = {
+    "weak effects": Taste(0.3), "weak, many ties": Taste(0.3, tie=1.0),
+    "strong effects": Taste(), "strong, few ties": Taste(tie=0.1), "strong, half of the prompts": Taste(part=0.5),
+    "strong, a clear lead": Taste(lead=2.0), "no effects": Taste(0.0),
+}  # fmt: skip
+
+
+def outcomes_of(random: np.random.Generator, raters: int, prompts: int, taste: Taste) -> np.ndarray:
+    """[raters prompts] of 0 (win), 1 (tie), 2 (loss)."""
+    effects = random.normal(size=(raters, 1)) + random.normal(size=(1, prompts))
+    found = taste.lead + taste.effects * effects + random.logistic(size=(raters, prompts))
+    return np.where(found > taste.tie, 0, np.where(found < -taste.tie, 2, 1))
 
 
 def ballot_of(outcomes: np.ndarray) -> np.ndarray:
@@ -24,16 +45,22 @@ def ballot_of(outcomes: np.ndarray) -> np.ndarray:
     return np.stack([rater, prompt, prompt, 0 * prompt, outcomes.reshape(-1)], 1)
 
 
-def coverage(seed: int, times: int, raters: int, prompts: int, spread: float, lead: float = 0.4) -> dict[str, float]:
-    """Share of `times` studies whose intervals hold the truth, which is that of a thousand raters and prompts."""
-    random = np.random.default_rng(seed)
-    many = np.concatenate([outcomes_of(random, 1000, 1000, spread, lead).reshape(-1) for _ in range(20)])
-    cells = np.bincount(many, minlength=3) / many.size
-    truth = dict(zip(("win", "tie", "loss"), cells, strict=True)) | {"net": cells[0] - cells[2]}
-    truth["strength"] = study_report.davidson(1e6 * cells[None], 2)[0, 0]
-    hits: Counter[str] = Counter()
+def truth_of(taste: Taste) -> dict[str, float]:
+    """What all raters and prompts would say: the taste integrated over both effects (Gauss and Hermite)."""
+    places, weights = np.polynomial.hermite_e.hermegauss(80)
+    centre, weights = taste.lead + 2**0.5 * taste.effects * places, weights / weights.sum()
+    win, loss = (float(weights @ (1 / (1 + np.exp(taste.tie - sign * centre)))) for sign in (1, -1))
+    strength = study_report.davidson(1e6 * np.array([[win, 1 - win - loss, loss]]), 2)[0, 0]
+    return {"win": win, "tie": 1 - win - loss, "loss": loss, "net": win - loss, "strength": float(strength)}
+
+
+def coverage(seed: int, times: int, raters: int, prompts: int, taste: Taste) -> dict[str, float]:
+    """Share of `times` studies whose intervals hold the truth."""
+    random, truth, hits = np.random.default_rng(seed), truth_of(taste), Counter[str]()
     for _ in range(times):
-        ballot = ballot_of(outcomes_of(random, raters, prompts, spread, lead))
+        ballot = ballot_of(outcomes_of(random, raters, prompts, taste))
+        voted = random.random((raters, prompts)).argsort(1) < taste.part * prompts
+        ballot = ballot[voted.reshape(-1)]
         row = study_report.preference_of(ballot, 0.1)
         values, half = study_report.strengths_of(ballot, 2)
         intervals = {name: row[name]["interval"] for name in ("win", "tie", "loss", "net")}
@@ -41,3 +68,11 @@ def coverage(seed: int, times: int, raters: int, prompts: int, spread: float, le
         for name, (low, high) in intervals.items():
             hits[name] += bool(low <= truth[name] <= high)
     return {name: hits[name] / times for name in truth}
+
+
+def cells(seed: int, times: int) -> Iterator[dict[str, Any]]:
+    """A row for each taste and design, each of random numbers of its own."""
+    asked = [(name, raters, prompts) for name in TASTES for raters in RATERS for prompts in PROMPTS]
+    for number, (name, raters, prompts) in enumerate(asked):
+        found = coverage(1000 * seed + number, times, raters, prompts, TASTES[name])
+        yield {"taste": name, "raters": raters, "prompts": prompts, **found}
