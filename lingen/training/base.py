@@ -176,7 +176,7 @@ class Trained(lightning.LightningModule):
         """For the next row. A fused AdamW takes the learning rate in float32, as a graph reads it."""
         self._lr = float(optimizer.param_groups[0]["lr"])
         for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"]).item() if group["fused"] else group["lr"]
+            group["lr"] = torch.tensor(group["lr"]).item() if group.get("fused") else group["lr"]
 
     def clip(self) -> list[Tensor]:
         """Clips the gradient; the norms before, of each set that is clipped together."""
