@@ -133,10 +133,12 @@ class TAE(nn.Module):
                 f"The autoencoder '{self.name}' cannot take frames of {h}x{w} pixels: height and width must be "
                 f"multiples of {across[0]} and {across[1]}."
             )
-        return F.pixel_unshuffle(video.movedim(2, 1), self.sizes.patch).movedim(1, 2)
+        patch = self.sizes.patch
+        return video if patch == 1 else F.pixel_unshuffle(video.movedim(2, 1), patch).movedim(1, 2)
 
     def _unfolded(self, squares: Tensor) -> Tensor:
-        return F.pixel_shuffle(squares.movedim(2, 1), self.sizes.patch).movedim(1, 2)
+        patch = self.sizes.patch
+        return squares if patch == 1 else F.pixel_shuffle(squares.movedim(2, 1), patch).movedim(1, 2)
 
     def missing(self) -> list[Missing]:
         """What is missing for it to run, found without reading weights."""
