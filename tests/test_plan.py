@@ -30,14 +30,14 @@ QUICK = ["model.mixer=attention", "sample.prompts=[]", "data.validation.video=nu
 TWO_RANKS = ["trainer.num_nodes=1", "trainer.devices=2", "sample.prompts=[]"]
 
 
-def held_by(module: LinGenModule) -> dict[str, int]:
-    """Bytes by kind of a rank that has just made a step."""
+def held_by(module: LinGenModule, gradients: list[Any]) -> dict[str, int]:
+    """Bytes by kind of a rank that has just made a step, of the gradients that it had."""
     trained = list(module.trained_parameters().values())
     states = module.trainer.optimizers[0].state.values()
     assert module.average is not None
     kinds: dict[str, list[Any]] = {
         "weights": trained,
-        "gradients": [parameter.grad for parameter in trained],
+        "gradients": gradients,
         "optimizer": [value for state in states for name, value in state.items() if name != "step"],
         "average": list(module.average.weights().values()),
     }
@@ -48,13 +48,17 @@ def train(recipe: str, run: str) -> None:
     """As one of the ranks: trains a stage and prints what it holds after each step."""
     from lingen.run import fit
 
-    step = LinGenModule.optimizer_step
+    step, look, gradients = LinGenModule.optimizer_step, LinGenModule.on_before_optimizer_step, list[Any]()
+
+    def noted(self: LinGenModule, *args: Any) -> None:
+        look(self, *args)
+        gradients[:] = [parameter.grad for parameter in self.trained_parameters().values()]
 
     def told(self: LinGenModule, *args: Any, **kwargs: Any) -> None:
         step(self, *args, **kwargs)
-        print("held", json.dumps(held_by(self)), flush=True)
+        print("held", json.dumps(held_by(self, gradients)), flush=True)
 
-    with mock.patch.object(LinGenModule, "optimizer_step", told):
+    with mock.patch.multiple(LinGenModule, optimizer_step=told, on_before_optimizer_step=noted):
         fit(recipe, TWO_RANKS, run=run, stage=STAGE)
 
 
