@@ -17,7 +17,7 @@ from lingen.recipe.registry import SCANS
 from lingen.recipe.sections import Triple
 
 ScanOrder = str | Callable[[int, int, int], Tensor]
-ScanEntry = ScanOrder | tuple[ScanOrder, ...]
+ScanEntry = ScanOrder | tuple[Any, ...]
 
 AXES = ("thw", "twh", "htw", "hwt", "wth", "wht")
 
