@@ -1,5 +1,6 @@
 """The ``lingen`` command, also as ``python -m lingen``."""
 
+import faulthandler
 import sys
 
 from lingen.ranks import signals
@@ -7,6 +8,7 @@ from lingen.ranks import signals
 
 def enter() -> int:
     """Runs the command of ``sys.argv``; returns its exit code. ``fit`` listens to signals before anything else."""
+    faulthandler.enable()  # a crash of a kernel or a driver tells where it was
     if sys.argv[1:2] == ["fit"]:
         signals.listen()
     from lingen.cli import main

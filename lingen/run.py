@@ -24,19 +24,19 @@ from lingen.ranks.signs import LifeSigns
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
+from lingen.run_folder import lock, record, sessions
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.identity import described
+from lingen.run_folder.intact import wait_for_files
 from lingen.sampling import samples
 from lingen.tables import as_table
-from lingen.training import lock, record, sessions
 from lingen.training.base import Trained
 from lingen.training.begin import StageStart, hand_over, start_of
 from lingen.training.callbacks import ClipsDuringTraining, StageEnd, StepEdge
 from lingen.training.denoiser import LinGenModule
 from lingen.training.dry_run import too_large
-from lingen.training.folder import RunFolder
 from lingen.training.health import GoBack, NonFiniteError
-from lingen.training.identity import described
 from lingen.training.inputs import check_inputs
-from lingen.training.intact import wait_for_files
 from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights

@@ -11,8 +11,8 @@ import torch
 import lingen
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import PowerAverage
+from lingen.run_folder.folder import RunFolder
 from lingen.training.average import AveragedWeights, power_of_width
-from lingen.training.folder import RunFolder
 from lingen.weights import read_weights
 from tests.helpers.closeness import assert_close
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from lingen.cli import main
 from lingen.run import fit
-from lingen.training import saver as saving
-from lingen.training.folder import RunFolder
-from lingen.training.intact import ABOUT, BrokenError, Checkpoint, check_intact, newest_intact
-from lingen.training.saver import Saver
-from lingen.training.storage import pieces_of
+from lingen.run_folder import saver as saving
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.intact import ABOUT, BrokenError, Checkpoint, check_intact, newest_intact
+from lingen.run_folder.saver import Saver
+from lingen.run_folder.storage import pieces_of
 from lingen.weights import read_run, read_weights
 from tests.helpers.commands import ROOT, run_python
 
@@ -163,10 +163,10 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
-from lingen.training import saver as saving
-from lingen.training.folder import RunFolder, step_of
-from lingen.training.intact import Checkpoint, newest_intact
-from lingen.training.saver import Saver
+from lingen.run_folder import saver as saving
+from lingen.run_folder.folder import RunFolder, step_of
+from lingen.run_folder.intact import Checkpoint, newest_intact
+from lingen.run_folder.saver import Saver
 
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
 folder = RunFolder(Path("run"))

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from lingen.run import fit
-from lingen.training.folder import RunFolder
-from lingen.training.intact import Checkpoint, check_intact, newest_intact
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.intact import Checkpoint, check_intact, newest_intact
 from tests.helpers.ranks import steps_of_ranks
 
 SHORT = ["train.checkpoint_every=1", "train.log_every=1", "sample.prompts=[]", "data.workers=0"]
@@ -30,13 +30,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from lingen.training import saver as saving
-from lingen.training.folder import RunFolder
-from lingen.training.intact import Checkpoint
+from lingen.run_folder import saver as saving
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.intact import Checkpoint
 from lingen.ranks.collectives import OtherRankError
-from lingen.training.saver import Saver
+from lingen.run_folder.saver import Saver
 from lingen.training.state import state_by_name
-from lingen.training.storage import fill_rows
+from lingen.run_folder.storage import fill_rows
 
 folder = RunFolder(Path("run"))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from lingen.cli.recipes import registries
 from lingen.recipe import load_recipe
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.registry import MIXERS, SCANS
-from tests.helpers.commands import ROOT, lingen_command, run_python
+from tests.helpers.commands import ROOT, lingen_command, run_command, run_python
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -27,6 +28,20 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     run_python("-c", code, cwd=ROOT)
+
+
+def test_a_crash_outside_of_python_tells_where_it_was(tmp_path: Path):
+    (tmp_path / "crashes.py").write_text("import ctypes\nctypes.string_at(0)\n")
+    done = run_command(
+        "show",
+        "--recipe",
+        "quickstart_cpu",
+        "--import",
+        "crashes",
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr and "crashes.py" in done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -19,12 +19,12 @@ from lingen.data.datamodule import ClipData
 from lingen.plan.forecast import flop_a_step, plan
 from lingen.plan.loading import load_curriculum, load_for_training
 from lingen.recipe.errors import RecipeError
+from lingen.run_folder import lock
+from lingen.run_folder.folder import RunFolder
 from lingen.studies import ablation
 from lingen.studies.compare import compare_runs, read_compared, value_at
 from lingen.studies.grid import GridRun, combinations_of, values_of
 from lingen.studies.report import page_of
-from lingen.training import lock
-from lingen.training.folder import RunFolder
 from tests.helpers.commands import lingen_command, wait_for
 
 # a grid

@@ -17,8 +17,8 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import PerKind
 from lingen.recipe.sizes import ranks_of, round_of
 from lingen.run import fit
+from lingen.run_folder.folder import RunFolder
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
 from lingen.weights import read_weights
 
 SMALL = """

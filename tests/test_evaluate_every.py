@@ -15,8 +15,8 @@ from lingen.metrics.measures import measure_clip
 from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
+from lingen.run_folder.folder import RunFolder
 from lingen.sampling import samples
-from lingen.training.folder import RunFolder
 from lingen.weights import read_weights
 
 EVERY = [

@@ -19,10 +19,10 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import shipped_folder
 from lingen.recipe.registry import AUTOENCODERS, DECAYS, LOSSES, MIXERS, SCANS, TEXT_ENCODERS, Registry
 from lingen.run import fit
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.intact import Checkpoint
 from lingen.testing import check_autoencoder, check_mixer, check_scan, check_text_encoder
 from lingen.training.dry_run import step_memory
-from lingen.training.folder import RunFolder
-from lingen.training.intact import Checkpoint
 from lingen.training.named import Muon
 from lingen.training.weights import load_denoiser
 from lingen.weights import read_weights

@@ -25,7 +25,7 @@ from lingen.recipe import load_curriculum, load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.run import Reporter, fit, fit_curriculum
-from lingen.training.intact import Checkpoint
+from lingen.run_folder.intact import Checkpoint
 
 
 def mp4(shade: int, frames: int = 6) -> bytes:

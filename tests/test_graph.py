@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from lingen.recipe.errors import RecipeError
 from lingen.run import NonFiniteError, Reporter, fit, fit_curriculum, load_for_training
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.intact import Checkpoint
 from lingen.text.small import Words
 from lingen.training import base
-from lingen.training.folder import RunFolder
 from lingen.training.graph import READ_EVERY, StepGraphs
-from lingen.training.intact import Checkpoint
 
 NAN = (
     'autoencoder={name: "tests.helpers.frozen:Pooling", nan_above: -0.62}', "model.patch=[1, 1, 1]",

@@ -22,10 +22,10 @@ from lingen.launch.status import Status
 from lingen.ranks.heartbeat import Heartbeat, heartbeats, read_heartbeats, sign
 from lingen.recipe import load_for_training
 from lingen.run import NonFiniteError, Reporter, fit, fit_curriculum
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.intact import Checkpoint
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
 from lingen.training.health import ALIKE_LEAST, ALIKE_MOST, LEAST_SPREAD, NORMAL, SPIKE, SpikeWatch, robust_score
-from lingen.training.intact import Checkpoint
 from lingen.training.meter import Meter
 from lingen.training.pace import Pace, RankPace, compared
 from tests.helpers.ranks import run_ranks

@@ -18,6 +18,7 @@ FLOORS = (
     ("data", "plan"),
     ("text", "metrics"),
     ("ranks",),
+    ("run_folder",),
     ("training", "testing"),
     ("sampling",),
     ("prepare", "run"),

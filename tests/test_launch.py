@@ -25,8 +25,8 @@ from lingen.ranks.launch import check_layout, ranks_to_start
 from lingen.recipe import load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
+from lingen.run_folder.folder import RunFolder
 from lingen.training import trainer
-from lingen.training.folder import RunFolder
 from lingen.weights import find_weights, read_weights
 from tests.helpers.commands import ROOT
 

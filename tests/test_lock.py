@@ -17,10 +17,10 @@ import pytest
 from lingen.cli import main
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
-from lingen.training import lock
+from lingen.run_folder import lock
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.lock import LOCK_NAME, SILENCE, Lock, locked, myself
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
-from lingen.training.lock import LOCK_NAME, SILENCE, Lock, locked, myself
 from tests.helpers.commands import ROOT, lingen_command, run_command, wait_for
 
 ONE = ["stages.images.train.steps=1", "stages.clips.train.steps=1", "sample.prompts=[]"]
@@ -116,7 +116,7 @@ CLAIMANT = """
 import sys, time
 from pathlib import Path
 from lingen.recipe.errors import RecipeError
-from lingen.training.lock import locked
+from lingen.run_folder.lock import locked
 folder, start = Path(sys.argv[1]), float(sys.argv[2])
 time.sleep(max(0, start - time.time()))
 try:

@@ -22,9 +22,9 @@ from lingen.files import write_json
 from lingen.media import save_video
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
+from lingen.run_folder.folder import RunFolder
 from lingen.sampling.files import sample_to_files
 from lingen.sampling.pipeline import card_of
-from lingen.training.folder import RunFolder
 from lingen.weights import find_weights, read_metadata, write_tensors
 from tests.helpers.tiny import write_recipe
 

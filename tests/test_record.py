@@ -19,10 +19,10 @@ from lingen.prepare.index import index_folder
 from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
 from lingen.run import Reporter, fit, fit_curriculum
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.identity import alike, described, fingerprint, identity_of, other_course
+from lingen.run_folder.intact import Checkpoint
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
-from lingen.training.identity import alike, described, fingerprint, identity_of, other_course
-from lingen.training.intact import Checkpoint
 from lingen.training.weights import recipe_of
 from tests.helpers.files import times_of
 

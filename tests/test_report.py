@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lingen.cli import main
+from lingen.run_folder.folder import README
 from lingen.studies.report import write_report
-from lingen.training.folder import README
 
 
 class Page(HTMLParser):

@@ -19,7 +19,7 @@ import pytest
 from lingen.data.shards import write_shards
 from lingen.media import encode_mp4, encode_png
 from lingen.prepare.index import index_folder
-from lingen.training.folder import RunFolder
+from lingen.run_folder.folder import RunFolder
 from tests.helpers.commands import wait_for
 
 RECORDER = '''

@@ -16,10 +16,10 @@ import lingen
 from lingen.cli import main
 from lingen.data.ledger import DataError
 from lingen.run import fit
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.intact import Checkpoint
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
 from lingen.training.health import NonFiniteError
-from lingen.training.intact import Checkpoint
 from lingen.training.rows import MetricsFile
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights, read_metadata, read_weights

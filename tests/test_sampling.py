@@ -21,6 +21,7 @@ from lingen import flow
 from lingen.cli import main
 from lingen.media import contact_sheet, save_video
 from lingen.run import fit
+from lingen.run_folder.folder import RunFolder
 from lingen.sampling import clips as sampling
 from lingen.sampling import files as output
 from lingen.sampling.clips import (
@@ -34,7 +35,6 @@ from lingen.sampling.clips import (
     takes_of,
 )
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights
 from tests.helpers.commands import run_python

@@ -20,9 +20,9 @@ from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Mark
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.marks import TRAINER, entries_of
 from lingen.run import fit
-from lingen.training import record
-from lingen.training.folder import RunFolder
-from lingen.training.identity import described
+from lingen.run_folder import record
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.identity import described
 from lingen.weights import read_weights
 from tests.helpers.closeness import assert_close
 

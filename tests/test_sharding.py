@@ -13,7 +13,7 @@ from lingen.cli import main
 from lingen.recipe import load_for_training, load_recipe, stages_of
 from lingen.recipe.errors import RecipeError
 from lingen.run import fit
-from lingen.training.folder import RunFolder
+from lingen.run_folder.folder import RunFolder
 from lingen.weights import read_weights
 from tests.helpers.closeness import assert_close
 from tests.helpers.commands import run_command

@@ -18,7 +18,7 @@ import torch
 from lingen.cli import main
 from lingen.ranks import signals
 from lingen.run import fit
-from lingen.training.folder import RunFolder
+from lingen.run_folder.folder import RunFolder
 from tests.helpers.commands import ROOT, wait_for
 from tests.helpers.moments import MOMENTS, NUMBERS, OF_ONE_RANK, WORDS, go_through, number_of, what_came_out
 

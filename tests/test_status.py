@@ -18,8 +18,8 @@ from lingen.ranks import heartbeat
 from lingen.ranks.environment import OtherRankError
 from lingen.ranks.heartbeat import SILENT, SIZE, heartbeats, read_heartbeats, sign
 from lingen.ranks.signals import Stopped
-from lingen.training.folder import RunFolder
-from lingen.training.sessions import IN_VAIN, read_sessions, session, worth_another_start
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.sessions import IN_VAIN, read_sessions, session, worth_another_start
 from tests.helpers.commands import ROOT, run_python
 
 
@@ -247,7 +247,7 @@ def test_a_run_amid_a_stage(run: RunFolder):
 
 
 def test_a_silent_rank_is_named(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys):
-    from lingen.training import lock
+    from lingen.run_folder import lock
 
     mark = killed_session(run)
     with lock.locked(run.path), heartbeats(run.ranks, 0, 2, mark) as writer:

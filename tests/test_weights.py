@@ -18,11 +18,11 @@ from lingen.recipe import load_curriculum, load_recipe
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.signature import settings_of
 from lingen.run import Reporter, fit, fit_curriculum
+from lingen.run_folder.folder import RunFolder
 from lingen.sampling.clips import generate
 from lingen.training.autoencoder import AutoencoderModule
 from lingen.training.begin import hand_over, start_of
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
 from lingen.training.weights import load_denoiser, load_into
 from lingen.weights import export_weights, find_weights, names_now, read_metadata, read_weights, write_tensors
 from tests.helpers.commands import run_command

@@ -144,8 +144,8 @@ def status(args: argparse.Namespace) -> int:
 def _judge(run: Path, code: int) -> int:
     """For a script: whether a run is started again whose ranks ended with this code, and without which nodes."""
     from lingen.ranks.signals import REQUEUE
-    from lingen.training.folder import RunFolder
-    from lingen.training.sessions import unfit_nodes, worth_another_start
+    from lingen.run_folder.folder import RunFolder
+    from lingen.run_folder.sessions import unfit_nodes, worth_another_start
 
     try:
         again, why = worth_another_start(RunFolder(run), code)

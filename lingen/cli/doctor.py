@@ -55,8 +55,8 @@ def _preflight(args: argparse.Namespace) -> int:
         with signals.listening():
             curriculum = load_alike(args)
             from lingen.launch.preflight import preflight_alone, report_lines
-            from lingen.training import record
-            from lingen.training.identity import described
+            from lingen.run_folder import record
+            from lingen.run_folder.identity import described
 
             stages = curriculum.stages
             run = args.run or record.default_path(stages[0].name, described(stages), lambda text: None)

@@ -59,7 +59,7 @@ UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sampl
 def _recipe(args: argparse.Namespace) -> Any:
     """The stage that is asked for, with the autoencoder that is asked for; the last stage where none is named."""
     from lingen.recipe import load_curriculum
-    from lingen.training.folder import RunFolder
+    from lingen.run_folder.folder import RunFolder
 
     if args.recipe is None and args.run is None:
         raise RecipeError("Say on which recipe's clips: --recipe R, or --run DIR for the recipe of a run.")

@@ -28,8 +28,8 @@ from lingen.recipe.subjects import SUBJECTS, Subject
 if TYPE_CHECKING:
     from lingen.plan.loading import Curriculum
     from lingen.recipe.sections import Recipe
+    from lingen.run_folder.folder import RunFolder
     from lingen.text.rewrite import Rewritten
-    from lingen.training.folder import RunFolder
 
 T = TypeVar("T")
 

@@ -32,8 +32,8 @@ from lingen.provenance import git_commit, versions
 from lingen.ranks.environment import UnfitError, here
 from lingen.ranks.slurm import answer
 from lingen.recipe.sections import Recipe
-from lingen.training.folder import RunFolder
-from lingen.training.saver import memory_left
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.saver import memory_left
 from lingen.training.trainer import build_trainer
 
 MESSAGE = {"cuda": 256 << 20, "cpu": 4 << 20}

@@ -24,8 +24,8 @@ from lingen.ranks import heartbeat, launch, local_ranks, signals
 from lingen.ranks.collectives import is_connected, on_first_rank
 from lingen.ranks.environment import UnfitError
 from lingen.recipe.sections import Recipe
+from lingen.run_folder.folder import RunFolder
 from lingen.tables import as_table
-from lingen.training.folder import RunFolder
 
 LAG = 20.0
 """Seconds by which one rank may begin a check after another [ours]."""

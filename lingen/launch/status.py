@@ -11,9 +11,9 @@ from lingen.ranks.heartbeat import BEAT, FAILED_WORD, LOST_WORD, SILENT, Heartbe
 from lingen.ranks.slurm import waiting
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
-from lingen.training import lock
-from lingen.training.folder import RunFolder
-from lingen.training.sessions import FINISHED, KILLED_WORD, killed, read_sessions
+from lingen.run_folder import lock
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.sessions import FINISHED, KILLED_WORD, killed, read_sessions
 
 ROWS = 20
 """Rows of metrics.csv over which the speed is a mean."""

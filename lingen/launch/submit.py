@@ -16,9 +16,9 @@ from lingen.plan.loading import Curriculum, load_for_training, to_yaml
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training import lock, record
-from lingen.training.folder import RunFolder
-from lingen.training.identity import Stage, described
+from lingen.run_folder import lock, record
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.identity import Stage, described
 from lingen.training.inputs import check_inputs
 
 KEPT_VARIABLES = (

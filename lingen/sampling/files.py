@@ -18,10 +18,10 @@ from lingen.ranks.environment import Rank
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import SampleConfig
+from lingen.run_folder.folder import RunFolder
 from lingen.sampling import clips
 from lingen.sampling.notes import Noted, Notes, notes_of, notes_on, read_notes
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights, write_tensors
 

@@ -26,9 +26,9 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import RecipeText, shipped_folder
 from lingen.recipe.signature import as_plain
 from lingen.recipe.text import decode_json
+from lingen.run_folder.folder import RunFolder
 from lingen.sampling.clips import clip_size, clips_of, settings_with, takes_of
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
 from lingen.training.weights import averaged_state, load_denoiser, load_into
 from lingen.weights import WeightsError, find_weights, read_metadata, write_tensors
 

@@ -22,11 +22,11 @@ from lingen.ranks import signals
 from lingen.ranks.collectives import on_first_rank
 from lingen.ranks.heartbeat import sign
 from lingen.recipe.sections import Recipe
+from lingen.run_folder.folder import RunFolder
 from lingen.sampling.clips import Take, clip_size, clips_of, decoded, sample_takes, takes_of
 from lingen.sampling.notes import notes_of, notes_on
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
-from lingen.training.folder import RunFolder
 from lingen.training.weights import load_denoiser
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from lingen.plan.forecast import PEAK_FLOPS, flop_a_step, plan
 from lingen.plan.loading import load_curriculum
 from lingen.ranks.launch import ranks_here
 from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.run_folder.identity import described, other_course, other_identity
 from lingen.studies.compare import Curve, read_compared, value_at
 from lingen.studies.grid import GridRun, values_of
-from lingen.training.identity import described, other_course, other_identity
 
 BASELINE = "baseline"
 VARIANTS = {

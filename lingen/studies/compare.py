@@ -15,10 +15,10 @@ from lingen.plan.forecast import flop_a_step, plan
 from lingen.plan.loading import load_curriculum
 from lingen.ranks.launch import ranks_here
 from lingen.recipe.errors import RecipeError
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.record import told
+from lingen.run_folder.sessions import read_sessions
 from lingen.tables import as_cell
-from lingen.training.folder import RunFolder
-from lingen.training.record import told
-from lingen.training.sessions import read_sessions
 
 DEFAULT_METRICS = ("validation/loss", "loss")
 """The first that each run has twice, else the last."""

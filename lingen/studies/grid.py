@@ -15,9 +15,9 @@ from lingen.plan.loading import Curriculum, load_for_training, to_yaml
 from lingen.ranks import signals
 from lingen.recipe.errors import RecipeError
 from lingen.run import is_complete
-from lingen.training import record
-from lingen.training.folder import RunFolder
-from lingen.training.identity import described
+from lingen.run_folder import record
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.identity import described
 from lingen.training.inputs import check_inputs
 
 

@@ -21,8 +21,8 @@ from lingen.launch.status import Status, status_of
 from lingen.plan.loading import load_curriculum
 from lingen.recipe import to_yaml
 from lingen.recipe.reading import shipped_recipes
+from lingen.run_folder.folder import RunFolder
 from lingen.studies.compare import Compared, Curve, cell_of, leaves, read_compared, tables_of
-from lingen.training.folder import RunFolder
 
 MOST_BYTES, STRIP, POINTS = 3_000_000, 480, 400
 """Of all pictures; pixels across one; points of a curve."""

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from lingen.files import wait_for
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
+from lingen.run_folder.folder import RunFolder, step_of
+from lingen.run_folder.intact import newest_intact, wait_for_files
 from lingen.training.base import Trained
-from lingen.training.folder import RunFolder, step_of
-from lingen.training.intact import newest_intact, wait_for_files
 from lingen.training.rows import horizons
 from lingen.training.weights import load_into
 from lingen.weights import find_weights, read_weights

@@ -12,11 +12,11 @@ from lingen.data.ledger import DataError, Ledger
 from lingen.ranks import signals
 from lingen.ranks.collectives import gather_objects, largest, on_first_rank
 from lingen.ranks.heartbeat import sign
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.saver import Saver
 from lingen.training.base import Trained
 from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
-from lingen.training.folder import RunFolder
 from lingen.training.health import GoBack, NonFiniteError
-from lingen.training.saver import Saver
 
 log = logging.getLogger("lingen")
 

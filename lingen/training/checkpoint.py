@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lingen.recipe.errors import RecipeError
+from lingen.run_folder.intact import BrokenError, Checkpoint
+from lingen.run_folder.storage import fill_rows
 from lingen.training.earlier import EarlierCheckpoint
-from lingen.training.intact import BrokenError, Checkpoint
 from lingen.training.state import OptimizerState, load_state_by_name, state_by_name
-from lingen.training.storage import fill_rows
 
 if TYPE_CHECKING:
     from lingen.training.base import Trained

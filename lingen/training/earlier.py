@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lingen.training.intact import BrokenError
+from lingen.run_folder.intact import BrokenError
 from lingen.weights import names_now
 
 if TYPE_CHECKING:

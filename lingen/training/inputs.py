@@ -9,7 +9,7 @@ from lingen.frozen import Missing, missing_of, refuse
 from lingen.ranks import launch
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training.folder import RunFolder
+from lingen.run_folder.folder import RunFolder
 from lingen.weights import find_weights
 
 

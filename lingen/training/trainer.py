@@ -16,7 +16,7 @@ from lingen.ranks.launch import RankEnvironment
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.registry import CALLBACKS
 from lingen.recipe.sections import Component, Recipe
-from lingen.training.folder import RunFolder
+from lingen.run_folder.folder import RunFolder
 from lingen.training.strategy import Sharded, strategy_of
 
 

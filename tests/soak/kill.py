@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from lingen.training.folder import RunFolder
+from lingen.run_folder.folder import RunFolder
 from lingen.weights import hash_tensors, read_weights
 from tests.helpers.commands import lingen_command
 from tests.helpers.tiny import write_recipe, write_shapes

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lingen.training.folder import RunFolder
+from lingen.run_folder.folder import RunFolder
 from lingen.weights import hash_tensors, read_weights
 from tests.helpers.commands import ROOT
 from tests.helpers.slurm import Cluster, script_of_docs, slurm

@@ -17,8 +17,8 @@ from lingen.plan.forecast import largest_batch, text_tokens
 from lingen.recipe import load_curriculum, load_recipe
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.sections import Recipe
+from lingen.run_folder.folder import RunFolder
 from lingen.training.dry_run import step_memory
-from lingen.training.folder import RunFolder
 from lingen.training.trainer import build_trainer
 
 RANKS = (1, 2, 8, 64, 512)

@@ -18,7 +18,7 @@ from lingen.ranks import heartbeat
 from lingen.ranks.signals import REQUEUE
 from lingen.ranks.slurm import held_back
 from lingen.recipe.text import decode_json
-from lingen.training.folder import RunFolder
+from lingen.run_folder.folder import RunFolder
 
 FINISHED = "finished"
 KILLED_WORD = "killed: "

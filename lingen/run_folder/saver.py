@@ -21,9 +21,9 @@ from torch import Tensor
 from lingen.files import write_json
 from lingen.kernels.choice import memory_here
 from lingen.ranks.collectives import broadcast_object, gather_objects, largest, on_first_rank, place, together
-from lingen.training.folder import RunFolder, step_of
-from lingen.training.intact import ABOUT, about_of
-from lingen.training.storage import RowPiece, Written, bytes_of, describe_tensors, pieces_of, write_file
+from lingen.run_folder.folder import RunFolder, step_of
+from lingen.run_folder.intact import ABOUT, about_of
+from lingen.run_folder.storage import RowPiece, Written, bytes_of, describe_tensors, pieces_of, write_file
 from lingen.weights import header_of
 
 ROOM = 0.75

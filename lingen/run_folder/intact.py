@@ -18,8 +18,8 @@ from typing import Any
 from lingen.files import wait_for
 from lingen.ranks.heartbeat import sign
 from lingen.recipe.text import decode_json
-from lingen.training.folder import RunFolder, step_of
-from lingen.training.storage import CHUNK, StoredRows, Written, is_covered
+from lingen.run_folder.folder import RunFolder, step_of
+from lingen.run_folder.storage import CHUNK, StoredRows, Written, is_covered
 
 ABOUT = "checkpoint.json"
 """Holds what is no tensor, and where each row of each tensor is; written last."""

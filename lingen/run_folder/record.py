@@ -12,8 +12,17 @@ from lingen.plan.loading import Curriculum, load_curriculum, to_yaml, with_stage
 from lingen.provenance import git_commit, time_now, versions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
-from lingen.training.folder import README, RunFolder
-from lingen.training.identity import SAMPLES, Stage, Values, described, fingerprint, other_course, other_identity, shown
+from lingen.run_folder.folder import README, RunFolder
+from lingen.run_folder.identity import (
+    SAMPLES,
+    Stage,
+    Values,
+    described,
+    fingerprint,
+    other_course,
+    other_identity,
+    shown,
+)
 from lingen.weights import read_run
 
 OLD_TRIED = 8
