@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 CHECKPOINT = re.compile(r"step-\d+(\.ckpt)?")
@@ -30,44 +29,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("step-"))
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths inside a run folder. Files appear in one step, so that a kill leaves nothing half written."""
 
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def readme(self) -> Path:
-        return self.path / "README.md"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def about(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.csv"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.json"
-
-    @property
-    def score(self) -> Path:
-        return self.path / "score.json"
-
-    @property
-    def ranks(self) -> Path:
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe, self.readme, self.report = path / "recipe.yaml", path / "README.md", path / "report.html"
+        self.about, self.ledger, self.score = path / "run.json", path / "ledger.json", path / "score.json"
+        self.metrics = path / "metrics.csv"
+        self.ranks = path / "ranks"
         """The signs of life of the ranks."""
-        return self.path / "ranks"
 
     def samples(self, stage: str, step: int) -> Path:
         return self.path / "samples" / f"{stage}-{step:07d}"

@@ -15,15 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lingen.files import wait_for
 from lingen.ranks.heartbeat import sign
 from lingen.recipe.text import decode_json
 from lingen.run_folder.folder import RunFolder, step_of
-from lingen.run_folder.storage import CHUNK, StoredRows, Written, is_covered
+from lingen.run_folder.storage import CHUNK, Written, is_covered
+from lingen.weights import STORED_TYPES
 
 ABOUT = "checkpoint.json"
 """Holds what is no tensor, and where each row of each tensor is; written last."""
 FORMAT = "lingen checkpoint 1"
+_DTYPES = {name: dtype for dtype, name in STORED_TYPES.items()}
 THREADS = 8
 """Files that are hashed at once [ours]: about what a disk can read."""
 
@@ -32,13 +37,40 @@ class BrokenError(ValueError):
     """Why a checkpoint cannot be read, as the end of a sentence."""
 
 
-class Checkpoint(StoredRows):
+class Checkpoint:
     """A checkpoint of this form: `state`, and rows of its tensors. BrokenError where its JSON file is none."""
 
     def __init__(self, path: Path):
-        self.about = read_about(path)
-        super().__init__(path, self.about["tensors"])
-        self.state: dict[str, Any] = self.about["state"]
+        self.path, self.about = path, read_about(path)
+        self.tensors, self.state = self.about["tensors"], self.about["state"]
+        self._open: dict[str, Any] = {}
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor."""
+        return torch.Size(self.tensors[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self.tensors[name]["dtype"]]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a tensor, on the CPU; all of them unless told."""
+        about, shape = self.tensors[name], self.shape(name)
+        if not shape:
+            return self._file(about["pieces"][0][0]).get_tensor(name)
+        stop = shape[0] if stop is None else stop
+        found = torch.empty((stop - start, *shape[1:]), dtype=self.dtype(name))
+        for file, first, end in about["pieces"]:
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                found[low - start : high - start] = self._file(file).get_slice(name)[low - first : high - first]
+        return found
+
+    def _file(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self._open:
+            self._open[name] = safe_open(str(self.path / name), "pt")
+        return self._open[name]
 
 
 def about_of(state: dict[str, Any], tensors: dict[str, Any], files: Sequence[Written]) -> bytes:

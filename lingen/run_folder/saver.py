@@ -7,13 +7,12 @@ import os
 import secrets
 import shutil
 import socket
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ PARTIAL = ".partial-"
 """Stands in the name of a folder that is being written, or taken away."""
 
 
-@dataclass
-class _Job:
+class _Job(NamedTuple):
     """A checkpoint on its way."""
 
     step: int
@@ -42,18 +40,8 @@ class _Job:
     """As `storage.describe_tensors` makes it."""
     state: dict[str, Any]
     ledger: dict[str, Any]
-    thread: threading.Thread | None = None
-    ended: list[Written | Exception] = field(default_factory=list)
-    """How it went, once it is over."""
-
-    def result(self) -> Written:
-        """What this rank wrote, when it has. Its error, under the name that the checkpoint would have borne."""
-        if self.thread is not None:
-            self.thread.join()
-        (found,) = self.ended
-        if isinstance(found, Exception):
-            raise found
-        return found
+    written: Future[Written]
+    """What this rank wrote, or its error."""
 
 
 class Saver:
@@ -78,6 +66,7 @@ class Saver:
         self._buffer: Tensor | None = None
         self._from_gpu = False
         self._job: _Job | None = None
+        self._thread = ThreadPoolExecutor(1, "lingen-saver")
         on_first_rank(self._sweep)
 
     def _sweep(self) -> None:
@@ -107,7 +96,7 @@ class Saver:
     @property
     def is_writing(self) -> bool:
         """Whether this rank's file is not on the disk yet."""
-        return self._job is not None and self._job.thread is not None and self._job.thread.is_alive()
+        return self._job is not None and not self._job.written.done()
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], ledger: dict[str, Any]) -> None:
         """Starts a checkpoint, once the one before is complete. What the tensors hold now is what is written.
@@ -117,17 +106,16 @@ class Saver:
             state, ledger: plain values; those of rank 0 count."""
         self.finish()
         path = self.folder.checkpoint(self.stage, step)
-        job = _Job(step, path.with_name(path.name + self._mark), describe_tensors(tensors), state, ledger)
+        partial = path.with_name(path.name + self._mark)
         rank, world = place()
-        file = job.partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
+        file = partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
         pieces = pieces_of(tensors, rank, world)
         buffer = self._copy(pieces)
+        rows = [one.rows for one in pieces] if buffer is None else [buffer]
+        written = self._thread.submit(_write, file, pieces, chain.from_iterable(map(bytes_of, rows)))
+        self._job = _Job(step, partial, describe_tensors(tensors), state, ledger, written)
         if buffer is None:
-            _write(job.ended, file, pieces, (chunk for piece in pieces for chunk in bytes_of(piece.rows)))
-        else:
-            job.thread = threading.Thread(target=_write, args=(job.ended, file, pieces, bytes_of(buffer)))
-            job.thread.start()
-        self._job = job
+            wait([written])
         if self._buffer is None:  # on all ranks: training waits anyway
             self.finish()
 
@@ -155,7 +143,7 @@ class Saver:
         if job is None:
             return
         try:
-            written = together(job.result)
+            written = together(job.written.result)
         except Exception:
             on_first_rank(lambda: shutil.rmtree(job.partial, ignore_errors=True))
             raise
@@ -171,8 +159,8 @@ class Saver:
         if together or place()[1] == 1:
             with contextlib.suppress(OSError):  # the error that ends the run is the one to tell
                 self.finish()
-        elif self._job is not None and self._job.thread is not None:
-            self._job.thread.join()
+        elif self._job is not None:
+            wait([self._job.written])
 
     def stays(self, step: int) -> bool:
         """Whether a checkpoint of this step is to be kept for good."""
@@ -236,17 +224,15 @@ def memory_left() -> int:
     return left
 
 
-def _write(
-    ended: list[Written | Exception], file: Path, pieces: Sequence[RowPiece], chunks: Iterable[memoryview]
-) -> None:
-    """Writes a rank's file; tells how it went."""
+def _write(file: Path, pieces: Sequence[RowPiece], chunks: Iterable[memoryview]) -> Written:
+    """Writes a rank's file. Its error, under the name that the checkpoint would have borne."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         header = header_of([(one.name, one.rows) for one in pieces], {"format": "pt"})
         size, found = write_file(file, chain([header], chunks))
-        ended.append(Written(file.name, size, found, tuple((one.name, one.start, one.stop) for one in pieces)))
+        return Written(file.name, size, found, tuple((one.name, one.start, one.stop) for one in pieces))
     except Exception as error:
-        ended.append(_called(error, file.parent))
+        raise _called(error, file.parent) from None
 
 
 def _called(error: Exception, partial: Path) -> Exception:

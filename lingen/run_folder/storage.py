@@ -1,4 +1,4 @@
-"""Tensors in a folder of safetensors files: which rows each rank writes, and any rows of them read again.
+"""Tensors in a folder of safetensors files: which rows each rank writes, and what it needs of them again.
 
 A row is an index of axis 0; a tensor without axes is one row. Nothing here knows what the tensors are for."""
 
@@ -20,7 +20,6 @@ from lingen.plan.memory_tracker import part_here
 from lingen.ranks.heartbeat import sign
 from lingen.weights import STORED_TYPES
 
-_DTYPES = {name: dtype for dtype, name in STORED_TYPES.items()}
 CHUNK = 1 << 24
 """Bytes that are written and hashed at once."""
 
@@ -104,7 +103,7 @@ def _local_rows(value: Tensor) -> tuple[int, Tensor, tuple[int, int]]:
 
 
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `StoredRows` wants to know of tensors, before it is known which file holds which rows."""
+    """What `Checkpoint` wants to know of tensors, before it is known which file holds which rows."""
     return {
         name: {"shape": list(value.shape), "dtype": STORED_TYPES[value.dtype], "pieces": []}
         for name, value in tensors.items()
@@ -135,46 +134,6 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, s
         finally:
             os.close(file)
     return size, digest.hexdigest()
-
-
-class StoredRows:
-    """Reads the rows of tensors from files of pieces.
-
-    Args:
-        folder: holds the files.
-        tensors: name -> ``{"shape": [...], "dtype": "F32", "pieces": [[file, first row, row after the last], ...]}``.
-    """
-
-    def __init__(self, folder: Path, tensors: Mapping[str, Any]):
-        self.folder, self.tensors = folder, tensors
-        self._open: dict[str, Any] = {}
-
-    def shape(self, name: str) -> torch.Size:
-        """Of the whole tensor."""
-        return torch.Size(self.tensors[name]["shape"])
-
-    def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self.tensors[name]["dtype"]]
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a tensor, on the CPU; all of them unless told."""
-        about, shape = self.tensors[name], self.shape(name)
-        if not shape:
-            return self._file(about["pieces"][0][0]).get_tensor(name)
-        stop = shape[0] if stop is None else stop
-        found = torch.empty((stop - start, *shape[1:]), dtype=self.dtype(name))
-        for file, first, end in about["pieces"]:
-            low, high = max(start, first), min(stop, end)
-            if low < high:
-                found[low - start : high - start] = self._file(file).get_slice(name)[low - first : high - first]
-        return found
-
-    def _file(self, name: str) -> Any:
-        from safetensors import safe_open
-
-        if name not in self._open:
-            self._open[name] = safe_open(str(self.folder / name), "pt")
-        return self._open[name]
 
 
 @torch.no_grad()

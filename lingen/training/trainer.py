@@ -3,7 +3,6 @@
 import logging
 import os
 import warnings
-from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -22,7 +21,7 @@ from lingen.training.strategy import Sharded, strategy_of
 
 def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> lightning.Trainer:
     """lightning.Trainer with the recipe's arguments and what lingen sets. The recipe's callbacks come first, so that a
-    checkpoint holds them as they are after its step."""
+    checkpoint holds them as they are after its step. RecipeError where Lightning refuses what the recipe asks for."""
     arguments = dict(recipe.trainer) | {"strategy": strategy_of(recipe)}
     callbacks = [*map(CALLBACKS.build, arguments.pop("callbacks", None) or []), *callbacks]
     loggers = [build_logger(one, folder) for one in listed(arguments.pop("logger", "tensorboard"))]
@@ -33,13 +32,16 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
         arguments.setdefault("inference_mode", False)  # gathered weights are written again when training goes on
     with warnings.catch_warnings():
         quiet_lightning()
-        trainer = _trainer(
-            **arguments, plugins=[RankEnvironment()], max_steps=settings.steps, max_epochs=-1, min_epochs=0,
-            accumulate_grad_batches=settings.accumulate, val_check_interval=min(every, batches),
-            check_val_every_n_epoch=None, num_sanity_val_steps=0, log_every_n_steps=1, logger=loggers,
-            callbacks=callbacks, default_root_dir=folder.path, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False,
-        )  # fmt: skip
+        try:
+            trainer = lightning.Trainer(
+                **arguments, plugins=[RankEnvironment()], max_steps=settings.steps, max_epochs=-1, min_epochs=0,
+                accumulate_grad_batches=settings.accumulate, val_check_interval=min(every, batches),
+                check_val_every_n_epoch=None, num_sanity_val_steps=0, log_every_n_steps=1, logger=loggers,
+                callbacks=callbacks, default_root_dir=folder.path, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            )  # fmt: skip
+        except (MisconfigurationException, ValueError, RuntimeError) as error:  # no such accelerator here, say
+            raise RecipeError(f"{error} (at trainer)") from error
     if {trainer.world_size, trainer.num_devices * trainer.num_nodes} != {(ranks := here().ranks)}:
         raise RecipeError(
             f"{ranks} ranks train, but trainer.strategy={recipe.trainer.get('strategy', 'auto')} makes "
@@ -60,14 +62,6 @@ def end_only(trainer: lightning.Trainer) -> None:
         loop.on_run_end()
 
     loop.run = run  # type: ignore[method-assign]
-
-
-def _trainer(**arguments: Any) -> lightning.Trainer:
-    """RecipeError where Lightning refuses what the recipe asks for (no such accelerator here, say)."""
-    try:
-        return lightning.Trainer(**arguments)
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{error} (at trainer)") from error
 
 
 def build_logger(component: str | Component, folder: RunFolder) -> Logger:
