@@ -124,8 +124,7 @@ def spread(ballot: np.ndarray, pairs: int, statistic: Callable[[np.ndarray], np.
     from scipy import stats
 
     votes, found, sizes = 3 * ballot[:, PAIR] + ballot[:, VOTED], [], []
-    counts = np.bincount(votes, minlength=3 * pairs)
-    moved = statistic(counts + STEP * np.eye(len(counts) + 1, len(counts)))
+    moved = statistic(np.bincount(votes, minlength=3 * pairs) + STEP * np.eye(3 * pairs + 1, 3 * pairs))
     for columns in ([RATER], [PROMPT], [RATER, PROMPT]):
         groups = np.unique(ballot[:, columns], axis=0, return_inverse=True)[1].reshape(-1)
         shifts = np.zeros((groups.max() + 1, moved.shape[1]))
@@ -133,8 +132,7 @@ def spread(ballot: np.ndarray, pairs: int, statistic: Callable[[np.ndarray], np.
         sizes.append(max(1, len(shifts) - 1))
         found.append((shifts**2).sum(axis=0) * len(shifts) / sizes[-1])
     (raters, prompts, rest), left = found, sizes[2] - sizes[0] - sizes[1]
-    if left > 0:
-        rest = np.maximum(0, sizes[2] * rest - sizes[0] * raters - sizes[1] * prompts) / left
+    rest = np.maximum(0, sizes[2] * rest - sizes[0] * raters - sizes[1] * prompts) / left if left > 0 else rest
     total, own = np.maximum(raters, rest) + np.maximum(prompts, rest) - rest, rest**2 / max(1, left)
     own = own + sum(np.maximum(0, one**2 - rest**2) / size for one, size in zip(found[:2], sizes[:2], strict=True))
     degrees = np.maximum(1, total**2 / np.maximum(own, 1e-30))
@@ -161,12 +159,11 @@ def preference_of(ballot: np.ndarray, margin: float) -> dict[str, Any]:
     normal = stats.norm.ppf(1 - SIGNIFICANT / 2)
     row: dict[str, Any] = {"n": len(ballot), "raters": raters, "agreement": agreement(ballot)}
     alike = max(1, min({raters, prompts} - {1}, default=1))
-    for name, value, reach in zip(("win", "tie", "loss", "net"), values, half, strict=True):
-        low, wide = (0, 1) if name != "net" else (-1, 2)  # of `net`, the share of its way from -1 to 1
-        share, reach = (value - low) / wide, reach / wide
+    for name, value, reach, low in zip(("win", "tie", "loss", "net"), values, half, (0, 0, 0, -1), strict=True):
+        share, reach = (value - low) / (1 - low), reach / (1 - low)  # of the way from `low` to 1 [ours]
         worth = share * (1 - share) * (normal / reach) ** 2 if reach > 1e-6 else alike
         ends = proportion_confint(share * worth, worth, method="wilson")
-        row[name] = {"value": float(value), "interval": [float(low + wide * end) for end in ends]}
+        row[name] = {"value": float(value), "interval": [float(low + (1 - low) * end) for end in ends]}
     signs = np.sign(np.bincount(ballot[:, RATER], 1 - ballot[:, VOTED]))
     row |= {"ahead": int((signs > 0).sum()), "behind": int((signs < 0).sum())}
     row["p"] = float(stats.binomtest(row["ahead"], max(1, row["ahead"] + row["behind"])).pvalue)
@@ -191,8 +188,7 @@ def strengths_of(ballot: np.ndarray, systems: int) -> tuple[list[float], list[fl
     """Logarithms of the systems' strengths by `davidson`, and half their 95% intervals."""
     pairs = systems * (systems - 1) // 2
     counts = np.bincount(3 * ballot[:, PAIR] + ballot[:, VOTED], minlength=3 * pairs)[None]
-    half = spread(ballot, pairs, lambda drawn: davidson(drawn, systems))[0]
-    return davidson(counts, systems)[0].tolist(), half.tolist()
+    return davidson(counts, systems)[0].tolist(), spread(ballot, pairs, lambda c: davidson(c, systems))[0].tolist()
 
 
 def davidson(counts: np.ndarray, systems: int) -> np.ndarray:
