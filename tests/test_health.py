@@ -98,7 +98,7 @@ def test_a_step_that_is_thrown_away_is_in_no_mean():
     meter.add("nothing", torch.ones(2), torch.tensor([False, False]))
     meter.keep()
     meter.add("loss", torch.tensor([math.nan]))
-    meter.drop()
+    meter.take()
     meter.count("steps", 2)
     assert meter.flush() == {"loss": 1.5, "steps": 2}
     assert meter.flush() == {}

@@ -228,7 +228,7 @@ class Trained(lightning.LightningModule):
     def _throw_away(self, step: Step, spike: Spike | None) -> None:
         """Leaves the step out. GoBack where training goes on from an earlier one, NonFiniteError where it ends."""
         self.bad_steps += 1
-        self.meter.drop()
+        self.meter.take()
         self.meter.count("nonfinite_steps" if spike is None else "skipped_steps", is_first_rank())
         settings = self.recipe.train
         are_many = self.bad_steps >= min(settings.max_nonfinite, settings.steps)  # a shorter stage would be trained

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -33,34 +33,28 @@ HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_b
 """Of a callback: places within a step, where Python does not come by."""
 
 
-class Recorded(Generic[T]):
+def recorded(act: Callable[[], T], pool: Any) -> Callable[[], T]:
     """A function on tensors that stay where they are: on CUDA recorded as a graph, which a call plays; elsewhere the
     function itself.
 
     Args:
         act: what it returns is the same tensors at each call.
-        pool: of memory, which graphs that do not run at the same time share; None: no graph.
-    """
+        pool: of memory, which graphs that do not run at the same time share; None: no graph."""
+    if pool is None:
+        return act
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Threads that pin batches and write checkpoints call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = act()
+    finally:
+        torch.cuda.set_stream(stream)  # torch leaves another one where it fails
 
-    def __init__(self, act: Callable[[], T], pool: Any):
-        self._play = act
-        if pool is not None:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                # Threads that pin batches and write checkpoints call CUDA meanwhile.
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    result = act()
-            finally:
-                torch.cuda.set_stream(stream)  # torch leaves another one where it fails
+    def play() -> T:
+        graph.replay()
+        return result
 
-            def play() -> T:
-                graph.replay()
-                return result
-
-            self._play = play
-
-    def __call__(self) -> T:
-        return self._play()
+    return play
 
 
 class Told(NamedTuple):
@@ -74,32 +68,21 @@ class Told(NamedTuple):
     rms: dict[str, Tensor]
 
 
-class Waiting(NamedTuple):
-    """A batch that nobody has looked at yet."""
-
-    keys: list[str]
-    names: list[str]
-    numbers: Tensor
-    step: Step | None
-    """Of the last batch of a step; its losses and norms are yet to be read."""
-
-
 class StepGraphs:
     """Runs the steps of a module: the first one of a shape kernel by kernel, which compiles and allocates what is
     needed, the second one is recorded, and from then on it is played.
 
     Args:
-        module: a denoiser on its device, with its average, optimiser and schedule.
-        is_asked: a step that cannot be recorded is an error; else it is said, and no step is recorded from then on.
-    """
+        module: a denoiser on its device, with its average, optimiser and schedule."""
 
-    def __init__(self, module: Any, is_asked: bool):
-        self._module, self._is_asked = module, is_asked
+    def __init__(self, module: Any):
+        self._module = module
         self._optimizer: torch.optim.Optimizer = module.trainer.optimizers[0]
         device = module.device
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._records = True
-        self._known: dict[Any, tuple[Any, Recorded[Told]] | None] = {}
+        """Until a step cannot be recorded."""
+        self._known: dict[Any, tuple[Any, Callable[[], Told]] | None] = {}
         """Kind, shapes and place in the step -> the tensors that are read, and what reads them; None: seen once."""
         self._rates = [torch.zeros((), device=device) for _ in self._optimizer.param_groups]
         self._total = torch.zeros((), device=device)
@@ -108,7 +91,8 @@ class StepGraphs:
         self._shares = torch.zeros(READ_EVERY, device=device)
         """Of the average's next updates; which of them is next."""
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
-        self._waiting: list[Waiting] = []
+        self._waiting: list[tuple[list[str], Told, Step | None]] = []
+        """Of each batch that nobody has looked at yet its samples, what it tells, and the step that it ends."""
         self._look_ahead()
 
     def step(self, batch: Batch, number: int, tokens: int) -> Tensor:
@@ -131,8 +115,8 @@ class StepGraphs:
         module.note(batch, told.numbers[: len(batch.keys)], tokens)
         module._seen.clear()
         step = module.step_of([], 0.0, ()) if place[1] else None
-        self._waiting.append(Waiting(batch.keys, told.names, told.numbers.clone(), step))
-        if place[1] and sum(one.step is not None for one in self._waiting) >= READ_EVERY:
+        self._waiting.append((batch.keys, told._replace(numbers=told.numbers.clone()), step))
+        if place[1] and sum(step is not None for _, _, step in self._waiting) >= READ_EVERY:
             self.settle()
         return told.loss
 
@@ -142,17 +126,18 @@ class StepGraphs:
         if not waiting:
             return
         self._waiting = []
-        all_numbers = torch.cat([one.numbers for one in waiting]).cpu()
-        for one, numbers in zip(waiting, all_numbers.split([len(one.numbers) for one in waiting]), strict=True):
-            losses, sums, rest = numbers.tensor_split([len(one.keys), len(one.keys) + 2 * len(one.names)])
-            seen.append((one.keys, losses))
-            module.meter.give(one.names, sums.view(-1, 2))
-            if one.step is None:
+        all_numbers = torch.cat([told.numbers for _, told, _ in waiting]).cpu()
+        sizes = [len(told.numbers) for _, told, _ in waiting]
+        for (keys, told, step), numbers in zip(waiting, all_numbers.split(sizes), strict=True):
+            losses, sums, rest = numbers.tensor_split([len(keys), len(keys) + 2 * len(told.names)])
+            seen.append((keys, losses))
+            module.meter.give(told.names, sums.view(-1, 2))
+            if step is None:
                 continue
             total, *norms = rest.tolist()
             module.pace.step()
-            count = sum(len(keys) for keys, _ in seen)
-            module.average.updates += module.judge(one.step._replace(seen=seen, loss=total / count, norms=norms))
+            count = sum(len(samples) for samples, _ in seen)
+            module.average.updates += module.judge(step._replace(seen=seen, loss=total / count, norms=norms))
             seen = []
         self._look_ahead()
 
@@ -193,7 +178,7 @@ class StepGraphs:
         kept, fault = inputs.copy(), self._too_large()
         try:
             if fault is None:
-                self._known[key] = (kept, Recorded(lambda: self._act(kind, kept, place), self._pool))
+                self._known[key] = (kept, recorded(lambda: self._act(kind, kept, place), self._pool))
                 return
         except RuntimeError as error:
             fault = f"{culprit(error, self._module)} cannot be recorded ({' '.join(str(error).split())[:200]})"
@@ -204,12 +189,12 @@ class StepGraphs:
 
     def _give_up(self, fault: str) -> None:
         if self._records:
-            refuse_graphs(self._module, fault, self._is_asked)
+            refuse_graphs(self._module, fault)
         self._records = False
 
     def _too_large(self) -> str | None:
         """Where the choice is ours: a step that fills the GPU has no need of a graph, which holds its memory."""
-        if self._pool is None or self._is_asked:
+        if self._pool is None or self._module.recipe.train.compile == "graph":
             return None
         used, room = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
         return f"a step takes {used / 2**30:.0f} of {room / 2**30:.0f} GiB" if used > room / 2 else None
@@ -281,29 +266,33 @@ def graphs_of(module: Trained) -> StepGraphs | None:
         return None
     fault = what_forbids_graphs(module)
     if fault is not None:
-        refuse_graphs(module, fault, asked == "graph")
+        refuse_graphs(module, fault)
         return None
-    return StepGraphs(module, asked == "graph")
+    return StepGraphs(module)
 
 
-def refuse_graphs(module: Trained, fault: str, is_asked: bool) -> None:
+def refuse_graphs(module: Trained, fault: str) -> None:
     """Says why there are no graphs; RecipeError where the recipe insists on them."""
-    if is_asked:
+    if module.recipe.train.compile == "graph":
         raise RecipeError(f"A step cannot be a CUDA graph: {fault}. Set train.compile=auto or off.")
     module.say(f"steps are no CUDA graphs (train.compile=auto): {fault}")
 
 
 def fused_here(module: Trained) -> bool:
     """Whether AdamW is one kernel, which may be part of a graph: on a GPU, with or without one."""
-    trainer = cast(Any, module)._trainer
-    if trainer is None or not isinstance(trainer.strategy, SingleDeviceStrategy) or not _is_adamw(module):
-        return False
-    is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # such a scaler hides the gradients
-    return not is_scaled and (module.device.type == "cuda" or module.recipe.train.compile == "graph")
+    is_wanted = module.device.type == "cuda" or module.recipe.train.compile == "graph"
+    return is_wanted and cast(Any, module)._trainer is not None and _what_forbids_fused(module) is None
 
 
-def _is_adamw(module: Trained) -> bool:
-    return bool(module.recipe.train.optimizer["name"] == "adamw")
+def _what_forbids_fused(module: Trained) -> str | None:
+    trainer, settings = cast(Any, module.trainer), module.recipe.train
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return f"trainer.strategy={module.recipe.trainer.get('strategy', 'auto')} is for several ranks"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:  # such a scaler hides the gradients
+        return f"trainer.precision={module.recipe.trainer['precision']} scales gradients"
+    if settings.optimizer["name"] != "adamw":
+        return f"train.optimizer is {settings.optimizer['name']}"
+    return None
 
 
 def what_forbids_graphs(module: Trained) -> str | None:
@@ -311,14 +300,10 @@ def what_forbids_graphs(module: Trained) -> str | None:
     trainer, settings = cast(Any, module.trainer), module.recipe.train
     if not hasattr(module, "losses_at"):
         return "an autoencoder is trained"
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return f"trainer.strategy={module.recipe.trainer.get('strategy', 'auto')} is for several ranks"
     if module.device.type not in ("cuda", "cpu"):
         return f"trainer.accelerator is {module.device.type}"
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        return f"trainer.precision={module.recipe.trainer['precision']} scales gradients"
-    if not _is_adamw(module):
-        return f"train.optimizer is {settings.optimizer['name']}"
+    if (fault := _what_forbids_fused(module)) is not None:
+        return fault
     if settings.on_spike == "skip":
         return "train.on_spike=skip looks at each step before it is taken"
     for number, encoder in enumerate(cast(Any, module).text):

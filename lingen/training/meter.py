@@ -27,7 +27,8 @@ class Meter:
         self._counts[name] = self._counts.get(name, 0) + amount
 
     def take(self) -> list[tuple[str, Tensor]]:
-        """Gives away what was added to means since the last call, each a sum and a number [2], for `give`."""
+        """Gives away what was added to means since the last call, each a sum and a number [2]: for `give`, or to be
+        forgotten with a step that is thrown away."""
         taken, self._open = self._open, []
         return taken
 
@@ -39,10 +40,6 @@ class Meter:
         """What was added to means since the last call counts."""
         for name, sums in self._open:
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        self._open = []
-
-    def drop(self) -> None:
-        """What was added to means since the last call is forgotten: the step was thrown away."""
         self._open = []
 
     def flush(self) -> dict[str, float]:
