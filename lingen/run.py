@@ -6,7 +6,6 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -41,7 +40,7 @@ from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, quiet_lightning
 from lingen.training.weights import save_weights
 
-__all__ = ["NonFiniteError", "Outcome", "Reporter", "fit", "fit_curriculum"]
+__all__ = ["NonFiniteError", "Reporter", "fit", "fit_curriculum"]
 
 
 class Reporter:
@@ -58,18 +57,6 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Called with a line of text for the user."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    folder: RunFolder
-
-    @property
-    def is_first_rank(self) -> bool:
-        """Whether this process is rank 0, which reports for all ranks."""
-        return is_first_rank()
 
 
 def fit(
@@ -96,7 +83,7 @@ def fit(
     try:
         with signals.listening():
             curriculum = launch.load_together(lambda: load_for_training(recipe, overrides, stage))
-            return fit_curriculum(curriculum, run=run, stage=stage, callbacks=callbacks).folder.path
+            return fit_curriculum(curriculum, run=run, stage=stage, callbacks=callbacks).path
     except signals.Stopped as stopped:
         raise KeyboardInterrupt if stopped.number == signal.SIGINT else SystemExit(stopped.code) from None
 
@@ -105,8 +92,8 @@ def fit_curriculum(
     curriculum: Curriculum, *, run: str | Path | None = None, stage: str | None = None,
     reporter: Reporter | None = None, before: Callable[[RunFolder, list[Recipe]], None] | None = None,
     callbacks: Sequence[Callback] = (),
-) -> Outcome:  # fmt: skip
-    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`.
+) -> RunFolder:  # fmt: skip
+    """Trains a loaded recipe; arguments and errors of `fit`, but a signal raises `Stopped`. Returns the run folder.
 
     Args:
         before: called by all ranks with the stages that are not finished, before the first of them."""
@@ -221,7 +208,7 @@ def _is_score_due(folder: RunFolder, last: Recipe) -> bool:
 def _train(
     folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], first: StageStart | None, reporter: Reporter,
     callbacks: Sequence[Callback],
-) -> Outcome:  # fmt: skip
+) -> RunFolder:  # fmt: skip
     """Every chosen stage that is not finished, the first of them from `first`, and the score."""
     stages, names = curriculum.stages, curriculum.names
     for index, settings in enumerate(stages):
@@ -241,7 +228,7 @@ def _train(
             reporter.say(note)
         train_stage(folder, curriculum, index, start, reporter, callbacks)
     signals.by_first_rank(lambda: _score(folder, stages[-1], reporter))
-    return Outcome(folder)
+    return folder
 
 
 def _score(folder: RunFolder, last: Recipe, reporter: Reporter) -> Iterator[None]:

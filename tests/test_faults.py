@@ -115,9 +115,7 @@ def test_training_goes_on_and_every_fault_is_counted(
 ) -> None:
     listener = Listener()
     lax = [*faulty, "data.max_dropped=1", f"data.workers={workers}"]
-    run = fit_curriculum(
-        load_curriculum(tiny_recipe, lax), run=tmp_path / "run", stage="clips", reporter=listener
-    ).folder
+    run = fit_curriculum(load_curriculum(tiny_recipe, lax), run=tmp_path / "run", stage="clips", reporter=listener)
     ledger = json.loads(run.ledger.read_text())
     assert {where: reason.partition(":")[0] for where, reason in ledger["faults"].items()} == {
         "video-cut-0.tar": "truncated shard", "video-cut-0.tar:v5": "cut off", "video-zero.tar": "empty shard",

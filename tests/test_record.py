@@ -40,8 +40,8 @@ class Heard(Reporter):
 
 def trained(recipe: Path, *overrides: str, run: Path | None = None) -> tuple[RunFolder, list[str]]:
     heard = Heard()
-    outcome = fit_curriculum(load_curriculum(recipe, [*ONE, *overrides]), run=run, reporter=heard)
-    return outcome.folder, heard.said
+    folder = fit_curriculum(load_curriculum(recipe, [*ONE, *overrides]), run=run, reporter=heard)
+    return folder, heard.said
 
 
 def history(folder: RunFolder) -> list[tuple[str, int, dict[str, Any]]]:

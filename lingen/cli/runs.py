@@ -58,11 +58,12 @@ def _fit(args: argparse.Namespace) -> int:
     from lingen import run
     from lingen.cli.progress import ConsoleReporter
     from lingen.data.ledger import DataError
+    from lingen.ranks.collectives import is_first_rank
 
     with ConsoleReporter(cli.console()) if here().rank == 0 else nullcontext(run.Reporter()) as reporter:
         try:
             before = partial(_look, reporter.say) if args.preflight else None
-            outcome = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter, before=before)
+            folder = run.fit_curriculum(curriculum, run=args.run, stage=args.stage, reporter=reporter, before=before)
         except UnfitError as error:
             return leave_unfit(error)
         except (DataError, run.NonFiniteError) as error:
@@ -79,8 +80,8 @@ def _fit(args: argparse.Namespace) -> int:
             elif line is None and not isinstance(error, OtherRankError):
                 traceback.print_exception(error)
             raise signals.Stopped(number) from None
-    if outcome.is_first_rank:
-        _print_outcome(outcome, curriculum.base.subject)
+    if is_first_rank():
+        _print_outcome(folder, curriculum.base.subject)
     return cli.DONE
 
 
@@ -122,10 +123,9 @@ def leave_unfit(error: UnfitError) -> int:
     return code
 
 
-def _print_outcome(outcome: Any, subject: Subject) -> None:
+def _print_outcome(folder: RunFolder, subject: Subject) -> None:
     from lingen.studies.report import write_report
 
-    folder = outcome.folder
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
         rows = product(("sampled", "real"), ("colour", "shape", "motion"))
