@@ -68,7 +68,8 @@ def ssd(
         state = None if initial_state is None else initial_state.to(dtype)
         y = run(x, dt, a, b, c, state, chunk)
         if d is not None:
-            y = y + x.to(y.dtype) * d.to(y.dtype)[:, None]
+            # Of whole rows, whose gradient is summed faster than that of [k 1].
+            y = y + (x.flatten(2).to(y.dtype) * d.to(y.dtype).repeat_interleave(x.shape[3])).view(x.shape)
     return y.to(x.dtype)
 
 
@@ -126,10 +127,8 @@ def _sums(logs: Float[Tensor, "*any l"]) -> Float[Tensor, "*any l"]:
 
 def _triangle(sums: Float[Tensor, "*any l"], dtype: torch.dtype) -> Float[Tensor, "*any l l"]:
     """exp(sums_i - sums_j) for i >= j, else 0. Masked before exp: a masked overflow would give 0 * inf in backward."""
-    length = sums.shape[-1]
-    above = torch.ones(length, length, dtype=torch.bool, device=sums.device).triu(1)
-    differences = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(dtype)
-    return differences.masked_fill(above, -torch.inf).exp()
+    above = torch.ones(*[sums.shape[-1]] * 2, dtype=torch.bool, device=sums.device).triu(1)
+    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(dtype).masked_fill_(above, -torch.inf).exp_()
 
 
 def _later(logs: Float[Tensor, "*any n k"]) -> Float[Tensor, "*any n k"]:
