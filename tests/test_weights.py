@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,13 +207,15 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path):
 
 
 def test_settings_that_change_no_latents_are_not_in_the_fingerprint(tae_run: Path, tiny_recipe: Path):
-    def settings(**changes: object) -> object:
+    def settings(**changes: object) -> Any:
         component = {"name": "tae", "path": str(tae_run), "strides": [2, 4, 4], "channels": 4, "width": 8, **changes}
         recipe = load_recipe(tiny_recipe, [f"autoencoder={component}", "data.size=[64, 64]"], stage="clips")
         return frozen_settings(recipe)["autoencoder"]
 
     assert settings(chunk=5, checkpointing=True) == settings()
-    assert settings(blocks=1) != settings()
+    assert settings(blocks=1) != settings() != settings(patch=2)
+    # Samples that an earlier version encoded, and clips that it made, know no squares of pixels.
+    assert "patch" not in settings() and settings(patch=2)["patch"] == 2
     assert set(DiffusersVAE.without_effect) < set(settings_of(DiffusersVAE))
 
 

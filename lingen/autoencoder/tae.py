@@ -71,6 +71,11 @@ class TAE(nn.Module):
     mean: Tensor
     std: Tensor
 
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Settings that change no latents. Latents of earlier versions, which knew no squares, say nothing of them."""
+        return ("patch",) if self.sizes.patch == 1 else ()
+
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> latents. With gradients on the clip is taken whole, else piece by piece."""
         if torch.is_grad_enabled():
