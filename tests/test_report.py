@@ -8,10 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lingen.cli import main
-from lingen.run_folder.folder import README
-from lingen.studies.report import write_report
+from lingen.plan.loading import load_curriculum, to_yaml
+from lingen.run_folder.folder import README, RunFolder
+from lingen.studies.compare import Compared, leaves
+from lingen.studies.report import _settings, write_report
 
 
 class Page(HTMLParser):
@@ -61,6 +64,17 @@ def test_a_run_that_goes_on_has_a_page(run: Path):
     with (run / "metrics.csv").open("a") as file:
         file.write("clips,")
     assert Page(write_report(run).read_text()).headings[1:] == ["Curves", "Settings"]
+
+
+def test_settings_are_told_as_stages_take_them():
+    """A value that a stage has of its own, and one for all stages in the place of a stage's own."""
+    base = load_curriculum("quickstart_cpu", ["stages.videos.train.steps=40", "score.clips=4"]).base
+    settings = dict(leaves(yaml.safe_load(to_yaml(base))))
+    told = _settings(Compared(RunFolder(Path("run")), [], {}, settings, {}, []))
+    rows = dict(re.findall("<td>([a-z_.]+)<td>([^<]*<td>[^<]*)", told.partition("<details>")[0]))
+    assert rows["stages.videos.train.steps"].split("<td>") == ["40", "1000"]
+    assert rows["stages.videos.score.clips"].split("<td>") == ["4", "36"]
+    assert len(rows) == 3
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lingen.launch.options import (
 from lingen.plan.forecast import plan
 from lingen.recipe import load_recipe, load_stages
 from lingen.recipe.errors import RecipeError
+from tests.helpers.commands import ROOT
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -136,12 +138,22 @@ def test_what_fit_would_refuse_is_refused_before_the_queue(tiny_recipe: Path, ti
         ("partition: fast\n", "slurm.yaml:1: "),
         ("setup: []\nmax_requeues: -1\n", "slurm.yaml:2: "),
         ("sbatch: [--array=3]\n", "slurm.yaml: --array is decided by --array"),
+        (
+            "sbatch: []\ntime: 24:00:00\n",
+            "slurm.yaml:2: 86400 is a number, as YAML reads a bare 24:00:00; put it in quotes.",
+        ),
     ],
 )
 def test_a_mistake_in_the_users_file_has_its_line(text: str, told: str, own_settings: Path, tiny_recipe: Path, capsys):
     write_settings(own_settings, text)
     assert main(["submit", "--dry-run", "--recipe", str(tiny_recipe)]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_file_of_the_page_is_read(own_settings: Path):
+    (text,) = re.findall(r"```yaml\n(sbatch: .*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    write_settings(own_settings, text)
+    assert read_settings(own_settings).time == "24:00:00" and read_settings(own_settings).gpus_per_node == 8
 
 
 def test_without_a_file_there_are_the_defaults(own_settings: Path):

@@ -55,6 +55,8 @@ def read_settings(file: Path) -> ClusterSettings:
         return ClusterSettings()
     layered, problems = read_yaml(decode_text(file.read_bytes()), str(file))
     raise_all(problems)
+    if isinstance(time := layered.tree.get("time"), int):
+        raise_all([layered.problem(("time",), f"{time} is a number, as YAML reads a bare 24:00:00; put it in quotes.")])
     settings, found = check_settings(ClusterSettings, layered.tree)
     raise_all(layered.problem(one.path, one.text) for one in found)
     return ClusterSettings(**settings)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import escape
@@ -196,10 +197,13 @@ def _settings(run: Compared) -> str:
     usual: dict[str, str] = {}
     if (name := run.settings.get("name", "")) in shipped_recipes():
         usual = dict(leaves(yaml.safe_load(to_yaml(load_curriculum(name).base))))
-    changed = [
-        {"setting": key, "here": value, "in the recipe": usual[key]}
-        for key, value in run.settings.items()
-        if key in usual and usual[key] != value
-    ]
+    own = [key for key in run.settings if key.startswith("stages.") and usual]
+    both = {key: [_taken(settings, key) for settings in (run.settings, usual)] for key in [*usual, *own]}
+    changed = [{"setting": key, "here": a, "in the recipe": b} for key, (a, b) in both.items() if a != b]
     every = table([{"setting": key, "value": value} for key, value in run.settings.items()])
     return f"{table(changed)}<details><summary>All settings and versions</summary>{every}</details>"
+
+
+def _taken(settings: dict[str, str], key: str) -> str:
+    """What a stage takes: its own value, else the recipe's."""
+    return settings.get(key, settings.get(re.sub(r"^stages\.[^.]+\.", "", key), "-"))
