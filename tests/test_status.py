@@ -154,6 +154,28 @@ def test_a_rank_that_was_stopped_tells_what_a_lost_one_does_not_know(run: RunFol
     assert read_sessions(run)[-1]["how"] == how
 
 
+@pytest.mark.parametrize("state", ["down", "idle"])
+def test_a_lost_node_is_told_though_srun_stopped_the_others(run: RunFolder, state: str, tmp_path: Path, monkeypatch):
+    """Rank 0 heard srun's SIGTERM, and says so; rank 1 left no word."""
+    (tmp_path / "sinfo").write_text(f"#!/bin/bash\necho 'n3|{state}|disk'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    in_session(run, Stopped(signal.SIGTERM))
+    mark = read_sessions(run)[-1]["mark"]
+    for rank in range(2):
+        with pytest.raises(Stopped), heartbeats(run.ranks, rank, 2, mark):
+            raise Stopped(signal.SIGTERM)
+    file = run.ranks / "00001.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ended": None, "host": "n3"}))
+    again, why = worth_another_start(run, 75)
+    assert again and read_sessions(run)[-1]["how"] == why
+    if state == "idle":
+        assert why == "stopped by SIGTERM"
+    else:
+        assert why.startswith("killed: exit code 75") and why.endswith("; n3 is down (disk)")
+
+
 def test_what_ended_before_it_trained_is_told_from_what_the_run_did_before(run: RunFolder, monkeypatch):
     in_session(run, Stopped(signal.SIGUSR1))
     assert worth_another_start(run, 1) == (True, "stopped by SIGUSR1")

@@ -125,11 +125,12 @@ def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:
     if not sessions or (sessions[-1]["job"], sessions[-1]["restart"]) != job:
         return code != 1, f"{ended}, before it trained"
     last = sessions[-1]
-    # srun ends the others by SIGTERM where one fails: rank 0 may say that this stopped it.
+    # srun ends the others by SIGTERM where one fails or loses its node: rank 0 may say that this stopped it.
     beats = heartbeat.read_heartbeats(folder.ranks, last["mark"])
-    if last["how"] is None or last["how"].startswith(heartbeat.LOST_WORD) or _failed(beats):
+    lost = held_back(beat.host for beat in beats if beat.ended is None) if last["job"] else ""
+    if last["how"] is None or last["how"].startswith(heartbeat.LOST_WORD) or _failed(beats) or lost:
         # None was killed: a rank that was stopped may leave before another one is done, which then finds it gone.
-        ends = [beat.ended for beat in beats if code == REQUEUE]
+        ends = [beat.ended for beat in beats if code == REQUEUE and not lost]
         stopped = [word for word in ends if str(word).startswith(heartbeat.STOPPED_WORD)]
         how = killed(folder, last, ended) if _failed(beats) or not stopped else stopped[0]
         last |= {"ended": time_now(), "how": how}
