@@ -8,19 +8,22 @@
 # further overrides of the denoiser's recipe.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-python} out=${OUT:-runs/out} workers=${WORKERS:-14}
+python=${PYTHON:-python} out=$(realpath -m "${OUT:-runs/out}") workers=${WORKERS:-14}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 [ -f data/theatre/sprites.webp ] || { echo "data/theatre/sprites.webp is missing: lingen data fetch theatre" >&2; exit 2; }
 mkdir -p "$out/weights"
-always=(data.workers="$workers" train.checkpoint_every=100000 train.sample_every=0 sample.prompts=[] train.log_every=50)
+always=(data.workers="$workers" train.checkpoint_every=1000 train.sample_every=0 sample.prompts=[] train.log_every=50)
 decay='{name: wsd, share: 0.25}'
+autoencoder=$out/weights/autoencoder.safetensors # as the demo has it: what the denoiser learns is what it decodes
 
 # fit SECONDS RUN WORDS...: a signal after so many seconds; the run saves a checkpoint and exits with 75.
 fit() {
     local seconds=$1 run=$2
     shift 2
-    timeout --signal=TERM --kill-after=60 "$seconds" "$python" -m lingen fit --run "runs/$run" "$@" "${always[@]}" \
-        >> "$out/$run.log" 2>&1
+    timeout --foreground --signal=TERM --kill-after=90 "$seconds" "$python" -m lingen fit --run "runs/$run" "$@" \
+        "${always[@]}" >> "$out/$run.log" 2>&1
+    local code=$?
+    echo "$run: exit code $code, $SECONDS s"
 }
 
 # train SECONDS RUN STAGE PREFIX WORDS...: a stage in the time; its steps are left in runs/RUN.STAGE.
@@ -33,7 +36,7 @@ train() {
     steps=$((${done:-0} * 5 / 4))
     echo $steps > "runs/$run.$stage"
     fit "$seconds" "$run" "$@" "${prefix}train.steps=$steps" "${prefix}train.decay=$decay"
-    echo "$run $stage: $steps steps, exit code $?, $SECONDS s"
+    echo "$run $stage: $steps steps"
 }
 
 keep() {
@@ -54,16 +57,15 @@ while [ $# -gt 0 ]; do
             --out "$out/judge.safetensors"
         ;;
     4s)
-        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s autoencoder.path=runs/theatre_tae ${MORE:-}
+        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s "autoencoder.path=$autoencoder" ${MORE:-}
         keep theatre denoiser
         ;;
     long) # 16 s and 60 s, as many steps as the speed of 4 s lets expect: a step of each has as many tokens
         steps=$(cat runs/theatre.4s)
         share=$((steps * seconds / ${SECONDS_4S:-480} / 3))
-        fit "$seconds" theatre --recipe theatre_128 autoencoder.path=runs/theatre_tae ${MORE:-} \
+        fit "$seconds" theatre --recipe theatre_128 "autoencoder.path=$autoencoder" ${MORE:-} \
             "stages.4s.train.steps=$steps" "stages.4s.train.decay=$decay" \
             "stages.16s.train.steps=$share" "stages.60s.train.steps=$share"
-        echo "theatre 60s: exit code $?, $SECONDS s"
         keep theatre denoiser_long
         ;;
     score)
