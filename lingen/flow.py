@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,6 +24,8 @@ IMAGE_ANCHOR, VIDEO_ANCHOR = (256, 3.0), (139_264, 5.0)
 """(tokens, shift) between which `shift: auto` interpolates: 256 x 256 pixels, and 68 seconds of 512 x 512 [ours, by the
 table in docs/model.md]."""
 
+DRAWING, MANY = 8, 2**20
+"""Threads that draw the noise of a batch, a sample each, where it has more numbers than that."""
 RARE = 0.01
 """A time is rare in training where its density is below this [ours]; that of uniform times is 1 everywhere."""
 
@@ -138,16 +141,24 @@ def sample_draws(shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[
         slots: the number of each sample in the stream.
         stream: (seed, what for), e.g. a stage's name.
         training: what the times are drawn from."""
-    noise, times, uniform = [], [], []
-    for slot in slots.tolist():
+    noise = torch.empty(len(slots), *shape)
+
+    def draw(slot: int, room: Tensor) -> tuple[Tensor, Tensor]:
         # A CPU generator keeps 32 bits of its seed: among a million samples some hundred pairs share their noise, which
         # is harmless.
         digest = hashlib.blake2b(repr((*stream, slot)).encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        uniform.append(torch.rand(1, generator=generator))
-        times.append(training.draw(1, generator))
-        noise.append(torch.randn(1, *shape, generator=generator))
-    return Draws(torch.cat(noise), torch.cat(times), torch.cat(uniform))
+        uniform, time = torch.rand(1, generator=generator), training.draw(1, generator)
+        torch.randn(shape, generator=generator, out=room)
+        return time, uniform
+
+    if noise.numel() > MANY:
+        with ThreadPoolExecutor(DRAWING) as threads:
+            drawn = [*threads.map(draw, slots.tolist(), noise)]
+    else:
+        drawn = [*map(draw, slots.tolist(), noise)]
+    times, uniform = zip(*drawn, strict=True)
+    return Draws(noise, torch.cat(times), torch.cat(uniform))
 
 
 def clip_noise(shape: tuple[int, ...], seed: int, prompt: str, repetition: int) -> Float[Tensor, "*any"]:

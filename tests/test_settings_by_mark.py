@@ -86,7 +86,7 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "reconstruction.discriminator_width": "8", "reconstruction.discriminator_layers": "2",
     "autoencoder.strides": "[1, 4, 4]", "autoencoder.channels": "8", "autoencoder.width": "16",
     "autoencoder.path": "FOLDER/tae.safetensors", "autoencoder.multipliers": "[1, 1, 1]", "autoencoder.blocks": "2",
-    "autoencoder.attention": "false", "autoencoder.reach": "1", "autoencoder.patch": "2",
+    "autoencoder.attention": "false", "autoencoder.reach": "1",
     # course
     "data.mix.image": "0", "data.mix.video": "3", "data.mix_by": "samples", "data.batch.image": "1",
     "data.batch.video": "2",

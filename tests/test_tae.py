@@ -300,11 +300,10 @@ def test_half_precision_is_near(frames):
         assert all(gradient.isfinite().all() for gradient in gradients(exact, clip).values())
 
 
-@pytest.mark.parametrize("patch", [1, 4])
 @pytest.mark.parametrize("strides", [(8, 8, 8), (4, 8, 8), (1, 8, 8), (8, 16, 16), (2, 4, 4), (1, 1, 1), (4, 8, 4)])
-def test_strides_and_channels_are_settings(strides, patch):
+def test_strides_and_channels_are_settings(strides):
     with torch.device("meta"):
-        tae = TAE(path="nowhere.safetensors", strides=strides, channels=8, width=16, patch=min(patch, strides[2]))
+        tae = TAE(path="nowhere.safetensors", strides=strides, channels=8, width=16)
         for frames in (1, 9):
             latents = tae.encode(torch.zeros(1, 3, frames, 64, 32))
             sizes = (-(-frames // strides[0]), 64 // strides[1], 32 // strides[2])
@@ -328,8 +327,6 @@ def test_space_is_halved_first_and_time_last():
         {"width": 0},
         {"blocks": 0},
         {"reach": -1},
-        {"patch": 3},
-        {"patch": 16},
         {"chunk": 0},
         {"multipliers": (1, 2)},
         {"multipliers": (1, 2, 0, 4)},
@@ -426,7 +423,6 @@ def test_training_never_touches_the_disk():
         ({"multipliers": (1, 3)}, "Set autoencoder.multipliers=[1,2] (not [1,3])"),
         ({"blocks": 2, "reach": 1}, "Set autoencoder.blocks=1 (not 2) and autoencoder.reach=2 (not 1)"),
         ({"attention": False}, "Set autoencoder.attention=true (not false), or"),
-        ({"patch": 2, "multipliers": None}, "Set autoencoder.patch=1 (not 2), or"),
         ({"width": 4, "multipliers": (1, 3)}, "Set autoencoder.width=8 (not 4) and autoencoder.multipliers=[1,2]"),
     ],
 )

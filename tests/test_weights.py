@@ -213,9 +213,7 @@ def test_settings_that_change_no_latents_are_not_in_the_fingerprint(tae_run: Pat
         return frozen_settings(recipe)["autoencoder"]
 
     assert settings(chunk=5, checkpointing=True) == settings()
-    assert settings(blocks=1) != settings() != settings(patch=2)
-    # Samples that an earlier version encoded, and clips that it made, know no squares of pixels.
-    assert "patch" not in settings() and settings(patch=2)["patch"] == 2
+    assert settings(blocks=1) != settings() != settings(reach=1)
     assert set(DiffusersVAE.without_effect) < set(settings_of(DiffusersVAE))
 
 

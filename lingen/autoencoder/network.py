@@ -46,14 +46,10 @@ class NetworkSizes:
     blocks: int
     attention: bool
     reach: int
-    patch: int = 1
 
     def __post_init__(self) -> None:
         if any(stride & (stride - 1) for stride in self.strides):
             raise SettingError("strides", f"strides={list(self.strides)} must be powers of two, such as [8, 8, 8].")
-        if self.patch & (self.patch - 1) or self.patch > min(self.strides[1:]):
-            most = f"a power of two of at most {min(self.strides[1:])}, as strides={list(self.strides)} divide by it"
-            raise SettingError("patch", f"patch={self.patch} must be {most}.")
         given = self.multipliers
         halvings = len(self.scales)
         if given is not None and len(given) != halvings + 1:
@@ -65,8 +61,7 @@ class NetworkSizes:
     def scales(self) -> list[Triple]:
         """What each halving does to t, h and w, 1 or 2, from pixels to latents. Where the strides differ, space is
         halved first, because that saves most, and time last, as in Wan."""
-        of_space = (stride // self.patch for stride in self.strides[1:])
-        t, h, w = (stride.bit_length() - 1 for stride in (self.strides[0], *of_space))
+        t, h, w = (stride.bit_length() - 1 for stride in self.strides)
         count = max(t, h, w)
         return [(1 + (i >= count - t), 1 + (i < h), 1 + (i < w)) for i in range(count)]
 
@@ -243,10 +238,9 @@ class Network(nn.Module):
 
 
 def encoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
-    """Folded video [b 3*patch*patch t h w] -> mean and log variance of the latents [b 2*channels _t _h _w]; _t is
-    ceil(t / stride)."""
+    """Video [b 3 t h w] -> mean and log variance of the latents [b 2*channels _t _h _w]; _t is ceil(t / stride)."""
     widths = sizes.widths
-    layers: dict[str, nn.Module] = {"enter": SpaceConv(3 * sizes.patch**2, widths[0])}
+    layers: dict[str, nn.Module] = {"enter": SpaceConv(3, widths[0])}
     before = widths[0]
     for i, width in enumerate(widths):
         for j in range(sizes.blocks):
@@ -259,8 +253,7 @@ def encoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
 
 
 def decoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
-    """Latents [b channels t h w] -> folded video [b 3*patch*patch _t _h _w]. Each level has one block more than the
-    encoder's."""
+    """Latents [b channels t h w] -> video [b 3 _t _h _w]. Each level has one block more than the encoder's."""
     widths = sizes.widths
     before = widths[-1]
     layers: dict[str, nn.Module] = {"enter": SpaceConv(sizes.channels, before), **middle(before, sizes)}
@@ -270,7 +263,7 @@ def decoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
             before = width
         if i > 0:
             layers[f"level{i}_up"] = Up(width, sizes.scales[i - 1])
-    return Network(layers, before, 3 * sizes.patch**2, checkpointing)
+    return Network(layers, before, 3, checkpointing)
 
 
 SLOPE = 0.2

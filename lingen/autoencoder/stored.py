@@ -1,7 +1,6 @@
 """The weights of a temporal autoencoder on disk: whether they fit, and if not, which settings they were made with."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -66,10 +65,9 @@ def settings_from_shapes(shapes: TensorShapes) -> dict[str, Any]:
         return {}
     width = shapes["encoder.layers.enter.weight"][0]
     time, space = (2 ** len(found(rf"level\d+_down\.{axis}\.weight")) for axis in ("time", "space"))
-    patch = math.isqrt(shapes["encoder.layers.enter.weight"][1] // 3)
     bias = found(r"middle_attention\.time\.bias")
     return {
-        "strides": (time, space * patch, space * patch), "patch": patch,
+        "strides": (time, space, space),
         "channels": shapes["mean"][0], "width": width,
         "multipliers": tuple(one // width for one in widths),
         "blocks": len(found(r"level0_block\d+\.space\.conv2\.weight")), "attention": bool(bias),

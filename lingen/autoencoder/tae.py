@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lingen.autoencoder import check_sides
 from lingen.autoencoder.network import NetworkSizes, decoder, encoder
 from lingen.autoencoder.stored import read_part, unfit_weights
 from lingen.autoencoder.temporal import Stream, regroup
@@ -49,13 +49,12 @@ class TAE(nn.Module):
         ] = None,
         blocks: Annotated[int, AtLeast(1), IDENTITY, "residual blocks in each level; the decoder has one more"] = 2,
         attention: Annotated[bool, IDENTITY, "attention in a frame and along time where frames are smallest"] = True,
-        patch: Annotated[int, AtLeast(1), IDENTITY, "side of the squares of pixels that one position begins with"] = 1,
         reach: Annotated[int, AtLeast(0), IDENTITY, "latent frames that attention along time looks to each side"] = 2,
         chunk: Chunk = 2,
         checkpointing: Annotated[bool, FREE, "in training recompute residual blocks instead of keeping them"] = False,
     ):
         super().__init__()
-        self.sizes = NetworkSizes(strides, channels, width, multipliers, blocks, attention, reach, patch)
+        self.sizes = NetworkSizes(strides, channels, width, multipliers, blocks, attention, reach)
         self.path, self.chunk = path, chunk
         self.strides, self.channels = self.sizes.strides, channels
         self.encoder = encoder(self.sizes, checkpointing)
@@ -70,11 +69,6 @@ class TAE(nn.Module):
 
     mean: Tensor
     std: Tensor
-
-    @property
-    def without_effect(self) -> tuple[str, ...]:
-        """Settings that change no latents. Latents of earlier versions, which knew no squares, say nothing of them."""
-        return ("patch",) if self.sizes.patch == 1 else ()
 
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> latents. With gradients on the clip is taken whole, else piece by piece."""
@@ -97,7 +91,7 @@ class TAE(nn.Module):
         stream = Stream()
         most = self.chunk * self.strides[0]
         for piece, stream.last in regroup(pieces, most):
-            for moments in self.encoder.stream(self._folded(piece), stream, most):
+            for moments in self.encoder.stream(check_sides(self, piece), stream, most):
                 yield self._scaled(moments.chunk(2, 1)[0])
 
     def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
@@ -105,7 +99,7 @@ class TAE(nn.Module):
         self._load_once()
         stream = Stream()
         for piece, stream.last in regroup([latents], self.chunk):
-            yield from map(self._unfolded, self.decoder.stream(self._raw(piece), stream, self.chunk))
+            yield from self.decoder.stream(self._raw(piece), stream, self.chunk)
 
     def _scaled(self, raw: Tensor) -> Tensor:
         return ((raw - self.mean.view(-1, 1, 1, 1)) / self.std.view(-1, 1, 1, 1)).contiguous()
@@ -117,33 +111,18 @@ class TAE(nn.Module):
         self, video: Float[Tensor, "b 3 t h w"]
     ) -> tuple[Float[Tensor, "b c _t _h _w"], Float[Tensor, "b c _t _h _w"]]:
         """Mean and log variance (-30..20) of the raw latents, before `mean` and `std`; float32 at least."""
-        moments = self.encoder(self._folded(video))
+        moments = self.encoder(check_sides(self, video))
         mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     def reconstruct(self, raw: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
         """Raw latents -> pixels."""
-        return self._unfolded(self.decoder(raw))
+        return self.decoder(raw)
 
     @property
     def last_layer(self) -> Tensor:
         """The weight of the layer that gives pixels: training compares the gradients of its losses there."""
         return self.decoder.leave.weight
-
-    def _folded(self, video: Tensor) -> Tensor:
-        """Squares of pixels as channels. Raises ValueError for a height or width that does not fit."""
-        (h, w), across = video.shape[3:], self.strides[1:]
-        if h % across[0] or w % across[1]:
-            raise ValueError(
-                f"The autoencoder '{self.name}' cannot take frames of {h}x{w} pixels: height and width must be "
-                f"multiples of {across[0]} and {across[1]}."
-            )
-        patch = self.sizes.patch
-        return video if patch == 1 else F.pixel_unshuffle(video.movedim(2, 1), patch).movedim(1, 2)
-
-    def _unfolded(self, squares: Tensor) -> Tensor:
-        patch = self.sizes.patch
-        return squares if patch == 1 else F.pixel_shuffle(squares.movedim(2, 1), patch).movedim(1, 2)
 
     def missing(self) -> list[Missing]:
         """What is missing for it to run, found without reading weights."""

@@ -202,6 +202,7 @@ raster index of each position in the sequence, or a tuple of those, of which lay
 
 AUTOENCODERS = Registry("autoencoder", "lingen.autoencoders", {
     "pixels": "lingen.autoencoder.pixels:Pixels",
+    "pca": "lingen.autoencoder.pca:PCA", "pca_theatre": "lingen.autoencoder.pca:PCATheatre",
     "tae": "lingen.autoencoder.tae:TAE", "tae_small": "lingen.autoencoder.tae:TAESmall",
     "diffusers": "lingen.autoencoder.diffusers_vae:DiffusersVAE",
 })  # fmt: skip

@@ -4,6 +4,7 @@ One small network looks at one event at a time; its heads name actor, action, wa
 clips of the split ``tune`` alone, checked on degraded clips of the other ones, and then judges what a model makes of
 captions of ``report``. Every score appends a line to a file of uses, so that nobody reports the best of many.
 
+    python -m tests.yardsticks.theatre components --sprites data/theatre/sprites.webp --out pca_theatre.safetensors
     python -m tests.yardsticks.theatre train --sprites data/theatre/sprites.webp --out judge.safetensors
     python -m tests.yardsticks.theatre check --sprites data/theatre/sprites.webp --judge judge.safetensors
     python -m tests.yardsticks.theatre score --judge judge.safetensors --weights FOLDER --out docs/results/theatre.json
@@ -25,11 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lingen.autoencoder.pca import PCA
 from lingen.data.acting import load_sprites, perform
 from lingen.data.fingerprint import hash_weights
 from lingen.data.theatre import ACTIONS, ACTORS, LIGHTS, SCENES, Event, Split, Storyboard, caption_of, storyboard
+from lingen.media import as_floats
 from lingen.metrics.shapes import diversity_of, wilson
 from lingen.provenance import git_commit, versions
+from lingen.weights import write_tensors
 
 FRAMES, SIDE = 16, 64
 """What the judge sees of an event."""
@@ -184,6 +188,28 @@ def check(args: argparse.Namespace) -> None:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+def components(args: argparse.Namespace) -> None:
+    """Principal components of clips to train on, in bfloat16, and how well they keep clips of ``tune``."""
+    sprites = load_sprites(args.sprites)
+
+    def clips(split: Split, count: int) -> Iterator[Tensor]:
+        for number in range(count):
+            rng = np.random.default_rng([1, number])
+            clip = perform(storyboard(split, 1, number, 4.0), 48, 12.0, (2 * SIDE, 2 * SIDE), sprites, rng)
+            yield torch.from_numpy(clip).permute(3, 0, 1, 2)[None]
+
+    found = PCA.fit(clips("train", args.clips), (4, 8, 8), args.channels)
+    held = {name: value.bfloat16() if value.ndim > 1 else value for name, value in found.state_dict().items()}
+    about = {"format": "lingen", "clips": str(args.clips), "split": "train", "commit": git_commit() or "unknown"}
+    write_tensors(Path(args.out), {f"averaged.autoencoder.{name}": value for name, value in held.items()}, about)
+    stored = PCA(path=args.out, channels=args.channels)
+    errors = []
+    for clip in clips("tune", 24):
+        again = stored.decode(stored.encode(as_floats(clip))).clamp(-1, 1)
+        errors.append(10 * np.log10(4 / float((again - as_floats(clip)).square().mean())))
+    print(f"{args.out}: {np.mean(errors):.2f} dB on 24 clips of tune")
+
+
 def asked(count: int, seconds: float) -> list[Storyboard]:
     """The first storyboards to report on."""
     return [storyboard("report", 0, number, seconds) for number in range(count)]
@@ -260,18 +286,21 @@ def score(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True)
-    for job in (train, check, score):
+    for job in (components, train, check, score):
         own = jobs.add_parser(job.__name__, help=job.__doc__)
         own.set_defaults(job=job)
         own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         own.add_argument("--out", required=job is not check)
         if job is not score:
             own.add_argument("--sprites", default="data/theatre/sprites.webp")
-        if job is not train:
+        if job in (check, score):
             own.add_argument("--judge", required=True)
         if job is train:
             own.add_argument("--minutes", type=float, default=5.0)
             own.add_argument("--workers", type=int, default=2)
+        elif job is components:
+            own.add_argument("--clips", type=int, default=1000)
+            own.add_argument("--channels", type=int, default=80)
         elif job is check:
             own.add_argument("--clips", type=int, default=200)
         else:

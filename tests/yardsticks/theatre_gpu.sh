@@ -1,9 +1,9 @@
 #!/bin/bash
 # Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
-#     bash tests/yardsticks/theatre_gpu.sh tae 240 judge 160 4s 480 long 150 score
+#     bash tests/yardsticks/theatre_gpu.sh judge 160 4s 480 long 150 score
 # Needs data/theatre/sprites.webp (`lingen data fetch theatre`). A piece trains at a constant rate for three quarters of
 # its seconds, looks how far it came, and lowers the rate over as many steps as fit into the rest: nobody has to know the
-# GPU's speed. What is to be kept is put into $OUT: weights/{denoiser,autoencoder}.safetensors in bfloat16, which is the
+# GPU's speed. What is to be kept is put into $OUT: weights/denoiser.safetensors in bfloat16, in the
 # folder that `lingen demo --checkpoint` takes; judge.safetensors; logs and metrics. PYTHON names the interpreter, MORE
 # further overrides of the denoiser's recipe.
 set -uo pipefail
@@ -12,9 +12,8 @@ python=${PYTHON:-python} out=$(realpath -m "${OUT:-runs/out}") workers=${WORKERS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 [ -f data/theatre/sprites.webp ] || { echo "data/theatre/sprites.webp is missing: lingen data fetch theatre" >&2; exit 2; }
 mkdir -p "$out/weights"
-always=(data.workers="$workers" train.checkpoint_every=1000 train.sample_every=0 sample.prompts=[] train.log_every=50)
+always=(data.workers="$workers" train.checkpoint_every=2000 train.sample_every=0 sample.prompts=[] train.log_every=50)
 decay='{name: wsd, share: 0.25}'
-autoencoder=$out/weights/autoencoder.safetensors # as the demo has it: what the denoiser learns is what it decodes
 
 # fit SECONDS RUN WORDS...: a signal after so many seconds; the run saves a checkpoint and exits with 75.
 fit() {
@@ -47,23 +46,18 @@ keep() {
 while [ $# -gt 0 ]; do
     seconds=${2:-0}
     case $1 in
-    tae)
-        train "$seconds" theatre_tae main "" --recipe theatre_tae_128
-        keep theatre_tae autoencoder
-        "$python" -m lingen eval tae --run runs/theatre_tae --clips 24 --out "$out/tae" | tail -n 2
-        ;;
     judge) # on a CPU it takes an hour
         "$python" -m tests.yardsticks.theatre train --minutes "$(((seconds - 10) / 6))e-1" --workers "$workers" \
             --out "$out/judge.safetensors"
         ;;
     4s)
-        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s "autoencoder.path=$autoencoder" ${MORE:-}
+        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s ${MORE:-}
         keep theatre denoiser
         ;;
     long) # 16 s and 60 s, as many steps as the speed of 4 s lets expect: a step of each has as many tokens
         steps=$(cat runs/theatre.4s)
         share=$((steps * seconds / ${SECONDS_4S:-480} / 3))
-        fit "$seconds" theatre --recipe theatre_128 "autoencoder.path=$autoencoder" ${MORE:-} \
+        fit "$seconds" theatre --recipe theatre_128 ${MORE:-} \
             "stages.4s.train.steps=$steps" "stages.4s.train.decay=$decay" \
             "stages.16s.train.steps=$share" "stages.60s.train.steps=$share"
         keep theatre denoiser_long
@@ -74,7 +68,7 @@ while [ $# -gt 0 ]; do
         shift
         continue
         ;;
-    *) echo "usage: $0 [tae SECONDS] [judge SECONDS] [4s SECONDS] [long SECONDS] [score]" >&2; exit 2 ;;
+    *) echo "usage: $0 [judge SECONDS] [4s SECONDS] [long SECONDS] [score]" >&2; exit 2 ;;
     esac
     shift 2
 done

@@ -1,0 +1,120 @@
+"""Principal components of blocks of pixels: an autoencoder that is linear, found in closed form, and never trained."""
+
+import math
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from lingen.autoencoder import check_sides
+from lingen.autoencoder.stored import read_part, unfit_weights
+from lingen.frozen import Missing, check_ready
+from lingen.media import as_floats
+from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
+from lingen.recipe.sections import Triple
+from lingen.recipe.signature import checked
+
+FIT = "lingen.autoencoder.pca.PCA.fit"
+
+
+@checked
+class PCA(nn.Module):
+    """The first principal components of blocks of t x h x w pixels, each divided by the square root of its spread: a
+    latent counts the more, the more of the picture it holds, and still details are not drowned in noise [ours].
+
+    Every block is taken alone, so pieces of a clip give what the whole clip gives. Frames that are missing in the last
+    block are its last one again."""
+
+    name = "pca"
+
+    def __init__(
+        self,
+        *,
+        path: Annotated[str | None, IDENTITY, CONTENT, f"weights: a file that {FIT} made"] = None,
+        strides: Annotated[Triple, AtLeast(1), IDENTITY, "pixels of a block in t, h, w"] = (4, 8, 8),
+        channels: Annotated[int, AtLeast(1), IDENTITY, "components that are kept"] = 80,
+    ):
+        super().__init__()
+        self.path, self.strides, self.channels = path, strides, channels
+        numbers = 3 * math.prod(strides)
+        self.register_buffer("basis", torch.zeros(channels, numbers))
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("std", torch.ones(channels))
+        self.loaded = False
+
+    basis: Tensor
+    mean: Tensor
+    std: Tensor
+    """What each component is divided by, [channels]."""
+
+    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
+        """Pixels in -1..1 -> latents, ceil(t / strides[0]) frames of them."""
+        self._load_once()
+        t, h, w = self.strides
+        missing = -check_sides(self, video).shape[2] % t
+        video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2) if missing else video
+        weight = (self.basis / self.std[:, None]).view(self.channels, 3, t, h, w).to(video.dtype)
+        bias = -(self.basis @ self.mean / self.std).to(video.dtype)
+        with torch.autocast(video.device.type, enabled=False):
+            return F.conv3d(video, weight, bias, self.strides)
+
+    def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
+        """Latents -> pixels, about -1..1; strides[0] frames for each latent frame."""
+        self._load_once()
+        weight = (self.basis * self.std[:, None]).to(latents.dtype)
+        with torch.autocast(latents.device.type, enabled=False):
+            blocks = torch.einsum("bcthw,cn->bthwn", latents, weight) + self.mean.to(latents.dtype)
+        folded = blocks.unflatten(-1, (3, *self.strides)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return folded.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    @classmethod
+    def fit(cls, clips: Iterable[UInt8[Tensor, "b 3 t h w"]], strides: Triple, channels: int) -> "PCA":
+        """The components of clips whose sides the strides divide, held in memory one batch at a time."""
+        found, count = cls(strides=strides, channels=channels), 0
+        numbers = 3 * math.prod(strides)
+        total, squares = torch.zeros(numbers).double(), torch.zeros(numbers, numbers).double()
+        for clip in clips:
+            blocks = as_floats(clip)
+            for axis, side in zip((2, 3, 4), strides, strict=True):
+                blocks = blocks.unfold(axis, side, side)
+            blocks = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, numbers)
+            total, squares, count = total + blocks.sum(0), squares + blocks.T @ blocks, count + len(blocks)
+        found.mean.copy_(total / count)
+        values, vectors = torch.linalg.eigh(squares / count - torch.outer(total, total) / count**2)
+        found.basis.copy_(vectors.flip(1)[:, :channels].T)
+        spread = values.flip(0)[:channels].clamp(min=1e-12).sqrt()
+        found.std.copy_((spread * spread.mean()).sqrt())  # a mean square of 1 over all latents
+        found.loaded = True
+        return found
+
+    def missing(self) -> list[Missing]:
+        """What is missing for it to run, found without reading weights."""
+        if self.path is None:
+            return [] if self.loaded else [Missing(self.name, "-", f"set autoencoder.path to a file of {FIT}.")]
+        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        cure = unfit_weights(Path(self.path), shapes)
+        return [Missing(self.name, self.path, cure)] if cure else []
+
+    def _load_once(self) -> None:
+        if not self.loaded and not self.mean.is_meta:
+            check_ready([self])
+            self.load_state_dict(read_part(Path(str(self.path))))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self.loaded |= f"{prefix}basis" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@checked
+class PCATheatre(PCA):
+    """`pca` with weights that come with lingen: 80 components of 4x8x8 pixels of the emoji theatre."""
+
+    name = "pca_theatre"
+
+    def __init__(self) -> None:
+        super().__init__(path=str(files("lingen.autoencoder") / "weights" / "pca_theatre.safetensors"))
