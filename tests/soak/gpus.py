@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -48,7 +47,7 @@ Row = dict[str, Any]
 LARGE = """
 extends: t2v_68s
 data: {shards: {image: "shards/image-*.tar", video: "shards/video-*.tar"}, workers: 2}
-train: {sample_every: 0, validate_every: 0, log_every: 1, checkpoint_every: 1000000000, watchdog: 120}
+train: {sample_every: 0, validate_every: 0, log_every: EVERY, checkpoint_every: 1000000000, watchdog: 120}
 sample: {prompts: []}
 trainer: {num_nodes: 1, logger: false}
 stages:
@@ -56,9 +55,10 @@ stages:
   t2v_512_34s: {data: {mix: {image: 0, video: 1}}, train: {steps: STEPS, warmup: 2}}
   t2v_512_68s: {data: {mix: {image: 0, video: 1}}, train: {steps: STEPS, warmup: 2}}
 """
-STAGE, STEPS, FIRST = "t2v_512_17s", 9, 3
-"""Stage that is measured; steps, of which the last one is not taken and the two before it are taken apart; and the first
-one that counts."""
+STAGE, EVERY = "t2v_512_17s", 4
+"""Stage that is measured, and steps of a row of metrics.csv, of which the second one counts."""
+STEPS = 2 * EVERY + 3
+"""The last one is not taken, and the two before it are taken apart."""
 ACTS = '''
 """What happens to rank 1 in a step, and to all of them at a signal."""
 import os, signal, time
@@ -127,7 +127,7 @@ LinGenModule.__init__ = build_here
 
 def write_encoded(folder: Path, stage: str, clips: int, overrides: Sequence[str] = ()) -> None:
     """Encoded shards of random numbers, in the sizes of a stage of `LARGE`."""
-    (folder / "large.yaml").write_text(LARGE.replace("STEPS", str(STEPS)))
+    (folder / "large.yaml").write_text(LARGE.replace("STEPS", str(STEPS)).replace("EVERY", str(EVERY)))
     recipe = load_recipe(folder / "large.yaml", overrides, stage=stage)
     rng, model, data = np.random.default_rng(0), recipe.model, recipe.data
     strides = (8, 8, 8)
@@ -194,10 +194,10 @@ def speed(folder: Path, gpus: int, asked: Speed) -> Iterator[Row]:
             of = {"trainer.devices": count, "trainer.strategy": strategy, "model.checkpointing": checkpointing}
             words = ["--stage", stage, *(f"{key}={value}" for key, value in of.items()), *asked.overrides]
             row: Row = {"act": "speed", "stage": stage, "checkpointing": checkpointing, "strategy": strategy}
+            asking = ["--recipe", "large.yaml", "--gpus", str(count), "--gpu", "h200", "--json"]
             planning = subprocess.Popen(
-                lingen_command("plan", "--recipe", "large.yaml", "--gpus", str(count), "--gpu", "h200", "--json", *words),
-                cwd=there, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                lingen_command("plan", *asking, *words), cwd=there, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             )  # fmt: skip
             code, text, seconds = _fit(there, "large.yaml", "--run", run, "--import", "peak", *words)
             plan, _ = planning.communicate()
@@ -211,13 +211,10 @@ def speed(folder: Path, gpus: int, asked: Speed) -> Iterator[Row]:
             notes = [json.loads((there / f"peak-{rank}").read_text()) for rank in range(count)]
             row |= {f"{name} bytes": [one[name] for one in notes] for name in ("peak", "reserved")}
             row |= {name: value for name, value in notes[0].items() if name in ("parts", "kernels", "most")}
-            row["said"] = re.findall("checkpointing: .*", text)[:1]
             with (there / run / "metrics.csv").open(newline="") as file:
-                rows = [one for one in csv.DictReader(file) if one["tokens_per_second"] and FIRST <= int(one["step"])]
-            rows = [one for one in rows if int(one["step"]) <= STEPS - 3]
-            for name in rows[0]:
-                if rows[-1][name] and re.search("tokens_per_second|mfu|hfu|mem|gib|loss$", name):
-                    row[name] = statistics.median(float(one[name]) for one in rows)
+                (second,) = (one for one in csv.DictReader(file) if one["step"] == str(2 * EVERY))
+            wanted = re.compile("tokens_per_second|mfu|hfu|loss$")
+            row |= {name: float(value) for name, value in second.items() if value and wanted.search(name)}
             yield row
 
 
