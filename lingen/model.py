@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lingen.blocks.block import Block, mixers_of
 from lingen.blocks.layers import RMSNorm, stays_float32, undecayed
 from lingen.blocks.positions import Positions, resize_tables
-from lingen.blocks.recompute import activation_bytes, recomputed_blocks
+from lingen.blocks.recompute import activation_bytes, kept_by_blocks
 from lingen.flow import along
 from lingen.kernels.choice import device_type, full_precision
 from lingen.kernels.fp8 import input_dtype
+from lingen.kernels.kept import ALL
 from lingen.kernels.modulate import modulate
 from lingen.recipe.sections import LinGenConfig, Triple
 
@@ -45,8 +46,8 @@ class LinGen(nn.Module):
     clip's error, finite (at most 400). Training and sampling share the formula, so the velocity stays right above time
     0.95 as well: there the best output is latents + 0.05 velocity, a point a little beyond the clip.
 
-    Where `checkpointing` is a number of GiB, the first blocks are computed again in the backward pass, as few as
-    `lingen.blocks.recompute.recomputed_blocks` finds for the tokens of the batch. RecipeError or SettingError for a
+    Where `checkpointing` is a number of GiB, `lingen.blocks.recompute.kept_by_blocks` says for the tokens of the batch
+    what of each block is kept for the backward pass. RecipeError or SettingError for a
     mixer or a setting that does not exist or does not fit the width.
 
     Args:
@@ -55,6 +56,7 @@ class LinGen(nn.Module):
     def __init__(self, config: LinGenConfig):
         super().__init__()
         self.config = config
+        self._kept: dict[tuple[int, bool, str], list[int]] = {}
         dim, numbers = config.dim, config.channels * math.prod(config.patch)
         self.patchify = nn.Linear(numbers, dim)
         self.positions = Positions(config.max_grid, dim, config.position_std)
@@ -79,6 +81,8 @@ class LinGen(nn.Module):
             text: one (tokens, mask) per encoder. A row without any unmasked token is told "no text" by a learned token.
             condition: reserved for image-to-video."""
         self._check(latents, time, text, condition)
+        if torch.is_grad_enabled():  # each weight is used once in a pass, and its copy in 16 bits need not outlive that
+            torch.set_autocast_cache_enabled(False)
         grid = self.grid_of(latents.shape[2:])
         tokens, mask = self.text(text, len(latents))
         pooled = None if self.pool_text is None else _linear(self.pool_text, _masked_mean(tokens, mask))
@@ -87,9 +91,8 @@ class LinGen(nn.Module):
         dtype = self.patchify.weight.dtype
         x = self.patchify(_cut(latents, self.config.patch).to(dtype)).to(dtype)
         positions = self.positions(grid).to(x.dtype)
-        recomputed = self._recomputed(x)
-        for index, block in enumerate(self.blocks):
-            x = block(x, positions, modulation, tokens, mask, index < recomputed)
+        for block, level in zip(self.blocks, self._levels(x), strict=True):
+            x = block(x, positions, modulation, tokens, mask, level)
         shift, scale = (embedding[:, :, None] + self.modulation).unbind(2)
         dtype = torch.promote_types(dtype, torch.float32)  # that of `_linear`
         _, normed = modulate(x, weight=self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
@@ -104,16 +107,17 @@ class LinGen(nn.Module):
         """Tokens (t, h, w) of latents of size (t, h, w). ValueError where the patch does not divide them."""
         return token_grid(size, self.config.patch)
 
-    def _recomputed(self, x: Tensor) -> int:
-        """Number of blocks, from the first on, whose activations are computed again in the backward pass."""
+    def _levels(self, x: Tensor) -> Sequence[int]:
+        """What each block keeps for the backward pass."""
         if not torch.is_grad_enabled():
-            return 0
-        where = self.config, x[..., 0].numel()
-        how = input_dtype(None, x).itemsize == 2, device_type(x)
-        recomputed = recomputed_blocks(*where, *how)
-        if not isinstance(self.config.checkpointing, bool):
-            _say(recomputed, self.config.depth, activation_bytes(*where, recomputed, *how))
-        return recomputed
+            return [ALL] * len(self.blocks)
+        where = x[..., 0].numel(), input_dtype(None, x).itemsize == 2, device_type(x)
+        if where not in self._kept:
+            levels = self._kept[where] = kept_by_blocks(self.config, *where)
+            if not isinstance(self.config.checkpointing, bool):
+                tokens, *how = where
+                _say(*map(levels.count, range(ALL + 1)), activation_bytes(self.config, tokens, levels, *how))
+        return self._kept[where]
 
     def _check(self, latents: Tensor, time: Tensor, text: Text, condition: Any) -> None:
         b, c, t = latents.shape[:3]
@@ -180,10 +184,11 @@ class TextJoin(nn.Module):
 
 
 @lru_cache
-def _say(recomputed: int, depth: int, size: int) -> None:
+def _say(inputs: int, narrow: int, products: int, everything: int, size: int) -> None:
     log.info(
-        "checkpointing: the first %d of %d blocks are recomputed; activations of about %.3g GiB",
-        recomputed, depth, size / 2**30,
+        "checkpointing: %d blocks keep their input alone, %d also narrow products, %d all products and %d everything; "
+        "activations of about %.3g GiB",
+        inputs, narrow, products, everything, size / 2**30,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The block around a mixer (arXiv 2412.09856, Figure 2): norms, the timestep's modulation, text and feed-forward."""
 
 from collections import Counter
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,6 +14,7 @@ from lingen.blocks import Mixer
 from lingen.blocks.layers import RMSNorm, SwiGLU, head_count, stays_float32, undecayed
 from lingen.kernels.cross_attention import TextKeys, cross_attention, text_keys
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
+from lingen.kernels.kept import ALL, twice
 from lingen.kernels.modulate import modulate
 from lingen.recipe.registry import MIXERS
 from lingen.recipe.sections import Component, LinGenConfig
@@ -34,8 +36,8 @@ class Block(nn.Module):
     Everything after the mixer treats each token alone. Where no gradient is wanted, it runs on parts of the clip, so
     that queries and hidden activations of all tokens never exist at once.
 
-    With `recompute` the block keeps only its input for the backward pass and is computed again there. It does so
-    itself: where its weights are sharded, they are there in both computations."""
+    Where it does not keep `ALL` for the backward pass, but a lower level (`lingen.kernels.kept`), it is computed again
+    there. It does so itself: where its weights are sharded, they are there in both computations."""
 
     def __init__(self, config: LinGenConfig, mixer: Any, layer: int):
         super().__init__()
@@ -53,13 +55,14 @@ class Block(nn.Module):
         modulation: Float[Tensor, "b f 6 d"],
         text: Float[Tensor, "b n d"],
         mask: Bool[Tensor, "b n"],
-        recompute: bool = False,
+        level: int = ALL,
     ) -> Float[Tensor, "b t h w d"]:
-        if recompute:
+        if level < ALL:
             # While a graph is recorded the state of the random numbers cannot be read; it is without random numbers.
             keep = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
             inputs = x, positions, modulation, text, mask
-            return checkpoint(self.forward, *inputs, use_reentrant=False, preserve_rng_state=keep)
+            how = {"preserve_rng_state": keep, "context_fn": partial(twice, level)}
+            return checkpoint(self.forward, *inputs, use_reentrant=False, **how)
         shift, scale, *rows = (modulation + self.modulation.weight).unbind(2)
         norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)
         # Only the mixer holds its input, so that it is freed when the update is computed.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lingen.kernels.conv_triton import conv_silu_backward, conv_silu_forward
 from lingen.kernels.gated_norm_triton import gated_norm_backward, gated_norm_forward
+from lingen.kernels.kept import kept
 from lingen.kernels.pool_triton import pool_backward, pool_forward
 from lingen.kernels.scan import chunk_of, rows_of, state_gradients
 from lingen.kernels.scan_backward_triton import scan_backward
@@ -67,8 +68,11 @@ def forward(
     """The normed result [b n k*e] in raster order; the scales of its rows where it is quantized; the scan's result.
     projected: [b t h w z | x | b | c | dt], dt raw."""
     z, xbc, dt = plan.slices(projected.flatten(1, 3))
-    begin = _review(projected, weights, plan)
-    y = scan_forward(_scan(xbc, dt, weights, plan), weights.d.sum(0), begin)
+
+    def scanned() -> Tensor:
+        return scan_forward(_scan(xbc, dt, weights, plan), weights.d.sum(0), _review(projected, weights, plan))
+
+    y = kept(scanned)
     out, scale = gated_norm_forward(
         y, z, weights.norm, plan.order, groups=plan.norm_groups, eps=plan.eps, quantize=quantize
     )

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lingen.kernels.choice import choose, device_type, full_precision, holds_numbers, is_unlaunched, stands_for_cuda
+from lingen.kernels.kept import kept
 from lingen.kernels.ssd import ssd
 from lingen.recipe.errors import RecipeError
 
@@ -82,7 +83,7 @@ def scan(
         rows = rows_of(n, kernel, u.dtype)
         raise ValueError(f"u has {u.shape[1]} rows; {n} tokens take {rows} with kernel='{kernel}'.")
     if kernel == "triton" and not (holds_numbers(u) or is_unlaunched(u)):
-        return _products_of_triton(u, chunk_of(n, u.dtype), len(a), heads, groups, state_dim)
+        return kept(lambda: _products_of_triton(u, chunk_of(n, u.dtype), len(a), heads, groups, state_dim))
     if kernel == "triton":
         from lingen.kernels.scan_backward_triton import FusedScan
         from lingen.kernels.scan_triton import ScanSizes

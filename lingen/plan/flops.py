@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lingen.blocks.block import mixers_of
 from lingen.kernels.choice import planned_for
+from lingen.kernels.kept import ALL, INPUT, twice
 from lingen.model import LinGen
 from lingen.plan.trial import ModelKey
 from lingen.recipe.registry import MIXERS
@@ -30,8 +31,9 @@ INSIDE = frozenset(vars(nn.Module()))
 
 
 def forward_flops(
-    config: LinGenConfig, grid: Triple, text_tokens: Sequence[int], sixteen_bit: bool = False, device: str = "cpu"
-) -> int | None:
+    config: LinGenConfig, grid: Triple, text_tokens: Sequence[int], sixteen_bit: bool = False, device: str = "cpu",
+    level: int = INPUT,
+) -> int | None:  # fmt: skip
     """FLOPs of a denoiser's forward for one sample; None, with a warning, where a mixer cannot run on meta.
 
     The model is counted with its first block, and every mixer that differs from the others for itself.
@@ -40,9 +42,11 @@ def forward_flops(
         grid: tokens (t, h, w).
         text_tokens: of each text encoder.
         sixteen_bit: whether matrix products are done in 16 bits.
-        device: type of the device that it is to run on; kernels multiply differently on "cuda"."""
+        device: type of the device that it is to run on; kernels multiply differently on "cuda".
+        level: of `lingen.kernels.kept`, whose results are there already, as where a block is computed again."""
     try:
-        return _of_model(ModelKey(replace(config, checkpointing=False)), grid, tuple(text_tokens), sixteen_bit, device)
+        key = ModelKey(replace(config, checkpointing=False))
+        return 0 if level == ALL else _of_model(key, grid, tuple(text_tokens), sixteen_bit, device, level)
     except Exception as error:  # a third party's mixer may fail in any way
         _warn(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return None
@@ -61,7 +65,9 @@ def _built(key: ModelKey) -> tuple[LinGen, dict[str, tuple[nn.Module, int]]]:
 
 
 @lru_cache(maxsize=256)
-def _of_model(key: ModelKey, grid: Triple, text_tokens: tuple[int, ...], sixteen_bit: bool, device: str) -> int:
+def _of_model(
+    key: ModelKey, grid: Triple, text_tokens: tuple[int, ...], sixteen_bit: bool, device: str, level: int
+) -> int:
     config = key.config
     model, mixers = _built(key)
     size = [tokens * patch for tokens, patch in zip(grid, config.patch, strict=True)]
@@ -73,28 +79,32 @@ def _of_model(key: ModelKey, grid: Triple, text_tokens: tuple[int, ...], sixteen
         )
         return torch.empty(1, config.channels, *size, dtype=dtype), torch.empty(1), text
 
-    whole = flops_inside(model, inputs, sixteen_bit, device)
+    whole = flops_inside(model, inputs, sixteen_bit, device, level)
     block, first = whole.get("blocks.0", 0), whole.get("blocks.0.mixer", 0)
 
     def tokens(dtype: torch.dtype) -> tuple[Any, ...]:
         return (torch.empty(1, *grid, config.dim, dtype=dtype),)
 
-    counted = ((flops_inside(mixer, tokens, sixteen_bit, device)[""], times) for mixer, times in mixers.values())
+    counted = ((flops_inside(mixer, tokens, sixteen_bit, device, level)[""], times) for mixer, times in mixers.values())
     mixing = sum(each * times for each, times in counted)
     return whole[""] - block + config.depth * (block - first) + mixing
 
 
 def flops_inside(
-    module: nn.Module, inputs: Callable[[torch.dtype], tuple[Any, ...]], sixteen_bit: bool, device: str
-) -> dict[str, int]:
+    module: nn.Module, inputs: Callable[[torch.dtype], tuple[Any, ...]], sixteen_bit: bool, device: str,
+    level: int = INPUT,
+) -> dict[str, int]:  # fmt: skip
     """FLOPs of the module and of all inside of it, by name; "" is the module itself."""
     dtype = torch.bfloat16 if sixteen_bit else torch.float32
     module = module.to(dtype)
     # Fused attention hides its products from the counter, and so do products in place, which only run without
     # autograd; the plain forms have the same ones.
     with torch.device("meta"), planned_for(device), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        given = inputs(dtype)
-        with FlopCounterMode(display=False) as counter:
+        given, (first, second) = inputs(dtype), twice(level)
+        if level > INPUT:
+            with first:
+                module(*given)
+        with FlopCounterMode(display=False) as counter, second:
             module(*given)
     # The counter puts the class of the root in front: ``MATE.ma.in_proj``.
     root = type(module).__name__

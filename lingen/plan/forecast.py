@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingen.blocks.recompute import activation_bytes, recomputed_blocks
+from lingen.blocks.recompute import activation_bytes, kept_by_blocks
 from lingen.frozen import is_trained, on_meta
 from lingen.plan.flops import forward_flops
 from lingen.plan.trial import denoiser_on_meta
@@ -40,7 +40,7 @@ class Plan:
     """FLOPs of one forward pass over one sample of each kind, counted on the meta device (`lingen.plan.flops`); a kind
     that cannot be counted, because a mixer does not run there, is left out."""
     training_flops: dict[str, float]
-    """FLOPs of forward and backward over one sample of each kind: 3 forwards, and one more of each recomputed block."""
+    """FLOPs of forward and backward over one sample of each kind: 3 forwards, and what blocks compute again."""
 
     @property
     def model_flops(self) -> dict[str, float]:
@@ -128,11 +128,11 @@ def plan_denoiser(recipe: Recipe) -> Plan:
     grids, text = stage_grids(recipe), text_tokens(recipe)
     counted = {kind: forward_flops(recipe.model, grid, text, *_where(recipe)) for kind, grid in grids.items()}
     flops = {kind: float(count) for kind, count in counted.items() if count is not None}
-    twice = {
-        kind: recomputed_blocks(recipe.model, _batch_tokens(recipe, kind, grids[kind]), *_where(recipe))
-        for kind in flops
-    }
-    training = {kind: flop * (3 + twice[kind] / recipe.model.depth) for kind, flop in flops.items()}
+    training = {}
+    for kind, grid in ((kind, grids[kind]) for kind in flops):
+        levels = Counter(kept_by_blocks(recipe.model, _batch_tokens(recipe, kind, grid), *_where(recipe)))
+        again = [n * (forward_flops(recipe.model, grid, text, *_where(recipe), level) or 0) for level, n in levels.items()]
+        training[kind] = 3 * flops[kind] + sum(again) / recipe.model.depth
     return Plan(
         stage=recipe.stage or "main", grids=grids, parameters=dict(parameters), frozen=frozen,
         held=bytes_of_a_number(recipe), flops=flops, training_flops=training,
@@ -190,5 +190,5 @@ def rough_memory(recipe: Recipe, forecast: Plan) -> int:
     """Bytes that training a denoiser takes in one process, by a rule of thumb: weights, gradients, moments and average
     in float32, and what blocks keep of the largest batch. `lingen plan` counts them."""
     tokens = max(_batch_tokens(recipe, kind, grid) for kind, grid in forecast.grids.items())
-    recomputed = recomputed_blocks(recipe.model, tokens, *_where(recipe))
-    return 20 * forecast.trained + activation_bytes(recipe.model, tokens, recomputed, *_where(recipe))
+    levels = kept_by_blocks(recipe.model, tokens, *_where(recipe))
+    return 20 * forecast.trained + activation_bytes(recipe.model, tokens, levels, *_where(recipe))

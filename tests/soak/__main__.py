@@ -68,7 +68,11 @@ def _arguments() -> argparse.Namespace:
     more.add_argument("--keep", type=Path, default=Path("gpu"), metavar="DIR", help="the runs lie there; made anew")
     several = trials.add_parser("gpus", help="all GPUs of this machine: speed, equality, what comes over a run")
     several.add_argument("--acts", nargs="+", default=["speed", "equal", "events"])
-    several.add_argument("--strategies", nargs="+", default=["fsdp", "hsdp", "ddp"])
+    several.add_argument("--strategies", nargs="*", default=["fsdp", "hsdp", "ddp"])
+    several.add_argument("--stages", nargs="+", default=["t2v_512_17s"], help="that are measured at speed")
+    several.add_argument("--checkpointing", nargs="+", default=["true"], help="values of model.checkpointing, at speed")
+    several.add_argument("--single", action=argparse.BooleanOptionalAction, default=True, help="speed of one GPU, too")
+    several.add_argument("--set", nargs="+", default=[], metavar="key=value", help="of the large recipe")
     several.add_argument("--keep", type=Path, default=Path("gpus"), metavar="DIR", help="runs lie there; made anew")
     several.add_argument("--json", type=Path, help="what was seen")
     toy = trials.add_parser("handover", help="the loss over a hand-over, with and without a decay before it")
@@ -135,10 +139,11 @@ def _moments(args: argparse.Namespace) -> int:
 
 
 def _gpus(args: argparse.Namespace) -> int:
-    from tests.soak.gpus import several_gpus
+    from tests.soak.gpus import Speed, several_gpus
 
     shutil.rmtree(args.keep, ignore_errors=True)
-    return several_gpus(args.keep.absolute(), args.acts, args.strategies, args.json)
+    asked = Speed(args.stages, args.checkpointing, args.strategies, args.single, args.set)
+    return several_gpus(args.keep.absolute(), args.acts, asked, args.json)
 
 
 def _told(trial: Callable[[Path], Iterator[str]], args: argparse.Namespace) -> int:

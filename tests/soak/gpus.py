@@ -1,7 +1,7 @@
 """All GPUs of one machine through NCCL and lingen's own commands (docs/performance.md, "Several GPUs"):
 
-- ``speed``: LinGen-4B, clips of 512p and 17 s of encoded random numbers, under every strategy and on one GPU; tokens a
-  second, MFU and the memory of a rank beside what `lingen plan` says.
+- ``speed``: LinGen-4B, clips of 512p of encoded random numbers, under every strategy and on one GPU; tokens a second,
+  MFU, a step by part and by kernel, and the memory of a rank beside what `lingen plan` says.
 - ``equal``: first and last gradients and the losses of 20 steps of a small model, in float32, beside one GPU's.
 - ``events``: the preflight; a signal, and the run goes on with one GPU; a rank that is killed; a rank that
   is stopped; clips that GPUs share.
@@ -14,13 +14,15 @@ import io
 import json
 import os
 import re
-import statistics
+import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -45,14 +47,18 @@ Row = dict[str, Any]
 LARGE = """
 extends: t2v_68s
 data: {shards: {image: "shards/image-*.tar", video: "shards/video-*.tar"}, workers: 2}
-train: {sample_every: 0, validate_every: 0, log_every: 1, checkpoint_every: 1000000000, watchdog: 120}
+train: {sample_every: 0, validate_every: 0, log_every: EVERY, checkpoint_every: 1000000000, watchdog: 120}
 sample: {prompts: []}
 trainer: {num_nodes: 1, logger: false}
 stages:
   t2v_512_17s: {data: {mix: {image: 0, video: 1}}, train: {steps: STEPS, warmup: 2}}
+  t2v_512_34s: {data: {mix: {image: 0, video: 1}}, train: {steps: STEPS, warmup: 2}}
+  t2v_512_68s: {data: {mix: {image: 0, video: 1}}, train: {steps: STEPS, warmup: 2}}
 """
-STAGE, STEPS, FIRST = "t2v_512_17s", 8, 3
-"""Stage that is measured, its steps, of which the last one is not taken, and the first one that counts."""
+STAGE, EVERY = "t2v_512_17s", 4
+"""Stage that is measured, and steps of a row of metrics.csv, of which the second one counts."""
+STEPS = 2 * EVERY + 3
+"""The last one is not taken, and the two before it are taken apart."""
 ACTS = '''
 """What happens to rank 1 in a step, and to all of them at a signal."""
 import os, signal, time
@@ -72,21 +78,39 @@ LinGenModule.training_step = act
 
 
 PEAK = '''
-import os
+import json, os
 from contextlib import nullcontext
 import torch
 from lingen.ranks.environment import here
 from lingen.training.denoiser import LinGenModule
+from tests.yardsticks.fit import StepProfiler
+from tests.yardsticks.parts import profiled_milliseconds
 
-train = LinGenModule.training_step
+train, notes = LinGenModule.training_step, {}
 
 def note(self, batch, batch_idx):
-    with open(f"peak-{self.global_rank}", "w") as file:
-        print(torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0, file=file)
-    if self.global_step + 1 == self.recipe.train.steps:  # what would follow writes 100 GB
+    left, on_gpu = self.recipe.train.steps - self.global_step, self.device.type == "cuda"
+    notes["peak"] = torch.cuda.max_memory_allocated() if on_gpu else 0
+    notes["reserved"] = torch.cuda.max_memory_reserved() if on_gpu else 0
+    if left == 3:  # a step by part, and one by kernel
+        self.trainer.profiler = StepProfiler(self.device)
+    if left == 2:
+        notes["parts"] = self.trainer.profiler.times
+        if on_gpu:
+            notes["profile"] = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            notes["profile"].start()
+    if left == 1:
+        if on_gpu:
+            torch.cuda.synchronize()
+            (profile := notes.pop("profile")).stop()
+            notes["kernels"] = profiled_milliseconds(profile, True)
+            most = sorted(profile.key_averages(), key=lambda one: -one.self_device_time_total)[:25]
+            notes["most"] = {one.key[:120]: [one.count, one.self_device_time_total / 1e3] for one in most}
+        with open(f"peak-{self.global_rank}", "w") as file:
+            json.dump(notes, file)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        os._exit(0)
+        os._exit(0)  # what would follow writes 100 GB
     return train(self, batch, batch_idx)
 
 LinGenModule.training_step = note
@@ -101,10 +125,10 @@ LinGenModule.__init__ = build_here
 '''
 
 
-def write_encoded(folder: Path, stage: str, clips: int) -> None:
+def write_encoded(folder: Path, stage: str, clips: int, overrides: Sequence[str] = ()) -> None:
     """Encoded shards of random numbers, in the sizes of a stage of `LARGE`."""
-    (folder / "large.yaml").write_text(LARGE.replace("STEPS", str(STEPS)))
-    recipe = load_recipe(folder / "large.yaml", stage=stage)
+    (folder / "large.yaml").write_text(LARGE.replace("STEPS", str(STEPS)).replace("EVERY", str(EVERY)))
+    recipe = load_recipe(folder / "large.yaml", overrides, stage=stage)
     rng, model, data = np.random.default_rng(0), recipe.model, recipe.data
     strides = (8, 8, 8)
     counts = list(zip(text_tokens(recipe), model.text_dims, strict=True))
@@ -147,34 +171,51 @@ def _npy(numbers: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def speed(folder: Path, gpus: int, strategies: Sequence[str]) -> Iterator[Row]:
-    """A row for one GPU and one for each strategy on all of them."""
-    (folder / "shards").mkdir()
-    write_encoded(folder, STAGE, 4 * gpus)
-    for count, strategy in [(1, "auto"), *((gpus, one) for one in strategies)]:
-        run = f"large-{strategy}-{count}"
-        words = [
-            "--run",
-            run,
-            "--stage",
-            STAGE,
-            "--import",
-            "peak",
-            f"trainer.devices={count}",
-            f"trainer.strategy={strategy}",
-        ]
-        code, text, seconds = _fit(folder, "large.yaml", *words)
-        row = {"act": "speed", "strategy": strategy, "gpus": count, "seconds": round(seconds)}
-        if code:
-            yield row | {"failed": text[-1500:]}
-            continue
-        row["peak bytes"] = [int((folder / f"peak-{rank}").read_text()) for rank in range(count)]
-        with (folder / run / "metrics.csv").open(newline="") as file:
-            rows = [one for one in csv.DictReader(file) if one["tokens_per_second"] and int(one["step"]) >= FIRST]
-        for name in rows[0]:
-            if rows[-1][name] and re.search("tokens_per_second|mfu|hfu|mem|gib|loss$", name):
-                row[name] = statistics.median(float(one[name]) for one in rows)
-        yield row
+class Speed(NamedTuple):
+    """What is measured at speed: every stage with every value of `model.checkpointing`, under every strategy."""
+
+    stages: Sequence[str] = (STAGE,)
+    checkpointing: Sequence[str] = ("true",)
+    strategies: Sequence[str] = ("fsdp", "hsdp", "ddp")
+    single: bool = True
+    """Whether one GPU is measured, too, without a strategy."""
+    overrides: Sequence[str] = ()
+
+
+def speed(folder: Path, gpus: int, asked: Speed) -> Iterator[Row]:
+    """A row for each run; what `lingen plan` says is found out while it trains."""
+    runs = [*((1, "auto") for _ in range(asked.single)), *((gpus, one) for one in asked.strategies if gpus > 1)]
+    for stage in asked.stages:
+        there = folder / stage
+        (there / "shards").mkdir(parents=True)
+        write_encoded(there, stage, 4 * gpus, asked.overrides)
+        for checkpointing, (count, strategy) in product(asked.checkpointing, runs):
+            run = f"{strategy}-{count}-{checkpointing}"
+            of = {"trainer.devices": count, "trainer.strategy": strategy, "model.checkpointing": checkpointing}
+            words = ["--stage", stage, *(f"{key}={value}" for key, value in of.items()), *asked.overrides]
+            row: Row = {"act": "speed", "stage": stage, "checkpointing": checkpointing, "strategy": strategy}
+            asking = ["--recipe", "large.yaml", "--gpus", str(count), "--gpu", "h200", "--json"]
+            planning = subprocess.Popen(
+                lingen_command("plan", *asking, *words), cwd=there, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )  # fmt: skip
+            code, text, seconds = _fit(there, "large.yaml", "--run", run, "--import", "peak", *words)
+            plan, _ = planning.communicate()
+            row |= {"gpus": count, "seconds": round(seconds), "overrides": list(asked.overrides)}
+            if not planning.returncode:
+                (planned,) = json.loads(plan)["stages"]
+                row |= {"plan peak": planned["memory"]["peak"], "plan fits": planned["fits"]}
+            if code:
+                yield row | {"failed": text[-1500:]}
+                continue
+            notes = [json.loads((there / f"peak-{rank}").read_text()) for rank in range(count)]
+            row |= {f"{name} bytes": [one[name] for one in notes] for name in ("peak", "reserved")}
+            row |= {name: value for name, value in notes[0].items() if name in ("parts", "kernels", "most")}
+            with (there / run / "metrics.csv").open(newline="") as file:
+                (second,) = (one for one in csv.DictReader(file) if one["step"] == str(2 * EVERY))
+            wanted = re.compile("tokens_per_second|mfu|hfu|loss$")
+            row |= {name: float(value) for name, value in second.items() if value and wanted.search(name)}
+            yield row
 
 
 def equal(folder: Path, gpus: int, strategies: Sequence[str]) -> Iterator[Row]:
@@ -274,19 +315,24 @@ def _fit(folder: Path, recipe: str, *words: str, **env: str) -> tuple[int, str, 
     began, log = time.monotonic(), folder / f"log-{time.monotonic_ns()}.txt"
     paths = os.pathsep.join([str(ROOT), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("w") as file:
-        process = subprocess.run(
-            lingen_command("fit", "--recipe", recipe, *words), cwd=folder, stdout=file, stderr=file, check=False,
-            env=os.environ | {"PYTHONPATH": paths} | env, timeout=300,
+        process = subprocess.Popen(
+            lingen_command("fit", "--recipe", recipe, *words), cwd=folder, stdout=file, stderr=file,
+            env=os.environ | {"PYTHONPATH": paths} | env, start_new_session=True,
         )  # fmt: skip
-    return process.returncode, log.read_text(), time.monotonic() - began
+        try:
+            code = process.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+    return code, log.read_text(), time.monotonic() - began
 
 
-def several_gpus(folder: Path, acts: Sequence[str], strategies: Sequence[str], json_file: Path | None) -> int:
+def several_gpus(folder: Path, acts: Sequence[str], asked: Speed, json_file: Path | None) -> int:
     """Prints a JSON row for whatever was seen; 1 where something failed."""
-    gpus, rows = torch.cuda.device_count(), []
+    gpus, rows = max(1, torch.cuda.device_count()), []
     chosen = {
-        "speed": lambda: speed(folder / "speed", gpus, strategies),
-        "equal": lambda: equal(folder / "equal", gpus, strategies),
+        "speed": lambda: speed(folder / "speed", gpus, asked),
+        "equal": lambda: equal(folder / "equal", gpus, asked.strategies),
         "events": lambda: events(folder / "events", gpus),
     }
     for act in acts:
@@ -295,6 +341,6 @@ def several_gpus(folder: Path, acts: Sequence[str], strategies: Sequence[str], j
             rows.append(row)
             print(json.dumps(row), flush=True)
             if json_file:
-                command = f"python -m tests.soak gpus --acts {' '.join(acts)}"
+                command = f"python -m tests.soak {' '.join(sys.argv[1:])}"
                 json_file.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
     return int(any(row.get("failed") for row in rows))
