@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from lingen.autoencoder import check_sides
-from lingen.autoencoder.stored import read_part, unfit_weights
+from lingen.autoencoder.stored import read_part, read_shapes, unfit_weights
 from lingen.frozen import Missing, check_ready
 from lingen.media import as_floats
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
@@ -20,6 +19,13 @@ from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
 
 FIT = "lingen.autoencoder.pca.PCA.fit"
+
+
+def blocks_of(video: Float[Tensor, "b 3 t h w"], sides: Triple) -> Float[Tensor, "b _t _h _w n"]:
+    """The pixels of each block side by side: 3 x t x h x w of them, colour first."""
+    for axis, side in zip((2, 3, 4), sides, strict=True):
+        video = video.unfold(axis, side, side)
+    return video.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
 
 
 @checked
@@ -55,20 +61,19 @@ class PCA(nn.Module):
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> latents, ceil(t / strides[0]) frames of them."""
         self._load_once()
-        t, h, w = self.strides
-        missing = -check_sides(self, video).shape[2] % t
+        missing = -check_sides(self, video).shape[2] % self.strides[0]
         video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2) if missing else video
-        weight = (self.basis / self.std[:, None]).view(self.channels, 3, t, h, w).to(video.dtype)
-        bias = -(self.basis @ self.mean / self.std).to(video.dtype)
+        weight = (self.basis / self.std[:, None]).to(video.dtype)
         with torch.autocast(video.device.type, enabled=False):
-            return F.conv3d(video, weight, bias, self.strides)
+            latents = (blocks_of(video, self.strides) - self.mean.to(video.dtype)) @ weight.T
+        return latents.movedim(-1, 1).contiguous()
 
     def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
         """Latents -> pixels, about -1..1; strides[0] frames for each latent frame."""
         self._load_once()
         weight = (self.basis * self.std[:, None]).to(latents.dtype)
         with torch.autocast(latents.device.type, enabled=False):
-            blocks = torch.einsum("bcthw,cn->bthwn", latents, weight) + self.mean.to(latents.dtype)
+            blocks = latents.movedim(1, -1) @ weight + self.mean.to(latents.dtype)
         folded = blocks.unflatten(-1, (3, *self.strides)).permute(0, 4, 1, 5, 2, 6, 3, 7)
         return folded.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
@@ -79,10 +84,7 @@ class PCA(nn.Module):
         numbers = 3 * math.prod(strides)
         total, squares = torch.zeros(numbers).double(), torch.zeros(numbers, numbers).double()
         for clip in clips:
-            blocks = as_floats(clip)
-            for axis, side in zip((2, 3, 4), strides, strict=True):
-                blocks = blocks.unfold(axis, side, side)
-            blocks = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, numbers)
+            blocks = blocks_of(as_floats(clip), strides).reshape(-1, numbers)
             total, squares, count = total + blocks.sum(0), squares + blocks.T @ blocks, count + len(blocks)
         found.mean.copy_(total / count)
         values, vectors = torch.linalg.eigh(squares / count - torch.outer(total, total) / count**2)
@@ -98,6 +100,8 @@ class PCA(nn.Module):
             return [] if self.loaded else [Missing(self.name, "-", f"set autoencoder.path to a file of {FIT}.")]
         shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         cure = unfit_weights(Path(self.path), shapes)
+        if cure and Path(self.path).is_file() and (held := read_shapes(Path(self.path)).get("basis")):
+            cure = f"its blocks are of {held[1]} numbers. Set autoencoder.strides to them, and channels={held[0]}."
         return [Missing(self.name, self.path, cure)] if cure else []
 
     def _load_once(self) -> None:

@@ -1,6 +1,6 @@
 """The tables of `lingen ablate` from what its folders hold, training nothing: runs that are not whole are left out.
 
-    python -m tests.yardsticks.ablate_tables runs/range/study [runs/range/adapt ...] [--out FILE.json]
+    python -m tests.yardsticks.ablate_tables runs/range/study [runs/range/adapt ...] [--out FILE.json] [--picture FILE.png]
 
 A folder may have been brought from another machine without its checkpoints: what counts is run.json, recipe.yaml and
 metrics.csv. A run is whole where its last row is of its last stage's last step."""
@@ -10,6 +10,10 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from lingen.cli.command import print_table
 from lingen.run_folder.folder import RunFolder
@@ -51,10 +55,31 @@ def study_of(folder: Path) -> dict[str, Any]:
     return {"metric": metric, "results": rows, "runs": told, "not whole, steps": left}
 
 
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A panel for each folder: the metric over steps, a thin line for a run and a thick one for a variant's mean."""
+    figure = Figure((5.5 * len(found), 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, study) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        variants: dict[str, list[dict[int, float]]] = {}
+        for run in study["runs"]:
+            variants.setdefault(run["run"].partition(",")[0], []).append(dict(run["curve"]))
+        for number, (variant, curves) in enumerate(variants.items()):
+            for curve in curves:
+                axes.plot(*zip(*curve.items(), strict=True), color=f"C{number}", linewidth=0.6, alpha=0.5)
+            steps = sorted(set.intersection(*map(set, curves)))
+            mean = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
+            axes.plot(steps, mean, color=f"C{number}", linewidth=2.2, label=f"{variant} ({len(curves)})")
+        axes.set(title=name, xlabel="steps", ylabel=study["metric"], yscale="log")
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        axes.legend()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="put into the file")
     args = parser.parse_args()
     found = {folder.name: study_of(folder) for folder in args.folders}
@@ -62,6 +87,8 @@ def main() -> None:
         print(f"{name}: {len(one['runs'])} whole runs; not whole: {one['not whole, steps'] or 'none'}")
         print_table([{key: cell_of(value) for key, value in row.items()} for row in one["results"]])
         print_table([{key: cell_of(value) for key, value in run.items() if key != "curve"} for run in one["runs"]])
+    if args.picture:
+        draw(found, args.picture)
     if args.out:
         notes = dict(note.split("=", 1) for note in args.note)
         args.out.write_text(json.dumps({**notes, **found}, indent=1) + "\n", encoding="utf-8")
