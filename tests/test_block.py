@@ -153,8 +153,7 @@ def test_the_forecast_of_activations():
     assert all(a <= b for before, after in pairwise(chosen) for a, b in zip(before, after, strict=True))
     assert all(max(levels[:-1]) - min(levels[:-1]) <= 1 and levels[0] <= levels[1] for levels in chosen)
     assert all(
-        activation_bytes(mixed, 10, levels, False) <= target + 1
-        for levels, target in zip(chosen, targets, strict=True)
+        activation_bytes(mixed, 10, levels, False) <= target + 1 for levels, target in zip(chosen, targets, strict=True)
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lingen.autoencoder.pca import PCA, PCATheatre, blocks_of
+from lingen.autoencoder.pca import PCA, PCATheatre, cut_into_blocks
 from lingen.frozen import check_ready
 from lingen.media import as_floats
 from lingen.recipe.errors import RecipeError
@@ -38,7 +38,7 @@ def save(pca: PCA, path: Path) -> Path:
 
 
 def test_the_components_are_those_of_a_singular_value_decomposition(fitted):
-    blocks = blocks_of(as_floats(torch.cat(clips(40))), STRIDES).reshape(-1, 96).double().numpy()
+    blocks = cut_into_blocks(as_floats(torch.cat(clips(40))), STRIDES).reshape(-1, 96).double().numpy()
     _, values, rows = np.linalg.svd(blocks - blocks.mean(0), full_matrices=False)
     spread = torch.from_numpy(values[:24] / len(blocks) ** 0.5)
     overlap = (fitted.basis.double() @ torch.from_numpy(rows[:24]).T).abs()
@@ -59,9 +59,7 @@ def test_all_components_keep_everything_and_fewer_keep_less(fitted):
     held = as_floats(torch.cat(clips(8, seed=1)))
     whole = PCA.fit(clips(40), STRIDES, 96)
     assert_close("clip", whole.decode(whole.encode(held)), held, 1e-4)
-    errors = [
-        (one.decode(one.encode(held)) - held).square().mean() for one in (fitted, PCA.fit(clips(40), STRIDES, 6))
-    ]
+    errors = [(one.decode(one.encode(held)) - held).square().mean() for one in (fitted, PCA.fit(clips(40), STRIDES, 6))]
     assert 0 < errors[0] < errors[1] < held.var()
 
 
@@ -103,7 +101,9 @@ def test_what_is_missing_is_said_before_anything_runs(fitted, tmp_path):
     check_ready([fitted])
     path = save(fitted, tmp_path / "pca.safetensors")
     for settings in ({"channels": 25, "strides": STRIDES}, {"channels": 24}):
-        with pytest.raises(RecipeError, match=r"missing: pca .*pca.safetensors: its blocks are of 96 numbers. Set .* channels=24"):
+        with pytest.raises(
+            RecipeError, match=r"missing: pca .*pca.safetensors: its blocks are of 96 numbers. Set .* channels=24"
+        ):
             check_ready([PCA(path=str(path), **settings)])
     with pytest.raises(RecipeError, match=r"missing: pca .*none.safetensors: "):
         check_ready([PCA(path=str(tmp_path / "none.safetensors"))])

@@ -21,7 +21,7 @@ from lingen.recipe.signature import checked
 FIT = "lingen.autoencoder.pca.PCA.fit"
 
 
-def blocks_of(video: Float[Tensor, "b 3 t h w"], sides: Triple) -> Float[Tensor, "b _t _h _w n"]:
+def cut_into_blocks(video: Float[Tensor, "b 3 t h w"], sides: Triple) -> Float[Tensor, "b _t _h _w n"]:
     """The pixels of each block side by side: 3 x t x h x w of them, colour first."""
     for axis, side in zip((2, 3, 4), sides, strict=True):
         video = video.unfold(axis, side, side)
@@ -65,7 +65,7 @@ class PCA(nn.Module):
         video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2) if missing else video
         weight = (self.basis / self.std[:, None]).to(video.dtype)
         with torch.autocast(video.device.type, enabled=False):
-            latents = (blocks_of(video, self.strides) - self.mean.to(video.dtype)) @ weight.T
+            latents = (cut_into_blocks(video, self.strides) - self.mean.to(video.dtype)) @ weight.T
         return latents.movedim(-1, 1).contiguous()
 
     def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
@@ -84,7 +84,7 @@ class PCA(nn.Module):
         numbers = 3 * math.prod(strides)
         total, squares = torch.zeros(numbers).double(), torch.zeros(numbers, numbers).double()
         for clip in clips:
-            blocks = blocks_of(as_floats(clip), strides).reshape(-1, numbers)
+            blocks = cut_into_blocks(as_floats(clip), strides).reshape(-1, numbers)
             total, squares, count = total + blocks.sum(0), squares + blocks.T @ blocks, count + len(blocks)
         found.mean.copy_(total / count)
         values, vectors = torch.linalg.eigh(squares / count - torch.outer(total, total) / count**2)

@@ -131,7 +131,9 @@ def plan_denoiser(recipe: Recipe) -> Plan:
     training = {}
     for kind, grid in ((kind, grids[kind]) for kind in flops):
         levels = Counter(kept_by_blocks(recipe.model, _batch_tokens(recipe, kind, grid), *_where(recipe)))
-        again = [n * (forward_flops(recipe.model, grid, text, *_where(recipe), level) or 0) for level, n in levels.items()]
+        again = [
+            n * (forward_flops(recipe.model, grid, text, *_where(recipe), level) or 0) for level, n in levels.items()
+        ]
         training[kind] = 3 * flops[kind] + sum(again) / recipe.model.depth
     return Plan(
         stage=recipe.stage or "main", grids=grids, parameters=dict(parameters), frozen=frozen,
