@@ -1,6 +1,6 @@
 """The tables of `lingen ablate` from what its folders hold, training nothing: runs that are not whole are left out.
 
-    python -m tests.yardsticks.ablate_tables runs/range/study [runs/range/adapt ...] [--out FILE.json] [--picture FILE.png]
+    python -m tests.yardsticks.ablate_tables runs/range/study [runs/range/adapt ...] [--out JSON] [--picture PNG]
 
 A folder may have been brought from another machine without its checkpoints: what counts is run.json, recipe.yaml and
 metrics.csv. A run is whole where its last row is of its last stage's last step."""
