@@ -20,12 +20,13 @@ from jaxtyping import UInt8
 
 from lingen.data.shards import write_shards
 from lingen.data.synthetic import COLOURS, SHAPES, _shape
+from lingen.files import whole_folder
 from lingen.media import encode_mp4
 
 FRAMES, CURTAIN, SIDE = 32, (12, 20), 64
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Of a motion in x and y."""
-RADIUS, STEP, SHADE, GREY = 10.0, 1.0, 0.1, 0.5
+RADIUS, STEP, SHADE, GREY = 13.0, 1.0, 0.1, 0.5
 """Of a shape in pixels; pixels between two frames; light of the background and of the curtain."""
 
 
@@ -55,11 +56,13 @@ def samples_of(split: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]
         yield {"__key__": f"{split}-{number:05d}", "mp4": clip, "json": caption}
 
 
-def write(folder: Path, clips: int = 1200, held_out: int = 64) -> None:
-    """Shards of clips to train on and of held-out ones; what is there stays."""
-    for split, count in (("train", clips), ("held", held_out)):
-        if not list(folder.glob(f"{split}-*.tar")):
-            write_shards(samples_of(split, count), str(folder / f"{split}-%05d.tar"), per_shard=-(-count // 4))
+def write(folder: Path, clips: int = 1200, held_out: int = 128) -> None:
+    """Shards of clips to train on and of held-out ones; the folder appears whole, and one that is there stays."""
+    if folder.is_dir():
+        return
+    with whole_folder(folder) as work:
+        for split, count in (("train", clips), ("held", held_out)):
+            write_shards(samples_of(split, count), str(work / f"{split}-%05d.tar"), per_shard=-(-count // 4))
 
 
 if __name__ == "__main__":
