@@ -14,8 +14,7 @@ mkdir -p "$out/logs"
 "$python" -m tests.yardsticks.range_clips data/range || exit 1
 # piece SECONDS WORDS...: one process, which a signal ends after so many seconds.
 piece() {
-    timeout --signal=TERM --kill-after=25 "$((limit - SECONDS + begun))" "$python" -m lingen ablate \
-        --metric validation/loss/time_0_0.1 "$@" ${more[@]+"${more[@]}"}
+    timeout --signal=TERM --kill-after=25 "$((limit - SECONDS + begun))" "$python" -m lingen ablate "$@" ${more[@]+"${more[@]}"}
     echo "$(date -u +%T) ended with $?"
 }
 for part in $(seq "$parts"); do

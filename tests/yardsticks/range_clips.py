@@ -26,7 +26,7 @@ from lingen.media import encode_mp4
 FRAMES, CURTAIN, SIDE = 32, (12, 20), 64
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Of a motion in x and y."""
-RADIUS, STEP, SHADE, GREY = 13.0, 1.0, 0.1, 0.5
+RADIUS, STEP, SHADE, GREY = 10.0, 1.0, 0.1, 0.5
 """Of a shape in pixels; pixels between two frames; light of the background and of the curtain."""
 
 
@@ -56,7 +56,7 @@ def samples_of(split: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]
         yield {"__key__": f"{split}-{number:05d}", "mp4": clip, "json": caption}
 
 
-def write(folder: Path, clips: int = 1200, held_out: int = 128) -> None:
+def write(folder: Path, clips: int = 1200, held_out: int = 64) -> None:
     """Shards of clips to train on and of held-out ones; the folder appears whole, and one that is there stays."""
     if folder.is_dir():
         return
