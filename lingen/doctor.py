@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lingen.autoencoder.perceptual import NoDistance
+from lingen.data.acting import check_sprites
 from lingen.data.locations import expand
 from lingen.files import cache_folder
 from lingen.frozen import Missing, missing_of
@@ -104,6 +105,12 @@ def _init(recipe: Recipe) -> Iterator[Missing]:
 
 
 def _shards(recipe: Recipe) -> Iterator[Missing]:
+    drawn = recipe.data.synthetic or {}
+    if drawn.get("name") == "theatre":
+        try:
+            check_sprites(drawn["sprites"])
+        except RecipeError as error:
+            yield Missing("data.synthetic", drawn["sprites"], str(error))
     for section in ("shards", "validation"):
         for kind in (kind for kind in KINDS if getattr(recipe.data.mix, kind)):
             named, setting = getattr(getattr(recipe.data, section), kind), f"data.{section}.{kind}"

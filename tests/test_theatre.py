@@ -242,6 +242,29 @@ def test_each_scene_and_light_looks_its_own_way(sprites: str):
     assert distances.min() > 2
 
 
+def test_actors_that_look_alike_and_missing_ones_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (len(ACTORS), 8, 1, 8, 4), np.uint8) | np.array([0, 0, 0, 255], np.uint8)
+    sheet = small.repeat(SPRITE // 8, 1).repeat(SPRITE // 8, 3).repeat(SPRITE_FRAMES, 2)
+
+    def asked() -> list[str]:
+        path = tmp_path / "sprites.png"
+        path.unlink(missing_ok=True)
+        Image.fromarray(sheet.reshape(len(ACTORS) * SPRITE, -1, 4), "RGBA").save(path, compress_level=1)
+        load_sprites.cache_clear()
+        return ["--recipe", "theatre_128", f"data.synthetic.sprites={path}", "data.synthetic.clips=3000"]
+
+    assert main(["data", "check", *asked(), "data.workers=0"]) == 0
+    sheet[7] = sheet[3, :, :, ::-1]
+    words = asked()
+    assert main(["data", "check", *words, "data.workers=0"]) == 1
+    names = list(ACTORS)
+    assert f"the actors '{names[3]}' and '{names[7]}' look alike" in capsys.readouterr().err
+    words[2] = f"data.synthetic.sprites={tmp_path / 'none.webp'}"
+    assert main(["doctor", *words]) == 1
+    assert "lingen data fetch theatre" in "".join(capsys.readouterr())
+
+
 def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

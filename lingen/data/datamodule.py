@@ -66,8 +66,8 @@ class ClipData(lightning.LightningDataModule):
     def check(self) -> None:
         """RecipeError where a pattern of the recipe's shards matches no file, or the theatre has no actors; no shard is
         read."""
-        if self._theatre is not None:
-            check_sprites(self._theatre.sprites)
+        if self.theatre is not None:
+            check_sprites(self.theatre.sprites)
         for setting in ("shards", "validation"):
             for kind in self.kinds:
                 self._expand(getattr(self.recipe.data, setting), kind, f"data.{setting}")
@@ -111,7 +111,7 @@ class ClipData(lightning.LightningDataModule):
         )
 
     @cached_property
-    def _theatre(self) -> Theatre | None:
+    def theatre(self) -> Theatre | None:
         """What draws clips of `data.frames` and `data.size`, where no shards are named."""
         data = self.recipe.data
         made = data.synthetic and not (data.shards.image or data.shards.video) and SYNTHETIC.build(data.synthetic)
@@ -125,7 +125,7 @@ class ClipData(lightning.LightningDataModule):
         data = self.recipe.data
         if data.synthetic is None or data.shards.image or data.shards.video:
             return data.shards, data.validation
-        if self._theatre is not None:
+        if self.theatre is not None:
             return Shards(video="theatre"), Shards(video="theatre")
         from lingen.data.synthetic import ensure
 
@@ -142,8 +142,8 @@ class ClipData(lightning.LightningDataModule):
         }
 
     def _index(self, shards: Shards, kind: str, setting: str, reader: Reader) -> Index:
-        if self._theatre is not None:
-            return DrawnIndex.of(self._theatre, "train" if setting == "data.shards" else "tune")
+        if self.theatre is not None:
+            return DrawnIndex.of(self.theatre, "train" if setting == "data.shards" else "tune")
         return open_index(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
 
     def _pool(self, index: Index, kind: str, setting: str) -> Pool:
