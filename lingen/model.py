@@ -91,7 +91,7 @@ class LinGen(nn.Module):
         dtype = self.patchify.weight.dtype
         x = self.patchify(_cut(latents, self.config.patch).to(dtype)).to(dtype)
         positions = self.positions(grid).to(x.dtype)
-        for block, level in zip(self.blocks, self._levels(x), strict=True):
+        for block, level in zip(self.blocks, self._levels(x), strict=False):
             x = block(x, positions, modulation, tokens, mask, level)
         shift, scale = (embedding[:, :, None] + self.modulation).unbind(2)
         dtype = torch.promote_types(dtype, torch.float32)  # that of `_linear`

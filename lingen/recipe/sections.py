@@ -53,8 +53,8 @@ class LinGenConfig:
         bool | float,
         Above(0),
         FREE,
-        "recompute blocks in the backward pass instead of keeping their activations: all, none, or as few (the first "
-        "ones) as it takes for the activations to fit into this many GiB per rank",
+        "recompute blocks in the backward pass instead of keeping their activations: all, none, or as little, cheap "
+        "parts first, as it takes for the activations to fit into this many GiB per rank",
     ] = False
 
     channels: int = field(default=16, metadata=DERIVED)
