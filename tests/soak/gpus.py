@@ -20,6 +20,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,42 +250,55 @@ def _losses(run: Path) -> list[float]:
 
 
 def events(folder: Path, gpus: int, accelerator: str = "gpu") -> Iterator[Row]:
-    """What comes over a run of a small model, and how it ends."""
-    (folder / "shards").mkdir(parents=True)
-    write_recipe(folder / "tiny.yaml", write_shapes(folder / "shards"))
-    (folder / "recorder.py").write_text(RECORDER)
-    (folder / "acts.py").write_text(ACTS)
+    """What comes over a run of a small model, and how it ends; all at once, each in a folder of its own."""
+    shards = write_shapes(folder / "shards")
     base = ["--import", "recorder", "--import", "acts", f"trainer.accelerator={accelerator}", "sample.prompts=[]",
             "stages.clips.train.steps=12", "train.log_every=1", "trainer.strategy=fsdp"]  # fmt: skip
 
     def start(run: str, count: int, *words: str, act: str = "") -> tuple[int, str, float, Any]:
-        for path in folder.glob("notes-*"):
+        own = folder / f"of-{run}"
+        own.mkdir(exist_ok=True)
+        for path in own.glob("notes-*"):
             path.unlink()
+        write_recipe(own / "tiny.yaml", shards)
+        (own / "recorder.py").write_text(RECORDER)
+        (own / "acts.py").write_text(ACTS)
         many = [f"data.batch={{image: {4 // count}, video: {4 // count}}}", f"trainer.devices={count}"]
-        code, text, seconds = _fit(folder, "tiny.yaml", "--run", run, *base, *many, *words, ACT=act)
-        notes = dict(notes_of(folder))
+        code, text, seconds = _fit(own, "tiny.yaml", "--run", run, *base, *many, *words, ACT=act)
+        notes = dict(notes_of(own))
         acted = re.search(r"acted ([\d.]+)", text)
         return code, text, (time.time() - float(acted[1])) if acted else seconds, _samples(notes)
 
-    code, text, seconds, straight = start("straight", 1)
-    yield {"act": "events", "what": "undisturbed, 1 GPU", "code": code, "seconds": round(seconds, 1),
-           "failed": text[-1500:] if code else ""}  # fmt: skip
-    code, text, seconds, _ = start("preflight", gpus, "--preflight")
-    yield {"act": "events", "what": f"preflight, {gpus} GPUs", "code": code, "seconds": round(seconds, 1),
-           "said": text[-3000:]}  # fmt: skip
-    code, text, seconds, before = start("moved", gpus, act="SIGTERM:5")
-    again, more, _, after = start("moved", 1)
-    same = {key: before.get(key, set()) | after.get(key, set()) for key in straight} == straight
-    yield {"act": "events", "what": f"SIGTERM on {gpus} GPUs, resumed on 1", "codes": [code, again],
-           "seconds": round(seconds, 1), "same samples": same, "said": (text[-600:], more[-1200:])}  # fmt: skip
-    code, text, seconds, _ = start("killed", gpus, act="SIGKILL:5")
-    yield {"act": "events", "what": "a rank is killed", "code": code, "seconds": round(seconds, 1),
-           "said": text[-1500:]}  # fmt: skip
-    code, text, seconds, _ = start("stopped", gpus, "train.watchdog=20", act="SIGSTOP:5")
-    traces = sorted(path.name for path in (folder / "stopped" / "ranks").glob("*"))
-    yield {"act": "events", "what": "a rank is stopped, train.watchdog=20", "code": code, "seconds": round(seconds, 1),
-           "said": text[-1500:], "files": traces}  # fmt: skip
-    yield {"act": "events", "what": f"4 clips on {gpus} GPUs and on 1"} | _sampled(folder)
+    def moved() -> tuple[Any, ...]:
+        return *start("moved", gpus, act="SIGTERM:5"), *start("moved", 1)
+
+    def straight() -> tuple[Any, ...]:
+        told = start("straight", 1)
+        return *told, {} if told[0] else _sampled(folder / "of-straight")
+
+    with ThreadPoolExecutor(5) as threads:
+        undisturbed, went_on = threads.submit(straight), threads.submit(moved)
+        preflight = threads.submit(start, "preflight", gpus, "--preflight")
+        killed = threads.submit(start, "killed", gpus, act="SIGKILL:5")
+        stopped = threads.submit(start, "stopped", gpus, "train.watchdog=20", act="SIGSTOP:5")
+        for what, one in (
+            (f"preflight, {gpus} GPUs", preflight),
+            ("a rank is killed", killed),
+            ("a rank is stopped, train.watchdog=20", stopped),
+        ):
+            code, text, seconds, _ = one.result()
+            yield {"act": "events", "what": what, "code": code, "seconds": round(seconds, 1), "said": text[-3000:]}
+        yield {"act": "events", "what": "files of the stopped run's ranks",
+               "files": sorted(path.name for path in (folder / "of-stopped/stopped/ranks").glob("*"))}  # fmt: skip
+        code, text, seconds, whole, sampled = undisturbed.result()
+        yield {"act": "events", "what": "undisturbed, 1 GPU", "code": code, "seconds": round(seconds, 1),
+               "failed": text[-1500:] if code else ""}  # fmt: skip
+        yield {"act": "events", "what": f"4 clips on {gpus} GPUs and on 1"} | sampled
+        code, text, seconds, before, again, more, _, after = went_on.result()
+        same = {key: before.get(key, set()) | after.get(key, set()) for key in whole} == whole
+        yield {"act": "events", "what": f"SIGTERM on {gpus} GPUs, resumed on 1", "codes": [code, again],
+               "seconds": round(seconds, 1), "same samples": same, "said": (text[-600:], more[-1200:]),
+               "failed": "" if same and not again else "it did not go on with the same samples"}  # fmt: skip
 
 
 def _sampled(folder: Path) -> Row:
