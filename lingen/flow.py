@@ -131,7 +131,9 @@ class Draws(NamedTuple):
     """In [0, 1), for the choice whether the text is left out."""
 
 
-def sample_draws(shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[int, str], training: Times) -> Draws:
+def sample_draws(
+    shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[int, str], training: Times, pinned: bool = False
+) -> Draws:
     """The random numbers of training or sampling for each sample: a function of (stream, slot) alone.
 
     They depend neither on the batch or the rank that a sample is in nor on earlier steps.
@@ -140,8 +142,9 @@ def sample_draws(shape: tuple[int, ...], slots: Int[Tensor, "b"], stream: tuple[
         shape: of one sample's latents.
         slots: the number of each sample in the stream.
         stream: (seed, what for), e.g. a stage's name.
-        training: what the times are drawn from."""
-    noise = torch.empty(len(slots), *shape)
+        training: what the times are drawn from.
+        pinned: the noise is drawn into memory that a GPU copies from while the CPU goes on."""
+    noise = torch.empty(len(slots), *shape, pin_memory=pinned)
 
     def draw(slot: int, room: Tensor) -> tuple[Tensor, Tensor]:
         # A CPU generator keeps 32 bits of its seed: among a million samples some hundred pairs share their noise, which

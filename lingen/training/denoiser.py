@@ -149,7 +149,7 @@ class LinGenModule(Trained):
         dtype = torch.promote_types(self.model.patchify.weight.dtype, torch.float32)
         latents = self.encode_clips(batch.clips).to(dtype)
         seed, training = (self.recipe.seed, purpose), self.times_of(latents.shape[2:])
-        draws = flow.sample_draws(latents.shape[1:], batch.slots, seed, training)
+        draws = flow.sample_draws(latents.shape[1:], batch.slots, seed, training, pinned=latents.is_cuda)
         drop = draws.uniform < (0.0 if purpose == "validation" else self.recipe.train.text_drop)
         pairs = zip(batch.captions, drop.tolist(), strict=True)
         captions = ["" if left_out else caption for caption, left_out in pairs]

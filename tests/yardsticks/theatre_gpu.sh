@@ -1,14 +1,16 @@
 #!/bin/bash
 # Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
-#     bash tests/yardsticks/theatre_gpu.sh judge 160 4s 480 long 150 score
+#     bash tests/yardsticks/theatre_gpu.sh judge 160 encode 40000 4s 480 long 150 score
 # Needs data/theatre/sprites.webp (`lingen data fetch theatre`). A piece trains at a constant rate for three quarters of
 # its seconds, looks how far it came, and lowers the rate over as many steps as fit into the rest: nobody has to know the
 # GPU's speed. What is to be kept is put into $OUT: weights/denoiser.safetensors in bfloat16, in the
 # folder that `lingen demo --checkpoint` takes; judge.safetensors; logs and metrics. PYTHON names the interpreter, MORE
-# further overrides of the denoiser's recipe.
-set -uo pipefail
+# further overrides of the denoiser's recipe. `encode` draws clips once, in a process for each core, and keeps their latents
+# in $SHARDS: drawn anew for each step, clips of 2.4 MB come to the GPU at some 400 a second, which is less than half of
+# what it trains on.
+set -ufo pipefail # f: patterns of shards are not for this shell
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-python} out=$(realpath -m "${OUT:-runs/out}") workers=${WORKERS:-14}
+python=${PYTHON:-python} out=$(realpath -m "${OUT:-runs/out}") workers=${WORKERS:-14} shards=${SHARDS:-/dev/shm/theatre}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 [ -f data/theatre/sprites.webp ] || { echo "data/theatre/sprites.webp is missing: lingen data fetch theatre" >&2; exit 2; }
 mkdir -p "$out/weights"
@@ -38,6 +40,29 @@ train() {
     echo "$run $stage: $steps steps"
 }
 
+# encode STAGE CLIPS: latents of a stage's clips and of the held-out ones.
+encode() {
+    local stage=$1 clips=$2 part
+    for part in $(seq "$workers"); do
+        OMP_NUM_THREADS=1 "$python" -m lingen encode --recipe theatre_128 --stage "$stage" --out "$shards/$stage" \
+            --part "$part/$workers" --device cpu data.workers=0 "data.synthetic.clips=$clips" \
+            >> "$out/encode.log" 2>&1 &
+    done
+    "$python" -m lingen encode --recipe theatre_128 --stage "$stage" --out "$shards/$stage-held" --validation \
+        --device cpu data.workers=0 data.synthetic.held_out=${HELD:-256} >> "$out/encode.log" 2>&1
+    wait
+    echo "encode $stage: $(du -sh "$shards/$stage" | cut -f1), $SECONDS s"
+}
+
+# of_shards: what has the stages that were encoded train on that.
+of_shards() {
+    local stage
+    for stage in 4s 16s 60s; do
+        [ -d "$shards/$stage" ] && printf '%s ' "stages.$stage.data."{synthetic=null,"shards.video=$shards/$stage/*.tar"} \
+            "stages.$stage.data.validation.video=$shards/$stage-held/*.tar"
+    done
+}
+
 keep() {
     "$python" -m lingen export --run "runs/$1" --precision bf16 --out "$out/weights/$2.safetensors"
     cp "runs/$1/metrics.csv" "$out/metrics_$2.csv"
@@ -50,14 +75,17 @@ while [ $# -gt 0 ]; do
         "$python" -m tests.yardsticks.theatre train --minutes "$(((seconds - 10) / 6))e-1" --workers "$workers" \
             --out "$out/judge.safetensors"
         ;;
+    encode)
+        encode "${STAGE:-4s}" "$seconds"
+        ;;
     4s)
-        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s ${MORE:-}
+        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s $(of_shards) ${MORE:-}
         keep theatre denoiser
         ;;
     long) # 16 s and 60 s, as many steps as the speed of 4 s lets expect: a step of each has as many tokens
         steps=$(cat runs/theatre.4s)
         share=$((steps * seconds / ${SECONDS_4S:-480} / 3))
-        fit "$seconds" theatre --recipe theatre_128 ${MORE:-} \
+        fit "$seconds" theatre --recipe theatre_128 $(of_shards) ${MORE:-} \
             "stages.4s.train.steps=$steps" "stages.4s.train.decay=$decay" \
             "stages.16s.train.steps=$share" "stages.60s.train.steps=$share"
         keep theatre denoiser_long
@@ -68,7 +96,7 @@ while [ $# -gt 0 ]; do
         shift
         continue
         ;;
-    *) echo "usage: $0 [judge SECONDS] [4s SECONDS] [long SECONDS] [score]" >&2; exit 2 ;;
+    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [4s SECONDS] [long SECONDS] [score]" >&2; exit 2 ;;
     esac
     shift 2
 done
