@@ -8,7 +8,6 @@ from torch import Tensor
 from lingen.kernels.choice import choose
 from lingen.kernels.gradients import FromInputs
 
-CONV_KERNELS = ("auto", "reference", "triton")
 MOST_TAPS = 8
 
 
@@ -32,13 +31,13 @@ def conv_silu(
         segment: positions between two ends that the conv does not reach across: beyond them, too, it counts zero. A
             divisor of n; 0 (the default): the sequence is one piece.
         rows: rows of the result, at least n (the default); those behind the sequence are zero.
-        kernel: one of CONV_KERNELS.
+        kernel: "auto", "reference" or "triton".
 
     Computed in float32 at least; contiguous, in scan order and in u's dtype. Raises ValueError for sizes that do not
     fit and for a kernel that cannot run."""
     rows = u.shape[1] if rows is None else rows
     _check(u, weight, bias, index, before, segment, rows)
-    if choose("conv", kernel, CONV_KERNELS, u) == "reference":
+    if choose("conv", kernel, u) == "reference":
         return _reference(u, weight, bias, index, before, segment, rows)
     if u.stride(-1) != 1 and u.shape[-1] > 1:
         raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")

@@ -8,7 +8,6 @@ from torch import Tensor
 from lingen.kernels.choice import choose
 from lingen.kernels.gradients import FromInputs
 
-GATED_NORM_KERNELS = ("auto", "reference", "triton")
 WIDEST_ROW = 8192
 
 
@@ -33,14 +32,14 @@ def gated_norm(
         eps: added to the mean square, above 0.
         quantize: for products in float8, without gradients: (values in float8_e4m3fn, a float32 scale for each row),
             values * scale being the result.
-        kernel: one of GATED_NORM_KERNELS.
+        kernel: "auto", "reference" or "triton".
 
     Computed in float32 at least; contiguous, in raster order and in y's dtype. Raises ValueError for sizes that do not
     fit, a gradient of a quantized result, and a kernel that cannot run."""
     _check(y, z, weight, index, groups, eps)
     if quantize and torch.is_grad_enabled() and any(x.requires_grad for x in (y, z, weight)):
         raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
-    if choose("gated norm", kernel, GATED_NORM_KERNELS, y) == "reference":
+    if choose("gated norm", kernel, y) == "reference":
         out = _reference(y, z, weight, index, groups, eps)
         if not quantize:
             return out.to(y.dtype)

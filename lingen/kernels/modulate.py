@@ -15,8 +15,6 @@ from torch import Tensor
 from lingen.kernels.choice import choose
 from lingen.kernels.fp8 import FLOAT8, Quantized, check_no_gradient, quantize
 
-MODULATE_KERNELS = ("auto", "reference", "triton")
-
 
 def modulate(
     x: Float[Tensor, "b t h w d"],
@@ -46,7 +44,7 @@ def modulate(
             are copied first."""
     operands = x, update, gate, weight, shift, scale, positions
     _check(x, dtype, *operands, out=out)
-    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
+    if choose("modulation", kernel, x) == "triton":
         from lingen.kernels.modulate_triton import Operands, fused
 
         return fused(Operands(*operands), eps, dtype or x.dtype, out)

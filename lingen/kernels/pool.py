@@ -8,7 +8,6 @@ from torch.nn.functional import pad
 
 from lingen.kernels.choice import choose
 
-POOL_KERNELS = ("auto", "reference", "triton")
 # One number each for t, h and w.
 Size = tuple[int, int, int]
 
@@ -17,10 +16,10 @@ def pool(x: Float[Tensor, "b t h w c"], size: Size, *, kernel: str = "auto") -> 
     """Mean over windows of `size` tokens (t, h, w), without parameters; ceil(tokens / size) windows in each axis. The
     size is clamped to the grid; a partial window at the far edge is averaged over its real tokens only. A slice of a
     wider projection is read where it lies (last axis contiguous). Computed in float32 at least; contiguous, in x's
-    dtype. kernel: one of POOL_KERNELS. Raises ValueError for a size below 1 and for a kernel that cannot run."""
+    dtype. kernel: auto, reference, triton. Raises ValueError for a size below 1 and for a kernel that cannot run."""
     if min(size) < 1 or x.numel() == 0:
         raise ValueError(f"pool needs windows and a grid of 1 or more, not {list(size)} and {list(x.shape)}.")
-    if choose("pool", kernel, POOL_KERNELS, x) == "reference":
+    if choose("pool", kernel, x) == "reference":
         return _reference(x, size)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"pool needs the channels of x side by side, but its strides are {x.stride()}.")

@@ -14,10 +14,6 @@ from torch import Tensor
 from lingen.kernels.choice import choose, device_type, full_precision, holds_numbers, is_unlaunched, stands_for_cuda
 from lingen.kernels.kept import kept
 from lingen.kernels.ssd import ssd
-from lingen.recipe.errors import RecipeError
-
-SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")
-
 
 _WIDEST, _LARGEST_STATE = 128, 16_384
 
@@ -27,16 +23,14 @@ def scan_kernel(kernel: str, u: Tensor, width: int, state_dim: int) -> str:
     Raises RecipeError for an unknown kernel, and for "triton" where it cannot run."""
     wide, deep = (max(16, 1 << (size - 1).bit_length()) for size in (width, state_dim))
     largest = _LARGEST_STATE // 2 if u.dtype == torch.float32 else _LARGEST_STATE
-    if wide <= _WIDEST and wide * deep <= largest:
-        if kernel in ("auto", "triton") and stands_for_cuda(u):
-            return "triton"
-        return choose("scan", kernel, SCAN_KERNELS, u, plain="chunked")
-    if kernel == "triton":
-        raise RecipeError(
-            f"kernel='triton' of the scan holds states of up to {largest} numbers a head (powers of two), in heads of "
-            f"up to {_WIDEST}; this head has {width} x {state_dim}. kernel='auto' takes another."
-        )
-    return choose("scan", kernel, tuple(name for name in SCAN_KERNELS if name != "triton"), u, plain="chunked")
+    fits = wide <= _WIDEST and wide * deep <= largest
+    if fits and kernel in ("auto", "triton") and stands_for_cuda(u):
+        return "triton"
+    too_large = (
+        f"kernel='triton' of the scan holds states of up to {largest} numbers a head (powers of two), in heads of "
+        f"up to {_WIDEST}; this head has {width} x {state_dim}. kernel='auto' takes another."
+    )
+    return choose("scan", kernel, u, "" if fits else too_large)
 
 
 def chunk_of(n: int, dtype: torch.dtype) -> int:

@@ -10,17 +10,13 @@ from lingen.kernels.attention import attention
 from lingen.kernels.choice import choose, full_precision
 from lingen.kernels.constants import constants
 from lingen.kernels.gradients import FromInputs
-from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
-WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
 # Tokens along t, h and w are a Triple; and padding before and after each of these axes.
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 # Frequencies span positions 1..100, a window's length and not a text's [ours; RoFormer's 10,000 is for texts].
 _ROTARY_BASE = 100.0
-# The Triton twin holds a block of a head's rows in registers.
-_WIDEST_HEAD = 256
 
 
 def window_attention(
@@ -51,7 +47,7 @@ def window_attention(
     _, t, h, w, _ = qkv.shape
     width, grid = q_weight.shape[0], (t, h, w)
     rows = window_rows(grid, window, padding, qkv.device)
-    chosen = choose("window attention", kernel, twins_of(width, kernel, WINDOW_KERNELS), qkv, plain="sdpa")
+    chosen = choose("window attention", kernel, qkv, too_wide(width))
     if chosen == "triton":
         from lingen.kernels.window_attention_triton import backward, forward
 
@@ -66,16 +62,11 @@ def window_attention(
     return merge(out.flatten(2), grid, window, padding)
 
 
-def twins_of(width: int, kernel: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of an attention's twins that take heads of `width`; RecipeError where `kernel` asks for one that does not.
-    The Triton twins hold a block of a head's rows in registers."""
-    if width <= _WIDEST_HEAD:
-        return known
-    if kernel == "triton":
-        raise RecipeError(
-            f"kernel='triton' takes heads of at most {_WIDEST_HEAD}, not {width}: raise num_heads, or kernel='auto'."
-        )
-    return tuple(twin for twin in known if twin != "triton")
+def too_wide(width: int) -> str:
+    """A sentence where heads of `width` are too wide for the Triton twins, which hold a block of a head's rows in
+    registers; else nothing."""
+    cure = "raise num_heads, or kernel='auto'."
+    return f"kernel='triton' takes heads of at most 256, not {width}: {cure}" if width > 256 else ""
 
 
 def rms_norm(x: Float[Tensor, "*any e"], weight: Float[Tensor, "e"], eps: float) -> Float[Tensor, "*any e"]:
