@@ -38,7 +38,13 @@ def conv_silu(
     rows = u.shape[1] if rows is None else rows
     _check(u, weight, bias, index, before, segment, rows)
     if choose("conv", kernel, u) == "reference":
-        return _reference(u, weight, bias, index, before, segment, rows)
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        n, taps = u.shape[1], weight.to(dtype).unbind(1)
+        sequence = u if index is None else u.index_select(1, index)
+        segment = segment or n
+        padded = F.pad(sequence.to(dtype).unflatten(1, (-1, segment)), (0, 0, before, len(taps) - 1 - before))
+        pre = sum((padded[:, :, i : i + segment] * tap for i, tap in enumerate(taps)), bias.to(dtype))
+        return F.pad(F.silu(pre.flatten(1, 2)), (0, 0, 0, rows - n)).to(u.dtype)
     if u.stride(-1) != 1 and u.shape[-1] > 1:
         raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")
     from lingen.kernels.conv_triton import conv_silu_forward, conv_silu_gradients
@@ -60,15 +66,3 @@ def _check(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before
         raise ValueError(f"conv_silu cannot cut {n} tokens into segments of {segment}.")
     if rows < n:
         raise ValueError(f"conv_silu writes {n} tokens: rows={rows} is too few.")
-
-
-def _reference(
-    u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int
-) -> Tensor:
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    n, taps = u.shape[1], weight.to(dtype).unbind(1)
-    sequence = u if index is None else u.index_select(1, index)
-    segment = segment or n
-    padded = F.pad(sequence.to(dtype).unflatten(1, (-1, segment)), (0, 0, before, len(taps) - 1 - before))
-    pre = sum((padded[:, :, i : i + segment] * tap for i, tap in enumerate(taps)), bias.to(dtype))
-    return F.pad(F.silu(pre.flatten(1, 2)), (0, 0, 0, rows - n)).to(u.dtype)

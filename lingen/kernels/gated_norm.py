@@ -40,7 +40,12 @@ def gated_norm(
     if quantize and torch.is_grad_enabled() and any(x.requires_grad for x in (y, z, weight)):
         raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
     if choose("gated norm", kernel, y) == "reference":
-        out = _reference(y, z, weight, index, groups, eps)
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        first = y[:, : z.shape[1]]
+        raster = first if index is None else first.index_select(1, index.argsort())
+        gated = (raster.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
+        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+        out = normed.flatten(-2) * weight.to(dtype)
         if not quantize:
             return out.to(y.dtype)
         largest = torch.finfo(torch.float8_e4m3fn).max
@@ -73,12 +78,3 @@ def _check(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: i
         raise ValueError(f"groups={groups} does not divide the {c} channels of the gated norm.")
     if eps <= 0:
         raise ValueError(f"eps={eps} of the gated norm must be above 0.")
-
-
-def _reference(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float) -> Tensor:
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    y = y[:, : z.shape[1]]
-    raster = y if index is None else y.index_select(1, index.argsort())
-    gated = (raster.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
-    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-    return normed.flatten(-2) * weight.to(dtype)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import choose
-from lingen.kernels.fp8 import FLOAT8, Quantized, check_no_gradient, quantize
+from lingen.kernels.fp8 import FLOAT8, check_no_gradient, quantize
 
 
 def modulate(
@@ -56,14 +56,7 @@ def modulate(
         x_new = x_new if out is None else out.copy_(x_new)
     if weight is None:
         return x_new, None
-    return x_new, _normed(x_new, weight, shift, scale, positions, eps=eps, dtype=dtype or x.dtype)
-
-
-def _normed(
-    x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor | None, positions: Tensor | None, *, eps: float,
-    dtype: torch.dtype,
-) -> Tensor | Quantized:  # fmt: skip
-    high = x.to(torch.promote_types(x.dtype, torch.float32))
+    high = x_new.to(torch.promote_types(x.dtype, torch.float32))
     y = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + eps) * weight.to(high.dtype)
     if positions is not None:
         y = y + positions
@@ -71,7 +64,7 @@ def _normed(
         y = y * (1 + scale[:, :, None, None])
     if shift is not None:
         y = y + shift[:, :, None, None]
-    return quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype)
+    return x_new, quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype or x.dtype)
 
 
 def _check(x: Tensor, dtype: torch.dtype | None, *tensors: Tensor | None, out: Tensor | None = None) -> None:

@@ -20,7 +20,10 @@ def pool(x: Float[Tensor, "b t h w c"], size: Size, *, kernel: str = "auto") -> 
     if min(size) < 1 or x.numel() == 0:
         raise ValueError(f"pool needs windows and a grid of 1 or more, not {list(size)} and {list(x.shape)}.")
     if choose("pool", kernel, x) == "reference":
-        return _reference(x, size)
+        pooled = x.to(torch.promote_types(x.dtype, torch.float32))
+        for axis, tokens in enumerate(size, start=1):
+            pooled = _mean_along(pooled, axis, min(tokens, x.shape[axis]))
+        return pooled.to(x.dtype).contiguous()
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"pool needs the channels of x side by side, but its strides are {x.stride()}.")
     from lingen.kernels.pool_triton import PoolFunction
@@ -33,13 +36,6 @@ def windows_of(x: Float[Tensor, "b t h w c"], size: Size) -> tuple[Size, Size]:
     grid = x.shape[1:4]
     t, h, w = map(min, size, grid)
     return (t, h, w), (-(-grid[0] // t), -(-grid[1] // h), -(-grid[2] // w))
-
-
-def _reference(x: Tensor, size: Size) -> Tensor:
-    pooled = x.to(torch.promote_types(x.dtype, torch.float32))
-    for axis, tokens in enumerate(size, start=1):
-        pooled = _mean_along(pooled, axis, min(tokens, x.shape[axis]))
-    return pooled.to(x.dtype).contiguous()
 
 
 def _mean_along(x: Tensor, axis: int, size: int) -> Tensor:

@@ -85,15 +85,8 @@ def scan(
         begin = None if initial_state is None else initial_state.float().mT.contiguous()
         sizes = ScanSizes(heads, width, groups, state_dim, len(a))
         return FusedScan.apply(u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk_of(n, u.dtype))
-    return _by_flips(u, dt if index is None else dt[:, index], a, d, dt_bias, initial_state, groups, state_dim, kernel)
-
-
-def _by_flips(
-    u: Tensor, dt: Tensor, a: Tensor, d: Tensor, dt_bias: Tensor, state: Tensor | None, groups: int, state_dim: int,
-    kernel: str,
-) -> Tensor:  # fmt: skip
-    """One causal scan in which the second direction is further heads, whose streams are flipped."""
-    ways = len(a)
+    # One causal scan in which the second direction is further heads, whose streams are flipped.
+    ways, dt = len(a), dt if index is None else dt[:, index]
     if ways == 2:
         u, dt = torch.stack([u, u.flip(1)], 2), torch.cat([dt, dt.flip(1)], -1)
     else:
@@ -101,7 +94,7 @@ def _by_flips(
     x, b, c = u.split([u.shape[-1] - 2 * groups * state_dim, groups * state_dim, groups * state_dim], -1)
     x = x.unflatten(-1, (a.shape[1], -1)).flatten(2, 3)
     b, c = (part.unflatten(-1, (groups, -1)).flatten(2, 3) for part in (b, c))
-    begin = None if state is None else state.flatten(1, 2)
+    begin = None if initial_state is None else initial_state.flatten(1, 2)
     y = ssd(x, dt, a.flatten(), b, c, d.flatten(), dt_bias.flatten(), begin, kernel=kernel)
     sides = y.flatten(2).chunk(ways, -1)
     return sides[0] if ways == 1 else sides[0] + sides[1].flip(1)

@@ -3,7 +3,7 @@ the 3D rotary embedding of a window's tokens."""
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int32, Shaped
+from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 
 from lingen.kernels.attention import attention
@@ -58,7 +58,14 @@ def window_attention(
     q, k, v = partition(qkv, window, padding).unflatten(-1, (3, num_heads, -1)).unbind(2)
     q, k = rotate(rms_norm(q, q_weight, eps), table), rotate(rms_norm(k, k_weight, eps), table)
     real = (rows >= 0).repeat(qkv.shape[0], 1) if any(map(sum, padding)) else None
-    out = _spelled_out(q, k, v, real) if chosen == "reference" else attention(q, k, v, real, kernel=chosen)
+    if chosen != "reference":
+        return merge(attention(q, k, v, real, kernel=chosen).flatten(2), grid, window, padding)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    with full_precision(qkv):
+        scores = torch.einsum("mike,mjke->mkij", q.to(dtype), k.to(dtype)) * width**-0.5
+        if real is not None:
+            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
+        out = torch.einsum("mkij,mjke->mike", scores.softmax(-1), v.to(dtype)).to(qkv.dtype)
     return merge(out.flatten(2), grid, window, padding)
 
 
@@ -130,18 +137,3 @@ def merge(x: Float[Tensor, "m n c"], grid: Triple, window: Triple, padding: Padd
     for axis, (n, (before, _)) in enumerate(zip(grid, padding, strict=True), start=1):
         x = x.narrow(axis, before, n)
     return x
-
-
-def _spelled_out(
-    q: Float[Tensor, "m n k e"],
-    k: Float[Tensor, "m n k e"],
-    v: Float[Tensor, "m n k e"],
-    real: Bool[Tensor, "m n"] | None,
-) -> Float[Tensor, "m n k e"]:
-    """softmax(q k^T / sqrt(e)) v, in float32 at least, also under autocast."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    with full_precision(q):
-        scores = torch.einsum("mike,mjke->mkij", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5
-        if real is not None:
-            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
-        return torch.einsum("mkij,mjke->mike", scores.softmax(-1), v.to(dtype)).to(q.dtype)
