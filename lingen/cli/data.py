@@ -81,16 +81,14 @@ def data_check(args: argparse.Namespace) -> int:
         raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
     from lingen.prepare.check import Depth, check_folders
     from lingen.prepare.forecast import forecast, local_folders, stages_on
-    from lingen.prepare.workers import processes_here
     from lingen.recipe import load_stages
 
     stages = load_stages(args.recipe, args.overrides) if args.recipe else []
     local, remote = ([Path(folder) for folder in folders], list[str]()) if folders else local_folders(stages)
     stages = stages_on(stages, local) if folders else stages
-    processes = processes_here() if args.processes is None else args.processes
     depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"
     with cli.count_bar("checking") as progress:
-        checked = check_folders(local, depth, processes, progress)
+        checked = check_folders(local, depth, args.processes, progress)
     foreseen = forecast(stages, args.ranks)
     if args.json:
         cli.print_json({"samples": checked.samples, "faults": checked.faults, **foreseen._asdict()})
@@ -159,11 +157,9 @@ def data_stats(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def data_index(args: argparse.Namespace) -> None:
     from lingen.prepare.index import index_folder
-    from lingen.prepare.workers import processes_here
 
     for folder in args.folders:
         with cli.count_bar(f"reading {folder}") as progress:
-            processes = processes_here() if args.processes is None else args.processes
-            rows, drops = index_folder(Path(folder), processes, progress)
+            rows, drops = index_folder(Path(folder), args.processes, progress)
         _print_faults(drops, f" (all of them: lingen data check {folder} --json)")
         print(f"{folder}: {rows:,} samples, {len(drops):,} left out")

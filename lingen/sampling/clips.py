@@ -221,12 +221,6 @@ def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize)
     return found
 
 
-def joined(texts: Sequence[Texts]) -> Texts:
-    """Several prompts as one batch."""
-    null, text = ([flow.stack_text(*parts) for parts in zip(*each, strict=True)] for each in zip(*texts, strict=True))
-    return Texts(null, text)
-
-
 @contextmanager
 def as_sampled(module: LinGenModule) -> Iterator[None]:
     """Inside the block the module is in eval mode and holds the averaged weights, which clips are made with."""
@@ -288,7 +282,7 @@ def sample_latents(
 
     Args:
         takes: the clips of the batch.
-        texts: of `encode_prompts` for the words of each, `joined`.
+        texts: of `encode_prompts` for the words of each, as one batch (`flow.stack_text`).
         progress: one that has a `show(autoencoder, latents)` is shown the first clip as it is foreseen at each step.
     Returns:
         latents [b c t h w], float32. Those of a clip are the same bits in every batch of as many clips and tokens, and
