@@ -56,8 +56,8 @@ def modulate(
         x_new = x_new if out is None else out.copy_(x_new)
     if weight is None:
         return x_new, None
-    high = x_new.to(torch.promote_types(x.dtype, torch.float32))
-    y = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + eps) * weight.to(high.dtype)
+    wide = x_new.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
     if positions is not None:
         y = y + positions
     if scale is not None:
