@@ -246,8 +246,9 @@ def _other_ranks(own: Rank, stage: str, devices: int, nodes: int) -> str:
     if own.by == "itself":
         where = f"is no task of srun, though it runs in job {job}" if job else "runs alone"
         return (
-            f"Stage {stage} asks for trainer.num_nodes={nodes}, but this process {where}. Start with srun {srun} lingen "
-            f"fit ..., without SLURM with torchrun on each node (torchrun {torchrun} ...), or set trainer.num_nodes=1."
+            f"Stage {stage} asks for trainer.num_nodes={nodes}, but this process {where}. Start with srun {srun} "
+            f"lingen fit ..., without SLURM with torchrun on each node (torchrun {torchrun} ...), or set "
+            "trainer.num_nodes=1."
         )
     if own.by == "lingen":
         told = f"This process has started {own.ranks} ranks for a run before, but stage {stage} asks for {asks}."

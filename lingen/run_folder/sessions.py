@@ -73,12 +73,8 @@ def session(
         raise
     finally:
         with contextlib.suppress(OSError, ValueError):  # what ended the run is told, not this
-            _end(folder, mark, how)
-
-
-def _end(folder: RunFolder, mark: str, how: str) -> None:
-    now = {"ended": time_now(), "how": how}
-    _write(folder, [one | now if one["mark"] == mark else one for one in read_sessions(folder)])
+            now = {"ended": time_now(), "how": how}
+            _write(folder, [one | now if one["mark"] == mark else one for one in read_sessions(folder)])
 
 
 def killed(folder: RunFolder, one: Session, why: str) -> str:

@@ -290,7 +290,9 @@ def sample_latents(
     shape = (module.recipe.model.channels, *module.latent_size((clip.frames, *clip.size)))
     training = module.times_of(shape[1:])
     times = training.schedule(settings)
-    warn_untrained(training, times)
+    if (share := training.untrained_share(times)) > 0.25:
+        told = "%.0f%% of the sampling steps lie at times that training hardly saw; use a smaller "
+        log.warning(told + "sample.emulated_steps or sample.schedule=uniform.", 100 * share)
     noise = torch.stack([flow.clip_noise(shape, settings.seed, take.words, take.repetition) for take in takes])
     null, text = tuple(texts.null), tuple(texts.text)
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
@@ -319,14 +321,6 @@ def sample_latents(
     seen = shown if hasattr(progress, "show") else velocity
     with torch.autocast(module.device.type, torch.bfloat16, enabled=set_precision(module, settings.precision)):
         return flow.solve(seen, noise.to(module.device), times.to(module.device), settings.solver, progress)
-
-
-def warn_untrained(training: flow.Times, times: Tensor) -> None:
-    """Warns where many sampling steps lie at times that are rare in training."""
-    share = training.untrained_share(times)
-    if share > 0.25:
-        told = "%.0f%% of the sampling steps lie at times that training hardly saw; use a smaller "
-        log.warning(told + "sample.emulated_steps or sample.schedule=uniform.", 100 * share)
 
 
 @torch.no_grad()

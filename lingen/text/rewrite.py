@@ -97,10 +97,9 @@ class Rewriter:
             for one in self._write(new[start : start + size]):
                 done[one.prompt] = one
                 if one.text is not None:
+                    about = {"prompt": one.prompt, "rewritten": one.text, "settings": settings}
                     try:
-                        write_json(
-                            files[one.prompt], {"prompt": one.prompt, "rewritten": one.text, "settings": settings}
-                        )
+                        write_json(files[one.prompt], about)
                     except OSError as error:
                         log.warning("A rewritten prompt cannot be kept for the next time: %s", error)
         progress(total, total)

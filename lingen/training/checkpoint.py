@@ -126,8 +126,12 @@ def _fill_model(stored: Stored, module: Trained) -> None:
 def moments_of(stored: Stored, module: Trained) -> OptimizerState:
     """What the optimiser keeps, read as this rank holds each parameter, and in its type; names that the module lacks,
     and parameters of another shape, are left out."""
-    parameters, kept = module.trained_parameters(), _kept_for_parameters(stored)
-    found: OptimizerState = {}
+    parameters, found = module.trained_parameters(), OptimizerState()
+    kept: dict[str, dict[str, str]] = {name: {} for name in stored.state["optimizer"]}
+    for tensor in stored.tensors:
+        key, _, name = tensor.partition(".")
+        if key not in COPIES and name in kept:
+            kept[name][key] = tensor
     for name, counts in stored.state["optimizer"].items():
         like = parameters.get(name)
         if like is None or stored.shape(f"raw.{name}") != like.shape:
@@ -143,16 +147,6 @@ def _read_for(parameter: Tensor, stored: Stored, name: str) -> Tensor:
     value = torch.empty_like(parameter, requires_grad=False)
     fill_rows(value, stored, name)
     return value
-
-
-def _kept_for_parameters(stored: Stored) -> dict[str, dict[str, str]]:
-    """Parameter -> what the optimiser keeps for it -> the tensor's name in the checkpoint."""
-    found: dict[str, dict[str, str]] = {name: {} for name in stored.state["optimizer"]}
-    for tensor in stored.tensors:
-        key, _, name = tensor.partition(".")
-        if key not in COPIES and name in found:
-            found[name][key] = tensor
-    return found
 
 
 def in_batches(loops: dict[str, Any], step: int, accumulate: int) -> dict[str, Any]:
