@@ -36,12 +36,21 @@ def gated_norm(
 
     Computed in float32 at least; contiguous, in raster order and in y's dtype. Raises ValueError for sizes that do not
     fit, a gradient of a quantized result, and a kernel that cannot run."""
-    _check(y, z, weight, index, groups, eps)
+    (b, rows, c), n = y.shape, z.shape[1]
+    if n == 0 or z.shape != (b, n, c) or weight.shape != (c,) or rows < n:
+        got = [list(x.shape) for x in (y, z, weight)]
+        raise ValueError(f"gated_norm needs y [b rows c], z [b n c] and weight [c] with rows >= n >= 1, but got {got}.")
+    if index is not None and index.shape != (n,):
+        raise ValueError(f"gated_norm needs an index of the {n} tokens of z, not of {list(index.shape)}.")
+    if groups < 1 or c % groups:
+        raise ValueError(f"groups={groups} does not divide the {c} channels of the gated norm.")
+    if eps <= 0:
+        raise ValueError(f"eps={eps} of the gated norm must be above 0.")
     if quantize and torch.is_grad_enabled() and any(x.requires_grad for x in (y, z, weight)):
         raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
     if choose("gated norm", kernel, y) == "reference":
         dtype = torch.promote_types(y.dtype, torch.float32)
-        first = y[:, : z.shape[1]]
+        first = y[:, :n]
         raster = first if index is None else first.index_select(1, index.argsort())
         gated = (raster.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
         normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
@@ -65,16 +74,3 @@ def gated_norm(
     return FromInputs.apply(
         lambda *inputs: gated_norm_forward(*inputs)[0], gated_norm_gradients, y, z, weight, index, groups, eps
     )
-
-
-def _check(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float) -> None:
-    (b, rows, c), n = y.shape, z.shape[1]
-    if n == 0 or z.shape != (b, n, c) or weight.shape != (c,) or rows < n:
-        got = [list(x.shape) for x in (y, z, weight)]
-        raise ValueError(f"gated_norm needs y [b rows c], z [b n c] and weight [c] with rows >= n >= 1, but got {got}.")
-    if index is not None and index.shape != (n,):
-        raise ValueError(f"gated_norm needs an index of the {n} tokens of z, not of {list(index.shape)}.")
-    if groups < 1 or c % groups:
-        raise ValueError(f"groups={groups} does not divide the {c} channels of the gated norm.")
-    if eps <= 0:
-        raise ValueError(f"eps={eps} of the gated norm must be above 0.")

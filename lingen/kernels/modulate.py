@@ -43,7 +43,12 @@ def modulate(
         kernel: "reference" (plain PyTorch) or "triton". x may be a slice of something wider; rows at unequal distances
             are copied first."""
     operands = x, update, gate, weight, shift, scale, positions
-    _check(x, dtype, *operands, out=out)
+    check_no_gradient(dtype, *operands)
+    if out is not None and torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in operands):
+        raise ValueError("A tensor that wants a gradient cannot be written over; leave `out` out.")
+    frames = {y.shape[1] for y in operands if y is not None and y.ndim == 3}
+    if frames - {1, x.shape[1]}:
+        raise ValueError(f"The modulation has {max(frames)} frames and x has {x.shape[1]}; give one, or one for each.")
     if choose("modulation", kernel, x) == "triton":
         from lingen.kernels.modulate_triton import Operands, fused
 
@@ -65,12 +70,3 @@ def modulate(
     if shift is not None:
         y = y + shift[:, :, None, None]
     return x_new, quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype or x.dtype)
-
-
-def _check(x: Tensor, dtype: torch.dtype | None, *tensors: Tensor | None, out: Tensor | None = None) -> None:
-    check_no_gradient(dtype, *tensors)
-    if out is not None and torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors):
-        raise ValueError("A tensor that wants a gradient cannot be written over; leave `out` out.")
-    frames = {y.shape[1] for y in tensors if y is not None and y.ndim == 3}
-    if frames - {1, x.shape[1]}:
-        raise ValueError(f"The modulation has {max(frames)} frames and x has {x.shape[1]}; give one, or one for each.")
