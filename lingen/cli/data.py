@@ -99,7 +99,15 @@ def data_check(args: argparse.Namespace) -> int:
 
 def _print_check(checked: Any, foreseen: Any, remote: list[str], depth: str) -> None:
     if foreseen.buckets:
-        cli.print_table([_bucket_row(bucket, foreseen.epochs) for bucket in foreseen.buckets])
+        cli.print_table([
+            {
+                "stage": one.stage, "kind": one.kind, "frames x height x width": one.shape,
+                "samples": f"{one.samples:,}", "a rank": f"{one.per_rank:,.4g}", "a step": str(one.step),
+                "steps an epoch": f"{one.steps:,.4g}",
+                "epochs in the stage": f"{foreseen.epochs[one.stage][one.kind]:,.3g}",
+            }
+            for one in foreseen.buckets
+        ])  # fmt: skip
         print()
     for reason, count in foreseen.left_out.items():
         print(f"left out: {count:,} x {reason}")
@@ -121,14 +129,6 @@ def _print_faults(faults: Sequence[Any], more: str) -> None:
             print(f"{fault.where}: {fault.reason}", file=sys.stderr)
         if len(found) > FAULTS_SHOWN:
             print(f"... and {len(found) - FAULTS_SHOWN:,} more of '{reason}'{more}", file=sys.stderr)
-
-
-def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, str]:
-    return {
-        "stage": bucket.stage, "kind": bucket.kind, "frames x height x width": bucket.shape,
-        "samples": f"{bucket.samples:,}", "a rank": f"{bucket.per_rank:,.4g}", "a step": str(bucket.step),
-        "steps an epoch": f"{bucket.steps:,.4g}", "epochs in the stage": f"{epochs[bucket.stage][bucket.kind]:,.3g}",
-    }  # fmt: skip
 
 
 @cli.command(
