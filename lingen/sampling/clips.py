@@ -169,21 +169,17 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
             f"Size {height}x{width} (height x width) does not fit this model: the height must be a multiple of "
             f"{unit_h} and the width one of {unit_w}. Closest: {nearest(height, unit_h)}x{nearest(width, unit_w)}."
         )
-    _check_memory(module, frames, (height, width))
-    return ClipSize(frames, (height, width), data.fps)
-
-
-def _check_memory(module: LinGenModule, frames: int, size: tuple[int, int]) -> None:
-    """ValueError for a clip of which not even the latents and one layer's tokens fit into this machine's memory."""
-    sides = zip((frames, *size), module.autoencoder.strides, strict=True)
+    # Not even the latents and one layer's tokens fit.
+    sides = zip((frames, height, width), module.autoencoder.strides, strict=True)
     numbers = math.prod(math.ceil(pixels / stride) for pixels, stride in sides)
-    patch = math.prod(module.recipe.model.patch)
-    needed, there = 4 * numbers * (3 * module.recipe.model.channels + module.recipe.model.dim / patch), memory_here()
+    model, there = module.recipe.model, memory_here()
+    needed = 4 * numbers * (3 * model.channels + model.dim / math.prod(model.patch))
     if needed > there:
         raise ValueError(
-            f"A clip of {frames:,} frames of {size[0]}x{size[1]} takes {needed / 2**30:,.0f} GiB or more, and this "
+            f"A clip of {frames:,} frames of {height}x{width} takes {needed / 2**30:,.0f} GiB or more, and this "
             f"machine has {there / 2**30:,.0f}. Take fewer seconds or a smaller size."
         )
+    return ClipSize(frames, (height, width), data.fps)
 
 
 def nearest(length: int, unit: int) -> int:
