@@ -104,7 +104,8 @@ class LinGen(nn.Module):
         _, normed = modulate(x, weight=self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
         assert isinstance(normed, Tensor)
         out = _linear(self.unpatchify, normed)
-        out = _join(out, self.config.patch)[:, :, : latents.shape[2]].to(latents.dtype)
+        out = out.unflatten(4, (-1, *self.config.patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of `_cut`
+        out = out.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, : latents.shape[2]].to(latents.dtype)
         if self.config.predict == "velocity":
             return out
         return (out - latents) / along(1 - time, latents).clamp(min=SMALLEST_TIME_LEFT).to(latents.dtype)
@@ -213,12 +214,6 @@ def _cut(latents: Float[Tensor, "b c t h w"], patch: Triple) -> Float[Tensor, "b
     x = _repeat_last(latents, 2, patch[0])
     x = x.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
-
-
-def _join(x: Float[Tensor, "b T H W p"], patch: Triple) -> Float[Tensor, "b c t h w"]:
-    """Inverse of `_cut`, repeated frames included."""
-    x = x.unflatten(4, (-1, *patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def _repeat_last(x: Tensor, axis: int, length: int) -> Tensor:

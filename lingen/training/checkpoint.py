@@ -95,7 +95,16 @@ def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None
         RecipeError: the checkpoint is of another model.
         DataError: the shards hold other samples now."""
     state = stored.state
-    _fill_model(stored, module)
+    if module.average is not None:
+        module.average.updates = state["average_updates"]
+    for name, target in _copies_of(module).items():
+        if name not in stored.tensors or stored.shape(name) != target.shape:
+            there = list(stored.shape(name)) if name in stored.tensors else "nothing"
+            raise RecipeError(
+                f"The checkpoint of step {state['step']} is of another model: for {name} it holds {there}, and this "
+                f"recipe's has {list(target.shape)}. Use the recipe that it was trained with."
+            )
+        fill_rows(target, stored, name)
     load_state_by_name(module, trainer.optimizers[0], moments_of(stored, module))
     module.bad_steps = state["bad_steps"]
     module.spikes.load_state_dict(state.get("spikes", {}))
@@ -108,19 +117,6 @@ def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None
     trainer.fit_loop.load_state_dict(in_batches(state["loops"], state["step"], module.recipe.train.accumulate))
     for config, schedule in zip(trainer.lr_scheduler_configs, state["schedules"], strict=True):
         config.scheduler.load_state_dict(schedule)
-
-
-def _fill_model(stored: Stored, module: Trained) -> None:
-    if module.average is not None:
-        module.average.updates = stored.state["average_updates"]
-    for name, target in _copies_of(module).items():
-        if name not in stored.tensors or stored.shape(name) != target.shape:
-            there = list(stored.shape(name)) if name in stored.tensors else "nothing"
-            raise RecipeError(
-                f"The checkpoint of step {stored.state['step']} is of another model: for {name} it holds {there}, and "
-                f"this recipe's has {list(target.shape)}. Use the recipe that it was trained with."
-            )
-        fill_rows(target, stored, name)
 
 
 def moments_of(stored: Stored, module: Trained) -> OptimizerState:
