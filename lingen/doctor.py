@@ -13,15 +13,7 @@ from lingen.data.acting import check_sprites
 from lingen.data.locations import expand
 from lingen.files import cache_folder
 from lingen.frozen import Missing, missing_of
-from lingen.kernels.choice import best_device, choose, has_triton
-from lingen.kernels.conv import CONV_KERNELS
-from lingen.kernels.cross_attention import CROSS_KERNELS
-from lingen.kernels.gated_norm import GATED_NORM_KERNELS
-from lingen.kernels.modulate import MODULATE_KERNELS
-from lingen.kernels.pool import POOL_KERNELS
-from lingen.kernels.scan import SCAN_KERNELS
-from lingen.kernels.swiglu import SWIGLU_KERNELS
-from lingen.kernels.window_attention import WINDOW_KERNELS
+from lingen.kernels.choice import TWINS, best_device, choose, has_triton
 from lingen.plan.loading import fault_of_strategy
 from lingen.provenance import version_of
 from lingen.recipe.errors import RecipeError
@@ -176,16 +168,11 @@ def _gpus() -> Iterator[Line]:
 
 def _kernels() -> str:
     """The twins that `kernel: auto` takes here, and their operations."""
-    known = {
-        "scan": (SCAN_KERNELS, "chunked"), "window attention": (WINDOW_KERNELS, "sdpa"),
-        "cross-attention": (CROSS_KERNELS, "reference"), "conv": (CONV_KERNELS, "reference"),
-        "gated norm": (GATED_NORM_KERNELS, "reference"), "modulation": (MODULATE_KERNELS, "reference"),
-        "pool": (POOL_KERNELS, "reference"), "swiglu": (SWIGLU_KERNELS, "reference"),
-    }  # fmt: skip
+    beside = ("norm and SiLU", "quantization", "8-bit product")  # of autoencoders, and of sampling in 8 bits
     x = torch.empty(0, device=best_device(), dtype=torch.bfloat16)
     taken: dict[str, list[str]] = {}
-    for operation, (twins, plain) in known.items():
-        taken.setdefault(choose(operation, "auto", twins, x, plain), []).append(operation)
+    for operation in (one for one in TWINS if one not in beside):
+        taken.setdefault(choose(operation, "auto", x), []).append(operation)
     return "auto takes " + "; ".join(f"{twin} for {', '.join(operations)}" for twin, operations in taken.items())
 
 

@@ -85,8 +85,14 @@ class LinGen(nn.Module):
             torch.set_autocast_cache_enabled(False)
         grid = self.grid_of(latents.shape[2:])
         tokens, mask = self.text(text, len(latents))
-        pooled = None if self.pool_text is None else _linear(self.pool_text, _masked_mean(tokens, mask))
-        embedding, modulation = self.time(_per_token(time, self.config.patch[0]), pooled)
+        pooled = None
+        if self.pool_text is not None:
+            weight = mask.to(tokens.dtype)[..., None]
+            pooled = _linear(self.pool_text, (tokens * weight).sum(1) / weight.sum(1))
+        # [b] -> [b 1]; [b t] -> the mean over each token's frames.
+        frames = self.config.patch[0]
+        of_token = _repeat_last(time, 1, frames).unflatten(1, (-1, frames)).mean(2) if time.ndim > 1 else time[:, None]
+        embedding, modulation = self.time(of_token, pooled)
         # The residual stream keeps the dtype of the weights: float32 under autocast.
         dtype = self.patchify.weight.dtype
         x = self.patchify(_cut(latents, self.config.patch).to(dtype)).to(dtype)
@@ -98,7 +104,8 @@ class LinGen(nn.Module):
         _, normed = modulate(x, weight=self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
         assert isinstance(normed, Tensor)
         out = _linear(self.unpatchify, normed)
-        out = _join(out, self.config.patch)[:, :, : latents.shape[2]].to(latents.dtype)
+        out = out.unflatten(4, (-1, *self.config.patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of `_cut`
+        out = out.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, : latents.shape[2]].to(latents.dtype)
         if self.config.predict == "velocity":
             return out
         return (out - latents) / along(1 - time, latents).clamp(min=SMALLEST_TIME_LEFT).to(latents.dtype)
@@ -209,19 +216,6 @@ def _cut(latents: Float[Tensor, "b c t h w"], patch: Triple) -> Float[Tensor, "b
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
 
 
-def _join(x: Float[Tensor, "b T H W p"], patch: Triple) -> Float[Tensor, "b c t h w"]:
-    """Inverse of `_cut`, repeated frames included."""
-    x = x.unflatten(4, (-1, *patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-
-def _per_token(time: Float[Tensor, "b *frames"], patch: int) -> Float[Tensor, "b f"]:
-    """[b] -> [b 1]; [b t] -> the mean over each token's frames."""
-    if time.ndim == 1:
-        return time[:, None]
-    return _repeat_last(time, 1, patch).unflatten(1, (-1, patch)).mean(2)
-
-
 def _repeat_last(x: Tensor, axis: int, length: int) -> Tensor:
     missing = max(0, length - x.shape[axis])
     return torch.cat([x, *[x.narrow(axis, -1, 1)] * missing], axis) if missing else x
@@ -232,8 +226,3 @@ def _linear(layer: nn.Linear, x: Float[Tensor, "*any i"]) -> Float[Tensor, "*any
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     with full_precision(x):
         return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
-
-
-def _masked_mean(tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b d"]:
-    weight = mask.to(tokens.dtype)[..., None]
-    return (tokens * weight).sum(1) / weight.sum(1)

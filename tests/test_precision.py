@@ -13,11 +13,12 @@ from lingen.kernels.fp8 import Fp8Linear, Quantized
 from lingen.recipe.errors import RecipeError
 from lingen.sampling import clips as sampling
 from lingen.sampling import precision
-from lingen.sampling.clips import clip_size, encode_prompts, joined, sample_latents, takes_of
+from lingen.sampling.clips import clip_size, encode_prompts, sample_latents, takes_of
 from lingen.sampling.precision import lower, precision_of, set_precision
 from lingen.training.average import AveragedWeights
 from lingen.training.denoiser import LinGenModule
 from tests.helpers.closeness import assert_close, relative_error
+from tests.yardsticks.times import joined
 
 PROMPTS = ["a red square", "a blue circle"]
 

@@ -29,7 +29,6 @@ from lingen.sampling.clips import (
     clip_size,
     decode_frames,
     encode_prompts,
-    joined,
     sample_latents,
     sample_takes,
     takes_of,
@@ -40,6 +39,7 @@ from lingen.weights import find_weights
 from tests.helpers.commands import run_python
 from tests.helpers.media import read_about
 from tests.helpers.ranks import run_ranks
+from tests.yardsticks.times import joined
 
 
 @pytest.fixture

@@ -83,11 +83,6 @@ def streams(autoencoder: Any) -> TypeGuard[StreamingAutoencoder]:
     return both and getattr(autoencoder, "streams", True)
 
 
-def can_be_trained(autoencoder: Any) -> TypeGuard[TrainableAutoencoder]:
-    """Whether `lingen fit` can train the autoencoder."""
-    return all(hasattr(autoencoder, name) for name in ("posterior", "reconstruct"))
-
-
 def check_sides(autoencoder: Any, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 3 t h w"]:
     """The clip as it is; ValueError for a height or width that the autoencoder's strides do not divide."""
     (h, w), across = video.shape[3:], autoencoder.strides[1:]

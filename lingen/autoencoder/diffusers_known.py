@@ -57,14 +57,6 @@ def _halvings(config: Config) -> int:
     return len(config.get("block_out_channels", (0, 0, 0, 0))) - 1
 
 
-def _cogvideox(config: Config) -> tuple[int, int]:
-    return config.get("temporal_compression_ratio", 4), 2 ** _halvings(config)
-
-
-def _magvit(config: Config) -> tuple[int, int]:
-    return 2 ** (_halvings(config) - 1), 2 ** _halvings(config)
-
-
 def _mochi(config: Config) -> tuple[int, int]:
     frames, pixels = config.get("temporal_expansions", (1, 2, 3)), config.get("spatial_expansions", (2, 2, 2))
     return math.prod(frames), math.prod(pixels)
@@ -77,7 +69,8 @@ KNOWN = {
     "AutoencoderKLHunyuanVideo15": Known((4, 16, 16), 32, "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
                                          partial(_named, frames=4, pixels=16), batches=False),
     # It sets the first of an odd number of latent frames apart, and takes an even number for the middle of a clip.
-    "AutoencoderKLCogVideoX": Known((4, 8, 8), 16, "THUDM/CogVideoX-5b", _cogvideox, unit=8),
+    "AutoencoderKLCogVideoX": Known((4, 8, 8), 16, "THUDM/CogVideoX-5b",
+                                    lambda config: (_named(config)[0], 2 ** _halvings(config)), unit=8),
     "AutoencoderKLLTXVideo": Known((8, 32, 32), 128, "Lightricks/LTX-Video",
                                    partial(_ltx, scaling=(True, True, True, False)), tiles_time=True),
     "AutoencoderKLLTX2Video": Known((8, 32, 32), 128, "Lightricks/LTX-2",
@@ -86,7 +79,8 @@ KNOWN = {
     "AutoencoderKLCosmos": Known((8, 8, 8), 16, "nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
                                  partial(_named, frames=8, pixels=8), tiles=False),
     "AutoencoderKLMochi": Known((6, 8, 8), 12, "genmo/mochi-1-preview", _mochi),
-    "AutoencoderKLMagvit": Known((4, 8, 8), 16, "alibaba-pai/EasyAnimateV5.1-7b-zh-diffusers", _magvit),
+    "AutoencoderKLMagvit": Known((4, 8, 8), 16, "alibaba-pai/EasyAnimateV5.1-7b-zh-diffusers",
+                                  lambda config: (2 ** (_halvings(config) - 1), 2 ** _halvings(config))),
 }  # fmt: skip
 """Class of diffusers -> what is known of it. Any other takes a recipe that says its strides and channels."""
 

@@ -173,7 +173,14 @@ def _lines_of(one: Status) -> Iterator[str]:
         yield f"  restarted {restart['time']}: {restart['reason']}"
     if one.ranks:
         hosts = len({rank.host for rank in one.ranks})
-        yield f"  ranks: {len(one.ranks)} on {hosts} host{'s' * (hosts > 1)}; {_memory_line(one)}"
+        memory = [rank.memory for rank in one.ranks]
+        sizes = {
+            "rank": max(each.get("process", 0) for each in memory),
+            "worker": max((size for each in memory for size in each.get("workers", ())), default=0),
+            "GPU": max(each.get("gpu", 0) for each in memory),
+        }
+        most = ", a ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in sizes.items() if size)
+        yield f"  ranks: {len(one.ranks)} on {hosts} host{'s' * (hosts > 1)}; most memory of a {most}"
     for rank in one.slowest():
         now = f"{rank.doing} for {rank.doing_seconds:.0f} s, {rank.data_share:.0%} of its time waiting for data"
         now += f", {rank.pace[0]:.3g} s of forward pass in a step" if rank.pace else ""
@@ -181,15 +188,6 @@ def _lines_of(one: Status) -> Iterator[str]:
             f"    rank {rank.rank} on {rank.host}: last sign {rank.age_seconds:.0f} s ago at step {rank.step:,}, "
             + (rank.ended or now)
         )
-
-
-def _memory_line(one: Status) -> str:
-    """The most that a rank, one of its workers and a GPU take."""
-    rank = max((each.memory.get("process", 0) for each in one.ranks), default=0)
-    worker = max((size for each in one.ranks for size in each.memory.get("workers", ())), default=0)
-    gpu = max((each.memory.get("gpu", 0) for each in one.ranks), default=0)
-    sizes = {"rank": rank, "worker": worker, "GPU": gpu}
-    return "most memory of a " + ", a ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in sizes.items() if size)
 
 
 def _duration(seconds: float | None) -> str:

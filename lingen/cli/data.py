@@ -81,16 +81,14 @@ def data_check(args: argparse.Namespace) -> int:
         raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
     from lingen.prepare.check import Depth, check_folders
     from lingen.prepare.forecast import forecast, local_folders, stages_on
-    from lingen.prepare.workers import processes_here
     from lingen.recipe import load_stages
 
     stages = load_stages(args.recipe, args.overrides) if args.recipe else []
     local, remote = ([Path(folder) for folder in folders], list[str]()) if folders else local_folders(stages)
     stages = stages_on(stages, local) if folders else stages
-    processes = processes_here() if args.processes is None else args.processes
     depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"
     with cli.count_bar("checking") as progress:
-        checked = check_folders(local, depth, processes, progress)
+        checked = check_folders(local, depth, args.processes, progress)
     foreseen = forecast(stages, args.ranks)
     if args.json:
         cli.print_json({"samples": checked.samples, "faults": checked.faults, **foreseen._asdict()})
@@ -101,7 +99,15 @@ def data_check(args: argparse.Namespace) -> int:
 
 def _print_check(checked: Any, foreseen: Any, remote: list[str], depth: str) -> None:
     if foreseen.buckets:
-        cli.print_table([_bucket_row(bucket, foreseen.epochs) for bucket in foreseen.buckets])
+        cli.print_table([
+            {
+                "stage": one.stage, "kind": one.kind, "frames x height x width": one.shape,
+                "samples": f"{one.samples:,}", "a rank": f"{one.per_rank:,.4g}", "a step": str(one.step),
+                "steps an epoch": f"{one.steps:,.4g}",
+                "epochs in the stage": f"{foreseen.epochs[one.stage][one.kind]:,.3g}",
+            }
+            for one in foreseen.buckets
+        ])  # fmt: skip
         print()
     for reason, count in foreseen.left_out.items():
         print(f"left out: {count:,} x {reason}")
@@ -123,14 +129,6 @@ def _print_faults(faults: Sequence[Any], more: str) -> None:
             print(f"{fault.where}: {fault.reason}", file=sys.stderr)
         if len(found) > FAULTS_SHOWN:
             print(f"... and {len(found) - FAULTS_SHOWN:,} more of '{reason}'{more}", file=sys.stderr)
-
-
-def _bucket_row(bucket: Any, epochs: dict[str, dict[str, float]]) -> dict[str, str]:
-    return {
-        "stage": bucket.stage, "kind": bucket.kind, "frames x height x width": bucket.shape,
-        "samples": f"{bucket.samples:,}", "a rank": f"{bucket.per_rank:,.4g}", "a step": str(bucket.step),
-        "steps an epoch": f"{bucket.steps:,.4g}", "epochs in the stage": f"{epochs[bucket.stage][bucket.kind]:,.3g}",
-    }  # fmt: skip
 
 
 @cli.command(
@@ -159,11 +157,9 @@ def data_stats(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def data_index(args: argparse.Namespace) -> None:
     from lingen.prepare.index import index_folder
-    from lingen.prepare.workers import processes_here
 
     for folder in args.folders:
         with cli.count_bar(f"reading {folder}") as progress:
-            processes = processes_here() if args.processes is None else args.processes
-            rows, drops = index_folder(Path(folder), processes, progress)
+            rows, drops = index_folder(Path(folder), args.processes, progress)
         _print_faults(drops, f" (all of them: lingen data check {folder} --json)")
         print(f"{folder}: {rows:,} samples, {len(drops):,} left out")

@@ -31,7 +31,12 @@ def doctor(args: argparse.Namespace) -> int:
     if args.recipe is None:
         if args.overrides or args.stage:
             raise RecipeError("--stage and key=value change a recipe: say which, --recipe R.")
-        return _machine(args.json)
+        from lingen.doctor import machine
+
+        lines = machine()
+        told = [f"{'ok' if line.ok else 'note'}: {line.what}: {line.told}" for line in lines]
+        print_json([line._asdict() for line in lines]) if args.json else print(*told, sep="\n")
+        return DONE
     from lingen.plan.loading import load_to_run
 
     stages = load_to_run(args.recipe, args.overrides).chosen(args.stage)
@@ -87,15 +92,3 @@ def _print(found: Checkup) -> None:
             print(line, flush=True)
             for cure in each:
                 print(f"  {cure}", file=sys.stderr, flush=True)
-
-
-def _machine(json: bool) -> int:
-    from lingen.doctor import machine
-
-    lines = machine()
-    if json:
-        print_json([line._asdict() for line in lines])
-        return DONE
-    for line in lines:
-        print(f"{'ok' if line.ok else 'note'}: {line.what}: {line.told}")
-    return DONE

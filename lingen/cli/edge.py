@@ -36,7 +36,8 @@ LESS_MEMORY = {
 def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None:
     """One line for an error of files, of memory or of a killed loader process, with the cure; None for any other error.
     `args`: of the command; its `out` or `run` names the place where the error does not."""
-    if is_out_of_memory(error):
+    by_torch = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in ALLOCATIONS)
+    if by_torch or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         command = getattr(args, "command", "")
         cure = LESS_MEMORY.get(command, "give it less at a time, or a machine with more memory")
         said = " ".join(str(error).split(". ")[0].split())[:160].rstrip(".") or type(error).__name__
@@ -56,10 +57,3 @@ def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None
         place = f"{named[:300]}{'...' * (len(named) > 300)}: " if isinstance(named, str) else ""
         return f"{place}{what}. {cure}."
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or of a GPU ran out."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in ALLOCATIONS)

@@ -67,7 +67,6 @@ def data_pack(args: argparse.Namespace) -> int:
     from lingen.prepare.captions import Captions
     from lingen.prepare.journal import parse_part
     from lingen.prepare.pack import Packing, filters_for, look_for_footage, pack, wanted_by
-    from lingen.prepare.workers import processes_here
     from lingen.recipe import load_stages
 
     part = parse_part(args.part)
@@ -77,8 +76,7 @@ def data_pack(args: argparse.Namespace) -> int:
     found = look_for_footage(videos, images, wanted)
     job = Packing(
         found.sources, Captions(args.captions), wanted, filters, part,
-        processes_here() if args.processes is None else args.processes, args.shard_mb, args.keep_uncaptioned,
-        found.unseen,
+        args.processes, args.shard_mb, args.keep_uncaptioned, found.unseen,
     )  # fmt: skip
     with cli.count_bar("packing") as progress:
         report = pack(job, Path(args.out), progress)

@@ -155,7 +155,7 @@ def show(args: argparse.Namespace) -> None:
         told = [one.as_dict() | {"steps": steps} for one, steps in plans]
         cli.print_json({"recipe": as_plain(recipe), "stages": told})
         return
-    _print_forecast([_forecast_row(*one) for one in plans], plans[0][0].parameters)
+    _print_forecast(plans)
     print(to_yaml(recipe), end="")
 
 
@@ -184,37 +184,35 @@ def plan(args: argparse.Namespace) -> None:
     hours = sum(row["gpu_hours"] for row in rows)
     cost = f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank"
     advice = [f"stage {row['stage']} does not fit: {row['advice']}" for row in rows if not row["fits"]]
-    cli.tell(args, found, [list(map(_plan_row, rows))], cost, *advice)
+    table = [
+        {
+            **{name: str(row[name]) for name in ("stage", "ranks")},
+            **{name: f"{row[name]:,}" for name in ("tokens", "parameters")},
+            "FLOP": f"{row['flop']:.3g}",
+            "GPU hours": f"{row['gpu_hours']:,.3g}",
+            **{name: f"{size / 2**30:.1f}" for name, size in row["memory"].items()},
+            "fits": "yes" if row["fits"] else "no",
+            "disk": f"{row['disk'] / 2**30:.1f} GiB",
+        }
+        for row in rows
+    ]
+    cli.tell(args, found, [table], cost, *advice)
 
 
-def _plan_row(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        **{name: str(row[name]) for name in ("stage", "ranks")},
-        **{name: f"{row[name]:,}" for name in ("tokens", "parameters")},
-        "FLOP": f"{row['flop']:.3g}",
-        "GPU hours": f"{row['gpu_hours']:,.3g}",
-        **{name: f"{size / 2**30:.1f}" for name, size in row["memory"].items()},
-        "fits": "yes" if row["fits"] else "no",
-        "disk": f"{row['disk'] / 2**30:.1f} GiB",
-    }
-
-
-def _forecast_row(one: Any, steps: dict[str, int]) -> dict[str, str]:
-    tokens = " + ".join(f"{count:,} ({kind})" for kind, count in one.tokens.items())
-    flops = " + ".join(f"{count / 1e12:.3g}" for count in one.flops.values()) or "unknown"
-    return {
-        "stage": one.stage,
-        "tokens": tokens,
-        "steps": " + ".join(f"{count:,} ({kind})" for kind, count in steps.items()),
-        "parameters": f"{one.trained:,}",
-        "forward TFLOP": flops,
-        "checkpoint (host memory)": f"{one.checkpoint / 2**30:.3g} GiB",
-    }
-
-
-def _print_forecast(rows: list[dict[str, str]], parameters: dict[str, int]) -> None:
+def _print_forecast(plans: list[tuple[Any, dict[str, int]]]) -> None:
     """On a terminal two tables; else comment lines, so that what is printed is a recipe."""
-    parts = [{"part": name, "parameters": f"{count:,}"} for name, count in parameters.items()]
+    parts = [{"part": name, "parameters": f"{count:,}"} for name, count in plans[0][0].parameters.items()]
+    rows = [
+        {
+            "stage": one.stage,
+            "tokens": " + ".join(f"{count:,} ({kind})" for kind, count in one.tokens.items()),
+            "steps": " + ".join(f"{count:,} ({kind})" for kind, count in steps.items()),
+            "parameters": f"{one.trained:,}",
+            "forward TFLOP": " + ".join(f"{count / 1e12:.3g}" for count in one.flops.values()) or "unknown",
+            "checkpoint (host memory)": f"{one.checkpoint / 2**30:.3g} GiB",
+        }
+        for one, steps in plans
+    ]
     if sys.stdout.isatty():
         cli.print_table(rows)
         cli.print_table(parts)

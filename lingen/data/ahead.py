@@ -20,10 +20,6 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
 
 
-SampleSpan = tuple[str, int, int, str]
-"""Shard, offset, length and version of a sample, see `Reader.read`."""
-
-
 class Ahead:
     """Reads the samples of an index, ahead of time where they were requested.
 
@@ -69,14 +65,15 @@ class Ahead:
         if self._process != os.getpid():
             self._coming, self._process = {}, os.getpid()
 
-    def _place(self, number: int) -> SampleSpan:
+    def _place(self, number: int) -> tuple[str, int, int, str]:
+        """Shard, offset, length and version of a sample, see `Reader.read`."""
         record = self.index.records[number]
         # The hash is that of the media alone: captions may change beside them.
         version = f"{record['hash']:016x} {self.index.versions[record['shard']]}" if self.index.versions else ""
         shard = str(self.index.shards[record["shard"]])
         return shard, int(record["offset"]), int(record["length"]), version
 
-    def _read(self, place: SampleSpan) -> Piece:
+    def _read(self, place: tuple[str, int, int, str]) -> Piece:
         piece, (_, offset, length, _) = self.reader.read(*place), place
         if len(piece.data) < length:
             missing = f"{length - len(piece.data)} of {length} bytes at {offset} are missing"

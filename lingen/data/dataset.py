@@ -111,7 +111,10 @@ class Clips(Dataset[Batch]):
         found = [self._fill(place, number, drops, retries) for number in place.numbers]
         samples, choices = zip(*found, strict=True)
         index = self.pools[place.kind].index
-        told = [self._caption(*one) for one in found]
+        told = [  # the caption that each has in this epoch
+            int(order.uniform("caption", one.stream, one.epoch, index.where(one.number)) * len(sample.captions))
+            for sample, one in found
+        ]
         text, null = pad_tokens([sample.text for sample in samples], told)
         return Batch(
             kind=place.kind,
@@ -189,11 +192,6 @@ class Clips(Dataset[Batch]):
             return Sample(clip.pixels, clip.starts, captions)
 
         return self.cache.get(kind, number, start, read)
-
-    def _caption(self, sample: Sample, choice: Choice) -> int:
-        """Which of its captions it has in this epoch."""
-        where = self.pools[choice.kind].index.where(choice.number)
-        return int(order.uniform("caption", choice.stream, choice.epoch, where) * len(sample.captions))
 
 
 class Places(DistributedSampler):

@@ -159,7 +159,12 @@ def _build(work: Path, sets: Sequence[Set], kind: str, setting: str) -> None:
                 np.maximum.at(ends, rows["shard"], rows["offset"] + rows["length"])
                 records.write(rows.tobytes())
                 keys.write(text)
-            _check_known(one, list(shards)[before:], setting)
+            if unknown := sorted(set(one.shards or ()) - {shard.name for shard in list(shards)[before:]}):
+                more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+                raise RecipeError(
+                    f"{setting}: {one.path} knows nothing of {unknown[0]}{more}; write it anew with `lingen data index "
+                    f"{one.folder}`."
+                )
     if len(kinds) > 1:
         raise RecipeError(f"{setting}: some shards hold latents and some do not; name those of one sort.")
     version_of = {one.folder: one.version for one in sets}
@@ -185,16 +190,6 @@ def _chosen(batch: pa.RecordBatch, one: Set, kind: str, setting: str) -> pa.Reco
             f"{wrong['kind']} of {wrong['frames']} frames); name it where it belongs."
         )
     return batch.filter(right)
-
-
-def _check_known(one: Set, found: Sequence[Location], setting: str) -> None:
-    unknown = sorted(set(one.shards or ()) - {shard.name for shard in found})
-    if unknown:
-        raise RecipeError(
-            f"{setting}: {one.path} knows nothing of {unknown[0]}"
-            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
-            + f"; write it anew with `lingen data index {one.folder}`."
-        )
 
 
 def _records(

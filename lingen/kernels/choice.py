@@ -19,22 +19,38 @@ from lingen.recipe.errors import RecipeError
 
 log = logging.getLogger("lingen")
 
+_USUAL = ("reference", ("auto", "reference", "triton"))
+TWINS = {
+    "scan": ("chunked", ("auto", "reference", "chunked", "triton", "stock")),
+    "window attention": ("sdpa", ("auto", "reference", "triton", "sdpa", "flash")),
+    "8-bit product": ("reference", ("auto", "reference", "scaled_mm")), "cross-attention": _USUAL, "conv": _USUAL,
+    "gated norm": _USUAL, "modulation": _USUAL, "pool": _USUAL, "swiglu": _USUAL, "norm and SiLU": _USUAL,
+    "quantization": _USUAL,
+}  # fmt: skip
+"""Operation, as messages call it -> what "auto" takes where Triton's twin does not run, and what `kernel` may be."""
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLANNED: ContextVar[str] = ContextVar("planned for", default="cpu")
 _UNLAUNCHED: ContextVar[bool] = ContextVar("kernels are not launched", default=False)
 _HAS_TRITON = find_spec("triton") is not None  # at import: inside of a call, torch.compile would warn
 
 
-def choose(operation: str, kernel: str, known: tuple[str, ...], x: Tensor, plain: str = "reference") -> str:
-    """The twin to run: `kernel` itself, or for "auto" "triton" where it runs on `x` and else `plain`.
+def choose(operation: str, kernel: str, x: Tensor, too_large: str = "", plain: str = "") -> str:
+    """The twin to run: `kernel` itself, or for "auto" "triton" where it runs on `x` and else the plain one of `TWINS`.
 
-    Where nothing is computed, on the meta device and in FakeTensorMode, `plain` stands for "triton", but in a block of
-    `unlaunched` "triton" is itself. RecipeError for an unknown kernel, or "triton" where it cannot run.
+    Where nothing is computed, on the meta device and in FakeTensorMode, the plain one stands for "triton", but in a
+    block of `unlaunched` "triton" is itself. RecipeError for an unknown kernel, or "triton" where it cannot run.
 
     Args:
-        operation: what the message calls it, e.g. "scan".
-        known: the operation's twins, "auto" among them.
-        x: a tensor of the operation; its device and dtype decide."""
+        operation: of `TWINS`.
+        x: a tensor of the operation; its device and dtype decide.
+        too_large: a sentence for why the Triton twin does not take these sizes; empty where it does.
+        plain: in the place of the table's."""
+    usual, known = TWINS[operation]
+    plain = plain or usual
+    if too_large:
+        if kernel == "triton":
+            raise RecipeError(too_large)
+        known = tuple(twin for twin in known if twin != "triton")
     if kernel not in known:
         raise RecipeError(f"There is no {operation} kernel called {kernel!r}. Known: {', '.join(known)}.")
     if kernel in ("auto", "triton") and not holds_numbers(x):

@@ -8,7 +8,6 @@ from torch import Tensor
 from lingen.kernels.choice import choose
 from lingen.kernels.gradients import FromInputs
 
-CONV_KERNELS = ("auto", "reference", "triton")
 MOST_TAPS = 8
 
 
@@ -32,24 +31,12 @@ def conv_silu(
         segment: positions between two ends that the conv does not reach across: beyond them, too, it counts zero. A
             divisor of n; 0 (the default): the sequence is one piece.
         rows: rows of the result, at least n (the default); those behind the sequence are zero.
-        kernel: one of CONV_KERNELS.
+        kernel: "auto", "reference" or "triton".
 
     Computed in float32 at least; contiguous, in scan order and in u's dtype. Raises ValueError for sizes that do not
     fit and for a kernel that cannot run."""
-    rows = u.shape[1] if rows is None else rows
-    _check(u, weight, bias, index, before, segment, rows)
-    if choose("conv", kernel, CONV_KERNELS, u) == "reference":
-        return _reference(u, weight, bias, index, before, segment, rows)
-    if u.stride(-1) != 1 and u.shape[-1] > 1:
-        raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")
-    from lingen.kernels.conv_triton import conv_silu_forward, conv_silu_gradients
-
-    return FromInputs.apply(conv_silu_forward, conv_silu_gradients, u, weight, bias, index, before, segment, rows)
-
-
-def _check(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int) -> None:
-    n, c = u.shape[1:]
-    taps = weight.shape[1]
+    (n, c), taps = u.shape[1:], weight.shape[1]
+    rows = n if rows is None else rows
     if n == 0 or weight.shape[0] != c or bias.shape != (c,):
         shapes = [list(x.shape) for x in (u, weight, bias)]
         raise ValueError(f"conv_silu needs u [b n c], weight [c m] and bias [c] with n of 1 or more, not {shapes}.")
@@ -61,15 +48,16 @@ def _check(u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before
         raise ValueError(f"conv_silu cannot cut {n} tokens into segments of {segment}.")
     if rows < n:
         raise ValueError(f"conv_silu writes {n} tokens: rows={rows} is too few.")
+    if choose("conv", kernel, u) == "reference":
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        sequence = u if index is None else u.index_select(1, index)
+        segment = segment or n
+        padded = F.pad(sequence.to(dtype).unflatten(1, (-1, segment)), (0, 0, before, taps - 1 - before))
+        weights = enumerate(weight.to(dtype).unbind(1))
+        pre = sum((padded[:, :, i : i + segment] * tap for i, tap in weights), bias.to(dtype))
+        return F.pad(F.silu(pre.flatten(1, 2)), (0, 0, 0, rows - n)).to(u.dtype)
+    if u.stride(-1) != 1 and u.shape[-1] > 1:
+        raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")
+    from lingen.kernels.conv_triton import conv_silu_forward, conv_silu_gradients
 
-
-def _reference(
-    u: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, before: int, segment: int, rows: int
-) -> Tensor:
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    n, taps = u.shape[1], weight.to(dtype).unbind(1)
-    sequence = u if index is None else u.index_select(1, index)
-    segment = segment or n
-    padded = F.pad(sequence.to(dtype).unflatten(1, (-1, segment)), (0, 0, before, len(taps) - 1 - before))
-    pre = sum((padded[:, :, i : i + segment] * tap for i, tap in enumerate(taps)), bias.to(dtype))
-    return F.pad(F.silu(pre.flatten(1, 2)), (0, 0, 0, rows - n)).to(u.dtype)
+    return FromInputs.apply(conv_silu_forward, conv_silu_gradients, u, weight, bias, index, before, segment, rows)

@@ -8,9 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lingen.kernels.choice import choose
-from lingen.kernels.window_attention import rms_norm, twins_of
-
-CROSS_KERNELS = ("auto", "reference", "triton")
+from lingen.kernels.window_attention import rms_norm, too_wide
 
 
 class TextKeys(NamedTuple):
@@ -38,10 +36,7 @@ def text_keys(
     kernel: str = "auto",
 ) -> TextKeys:
     """A text, in the queries' dtype, prepared for all calls of `cross_attention` where no gradient is wanted."""
-    if (
-        torch.is_grad_enabled()
-        or choose("cross-attention", kernel, twins_of(k.shape[-1], kernel, CROSS_KERNELS), k) != "triton"
-    ):
+    if torch.is_grad_enabled() or choose("cross-attention", kernel, k, too_wide(k.shape[-1])) != "triton":
         return TextKeys(k, v, mask)
     from lingen.kernels.cross_attention_triton import pack_text
 
@@ -69,7 +64,7 @@ def cross_attention(
         from lingen.kernels.cross_attention_triton import Packed, forward
 
         return forward(q, Packed(*packed), q_weight, eps)[0]
-    if choose("cross-attention", kernel, twins_of(q.shape[-1], kernel, CROSS_KERNELS), q) == "triton":
+    if choose("cross-attention", kernel, q, too_wide(q.shape[-1])) == "triton":
         from lingen.kernels.cross_attention_triton import CrossAttentionFunction
 
         return CrossAttentionFunction.apply(q, k, v, mask, q_weight, k_weight, eps)

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from lingen.kernels.choice import choose
 from lingen.recipe.errors import RecipeError
 
-QUANTIZE_KERNELS = ("auto", "reference", "triton")
-PRODUCT_KERNELS = ("auto", "reference", "scaled_mm")
-
 FLOAT8 = torch.float8_e4m3fn
 LARGEST_FLOAT8 = 448.0
 """Largest number of float8_e4m3fn."""
@@ -47,7 +44,7 @@ class Quantized(NamedTuple):
 def quantize(x: Float[Tensor, "*rows d"], *, kernel: str = "auto") -> Quantized:
     """Each row divided by its scale, largest absolute value / 448, and rounded to the nearest. kernel: "reference"
     (plain PyTorch) or "triton". Raises RecipeError for one that cannot run."""
-    if choose("quantization", kernel, QUANTIZE_KERNELS, x) == "triton":
+    if choose("quantization", kernel, x) == "triton":
         from lingen.kernels import fp8_triton
 
         return Quantized(*fp8_triton.quantize(x))
@@ -62,7 +59,7 @@ def product(
     """x weight^T + bias in bfloat16, for x [*rows i] and weight [o i]. kernel: "scaled_mm" is `torch._scaled_mm` with
     scales by rows, on CUDA; it wants i and o to be multiples of 16. "reference" multiplies the dequantised numbers in
     float32. "auto" is the first on CUDA, else the second."""
-    fast = choose("8-bit product", kernel, PRODUCT_KERNELS, x.values, "scaled_mm" if x.values.is_cuda else "reference")
+    fast = choose("8-bit product", kernel, x.values, plain="scaled_mm" if x.values.is_cuda else "reference")
     if fast == "reference":
         wide = None if bias is None else bias.float()
         return F.linear(x.dequantize(), weight.dequantize(), wide).to(torch.bfloat16)

@@ -8,7 +8,6 @@ from torch import Tensor
 from lingen.kernels.choice import choose
 from lingen.kernels.gradients import FromInputs
 
-GATED_NORM_KERNELS = ("auto", "reference", "triton")
 WIDEST_ROW = 8192
 
 
@@ -33,15 +32,29 @@ def gated_norm(
         eps: added to the mean square, above 0.
         quantize: for products in float8, without gradients: (values in float8_e4m3fn, a float32 scale for each row),
             values * scale being the result.
-        kernel: one of GATED_NORM_KERNELS.
+        kernel: "auto", "reference" or "triton".
 
     Computed in float32 at least; contiguous, in raster order and in y's dtype. Raises ValueError for sizes that do not
     fit, a gradient of a quantized result, and a kernel that cannot run."""
-    _check(y, z, weight, index, groups, eps)
+    (b, rows, c), n = y.shape, z.shape[1]
+    if n == 0 or z.shape != (b, n, c) or weight.shape != (c,) or rows < n:
+        got = [list(x.shape) for x in (y, z, weight)]
+        raise ValueError(f"gated_norm needs y [b rows c], z [b n c] and weight [c] with rows >= n >= 1, but got {got}.")
+    if index is not None and index.shape != (n,):
+        raise ValueError(f"gated_norm needs an index of the {n} tokens of z, not of {list(index.shape)}.")
+    if groups < 1 or c % groups:
+        raise ValueError(f"groups={groups} does not divide the {c} channels of the gated norm.")
+    if eps <= 0:
+        raise ValueError(f"eps={eps} of the gated norm must be above 0.")
     if quantize and torch.is_grad_enabled() and any(x.requires_grad for x in (y, z, weight)):
         raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
-    if choose("gated norm", kernel, GATED_NORM_KERNELS, y) == "reference":
-        out = _reference(y, z, weight, index, groups, eps)
+    if choose("gated norm", kernel, y) == "reference":
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        first = y[:, :n]
+        raster = first if index is None else first.index_select(1, index.argsort())
+        gated = (raster.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
+        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+        out = normed.flatten(-2) * weight.to(dtype)
         if not quantize:
             return out.to(y.dtype)
         largest = torch.finfo(torch.float8_e4m3fn).max
@@ -61,25 +74,3 @@ def gated_norm(
     return FromInputs.apply(
         lambda *inputs: gated_norm_forward(*inputs)[0], gated_norm_gradients, y, z, weight, index, groups, eps
     )
-
-
-def _check(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float) -> None:
-    (b, rows, c), n = y.shape, z.shape[1]
-    if n == 0 or z.shape != (b, n, c) or weight.shape != (c,) or rows < n:
-        got = [list(x.shape) for x in (y, z, weight)]
-        raise ValueError(f"gated_norm needs y [b rows c], z [b n c] and weight [c] with rows >= n >= 1, but got {got}.")
-    if index is not None and index.shape != (n,):
-        raise ValueError(f"gated_norm needs an index of the {n} tokens of z, not of {list(index.shape)}.")
-    if groups < 1 or c % groups:
-        raise ValueError(f"groups={groups} does not divide the {c} channels of the gated norm.")
-    if eps <= 0:
-        raise ValueError(f"eps={eps} of the gated norm must be above 0.")
-
-
-def _reference(y: Tensor, z: Tensor, weight: Tensor, index: Tensor | None, groups: int, eps: float) -> Tensor:
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    y = y[:, : z.shape[1]]
-    raster = y if index is None else y.index_select(1, index.argsort())
-    gated = (raster.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
-    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-    return normed.flatten(-2) * weight.to(dtype)

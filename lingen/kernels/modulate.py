@@ -13,9 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.kernels.choice import choose
-from lingen.kernels.fp8 import FLOAT8, Quantized, check_no_gradient, quantize
-
-MODULATE_KERNELS = ("auto", "reference", "triton")
+from lingen.kernels.fp8 import FLOAT8, check_no_gradient, quantize
 
 
 def modulate(
@@ -45,8 +43,13 @@ def modulate(
         kernel: "reference" (plain PyTorch) or "triton". x may be a slice of something wider; rows at unequal distances
             are copied first."""
     operands = x, update, gate, weight, shift, scale, positions
-    _check(x, dtype, *operands, out=out)
-    if choose("modulation", kernel, MODULATE_KERNELS, x) == "triton":
+    check_no_gradient(dtype, *operands)
+    if out is not None and torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in operands):
+        raise ValueError("A tensor that wants a gradient cannot be written over; leave `out` out.")
+    frames = {y.shape[1] for y in operands if y is not None and y.ndim == 3}
+    if frames - {1, x.shape[1]}:
+        raise ValueError(f"The modulation has {max(frames)} frames and x has {x.shape[1]}; give one, or one for each.")
+    if choose("modulation", kernel, x) == "triton":
         from lingen.kernels.modulate_triton import Operands, fused
 
         return fused(Operands(*operands), eps, dtype or x.dtype, out)
@@ -58,28 +61,12 @@ def modulate(
         x_new = x_new if out is None else out.copy_(x_new)
     if weight is None:
         return x_new, None
-    return x_new, _normed(x_new, weight, shift, scale, positions, eps=eps, dtype=dtype or x.dtype)
-
-
-def _normed(
-    x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor | None, positions: Tensor | None, *, eps: float,
-    dtype: torch.dtype,
-) -> Tensor | Quantized:  # fmt: skip
-    high = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + eps) * weight.to(high.dtype)
+    wide = x_new.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
     if positions is not None:
         y = y + positions
     if scale is not None:
         y = y * (1 + scale[:, :, None, None])
     if shift is not None:
         y = y + shift[:, :, None, None]
-    return quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype)
-
-
-def _check(x: Tensor, dtype: torch.dtype | None, *tensors: Tensor | None, out: Tensor | None = None) -> None:
-    check_no_gradient(dtype, *tensors)
-    if out is not None and torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors):
-        raise ValueError("A tensor that wants a gradient cannot be written over; leave `out` out.")
-    frames = {y.shape[1] for y in tensors if y is not None and y.ndim == 3}
-    if frames - {1, x.shape[1]}:
-        raise ValueError(f"The modulation has {max(frames)} frames and x has {x.shape[1]}; give one, or one for each.")
+    return x_new, quantize(y, kernel="reference") if dtype == FLOAT8 else y.to(dtype or x.dtype)

@@ -8,8 +8,6 @@ from torch import Tensor
 from lingen.kernels.choice import choose
 from lingen.kernels.gradients import FromInputs
 
-NORM_SILU_KERNELS = ("auto", "reference", "triton")
-
 
 def norm_silu(
     x: Float[Tensor, "*rows d"],
@@ -22,7 +20,7 @@ def norm_silu(
     """silu(x / sqrt(mean(x^2) + eps) * weight + bias), computed in float32 at least, in x's dtype. RecipeError for a
     kernel that cannot run. `kernel`: "reference" (plain PyTorch) or "triton", which keeps nothing but `x` for the
     backward pass and gives a program many of these short rows (PyTorch's norm gives it one)."""
-    if choose("norm and SiLU", kernel, NORM_SILU_KERNELS, x) == "triton":
+    if choose("norm and SiLU", kernel, x) == "triton":
         from lingen.kernels.norm_silu_triton import backward, forward
 
         return FromInputs.apply(forward, backward, x, weight, bias, eps)

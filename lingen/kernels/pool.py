@@ -8,7 +8,6 @@ from torch.nn.functional import pad
 
 from lingen.kernels.choice import choose
 
-POOL_KERNELS = ("auto", "reference", "triton")
 # One number each for t, h and w.
 Size = tuple[int, int, int]
 
@@ -17,11 +16,14 @@ def pool(x: Float[Tensor, "b t h w c"], size: Size, *, kernel: str = "auto") -> 
     """Mean over windows of `size` tokens (t, h, w), without parameters; ceil(tokens / size) windows in each axis. The
     size is clamped to the grid; a partial window at the far edge is averaged over its real tokens only. A slice of a
     wider projection is read where it lies (last axis contiguous). Computed in float32 at least; contiguous, in x's
-    dtype. kernel: one of POOL_KERNELS. Raises ValueError for a size below 1 and for a kernel that cannot run."""
+    dtype. kernel: auto, reference, triton. Raises ValueError for a size below 1 and for a kernel that cannot run."""
     if min(size) < 1 or x.numel() == 0:
         raise ValueError(f"pool needs windows and a grid of 1 or more, not {list(size)} and {list(x.shape)}.")
-    if choose("pool", kernel, POOL_KERNELS, x) == "reference":
-        return _reference(x, size)
+    if choose("pool", kernel, x) == "reference":
+        pooled = x.to(torch.promote_types(x.dtype, torch.float32))
+        for axis, tokens in enumerate(size, start=1):
+            pooled = _mean_along(pooled, axis, min(tokens, x.shape[axis]))
+        return pooled.to(x.dtype).contiguous()
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"pool needs the channels of x side by side, but its strides are {x.stride()}.")
     from lingen.kernels.pool_triton import PoolFunction
@@ -34,13 +36,6 @@ def windows_of(x: Float[Tensor, "b t h w c"], size: Size) -> tuple[Size, Size]:
     grid = x.shape[1:4]
     t, h, w = map(min, size, grid)
     return (t, h, w), (-(-grid[0] // t), -(-grid[1] // h), -(-grid[2] // w))
-
-
-def _reference(x: Tensor, size: Size) -> Tensor:
-    pooled = x.to(torch.promote_types(x.dtype, torch.float32))
-    for axis, tokens in enumerate(size, start=1):
-        pooled = _mean_along(pooled, axis, min(tokens, x.shape[axis]))
-    return pooled.to(x.dtype).contiguous()
 
 
 def _mean_along(x: Tensor, axis: int, size: int) -> Tensor:

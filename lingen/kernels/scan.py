@@ -14,10 +14,6 @@ from torch import Tensor
 from lingen.kernels.choice import choose, device_type, full_precision, holds_numbers, is_unlaunched, stands_for_cuda
 from lingen.kernels.kept import kept
 from lingen.kernels.ssd import ssd
-from lingen.recipe.errors import RecipeError
-
-SCAN_KERNELS = ("auto", "reference", "chunked", "triton", "stock")
-
 
 _WIDEST, _LARGEST_STATE = 128, 16_384
 
@@ -27,16 +23,14 @@ def scan_kernel(kernel: str, u: Tensor, width: int, state_dim: int) -> str:
     Raises RecipeError for an unknown kernel, and for "triton" where it cannot run."""
     wide, deep = (max(16, 1 << (size - 1).bit_length()) for size in (width, state_dim))
     largest = _LARGEST_STATE // 2 if u.dtype == torch.float32 else _LARGEST_STATE
-    if wide <= _WIDEST and wide * deep <= largest:
-        if kernel in ("auto", "triton") and stands_for_cuda(u):
-            return "triton"
-        return choose("scan", kernel, SCAN_KERNELS, u, plain="chunked")
-    if kernel == "triton":
-        raise RecipeError(
-            f"kernel='triton' of the scan holds states of up to {largest} numbers a head (powers of two), in heads of "
-            f"up to {_WIDEST}; this head has {width} x {state_dim}. kernel='auto' takes another."
-        )
-    return choose("scan", kernel, tuple(name for name in SCAN_KERNELS if name != "triton"), u, plain="chunked")
+    fits = wide <= _WIDEST and wide * deep <= largest
+    if fits and kernel in ("auto", "triton") and stands_for_cuda(u):
+        return "triton"
+    too_large = (
+        f"kernel='triton' of the scan holds states of up to {largest} numbers a head (powers of two), in heads of "
+        f"up to {_WIDEST}; this head has {width} x {state_dim}. kernel='auto' takes another."
+    )
+    return choose("scan", kernel, u, "" if fits else too_large)
 
 
 def chunk_of(n: int, dtype: torch.dtype) -> int:
@@ -91,15 +85,8 @@ def scan(
         begin = None if initial_state is None else initial_state.float().mT.contiguous()
         sizes = ScanSizes(heads, width, groups, state_dim, len(a))
         return FusedScan.apply(u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk_of(n, u.dtype))
-    return _by_flips(u, dt if index is None else dt[:, index], a, d, dt_bias, initial_state, groups, state_dim, kernel)
-
-
-def _by_flips(
-    u: Tensor, dt: Tensor, a: Tensor, d: Tensor, dt_bias: Tensor, state: Tensor | None, groups: int, state_dim: int,
-    kernel: str,
-) -> Tensor:  # fmt: skip
-    """One causal scan in which the second direction is further heads, whose streams are flipped."""
-    ways = len(a)
+    # One causal scan in which the second direction is further heads, whose streams are flipped.
+    ways, dt = len(a), dt if index is None else dt[:, index]
     if ways == 2:
         u, dt = torch.stack([u, u.flip(1)], 2), torch.cat([dt, dt.flip(1)], -1)
     else:
@@ -107,7 +94,7 @@ def _by_flips(
     x, b, c = u.split([u.shape[-1] - 2 * groups * state_dim, groups * state_dim, groups * state_dim], -1)
     x = x.unflatten(-1, (a.shape[1], -1)).flatten(2, 3)
     b, c = (part.unflatten(-1, (groups, -1)).flatten(2, 3) for part in (b, c))
-    begin = None if state is None else state.flatten(1, 2)
+    begin = None if initial_state is None else initial_state.flatten(1, 2)
     y = ssd(x, dt, a.flatten(), b, c, d.flatten(), dt_bias.flatten(), begin, kernel=kernel)
     sides = y.flatten(2).chunk(ways, -1)
     return sides[0] if ways == 1 else sides[0] + sides[1].flip(1)

@@ -103,7 +103,9 @@ def _chunked(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tens
     starts = None if state is None else state[:, None]
     if count > 1:
         to_end = (logs[..., -1:] - logs).to(x.dtype).exp().transpose(2, 3)
-        added = _outer(x * to_end.unsqueeze(-1), b.transpose(2, 3))
+        of_group = (x * to_end.unsqueeze(-1)).unflatten(3, (groups, -1)).flatten(4, 5)  # [b count l g (k/g e)]
+        added = of_group.permute(0, 1, 3, 4, 2) @ b  # the sum over l of x b^T, all heads of a group in one product
+        added = added.unflatten(3, (-1, x.shape[-1])).flatten(2, 3)  # [b count k e s]
         starts, _ = _pass_on(added, logs[..., -1], state)
     if starts is not None:
         carried = c @ starts.unflatten(2, (groups, -1)).flatten(3, 4).mT  # [b count g l (k/g e)]
@@ -134,13 +136,6 @@ def _triangle(sums: Float[Tensor, "*any l"], dtype: torch.dtype) -> Float[Tensor
 def _later(logs: Float[Tensor, "*any n k"]) -> Float[Tensor, "*any n k"]:
     """Sum over all later positions. From the end, where the decay is near 1, so that what counts keeps its digits."""
     return F.pad(logs[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-
-
-def _outer(x: Float[Tensor, "b count l k e"], b: Float[Tensor, "b count l g s"]) -> Float[Tensor, "b count k e s"]:
-    """Sum over l of x b^T; all heads of a group in one product."""
-    x_of_group = x.unflatten(3, (b.shape[3], -1)).flatten(4, 5)  # [b count l g (k/g e)]
-    out = x_of_group.permute(0, 1, 3, 4, 2) @ b.transpose(2, 3)
-    return out.unflatten(3, (-1, x.shape[-1])).flatten(2, 3)
 
 
 def _pass_on(added: Tensor, logs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:

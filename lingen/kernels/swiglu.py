@@ -9,8 +9,6 @@ from lingen.kernels.choice import choose
 from lingen.kernels.fp8 import FLOAT8, Quantized, check_no_gradient, quantize
 from lingen.kernels.gradients import FromInputs
 
-SWIGLU_KERNELS = ("auto", "reference", "triton")
-
 
 def swiglu(
     gate_up: Float[Tensor, "*rows hidden"], *, dtype: torch.dtype | None = None, kernel: str = "auto"
@@ -21,7 +19,7 @@ def swiglu(
         dtype: of the result, by default that of `gate_up`; float8_e4m3fn gives a `Quantized`, without gradients.
         kernel: "reference" (plain PyTorch) or "triton", which keeps nothing but `gate_up` for the backward pass."""
     check_no_gradient(dtype, gate_up)
-    if choose("swiglu", kernel, SWIGLU_KERNELS, gate_up) == "triton":
+    if choose("swiglu", kernel, gate_up) == "triton":
         from lingen.kernels.swiglu_triton import backward, forward
 
         if torch.is_grad_enabled() and gate_up.requires_grad:

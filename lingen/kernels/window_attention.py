@@ -3,24 +3,20 @@ the 3D rotary embedding of a window's tokens."""
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int32, Shaped
+from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 
 from lingen.kernels.attention import attention
 from lingen.kernels.choice import choose, full_precision
 from lingen.kernels.constants import constants
 from lingen.kernels.gradients import FromInputs
-from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
 
-WINDOW_KERNELS = ("auto", "reference", "triton", "sdpa", "flash")
 # Tokens along t, h and w are a Triple; and padding before and after each of these axes.
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 # Frequencies span positions 1..100, a window's length and not a text's [ours; RoFormer's 10,000 is for texts].
 _ROTARY_BASE = 100.0
-# The Triton twin holds a block of a head's rows in registers.
-_WIDEST_HEAD = 256
 
 
 def window_attention(
@@ -51,7 +47,7 @@ def window_attention(
     _, t, h, w, _ = qkv.shape
     width, grid = q_weight.shape[0], (t, h, w)
     rows = window_rows(grid, window, padding, qkv.device)
-    chosen = choose("window attention", kernel, twins_of(width, kernel, WINDOW_KERNELS), qkv, plain="sdpa")
+    chosen = choose("window attention", kernel, qkv, too_wide(width))
     if chosen == "triton":
         from lingen.kernels.window_attention_triton import backward, forward
 
@@ -62,20 +58,22 @@ def window_attention(
     q, k, v = partition(qkv, window, padding).unflatten(-1, (3, num_heads, -1)).unbind(2)
     q, k = rotate(rms_norm(q, q_weight, eps), table), rotate(rms_norm(k, k_weight, eps), table)
     real = (rows >= 0).repeat(qkv.shape[0], 1) if any(map(sum, padding)) else None
-    out = _spelled_out(q, k, v, real) if chosen == "reference" else attention(q, k, v, real, kernel=chosen)
+    if chosen != "reference":
+        return merge(attention(q, k, v, real, kernel=chosen).flatten(2), grid, window, padding)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    with full_precision(qkv):
+        scores = torch.einsum("mike,mjke->mkij", q.to(dtype), k.to(dtype)) * width**-0.5
+        if real is not None:
+            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
+        out = torch.einsum("mkij,mjke->mike", scores.softmax(-1), v.to(dtype)).to(qkv.dtype)
     return merge(out.flatten(2), grid, window, padding)
 
 
-def twins_of(width: int, kernel: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of an attention's twins that take heads of `width`; RecipeError where `kernel` asks for one that does not.
-    The Triton twins hold a block of a head's rows in registers."""
-    if width <= _WIDEST_HEAD:
-        return known
-    if kernel == "triton":
-        raise RecipeError(
-            f"kernel='triton' takes heads of at most {_WIDEST_HEAD}, not {width}: raise num_heads, or kernel='auto'."
-        )
-    return tuple(twin for twin in known if twin != "triton")
+def too_wide(width: int) -> str:
+    """A sentence where heads of `width` are too wide for the Triton twins, which hold a block of a head's rows in
+    registers; else nothing."""
+    cure = "raise num_heads, or kernel='auto'."
+    return f"kernel='triton' takes heads of at most 256, not {width}: {cure}" if width > 256 else ""
 
 
 def rms_norm(x: Float[Tensor, "*any e"], weight: Float[Tensor, "e"], eps: float) -> Float[Tensor, "*any e"]:
@@ -139,18 +137,3 @@ def merge(x: Float[Tensor, "m n c"], grid: Triple, window: Triple, padding: Padd
     for axis, (n, (before, _)) in enumerate(zip(grid, padding, strict=True), start=1):
         x = x.narrow(axis, before, n)
     return x
-
-
-def _spelled_out(
-    q: Float[Tensor, "m n k e"],
-    k: Float[Tensor, "m n k e"],
-    v: Float[Tensor, "m n k e"],
-    real: Bool[Tensor, "m n"] | None,
-) -> Float[Tensor, "m n k e"]:
-    """softmax(q k^T / sqrt(e)) v, in float32 at least, also under autocast."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    with full_precision(q):
-        scores = torch.einsum("mike,mjke->mkij", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5
-        if real is not None:
-            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
-        return torch.einsum("mkij,mjke->mike", scores.softmax(-1), v.to(dtype)).to(q.dtype)

@@ -12,13 +12,12 @@ from lingen.files import write_json, write_text
 from lingen.launch.lead import signal_seconds
 from lingen.launch.options import ClusterSettings, Options, merged, script_of, seconds_of
 from lingen.plan.forecast import plan
-from lingen.plan.loading import Curriculum, load_for_training, to_yaml
+from lingen.plan.loading import load_for_training, to_yaml
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.sections import Recipe
 from lingen.run_folder import lock, record
 from lingen.run_folder.folder import RunFolder
-from lingen.run_folder.identity import Stage, described
+from lingen.run_folder.identity import described
 from lingen.training.inputs import check_inputs
 
 KEPT_VARIABLES = (
@@ -77,23 +76,14 @@ def prepare_training(
     judge = [*lingen, "status", str(folder.path), "--ended"]
     command += [*(["--stage", stage] if stage else []), *(["--preflight"] if preflight else [])]
     script = script_of(merged(own, options), command, settings, judge)
-    return Submission(
-        folder=place, script=script, recipe=to_yaml(curriculum.base), lines=lines,
-        problems=_problems(folder, curriculum, chosen, told),
-    )  # fmt: skip
-
-
-def _problems(
-    folder: RunFolder, curriculum: Curriculum, chosen: Sequence[Recipe], told: dict[str, Stage]
-) -> Sequence[str]:
-    """Whatever would stop `lingen fit`, as far as it shows on this machine."""
-    try:
+    problems: Sequence[str] = ()
+    try:  # whatever would stop `lingen fit`, as far as it shows on this machine
         check_inputs(chosen, folder)
         lock.check_unlocked(folder.path)
         record.start(folder, curriculum, told, str(chosen[0].stage))
     except RecipeError as error:
-        return error.problems
-    return ()
+        problems = error.problems
+    return Submission(folder=place, script=script, recipe=to_yaml(curriculum.base), lines=lines, problems=problems)
 
 
 def prepare_array(

@@ -118,7 +118,10 @@ def largest_batch(recipe: Recipe) -> tuple[str, Triple]:
 def plan_denoiser(recipe: Recipe) -> Plan:
     """Forecast of a stage that trains its denoiser."""
     autoencoder = on_meta(AUTOENCODERS, recipe.autoencoder)
-    parameters = _by_part(denoiser_on_meta(recipe))
+    parameters: Counter[str] = Counter()
+    for name, parameter in denoiser_on_meta(recipe).named_parameters():  # those of the blocks summed over the blocks
+        keys = name.split(".")
+        parameters[f"{keys[0]}.{keys[2]}" if len(keys) > 2 and keys[1].isdigit() else keys[0]] += parameter.numel()
     frozen = _count(autoencoder) if isinstance(autoencoder, nn.Module) else 0
     for encoder in (on_meta(TEXT_ENCODERS, component) for component in recipe.text):
         if is_trained(encoder):
@@ -161,16 +164,6 @@ def plan_autoencoder(recipe: Recipe) -> Plan:
 
 def _count(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _by_part(model: Any) -> Counter[str]:
-    """Parameters of each child of the model, those of the blocks summed over the blocks."""
-    parts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        keys = name.split(".")
-        in_list = len(keys) > 2 and keys[1].isdigit()
-        parts[f"{keys[0]}.{keys[2]}" if in_list else keys[0]] += parameter.numel()
-    return parts
 
 
 def bytes_of_a_number(recipe: Recipe) -> int:

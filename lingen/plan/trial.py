@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lingen.frozen import on_meta
 from lingen.recipe.errors import RecipeError, SettingError
@@ -218,11 +218,10 @@ def _critic(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
 
 def trainable(autoencoder: Autoencoder, name: str) -> TrainableAutoencoder:
     """The autoencoder, if it is one that can be trained; SettingError else."""
-    from lingen.autoencoder import can_be_trained
-
-    if not can_be_trained(autoencoder):
+    # Asked by its methods: a check of the whole protocol does not see a module's buffers (Python 3.12).
+    if not all(hasattr(autoencoder, method) for method in ("posterior", "reconstruct")):
         raise SettingError("autoencoder", f"The autoencoder '{name}' cannot be trained; take 'tae'.")
-    return autoencoder
+    return cast("TrainableAutoencoder", autoencoder)
 
 
 def _changed(one: Recipe, other: Recipe) -> tuple[str, ...]:

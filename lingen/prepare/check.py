@@ -39,13 +39,13 @@ class Checked(NamedTuple):
 
 
 def check_folders(
-    folders: Sequence[Path], depth: Depth, processes: int = 0, progress: Progress = no_progress
+    folders: Sequence[Path], depth: Depth, processes: int | None = 0, progress: Progress = no_progress
 ) -> Checked:
     """Checks all shards of local folders against each folder's manifest, where it has one. RecipeError for a folder
     that is none, or holds no shard.
 
     Args:
-        processes: that read shards at the same time; 0: this one.
+        processes: that read shards at the same time; 0: this one; None: one for each core.
         progress: called with the shards checked and all shards."""
     samples, faults = 0, []
     jobs = []

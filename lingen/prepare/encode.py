@@ -4,7 +4,7 @@ samples of all stages; each stage takes those of its own shapes."""
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -88,17 +88,11 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
             for number in numbers[part.slice_of(len(numbers))].tolist():
                 where = (pool.index.where(number), shape, fps)
                 if where not in found:
-                    windows = _windows(pool.index, number, shape, fps)
+                    record, windows = pool.index.records[number], 1  # or as many as follow each other in a video
+                    if fps and record["fps"] > 0:
+                        windows = max(1, int(record["frames"] / float(record["fps"]) * fps + 1e-3) // shape.frames)
                     found[where] = [Task(pool.index, number, shape, fps, window) for window in range(windows)]
     return [task for tasks in found.values() for task in tasks]
-
-
-def _windows(index: Index, number: int, shape: Shape, fps: float) -> int:
-    """How many clips a video holds, one behind the other; 1 where its manifest does not tell."""
-    record = index.records[number]
-    if not fps or not record["fps"] > 0:
-        return 1
-    return max(1, int(record["frames"] / float(record["fps"]) * fps + 1e-3) // shape.frames)
 
 
 class _Clips(Dataset[LoadedClip]):
@@ -151,7 +145,15 @@ def encode_shards(stages: Sequence[Recipe], out: Path, how: Encoding, progress: 
     """Encodes this part of what the stages train on; writes the manifest once all parts are done. The same call again
     goes on where a killed one was. RecipeError where the stages do not have the same frozen parts, where a part cannot
     run, and as `SetFolder`."""
-    settings = {**_common(stages), "null_text": True}
+    frozen = frozen_settings(stages[0])
+    for stage in stages[1:]:
+        if (other := frozen_settings(stage)) != frozen:
+            raise RecipeError(
+                f"Stages '{stages[0].stage}' and '{stage.stage}' encode in different ways: "
+                f"{'; '.join(differences(frozen, other))} (there: '{stages[0].stage}'). Encode them one by one, with "
+                "--stage and a folder for each."
+            )
+    settings = {**frozen, "null_text": True}
     encoders = Encoders(stages[0], how.device, how.precision)
     folder = SetFolder(out, how.part, {**settings, "precision": how.precision, "validation": how.validation})
     with folder.locked():
@@ -169,20 +171,6 @@ def encode_shards(stages: Sequence[Recipe], out: Path, how: Encoding, progress: 
             stream.commit()
         complete = folder.finish()
     return close_set(folder, About(hash_settings(settings), settings), complete)
-
-
-def _common(stages: Sequence[Recipe]) -> dict[str, Any]:
-    """A description of the frozen parts, which all stages have in common."""
-    first = frozen_settings(stages[0])
-    for stage in stages[1:]:
-        other = frozen_settings(stage)
-        if other != first:
-            told = "; ".join(differences(first, other))
-            raise RecipeError(
-                f"Stages '{stages[0].stage}' and '{stage.stage}' encode in different ways: {told} (there: "
-                f"'{stages[0].stage}'). Encode them one by one, with --stage and a folder for each."
-            )
-    return first
 
 
 Group = list[tuple[Task, LoadedClip]]

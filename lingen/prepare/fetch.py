@@ -156,8 +156,13 @@ def _build(work: Path, wanted: dict[str, Any], progress: Progress) -> None:
     if wanted["name"] == "theatre":
         counts, used = _write_actors(work, progress), ACTOR_VIDEO
     else:
-        emoji = wanted["name"] == "emoji"
-        videos, images = _emoji(wanted["parts"], wanted["limit"]) if emoji else _footage(wanted["limit"])
+        if emoji := wanted["name"] == "emoji":
+            videos, images = _emoji(wanted["parts"], wanted["limit"])
+        else:
+            videos = images = [
+                MediaItem(Path(member).stem, caption, read_member(package, member), package)
+                for (package, member), caption in itertools.islice(FOOTAGE.items(), wanted["limit"])
+            ]
         counts = _write(work, videos, images, progress)
         used = [item.package for item in (*videos, *images)] + [EMOJI_NAMES] * emoji
     packages = list(dict.fromkeys(used))
@@ -252,14 +257,6 @@ def _emoji_files(package: Package, names: dict[str, str]) -> Iterator[MediaItem]
                 continue
             if member.isfile() and text in names and not SKIN_TONES & set(text):
                 yield MediaItem(stem, names[text], archive.extractfile(member).read(), package)  # type: ignore[union-attr]
-
-
-def _footage(limit: int | None) -> tuple[list[MediaItem], list[MediaItem]]:
-    items = [
-        MediaItem(Path(member).stem, caption, read_member(package, member), package)
-        for (package, member), caption in itertools.islice(FOOTAGE.items(), limit)
-    ]
-    return items, items
 
 
 def _video_sample(item: MediaItem) -> dict[str, Any]:

@@ -113,11 +113,6 @@ def frozen_share(change: np.ndarray, times: np.ndarray) -> float:
     return float(runs[runs >= FROZEN_SECONDS].sum() / (times[-1] - times[0]))
 
 
-def looks_of(track: Track, first: int, end: int) -> tuple[int, ...]:
-    """The looks of a few frames of a clip, for `Duplicates`."""
-    return tuple(int(track.looks[first + (end - first) * (2 * i + 1) // (2 * LOOKS)]) for i in range(LOOKS))
-
-
 class Duplicates:
     """The looks of all clips so far, in which near-duplicates are found. About 500 bytes a clip.
 

@@ -87,22 +87,16 @@ def stages_on(stages: Sequence[Recipe], folders: Sequence[Path]) -> list[Recipe]
     recipe's own. A folder without a manifest stays, so that the forecast asks for one."""
     held: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for folder in folders:
-        for kind in _kinds_in(folder):
+        file, kinds = folder / manifest.NAME, set(KINDS)
+        if file.is_file():
+            columns = ((batch["kind"], batch["frames"]) for batch in manifest.batches(file))
+            rows = {row for kind, frames in columns for row in zip(kind.to_pylist(), frames.to_pylist(), strict=True)}
+            kinds &= {kind if kind != "latents" else "image" if frames == 1 else "video" for kind, frames in rows}
+        for kind in kinds:
             held[kind].append(str(folder))
     named = {kind: found for kind, found in held.items() if found}
     data = [replace(one.data, shards=replace(one.data.shards, **named), validation=Shards()) for one in stages]
     return [replace(one, data=own) for one, own in zip(stages, data, strict=True)]
-
-
-def _kinds_in(folder: Path) -> set[str]:
-    """The kinds of samples in a folder, by its manifest; without one it may hold any."""
-    if not (folder / manifest.NAME).is_file():
-        return set(KINDS)
-    found: set[str] = set()
-    for batch in manifest.batches(folder / manifest.NAME):
-        for kind, frames in set(zip(batch["kind"].to_pylist(), batch["frames"].to_pylist(), strict=True)):
-            found.add(kind if kind != "latents" else "image" if frames == 1 else "video")
-    return found & set(KINDS)
 
 
 def local_folders(stages: Sequence[Recipe]) -> tuple[list[Path], list[str]]:

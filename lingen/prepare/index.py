@@ -23,10 +23,10 @@ ROTATED = (5, 6, 7, 8)
 """Exif orientations that exchange height and width."""
 
 
-def index_folder(folder: Path, processes: int, progress: Progress = no_progress) -> tuple[int, list[Drop]]:
+def index_folder(folder: Path, processes: int | None, progress: Progress = no_progress) -> tuple[int, list[Drop]]:
     """Writes the manifest of the tar files in a folder. Returns the number of its rows, and the samples and shards that
     cannot be used and are in none. RecipeError where there is no tar file, or none of the samples can be used.
-    `processes` read shards at the same time; 0: this one."""
+    `processes` read shards at the same time; 0: this one; None: one for each core."""
     paths = tar_files(folder)
     if not paths:
         raise RecipeError(f"'{folder}' holds no tar file; name the folder of the shards.{packed_up(folder)}")

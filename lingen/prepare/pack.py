@@ -31,8 +31,8 @@ class Packing(NamedTuple):
     wanted: ClipRequirements
     filters: Filters
     part: Part = Part()
-    processes: int = 0
-    """Processes that work at once; 0: this process."""
+    processes: int | None = 0
+    """Processes that work at once; 0: this process; None: one for each core."""
     shard_mb: int = 1000
     keep_uncaptioned: bool = False
     """Whether samples without a caption are kept, for `lingen data caption`; broken or empty ones are dropped."""

@@ -15,21 +15,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def processes_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], processes: int, crashed: Callable[[Item], Result]
+    work: Callable[[Item], Result], items: Iterable[Item], processes: int | None, crashed: Callable[[Item], Result]
 ) -> Iterator[tuple[Item, Result]]:
     """Each item with what `work` makes of it, in the order of the items.
 
     Args:
         work: a function of a module; what it raises is raised here.
         items: taken as they are needed, so there may be many millions.
-        processes: how many work at once; 0: in this process.
+        processes: how many work at once; 0: in this process; None: one for each core that this process may use.
         crashed: the result of an item that ended a process (a decoder that was killed, say), twice."""
+    if processes is None:
+        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if processes == 0:
         yield from ((item, work(item)) for item in items)
         return

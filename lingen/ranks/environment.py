@@ -80,33 +80,26 @@ def take(own: Rank | None) -> None:
 def rank_of(env: Mapping[str, str]) -> Rank:
     """The rank that an environment tells of. A step of one task is nobody's rank: it may start ranks of its own."""
     if all(name in env for name in OF_LAUNCHERS):
-        own = _of_launcher(env)
+        rank, ranks, local_rank, per_node = (int(env[name]) for name in OF_LAUNCHERS[:4])
+        own = Rank(
+            by="lingen" if PARENT in env else "torchrun", rank=rank, ranks=ranks, local_rank=local_rank,
+            node=int(env.get("GROUP_RANK", rank // per_node)),
+            nodes=int(env.get("GROUP_WORLD_SIZE", ranks // per_node)),
+            address=env["MASTER_ADDR"], port=int(env["MASTER_PORT"]),
+        )  # fmt: skip
     elif all(name in env for name in OF_TASKS):
-        own = _of_task(env)
+        nodes = int(env.get("SLURM_STEP_NUM_NODES", "1"))
+        first = first_host(env.get("SLURM_STEP_NODELIST", "")) if nodes > 1 else "127.0.0.1"
+        # Of each step of each job its own, below the ports that a system gives to connections.
+        port = 10_000 + (61 * int(env.get("SLURM_JOB_ID", "0")) + int(env["SLURM_STEP_ID"])) % 20_000
+        own = Rank(
+            by="srun", rank=int(env["SLURM_PROCID"]), ranks=int(env["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(env["SLURM_LOCALID"]), node=int(env["SLURM_NODEID"]), nodes=nodes,
+            address=env.get("MASTER_ADDR", first), port=int(env.get("MASTER_PORT", port)),
+        )  # fmt: skip
     else:
         return Rank()
     return own if own.ranks > 1 else Rank()
-
-
-def _of_launcher(env: Mapping[str, str]) -> Rank:
-    rank, ranks, local_rank, per_node = (int(env[name]) for name in OF_LAUNCHERS[:4])
-    return Rank(
-        by="lingen" if PARENT in env else "torchrun", rank=rank, ranks=ranks, local_rank=local_rank,
-        node=int(env.get("GROUP_RANK", rank // per_node)), nodes=int(env.get("GROUP_WORLD_SIZE", ranks // per_node)),
-        address=env["MASTER_ADDR"], port=int(env["MASTER_PORT"]),
-    )  # fmt: skip
-
-
-def _of_task(env: Mapping[str, str]) -> Rank:
-    nodes = int(env.get("SLURM_STEP_NUM_NODES", "1"))
-    first = first_host(env.get("SLURM_STEP_NODELIST", "")) if nodes > 1 else "127.0.0.1"
-    # Of each step of each job its own, below the ports that a system gives to connections.
-    port = 10_000 + (61 * int(env.get("SLURM_JOB_ID", "0")) + int(env["SLURM_STEP_ID"])) % 20_000
-    return Rank(
-        by="srun", rank=int(env["SLURM_PROCID"]), ranks=int(env["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(env["SLURM_LOCALID"]), node=int(env["SLURM_NODEID"]), nodes=nodes,
-        address=env.get("MASTER_ADDR", first), port=int(env.get("MASTER_PORT", port)),
-    )  # fmt: skip
 
 
 def first_host(nodes: str) -> str:

@@ -202,21 +202,28 @@ def ranks_to_start(stages: Sequence[Recipe]) -> int:
 
     Raises:
         RecipeError: the ranks that are there are not those that a stage asks for."""
-    own = here()
-    asked = {str(one.stage): _asked(one) for one in stages}
-    for stage, (devices, nodes) in asked.items():
-        if own.ranks > 1 and (devices, nodes) != (own.per_node, own.nodes):
-            raise RecipeError(_other_ranks(own, stage, devices, nodes))
-        if own.ranks == 1 and nodes > 1:
-            raise RecipeError(_alone(stage, devices, nodes))
+    own, asked = here(), dict[str, tuple[int, int]]()
+    for one in stages:
+        nodes = int(one.trainer.get("num_nodes", 1))
+        devices = ranks_here(one) // nodes
+        asked[str(one.stage)] = devices, nodes
+        if own.ranks > 1 and (devices, nodes) != (own.per_node, own.nodes) or own.ranks == 1 and nodes > 1:
+            raise RecipeError(_other_ranks(own, str(one.stage), devices, nodes))
     if len(set(asked.values())) > 1:
         told = ", ".join(f"stage {stage} {devices}" for stage, (devices, _) in asked.items())
         raise RecipeError(
             f"The ranks are started once for all stages, but trainer.devices asks for others: {told}. Give all stages "
             "as many, or train one after the other with --stage."
         )
+    there = torch.cuda.device_count()
     for one in stages:
-        _check_devices(one, asked[str(one.stage)][0])
+        devices, _ = asked[str(one.stage)]
+        if devices > max(1, there) and one.trainer.get("accelerator", "auto") in ("gpu", "cuda"):
+            raise RecipeError(  # Lightning would say so on each of them
+                f"Stage {one.stage} asks for {devices} GPUs of each machine (trainer.devices), but "
+                f"{socket.gethostname()} shows {there}. Set trainer.devices={max(1, there)}; under srun, let "
+                "each task see all GPUs of its node."
+            )
         strategy = one.trainer.get("strategy")
         if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
             raise RecipeError(
@@ -232,40 +239,22 @@ def ranks_here(recipe: Recipe) -> int:
     return ranks_of(recipe, torch.cuda.device_count() if on_gpus else 1)
 
 
-def _asked(recipe: Recipe) -> tuple[int, int]:
-    """Devices of a node, and nodes."""
-    nodes = int(recipe.trainer.get("num_nodes", 1))
-    return ranks_here(recipe) // nodes, nodes
-
-
-def _check_devices(recipe: Recipe, devices: int) -> None:
-    """RecipeError where this machine has fewer GPUs than ranks; Lightning would say so on each of them."""
-    there = torch.cuda.device_count()
-    if devices > max(1, there) and recipe.trainer.get("accelerator", "auto") in ("gpu", "cuda"):
-        raise RecipeError(
-            f"Stage {recipe.stage} asks for {devices} GPUs of each machine (trainer.devices), but "
-            f"{socket.gethostname()} shows {there}. Set trainer.devices={max(1, there)}; under srun, let "
-            "each task see all GPUs of its node."
-        )
-
-
 def _other_ranks(own: Rank, stage: str, devices: int, nodes: int) -> str:
-    asks = f"stage {stage} asks for trainer.devices={devices} and trainer.num_nodes={nodes}"
-    if own.by == "lingen":
-        return f"This process has started {own.ranks} ranks for a run before, but {asks}. Train it in one of its own."
+    """A sentence for a stage that asks for other ranks than there are."""
+    asks, job = f"trainer.devices={devices} and trainer.num_nodes={nodes}", os.environ.get("SLURM_JOB_ID")
     srun, torchrun = f"-N{nodes} --ntasks-per-node={devices}", f"--nnodes={nodes} --nproc-per-node={devices}"
+    if own.by == "itself":
+        where = f"is no task of srun, though it runs in job {job}" if job else "runs alone"
+        return (
+            f"Stage {stage} asks for trainer.num_nodes={nodes}, but this process {where}. Start with srun {srun} "
+            f"lingen fit ..., without SLURM with torchrun on each node (torchrun {torchrun} ...), or set "
+            "trainer.num_nodes=1."
+        )
+    if own.by == "lingen":
+        told = f"This process has started {own.ranks} ranks for a run before, but stage {stage} asks for {asks}."
+        return f"{told} Train it in one of its own."
     launch = f"srun {srun}" if own.by == "srun" else f"torchrun {torchrun}"
     return (
-        f"{own.by} has started {own.ranks} ranks, {own.per_node} on each of {own.nodes} nodes, but {asks}. Set "
-        f"trainer.devices={own.per_node} trainer.num_nodes={own.nodes}, or start with {launch}."
-    )
-
-
-def _alone(stage: str, devices: int, nodes: int) -> str:
-    job = os.environ.get("SLURM_JOB_ID")
-    where = f"is no task of srun, though it runs in job {job}" if job else "runs alone"
-    return (
-        f"Stage {stage} asks for trainer.num_nodes={nodes}, but this process {where}. Start with "
-        f"srun -N{nodes} --ntasks-per-node={devices} lingen fit ..., without SLURM with torchrun on each node "
-        f"(torchrun --nnodes={nodes} --nproc-per-node={devices} ...), or set trainer.num_nodes=1."
+        f"{own.by} has started {own.ranks} ranks, {own.per_node} on each of {own.nodes} nodes, but stage {stage} asks "
+        f"for {asks}. Set trainer.devices={own.per_node} trainer.num_nodes={own.nodes}, or start with {launch}."
     )

@@ -1,7 +1,7 @@
 """``run.json``: what a run is, its course, every start and change; and whether a recipe may go on with it."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,12 @@ def start(
     is_new = not folder.about.is_file()
     held = _new(folder, name, here) if is_new else _completed(folder, read_held(folder), here)
     _check_identity(folder, held, here, name)
-    _check_steps(folder, curriculum.stages)
+    for stage, asked_for in ((str(one.stage), one.train.steps) for one in curriculum.stages):
+        if not folder.finished_steps(stage) and folder.last_step(stage) > asked_for:
+            raise RecipeError(
+                f"{folder.path}: stage '{stage}' has been trained for {folder.last_step(stage)} steps, more than "
+                f"train.steps={asked_for}. Ask for as many or more, or name another folder with --run."
+            )
     finished = {str(one.stage) for one in curriculum.stages if folder.finished_steps(str(one.stage)) >= one.train.steps}
     changes = _changes(held, here, finished)
     acting = {name: change for name, change in changes.items() if name not in finished}
@@ -172,15 +177,6 @@ def _first_of(words: Iterable[str]) -> str:
     parts = list(dict.fromkeys(words))
     more = f" and {len(parts) - SETTINGS_NAMED} more" if len(parts) > SETTINGS_NAMED else ""
     return ", ".join(parts[:SETTINGS_NAMED]) + more
-
-
-def _check_steps(folder: RunFolder, stages: Sequence[Recipe]) -> None:
-    for name, steps in ((str(one.stage), one.train.steps) for one in stages):
-        if not folder.finished_steps(name) and folder.last_step(name) > steps:
-            raise RecipeError(
-                f"{folder.path}: stage '{name}' has been trained for {folder.last_step(name)} steps, more than "
-                f"train.steps={steps}. Ask for as many or more, or name another folder with --run."
-            )
 
 
 def _changes(held: Held, here: dict[str, Stage], finished: set[str]) -> Changes:

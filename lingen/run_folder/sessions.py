@@ -73,12 +73,8 @@ def session(
         raise
     finally:
         with contextlib.suppress(OSError, ValueError):  # what ended the run is told, not this
-            _end(folder, mark, how)
-
-
-def _end(folder: RunFolder, mark: str, how: str) -> None:
-    now = {"ended": time_now(), "how": how}
-    _write(folder, [one | now if one["mark"] == mark else one for one in read_sessions(folder)])
+            now = {"ended": time_now(), "how": how}
+            _write(folder, [one | now if one["mark"] == mark else one for one in read_sessions(folder)])
 
 
 def killed(folder: RunFolder, one: Session, why: str) -> str:
@@ -91,7 +87,11 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
             return f"{heartbeat.FAILED_WORD}rank {beat.rank} on {beat.host}: {word}"
     for word, _ in failed:  # of whoever wrote it
         return f"{KILLED_WORD}{word}"
-    suspects = _suspects(beats)
+    # Ranks whose last sign is clearly older than that of others, or that left no word where others did.
+    youngest = min((beat.age_seconds for beat in beats), default=0.0)
+    late = [beat for beat in beats if beat.age_seconds > youngest + 2 * heartbeat.BEAT]
+    wordless = [beat for beat in beats if beat.ended is None]
+    suspects = late or (wordless if len(wordless) < len(beats) else [])
     told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in suspects[:4])
     more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""
     held = held_back(beat.host for beat in beats) if one["job"] else ""
@@ -101,14 +101,6 @@ def killed(folder: RunFolder, one: Session, why: str) -> str:
 
 def _failed(beats: list[heartbeat.Heartbeat]) -> list[heartbeat.Heartbeat]:
     return [beat for beat in beats if beat.ended is not None and beat.ended.startswith(heartbeat.FAILED_WORD)]
-
-
-def _suspects(beats: list[heartbeat.Heartbeat]) -> list[heartbeat.Heartbeat]:
-    """Ranks whose last sign is clearly older than that of others, or that left no word where others did."""
-    youngest = min((beat.age_seconds for beat in beats), default=0.0)
-    silent = [beat for beat in beats if beat.age_seconds > youngest + 2 * heartbeat.BEAT]
-    wordless = [beat for beat in beats if beat.ended is None]
-    return silent or (wordless if len(wordless) < len(beats) else [])
 
 
 def worth_another_start(folder: RunFolder, code: int) -> tuple[bool, str]:

@@ -169,21 +169,17 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
             f"Size {height}x{width} (height x width) does not fit this model: the height must be a multiple of "
             f"{unit_h} and the width one of {unit_w}. Closest: {nearest(height, unit_h)}x{nearest(width, unit_w)}."
         )
-    _check_memory(module, frames, (height, width))
-    return ClipSize(frames, (height, width), data.fps)
-
-
-def _check_memory(module: LinGenModule, frames: int, size: tuple[int, int]) -> None:
-    """ValueError for a clip of which not even the latents and one layer's tokens fit into this machine's memory."""
-    sides = zip((frames, *size), module.autoencoder.strides, strict=True)
+    # Not even the latents and one layer's tokens fit.
+    sides = zip((frames, height, width), module.autoencoder.strides, strict=True)
     numbers = math.prod(math.ceil(pixels / stride) for pixels, stride in sides)
-    patch = math.prod(module.recipe.model.patch)
-    needed, there = 4 * numbers * (3 * module.recipe.model.channels + module.recipe.model.dim / patch), memory_here()
+    model, there = module.recipe.model, memory_here()
+    needed = 4 * numbers * (3 * model.channels + model.dim / math.prod(model.patch))
     if needed > there:
         raise ValueError(
-            f"A clip of {frames:,} frames of {size[0]}x{size[1]} takes {needed / 2**30:,.0f} GiB or more, and this "
+            f"A clip of {frames:,} frames of {height}x{width} takes {needed / 2**30:,.0f} GiB or more, and this "
             f"machine has {there / 2**30:,.0f}. Take fewer seconds or a smaller size."
         )
+    return ClipSize(frames, (height, width), data.fps)
 
 
 def nearest(length: int, unit: int) -> int:
@@ -219,12 +215,6 @@ def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize)
         if hasattr(encoder, "release"):
             cast(Any, encoder).release()
     return found
-
-
-def joined(texts: Sequence[Texts]) -> Texts:
-    """Several prompts as one batch."""
-    null, text = ([flow.stack_text(*parts) for parts in zip(*each, strict=True)] for each in zip(*texts, strict=True))
-    return Texts(null, text)
 
 
 @contextmanager
@@ -288,7 +278,7 @@ def sample_latents(
 
     Args:
         takes: the clips of the batch.
-        texts: of `encode_prompts` for the words of each, `joined`.
+        texts: of `encode_prompts` for the words of each, as one batch (`flow.stack_text`).
         progress: one that has a `show(autoencoder, latents)` is shown the first clip as it is foreseen at each step.
     Returns:
         latents [b c t h w], float32. Those of a clip are the same bits in every batch of as many clips and tokens, and
@@ -296,7 +286,9 @@ def sample_latents(
     shape = (module.recipe.model.channels, *module.latent_size((clip.frames, *clip.size)))
     training = module.times_of(shape[1:])
     times = training.schedule(settings)
-    warn_untrained(training, times)
+    if (share := training.untrained_share(times)) > 0.25:
+        told = "%.0f%% of the sampling steps lie at times that training hardly saw; use a smaller "
+        log.warning(told + "sample.emulated_steps or sample.schedule=uniform.", 100 * share)
     noise = torch.stack([flow.clip_noise(shape, settings.seed, take.words, take.repetition) for take in takes])
     null, text = tuple(texts.null), tuple(texts.text)
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
@@ -325,14 +317,6 @@ def sample_latents(
     seen = shown if hasattr(progress, "show") else velocity
     with torch.autocast(module.device.type, torch.bfloat16, enabled=set_precision(module, settings.precision)):
         return flow.solve(seen, noise.to(module.device), times.to(module.device), settings.solver, progress)
-
-
-def warn_untrained(training: flow.Times, times: Tensor) -> None:
-    """Warns where many sampling steps lie at times that are rare in training."""
-    share = training.untrained_share(times)
-    if share > 0.25:
-        told = "%.0f%% of the sampling steps lie at times that training hardly saw; use a smaller "
-        log.warning(told + "sample.emulated_steps or sample.schedule=uniform.", 100 * share)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import SampleConfig
 from lingen.run_folder.folder import RunFolder
 from lingen.sampling import clips
-from lingen.sampling.notes import Noted, Notes, notes_of, notes_on, read_notes
+from lingen.sampling.notes import Notes, notes_of, notes_on, read_notes
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights, write_tensors
@@ -76,7 +76,15 @@ def sample_again(
             others."""
     clip_paths(out, 1)
     noted = read_notes(made)
-    weights = _weights_of(noted, made, source)
+    weights = Path(noted.weights)
+    if source is not None:
+        own = RunFolder(Path(source)).weights(str(noted.stage))
+        weights = own if own.is_file() else find_weights(source)
+    elif not weights.is_file():
+        raise RecipeError(
+            f"The weights that made {made} are no longer at {noted.weights}. Say where they are: --run DIR or "
+            "--checkpoint F."
+        )
     module = load_denoiser(weights)
     shared = notes_of(module, weights, noted.clip, noted.settings)
     noted.check_same(shared, weights)
@@ -84,18 +92,6 @@ def sample_again(
         say(f"differs from when the clip was made: {line}")
     (file,) = _write_takes(module, [noted.take], [Path(out)], noted.clip, noted.settings, shared, progress)
     return file
-
-
-def _weights_of(noted: Noted, made: str | Path, source: str | Path | None) -> Path:
-    if source is None:
-        if not Path(noted.weights).is_file():
-            raise RecipeError(
-                f"The weights that made {made} are no longer at {noted.weights}. Say where they are: --run DIR or "
-                "--checkpoint F."
-            )
-        return Path(noted.weights)
-    own = RunFolder(Path(source)).weights(str(noted.stage))
-    return own if own.is_file() else find_weights(source)
 
 
 def _write_takes(

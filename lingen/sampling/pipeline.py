@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
 from lingen.autoencoder.stored import settings_from_shapes
 from lingen.autoencoder.tae import TAE
@@ -123,7 +122,11 @@ def export_folder(source: str | Path, out: str | Path, precision: str = "fp32") 
         for name, part, config, start in parts:
             tensors = {key.removeprefix(start): one for key, one in state.items() if key.startswith(start)}
             if isinstance(part, TAE):
-                config, tensors = _of_tae(part)
+                if not part.loaded:
+                    part.load()
+                tensors = part.state_dict()
+                sizes = settings_from_shapes({key: tuple(value.shape) for key, value in tensors.items()})
+                config = {"name": "tae", **sizes, "chunk": part.chunk, "path": _WEIGHTS}
             if precision == "bf16":
                 tensors = {k: v.bfloat16() if v.ndim > 1 and v.is_floating_point() else v for k, v in tensors.items()}
             write_json(work / name / "config.json", {"_class_name": type(part).__name__, **config})
@@ -134,13 +137,6 @@ def export_folder(source: str | Path, out: str | Path, precision: str = "fp32") 
         write_text(work / "recipe.yaml", metadata["recipe"])
         write_text(work / "README.md", card_of(module, weights, metadata))
     return path
-
-
-def _of_tae(part: TAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not part.loaded:
-        part.load()
-    sizes = settings_from_shapes({name: tuple(value.shape) for name, value in part.state_dict().items()})
-    return {"name": "tae", **sizes, "chunk": part.chunk, "path": _WEIGHTS}, part.state_dict()
 
 
 def _weights(folder: Path) -> Path:

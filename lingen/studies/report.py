@@ -46,10 +46,16 @@ class Element(str):
 def page_of(found: dict[str, Any], runs: Sequence[Compared]) -> str:
     """The whole page of what `compare_runs` found."""
     overview, differ = tables_of(found)
+    figure = Figure((10, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=found["at"])
+    axes.set_ylabel(found["metric"], parse_math=False)
+    lines = [draw(axes, [(x, math.nan if y is None else y) for x, y in one["curve"]]) for one in found["runs"]]
+    for text in axes.legend(lines, [one["run"] for one in found["runs"]], fontsize=8).get_texts():
+        text.set_parse_math(False)
     return whole_page(
         f"{found['metric']} of {len(runs)} runs",
         {
-            "": table(overview), "Curves": _all_curves(found), "Settings that differ": table(differ) or "<p>None.</p>",
+            "": table(overview), "Curves": svg_of(figure), "Settings that differ": table(differ) or "<p>None.</p>",
             "Clips of the same prompts": table(_samples(runs)) or "<p>There are none yet.</p>",
         },
     )  # fmt: skip
@@ -71,16 +77,6 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     cells = [[row.get(name, "") for name in names] for row in rows]
     lines = ["".join(f"<td>{one if isinstance(one, Element) else escape(one)}" for one in line) for line in cells]
     return f"<div><table><tr>{''.join(f'<th>{escape(one)}' for one in names)}<tr>{'<tr>'.join(lines)}</table></div>"
-
-
-def _all_curves(found: dict[str, Any]) -> str:
-    figure = Figure((10, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel=found["at"])
-    axes.set_ylabel(found["metric"], parse_math=False)
-    lines = [draw(axes, [(x, math.nan if y is None else y) for x, y in one["curve"]]) for one in found["runs"]]
-    for text in axes.legend(lines, [one["run"] for one in found["runs"]], fontsize=8).get_texts():
-        text.set_parse_math(False)
-    return svg_of(figure)
 
 
 def draw(axes: Any, curve: Curve, label: str | None = None) -> Any:
@@ -140,12 +136,15 @@ def write_report(folder: str | Path) -> Path:
     restarts = [{"time": one["time"], "the start before it ended so": one["reason"]} for one in status.restarts]
     stages = ", ".join(f"{name} {one['step']:,} of {one['steps']:,} steps" for name, one in status.stages.items())
     state = f"{status.state}{f': {status.reason}' if status.reason else ''}. Stages: {stages}."
+    file = RunFolder(path).ledger
+    ledger = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # of the stage trained last
+    counts = {key: ledger.get(key, 0) for key in ("used", "retried", "truncated")} | ledger.get("dropped", {})
     parts = {
         "": f"<p>{escape(state)}</p>{table([numbers])}",
         "Curves": _curves(run, status),
         "Clips": _clips(run),
         "Score": table([{"attribute": name, "right": share} for name, share in shares.items()]),
-        "Samples": _ledger(path),
+        "Samples": table([{what: cell_of(number) for what, number in counts.items()}]) if ledger else "",
         "Started again": table(restarts),
         "Settings": _settings(run),
     }  # fmt: skip
@@ -184,26 +183,16 @@ def _clips(run: Compared) -> str:
     return table([{"prompt": prompt} | {name: row.get(name, "") for name in names} for prompt, row in rows.items()])
 
 
-def _ledger(path: Path) -> str:
-    """Samples of the stage trained last: used, retried, and dropped for which reasons."""
-    file = RunFolder(path).ledger
-    ledger = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    counts = {key: ledger.get(key, 0) for key in ("used", "retried", "truncated")} | ledger.get("dropped", {})
-    return table([{what: cell_of(number) for what, number in counts.items()}]) if ledger else ""
-
-
 def _settings(run: Compared) -> str:
     """Those that the recipe of that name, as it comes with lingen, has otherwise; and all of them."""
     usual: dict[str, str] = {}
     if (name := run.settings.get("name", "")) in shipped_recipes():
         usual = dict(leaves(yaml.safe_load(to_yaml(load_curriculum(name).base))))
     own = [key for key in run.settings if key.startswith("stages.") and usual]
-    both = {key: [_taken(settings, key) for settings in (run.settings, usual)] for key in [*usual, *own]}
+    both = {}
+    for key in [*usual, *own]:  # what a stage takes: its own value, else the recipe's
+        shared = re.sub(r"^stages\.[^.]+\.", "", key)
+        both[key] = [settings.get(key, settings.get(shared, "-")) for settings in (run.settings, usual)]
     changed = [{"setting": key, "here": a, "in the recipe": b} for key, (a, b) in both.items() if a != b]
     every = table([{"setting": key, "value": value} for key, value in run.settings.items()])
     return f"{table(changed)}<details><summary>All settings and versions</summary>{every}</details>"
-
-
-def _taken(settings: dict[str, str], key: str) -> str:
-    """What a stage takes: its own value, else the recipe's."""
-    return settings.get(key, settings.get(re.sub(r"^stages\.[^.]+\.", "", key), "-"))

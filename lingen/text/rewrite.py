@@ -83,8 +83,10 @@ class Rewriter:
         Args:
             progress: called with the prompts done and all of them."""
         check_ready([self])
-        kept = _Kept(self.settings)
-        known = {one: kept.get(one) for one in dict.fromkeys(prompts) if one.strip()}
+        settings, named = self.settings, [one for one in dict.fromkeys(prompts) if one.strip()]
+        folder = cache_folder() / "rewritten" / hash_settings(settings)
+        files = {one: folder / f"{hashlib.sha256(one.encode()).hexdigest()[:32]}.json" for one in named}
+        known = {one: _kept(files[one], one) for one in named}
         done = {prompt: Rewritten(prompt, text, cached=True) for prompt, text in known.items() if text is not None}
         done |= {prompt: Rewritten(prompt, prompt) for prompt in prompts if not prompt.strip()}
         total = len({*prompts})
@@ -95,7 +97,11 @@ class Rewriter:
             for one in self._write(new[start : start + size]):
                 done[one.prompt] = one
                 if one.text is not None:
-                    kept.put(one.prompt, one.text)
+                    about = {"prompt": one.prompt, "rewritten": one.text, "settings": settings}
+                    try:
+                        write_json(files[one.prompt], about)
+                    except OSError as error:
+                        log.warning("A rewritten prompt cannot be kept for the next time: %s", error)
         progress(total, total)
         return [done[prompt] for prompt in prompts]
 
@@ -150,30 +156,13 @@ def _send_back(answer: Rewritten) -> Talk:
     return [{"role": "assistant", "content": str(answer.text)}, {"role": "user", "content": complaint}]
 
 
-class _Kept:
-    """Texts on disk, a file for each prompt; a file appears in one step."""
-
-    def __init__(self, settings: dict[str, Any]):
-        self.settings = settings
-        self.folder = cache_folder() / "rewritten" / hash_settings(settings)
-
-    def get(self, prompt: str) -> str | None:
-        try:
-            held = json.loads(self._file(prompt).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return held["rewritten"] if held["prompt"] == prompt else None
-
-    def put(self, prompt: str, text: str) -> None:
-        file = self._file(prompt)
-        about = {"prompt": prompt, "rewritten": text, "settings": self.settings}
-        try:
-            write_json(file, about)
-        except OSError as error:
-            log.warning("A rewritten prompt cannot be kept for the next time: %s", error)
-
-    def _file(self, prompt: str) -> Path:
-        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.json"
+def _kept(file: Path, prompt: str) -> str | None:
+    """What a prompt was rewritten to before, if that is what the file holds."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return held["rewritten"] if held["prompt"] == prompt else None
 
 
 class Chat:

@@ -53,19 +53,14 @@ def start_of(
         return StageStart(name, 0, None, find_weights(own_init), None)
     if not before:
         return StageStart(name, 0, None, None, None)
-    optimizer = _moments_of(folder, before[-1], name) if recipe.train.keep_optimizer else None
-    return StageStart(name, 0, None, folder.weights(before[-1]), optimizer)
-
-
-def _moments_of(folder: RunFolder, before: str, stage: str) -> Path:
-    found, lines = newest_intact(folder, before)
-    if found is None:
+    optimizer, lines = newest_intact(folder, before[-1]) if recipe.train.keep_optimizer else (None, [])
+    if recipe.train.keep_optimizer and optimizer is None:
         raise RecipeError(
-            f"stage {stage}: train.keep_optimizer takes AdamW's moments from a checkpoint of stage {before}, and "
+            f"stage {name}: train.keep_optimizer takes AdamW's moments from a checkpoint of stage {before[-1]}, and "
             f"{folder.path} holds none that is whole{''.join(f'; {line}' for line in lines[:-1])}. Bring one back, or "
             "start a run with train.keep_optimizer=false."
         )
-    return found
+    return StageStart(name, 0, None, folder.weights(before[-1]), optimizer)
 
 
 def hand_over(module: Trained, start: StageStart, say: Callable[[str], None]) -> None:

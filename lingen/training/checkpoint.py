@@ -95,7 +95,16 @@ def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None
         RecipeError: the checkpoint is of another model.
         DataError: the shards hold other samples now."""
     state = stored.state
-    _fill_model(stored, module)
+    if module.average is not None:
+        module.average.updates = state["average_updates"]
+    for name, target in _copies_of(module).items():
+        if name not in stored.tensors or stored.shape(name) != target.shape:
+            there = list(stored.shape(name)) if name in stored.tensors else "nothing"
+            raise RecipeError(
+                f"The checkpoint of step {state['step']} is of another model: for {name} it holds {there}, and this "
+                f"recipe's has {list(target.shape)}. Use the recipe that it was trained with."
+            )
+        fill_rows(target, stored, name)
     load_state_by_name(module, trainer.optimizers[0], moments_of(stored, module))
     module.bad_steps = state["bad_steps"]
     module.spikes.load_state_dict(state.get("spikes", {}))
@@ -110,24 +119,15 @@ def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None
         config.scheduler.load_state_dict(schedule)
 
 
-def _fill_model(stored: Stored, module: Trained) -> None:
-    if module.average is not None:
-        module.average.updates = stored.state["average_updates"]
-    for name, target in _copies_of(module).items():
-        if name not in stored.tensors or stored.shape(name) != target.shape:
-            there = list(stored.shape(name)) if name in stored.tensors else "nothing"
-            raise RecipeError(
-                f"The checkpoint of step {stored.state['step']} is of another model: for {name} it holds {there}, and "
-                f"this recipe's has {list(target.shape)}. Use the recipe that it was trained with."
-            )
-        fill_rows(target, stored, name)
-
-
 def moments_of(stored: Stored, module: Trained) -> OptimizerState:
     """What the optimiser keeps, read as this rank holds each parameter, and in its type; names that the module lacks,
     and parameters of another shape, are left out."""
-    parameters, kept = module.trained_parameters(), _kept_for_parameters(stored)
-    found: OptimizerState = {}
+    parameters, found = module.trained_parameters(), OptimizerState()
+    kept: dict[str, dict[str, str]] = {name: {} for name in stored.state["optimizer"]}
+    for tensor in stored.tensors:
+        key, _, name = tensor.partition(".")
+        if key not in COPIES and name in kept:
+            kept[name][key] = tensor
     for name, counts in stored.state["optimizer"].items():
         like = parameters.get(name)
         if like is None or stored.shape(f"raw.{name}") != like.shape:
@@ -143,16 +143,6 @@ def _read_for(parameter: Tensor, stored: Stored, name: str) -> Tensor:
     value = torch.empty_like(parameter, requires_grad=False)
     fill_rows(value, stored, name)
     return value
-
-
-def _kept_for_parameters(stored: Stored) -> dict[str, dict[str, str]]:
-    """Parameter -> what the optimiser keeps for it -> the tensor's name in the checkpoint."""
-    found: dict[str, dict[str, str]] = {name: {} for name in stored.state["optimizer"]}
-    for tensor in stored.tensors:
-        key, _, name = tensor.partition(".")
-        if key not in COPIES and name in found:
-            found[name][key] = tensor
-    return found
 
 
 def in_batches(loops: dict[str, Any], step: int, accumulate: int) -> dict[str, Any]:

@@ -167,7 +167,12 @@ def _steps(module: Trained, tracker: MemoryTracker, is_alone: bool) -> dict[str,
     tracker.restart()
     with nullcontext() if on_cpu else unlaunched():
         with _autocast(module.recipe):
-            loss = _loss(module)
+            kind, grid = largest_batch(module.recipe)
+            rows = int(getattr(module.recipe.data.batch, kind))
+            if isinstance(module, LinGenModule):
+                loss = _loss_of_velocity(module, rows, grid)
+            else:
+                loss = _loss_of_reconstruction(cast(AutoencoderModule, module), rows, kind)
         moments_here["forward"] = tracker.most, tracker.at_most
         tracker.restart()
         loss.backward()
@@ -258,15 +263,6 @@ def _absent_ranks(ranks: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _loss(module: Trained) -> Tensor:
-    """The loss of the largest batch, as the module's training step computes it."""
-    kind, grid = largest_batch(module.recipe)
-    rows = int(getattr(module.recipe.data.batch, kind))
-    if isinstance(module, LinGenModule):
-        return _loss_of_velocity(module, rows, grid)
-    return _loss_of_reconstruction(cast(AutoencoderModule, module), rows, kind)
 
 
 def _loss_of_velocity(module: LinGenModule, rows: int, grid: Triple) -> Tensor:

@@ -14,26 +14,22 @@ from lingen.weights import find_weights
 
 
 def check_inputs(stages: Sequence[Recipe], folder: RunFolder) -> None:
-    """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built."""
+    """RecipeError where weights of a frozen part, shards or `init` are not there, before anything is built, or shards
+    hold too few samples that fit the stage for a step. Shards are opened, nothing is decoded; clips that lingen draws
+    itself fit."""
     for recipe in stages:
-        _check_samples(recipe)
+        data = ClipData(recipe)
+        data.check()
+        if recipe.data.shards.image or recipe.data.shards.video:
+            try:
+                data.setup()
+            except DataError as error:
+                raise RecipeError(f"stage {recipe.stage}: {error}") from error
+            if problems := list(starved(recipe, data, launch.ranks_here(recipe))):
+                raise RecipeError(*problems)
         refuse(missing_parts(recipe, begun=bool(folder.checkpoints(str(recipe.stage)))))
         if recipe.init is not None:
             find_weights(recipe.init)
-
-
-def _check_samples(recipe: Recipe) -> None:
-    """RecipeError where shards are not there, or hold too few samples that fit the stage for a step. Shards are opened,
-    nothing is decoded; clips that lingen draws itself fit."""
-    data = ClipData(recipe)
-    data.check()
-    if recipe.data.shards.image or recipe.data.shards.video:
-        try:
-            data.setup()
-        except DataError as error:
-            raise RecipeError(f"stage {recipe.stage}: {error}") from error
-        if problems := list(starved(recipe, data, launch.ranks_here(recipe))):
-            raise RecipeError(*problems)
 
 
 def missing_parts(recipe: Recipe, *, begun: bool = False) -> list[Missing]:

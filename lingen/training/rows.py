@@ -109,16 +109,13 @@ class Rows(Callback):
         for hook in self._hooks:
             hook.remove()
         pl_module.settle()
-        for name, value in (_all_rms(pl_module.rms or {}) | horizons(pl_module)).items():
+        squares = {name: float(square) for name, square in (pl_module.rms or {}).items()}
+        ranks = gather_objects(squares)  # over the tokens of all ranks, which have as many each
+        rms = {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in squares}
+        for name, value in (rms | horizons(pl_module)).items():
             pl_module.meter.add(name, value[None])
         self._hooks, pl_module.rms = [], None
         pl_module.log_row(pl_module.collect_metrics())
-
-
-def _all_rms(squares: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over the tokens of all ranks, which have as many each."""
-    ranks = gather_objects({name: float(square) for name, square in squares.items()})
-    return {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in squares}
 
 
 def blocks_of(module: Trained) -> Iterable[Any]:

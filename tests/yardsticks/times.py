@@ -32,7 +32,7 @@ from lingen.model import SMALLEST_TIME_LEFT
 from lingen.plan.loading import load_curriculum
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.sections import Recipe, SampleConfig, TimeConfig
-from lingen.sampling.clips import clip_size, decoded, encode_prompts, joined, sample_latents, takes_of
+from lingen.sampling.clips import Texts, clip_size, decoded, encode_prompts, sample_latents, takes_of
 from lingen.tables import as_table
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import load_denoiser
@@ -47,6 +47,12 @@ WAYS = {
 ATTRIBUTES = ("colour", "shape", "motion")
 BATCH = 60
 """Clips at a time."""
+
+
+def joined(texts: Sequence[Texts]) -> Texts:
+    """Several prompts as one batch."""
+    null, text = ([flow.stack_text(*parts) for parts in zip(*each, strict=True)] for each in zip(*texts, strict=True))
+    return Texts(null, text)
 
 
 def kept(times: Tensor, solver: str, deviation: float) -> float:
