@@ -11,8 +11,11 @@ def enter() -> int:
     faulthandler.enable()  # a crash of a kernel or a driver tells where it was
     if sys.argv[1:2] == ["fit"]:
         signals.listen()
-    from lingen.cli import main
-
+    try:
+        from lingen.cli import main
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return signals.INTERRUPTED
     return main()
 
 

@@ -26,8 +26,8 @@ LITTLE_DISK = 20.0
 """GB of free disk space below which there is a warning: a checkpoint of the largest recipe is larger (ours)."""
 OPTIONAL = {
     "transformers": "frozen text encoders, rewriting and captioning", "diffusers": "its video autoencoders",
-    "boto3": "shards at s3://", "mamba-ssm": "kernel: stock of the scan, for comparison",
-    "flash-attn": "kernel: flash of attention, for comparison",
+    "boto3": "shards at s3://", "gradio": "a page, lingen ui", "mamba-ssm": "kernel: stock of the scan, for comparison",
+    "flash-attn": "kernel: flash of attention, for comparison", "statsmodels": "intervals of eval, ablate and study",
 }  # fmt: skip
 """Packages that lingen runs without, and what they are for."""
 MALWARE = ("2.6.2", "2.6.3")
@@ -66,7 +66,8 @@ def _lacks(recipe: Recipe) -> list[Missing]:
         lacks = missing_parts(recipe)
     except ValueError:  # shards that cannot be opened, of which `_shards` tells: are they encoded?
         lacks = missing_of(recipe.subject.frozen_parts(recipe))
-    return lacks + missing_of(_rewriters(recipe))
+    unneeded = "(`lingen sample --rewrite` alone reads it: training does without.)"
+    return lacks + [one._replace(cure=f"{one.cure} {unneeded}") for one in missing_of(_rewriters(recipe))]
 
 
 def _there(recipe: Recipe) -> Iterator[str]:
@@ -124,7 +125,7 @@ class Line(NamedTuple):
 def machine() -> Iterator[Line]:
     """What this machine has, one thing after the other. Imports no lightning, which may be malware."""
     yield Line(True, "python", platform.python_version())
-    yield Line(True, "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
+    yield Line(True, "torch", f"{torch.__version__}, CPU threads: {torch.get_num_threads()}")
     yield _lightning()
     yield from _gpus()
     triton = str(version_of("triton")) if has_triton() else "not installed; kernels run on plain PyTorch"

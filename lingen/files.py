@@ -97,9 +97,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, own: bool = False) -> Iterator[Path]:
     """Gives a new folder to fill, beside `path`, and renames it at the end; after an error nothing is left of it. Where
-    another process came first, its folder stays. What killed processes left beside it is removed."""
+    another process came first, its folder stays; with `own` that is a RecipeError. What killed processes left beside it
+    is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left(path.parent, f"{BUILDING}*")
     work = path.parent / f"{BUILDING}{_mark()}"
@@ -112,6 +113,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         except OSError:
             if not path.is_dir():
                 raise
+            if own:
+                raise RecipeError(f"{path} was made by another process meanwhile. Name another folder.") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -279,7 +279,7 @@ def _fit_once(
         if isinstance(module, LinGenModule):
             samples.sample_prompts(module, folder, step, recipe.sample.prompts)
         else:
-            samples.sample_reconstructions(cast(Any, module), data, folder, step)
+            on_first_rank(partial(samples.sample_reconstructions, cast(Any, module), data, folder, step))
         signals.check()
 
     def evaluate(module: Trained, step: int) -> None:
@@ -291,6 +291,8 @@ def _fit_once(
         sample(module, step)
         if recipe.train.evaluate_every and not on_first_rank(lambda: is_evaluated(step)):
             evaluate(module, step)
+        if index == len(curriculum.stages) - 1:  # it is of weights that go now; samples/score-STEP keeps it
+            on_first_rank(partial(folder.score.unlink, missing_ok=True))
         # They come last: a stage that has weights owes nothing.
         save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
 

@@ -1,6 +1,7 @@
-"""Rows of strings as the text of a table."""
+"""Rows of strings as the text of a table; values as words."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,3 +31,14 @@ def as_cell(value: Any) -> str:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return "[" + ", ".join(map(as_cell, value)) + "]"
     return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def as_duration(seconds: float | None) -> str:
+    """Minutes, hours or days, rounded up; of None ``unknown``."""
+    if seconds is None:
+        return "unknown"
+    minutes = math.ceil(seconds / 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"

@@ -143,7 +143,7 @@ def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:
 
     try:
         with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
+            metadata = dict(sorted((file.metadata() or {}).items()))  # they come in any order
     except SafetensorError as error:
         raise WeightsError(path, f"it is cut off or no safetensors file ({error}).") from error
     except OSError as error:

@@ -66,9 +66,7 @@ FAULTS = """() => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install 'lingen[test]'"
-    )
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[test]'")
     if CHROMIUM is None:
         pytest.skip("there is no chromium on the path")
     with sync_api.sync_playwright() as playwright:

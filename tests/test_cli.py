@@ -166,6 +166,37 @@ def test_wrong_use_is_exit_code_2(arguments, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_flag_with_a_typing_mistake_is_told_with_the_nearest(capsys):
+    assert main(["sample", "--run", "x", "--stpes=3"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("lingen sample: unrecognized arguments: --stpes=3. Did you mean '--steps'?")
+    assert "lingen sample --help" in told and len(told.splitlines()) == 1
+
+
+def test_help_is_a_word_as_well(capsys):
+    assert main(["help"]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+    assert main(["help", "sample"]) == 0
+    assert "usage: lingen sample" in capsys.readouterr().out
+
+
+def test_that_torch_is_imported_is_said_once_and_on_stderr():
+    done = run_command("list", "mixers", "--json")
+    assert done.returncode == 0 and len(json.loads(done.stdout)) > 3
+    assert done.stderr == "loading PyTorch ...\n"
+    done = run_command("show", "--recipe", "quickstart_cpu", "model.detph=2")
+    assert done.returncode == 2 and "PyTorch" not in done.stderr
+
+
+@pytest.mark.parametrize("what", [*registries(), "recipes"])
+def test_what_a_part_is_about_is_a_whole_sentence(what, capsys):
+    assert main(["list", what, "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out):
+        about = row["about"]
+        assert what == "scans" or about.endswith("."), about
+        assert "\n" not in about and about.count("(") == about.count(")"), about
+
+
 def test_interrupt(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt

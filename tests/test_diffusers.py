@@ -295,7 +295,7 @@ def test_without_diffusers_it_says_how_to_install_it(tmp_path, monkeypatch):
     with torch.device("meta"):
         ours = adapter("AutoencoderKLWan", tmp_path)
     (found,) = ours.missing()
-    assert "pip install 'lingen[diffusers]'" in found.cure
+    assert "pip install 'diffusers>=0.35'" in found.cure
     with pytest.raises(RecipeError, match="pip install"):
         ours.encode(torch.zeros(1, 3, 1, 8, 8))
 

@@ -397,7 +397,7 @@ def test_mistakes_are_said_in_a_sentence(here: Path, capsys: pytest.CaptureFixtu
 def test_a_missing_extra_has_its_cure(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(__import__("sys").modules, "statsmodels.stats.multitest", None)
     run("A", code=2)
-    assert "pip install 'lingen[eval]'" in capsys.readouterr().err
+    assert "pip install 'scipy>=1.15' statsmodels" in capsys.readouterr().err
 
 
 # networks

@@ -137,6 +137,16 @@ def test_of_two_that_build_a_folder_the_first_one_stays(tmp_path: Path):
     assert _names(path) == ["early"] and _names(path.parent) == ["folder"]
 
 
+def test_a_folder_of_ones_own_is_not_anothers(tmp_path: Path):
+    path = tmp_path / "folder"
+    with pytest.raises(RecipeError, match="folder was made by another process meanwhile. Name another"):
+        with whole_folder(path, own=True) as late:
+            (late / "late").touch()
+            with whole_folder(path, own=True) as early:
+                (early / "early").touch()
+    assert _names(path) == ["early"] and _names(tmp_path) == ["folder"]
+
+
 def test_modes_are_what_the_umask_says(tmp_path: Path):
     before = os.umask(0o027)
     try:

@@ -22,7 +22,7 @@ NEEDED = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.
 
 
 def test_the_source_distribution_holds_all_that_is_needed_and_nothing_else(tmp_path: Path):
-    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install 'lingen[test]'")
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install '.[test]'")
     words = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
     (archive,) = tmp_path.iterdir()

@@ -12,7 +12,8 @@ import yaml
 
 from lingen.cli import main
 from lingen.plan.loading import load_curriculum, to_yaml
-from lingen.run_folder.folder import README, RunFolder
+from lingen.recipe.reading import shipped_folder
+from lingen.run_folder.folder import RunFolder
 from lingen.studies.compare import Compared, leaves
 from lingen.studies.report import _settings, write_report
 
@@ -84,8 +85,9 @@ def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_readme_names_each_file(run: Path):
     names = [path.name for path in run.iterdir() if path.name not in ("README.md", "report.html")]
-    assert (run / "README.md").read_text() == README and len(names) > 4
-    assert [name for name in names if name not in README] == []
+    readme = (run / "README.md").read_text()
+    assert readme == (shipped_folder("templates") / "run_readme.md").read_text() and len(names) > 4
+    assert [name for name in names if name not in readme] == []
 
 
 def test_a_page_that_cannot_be_made_fails_no_run(

@@ -15,9 +15,12 @@ import torch
 import lingen
 from lingen.cli import main
 from lingen.data.ledger import DataError
+from lingen.media import read_video
 from lingen.run import fit
 from lingen.run_folder.folder import RunFolder
 from lingen.run_folder.intact import Checkpoint
+from lingen.sampling.files import sample_again
+from lingen.sampling.notes import read_notes
 from lingen.training.denoiser import LinGenModule
 from lingen.training.health import NonFiniteError
 from lingen.training.rows import MetricsFile
@@ -371,6 +374,36 @@ def test_metrics_join_a_step_and_drop_what_is_trained_again(tmp_path: Path):
     MetricsFile(path, "one", 1, heard.append).write(2, {"loss": 0.9})
     assert path.read_text().splitlines()[1:] == ["one,1,2.0,3.0", "two,1,0.5,", "one,2,0.9,"]
     assert heard[1] == {"stage": "one", "step": 1, "validation/loss": 3.0}
+
+
+def test_columns_of_metrics_have_one_order_whoever_comes_first(tmp_path: Path):
+    """What is read first stands first, measures of a kind beside each other; a file of an earlier version joins in."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("stage,step,data/used,mixer/10/ma_rms,loss,mixer/02/ma_rms\none,1,4.0,0.5,2.0,0.25\n")
+    rows = MetricsFile(path, "one", 1, lambda row: None)
+    rows.write(2, {"time/own_max": 1.0, "loss/time_0.1_0.25": 3.0, "loss/time_0_0.1": 4.0, "lr": 0.1, "loss": 1.0})
+    rows.write(2, {"validation/loss": 5.0})
+    lines = path.read_text().splitlines()
+    first = "stage,step,loss,loss/time_0_0.1,loss/time_0.1_0.25,validation/loss,lr"
+    assert lines[0] == f"{first},time/own_max,data/used,mixer/02/ma_rms,mixer/10/ma_rms"
+    assert lines[1:] == ["one,1,2.0,,,,,,4.0,0.25,0.5", "one,2,1.0,4.0,3.0,5.0,0.1,1.0,,,"]
+
+
+def test_a_score_keeps_each_clip_and_goes_with_its_weights(tiny_recipe: Path, tmp_path: Path):
+    """Every judged clip is a film that can be made again; weights that were trained on do not have an old score."""
+    words = ["data.synthetic=shapes", "stages.images.train.steps=1", "sample.prompts=[]", "sample.steps=2"]
+    run = fit(tiny_recipe, [*words, "score.clips=3", "stages.clips.train.steps=1"], run=tmp_path / "run")
+    folder = RunFolder(run)
+    made = run / "samples/score-0000001"
+    assert [path.name for path in sorted(made.iterdir())] == [
+        "00.mp4", "01.mp4", "02.mp4", "score.json", "sheet.png",
+    ]  # fmt: skip
+    noted = [read_notes(path) for path in sorted(made.glob("*.mp4"))]
+    assert len({one.prompt for one in noted}) == 3 and folder.score.read_text() == (made / "score.json").read_text()
+    again = sample_again(made / "01.mp4", tmp_path / "again.mp4")
+    assert (read_video(again.read_bytes())[0] == read_video((made / "01.mp4").read_bytes())[0]).all()
+    fit(tiny_recipe, [*words, "score.clips=0", "stages.clips.train.steps=2"], run=run)
+    assert not folder.score.exists() and (made / "score.json").is_file()
 
 
 def test_the_learning_rate_of_a_row_is_that_of_its_step(tiny_recipe: Path, tmp_path: Path):

@@ -171,7 +171,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if find_spec("mkdocs") is None or find_spec("material") is None:
-        pytest.skip("mkdocs-material is not installed: pip install 'lingen[docs]'")
+        pytest.skip("mkdocs-material is not installed: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("built")
     words = [
         sys.executable,
@@ -230,7 +230,7 @@ def test_llms_txt_leads_to_pages(site: Path):
     assert len(links) > 25 and not [link for link in links if not (site / link).is_file()]
 
 
-@pytest.mark.skipif(find_spec("codespell_lib") is None, reason="codespell is not installed: pip install 'lingen[docs]'")
+@pytest.mark.skipif(find_spec("codespell_lib") is None, reason="codespell is not installed: pip install '.[docs]'")
 def test_spelling():
     """Of pages, and of what people read in the code: docstrings, messages, templates, recipes."""
     files = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "lingen", "templates", "recipes"]

@@ -297,6 +297,9 @@ def test_a_run_that_waits_in_the_queue(tmp_path: Path, capsys):
     assert main(["status", str(tmp_path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["state"], told["reason"], told["alive"]) == ("new", "job 12 has not begun to train", False)
+    log = tmp_path / "submit" / "0001" / "12.log"
+    log.write_text("The ranks cannot meet")  # the job has ended before anything was trained
+    assert status_of(tmp_path).reason == f"job 12 has not begun to train; what it printed: {log}"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"course": 3}', '{"stages": ["a"], "course": {"a": {}}}'])

@@ -13,7 +13,7 @@ from lingen.evaluation.study import QUESTIONS, make_study
 from lingen.recipe.errors import RecipeError
 from tests.helpers.study import PROMPTS, read_json, rightly, write_clips, write_votes
 
-pytest.importorskip("statsmodels", reason="statsmodels is not installed: pip install 'lingen[eval]'")
+pytest.importorskip("statsmodels", reason="statsmodels is not installed: pip install '.[eval]'")
 
 from scipy.optimize import minimize
 from statsmodels.stats.inter_rater import fleiss_kappa

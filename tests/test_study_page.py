@@ -14,8 +14,8 @@ from lingen.evaluation.study import QUESTIONS, make_study
 from lingen.evaluation.study_report import report_votes
 from tests.helpers.study import PROMPTS, write_clips
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'lingen[test]'")
-pytest.importorskip("statsmodels", reason="statsmodels is not installed: pip install 'lingen[eval]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[test]'")
+pytest.importorskip("statsmodels", reason="statsmodels is not installed: pip install '.[eval]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

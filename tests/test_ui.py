@@ -66,14 +66,14 @@ def test_models_are_finished_runs_of_denoisers(tiny_run: Path, tmp_path: Path):
 @pytest.mark.skipif(find_spec("gradio") is not None, reason="gradio is installed")
 def test_without_gradio_the_cure_is_said(capsys: pytest.CaptureFixture[str]):
     assert main(["ui"]) == 2
-    assert 'pip install "lingen[ui]"' in capsys.readouterr().err
+    assert 'pip install "gradio>=6"' in capsys.readouterr().err
 
 
 @pytest.fixture
 def address(tiny_run: Path, tmp_path: Path) -> Iterator[str]:
     """Where `lingen ui` answers."""
     if find_spec("gradio") is None:
-        pytest.skip("gradio is not installed: pip install 'lingen[ui]'")
+        pytest.skip("gradio is not installed: pip install '.[ui]'")
     (tmp_path / "runs").mkdir()
     shutil.copytree(tiny_run, tmp_path / "runs" / "tiny")
     with socket.socket() as one:

@@ -72,7 +72,7 @@ class DiffusersVAE(nn.Module):
 
     def _problems(self) -> Iterator[str]:
         if find_spec("diffusers") is None:
-            yield "the package diffusers is not installed. pip install 'lingen[diffusers]'."
+            yield "the package diffusers is not installed. pip install 'diffusers>=0.35'."
         if self.path is None:
             yield f"the recipe does not say where the weights are. {known.advice(self.class_name)}."
             return

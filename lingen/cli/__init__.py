@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Their commands register themselves.
-from lingen.cli import bench, cluster, compare, data, doctor, encode, evaluate, export, prompts, recipes, runs, study  # noqa: F401
+# Their commands register themselves, in the order of `lingen --help`.
+from lingen.cli import runs, compare, recipes, data, encode, prompts, export, evaluate, study, cluster, doctor, bench  # noqa: F401  # isort: skip
 from lingen.cli.command import COMMANDS, DONE, FAILED, WRONG_USE, parse_arguments
-from lingen.cli.edge import line_of
-from lingen.ranks.environment import OtherRankError, who
+from lingen.cli.edge import TellsOfTorch, line_of
+from lingen.ranks.environment import OtherRankError, here, who
 from lingen.ranks.signals import INTERRUPTED
 from lingen.recipe.errors import RecipeError
 
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_told = bool(who()) and (sys.argv[1:] if argv is None else argv)[:1] == ["fit"]  # by rank 0
         with contextlib.redirect_stderr(io.StringIO()) if is_told else contextlib.nullcontext():
             args = parse_arguments(argv)
+        if "torch" not in sys.modules and TellsOfTorch not in sys.meta_path and here().rank == 0:
+            sys.meta_path.insert(0, TellsOfTorch)
         return COMMANDS[args.command].run(args) or DONE
     except SystemExit as stop:  # argparse has printed the reason
         return int(stop.code or DONE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, argument, command, natural, parse_arguments, print_json
 from lingen.recipe.errors import RecipeError
+from lingen.tables import as_duration
 
 if TYPE_CHECKING:
     from lingen.launch.status import Status
@@ -167,7 +167,7 @@ def _lines_of(one: Status) -> Iterator[str]:
     place = f"stage {stages.index(one.stage) + 1}/{len(stages)} {one.stage}: step {one.step:,} of {one.steps:,}"
     yield f"  {place}{loss}{speed}"
     if one.state != "finished":
-        yield f"  left: {_duration(one.eta_seconds)} of the stage, {_duration(one.eta_run_seconds)} of the run"
+        yield f"  left: {as_duration(one.eta_seconds)} of the stage, {as_duration(one.eta_run_seconds)} of the run"
     yield f"  checkpoint: {one.checkpoint or 'none yet'}"
     for restart in one.restarts:
         yield f"  restarted {restart['time']}: {restart['reason']}"
@@ -190,11 +190,3 @@ def _lines_of(one: Status) -> Iterator[str]:
         )
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    minutes = math.ceil(seconds / 60)
-    hours, days = minutes // 60, minutes // 1440
-    if days:
-        return f"{days} d {hours % 24} h"
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"

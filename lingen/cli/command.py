@@ -115,6 +115,8 @@ def command(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the command; what argparse leaves over are overrides, wherever they stand between the flags."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     second = words[1] if len(words) > 1 and words[0] in UNSAID else "--help"
     if second not in ("-h", "--help") and f"{words[0]} {second}" not in COMMANDS:
         words.insert(1, UNSAID[words[0]])
@@ -128,7 +130,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.behind = behind
     flags = [word for word in rest if word.startswith("-")]
     if flags or (rest and not COMMANDS[args.command].takes_overrides):
-        parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
+        wrong, known = flags or rest, [flag for names, _ in COMMANDS[args.command].arguments for flag in names]
+        told = f"unrecognized arguments: {' '.join(wrong)}.{did_you_mean(wrong[0].partition('=')[0], known)}"
+        raise RecipeError(f"lingen {args.command}: {told} `lingen {args.command} --help` lists what it takes.")
     args.overrides = [*(f"imports={json.dumps([name])}" for name in getattr(args, "imports", ())), *rest]
     if not COMMANDS[args.command].takes_overrides:
         for name in getattr(args, "imports", ()):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lingen.cli import command as cli
 from lingen.cli.command import COMMANDS, DONE, FAILED, JSON, PART, RECIPE, argument, command, natural
 from lingen.files import write_json, write_text
+from lingen.launch.status import status_of
 from lingen.ranks import signals
 from lingen.recipe.errors import RecipeError
 
@@ -59,6 +60,8 @@ def compare(args: argparse.Namespace) -> None:
     argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not"),
 )
 def report(args: argparse.Namespace) -> None:
+    for run in args.runs:
+        status_of(run)  # a wrong name is told before torch is imported
     from lingen.studies.report import write_report
 
     for run in args.runs:
@@ -77,11 +80,12 @@ def report(args: argparse.Namespace) -> None:
 def ablate(args: argparse.Namespace) -> int:
     out = _out(args)
     from lingen.evaluation.statistics import check_extra
+
+    check_extra()
     from lingen.studies import ablation
     from lingen.studies.compare import cell_of
     from lingen.studies.grid import load_grid, name_of
 
-    check_extra()
     fixed = [word for word in args.variants if "=" in word.partition(":")[0]]  # argparse takes them for variants
     asked, fixed = [word for word in args.variants if word not in fixed], [*args.overrides, *fixed]
     fixed += ablation.validating(args.recipe, fixed, args.metric)

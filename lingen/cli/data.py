@@ -79,11 +79,12 @@ def data_check(args: argparse.Namespace) -> int:
     folders = split_overrides(args.folders, args)
     if args.recipe is None and not folders:
         raise RecipeError("Say what to check: folders of shards, --recipe R, or both.")
-    from lingen.prepare.check import Depth, check_folders
-    from lingen.prepare.forecast import forecast, local_folders, stages_on
     from lingen.recipe import load_stages
 
     stages = load_stages(args.recipe, args.overrides) if args.recipe else []
+    from lingen.prepare.check import Depth, check_folders
+    from lingen.prepare.forecast import forecast, local_folders, stages_on
+
     local, remote = ([Path(folder) for folder in folders], list[str]()) if folders else local_folders(stages)
     stages = stages_on(stages, local) if folders else stages
     depth: Depth = "decode" if args.decode else "quick" if args.quick else "full"

@@ -4,6 +4,8 @@ import argparse
 import errno
 import os
 import re
+import sys
+from typing import Any
 
 from lingen.ranks.environment import here, is_lost_rank
 
@@ -31,6 +33,15 @@ LESS_MEMORY = {
     "decode": "take --stream tiled, or a smaller --tile",
 }
 """Command -> what helps where memory ran out."""
+
+
+class TellsOfTorch:
+    """A finder for `sys.meta_path` that finds nothing: it says when torch is imported, which takes its time."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torch":
+            print("loading PyTorch ...", file=sys.stderr, flush=True)
 
 
 def line_of(error: BaseException, args: argparse.Namespace | None) -> str | None:

@@ -20,13 +20,14 @@ DEVICE = argument("--device", metavar="D", help="cuda, cuda:1, cpu; default: cud
 def encode(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say with which recipe: --recipe R; it names the shards, the autoencoder and the encoders.")
+    from lingen.recipe import load_curriculum
+
+    stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     from lingen.kernels.choice import best_device
     from lingen.prepare.encode import Encoding, encode_shards
     from lingen.prepare.journal import parse_part
-    from lingen.recipe import load_curriculum
 
     part = parse_part(args.part)
-    stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     workers = max(stage.data.workers for stage in stages)
     how = Encoding(str(best_device(args.device)), args.precision, part, workers, args.shard_mb, args.validation)
     with count_bar("encoding") as progress:

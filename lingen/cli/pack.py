@@ -64,14 +64,15 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
 def data_pack(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise RecipeError("Say for which recipe: --recipe R; its stages say which sizes and lengths are wanted.")
+    from lingen.recipe import load_stages
+
+    videos, images = split_overrides(args.videos, args), split_overrides(args.images, args)
+    stages = load_stages(args.recipe, args.overrides)
     from lingen.prepare.captions import Captions
     from lingen.prepare.journal import parse_part
     from lingen.prepare.pack import Packing, filters_for, look_for_footage, pack, wanted_by
-    from lingen.recipe import load_stages
 
-    part = parse_part(args.part)
-    videos, images = split_overrides(args.videos, args), split_overrides(args.images, args)
-    wanted = wanted_by(load_stages(args.recipe, args.overrides))
+    part, wanted = parse_part(args.part), wanted_by(stages)
     filters = filters_for(wanted, _filters(args))
     found = look_for_footage(videos, images, wanted)
     job = Packing(

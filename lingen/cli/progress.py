@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lingen.recipe.sections import Recipe
 from lingen.run import Reporter
+from lingen.tables import as_duration
 
 LINE_SECONDS = 30.0
 """Seconds between progress lines in the log of a job."""
@@ -55,8 +56,8 @@ class ConsoleReporter(Reporter):
         self.every = every
         self._bar = bar(console)
         self._task: Any = None
-        self._said = 0.0
-        self._name, self._steps = "", 0
+        self._said = self._began = 0.0
+        self._name, self._steps, self._done = "", 0, 0
         self._dropped = 0
         """Samples that were replaced since the stage began or went on."""
 
@@ -71,13 +72,17 @@ class ConsoleReporter(Reporter):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
-        self._name, self._steps, self._dropped = str(recipe.stage), recipe.train.steps, 0
+        self._name, self._steps, self._done, self._dropped = str(recipe.stage), recipe.train.steps, done, 0
+        self._began = time.monotonic()
+        self._said = self._began - self.every
         going_on = f", going on from step {done}" if done else ""
         self.say(f"stage {number}/{count} {self._name}: {self._steps} steps{going_on}")
         self._task = self._bar.add_task(self._name, total=self._steps, completed=done, note="")
 
     def step(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
+        if not self.console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
+            self._line(step, "")
 
     def row(self, row: dict[str, Any]) -> None:
         if "loss" not in row:
@@ -88,5 +93,10 @@ class ConsoleReporter(Reporter):
         last = int(row["step"]) >= self._steps
         self._bar.update(self._task, note=note)
         if not self.console.is_terminal and (last or time.monotonic() - self._said > self.every):
-            self._said = time.monotonic()
-            self.say(f"{self._name} {row['step']}/{self._steps}  {note}")
+            self._line(int(row["step"]), f"  {note}")
+
+    def _line(self, step: int, note: str) -> None:
+        self._said = time.monotonic()
+        pace = (self._said - self._began) / max(1, step - self._done)
+        left = f", {as_duration(pace * (self._steps - step))} left" if step < self._steps else ""
+        self.say(f"{self._name} {step}/{self._steps}{left}{note}")

@@ -3,6 +3,7 @@ show`` and ``lingen plan``; and ``lingen new``, a package with a part."""
 
 import argparse
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,10 @@ def recipes() -> list[CatalogueRow]:
 
     rows: list[dict[str, Any]] = []
     for name, file in shipped_recipes().items():
-        comments = [line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        about = next((line for line in comments if not line.startswith("yaml-language-server")), "")
+        lines = file.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+        comments = [line.lstrip("# ") for line in lines if line.startswith("# ") and "yaml-language-server" not in line]
         try:
-            rows.append({"name": name, "stages": stages_of(file), "about": about})
+            rows.append({"name": name, "stages": stages_of(file), "about": _sentence(" ".join(comments))})
         except RecipeError as error:
             rows.append({"name": name, "error": str(error)})
     return rows
@@ -100,7 +101,12 @@ def _about(part: Any) -> str:
     if isinstance(part, tuple):
         entries = ", ".join(one if isinstance(one, str) else one.__name__ for one in part)
         return f"layer i takes entry i % {len(part)} of {entries}"
-    return (inspect.getdoc(part) or "").partition("\n")[0]
+    return _sentence(inspect.getdoc(part) or "")
+
+
+def _sentence(text: str) -> str:
+    """The first one, whole."""
+    return re.split(r"(?<=[.])\s+(?=[A-Z`])", " ".join(text.partition("\n\n")[0].split()))[0]
 
 
 @cli.command(
@@ -138,15 +144,15 @@ def show(args: argparse.Namespace) -> None:
         return
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
-    from lingen.data.order import steps_of
-    from lingen.plan.forecast import plan
-    from lingen.plan.loading import load_to_run
-    from lingen.plan.practice import note_of_warmup
-    from lingen.recipe import to_yaml
+    from lingen.plan.loading import load_to_run, to_yaml
     from lingen.recipe.signature import as_plain
 
     curriculum = load_to_run(args.recipe, args.overrides)
     stages = curriculum.chosen(args.stage)
+    from lingen.data.order import steps_of
+    from lingen.plan.forecast import plan
+    from lingen.plan.practice import note_of_warmup
+
     recipe = stages[0] if args.stage else curriculum.base
     plans = [(plan(stage), steps_of(stage)) for stage in stages]
     for note in filter(None, map(note_of_warmup, stages)):
@@ -172,10 +178,11 @@ def plan(args: argparse.Namespace) -> None:
         raise RecipeError("Say which recipe: --recipe R.")
     if args.mfu > 1:
         raise RecipeError(f"--mfu is a share of what the GPU can do, at most 1; got {args.mfu:g}.")
-    from lingen.launch.resources import resource_rows
     from lingen.recipe import load_curriculum
 
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
+    from lingen.launch.resources import resource_rows
+
     rows: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, start=1):  # each takes up to minutes
         print(f"stage {number}/{len(stages)} {stage.stage}: a step without numbers", file=sys.stderr)

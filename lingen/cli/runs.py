@@ -105,6 +105,7 @@ def _look(say: Callable[[str], None], folder: RunFolder, stages: Sequence[Recipe
     """The preflight of all ranks. UnfitError where it finds a fault."""
     from lingen.launch.preflight import preflight, report_lines
 
+    say("preflight: looks at every node")
     report = preflight(folder, stages)
     for line in report_lines(report):
         say(line)
@@ -146,7 +147,8 @@ def _print_outcome(folder: RunFolder, subject: Subject) -> None:
 def _about_score(what: str, score: dict[str, Any]) -> str:
     apart = "" if score.get("diversity") is None else f"; clips of one caption are {score['diversity']:.3f} apart"
     captions = f" of {score['captions']} held-out captions" if "captions" in score else ""
-    return f"{what}: {score['clips']} clips{captions}, {score['empty']} of them empty{apart}"
+    wide = "; so few captions make wide intervals: score.clips=12 has more" if score.get("captions", 12) < 12 else ""
+    return f"{what}: {score['clips']} clips{captions}, {score['empty']} of them empty{apart}{wide}"
 
 
 def _score_row(what: str, attribute: str, rate: dict[str, Any]) -> dict[str, str]:
@@ -186,6 +188,7 @@ def sample(args: argparse.Namespace) -> int:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
     seconds, size = _parsed("--seconds", args.seconds, cli.positive), _parsed("--size", args.size, cli.size_of)
     repeat, out = _parsed("--repeat", args.repeat, cli.natural) or 1, args.out or "clip.mp4"
+    check_target(out, ".mp4")
     from lingen.ranks.collectives import on_first_rank, together
     from lingen.ranks.local_ranks import share
     from lingen.sampling.files import clip_paths, sample_to_files
@@ -324,8 +327,8 @@ def decode(args: argparse.Namespace) -> None:
 )
 def ui(args: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
-        raise RecipeError('The page is made by gradio, which is not installed: pip install "lingen[ui]".')
+        raise RecipeError('The page is made by gradio, which is not installed: pip install "gradio>=6".')
     check_place(Path(args.out))
     from lingen.sampling.ui import open_page
 
-    open_page(Path(args.runs), Path(args.out).resolve(), args.port)
+    open_page(Path(args.runs), Path(args.out).resolve(), args.port, partial(print, flush=True))

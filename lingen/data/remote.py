@@ -121,7 +121,7 @@ def _client(process: int, timeout: float) -> Any:
         import boto3
         from botocore.config import Config
     except ImportError as error:
-        raise RecipeError("s3:// needs boto3; install it with: pip install 'lingen[s3]'") from error
+        raise RecipeError("s3:// needs boto3; install it with: pip install boto3") from error
     once = {"total_max_attempts": 1}
     settings = Config(connect_timeout=timeout, read_timeout=timeout, retries=once, max_pool_connections=32)
     return boto3.session.Session().client("s3", config=settings)

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -80,7 +80,9 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
     places: dict[str, list[ScannedSample]] = {}
     for entry in entries:
         places.setdefault(entry.key, []).append(entry)
-    apart = {key for key, found in places.items() if key and len(found) > 1 and _disjoint(found)}
+    suffixes = {key: [end for one in found for end in one.suffixes] for key, found in places.items()}
+    # Entries of one key without a common extension are pieces of one sample, not several samples.
+    apart = {key for key, ends in suffixes.items() if key and len(places[key]) > 1 and len({*ends}) == len(ends)}
     for entry in entries:
         if entry.key and entry is not places[entry.key][0]:
             entry = entry._replace(fault=entry.fault or "same key twice: in one shard")
@@ -95,11 +97,6 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
             fault=f"unsorted tar: the files of {len(apart)} samples do not stand beside each other, such as {one} and "
             f"{other}. Sort it: `mkdir sorted && tar -xf {name} -C sorted && tar --sort=name -cf {name} -C sorted .`",
         )
-
-
-def _disjoint(found: Sequence[ScannedSample]) -> bool:
-    """Whether entries of one key have no extension in common: they are pieces of one sample, not several samples."""
-    return len(frozenset().union(*(one.suffixes for one in found))) == sum(len(one.suffixes) for one in found)
 
 
 def _scan(path: Path) -> Iterator[ScannedSample]:

@@ -21,7 +21,7 @@ def check_extra() -> None:
         import scipy.stats  # noqa: F401
         import statsmodels.stats.multitest  # noqa: F401
     except ImportError as error:
-        raise RecipeError(f"This needs {error.name}: pip install 'lingen[eval]'.") from error
+        raise RecipeError(f"This needs {error.name}: pip install 'scipy>=1.15' statsmodels.") from error
 
 
 def clusters_of(keys: Sequence[Hashable]) -> Float[np.ndarray, "n c"]:

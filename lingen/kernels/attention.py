@@ -48,7 +48,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     try:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
     except ImportError as error:
-        raise RecipeError(f"kernel='flash' needs flash-attn ({error}): pip install 'lingen[cuda]'.") from error
+        raise RecipeError(f"kernel='flash' needs flash-attn ({error}): pip install flash-attn.") from error
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise RecipeError(f"kernel='flash' computes in float16 or bfloat16, not {q.dtype}: use bf16-mixed precision.")
     if real is None:

@@ -176,7 +176,7 @@ def chunk_scan() -> Callable[..., Any]:
     except ImportError as error:
         spec = find_spec("mamba_ssm")
         if spec is None or spec.submodule_search_locations is None:
-            raise RecipeError(f"kernel='stock' needs mamba_ssm ({error}): pip install 'lingen[cuda]'.") from error
+            raise RecipeError(f"kernel='stock' needs mamba_ssm ({error}): pip install mamba-ssm.") from error
         # Its __init__ asks for the extension, which only Mamba 1 uses: the package is entered past it.
         package = types.ModuleType("mamba_ssm")
         package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec

@@ -277,13 +277,9 @@ def _network(context: PreflightContext) -> Measured:
     for away in range(1, min(own.nodes, 3)):
         to, of = ((own.rank + sign * away * own.per_node) % own.ranks for sign in (1, -1))
         ends = [dist.P2POp(dist.isend, numbers, to), dist.P2POp(dist.irecv, other, of)]
-        found["network"] = max(numbers.nbytes / _seconds(device, partial(_send, ends)), found.get("network", 0.0))
+        seconds = _seconds(device, partial(lambda ends: [one.wait() for one in dist.batch_isend_irecv(ends)], ends))
+        found["network"] = max(numbers.nbytes / seconds, found.get("network", 0.0))
     return found
-
-
-def _send(ends: list[dist.P2POp]) -> None:
-    for work in dist.batch_isend_irecv(ends):
-        work.wait()
 
 
 def _seconds(device: torch.device, act: Callable[[], Any]) -> float:

@@ -105,7 +105,8 @@ def _not_begun(folder: RunFolder) -> Status:
     if not submissions:
         raise RecipeError(f"{folder.path} is no run folder: it holds no run.json. `lingen fit` and `submit` make one.")
     job = str(decode_json(submissions[-1].read_bytes()).get("job"))
-    queued, new = waiting(job), f"job {job} has not begun to train"
+    queued, log = waiting(job), submissions[-1].with_name(f"{job}.log")
+    new = f"job {job} has not begun to train" + (f"; what it printed: {log}" if log.is_file() else "")
     return Status(run=str(folder.path), state="waiting" if queued else "new", reason=queued or new)
 
 

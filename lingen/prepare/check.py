@@ -47,12 +47,9 @@ def check_folders(
     Args:
         processes: that read shards at the same time; 0: this one; None: one for each core.
         progress: called with the shards checked and all shards."""
-    samples, faults = 0, []
-    jobs = []
-    for folder in folders:
-        of_folder, missing = _jobs(folder, depth)
-        jobs += of_folder
-        faults += missing
+    begun, samples = [_jobs(folder, depth) for folder in folders], 0
+    jobs = [job for of_folder, _ in begun for job in of_folder]
+    faults = [fault for _, missing in begun for fault in missing]
     done = in_order(check_shard, jobs, processes, lambda job: Checked(0, [crashed_at(job.path)]))
     for number, (_, found) in enumerate(done, 1):
         samples += found.samples

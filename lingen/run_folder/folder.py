@@ -6,23 +6,6 @@ from pathlib import Path
 
 CHECKPOINT = re.compile(r"step-\d+(\.ckpt)?")
 
-README = """# A run of lingen
-
-- recipe.yaml: every setting, itself a recipe
-- run.json: what the run is; each start with its step, command and versions, and how it ended
-- report.html: curves, clips, samples and settings on one page (`lingen report` makes it anew)
-- metrics.csv: a row every train.log_every steps; tensorboard/ has the same numbers
-- ledger.json: samples used, dropped and retried by the stage trained last
-- score.json: how clips of held-out captions are judged, where score.clips asks for it
-- stages/NAME/weights.safetensors: a finished stage; `lingen sample --run` and `lingen export` take it
-- stages/NAME/step-N/: checkpoints, from which the same command goes on
-- samples/NAME-N/: clips of sample.prompts at step N, and sheet.png
-- ranks/: a sign of life of each rank, and where each was if the run hung; `lingen status` reads them
-- lock.json: while a process trains here; submit/: jobs of `lingen submit`
-
-Nothing here is pickled. Clips are made by a model: each MP4 notes its prompt, settings and weights.
-"""
-
 
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint's name tells."""

@@ -11,8 +11,9 @@ from lingen.files import write_json, write_text
 from lingen.plan.loading import Curriculum, load_curriculum, to_yaml, with_stages
 from lingen.provenance import git_commit, time_now, versions
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.reading import shipped_folder
 from lingen.recipe.sections import Recipe
-from lingen.run_folder.folder import README, RunFolder
+from lingen.run_folder.folder import RunFolder
 from lingen.run_folder.identity import (
     SAMPLES,
     Stage,
@@ -226,7 +227,7 @@ def put_on_record(folder: RunFolder, begun: Start) -> None:
     """Puts a start on record: first what the run is, so that whatever is left by a kill can be told apart."""
     write_json(folder.about, begun.about)
     write_text(folder.recipe, to_yaml(begun.base))
-    write_text(folder.readme, README)
+    write_text(folder.readme, (shipped_folder("templates") / "run_readme.md").read_text(encoding="utf-8"))
 
 
 # default folders

@@ -60,7 +60,7 @@ class LinGenPipeline:
         index = _read(path / _INDEX)
         if (index.get("_class_name"), index.get("_lingen_form")) != (cls.__name__, _FORM):
             told = f"it is of a {index.get('_class_name')} by lingen {index.get('_lingen_version')}, in a form that"
-            raise WeightsError(path / _INDEX, f"{told} this version does not read: pip install -U lingen.")
+            raise WeightsError(path / _INDEX, f"{told} this one does not read: install a later lingen.")
         names = ["denoiser", "autoencoder", *(name for name in index if re.fullmatch(r"text_encoder(_\d+)?", name))]
         model, autoencoder, *text = (_read(path / name / "config.json") for name in names)
         if autoencoder.get("path") == _WEIGHTS:
@@ -118,7 +118,7 @@ def export_folder(source: str | Path, out: str | Path, precision: str = "fp32") 
     index |= {"scheduler": ["lingen", "Times"], "_class_name": "LinGenPipeline", "_lingen_form": _FORM}
     sample = {key: value for key, value in as_plain(recipe.sample).items() if key != "prompts"}
     times = {"_class_name": "Times", "time": as_plain(recipe.time), "sample": sample}
-    with whole_folder(path) as work:
+    with whole_folder(path, own=True) as work:
         for name, part, config, start in parts:
             tensors = {key.removeprefix(start): one for key, one in state.items() if key.startswith(start)}
             if isinstance(part, TAE):
@@ -180,7 +180,8 @@ def _sources(module: LinGenModule, folder: RunFolder) -> Iterator[Sequence[str]]
     licences = [line.partition(": ") for file in beside for line in _held(file).get("licences", ())]
     for source, counts in _held(folder.ledger).get("sources", {}).items():
         found = "; ".join(licence for name, _, licence in licences if own or name == source)
-        yield source, f"{counts.get('used', 0):,}", found or ("drawn by lingen" if own else "not recorded")
+        shown = "/".join(Path(source).parts[-2:]) if Path(source).is_absolute() else source  # others share no disk
+        yield shown, f"{counts.get('used', 0):,}", found or ("drawn by lingen" if own else "not recorded")
 
 
 def _scores(folder: RunFolder) -> Iterator[Sequence[str]]:

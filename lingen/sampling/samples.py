@@ -83,12 +83,8 @@ RECONSTRUCTIONS = 4
 
 def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
     """Clips, held-out ones where there are any, beside what the autoencoder in training makes of them: MP4s and a
-    contact sheet with rows of clips, reconstructions and four times their difference. The first rank makes them alone:
-    an autoencoder is whole on every rank."""
-    on_first_rank(partial(_write_reconstructions, module, data, folder, step))
-
-
-def _write_reconstructions(module: AutoencoderModule, data: ClipData, folder: RunFolder, step: int) -> None:
+    contact sheet with rows of clips, reconstructions and four times their difference. For the first rank alone: an
+    autoencoder is whole on every rank."""
     target, strips = folder.samples(str(module.recipe.stage), step), []
     shown = data.val_dataloader() or data.batches()
     clips = itertools.islice((clip for batch in shown for clip in batch.clips), RECONSTRUCTIONS)
@@ -136,7 +132,11 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     real, real_captions = held_out_clips(recipe, recipe.score.clips, recipe.score.split)
     step = folder.finished_steps(str(recipe.stage))
     scores = {"sampled": asdict(judge(clips, captions)), "real": asdict(judge(real, real_captions))}
-    target, about = folder.samples("score", step), notes_on(shared, takes[0], module.device)
+    target = folder.samples("score", step)
+    for number, (frames, take) in enumerate(zip(clips, takes, strict=True)):
+        about = notes_on(shared, take, module.device)
+        save_video(frames, target / f"{number:02d}.mp4", clip.fps, title=take.prompt, about=about)
+        yield
     contact_sheet(clips, target / SHEET, captions, about=shared)
-    save_video(clips[0], target / "00.mp4", clip.fps, title=captions[0], about=about)
-    write_json(folder.score, {"step": step, "split": recipe.score.split, **scores})
+    for file in (target / folder.score.name, folder.score):
+        write_json(file, {"step": step, "split": recipe.score.split, **scores})

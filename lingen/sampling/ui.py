@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def models_in(runs: Path) -> list[tuple[str, str]]:
     return [(name, str(path)) for name, path in (found | {run.name: run for run in own}).items()]
 
 
-def open_page(runs: Path, out: Path, port: int) -> None:
+def open_page(runs: Path, out: Path, port: int, say: Callable[[str], None]) -> None:
     """Serves the page to this machine alone until it is interrupted; one clip is made at a time, whatever the number of
-    tabs, each written into `out`. RecipeError where no run is finished, or the port is taken."""
+    tabs, each written into `out`. RecipeError where no run is finished, or the port is taken. `say` gets its address.
+    """
     import gradio as gr
 
     if not models_in(runs):
@@ -59,7 +61,7 @@ def open_page(runs: Path, out: Path, port: int) -> None:
     def make(watch: Watch, old: str, model: str, prompt: str, seed: int, seconds: float, height: int, width: int,
              guidance: float, bar: Any = gr.Progress()) -> tuple[str, list[str]]:  # fmt: skip  # noqa: B008
         with alone:
-            path, watch.bar, watch.stopped = out / f"ui-{time.time_ns() // 10**6}.mp4", bar, False
+            path, watch.bar, watch.stopped = out / f"ui-{time.time_ns()}.mp4", bar, False
             how: Any = {"seed": seed, "guidance": guidance, "seconds": seconds, "size": (height, width)}
             try:
                 if old:
@@ -109,6 +111,9 @@ def open_page(runs: Path, out: Path, port: int) -> None:
         page.load(lambda: gr.Dropdown(known := models_in(runs), value=known[0][1]), None, model)
     css = "#preview img {width: 100%; height: 100%; object-fit: contain}"
     try:
-        page.launch(server_name="127.0.0.1", server_port=port, allowed_paths=[str(out)], footer_links=[], css=css)
+        shown: Any = {"allowed_paths": [str(out)], "footer_links": [], "css": css, "quiet": True}
+        page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, **shown)
     except OSError as error:
-        raise RecipeError(f"Nothing can listen at port {port} ({error}). Name another one with --port.") from error
+        raise RecipeError(f"Nothing can listen at port {port}: another page, say. Name another --port.") from error
+    say(f"http://127.0.0.1:{port} (Ctrl-C ends it)")
+    page.block_thread()

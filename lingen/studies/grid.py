@@ -77,8 +77,8 @@ def load_grid(recipe: str, named: dict[str, list[str]], out: Path) -> list[GridR
 def train_grid(runs: Sequence[GridRun], say: Callable[[str], None]) -> bool:
     """Trains what is missing, each run in a process of its own, so that one that fails takes no other with it; one that
     another process trains is left to it. Returns whether all are done. `signals.Stopped` where a signal came."""
-    for run in (one for one in runs if not is_complete(*one)):
-        say(f"trains {run.folder.path}")
+    for number, run in ((n, one) for n, one in enumerate(runs, start=1) if not is_complete(*one)):
+        say(f"trains {run.folder.path} ({number} of {len(runs)})")
         if code := _train(run):
             say(f"{run.folder.path} ended with code {code}; the others go on.")
     missing = [run.folder.path.name for run in runs if not is_complete(*run)]

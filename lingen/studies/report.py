@@ -189,10 +189,8 @@ def _settings(run: Compared) -> str:
     if (name := run.settings.get("name", "")) in shipped_recipes():
         usual = dict(leaves(yaml.safe_load(to_yaml(load_curriculum(name).base))))
     own = [key for key in run.settings if key.startswith("stages.") and usual]
-    both = {}
-    for key in [*usual, *own]:  # what a stage takes: its own value, else the recipe's
-        shared = re.sub(r"^stages\.[^.]+\.", "", key)
-        both[key] = [settings.get(key, settings.get(shared, "-")) for settings in (run.settings, usual)]
+    shared = {key: re.sub(r"^stages\.[^.]+\.", "", key) for key in [*usual, *own]}  # what a stage takes, else
+    both = {key: [one.get(key, one.get(shared[key], "-")) for one in (run.settings, usual)] for key in shared}
     changed = [{"setting": key, "here": a, "in the recipe": b} for key, (a, b) in both.items() if a != b]
     every = table([{"setting": key, "value": value} for key, value in run.settings.items()])
     return f"{table(changed)}<details><summary>All settings and versions</summary>{every}</details>"

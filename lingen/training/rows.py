@@ -1,8 +1,10 @@
 """Rows of metrics.csv: what is measured every few steps, and the file."""
 
 import csv
+import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +21,9 @@ from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.sharding import whole_float32
 from lingen.training.state import whole_of
+
+PLACES = ("stage", "step", "loss", "validation", "lr", "grad_norm", "tokens_per_second", "", "time", "data", "mixer")
+"""First words of columns of metrics.csv in their order, "" for all others; of one word they go by name."""
 
 
 class MetricsFile:
@@ -38,7 +43,7 @@ class MetricsFile:
                 whole = (row for row in csv.DictReader(file) if row["step"])
                 # But those of steps that are trained again.
                 self._rows = [row for row in whole if row["stage"] != stage or int(row["step"]) <= resumed]
-        self._columns = list(dict.fromkeys(("stage", "step", *(name for row in self._rows for name in row))))
+        self._columns = sorted({"stage", "step", *(name for row in self._rows for name in row)}, key=_place)
         self._began = False
 
     def holds(self, step: int, name: str) -> bool:
@@ -56,7 +61,7 @@ class MetricsFile:
         else:
             self._rows.append(row)
         new = [name for name in row if name not in self._columns]
-        self._columns += new
+        self._columns = sorted([*self._columns, *new], key=_place)
         if joins or new or not self._began:
             with whole_file(self.path) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self._columns)
@@ -66,6 +71,14 @@ class MetricsFile:
             with naming(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
         self._began = True
+
+
+def _place(column: str) -> tuple[int, list[Any]]:
+    """Where a column stands; numbers in a name count as such."""
+    parts: list[Any] = re.split(r"(\d+(?:\.\d+)?)", column)
+    parts[1::2] = map(float, parts[1::2])
+    head = column.partition("/")[0]
+    return PLACES.index(head if head in PLACES else ""), parts
 
 
 class Rows(Callback):
@@ -91,15 +104,12 @@ class Rows(Callback):
                 part = getattr(block.mixer, branch, None)
                 if isinstance(part, nn.Module):
                     name = f"mixer/{index:02d}/{branch}_rms"
-                    self._hooks.append(part.register_forward_hook(self._note(pl_module, name)))
+                    self._hooks.append(part.register_forward_hook(partial(self._note, pl_module, name)))
 
     @staticmethod
-    def _note(module: Trained, name: str) -> Callable[..., None]:
-        def hook(part: nn.Module, inputs: Any, output: Tensor) -> None:
-            if module.rms is not None:
-                module.rms[name] = output.detach().float().square().mean()
-
-        return hook
+    def _note(module: Trained, name: str, part: nn.Module, inputs: Any, output: Tensor) -> None:
+        if module.rms is not None:
+            module.rms[name] = output.detach().float().square().mean()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -109,9 +119,9 @@ class Rows(Callback):
         for hook in self._hooks:
             hook.remove()
         pl_module.settle()
-        squares = {name: float(square) for name, square in (pl_module.rms or {}).items()}
-        ranks = gather_objects(squares)  # over the tokens of all ranks, which have as many each
-        rms = {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in squares}
+        ranks = gather_objects({name: float(square) for name, square in (pl_module.rms or {}).items()})
+        # Over the tokens of all ranks, which have as many each.
+        rms = {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in ranks[0]}
         for name, value in (rms | horizons(pl_module)).items():
             pl_module.meter.add(name, value[None])
         self._hooks, pl_module.rms = [], None
