@@ -23,7 +23,6 @@ from lingen.recipe.sections import Component, Recipe
 from lingen.run_folder.folder import RunFolder
 from lingen.training.strategy import Sharded, strategy_of
 
-
 NUMBERS_OF_ONE_THREAD = 2**17
 """Tokens of a batch times width up to which a second thread does not pay: of 55,296 (quickstart_cpu) two threads took
 158 ms a step and one 160, with 0.55 of the time of processors [ours]."""
