@@ -122,8 +122,8 @@ class LinGen(nn.Module):
         if where not in self._kept:
             levels = self._kept[where] = kept_by_blocks(self.config, *where)
             if not isinstance(self.config.checkpointing, bool):
-                tokens, *how = where
-                _say(*map(levels.count, range(ALL + 1)), activation_bytes(self.config, tokens, levels, *how))
+                size = activation_bytes(self.config, where[0], levels, *where[1:])
+                _say(*map(levels.count, range(ALL + 1)), size)
         return self._kept[where]
 
     def _check(self, latents: Tensor, time: Tensor, text: Text, condition: Any) -> None:

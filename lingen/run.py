@@ -37,7 +37,7 @@ from lingen.training.dry_run import too_large
 from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.inputs import check_inputs
 from lingen.training.rows import MetricsFile, Rows
-from lingen.training.trainer import build_trainer, end_only, quiet_lightning
+from lingen.training.trainer import build_trainer, end_only, few_threads, quiet_lightning
 from lingen.training.weights import save_weights
 
 __all__ = ["NonFiniteError", "Reporter", "fit", "fit_curriculum"]
@@ -319,7 +319,7 @@ def _fit_once(
     signals.check()
     if start.step >= recipe.train.steps:
         end_only(trainer)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), few_threads(recipe):
         quiet_lightning()
         try:
             trainer.fit(module, datamodule=data)

@@ -24,6 +24,7 @@ from lingen.sampling.notes import read_notes
 from lingen.training.denoiser import LinGenModule
 from lingen.training.health import NonFiniteError
 from lingen.training.rows import MetricsFile
+from lingen.training.trainer import few_threads
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights, read_metadata, read_weights
 from tests.helpers.closeness import assert_close
@@ -412,3 +413,28 @@ def test_the_learning_rate_of_a_row_is_that_of_its_step(tiny_recipe: Path, tmp_p
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     found = {int(row["step"]): float(row["lr"]) for row in rows if row["lr"]}
     assert found == pytest.approx({1: 0.001, 2: 0.002, 3: 0.003, 4: 0.004, 5: 0.004})
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "inside"),
+    [
+        ([], None, 1),
+        ([], "2", 2),  # the user says how many
+        (["data.batch.video=64"], None, 2),  # 221,184 numbers
+        (["trainer.accelerator=gpu"], None, 2),
+    ],
+)
+def test_steps_too_small_for_two_threads_have_one(words, env, inside, monkeypatch: pytest.MonkeyPatch):
+    recipe = lingen.load_recipe("quickstart_cpu", words, stage="videos")
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if env:
+        monkeypatch.setenv("OMP_NUM_THREADS", env)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), few_threads(recipe):
+            assert torch.get_num_threads() == inside
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

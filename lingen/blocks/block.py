@@ -61,7 +61,7 @@ class Block(nn.Module):
             # While a graph is recorded the state of the random numbers cannot be read; it is without random numbers.
             keep = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
             inputs = x, positions, modulation, text, mask
-            how = {"preserve_rng_state": keep, "context_fn": partial(twice, level)}
+            how: dict[str, Any] = {"preserve_rng_state": keep, "context_fn": partial(twice, level)}
             return checkpoint(self.forward, *inputs, use_reentrant=False, **how)
         shift, scale, *rows = (modulation + self.modulation.weight).unbind(2)
         norm, dtype = self.mixer_norm, input_dtype(self.mixer, x)

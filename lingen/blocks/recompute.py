@@ -15,8 +15,8 @@ KEPT_BYTES = {
 }  # fmt: skip
 """What a block of this mixer keeps in float32, in bytes per token and unit of width, by the type of device: beside its
 input the results of NARROW and of PRODUCTS, by their widths, and ALL, tensors that autograd saved, at width 256 and
-1,024, with plain PyTorch on a CPU and the Triton kernels on an H200 [ours]. Other devices count as a CPU, mixers of third
-parties as the largest entry."""
+1,024, with plain PyTorch on a CPU and the Triton kernels on an H200 [ours]. Other devices count as a CPU, mixers of
+third parties as the largest entry."""
 SIXTEEN_BIT = {"cpu": 0.85, "cuda": 0.6}
 """The factor on ALL in 16 bits: with plain PyTorch the SSD's sums stay float32, on CUDA the residual stream does."""
 AT_WORK = 1.2

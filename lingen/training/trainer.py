@@ -1,14 +1,19 @@
 """The lightning.Trainer of a stage: the recipe's arguments and those that lingen sets."""
 
 import logging
+import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lingen.plan.forecast import largest_batch
 from lingen.plan.trainer import listed, logger_of
 from lingen.ranks.environment import here
 from lingen.ranks.launch import RankEnvironment
@@ -17,6 +22,10 @@ from lingen.recipe.registry import CALLBACKS
 from lingen.recipe.sections import Component, Recipe
 from lingen.run_folder.folder import RunFolder
 from lingen.training.strategy import Sharded, strategy_of
+
+NUMBERS_OF_ONE_THREAD = 2**17
+"""Tokens of a batch times width up to which a second thread does not pay: of 55,296 (quickstart_cpu) two threads took
+158 ms a step and one 160, with 0.55 of the time of processors [ours]."""
 
 
 def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) -> lightning.Trainer:
@@ -50,6 +59,21 @@ def build_trainer(recipe: Recipe, folder: RunFolder, callbacks: list[Callback]) 
     # Its handler of SIGTERM would end the other ranks and wait for them inside of the handler; we listen ourselves.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
+
+
+@contextmanager
+def few_threads(recipe: Recipe) -> Iterator[None]:
+    """In the block one thread computes, where a denoiser's step on the CPU is so small that a second one takes as much
+    time as it saves. Not where OMP_NUM_THREADS says how many."""
+    before, on_cpu = torch.get_num_threads(), recipe.trainer.get("accelerator") == "cpu"
+    if on_cpu and recipe.subject.encoded and "OMP_NUM_THREADS" not in os.environ:
+        kind, grid = largest_batch(recipe)
+        if getattr(recipe.data.batch, kind) * math.prod(grid) * recipe.model.dim <= NUMBERS_OF_ONE_THREAD:
+            torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def end_only(trainer: lightning.Trainer) -> None:
