@@ -185,8 +185,7 @@ def eval_clips(args: argparse.Namespace) -> None:
         around = "" if row["interval"] is None else " [{:.4g}, {:.4g}]".format(*row["interval"])
         line = lines.setdefault(row["metric"], {"metric": row["metric"], "floor": _cell(row["floor"], ".4g")})
         line[row["subject"]] = f"{row['value']:.4g}{around}"
-    pairs = found["comparisons"]
-    pairs = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in pairs]
+    pairs = [{k: f"{v:.3g}" if type(v) is float else str(v) for k, v in row.items()} for row in found["comparisons"]]
     failed = [f"{name}: {n} x {why}" for name, held in found["failures"].items() for why, n in held.items()]
     files = [Path(args.out) / f"results.{end}" for end in ("png", "json")]
     cli.tell(args, found, [list(lines.values()), pairs], *failed, *found["notes"], *files)

@@ -51,8 +51,7 @@ def show_clip(data: bytes, view: View) -> tuple[UInt8[np.ndarray, "t h w 3"], st
         tick, codec = float(stream.time_base), f"{stream.codec_context.name} {stream.codec_context.pix_fmt}"
         length = float(shown[-1] - shown[0]) * tick
         count = frames_at(view.fps, length, length / (len(shown) - 1), len(shown), tick)
-    size = (view.side, view.side)
-    clip = decode_video(data, frames=max(count, view.frames), size=size, fps=view.fps, start=0)
+    clip = decode_video(data, frames=max(count, view.frames), size=(view.side,) * 2, fps=view.fps, start=0)
     return np.ascontiguousarray(clip.pixels.permute(1, 2, 3, 0).numpy()), codec
 
 

@@ -19,8 +19,6 @@ FEATURES = Registry(
 )
 """Modules with keyword settings (`path`, say), whose ``forward`` takes uint8 [b 3 t h w] and gives [b d]; one whose
 ``video`` is False gets single frames, t = 1."""
-
-
 Sizes = tuple[int, ...]
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from lingen.metrics.shapes import clustered_interval
 from lingen.recipe.errors import RecipeError
 
-SEED = 0
+SEED, FEW = 0, 36
 Interval = tuple[float, float] | None
 """95%, or None where fewer than two prompts give none."""
 
@@ -32,7 +32,8 @@ def clusters_of(keys: Sequence[Hashable]) -> Float[np.ndarray, "n c"]:
 
 def mean_interval(values: Sequence[float], prompts: Sequence[Hashable]) -> Interval:
     """95% interval of a mean over clips: bootstrap-t over prompts (Efron 1981), which minds that few prompts may carry
-    most of it, and no narrower than Student's [ours]. Shares (0 and 1 alone) get `clustered_interval`."""
+    most of it, no narrower than a normal number's. Fewer than `FEW` prompts hide their long tail: on that side the
+    quantile lies further out [ours]. Shares (0 and 1 alone) get `clustered_interval`."""
     from scipy import stats
 
     held, member = np.asarray(values, float), clusters_of(prompts)
@@ -41,12 +42,14 @@ def mean_interval(values: Sequence[float], prompts: Sequence[Hashable]) -> Inter
         return None
     if set(held.tolist()) <= {0.0, 1.0}:
         return clustered_interval([(int(right), int(n)) for right, n in zip(sums, counts, strict=True)])
-    value, least = held.mean(), np.sqrt(m / (m - 1)) * stats.t.ppf(0.975, m - 1)
+    value, least = held.mean(), np.sqrt(m / (m - 1)) * max(1.96, stats.t.ppf(0.96, m - 1))
     draws = np.concatenate([np.ones((1, m)), np.random.default_rng(SEED).multinomial(m, np.ones(m) / m, 1999)])
     apart, sizes = sums - value * counts, draws @ counts
     moved = draws @ apart / sizes
     error = np.sqrt((draws * (apart - moved[:, None] * counts) ** 2).sum(1)) / sizes
-    low, high = np.quantile(np.where(error > 1e-9 * error[0], moved / np.maximum(error, 1e-300), 0), [0.025, 0.975])
+    tail = 0.025 * min(1.0, max(m, 12) / FEW)
+    ends = [tail, 0.975] if (apart**3).sum() > 0 else [0.025, 1 - tail]  # a long tail on the right makes means low
+    low, high = np.quantile(np.where(error > 1e-9 * error[0], moved / np.maximum(error, 1e-300), 0), ends)
     return float(value - max(high, least) * error[0]), float(value - min(low, -least) * error[0])
 
 

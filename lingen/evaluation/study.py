@@ -23,7 +23,6 @@ KEY_FORMAT = "lingen-study-1"
 LARGE_PAGE, SHOWN = 100e6, 10
 """Bytes above which a page opens slowly and is too large for mail; problems of a kind that are named."""
 
-
 KNOWN_PAIRS = (
     ("overall", "blurred", "One clip was blurred; the other one is better."),
     ("consistency", "flickering", "One clip flickers; the other one keeps its light."),

@@ -65,8 +65,7 @@ def score_clips(clips: Sequence[UInt8[np.ndarray, "t h w 3"]], captions: Sequenc
     """Judges each clip against its caption. A caption without a motion (an image's) is right with any. ValueError for
     no clips, another number of captions than clips, or a caption of another data set."""
     if len(clips) != len(captions) or not clips:
-        got = f"{len(clips)} clips and {len(captions)} captions"
-        raise ValueError(f"A score needs clips and one caption for each, got {got}.")
+        raise ValueError(f"A caption for each clip is needed, got {len(clips)} clips and {len(captions)} captions.")
     verdicts = [judge(clip) for clip in clips]
     asked = [parse_caption(caption) for caption in captions]
     both = zip(verdicts, asked, strict=True)
@@ -121,15 +120,9 @@ def clustered_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]
 
 def student(degrees: int) -> float:
     """The 97.5% quantile of Student's t, to 0.004 (Abramowitz and Stegun 26.7.5); of at least 1 degree of freedom."""
-    z = 1.959964
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    series = z + sum(term / max(1, degrees) ** power for power, term in enumerate(terms, 1))
-    return {1: 12.706, 2: 4.303}.get(max(1, degrees), series)
+    d = max(1, degrees)
+    series = 1.959964 + 2.37227 / d + 2.82250 / d**2 + 2.55585 / d**3 + 1.58953 / d**4
+    return {1: 12.706, 2: 4.303}.get(d, series)
 
 
 def _rate(right: Any, same: Sequence[Sequence[int]], chance: float) -> Rate:

@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     votes = trials.add_parser("study", help="simulated votes with effects of raters and prompts")
     votes.add_argument("--seed", type=int, default=1)
     votes.add_argument("--times", type=int, default=1000, help="studies of each design and taste")
-    votes.add_argument("--json", type=Path, help="the table")
+    votes.add_argument("--json", type=Path, help="the table; cells that it has of the same command are kept")
     return parser.parse_args()
 
 
@@ -89,12 +89,14 @@ def _study(args: argparse.Namespace) -> int:
     from tests.soak.study import cells
     from tests.yardsticks.results import head
 
-    rows, command = [], f"python -m tests.soak study --seed {args.seed} --times {args.times}"
-    for row in cells(args.seed, args.times):
+    command = f"python -m tests.soak study --seed {args.seed} --times {args.times}"
+    held = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.is_file() else {}
+    rows = held["rows"] if held.get("command") == command else []
+    for row in cells(args.seed, args.times, rows[:]):
         rows.append(row)
         print(*(f"{one:.1%}" if isinstance(one, float) else one for one in row.values()), sep="  ", flush=True)
-    if args.json:
-        write_text(args.json, json.dumps({**head({}), "command": command, "rows": rows}, indent=1) + "\n")
+        if args.json:
+            write_text(args.json, json.dumps({**head({}), "command": command, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,9 +76,12 @@ def coverage(seed: int, times: int, raters: int, prompts: int, taste: Taste) -> 
     return {name: hits[name] / times for name in truth}
 
 
-def cells(seed: int, times: int) -> Iterator[dict[str, Any]]:
-    """A row for each taste and design, each of random numbers of its own."""
+def cells(seed: int, times: int, done: Iterable[dict[str, Any]] = ()) -> Iterator[dict[str, Any]]:
+    """A row for each taste and design that is not `done`, each of random numbers of its own."""
+    there = {(row["taste"], row["raters"], row["prompts"]) for row in done}
     asked = [(name, raters, prompts) for name in TASTES for raters in RATERS for prompts in PROMPTS]
     for number, (name, raters, prompts) in enumerate(asked):
+        if (name, raters, prompts) in there:
+            continue
         found = coverage(1000 * seed + number, times, raters, prompts, TASTES[name])
         yield {"taste": name, "raters": raters, "prompts": prompts, **found}
