@@ -279,8 +279,10 @@ def refuse_graphs(module: Trained, fault: str) -> None:
 
 
 def fused_here(module: Trained) -> bool:
-    """Whether AdamW is one kernel, which may be part of a graph: on one device, a CPU too."""
-    return cast(Any, module)._trainer is not None and _what_forbids_fused(module) is None
+    """Whether AdamW is one kernel, which may be part of a graph: on a GPU, with or without one. On a CPU one process
+    would read the rate in float32, and ranks would not."""
+    is_wanted = module.device.type == "cuda" or module.recipe.train.compile == "graph"
+    return is_wanted and cast(Any, module)._trainer is not None and _what_forbids_fused(module) is None
 
 
 def _what_forbids_fused(module: Trained) -> str | None:
