@@ -188,5 +188,3 @@ def _lines_of(one: Status) -> Iterator[str]:
             f"    rank {rank.rank} on {rank.host}: last sign {rank.age_seconds:.0f} s ago at step {rank.step:,}, "
             + (rank.ended or now)
         )
-
-
