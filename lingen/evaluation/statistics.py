@@ -10,7 +10,7 @@ from jaxtyping import Float
 from lingen.metrics.shapes import clustered_interval
 from lingen.recipe.errors import RecipeError
 
-SEED, FEW = 0, 36
+SEED, FEW_PROMPTS = 0, 36
 Interval = tuple[float, float] | None
 """95%, or None where fewer than two prompts give none."""
 
@@ -32,7 +32,7 @@ def clusters_of(keys: Sequence[Hashable]) -> Float[np.ndarray, "n c"]:
 
 def mean_interval(values: Sequence[float], prompts: Sequence[Hashable]) -> Interval:
     """95% interval of a mean over clips: bootstrap-t over prompts (Efron 1981), which minds that few prompts may carry
-    most of it, no narrower than a normal number's. Fewer than `FEW` prompts hide their long tail: on that side the
+    most of it, no narrower than a normal number's. Fewer than `FEW_PROMPTS` hide their long tail: on that side the
     quantile lies further out [ours]. Shares (0 and 1 alone) get `clustered_interval`."""
     from scipy import stats
 
@@ -47,7 +47,7 @@ def mean_interval(values: Sequence[float], prompts: Sequence[Hashable]) -> Inter
     apart, sizes = sums - value * counts, draws @ counts
     moved = draws @ apart / sizes
     error = np.sqrt((draws * (apart - moved[:, None] * counts) ** 2).sum(1)) / sizes
-    tail = 0.025 * min(1.0, max(m, 12) / FEW)
+    tail = 0.025 * min(1.0, max(m, 12) / FEW_PROMPTS)
     ends = [tail, 0.975] if (apart**3).sum() > 0 else [0.025, 1 - tail]  # a long tail on the right makes means low
     low, high = np.quantile(np.where(error > 1e-9 * error[0], moved / np.maximum(error, 1e-300), 0), ends)
     return float(value - max(high, least) * error[0]), float(value - min(low, -least) * error[0])

@@ -121,7 +121,8 @@ def clustered_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]
 def student(degrees: int) -> float:
     """The 97.5% quantile of Student's t, to 0.004 (Abramowitz and Stegun 26.7.5); of at least 1 degree of freedom."""
     d = max(1, degrees)
-    series = 1.959964 + 2.37227 / d + 2.82250 / d**2 + 2.55585 / d**3 + 1.58953 / d**4
+    terms = 2.3722712787051083, 2.8224987053284156, 2.5558497911596096, 1.5895341454947804
+    series = 1.959964 + sum(term / d**power for power, term in enumerate(terms, 1))
     return {1: 12.706, 2: 4.303}.get(d, series)
 
 
