@@ -33,7 +33,7 @@ def doctor(args: argparse.Namespace) -> int:
             raise RecipeError("--stage and key=value change a recipe: say which, --recipe R.")
         from lingen.doctor import machine
 
-        lines = machine()
+        lines = list(machine())
         told = [f"{'ok' if line.ok else 'note'}: {line.what}: {line.told}" for line in lines]
         print_json([line._asdict() for line in lines]) if args.json else print(*told, sep="\n")
         return DONE
