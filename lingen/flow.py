@@ -155,12 +155,9 @@ def sample_draws(
         torch.randn(shape, generator=generator, out=room)
         return time, uniform
 
-    if noise.numel() > MANY:
-        with ThreadPoolExecutor(DRAWING) as threads:
-            drawn = [*threads.map(draw, slots.tolist(), noise)]
-    else:
-        drawn = [*map(draw, slots.tolist(), noise)]
-    times, uniform = zip(*drawn, strict=True)
+    with ThreadPoolExecutor(DRAWING) as threads:  # which are started when there is something for them
+        each = threads.map if noise.numel() > MANY else map
+        times, uniform = zip(*each(draw, slots.tolist(), noise), strict=True)
     return Draws(noise, torch.cat(times), torch.cat(uniform))
 
 

@@ -100,10 +100,11 @@ def test_what_is_missing_is_said_before_anything_runs(fitted, tmp_path):
         check_ready([PCA()])
     check_ready([fitted])
     path = save(fitted, tmp_path / "pca.safetensors")
-    for settings in ({"channels": 25, "strides": STRIDES}, {"channels": 24}):
-        with pytest.raises(
-            RecipeError, match=r"missing: pca .*pca.safetensors: its blocks are of 96 numbers. Set .*=24"
-        ):
+    for settings, cure in (
+        ({"channels": 25, "strides": STRIDES}, r"autoencoder.channels=24 \(not 25\)"),
+        ({"channels": 24}, r'autoencoder.strides="blocks of 32 pixels" \(not "blocks of 256 pixels"\)'),
+    ):
+        with pytest.raises(RecipeError, match=rf"missing: pca .*pca.safetensors: its weights are .* Set {cure}"):
             check_ready([PCA(path=str(path), **settings)])
     with pytest.raises(RecipeError, match=r"missing: pca .*none.safetensors: "):
         check_ready([PCA(path=str(tmp_path / "none.safetensors"))])

@@ -3,16 +3,14 @@
 import math
 from collections.abc import Iterable
 from importlib.resources import files
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingen.autoencoder import check_sides
-from lingen.autoencoder.stored import read_part, read_shapes, unfit_weights
-from lingen.frozen import Missing, check_ready
+from lingen.autoencoder.stored import Stored
 from lingen.media import as_floats
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
@@ -29,7 +27,7 @@ def cut_into_blocks(video: Float[Tensor, "b 3 t h w"], sides: Triple) -> Float[T
 
 
 @checked
-class PCA(nn.Module):
+class PCA(Stored):
     """The first principal components of blocks of t x h x w pixels, each divided by the square root of its spread: a
     latent counts the more, the more of the picture it holds, and still details are not drowned in noise [ours].
 
@@ -37,6 +35,8 @@ class PCA(nn.Module):
     block are its last one again."""
 
     name = "pca"
+    without_path = f"set autoencoder.path to a file of {FIT}."
+    may_be_fresh = False
 
     def __init__(
         self,
@@ -51,12 +51,8 @@ class PCA(nn.Module):
         self.register_buffer("basis", torch.zeros(channels, numbers))
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(channels))
-        self.loaded = False
 
     basis: Tensor
-    mean: Tensor
-    std: Tensor
-    """What each component is divided by, [channels]."""
 
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> latents, ceil(t / strides[0]) frames of them."""
@@ -74,17 +70,17 @@ class PCA(nn.Module):
         weight = (self.basis * self.std[:, None]).to(latents.dtype)
         with torch.autocast(latents.device.type, enabled=False):
             blocks = latents.movedim(1, -1) @ weight + self.mean.to(latents.dtype)
-        folded = blocks.unflatten(-1, (3, *self.strides)).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return folded.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        folded = blocks.unflatten(-1, (3, *self.strides))
+        return folded.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     @classmethod
     def fit(cls, clips: Iterable[UInt8[Tensor, "b 3 t h w"]], strides: Triple, channels: int) -> "PCA":
         """The components of clips whose sides the strides divide, held in memory one batch at a time."""
         found, count = cls(strides=strides, channels=channels), 0
-        numbers = 3 * math.prod(strides)
-        total, squares = torch.zeros(numbers).double(), torch.zeros(numbers, numbers).double()
+        total = found.mean.double()
+        squares = torch.outer(total, total)
         for clip in clips:
-            blocks = cut_into_blocks(as_floats(clip), strides).reshape(-1, numbers)
+            blocks = cut_into_blocks(as_floats(clip), strides).flatten(0, 3)
             total, squares, count = total + blocks.sum(0), squares + blocks.T @ blocks, count + len(blocks)
         found.mean.copy_(total / count)
         values, vectors = torch.linalg.eigh(squares / count - torch.outer(total, total) / count**2)
@@ -93,25 +89,6 @@ class PCA(nn.Module):
         found.std.copy_((spread * spread.mean()).sqrt())  # a mean square of 1 over all latents
         found.loaded = True
         return found
-
-    def missing(self) -> list[Missing]:
-        """What is missing for it to run, found without reading weights."""
-        if self.path is None:
-            return [] if self.loaded else [Missing(self.name, "-", f"set autoencoder.path to a file of {FIT}.")]
-        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        cure = unfit_weights(Path(self.path), shapes)
-        if cure and Path(self.path).is_file() and (held := read_shapes(Path(self.path)).get("basis")):
-            cure = f"its blocks are of {held[1]} numbers. Set autoencoder.strides to them, and channels={held[0]}."
-        return [Missing(self.name, self.path, cure)] if cure else []
-
-    def _load_once(self) -> None:
-        if not self.loaded and not self.mean.is_meta:
-            check_ready([self])
-            self.load_state_dict(read_part(Path(str(self.path))))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        self.loaded |= f"{prefix}basis" in state_dict
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 @checked

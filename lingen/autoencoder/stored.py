@@ -6,14 +6,51 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from lingen.frozen import Missing, check_ready
 from lingen.weights import WeightsError, find_weights, read_metadata
 
 PREFIXES = ("averaged.autoencoder.", "raw.autoencoder.")
 """Prefixes under which `lingen.weights` stores an autoencoder's weights; the first that occurs in a file is read."""
 
 TensorShapes = dict[str, tuple[int, ...]]
+
+
+class Stored(nn.Module):
+    """An autoencoder whose weights lie at `path`, a file or run folder, and are read when they are first needed."""
+
+    name: str
+    path: str | None
+    mean: Tensor
+    std: Tensor
+    loaded = False
+    without_path: str
+    """The cure where no path is given."""
+    may_be_fresh = True
+    """Whether it can work with weights that were just drawn."""
+
+    def missing(self) -> list[Missing]:
+        """What is missing for it to run, found without reading weights."""
+        if self.path is None:
+            return [] if self.loaded else [Missing(self.name, "-", self.without_path)]
+        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        cure = unfit_weights(Path(self.path), shapes)
+        return [Missing(self.name, self.path, cure)] if cure else []
+
+    def load(self) -> None:
+        """Reads the weights at `path`. Raises RecipeError where they are missing or do not fit."""
+        check_ready([self])
+        self.load_state_dict(read_part(Path(str(self.path))))
+
+    def _load_once(self) -> None:
+        if not (self.loaded or self.mean.is_meta or self.path is None and self.may_be_fresh):
+            self.load()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Weights that are loaded explicitly, such as those of a checkpoint, replace the ones at `path`.
+        self.loaded |= f"{prefix}mean" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def unfit_weights(path: Path, own: TensorShapes) -> str | None:
@@ -61,6 +98,8 @@ def settings_from_shapes(shapes: TensorShapes) -> dict[str, Any]:
         return [shape for name, shape in sorted(shapes.items()) if re.fullmatch(f"encoder.layers.{pattern}", name)]
 
     widths = [shape[0] for shape in found(r"level\d+_block0\.space\.conv2\.weight")]
+    if "basis" in shapes:  # of `pca`
+        return {"channels": shapes["basis"][0], "strides": f"blocks of {shapes['basis'][1] // 3} pixels"}
     if not widths or "mean" not in shapes or "encoder.layers.enter.weight" not in shapes:
         return {}
     width = shapes["encoder.layers.enter.weight"][0]

@@ -3,17 +3,17 @@
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingen.autoencoder import check_sides
 from lingen.autoencoder.network import NetworkSizes, decoder, encoder
-from lingen.autoencoder.stored import read_part, unfit_weights
+from lingen.autoencoder.stored import Stored
 from lingen.autoencoder.temporal import Stream, regroup
-from lingen.frozen import Missing, check_ready
+from lingen.frozen import Missing
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
@@ -22,7 +22,7 @@ Chunk = Annotated[int, AtLeast(1), FREE, "latent frames that are encoded or deco
 
 
 @checked
-class TAE(nn.Module):
+class TAE(Stored):
     """Temporal autoencoder (Movie Gen, arXiv 2410.13720, section 3.1.1): a VAE whose latents are smaller in t, h and w.
 
     Unlike Movie Gen's it needs no tiles along time: every layer sees a finite number of frames to each side and has a
@@ -33,6 +33,10 @@ class TAE(nn.Module):
     Raises SettingError for settings that make no sense together."""
 
     name = "tae"
+    without_path = (
+        "train one with `lingen fit --recipe tae_8x8x8` and set autoencoder.path to its run folder, or use "
+        "'autoencoder: tae_small'."
+    )
 
     def __init__(
         self,
@@ -61,14 +65,10 @@ class TAE(nn.Module):
         self.decoder = decoder(self.sizes, checkpointing)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
-        self.loaded = False
         for parameter in self.parameters():  # channels last, as the grid tensors are
             if parameter.ndim > 3:
                 layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=layout)
-
-    mean: Tensor
-    std: Tensor
 
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> latents. With gradients on the clip is taken whole, else piece by piece."""
@@ -123,29 +123,6 @@ class TAE(nn.Module):
     def last_layer(self) -> Tensor:
         """The weight of the layer that gives pixels: training compares the gradients of its losses there."""
         return self.decoder.leave.weight
-
-    def missing(self) -> list[Missing]:
-        """What is missing for it to run, found without reading weights."""
-        if self.path is None:
-            told = "train one with `lingen fit --recipe tae_8x8x8` and set autoencoder.path to its run folder"
-            return [Missing(self.name, "-", f"{told}, or use 'autoencoder: tae_small'.")]
-        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        cure = unfit_weights(Path(self.path), shapes)
-        return [Missing(self.name, self.path, cure)] if cure else []
-
-    def load(self) -> None:
-        """Reads the weights at `path`. Raises RecipeError where they are missing or do not fit."""
-        check_ready([self])
-        self.load_state_dict(read_part(Path(str(self.path))))
-
-    def _load_once(self) -> None:
-        if self.path is not None and not self.loaded and not self.mean.is_meta:
-            self.load()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Weights that are loaded explicitly, such as those of a checkpoint, replace the ones at `path`.
-        self.loaded |= f"{prefix}mean" in state_dict
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 @checked

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 done, 1 failed, 2 wrong use, 75 asked to be requeued, 130 interrupted."""
     # Before torch is imported: OpenMP threads that spin while they wait slow a busy machine down.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    args = None
+    args, is_told = None, False
     try:
         is_told = bool(who()) and (sys.argv[1:] if argv is None else argv)[:1] == ["fit"]  # by rank 0
         with contextlib.redirect_stderr(io.StringIO()) if is_told else contextlib.nullcontext():
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed the reason
         return int(stop.code or DONE)
     except RecipeError as error:
-        for problem in error.problems:
+        for problem in () if is_told and args is None else error.problems:
             print(who() + " ".join(problem.split("\n")), file=sys.stderr)
         return WRONG_USE
     except OtherRankError:  # that one says what is wrong

@@ -95,9 +95,8 @@ def check_alike(path: str) -> None:
     small = load_sprites(path)[:, 0].reshape(len(ACTORS), 8, SPRITE // 8, 8, SPRITE // 8, 4).mean((2, 4)) / 255
     for number, (name, actor) in enumerate(zip(ACTORS, small, strict=True)):
         pairs = np.minimum(*(abs(small[:number] - one).mean((1, 2, 3)) for one in (actor, actor[:, ::-1])))
-        if (pairs < ALIKE).any():
-            other = list(ACTORS)[int(pairs.argmin())]
-            raise RecipeError(f"{path}: the actors '{other}' and '{name}' look alike, so no pair of one is held out.")
+        for other in np.flatnonzero(pairs < ALIKE):
+            raise RecipeError(f"{path}: the actors '{list(ACTORS)[other]}' and '{name}' look alike: none is held out.")
 
 
 def perform(

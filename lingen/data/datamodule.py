@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lingen.data import order
-from lingen.data.acting import DrawnIndex, check_sprites
+from lingen.data.acting import DrawnIndex, check_alike
 from lingen.data.batch import Batch
 from lingen.data.buckets import Pool, Shape, pool_of
 from lingen.data.dataset import Clips, Places
@@ -64,10 +64,10 @@ class ClipData(lightning.LightningDataModule):
         return [kind for kind in KINDS if getattr(self.recipe.data.mix, kind) > 0]
 
     def check(self) -> None:
-        """RecipeError where a pattern of the recipe's shards matches no file, or the theatre has no actors; no shard is
-        read."""
+        """RecipeError where a pattern of the recipe's shards matches no file, or the theatre has no actors or two that
+        look alike; no shard is read."""
         if self.theatre is not None:
-            check_sprites(self.theatre.sprites)
+            check_alike(self.theatre.sprites)
         for setting in ("shards", "validation"):
             for kind in self.kinds:
                 self._expand(getattr(self.recipe.data, setting), kind, f"data.{setting}")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lingen.data import manifest
-from lingen.data.acting import check_alike
 from lingen.data.datamodule import ClipData
 from lingen.data.ledger import DataError
 from lingen.data.locations import Location, expand
@@ -57,8 +56,6 @@ def forecast(stages: Sequence[Recipe], ranks: int | None = None) -> Forecast:
         try:
             data.check()
             data.setup()
-            if data.theatre is not None:
-                check_alike(data.theatre.sprites)
         except (DataError, RecipeError, ManifestError) as error:
             whole.problems.append(f"stage {name}: {error}")
             continue
