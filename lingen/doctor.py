@@ -2,7 +2,8 @@
 
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,30 +88,29 @@ def _rewriters(recipe: Recipe) -> list[Any]:
     return [] if recipe.rewrite.path is None else [Rewriter(recipe.rewrite)]
 
 
+def _missed(setting: str, named: Any, look: Callable[[], object]) -> Iterator[Missing]:
+    """What a look at a file finds wrong."""
+    try:
+        look()
+    except RecipeError as error:
+        yield Missing(setting, named if isinstance(named, str) else " ".join(named), str(error))
+
+
 def _init(recipe: Recipe) -> Iterator[Missing]:
     from lingen.weights import find_weights, read_metadata
 
-    if recipe.init is not None:
-        try:
-            read_metadata(find_weights(recipe.init))
-        except RecipeError as error:
-            yield Missing("init", recipe.init, str(error))
+    if (init := recipe.init) is not None:
+        yield from _missed("init", init, lambda: read_metadata(find_weights(init)))
 
 
 def _shards(recipe: Recipe) -> Iterator[Missing]:
-    drawn = recipe.data.synthetic or {}
-    if drawn.get("name") == "theatre":
-        try:
-            check_sprites(drawn["sprites"])
-        except RecipeError as error:
-            yield Missing("data.synthetic", drawn["sprites"], str(error))
+    data, drawn = recipe.data, recipe.data.synthetic or {}
+    if drawn.get("name") == "theatre" and not (data.shards.image or data.shards.video):
+        yield from _missed("data.synthetic", drawn["sprites"], lambda: check_sprites(drawn["sprites"]))
     for section in ("shards", "validation"):
-        for kind in (kind for kind in KINDS if getattr(recipe.data.mix, kind)):
-            named, setting = getattr(getattr(recipe.data, section), kind), f"data.{section}.{kind}"
-            try:
-                expand(named, setting, recipe.data.remote.timeout)
-            except RecipeError as error:
-                yield Missing(setting, named if isinstance(named, str) else " ".join(named), str(error))
+        for kind in (kind for kind in KINDS if getattr(data.mix, kind)):
+            named, setting = getattr(getattr(data, section), kind), f"data.{section}.{kind}"
+            yield from _missed(setting, named, partial(expand, named, setting, data.remote.timeout))
 
 
 class Line(NamedTuple):

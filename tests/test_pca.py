@@ -96,7 +96,7 @@ def test_weights_come_from_a_file_when_they_are_needed(fitted, tmp_path):
 
 
 def test_what_is_missing_is_said_before_anything_runs(fitted, tmp_path):
-    with pytest.raises(RecipeError, match=r"missing: pca -: set autoencoder.path to a file of .*PCA.fit"):
+    with pytest.raises(RecipeError, match=r"missing: pca -: set autoencoder.path to a file of .*PCA.fit found"):
         check_ready([PCA()])
     check_ready([fitted])
     path = save(fitted, tmp_path / "pca.safetensors")

@@ -81,14 +81,3 @@ def streams(autoencoder: Any) -> TypeGuard[StreamingAutoencoder]:
     """Whether the autoencoder can encode and decode a clip in pieces."""
     both = all(hasattr(autoencoder, name) for name in ("encode_stream", "decode_stream"))
     return both and getattr(autoencoder, "streams", True)
-
-
-def check_sides(autoencoder: Any, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 3 t h w"]:
-    """The clip as it is; ValueError for a height or width that the autoencoder's strides do not divide."""
-    (h, w), across = video.shape[3:], autoencoder.strides[1:]
-    if h % across[0] or w % across[1]:
-        raise ValueError(
-            f"The autoencoder '{autoencoder.name}' cannot take frames of {h}x{w} pixels: height and width must be "
-            f"multiples of {across[0]} and {across[1]}."
-        )
-    return video

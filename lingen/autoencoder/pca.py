@@ -9,14 +9,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lingen.autoencoder import check_sides
 from lingen.autoencoder.stored import Stored
 from lingen.media import as_floats
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
-
-FIT = "lingen.autoencoder.pca.PCA.fit"
 
 
 def cut_into_blocks(video: Float[Tensor, "b 3 t h w"], sides: Triple) -> Float[Tensor, "b _t _h _w n"]:
@@ -35,13 +32,13 @@ class PCA(Stored):
     block are its last one again."""
 
     name = "pca"
-    without_path = f"set autoencoder.path to a file of {FIT}."
+    without_path = "set autoencoder.path to a file of what lingen.autoencoder.pca.PCA.fit found."
     may_be_fresh = False
 
     def __init__(
         self,
         *,
-        path: Annotated[str | None, IDENTITY, CONTENT, f"weights: a file that {FIT} made"] = None,
+        path: Annotated[str | None, IDENTITY, CONTENT, "weights: a file of what `PCA.fit` found"] = None,
         strides: Annotated[Triple, AtLeast(1), IDENTITY, "pixels of a block in t, h, w"] = (4, 8, 8),
         channels: Annotated[int, AtLeast(1), IDENTITY, "components that are kept"] = 80,
     ):
@@ -57,7 +54,7 @@ class PCA(Stored):
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> latents, ceil(t / strides[0]) frames of them."""
         self._load_once()
-        missing = -check_sides(self, video).shape[2] % self.strides[0]
+        missing = -self._fitting(video).shape[2] % self.strides[0]
         video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2) if missing else video
         weight = (self.basis / self.std[:, None]).to(video.dtype)
         with torch.autocast(video.device.type, enabled=False):

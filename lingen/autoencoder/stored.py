@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lingen.frozen import Missing, check_ready
+from lingen.recipe.sections import Triple
 from lingen.weights import WeightsError, find_weights, read_metadata
 
 PREFIXES = ("averaged.autoencoder.", "raw.autoencoder.")
@@ -22,6 +23,7 @@ class Stored(nn.Module):
 
     name: str
     path: str | None
+    strides: Triple
     mean: Tensor
     std: Tensor
     loaded = False
@@ -42,6 +44,16 @@ class Stored(nn.Module):
         """Reads the weights at `path`. Raises RecipeError where they are missing or do not fit."""
         check_ready([self])
         self.load_state_dict(read_part(Path(str(self.path))))
+
+    def _fitting(self, video: Tensor) -> Tensor:
+        """The clip as it is; ValueError for a height or width that the strides do not divide."""
+        (h, w), across = video.shape[3:], self.strides[1:]
+        if h % across[0] or w % across[1]:
+            raise ValueError(
+                f"The autoencoder '{self.name}' cannot take frames of {h}x{w} pixels: height and width must be "
+                f"multiples of {across[0]} and {across[1]}."
+            )
+        return video
 
     def _load_once(self) -> None:
         if not (self.loaded or self.mean.is_meta or self.path is None and self.may_be_fresh):

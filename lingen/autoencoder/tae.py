@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lingen.autoencoder import check_sides
 from lingen.autoencoder.network import NetworkSizes, decoder, encoder
 from lingen.autoencoder.stored import Stored
 from lingen.autoencoder.temporal import Stream, regroup
@@ -91,7 +90,7 @@ class TAE(Stored):
         stream = Stream()
         most = self.chunk * self.strides[0]
         for piece, stream.last in regroup(pieces, most):
-            for moments in self.encoder.stream(check_sides(self, piece), stream, most):
+            for moments in self.encoder.stream(self._fitting(piece), stream, most):
                 yield self._scaled(moments.chunk(2, 1)[0])
 
     def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
@@ -111,7 +110,7 @@ class TAE(Stored):
         self, video: Float[Tensor, "b 3 t h w"]
     ) -> tuple[Float[Tensor, "b c _t _h _w"], Float[Tensor, "b c _t _h _w"]]:
         """Mean and log variance (-30..20) of the raw latents, before `mean` and `std`; float32 at least."""
-        moments = self.encoder(check_sides(self, video))
+        moments = self.encoder(self._fitting(video))
         mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 

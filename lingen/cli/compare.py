@@ -80,14 +80,16 @@ def report(args: argparse.Namespace) -> None:
 def ablate(args: argparse.Namespace) -> int:
     out = _out(args)
     from lingen.evaluation.statistics import check_extra
+    from lingen.recipe import load_curriculum
 
     check_extra()
+    fixed = [word for word in args.variants if "=" in word.partition(":")[0]]  # argparse takes them for variants
+    asked, fixed = [word for word in args.variants if word not in fixed], [*args.overrides, *fixed]
+    load_curriculum(args.recipe, fixed)  # a mistake in words is told before torch is imported
     from lingen.studies import ablation
     from lingen.studies.compare import cell_of
     from lingen.studies.grid import load_grid, name_of
 
-    fixed = [word for word in args.variants if "=" in word.partition(":")[0]]  # argparse takes them for variants
-    asked, fixed = [word for word in args.variants if word not in fixed], [*args.overrides, *fixed]
     fixed += ablation.validating(args.recipe, fixed, args.metric)
     variants = {ablation.BASELINE: list[str]()} | dict(ablation.variant_of(one, args.recipe, fixed) for one in asked)
     if len(variants) <= len(asked):

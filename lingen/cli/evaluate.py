@@ -186,10 +186,9 @@ def eval_clips(args: argparse.Namespace) -> None:
         line = lines.setdefault(row["metric"], {"metric": row["metric"], "floor": _cell(row["floor"], ".4g")})
         line[row["subject"]] = f"{row['value']:.4g}{around}"
     pairs = [{k: f"{v:.3g}" if type(v) is float else str(v) for k, v in row.items()} for row in found["comparisons"]]
-    failed = list[str]()
-    for name, held in found["failures"].items():
-        failed += [f"{name}: {n} x {why}" for why, n in held.items()][:5]
-        failed += [f"{name}: {len(held) - 5} more, which results.json names"] if len(held) > 5 else []
+    told = list(found["failures"].items())
+    failed = [f"{name}: {n} x {why}" for name, held in told for why, n in list(held.items())[:5]]
+    failed += [f"{name}: {len(held)} such, all of them in results.json" for name, held in told if len(held) > 5]
     files = [Path(args.out) / f"results.{end}" for end in ("png", "json")]
     cli.tell(args, found, [list(lines.values()), pairs], *failed, *found["notes"], *files)
 

@@ -9,16 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lingen.files import write_json, write_text
-from lingen.launch.lead import signal_seconds
 from lingen.launch.options import ClusterSettings, Options, merged, script_of, seconds_of
-from lingen.plan.forecast import plan
 from lingen.plan.loading import load_for_training, to_yaml
 from lingen.provenance import git_commit, versions
 from lingen.recipe.errors import RecipeError
-from lingen.run_folder import lock, record
+from lingen.run_folder import lock
 from lingen.run_folder.folder import RunFolder
-from lingen.run_folder.identity import described
-from lingen.training.inputs import check_inputs
 
 KEPT_VARIABLES = (
     "CUDA", "NCCL", "GLOO", "TORCH", "PYTORCH", "TRITON", "OMP", "MKL", "LINGEN", "UCX", "FI_", "PYTHONPATH", "PATH",
@@ -51,10 +47,15 @@ def prepare_training(
     Args:
         options: of sbatch, which go before ours.
         gpus: of a node, where the command line says it."""
-    per_node = _per_node(recipe, overrides, gpus, settings, stage)
+    per_node = _per_node(recipe, overrides, gpus, settings, stage)  # tells mistakes in words before torch is imported
+    from lingen.launch.lead import signal_seconds
+    from lingen.plan.forecast import plan
+    from lingen.run_folder import identity, record
+    from lingen.training.inputs import check_inputs
+
     ranks = [f"trainer.num_nodes={nodes}", f"trainer.devices={per_node}"]
     curriculum = load_for_training(recipe, [*overrides, *ranks], stage)
-    told, chosen, lines = described(curriculum.stages), curriculum.chosen(stage), list[str]()
+    told, chosen, lines = identity.described(curriculum.stages), curriculum.chosen(stage), list[str]()
     path = Path(run) if run else record.default_path(curriculum.stages[0].name, told, lines.append)
     folder = RunFolder(path.absolute())
     place = _next_place(folder.path / "submit")

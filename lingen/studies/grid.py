@@ -14,11 +14,7 @@ from lingen.files import write_text
 from lingen.plan.loading import Curriculum, load_for_training, to_yaml
 from lingen.ranks import signals
 from lingen.recipe.errors import RecipeError
-from lingen.run import is_complete
-from lingen.run_folder import record
 from lingen.run_folder.folder import RunFolder
-from lingen.run_folder.identity import described
-from lingen.training.inputs import check_inputs
 
 
 class GridRun(NamedTuple):
@@ -64,8 +60,11 @@ def load_grid(recipe: str, named: dict[str, list[str]], out: Path) -> list[GridR
     for name, overrides in named.items():
         try:
             run = GridRun(RunFolder(out / name), load_for_training(recipe, overrides))
+            from lingen.run_folder import identity, record  # a mistake in words is told before torch is imported
+            from lingen.training.inputs import check_inputs
+
             check_inputs(run.curriculum.stages, run.folder)
-            record.start(run.folder, run.curriculum, described(run.curriculum.stages), run.curriculum.names[0])
+            record.start(run.folder, run.curriculum, identity.described(run.curriculum.stages), run.curriculum.names[0])
             runs.append(run)
         except RecipeError as error:
             problems += [f"{name}: {text.replace('--run', '--out')}" for text in error.problems]
@@ -77,6 +76,8 @@ def load_grid(recipe: str, named: dict[str, list[str]], out: Path) -> list[GridR
 def train_grid(runs: Sequence[GridRun], say: Callable[[str], None]) -> bool:
     """Trains what is missing, each run in a process of its own, so that one that fails takes no other with it; one that
     another process trains is left to it. Returns whether all are done. `signals.Stopped` where a signal came."""
+    from lingen.run import is_complete
+
     for number, run in ((n, one) for n, one in enumerate(runs, start=1) if not is_complete(*one)):
         say(f"trains {run.folder.path} ({number} of {len(runs)})")
         if code := _train(run):
