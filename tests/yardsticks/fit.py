@@ -141,8 +141,9 @@ def bench_fit(recipe: str, overrides: Sequence[str], stage: str | None, steps: i
     """
     asked = load_for_training(recipe, overrides, stage).chosen(stage)[-1]
     device = results.device
-    phases = 3 if device.type == "cuda" else 2
-    are_graphs = device.type == "cuda" and asked.train.compile != "off"
+    on_gpu = device.type == "cuda" and asked.trainer.get("accelerator") != "cpu"
+    phases = 3 if on_gpu else 2
+    are_graphs = on_gpu and asked.train.compile != "off"
     warm = WARM + 2 * asked.train.log_every * are_graphs
     for kind in (kind for kind in KINDS if getattr(asked.data.mix, kind)):
         one = {
