@@ -81,8 +81,8 @@ class LinGen(nn.Module):
             text: one (tokens, mask) per encoder. A row without any unmasked token is told "no text" by a learned token.
             condition: reserved for image-to-video."""
         self._check(latents, time, text, condition)
-        if torch.is_grad_enabled():  # each weight is used once in a pass, and its copy in 16 bits need not outlive that
-            torch.set_autocast_cache_enabled(False)
+        if torch.is_grad_enabled() and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            torch.set_autocast_cache_enabled(False)  # until autocast ends: each weight, and its copy, is used once
         grid = self.grid_of(latents.shape[2:])
         tokens, mask = self.text(text, len(latents))
         pooled = None

@@ -422,3 +422,14 @@ def test_the_model_needs_none_of_the_libraries_of_data_and_recipes():
         "print(*{'av', 'webdataset', 'omegaconf', 'lightning'} & {*sys.modules})"
     )
     assert run_python("-c", code).strip() == ""
+
+
+def test_what_autocast_remembers_elsewhere_is_left_alone():
+    """Inside of autocast the model forgets its weights' copies; outside of it nothing is switched off for others."""
+    model = build()
+    model(*inputs())
+    assert torch.is_autocast_cache_enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*inputs())
+        assert not torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
