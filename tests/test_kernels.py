@@ -101,7 +101,7 @@ def test_mistakes_are_sentences():
     parts = operands(4, 1)
     with pytest.raises(ValueError, match="'triton'. Known: auto, reference"):
         ssd(**parts, kernel="triton")
-    with pytest.raises(ValueError, match="pip install 'lingen\\[cuda\\]'"):
+    with pytest.raises(ValueError, match="pip install mamba-ssm"):
         ssd(**parts, kernel="stock")
     with pytest.raises(ValueError, match="at least one token"):
         ssd(*(parts[name][:, :0] if name in "x dt b c" else parts[name] for name in ("x", "dt", "a", "b", "c")))

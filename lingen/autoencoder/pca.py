@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lingen.autoencoder.stored import Stored
+from lingen.autoencoder.stored import StoredAutoencoder
 from lingen.media import as_floats
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
@@ -24,7 +24,7 @@ def cut_into_blocks(video: Float[Tensor, "b 3 t h w"], sides: Triple) -> Float[T
 
 
 @checked
-class PCA(Stored):
+class PCA(StoredAutoencoder):
     """The first principal components of blocks of t x h x w pixels, each divided by the square root of its spread: a
     latent counts the more, the more of the picture it holds, and still details are not drowned in noise [ours].
 

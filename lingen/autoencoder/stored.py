@@ -18,7 +18,7 @@ PREFIXES = ("averaged.autoencoder.", "raw.autoencoder.")
 TensorShapes = dict[str, tuple[int, ...]]
 
 
-class Stored(nn.Module):
+class StoredAutoencoder(nn.Module):
     """An autoencoder whose weights lie at `path`, a file or run folder, and are read when they are first needed."""
 
     name: str

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.autoencoder.network import NetworkSizes, decoder, encoder
-from lingen.autoencoder.stored import Stored
+from lingen.autoencoder.stored import StoredAutoencoder
 from lingen.autoencoder.temporal import Stream, regroup
 from lingen.frozen import Missing
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
@@ -21,7 +21,7 @@ Chunk = Annotated[int, AtLeast(1), FREE, "latent frames that are encoded or deco
 
 
 @checked
-class TAE(Stored):
+class TAE(StoredAutoencoder):
     """Temporal autoencoder (Movie Gen, arXiv 2410.13720, section 3.1.1): a VAE whose latents are smaller in t, h and w.
 
     Unlike Movie Gen's it needs no tiles along time: every layer sees a finite number of frames to each side and has a
