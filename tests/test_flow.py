@@ -83,6 +83,16 @@ def test_mean_and_std_of_the_normal():
     assert abs(normal.mean() - 1) < 0.02 and abs(normal.std() - 0.5) < 0.02
 
 
+def test_noise_that_threads_draw_is_that_of_each_sample_alone():
+    shape, slots = (2, 16, 128, 128), torch.arange(5)
+    assert len(slots) * math.prod(shape) > flow.MANY > math.prod(shape)
+    every = flow.sample_draws(shape, slots, (7, "t2v"), times())
+    for number, alone in (
+        (number, flow.sample_draws(shape, slots[number:][:1], (7, "t2v"), times())) for number in slots
+    ):
+        assert all(torch.equal(whole[number], one[0]) for whole, one in zip(every, alone, strict=True))
+
+
 def test_what_a_sample_draws_depends_on_its_slot_alone():
     every = flow.sample_draws((2, 3, 4, 4), torch.arange(6), (7, "t2v"), times(shift=2.0))
     parts = [

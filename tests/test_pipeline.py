@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 import lingen
+from lingen.autoencoder.pca import PCA
 from lingen.autoencoder.tae import TAE
 from lingen.cli import main
 from lingen.files import write_json
@@ -28,7 +29,11 @@ from lingen.sampling.pipeline import card_of
 from lingen.weights import find_weights, read_metadata, write_tensors
 from tests.helpers.tiny import write_recipe
 
-SMALL = "{name: tae, strides: [2, 4, 4], channels: 4, width: 8, blocks: 1, path: %s}"
+SMALL = {
+    "tae": "{name: tae, strides: [2, 4, 4], channels: 4, width: 8, blocks: 1, path: %s}",
+    "pca": "{name: pca, strides: [2, 4, 4], channels: 4, path: %s}",
+}
+"""Autoencoders whose weights lie in a file."""
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +103,15 @@ def test_it_can_be_half_as_large(tiny_run: Path, tmp_path: Path):
     assert len(lingen.LinGenPipeline.from_pretrained(tmp_path / "low")("a").frames[0]) == 4
 
 
-def test_an_autoencoder_comes_along(tiny_shards: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", SMALL)
+def test_an_autoencoder_comes_along(name: str, tiny_shards: Path, tmp_path: Path):
     torch.manual_seed(1)
-    tae = TAE(strides=(2, 4, 4), channels=4, width=8, blocks=1)
-    path = tmp_path / "tae.safetensors"
-    write_tensors(path, {f"averaged.autoencoder.{n}": v for n, v in tae.state_dict().items()}, {"format": "lingen"})
+    noise = torch.randint(256, (2, 3, 4, 8, 8), dtype=torch.uint8)
+    small = TAE(strides=(2, 4, 4), channels=4, width=8, blocks=1) if name == "tae" else PCA.fit([noise], (2, 4, 4), 4)
+    path = tmp_path / "small.safetensors"
+    write_tensors(path, {f"averaged.autoencoder.{n}": v for n, v in small.state_dict().items()}, {"format": "lingen"})
     recipe = write_recipe(tmp_path / "r.yaml", tiny_shards)
-    words = [f"autoencoder={SMALL % json.dumps(str(path))}", "model.patch=[1,1,1]", "train.steps=1"]
+    words = [f"autoencoder={SMALL[name] % json.dumps(str(path))}", "model.patch=[1,1,1]", "train.steps=1"]
     run = fit(recipe, [*words, "stages.images.train.steps=1", "stages.clips.train.steps=1"], run=tmp_path / "run")
     assert main(["export", "--run", str(run), "--to", "diffusers", "--out", str(tmp_path / "out")]) == 0
     want = next(lingen.generate(run, "a red square"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lingen.autoencoder.stored import settings_from_shapes
+from lingen.autoencoder.stored import StoredAutoencoder, settings_from_shapes
 from lingen.autoencoder.tae import TAE
 from lingen.data.batch import Progress
 from lingen.files import check_place, whole_folder, write_json, write_text
@@ -121,12 +121,13 @@ def export_folder(source: str | Path, out: str | Path, precision: str = "fp32") 
     with whole_folder(path, own=True) as work:
         for name, part, config, start in parts:
             tensors = {key.removeprefix(start): one for key, one in state.items() if key.startswith(start)}
-            if isinstance(part, TAE):
+            if isinstance(part, StoredAutoencoder):
                 if not part.loaded:
                     part.load()
                 tensors = part.state_dict()
                 sizes = settings_from_shapes({key: tuple(value.shape) for key, value in tensors.items()})
-                config = {"name": "tae", **sizes, "chunk": part.chunk, "path": _WEIGHTS}
+                kind = {"name": "tae", "chunk": part.chunk} if isinstance(part, TAE) else {"name": "pca"}
+                config = {**kind, **sizes, "strides": list(part.strides), "path": _WEIGHTS}
             if precision == "bf16":
                 tensors = {k: v.bfloat16() if v.ndim > 1 and v.is_floating_point() else v for k, v in tensors.items()}
             write_json(work / name / "config.json", {"_class_name": type(part).__name__, **config})
