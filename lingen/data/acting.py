@@ -31,6 +31,8 @@ FACES_RIGHT = ("plane", "rocket")
 """Actors whose sprites look to the right; the others look to the left, or at us."""
 PANORAMA, BLEND = 1.4, 0.25
 """Width of a scene in pictures; seconds that an actor or another scene takes to appear."""
+VIEWS = 64
+"""Of each scene in each light."""
 
 PerFrame = Float[np.ndarray, " t"]
 
@@ -114,7 +116,9 @@ def perform(
         sprites: of `load_sprites`.
         rng: of everything that the captions do not tell: places, sizes, and how a scene looks.
     """
-    moments, lasts = (np.arange(frames) + 0.5) / frames, frames / fps / len(board.events)
+    moments, lasts, first = (np.arange(frames) + 0.5) / frames, frames / fps / len(board.events), 0
+    if frames == 1:  # an image is any moment in the midst of four seconds
+        moments, lasts, first = rng.uniform(0.2, 0.8, 1), 4.0, int(rng.integers(SPRITE_FRAMES))
     clip = _backdrop(board, moments, lasts, size, rng)
     last, names = len(board.events) - 1, list(ACTORS)
     for number, event in enumerate(board.events):
@@ -125,7 +129,7 @@ def perform(
         for who, motion in _motions(event, share, lasts, size[1] / size[0], rng):
             mirrored = bool(event.way) and (event.way == "right") != (who in FACES_RIGHT)
             for frame, seen, *at in zip(mine, ends * lasts / BLEND, *motion, strict=True):
-                picture = sprites[names.index(who), int(frame / fps * 12 + 1e-6) % SPRITE_FRAMES]
+                picture = sprites[names.index(who), (first + int(frame / fps * 12 + 1e-6)) % SPRITE_FRAMES]
                 _put(clip[frame], picture, at, mirrored, min(1.0, seen))
     return clip
 
@@ -138,7 +142,7 @@ def _backdrop(
     height, width = size
     wide = round(PANORAMA * width)
     keys = [(event.scene, event.light) for event in board.events]
-    drawn = {key: draw_scene(*key, (height, wide), rng) for key in dict.fromkeys(keys)}
+    drawn = {key: _view(*key, height, wide, int(rng.integers(VIEWS))) for key in dict.fromkeys(keys)}
     shares = {"left": 1 - moments, "right": moments}.get(board.pan, np.full(len(moments), 0.5))
     clip = np.empty((len(moments), height, width, 3), np.uint8)
     for frame, moment, share in zip(clip, moments * len(keys), shares, strict=True):
@@ -149,6 +153,12 @@ def _backdrop(
             picture = cv2.addWeighted(picture, since, drawn[keys[at - 1]], 1 - since, 0)
         cv2.warpAffine(picture, np.array([[1, 0, -share * (wide - width)], [0, 1, 0]]), (width, height), frame)
     return clip
+
+
+@lru_cache(18 * VIEWS)
+def _view(scene: str, light: str, height: int, wide: int, view: int) -> UInt8[np.ndarray, "h w 3"]:
+    """A scene takes longer to draw than those who act before it: each process keeps what it drew."""
+    return draw_scene(scene, light, (height, wide), np.random.default_rng(view))
 
 
 def _motions(

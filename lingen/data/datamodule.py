@@ -126,7 +126,8 @@ class ClipData(lightning.LightningDataModule):
         if data.synthetic is None or data.shards.image or data.shards.video:
             return data.shards, data.validation
         if self.theatre is not None:
-            return Shards(video="theatre"), Shards(video="theatre")
+            shards = Shards(image="theatre", video="theatre")
+            return shards, shards
         from lingen.data.synthetic import ensure
 
         return ensure(self.recipe)

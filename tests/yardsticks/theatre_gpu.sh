@@ -1,9 +1,9 @@
 #!/bin/bash
 # Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
-#     bash tests/yardsticks/theatre_gpu.sh judge 160 encode 40000 4s 480 long 150 score
-# Needs data/theatre/sprites.webp (`lingen data fetch theatre`). A piece trains at a constant rate for three quarters of
-# its seconds, looks how far it came, and lowers the rate over as many steps as fit into the rest: nobody has to know the
-# GPU's speed. What is to be kept is put into $OUT: weights/denoiser.safetensors in bfloat16, in the
+#     bash tests/yardsticks/theatre_gpu.sh judge 160 encode 40000 images 4000 4s 480 long 150 score
+# Needs data/theatre/sprites.webp (`lingen data fetch theatre`). `images` takes a number of steps, the other pieces
+# seconds: they train at a constant rate for three quarters of them, look how far they came, and lower the rate over as
+# many steps as fit into the rest: nobody has to know the GPU's speed. What is to be kept is put into $OUT: weights/denoiser.safetensors in bfloat16, in the
 # folder that `lingen demo --checkpoint` takes; judge.safetensors; logs and metrics. PYTHON names the interpreter, MORE
 # further overrides of the denoiser's recipe. `encode` draws clips once, in a process for each core, and keeps their latents
 # in $SHARDS: drawn anew for each step, clips of 2.4 MB come to the GPU at some 400 a second, which is less than half of
@@ -21,7 +21,7 @@ decay='{name: wsd, share: 0.25}'
 fit() {
     local seconds=$1 run=$2
     shift 2
-    timeout --foreground --signal=TERM --kill-after=90 "$seconds" "$python" -m lingen fit --run "runs/$run" "$@" \
+    timeout --foreground --signal=TERM --kill-after=90 "$seconds" $python -m lingen fit --run "runs/$run" "$@" \
         "${always[@]}" >> "$out/$run.log" 2>&1
     local code=$?
     echo "$run: exit code $code, $SECONDS s"
@@ -44,11 +44,11 @@ train() {
 encode() {
     local stage=$1 clips=$2 part
     for part in $(seq "$workers"); do
-        OMP_NUM_THREADS=1 "$python" -m lingen encode --recipe theatre_128 --stage "$stage" --out "$shards/$stage" \
+        OMP_NUM_THREADS=1 $python -m lingen encode --recipe theatre_128 --stage "$stage" --out "$shards/$stage" \
             --part "$part/$workers" --device cpu data.workers=0 "data.synthetic.clips=$clips" \
             >> "$out/encode.log" 2>&1 &
     done
-    "$python" -m lingen encode --recipe theatre_128 --stage "$stage" --out "$shards/$stage-held" --validation \
+    $python -m lingen encode --recipe theatre_128 --stage "$stage" --out "$shards/$stage-held" --validation \
         --device cpu data.workers=0 data.synthetic.held_out=${HELD:-256} >> "$out/encode.log" 2>&1
     wait
     echo "encode $stage: $(du -sh "$shards/$stage" | cut -f1), $SECONDS s"
@@ -64,7 +64,7 @@ of_shards() {
 }
 
 keep() {
-    "$python" -m lingen export --run "runs/$1" --precision bf16 --out "$out/weights/$2.safetensors"
+    $python -m lingen export --run "runs/$1" --precision bf16 --out "$out/weights/$2.safetensors"
     cp "runs/$1/metrics.csv" "$out/metrics_$2.csv"
 }
 
@@ -72,31 +72,37 @@ while [ $# -gt 0 ]; do
     seconds=${2:-0}
     case $1 in
     judge) # on a CPU it takes an hour
-        "$python" -m tests.yardsticks.theatre train --minutes "$(((seconds - 10) / 6))e-1" --workers "$workers" \
+        $python -m tests.yardsticks.theatre train --minutes "$(((seconds - 10) / 6))e-1" --workers "$workers" \
             --out "$out/judge.safetensors"
         ;;
     encode)
         encode "${STAGE:-4s}" "$seconds"
         ;;
+    images)
+        fit 600 theatre --recipe theatre_128 --stage images "stages.images.train.steps=$seconds" ${MORE:-}
+        echo "$seconds" > runs/theatre.images
+        ;;
     4s)
-        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s $(of_shards) ${MORE:-}
+        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s $(of_shards) \
+            "stages.images.train.steps=$(cat runs/theatre.images)" ${MORE:-}
         keep theatre denoiser
         ;;
     long) # 16 s and 60 s, as many steps as the speed of 4 s lets expect: a step of each has as many tokens
         steps=$(cat runs/theatre.4s)
         share=$((steps * seconds / ${SECONDS_4S:-480} / 3))
         fit "$seconds" theatre --recipe theatre_128 $(of_shards) ${MORE:-} \
+            "stages.images.train.steps=$(cat runs/theatre.images)" \
             "stages.4s.train.steps=$steps" "stages.4s.train.decay=$decay" \
             "stages.16s.train.steps=$share" "stages.60s.train.steps=$share"
         keep theatre denoiser_long
         ;;
     score)
-        "$python" -m tests.yardsticks.theatre score --judge "$out/judge.safetensors" --weights "$out/weights" \
+        $python -m tests.yardsticks.theatre score --judge "$out/judge.safetensors" --weights "$out/weights" \
             --out "$out/theatre.json"
         shift
         continue
         ;;
-    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [4s SECONDS] [long SECONDS] [score]" >&2; exit 2 ;;
+    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [images STEPS] [4s SECONDS] [long SECONDS] [score]" >&2; exit 2 ;;
     esac
     shift 2
 done
