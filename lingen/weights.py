@@ -1,4 +1,7 @@
-"""Files of weights: safetensors with a recipe inside, written, read and found; no module is known here."""
+"""Files of weights: safetensors with a recipe inside, written, read and found; no module is known here, and torch is
+imported where tensors are read or written alone: a wrong path is told at once."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -6,14 +9,14 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lingen.files import check_target, whole_file
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 V = TypeVar("V")
 Copy = Literal["averaged", "raw"]
@@ -21,13 +24,14 @@ Copy = Literal["averaged", "raw"]
 OF_TRAINING = ("recipe", "stage", "step")
 """Metadata that tells how weights were trained; an autoencoder of known sizes does without."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a recipe calls the precision of weights."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""What a recipe calls the precision of weights -> its name in torch."""
 STORED_TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
 }  # fmt: skip
-"""What safetensors calls a type."""
+"""A type of torch in words -> what safetensors calls it."""
 _MOVED = (
     (re.compile(r"\.(a_log|d|dt_bias)$"), r".memory.\1"),
     (re.compile(r"(\bblocks\.\d+\.modulation)$"), r"\1.weight"),
@@ -127,14 +131,17 @@ def header_of(tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -
     end = 0
     for name, tensor in tensors:
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": STORED_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        kind, shape = STORED_TYPES[str(tensor.dtype)], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     words = json.dumps(header, ensure_ascii=False).encode()
     words += b" " * (-len(words) % 8)
     return len(words).to_bytes(8, "little") + words
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    from torch import uint8
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy()
 
 
 def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:

@@ -30,6 +30,51 @@ def test_help_imports_nothing_heavy():
     run_python("-c", code, cwd=ROOT)
 
 
+def test_weights_that_are_not_there_are_told_without_torch():
+    code = (
+        "import sys, pathlib, lingen.sampling; from lingen.cli import main\n"
+        "lingen.sampling.BUILT_IN = pathlib.Path('nowhere')\n"
+        "for line in sys.stdin: assert main(line.split()) == 2, line\n"
+        "assert not {'torch', 'lightning', 'omegaconf'} & set(sys.modules)"
+    )
+    lines = {
+        "demo a dog jumps": "no weights of the emoji theatre",
+        "demo a dog --checkpoint none": "none: there is no run folder or weights file.",
+        "sample --run none --prompt x": "none: there is no run folder or weights file.",
+        "export none --to diffusers new": "none: there is no run folder or weights file.",
+        "export none --out x.txt": "none: there is no run folder or weights file.",
+        "eval tae --run none": "none: there is no run folder or weights file.",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, cwd=ROOT
+    )
+    told = done.stderr.splitlines()
+    assert done.returncode == 0 and len(told) == len(lines), done.stderr
+    for want, line in zip(lines.values(), told, strict=True):
+        assert want in line
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("export x --to diffusers", "argument --to: expected 2 arguments. Write --to diffusers DIR."),
+        ("export x --to diffuser d", "--to knows no 'diffuser'. Did you mean 'diffusers'? A folder: --to diffusers"),
+        ("export x --to file y", "--to knows no 'file'. A folder: --to diffusers DIR; a file: --out F."),
+        ("export x --to diffusers d --out f", "Say what to write: either --out F.safetensors, or --to diffusers DIR."),
+        ("export x", "Say what to write: either --out F.safetensors, or --to diffusers DIR."),
+        ("export --run x --out f", "unrecognized arguments: --run. Did you mean 'run'?"),
+        ("export --out f", "lingen export: the following arguments are required: RUN."),
+        ("sample --steps", "argument --steps: expected one argument. Write --steps STEPS. `lingen sample --help`"),
+        ("data pack --videos --out x", "--videos: expected at least one argument. Write --videos DIR."),
+        ("list nothing", "lingen list: argument what: invalid choice: 'nothing'"),
+    ],
+)
+def test_wrong_words_are_one_line_with_the_cure(words: str, told: str, capsys):
+    assert main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
 def test_a_crash_outside_of_python_tells_where_it_was(tmp_path: Path):
     (tmp_path / "crashes.py").write_text("import ctypes\nctypes.string_at(0)\n")
     done = run_command(

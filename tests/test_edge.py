@@ -141,9 +141,9 @@ def test_lengths_without_end_and_models_that_are_not_there(here: Path, tiny_reci
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["fti"], "There is no command 'fti'. Did you mean 'fit'? Known: "),
-        (["data", "chek"], "There is no command 'data chek'. Did you mean 'check'? Known: "),
-        (["qqqqq"], "There is no command 'qqqqq'. Known: "),
+        (["fti"], "There is no command called 'fti'. Did you mean 'fit'? Known: "),
+        (["data", "chek"], "There is no command called 'data chek'. Did you mean 'data check'? Known: data "),
+        (["qqqqq"], "There is no command called 'qqqqq'. Known: "),
     ],
 )
 def test_an_unknown_command_is_one_line(words: list[str], told: str, capsys):

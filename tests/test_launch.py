@@ -283,4 +283,4 @@ def test_only_rank_0_tells_of_wrong_words(monkeypatch: pytest.MonkeyPatch, capsy
     assert main(["fit", "--bogus"]) == 2
     assert capsys.readouterr() == ("", "")
     assert main(["encode", "--bogus"]) == 2
-    assert "usage: " in capsys.readouterr().err
+    assert "lingen encode: the following arguments are required: --out." in capsys.readouterr().err

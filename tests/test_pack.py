@@ -322,7 +322,7 @@ def test_the_command(footage: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "left out: no caption" in shown and "9 samples of 10 looked at" not in shown
     assert "looked at" in shown
     assert main([*words, "--still", "much"]) == 2
-    assert "--still is a number or off, got 'much'" in capsys.readouterr().err
+    assert "--still: invalid number value: 'much'. Write --still N|off." in capsys.readouterr().err
     assert main(["data", "pack", "--out", out]) == 2
 
 

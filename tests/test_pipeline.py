@@ -39,7 +39,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "model"
-    assert main(["export", "--run", str(tiny_run), "--to", "diffusers", "--out", str(out)]) == 0
+    assert main(["export", str(tiny_run), "--to", "diffusers", str(out)]) == 0
     return out
 
 
@@ -96,7 +96,7 @@ def test_the_folder_is_as_diffusers_has_it(exported: Path, tiny_run: Path):
 
 
 def test_it_can_be_half_as_large(tiny_run: Path, tmp_path: Path):
-    words = ["export", "--run", str(tiny_run), "--to", "diffusers", "--out", str(tmp_path / "low")]
+    words = ["export", str(tiny_run), "--to", "diffusers", str(tmp_path / "low")]
     assert main([*words, "--precision", "bf16"]) == 0
     held = load_file(tmp_path / "low" / "denoiser" / "diffusion_pytorch_model.safetensors")
     assert held["patchify.weight"].dtype == torch.bfloat16
@@ -113,7 +113,7 @@ def test_an_autoencoder_comes_along(name: str, tiny_shards: Path, tmp_path: Path
     recipe = write_recipe(tmp_path / "r.yaml", tiny_shards)
     words = [f"autoencoder={SMALL[name] % json.dumps(str(path))}", "model.patch=[1,1,1]", "train.steps=1"]
     run = fit(recipe, [*words, "stages.images.train.steps=1", "stages.clips.train.steps=1"], run=tmp_path / "run")
-    assert main(["export", "--run", str(run), "--to", "diffusers", "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", str(run), "--to", "diffusers", str(tmp_path / "out")]) == 0
     want = next(lingen.generate(run, "a red square"))
     path.unlink()
     moved = (tmp_path / "out").rename(tmp_path / "moved")
@@ -138,7 +138,7 @@ def test_what_is_missing_or_damaged_is_named_with_the_cure(folder: Path, name: s
         file.write_bytes(data[: len(data) // 2] if how == "cut" else b"")
     with pytest.raises(RecipeError) as caught:
         lingen.LinGenPipeline.from_pretrained(folder)
-    assert name in str(caught.value) and "lingen export --run RUN --to diffusers --out DIR" in str(caught.value)
+    assert name in str(caught.value) and "lingen export RUN --to diffusers DIR" in str(caught.value)
 
 
 def test_other_folders_are_refused(folder: Path, tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]):
@@ -160,7 +160,7 @@ def test_other_folders_are_refused(folder: Path, tmp_path: Path, tiny_run: Path,
     write_json(folder / "denoiser" / "config.json", {"_class_name": "LinGen", "depht": 2})
     with pytest.raises(RecipeError, match="Key 'depht' not in 'LinGenConfig'. Did you mean 'depth'"):
         load(folder)
-    assert main(["export", "--run", str(tiny_run), "--to", "diffusers", "--out", str(folder)]) == 2
+    assert main(["export", str(tiny_run), "--to", "diffusers", str(folder)]) == 2
     assert "Name a new or empty folder" in capsys.readouterr().err
 
 

@@ -283,13 +283,14 @@ def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
     assert "no weights of the emoji theatre" in capsys.readouterr().err
 
 
-def test_the_demo_speaks_before_torch_is_imported():
+def test_the_demo_speaks_before_torch_is_imported(tmp_path: Path):
+    (weights := tmp_path / "x.safetensors").touch()
     code = (
         "import builtins, os, sys; from lingen.cli import main; own = builtins.print\n"
         "builtins.print = lambda *a, **k: (own('torch' in sys.modules, *a, flush=True), os._exit(0))\n"
-        "main(['demo', 'a dog jumps', '--checkpoint', 'nowhere'])"
+        "main(['demo', 'a dog jumps', '--checkpoint', sys.argv[1]])"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([sys.executable, "-c", code, str(weights)], capture_output=True, text=True, check=True).stdout
     assert told.strip() == "False 4 seconds of: a dog jumps"
 
 

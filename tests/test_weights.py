@@ -156,7 +156,7 @@ def test_only_what_is_used_is_exported_and_bf16_halves_it(tae_run: Path, tmp_pat
 
 def test_an_exported_autoencoder_is_a_path(tae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "tae.safetensors"
-    assert main(["export", "--run", str(tae_run), "--out", str(out), "--precision", "fp32"]) == 0
+    assert main(["export", str(tae_run), "--out", str(out), "--precision", "fp32"]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     settings = {"strides": (2, 4, 4), "channels": 4, "width": 8, "blocks": 1}
     given, exported = (TAE(path=str(path), **settings) for path in (tae_run, out))
@@ -191,7 +191,7 @@ def test_an_exported_denoiser_samples_and_starts_a_training(tiny_run: Path, tmp_
 def test_a_place_where_nothing_is_exported(
     tae_run: Path, tmp_path: Path, out: str, said: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["export", "--run", str(tae_run), "--out", str(tmp_path / out)]) == 2
+    assert main(["export", str(tae_run), "--out", str(tmp_path / out)]) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

@@ -62,7 +62,7 @@ class DiffusersVAE(nn.Module):
         self.channels: int = _given("channels", channels, class_name)
         self.path, self.class_name, self.subfolder = path, class_name, subfolder
         self.first_frame_alone, self.scale, self.tiling = first_frame_alone, scale, tiling
-        self.dtype = DTYPES[precision]
+        self.dtype: torch.dtype = getattr(torch, DTYPES[precision])
         # In a list, so that no checkpoint holds it and no cast of the module around it reaches it.
         self._loaded: list[adapter.LoadedVae] = []
 

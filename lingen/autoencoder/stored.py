@@ -98,7 +98,7 @@ def _cure(path: Path) -> str:
     if path.exists():
         return f"Set autoencoder.path to what {fit}` wrote."
     if path.suffix == ".safetensors":
-        then = f"then `lingen export --run DIR --out {path}`"
+        then = f"then `lingen export RUN --out {path}`"
         return f"Train one with {fit}`, {then}; or set autoencoder.path to another."
     return f"Train one with {fit} --run {path}`, or set autoencoder.path to another."
 

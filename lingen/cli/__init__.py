@@ -2,8 +2,6 @@
 
 Heavy imports are made inside the commands, so that ``lingen --help`` is instant."""
 
-import contextlib
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,12 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, is_told = None, False
     try:
         is_told = bool(who()) and (sys.argv[1:] if argv is None else argv)[:1] == ["fit"]  # by rank 0
-        with contextlib.redirect_stderr(io.StringIO()) if is_told else contextlib.nullcontext():
-            args = parse_arguments(argv)
+        args = parse_arguments(argv)
         if "torch" not in sys.modules and TellsOfTorch not in sys.meta_path and here().rank == 0:
             sys.meta_path.insert(0, TellsOfTorch)
         return COMMANDS[args.command].run(args) or DONE
-    except SystemExit as stop:  # argparse has printed the reason
+    except SystemExit as stop:  # such as of --help
         return int(stop.code or DONE)
     except RecipeError as error:
         for problem in () if is_told and args is None else error.problems:

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from lingen import __version__
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, did_you_mean, no_such
 from lingen.recipe.registry import import_module
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
@@ -147,28 +148,31 @@ def _check_command(words: Sequence[str]) -> None:
     """RecipeError for a command that does not exist, with the nearest one."""
     if not words or words[0].startswith("-"):
         return
-    groups: dict[str, list[str]] = {}
-    for name in COMMANDS:
-        head, _, tail = name.partition(" ")
-        groups.setdefault(head, []).append(tail)
-    if words[0] == "bench" and words[0] not in groups:
+    first = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    if words[0] == "bench" and words[0] not in first:
         raise RecipeError(
             "Measurements lie in tests/yardsticks, which an installed package does not hold: run this command from a "
             "checkout of lingen, installed with pip install -e ."
         )
-    if words[0] not in groups:
-        raise RecipeError(_no_command(words[0], words[0], groups))
-    tails = groups[words[0]]
-    if tails != [""] and len(words) > 1 and not words[1].startswith("-") and words[1] not in tails:
-        raise RecipeError(_no_command(" ".join(words[:2]), words[1], tails))
+    if words[0] not in first:
+        raise RecipeError(no_such("command", words[0], first))
+    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if group and len(words) > 1 and not words[1].startswith("-") and " ".join(words[:2]) not in group:
+        raise RecipeError(no_such("command", " ".join(words[:2]), group))
 
 
-def _no_command(command: str, word: str, known: Collection[str]) -> str:
-    return f"There is no command '{command}'.{did_you_mean(word, known)} Known: {', '.join(known)}."
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, with how the argument is written."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.escape(message.removeprefix("argument ").partition(":")[0])
+        form = re.search(rf"{flag} [^][]+", " ".join(self.format_usage().split()))
+        told = f" Write {form[0].strip()}." if form else ""
+        raise RecipeError(f"{self.prog}: {message}.{told} `{self.prog} --help` lists what it takes.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lingen",
         description="Text-to-video diffusion whose cost grows linearly with pixels: an open framework for LinGen.",
         allow_abbrev=False,

@@ -67,7 +67,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     asked = {"data.frames": args.frames, "data.size": args.size and list(args.size)}
     changes = [f"{key}={value}" for key, value in asked.items() if value is not None]
     overrides = [*first, *args.overrides, *changes, *last, *UNUSED]
-    recipe = args.recipe or RunFolder(_folder(args.run)).recipe
+    recipe = args.recipe or RunFolder(Path(args.run)).recipe
     return load_curriculum(recipe, overrides).chosen(args.stage)[-1]
 
 
@@ -75,7 +75,7 @@ def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Overrides that name the autoencoder and that what is typed may change, and those that it may not."""
     if args.run and args.checkpoint:
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
-    source = _folder(args.run) if args.run else args.checkpoint and Path(args.checkpoint)
+    source = args.run or args.checkpoint
     if not source:
         return [f"autoencoder={args.autoencoder}"] if args.autoencoder else [], []
     if args.autoencoder:
@@ -83,18 +83,19 @@ def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             f"--autoencoder {args.autoencoder} and the weights at {source} are two autoencoders. To judge "
             f"'{args.autoencoder}' on a run's clips say --recipe DIR/recipe.yaml --autoencoder {args.autoencoder}."
         )
-    component = _trained(source)
+    component = _trained(Path(source))
     return [f"autoencoder={json.dumps(component)}"], [f"autoencoder.path={json.dumps(component['path'])}"]
 
 
-def _trained(source: Any) -> dict[str, Any]:
+def _trained(source: Path) -> dict[str, Any]:
     """The autoencoder of a run folder or weights file, as a recipe that names these weights says it."""
+    from lingen.weights import find_weights
+
+    file = find_weights(source)  # a wrong name is told before torch is imported
     from lingen.autoencoder.stored import read_shapes, settings_from_shapes
     from lingen.recipe.subjects import SUBJECTS
     from lingen.training.weights import recipe_of
-    from lingen.weights import find_weights
 
-    file = find_weights(source)
     recipe = recipe_of(file)
     if recipe.subject is not SUBJECTS["autoencoder"]:
         name, place = recipe.autoencoder["name"], "R" if file == source else f"{source}/recipe.yaml"
@@ -106,13 +107,6 @@ def _trained(source: Any) -> dict[str, Any]:
     if "path" not in component:  # an autoencoder that comes with its weights, trained further
         component = {"name": "tae", **settings_from_shapes(read_shapes(file))}
     return {**component, "path": str(file)}
-
-
-def _folder(run: str) -> Any:
-    path = Path(run)
-    if not path.is_dir():
-        raise RecipeError(f"--run {run} is no run folder; name one, or give --recipe R --checkpoint F.")
-    return path
 
 
 def _print(result: dict[str, Any], out: Any) -> None:

@@ -28,19 +28,9 @@ def split_overrides(words: list[str], args: argparse.Namespace) -> list[str]:
     return folders
 
 
-def _filters(args: argparse.Namespace) -> dict[str, Any]:
-    """The limits given on the command line; ``off`` becomes None."""
-    given: dict[str, Any] = {}
-    for name in FILTERS:
-        text = getattr(args, name)
-        if text is None:
-            continue
-        try:
-            number = None if text == "off" else float(text)
-        except ValueError as error:
-            raise RecipeError(f"--{name.replace('_', '-')} is a number or off, got '{text}'.") from error
-        given[name] = int(number) if number is not None and number.is_integer() else number
-    return given
+def number(text: str) -> float | str:
+    """A number or ``off``, as an argument's `type`."""
+    return text if text == "off" else int(value) if (value := float(text)).is_integer() else value
 
 
 @cli.command(
@@ -56,7 +46,7 @@ def _filters(args: argparse.Namespace) -> dict[str, Any]:
     cli.argument("--keep-uncaptioned", action="store_true", help="for `lingen data caption`"),
     cli.argument("--out", required=True, metavar="DIR"),
     *(
-        cli.argument(f"--{name.replace('_', '-')}", metavar="N|off", help=f"{doc}; default: {default}")
+        cli.argument(f"--{name.replace('_', '-')}", type=number, metavar="N|off", help=f"{doc}; default: {default}")
         for name, (doc, default) in FILTERS.items()
     ),
     cli.SHARD_MB, cli.PART, cli.PROCESSES, cli.JSON, overrides=True,
@@ -73,7 +63,8 @@ def data_pack(args: argparse.Namespace) -> int:
     from lingen.prepare.pack import Packing, filters_for, look_for_footage, pack, wanted_by
 
     part, wanted = parse_part(args.part), wanted_by(stages)
-    filters = filters_for(wanted, _filters(args))
+    given = {name: getattr(args, name) for name in FILTERS if getattr(args, name) is not None}
+    filters = filters_for(wanted, {name: None if one == "off" else one for name, one in given.items()})
     found = look_for_footage(videos, images, wanted)
     job = Packing(
         found.sources, Captions(args.captions), wanted, filters, part,

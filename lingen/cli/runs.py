@@ -14,7 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lingen.cli import command as cli
 from lingen.cli.edge import line_of
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from lingen.recipe.sections import Recipe
     from lingen.run_folder.folder import RunFolder
     from lingen.text.rewrite import Rewritten
-
-T = TypeVar("T")
 
 
 @cli.command(
@@ -160,9 +158,9 @@ SAMPLING = (
     cli.argument("--seed", type=int, help="another seed gives another clip"),
     cli.argument("--steps", type=int, help="solver steps"),
     cli.argument("--guidance", type=float, help="weight of the prompt; 1: none"),
-    cli.argument("--seconds", metavar="S", help="length of the clip"),
-    cli.argument("--size", metavar="HxW", help="height x width in pixels, e.g. 384x704"),
-    cli.argument("--repeat", metavar="N", help="different clips of each prompt; default: 1"),
+    cli.argument("--seconds", type=cli.positive, metavar="S", help="length of the clip"),
+    cli.argument("--size", type=cli.size_of, metavar="HxW", help="height x width in pixels, e.g. 384x704"),
+    cli.argument("--repeat", type=cli.natural, metavar="N", help="different clips of each prompt; default: 1"),
 )
 
 
@@ -186,25 +184,24 @@ def sample(args: argparse.Namespace) -> int:
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
-    seconds, size = _parsed("--seconds", args.seconds, cli.positive), _parsed("--size", args.size, cli.size_of)
-    repeat, out = _parsed("--repeat", args.repeat, cli.natural) or 1, args.out or "clip.mp4"
+    repeat, out = args.repeat or 1, args.out or "clip.mp4"
     check_target(out, ".mp4")
+    from lingen.weights import find_weights
+
+    weights = find_weights(args.run or args.checkpoint)  # a wrong name is told before torch is imported
     from lingen.ranks.collectives import on_first_rank, together
     from lingen.ranks.local_ranks import share
     from lingen.sampling.files import clip_paths, sample_to_files
-    from lingen.weights import find_weights
 
-    paths = clip_paths(out, len(prompts) * repeat)
-    find_weights(args.run or args.checkpoint)
-    own = share(len(paths))
-    rewritten = on_first_rank(partial(_rewritten, args, prompts))
+    own = share(len(clip_paths(out, len(prompts) * repeat)))
+    rewritten = on_first_rank(partial(_rewritten, args, prompts, weights))
     if on_first_rank(lambda: report_faults(rewritten)):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return cli.FAILED
     with cli.count_bar("sampling") if own.rank == 0 else nullcontext() as progress:
         files = sample_to_files(
-            args.run or args.checkpoint, prompts, out, seed=args.seed, steps=args.steps,
-            guidance=args.guidance, seconds=seconds, size=size, repeat=repeat, progress=progress,
+            weights, prompts, out, seed=args.seed, steps=args.steps,
+            guidance=args.guidance, seconds=args.seconds, size=args.size, repeat=repeat, progress=progress,
             rewritten=[str(one.text) for one in rewritten], own=own,
         )  # fmt: skip
         together(partial(_make, files))
@@ -243,23 +240,14 @@ NOTED = ("prompt", "prompts", "rewrite", "rewriter", "seed", "steps", "guidance"
 """Flags of `sample` for what a clip notes."""
 
 
-def _parsed(flag: str, text: str | None, kind: Callable[[str], T]) -> T | None:
-    """What a flag says; a mistake is one line, without argparse's usage."""
-    try:
-        return None if text is None else kind(text)
-    except argparse.ArgumentTypeError as error:
-        raise RecipeError(f"{flag}: {error}.") from error
-
-
-def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
+def _rewritten(args: argparse.Namespace, prompts: list[str], weights: Path) -> list[Rewritten]:
     """The prompts as the chat model rewrites them, before anything else takes memory; none without --rewrite."""
     from dataclasses import replace
 
     from lingen.kernels.choice import best_device
     from lingen.training.weights import recipe_of
-    from lingen.weights import find_weights
 
-    how = recipe_of(find_weights(args.run or args.checkpoint)).rewrite
+    how = recipe_of(weights).rewrite
     if not (args.rewrite or args.rewriter):
         if how.path is not None:
             told = f"--rewrite has the recipe's {how.name} ({how.path}) make long ones of them first."
@@ -285,24 +273,26 @@ def _rewritten(args: argparse.Namespace, prompts: list[str]) -> list[Rewritten]:
 )
 def demo(args: argparse.Namespace) -> None:
     from lingen.data.theatre import known_words
+    from lingen.sampling import find_demo
 
+    out = Path(args.out)
+    check_target(out, out.suffix if out.suffix in (".gif", ".webp") else ".mp4")
+    weights = find_demo(args.checkpoint)
     prompt, known = " ".join(args.prompt), known_words()
     unknown = [word for word in dict.fromkeys(re.findall(r"\w+", prompt)) if word.lower() not in known]
     marked = re.sub(r"\w+", lambda word: f"{word[0]}(?)" if word[0] in unknown else word[0], prompt)
     told = [f"'{word}' is not known.{did_you_mean(word, known)}" for word in unknown]
     print(f"{args.seconds:g} seconds of: {marked}", *told, sep="\n", flush=True)  # importing torch takes its time
-    check_target(args.out, form if (form := Path(args.out).suffix) in (".gif", ".webp") else ".mp4")
-    with cli.count_bar("sampling") as progress:
-        _make(_demo_files(args, prompt, progress))
+    with cli.count_bar("sampling") as bar:
+        _make(_demo_files(weights, prompt, out, seconds=args.seconds, seed=args.seed, steps=args.steps, progress=bar))
 
 
-def _demo_files(args: argparse.Namespace, prompt: str, progress: Callable[[int, int], None]) -> Iterator[Path]:
+def _demo_files(weights: Path, prompt: str, out: Path, **how: Any) -> Iterator[Path]:
     from lingen.media import contact_sheet, save_animation, save_video
-    from lingen.sampling.clips import generate, load_demo
+    from lingen.sampling.clips import generate
+    from lingen.training.weights import recipe_of
 
-    how, module = {name: getattr(args, name) for name in ("seconds", "seed", "steps")}, load_demo(args.checkpoint)
-    clip, out = next(generate(module, prompt, **how, progress=progress)), Path(args.out)
-    about = {"prompt": prompt, "recipe": module.recipe.name}
+    clip, about = next(generate(weights, prompt, **how)), {"prompt": prompt, "recipe": recipe_of(weights).name}
     is_film = out.suffix == ".mp4"
     yield save_video(clip, out, 12, title=prompt, about=about) if is_film else save_animation(clip, out, 12, about)
     yield contact_sheet([clip], out.with_suffix(".png"), [prompt], about=about)

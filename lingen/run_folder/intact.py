@@ -28,7 +28,7 @@ from lingen.weights import STORED_TYPES
 ABOUT = "checkpoint.json"
 """Holds what is no tensor, and where each row of each tensor is; written last."""
 FORMAT = "lingen checkpoint 1"
-_DTYPES = {name: dtype for dtype, name in STORED_TYPES.items()}
+_DTYPES = {name: getattr(torch, words.removeprefix("torch.")) for words, name in STORED_TYPES.items()}
 THREADS = 8
 """Files that are hashed at once [ours]: about what a disk can read."""
 

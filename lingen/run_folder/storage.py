@@ -105,7 +105,7 @@ def _local_rows(value: Tensor) -> tuple[int, Tensor, tuple[int, int]]:
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What `Checkpoint` wants to know of tensors, before it is known which file holds which rows."""
     return {
-        name: {"shape": list(value.shape), "dtype": STORED_TYPES[value.dtype], "pieces": []}
+        name: {"shape": list(value.shape), "dtype": STORED_TYPES[str(value.dtype)], "pieces": []}
         for name, value in tensors.items()
     }
 

@@ -25,9 +25,9 @@ from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device, memory_here
 from lingen.media import as_frames
 from lingen.ranks.heartbeat import sign
-from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
+from lingen.sampling import find_demo
 from lingen.sampling.precision import set_precision
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import load_denoiser
@@ -125,20 +125,8 @@ def sample_demo(
         weights: a folder of denoiser.safetensors and autoencoder.safetensors, a run folder or a weights file; default:
             those that come with lingen.
     """
-    module = load_demo(weights)
-    return next(generate(module, prompt, seconds=seconds, seed=seed, steps=steps, progress=progress))
-
-
-def load_demo(weights: str | Path | None = None) -> LinGenModule:
-    """The module of `sample_demo`."""
-    folder = Path(weights or Path(__file__).with_name("theatre"))
-    if weights is None and not folder.is_dir():
-        raise RecipeError(
-            "This installation has no weights of the emoji theatre: train them with `lingen fit --recipe theatre_128`, "
-            "and name the run with --checkpoint (in Python: weights)."
-        )
-    denoiser = folder / "denoiser.safetensors"
-    return load_denoiser(denoiser if denoiser.is_file() else folder, best_device())
+    file = find_demo(weights)
+    return next(generate(file, prompt, seconds=seconds, seed=seed, steps=steps, progress=progress))
 
 
 def settings_with(

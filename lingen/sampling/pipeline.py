@@ -33,7 +33,7 @@ from lingen.weights import WeightsError, find_weights, read_metadata, write_tens
 
 _FORM = 1  # of such a folder; raised when an older reader could not use a new one
 _INDEX, _TIMES, _WEIGHTS = "model_index.json", "scheduler/scheduler_config.json", "diffusion_pytorch_model.safetensors"
-_CURE = "Copy the folder again, or make it anew with `lingen export --run RUN --to diffusers --out DIR`."
+_CURE = "Copy the folder again, or make it anew with `lingen export RUN --to diffusers DIR`."
 
 
 class LinGenOutput(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from lingen.media import enlarged
 from lingen.recipe.errors import RecipeError
-from lingen.sampling import clips
+from lingen.sampling import BUILT_IN, clips
 from lingen.sampling.files import sample_again, sample_to_files
 from lingen.sampling.notes import read_notes
 from lingen.training.weights import recipe_of
@@ -41,10 +41,9 @@ class Watch:
 
 def models_in(runs: Path) -> list[tuple[str, str]]:
     """Name and path of what makes clips: what comes with lingen, and the finished runs in a folder."""
-    builtin = Path(clips.__file__).with_name("theatre") / "denoiser.safetensors"
     finished = sorted({file.parents[2] for file in runs.glob("*/stages/*/weights.safetensors")})
     own = [run for run in finished if "\ntrains: autoencoder" not in (run / "recipe.yaml").read_text(encoding="utf-8")]
-    found = {"emoji theatre (built in)": builtin} if builtin.is_file() else {}
+    found = {"emoji theatre (built in)": BUILT_IN} if BUILT_IN.is_file() else {}
     return [(name, str(path)) for name, path in (found | {run.name: run for run in own}).items()]
 
 

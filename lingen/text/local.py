@@ -128,8 +128,8 @@ class LocalEncoder(nn.Module, abc.ABC):
         device = self.place.device if self.device == "auto" else torch.device(self.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RecipeError(f"The text encoder '{self.name}' cannot run on device=cuda here: set device=auto.")
-        half = DTYPES["bf16"] if device.type == "cuda" else DTYPES["fp32"]
-        return device, DTYPES.get(self.precision, half)
+        half = "bfloat16" if device.type == "cuda" else "float32"
+        return device, getattr(torch, DTYPES.get(self.precision, half))
 
     def _said(self, text: str) -> str:
         # Tokenizers refuse what is no Unicode, such as half a surrogate pair.

@@ -334,7 +334,7 @@ def _weights(folder: Path, rng: Random) -> Trial:
         content = damaged(content, rng)
     (folder / "w.safetensors").write_bytes(content)
     words = rng.choice((
-        ["export", "--run", "w.safetensors", "--out", "o.safetensors"],
+        ["export", "w.safetensors", "--out", "o.safetensors"],
         ["sample", "--run", "w.safetensors", "--prompt", "x", "--steps", "1"],
         ["show", "--recipe", "quickstart_cpu", "init=w.safetensors"],
     ))  # fmt: skip
@@ -350,7 +350,7 @@ def _run(folder: Path, rng: Random) -> Trial:
     (folder / "run" / "run.json").write_bytes(damaged_json(about, rng))
     (folder / "run" / "recipe.yaml").write_bytes(damaged_yaml(RECIPE, rng))
     words = rng.choice((
-        ["export", "--run", "run", "--out", "o.safetensors"],
+        ["export", "run", "--out", "o.safetensors"],
         ["sample", "--run", "run", "--prompt", "x"],
         ["fit", "--recipe", "quickstart_cpu", "--run", "run", "train.steps=1",
          "data.synthetic.clips=4", "data.synthetic.images=4"],

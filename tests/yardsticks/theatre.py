@@ -244,11 +244,11 @@ def _rate(column: Tensor) -> dict[str, float]:
 
 def clips_of_boards(boards: list[Storyboard], args: argparse.Namespace) -> Iterator[np.ndarray]:
     """A clip of each, one model for all of them."""
-    from lingen.sampling.clips import generate, load_demo
+    from lingen.sampling import find_demo
+    from lingen.sampling.clips import generate
 
-    module = load_demo(args.weights)
     prompts = [caption_of(board) for board in boards]
-    yield from generate(module, prompts, seconds=args.seconds, steps=args.steps, seed=args.seed)
+    yield from generate(find_demo(args.weights), prompts, seconds=args.seconds, steps=args.steps, seed=args.seed)
 
 
 def score(args: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ of_shards() {
 }
 
 keep() {
-    $python -m lingen export --run "runs/$1" --precision bf16 --out "$out/weights/$2.safetensors"
+    $python -m lingen export "runs/$1" --precision bf16 --out "$out/weights/$2.safetensors"
     cp "runs/$1/metrics.csv" "$out/metrics_$2.csv"
 }
 
