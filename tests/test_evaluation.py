@@ -24,6 +24,7 @@ from lingen.evaluation.distances import (
     paired_kernel_p,
     polynomial_kernel,
 )
+from lingen.evaluation.judging import Judge
 from lingen.evaluation.networks import network_of
 from lingen.evaluation.statistics import holm, mean_interval, paired_p
 from lingen.files import cache_folder
@@ -32,6 +33,7 @@ from lingen.metrics.measures import ClipScore, measure_coherence, measure_drift,
 from lingen.prepare.networks import ArraysOnly
 from lingen.recipe.errors import RecipeError
 from tests.helpers import encoders
+from tests.helpers.closeness import relative_error
 
 PROMPTS = captions()[:6]
 NET = "tests.test_evaluation:SmallNet"
@@ -453,6 +455,22 @@ def test_the_real_network_sees_damage(name: str):
         one, again, other = network(clip), network(clip), network(noise)
     assert torch.equal(one, again) and one.shape == (1, 400 if network.video else 1280)
     assert (one - other).norm() > 0.3 * one.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["i3d", "efficientnet"])
+def test_features_of_a_gpu_are_those_of_a_cpu(name: str):
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"lingen data fetch {name} --out {WEIGHTS}")
+    clips = [moving(16, step, side=224) for step in (2, 4)]
+    cpu, gpu = (
+        [Judge([f"{name}={path}"], View(8.0, 16, 224), device=device).measure(clip) for clip in clips]
+        for device in ("cpu", "cuda")
+    )
+    for one, other in zip(cpu, gpu, strict=True):
+        assert relative_error(torch.from_numpy(one.features[name]), torch.from_numpy(other.features[name])) < 1e-3
+        assert other.values == pytest.approx(one.values, rel=1e-2, abs=1e-4)
 
 
 def test_the_view_is_the_same_for_every_size_and_rate(tmp_path: Path):

@@ -83,9 +83,9 @@ while [ $# -gt 0 ]; do
         echo "$seconds" > runs/theatre.images
         ;;
     4s)
-        train "$seconds" theatre 4s stages.4s. --recipe theatre_128 --stage 4s $(of_shards) \
-            "stages.images.train.steps=$(cat runs/theatre.images)" ${MORE:-}
-        keep theatre denoiser
+        train "$seconds" theatre-4s 4s stages.4s. --recipe theatre_128 --stage 4s $(of_shards) \
+            init=runs/theatre/stages/images/weights.safetensors ${MORE:-}
+        keep theatre-4s denoiser
         ;;
     long) # 16 s and 60 s, as many steps as the speed of 4 s lets expect: a step of each has as many tokens
         steps=$(cat runs/theatre.4s)
