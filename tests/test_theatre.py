@@ -182,12 +182,28 @@ def test_mistakes_are_told_before_anything_runs(sprites: str, tmp_path: Path):
     Image.new("RGBA", (8, 8)).save(tmp_path / "small.png")
     with pytest.raises(RecipeError, match="does not hold this version's actors"):
         load_sprites(str(tmp_path / "small.png"))
-    for wrong, words in (
-        ({"mix": PerKind(image=1, video=1)}, "or set data.mix.image to 0"),
-        ({"lengths": [4]}, "data.lengths and data.sizes stay"),
-    ):
-        with pytest.raises(RecipeError, match=words):
-            ClipData(recipe(sprites, **wrong)).setup()
+    with pytest.raises(RecipeError, match="data.lengths and data.sizes stay"):
+        ClipData(recipe(sprites, lengths=[4])).setup()
+
+
+def test_an_image_is_a_moment_of_one_event(sprites: str):
+    data = ClipData(recipe(sprites, mix=PerKind(image=1, video=1), batch=PerKind(image=3, video=2)))
+    data.setup()
+    shapes = {
+        tuple(clip.shape) for batch, _ in zip(data.train_dataloader(), range(4), strict=False) for clip in batch.clips
+    }
+    assert shapes == {(3, 1, 32, 32), (3, 8, 32, 32)}
+    index = DrawnIndex.of(Theatre(sprites=sprites), "train")
+    images = [index.draw(number, (1, 64, 64), 4.0) for number in range(60)]
+    assert torch.equal(images[7][0], index.draw(7, (1, 64, 64), 4.0)[0])
+    assert not any(", then" in caption or ". then" in caption for _, captions in images for caption in captions[:1])
+    # Sprites are dimmed in the second half of their animation: both halves are shown.
+    event = Event("dog", "", "turn", "", "snow", "day")
+    board, held = Storyboard((event,), ""), load_sprites(sprites)
+    lights = {
+        perform(board, 1, 6.0, (64, 64), held, np.random.default_rng(seed))[0, 40, 32].tobytes() for seed in range(12)
+    }
+    assert len(lights) > 1
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -266,7 +282,7 @@ def test_actors_that_look_alike_and_missing_ones_are_told(tmp_path: Path, capsys
 
 
 def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
-    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "clip.webp"
     words = ["demo", "a", "honeybea", "jumps", "--checkpoint", str(tiny_run), "--seconds", "1", "--steps", "1"]
@@ -279,8 +295,20 @@ def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
     clip = lingen.sample_demo("a honeybea jumps", seconds=1, steps=1, weights=tiny_run)
     assert clip.dtype == np.uint8 and clip.shape == frames.shape
     assert main(["demo", "a dog jumps", "--out", str(tmp_path / "clip.avi")]) == 2
+    monkeypatch.setattr("lingen.sampling.BUILT_IN", tmp_path / "none")
     assert main(["demo", "a dog jumps", "--out", str(out)]) == 2
     assert "no weights of the emoji theatre" in capsys.readouterr().err
+
+
+def test_the_weights_that_come_with_lingen_know_day_from_night_and_places(tmp_path: Path):
+    night, day = (
+        lingen.sample_demo(f"a pig turns around in the {place}", seconds=1, steps=4)
+        for place in ("desert at night", "snow by day")
+    )
+    assert night.shape == (12, 128, 128, 3)
+    assert day.mean() > night.mean() + 80
+    sky, sand = night[:, :60].mean((0, 1, 2)), night[:, 110:].mean((0, 1, 2))
+    assert sky[2] > 1.5 * sky[0] and sand[2] < sand[0] + 10  # a blue sky over sand that is not blue
 
 
 def test_the_demo_speaks_before_torch_is_imported(tmp_path: Path):

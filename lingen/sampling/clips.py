@@ -271,7 +271,10 @@ def sample_latents(
     Returns:
         latents [b c t h w], float32. Those of a clip are the same bits in every batch of as many clips and tokens, and
         agree to 1e-5 in others."""
-    shape = (module.recipe.model.channels, *module.latent_size((clip.frames, *clip.size)))
+    model, (frames, *sides) = module.recipe.model, module.latent_size((clip.frames, *clip.size))
+    if frames > model.patch[0]:  # the last patch is filled with frames that nobody sees
+        frames += -frames % model.patch[0]
+    shape = (model.channels, frames, *sides)
     training = module.times_of(shape[1:])
     times = training.schedule(settings)
     if (share := training.untrained_share(times)) > 0.25:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -60,6 +61,8 @@ STAGE, EVERY = "t2v_512_17s", 4
 """Stage that is measured, and steps of a row of metrics.csv, of which the second one counts."""
 STEPS = 2 * EVERY + 3
 """The last one is not taken, and the two before it are taken apart."""
+RUNNING: set[int] = set()
+"""Process groups of the runs that are under way."""
 ACTS = '''
 """What happens to rank 1 in a step, and to all of them at a signal."""
 import os, signal, time
@@ -333,17 +336,28 @@ def _fit(folder: Path, recipe: str, *words: str, **env: str) -> tuple[int, str, 
             lingen_command("fit", "--recipe", recipe, *words), cwd=folder, stdout=file, stderr=file,
             env=os.environ | {"PYTHONPATH": paths} | env, start_new_session=True,
         )  # fmt: skip
+        RUNNING.add(process.pid)
         try:
             code = process.wait(timeout=300)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
+        RUNNING.discard(process.pid)
     return code, log.read_text(), time.monotonic() - began
+
+
+def _end(number: int, _: Any) -> None:
+    """Whoever ends this trial does not want its runs to hold the GPUs on."""
+    for group in RUNNING:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    sys.exit(128 + number)
 
 
 def several_gpus(folder: Path, acts: Sequence[str], asked: Speed, json_file: Path | None) -> int:
     """Prints a JSON row for whatever was seen; 1 where something failed."""
     gpus, rows = max(1, torch.cuda.device_count()), []
+    signal.signal(signal.SIGTERM, _end)
     chosen = {
         "speed": lambda: speed(folder / "speed", gpus, asked),
         "equal": lambda: equal(folder / "equal", gpus, asked.strategies),
