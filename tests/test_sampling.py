@@ -360,13 +360,13 @@ def test_mistakes(run: Path, tmp_path: Path, words: list[str], said: str, capsys
 )
 @pytest.mark.parametrize("command", ["sample", "decode"])
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
-    tmp_path: Path, command: str, out: str, said: str, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, command: str, out: str, said: str, capsys: pytest.CaptureFixture[str]
 ):
     for name in ("folder", "sheet.png", "x-01.latents.safetensors"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
-    one = [["decode", "latents-that-are-not-read"], ["sample", "--run", "run-that-is-not-read", "--prompt", "x"]]
+    one = [["decode", "latents-that-are-not-read"], ["sample", "--run", str(run), "--prompt", "x"]]
     words = one[command == "sample"] + (["--prompt", "y"] if out == "x.mp4" and command == "sample" else [])
     if command == "decode" and out == "x.mp4":
         said = "latents-that-are-not-read cannot be read"  # it writes no latents, and one clip
