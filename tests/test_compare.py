@@ -23,7 +23,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.run_folder import lock
 from lingen.run_folder.folder import RunFolder
 from lingen.studies import ablation
-from lingen.studies.compare import Compared, Curve, compare_runs, pieces_of, read_at, read_compared, tables_of
+from lingen.studies.compare import Compared, Curve, compare_runs, read_at, read_compared, stretches_of, tables_of
 from lingen.studies.grid import GridRun, combinations_of, values_of
 from lingen.studies.report import page_of
 from tests.helpers.commands import lingen_command, wait_for
@@ -183,7 +183,7 @@ def test_no_line_is_drawn_over_the_border_of_stages_or_a_wide_gap():
     images = curve_of((20, 0.7), (40, 0.6), stage="images")
     videos = curve_of((140, 0.2), (240, 0.1), (1040, 0.06), stage="videos", begin=40)
     curve = [*images, *videos]
-    assert pieces_of(curve) == [images, videos[:2], videos[2:]] and pieces_of([]) == []
+    assert stretches_of(curve) == [images, videos[:2], videos[2:]] and stretches_of([]) == []
     assert read_at(curve, 30)[0] == pytest.approx(0.65)
     assert read_at(curve, 110) == (None, "no row near")
     assert read_at(curve, 500) == (None, "no row near")

@@ -99,7 +99,7 @@ def leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key[1:], as_cell(node)
 
 
-def pieces_of(curve: Curve) -> list[Curve]:
+def stretches_of(curve: Curve) -> list[Curve]:
     """The curve, cut where no line may be drawn from a row to the next: where a stage ends, and where the next is more
     steps on than the stage had gone [ours]."""
     ends = enumerate(pairwise((stage, step) for *_, stage, step in curve), 1)
@@ -110,7 +110,7 @@ def pieces_of(curve: Curve) -> list[Curve]:
 def read_at(curve: Curve, place: float) -> tuple[float | None, str]:
     """A curve at a place, on a line between the rows around it, and how it was read, for people. None where there is no
     line, or one of its ends is no finite number."""
-    for piece in pieces_of(curve):
+    for piece in stretches_of(curve):
         places, values, stages, _ = zip(*piece, strict=True)
         if places[0] <= place <= places[-1]:
             value, how = float(np.interp(place, places, values)), ", between rows" * (place not in places)

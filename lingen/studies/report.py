@@ -23,7 +23,7 @@ from lingen.launch.status import status_of
 from lingen.plan.loading import load_curriculum
 from lingen.recipe import to_yaml
 from lingen.recipe.reading import shipped_recipes
-from lingen.studies.compare import Compared, Curve, cell_of, leaves, pieces_of, read_compared, tables_of
+from lingen.studies.compare import Compared, Curve, cell_of, leaves, read_compared, stretches_of, tables_of
 
 MOST_BYTES, STRIP, POINTS = 3_000_000, 480, 400
 """Of all pictures; pixels across one; points of a curve."""
@@ -86,7 +86,7 @@ def drawing(panels: Mapping[str, Mapping[str, Curve]], axis: str, borders: Seque
         for border in borders:
             axes.axvline(border, color="#999", linewidth=0.8, linestyle="--")
         lines = dict[str, Any]()
-        for label, piece in ((label, piece) for label, curve in curves.items() for piece in pieces_of(curve)):
+        for label, piece in ((label, piece) for label, curve in curves.items() for piece in stretches_of(curve)):
             colour, thin = lines[label].get_color() if label in lines else None, piece[:: 1 + len(piece) // POINTS]
             places, values, *_ = zip(*thin, piece[-1], strict=True)
             (line,) = axes.plot(places, values, marker="." * (len(thin) < 30), color=colour)
