@@ -67,12 +67,38 @@ def test_weights_that_are_not_there_are_told_without_torch():
         ("sample --steps", "argument --steps: expected one argument. Write --steps STEPS. `lingen sample --help`"),
         ("data pack --videos --out x", "--videos: expected at least one argument. Write --videos DIR."),
         ("list nothing", "lingen list: argument what: invalid choice: 'nothing'"),
+        ("list recipe", "'recipes'). Did you mean 'recipes'? `lingen list --help`"),
+        ("train --recipe x", "no command called 'train'. Did you mean 'fit'?"),
+        ("generate", "no command called 'generate'. Did you mean 'sample'?"),
+        ("data", "arguments are required: {pack,caption,fetch,check,stats,index}."),
+        ("eval", "arguments are required: {tae,clips,"),
+        ("study", "arguments are required: {make,report}."),
+        ("prompts", "arguments are required: {"),
+        ("data fech", "no command called 'data fech'. Did you mean 'data fetch'?"),
+        (
+            "fit --recipe quickstart_cpu --lr 1e-3",
+            "--lr. Did you mean 'train.lr=1e-3'?",
+        ),
+        ("fit --learning-rate=2", "Did you mean 'train.lr=2'?"),
+        ("fit --steps 4 seed=1", "Did you mean 'train.steps=4'?"),
+        ("fit --depth", "Did you mean 'model.depth=...'?"),
+        ("fit --rcipe x", "--rcipe. Did you mean '--recipe'?"),
+        ("sample --run x --num-inference-steps 3", "Did you mean '--steps'?"),
+        (
+            "fit --recipe quickstart_cpu train.learning_rate=1",
+            "'learning_rate' not in 'TrainConfig'. Did you mean 'lr'?",
+        ),
     ],
 )
 def test_wrong_words_are_one_line_with_the_cure(words: str, told: str, capsys):
     assert main(words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+
+
+def test_a_prompt_without_its_flag_is_told_with_it(capsys):
+    assert main(["sample", "--run", "x", "a red circle"]) == 2
+    assert "unrecognized arguments: a red circle. Write --prompt 'a red circle'." in capsys.readouterr().err
 
 
 def test_a_crash_outside_of_python_tells_where_it_was(tmp_path: Path):
@@ -219,6 +245,7 @@ def test_a_flag_with_a_typing_mistake_is_told_with_the_nearest(capsys):
 
 
 def test_help_is_a_word_as_well(capsys):
+    assert main(["version"]) == 0 and capsys.readouterr().out.startswith("lingen ")
     assert main(["help"]) == 0
     assert "COMMAND" in capsys.readouterr().out
     assert main(["help", "sample"]) == 0

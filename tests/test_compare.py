@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.run_folder import lock
 from lingen.run_folder.folder import RunFolder
 from lingen.studies import ablation
-from lingen.studies.compare import compare_runs, read_compared, value_at
+from lingen.studies.compare import Compared, Curve, compare_runs, read_at, read_compared, stretches_of, tables_of
 from lingen.studies.grid import GridRun, combinations_of, values_of
 from lingen.studies.report import page_of
 from tests.helpers.commands import lingen_command, wait_for
@@ -152,15 +153,89 @@ def test_flops_and_steps_are_those_of_all_stages(tiny_run: Path):
     stages = load_curriculum(tiny_run / "recipe.yaml").stages
     assert run.about["steps"] == sum(one.train.steps for one in stages)
     assert run.about["flop"] == pytest.approx(sum(one.train.steps * flop_a_step(one, plan(one)) for one in stages))
-    assert run.about["parameters"] == plan(stages[-1]).trained
+    parts = plan(stages[-1]).parameters
+    assert run.about["parameters"] == sum(parts.values())
+    assert (
+        run.about["without_text_encoders"] == run.about["parameters"] - parts["text encoders"] < run.about["parameters"]
+    )
     curve = run.curve("loss", "flops")
-    assert [place for place, _ in curve] == sorted({place for place, _ in curve}) and curve[-1][0] == run.about["flop"]
+    places = [place for place, *_ in curve]
+    assert places == sorted({*places}) and places[-1] == run.about["flop"]
+    assert curve[-1][2:] == ("clips", 6)
+
+
+def curve_of(*rows: tuple[float, float], stage: str = "main", begin: float = 0) -> Curve:
+    """Rows (step of the run, value) of a stage that began at a step."""
+    return [(float(step), value, stage, round(step - begin)) for step, value in rows]
 
 
 def test_a_curve_is_read_between_its_rows_and_never_beyond():
-    curve = [(10.0, 4.0), (20.0, 2.0), (30.0, math.nan)]
-    assert value_at(curve, 15) == 3.0 and value_at(curve, 20) == 2.0
-    assert value_at(curve, 25) is None and value_at(curve, 5) is None and value_at(curve, 31) is None
+    curve = curve_of((10, 4.0), (20, 2.0), (30, math.nan))
+    assert read_at(curve, 15) == (3.0, "stage main, between rows")
+    assert read_at(curve, 20) == (2.0, "stage main")
+    assert read_at(curve, 25)[0] is None
+    assert read_at(curve, 5) == (None, "no row near")
+    assert read_at(curve, 31) == (None, "no row near")
+    assert read_at([], 5) == (None, "no row near")
+
+
+def test_no_line_is_drawn_over_the_border_of_stages_or_a_wide_gap():
+    images = curve_of((20, 0.7), (40, 0.6), stage="images")
+    videos = curve_of((140, 0.2), (240, 0.1), (1040, 0.06), stage="videos", begin=40)
+    curve = [*images, *videos]
+    assert stretches_of(curve) == [images, videos[:2], videos[2:]] and stretches_of([]) == []
+    assert read_at(curve, 30)[0] == pytest.approx(0.65)
+    assert read_at(curve, 110) == (None, "no row near")
+    assert read_at(curve, 500) == (None, "no row near")
+    assert read_at(curve, 1040) == (0.06, "stage videos")
+
+
+def run_of(name: str, borders: dict[str, tuple[int, int]], held: dict[int, float], loss: float) -> Compared:
+    """A run with a loss every 10 steps, by stage -> (first step, last), and a loss of held-out samples at some."""
+    points = []
+    for stage, (begin, end) in borders.items():
+        for step in range(begin + 10, end + 1, 10):
+            row = {"stage": stage, "step": str(step - begin), "loss": str(loss)}
+            points.append((step, 1e6 * step, row | ({"validation/loss": str(held[step])} if step in held else {})))
+    return Compared(RunFolder(Path(name)), list(borders), {"run": name}, {}, {}, points)
+
+
+def test_the_better_run_is_not_ranked_behind_by_a_line_over_a_border():
+    """As a newcomer met it: the long run has a loss of held-out samples at the ends of its stages alone, and a line
+    between these two said 0.56 where it stood at 0.23 or less."""
+    long = run_of("long", {"images": (0, 40), "videos": (40, 1040)}, {40: 0.59, 1040: 0.06}, 0.2259)
+    short = run_of("short", {"images": (0, 10), "videos": (10, 110)}, {10: 0.8, 110: 0.3545}, 0.3236)
+    found = compare_runs([long, short], None, "steps")
+    assert (found["metric"], found["place"]) == ("loss", 110), "where all runs have a row"
+    assert [one["value"] for one in found["runs"]] == pytest.approx([0.2259, 0.3236])
+    found = compare_runs([long, short], "validation/loss", "steps")
+    assert [one["value"] for one in found["runs"]] == [None, 0.3545] and found["place"] == 110
+    told = [row["validation/loss at 110 steps"] for row in tables_of(found)[0]]
+    assert told == ["- (no row near)", "0.3545 (stage videos)"]
+    lines = re.findall(
+        r'<path d="([^"]+)" clip-path="[^"]+" style="fill: none; stroke: #', page_of(found, [long, short])
+    )
+    assert len(lines) == 4, "a dot for each row"
+    assert [len({*re.findall(r"[ML] (\S+ \S+)", one)}) for one in lines] == [1] * 4, "and no line"
+
+
+def test_a_loss_of_held_out_samples_is_compared_where_all_runs_have_one():
+    every = [run_of(str(n), {"main": (0, 400)}, {100: 3.0, 200: 2.0, 400: 1.0}, 1.0) for n in range(2)]
+    short = run_of("short", {"main": (0, 210)}, {100: 3.5, 210: 2.5}, 1.0)
+    found = compare_runs([*every, short], None, "flops")
+    assert (found["metric"], found["place"]) == ("validation/loss", 2.1e8)
+    assert [one["value"] for one in found["runs"]] == [1.95, 1.95, 2.5]
+    assert found["runs"][0]["read"] == "stage main, between rows"
+    late = run_of("late", {"images": (0, 90), "main": (90, 400)}, {90: 3.0, 400: 1.0}, 1.0)
+    found = compare_runs([*every, late], None, "steps")
+    assert (found["metric"], found["place"]) == ("validation/loss", 400)
+    assert compare_runs([late, short], None, "steps")["metric"] == "loss"
+
+
+def test_the_stage_of_each_value_is_told(two_runs: list[Path], capsys: pytest.CaptureFixture[str]):
+    assert main(["compare", "moved/one", "--metric", "loss"]) == 0
+    told = capsys.readouterr().out
+    assert "(stage clips)" in told and "without_text_encoders" in told
 
 
 def test_what_is_no_run_and_what_no_run_has_is_refused(tiny_run: Path, here: Path, capsys):
@@ -228,8 +303,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, here: Path, curves: dict[tuple[str, in
         def __init__(self, values: list[float]):
             self.values = values
 
-        def curve(self, metric: str, axis: str) -> list[tuple[float, float]]:
-            return [(float(step), value) for step, value in enumerate(self.values, 1)]
+        def curve(self, metric: str, axis: str) -> Curve:
+            return curve_of(*enumerate(self.values, 1))
 
     runs = {}
     for number, key in enumerate(curves):

@@ -94,6 +94,7 @@ def test_the_score_has_a_source():
         told = f"{min(shares):.0%} to {max(shares):.0%}"
         assert line.split("|")[2].strip() == told
         assert attribute != "motion" or f"{told} of its clips move as they were told" in README
+        assert attribute != "shape" or f"{told} have the shape" in README
 
 
 def test_the_numbers_of_speed_have_a_source():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -55,6 +56,13 @@ def test_a_page_tells_of_the_run_and_needs_nothing_else(run: Path, capsys: pytes
     assert all(own.match(address) for address in page.addresses)
     assert "finished. Stages: images 2 of 2 steps, clips 6 of 6 steps." in text and ">nan<" not in text
     assert re.search("<td>model.depth<td>2", text)
+
+
+def test_a_score_stands_beside_what_chance_reaches(run: Path):
+    rate = {"share": 0.5, "low": 0.2, "high": 0.8, "chance": 1 / 3}
+    (run / "score.json").write_text(json.dumps({"sampled": {"clips": 36, "shape": rate}, "real": {}}))
+    text = write_report(run).read_text()
+    assert "<th>attribute<th>right<th>by chance<tr><td>shape<td>50% (20% to 80%)<td>33%" in text
 
 
 def test_a_run_that_goes_on_has_a_page(run: Path):

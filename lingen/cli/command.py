@@ -5,12 +5,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple, NoReturn
 
 from lingen import __version__
 from lingen.recipe.errors import RecipeError, did_you_mean, no_such
 from lingen.recipe.registry import import_module
+from lingen.recipe.sections import Recipe
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 """Exit codes; beside them those of `lingen.ranks.signals`."""
@@ -53,13 +54,10 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> float:
     """A finite number above 0, as an argument's `type`."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -72,6 +70,7 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 RECIPE = argument("--recipe", metavar="R", help="a YAML file, or the name of a recipe that comes with lingen")
+NEEDED = argument("--recipe", required=True, **RECIPE[1])
 STAGE = argument("--stage", metavar="S", help="one stage of the recipe")
 JSON = argument("--json", action="store_true", help="for machines")
 IMPORT = argument("--import", dest="imports", metavar="MODULE", action="append", default=[],
@@ -116,12 +115,11 @@ def command(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the command; what argparse leaves over are overrides, wherever they stand between the flags."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["help"]:
-        words = [*words[1:], "--help"]
+    if words[:1] in (["help"], ["version"]):
+        words = [*words[1:], f"--{words[0]}"]
     second = words[1] if len(words) > 1 and words[0] in UNSAID else "--help"
     if second not in ("-h", "--help") and f"{words[0]} {second}" not in COMMANDS:
         words.insert(1, UNSAID[words[0]])
-    _check_command(words)
     behind: list[str] = []
     if "--" in words and any(one.takes_command for name, one in COMMANDS.items() if name == words[0]):
         cut = words.index("--")
@@ -131,8 +129,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.behind = behind
     flags = [word for word in rest if word.startswith("-")]
     if flags or (rest and not COMMANDS[args.command].takes_overrides):
-        wrong, known = flags or rest, [flag for names, _ in COMMANDS[args.command].arguments for flag in names]
-        told = f"unrecognized arguments: {' '.join(wrong)}.{did_you_mean(wrong[0].partition('=')[0], known)}"
+        wrong = flags or rest
+        told = f"unrecognized arguments: {' '.join(wrong)}.{_hint(wrong[0], rest, COMMANDS[args.command])}"
         raise RecipeError(f"lingen {args.command}: {told} `lingen {args.command} --help` lists what it takes.")
     args.overrides = [*(f"imports={json.dumps([name])}" for name in getattr(args, "imports", ())), *rest]
     if not COMMANDS[args.command].takes_overrides:
@@ -144,21 +142,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _check_command(words: Sequence[str]) -> None:
-    """RecipeError for a command that does not exist, with the nearest one."""
-    if not words or words[0].startswith("-"):
-        return
-    first = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    if words[0] == "bench" and words[0] not in first:
-        raise RecipeError(
-            "Measurements lie in tests/yardsticks, which an installed package does not hold: run this command from a "
-            "checkout of lingen, installed with pip install -e ."
-        )
-    if words[0] not in first:
-        raise RecipeError(no_such("command", words[0], first))
-    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    if group and len(words) > 1 and not words[1].startswith("-") and " ".join(words[:2]) not in group:
-        raise RecipeError(no_such("command", " ".join(words[:2]), group))
+def _hint(wrong: str, rest: list[str], one: Command) -> str:
+    """What may be meant by a word that is too much: a prompt, or the nearest flag or setting of the recipe."""
+    known = [flag for names, _ in one.arguments for flag in names]
+    if "--prompt" in known and not wrong.startswith("-"):
+        return f" Write --prompt {wrong!r}."
+    flag, _, value = wrong.partition("=")
+    if one.takes_overrides:
+        value = value or " ".join(rest[rest.index(wrong) + 1 :][:1]) or "..."
+        for name, part in vars(Recipe()).items():
+            known += [f"{name}={value}", *(f"{name}.{key}={value}" for key in getattr(part, "__dict__", ()))]
+    return did_you_mean(flag, known)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -168,6 +162,14 @@ class _Parser(argparse.ArgumentParser):
         flag = re.escape(message.removeprefix("argument ").partition(":")[0])
         form = re.search(rf"{flag} [^][]+", " ".join(self.format_usage().split()))
         told = f" Write {form[0].strip()}." if form else ""
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            word, known = wrong[1], re.findall(r"[^', ]+", wrong[2])
+            told = did_you_mean(word, known)
+            if word == "bench":
+                raise RecipeError("No package holds tests/yardsticks: run this command from a checkout of lingen.")
+            if self.get_default("command") is None:  # the word should have named one
+                start = f"{self.prog} ".removeprefix("lingen ")
+                raise RecipeError(no_such("command", start + word, [start + name for name in known]))
         raise RecipeError(f"{self.prog}: {message}.{told} `{self.prog} --help` lists what it takes.")
 
 
@@ -184,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         group, _, word = name.rpartition(" ")
         if group and group not in groups:
             own = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group])
-            groups[group] = own.add_subparsers(metavar="WHAT", required=True)
+            groups[group] = own.add_subparsers(required=True)
         usage = (" [key=value ...]" if one.takes_overrides else "") + (" [-- COMMAND ...]" if one.takes_command else "")
         sub = groups.get(group, commands).add_parser(word, help=one.help, description=one.help, allow_abbrev=False)
         sub.set_defaults(command=name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingen.cli import command as cli
-from lingen.cli.command import COMMANDS, DONE, FAILED, JSON, PART, RECIPE, argument, command, natural
+from lingen.cli.command import COMMANDS, DONE, FAILED, JSON, NEEDED, PART, argument, command, natural
 from lingen.files import write_json, write_text
 from lingen.launch.status import status_of
 from lingen.ranks import signals
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 METRIC = argument("--metric", metavar="M", help="a column of metrics.csv; default: validation/loss, else loss")
 OF_A_GRID = (
-    RECIPE, argument("--out", metavar="DIR", help="folder of the runs' folders; default: runs/RECIPE-sweep, -ablate"),
+    NEEDED, argument("--out", metavar="DIR", help="folder of the runs' folders; default: runs/RECIPE-sweep, -ablate"),
     argument("--dry-run", action="store_true", help="check all runs and say what they are; none is trained"),
     argument("--array", action="store_true", help="SLURM trains each in a task; options of `lingen submit` behind --"),
     PART,
@@ -111,8 +111,6 @@ def ablate(args: argparse.Namespace) -> int:
 
 def _out(args: argparse.Namespace) -> Path:
     """Where the runs' folders lie."""
-    if args.recipe is None:
-        raise RecipeError("Say which recipe: --recipe R.")
     if args.behind and not args.array:
         raise RecipeError("Options of `lingen submit` stand behind -- with --array alone.")
     return Path(args.out or f"runs/{Path(args.recipe).stem}-{args.command}")

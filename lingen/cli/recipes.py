@@ -167,15 +167,13 @@ def show(args: argparse.Namespace) -> None:
 
 @cli.command(
     "what each stage takes: tokens, FLOPs and hours, memory of a GPU by kind, disk; and what makes it fit",
-    cli.RECIPE, cli.STAGE,
+    cli.NEEDED, cli.STAGE,
     cli.argument("--gpus", type=cli.natural, metavar="N", help="ranks; default: the recipe's"),
     cli.argument("--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, ..."),
     cli.argument("--mfu", type=cli.positive, default=0.4, metavar="SHARE", help="of its bfloat16 FLOP/s; default: 0.4"),
     cli.JSON, overrides=True,
 )  # fmt: skip
 def plan(args: argparse.Namespace) -> None:
-    if args.recipe is None:
-        raise RecipeError("Say which recipe: --recipe R.")
     if args.mfu > 1:
         raise RecipeError(f"--mfu is a share of what the GPU can do, at most 1; got {args.mfu:g}.")
     from lingen.recipe import load_curriculum

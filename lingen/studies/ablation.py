@@ -13,9 +13,9 @@ from lingen.files import write_json
 from lingen.plan.forecast import PEAK_FLOPS, flop_a_step, plan
 from lingen.plan.loading import load_curriculum
 from lingen.ranks.launch import ranks_here
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.recipe.errors import RecipeError, no_such
 from lingen.run_folder.identity import described, other_course, other_identity
-from lingen.studies.compare import Curve, read_compared, value_at
+from lingen.studies.compare import Curve, read_at, read_compared
 from lingen.studies.grid import GridRun, values_of
 
 BASELINE = "baseline"
@@ -36,8 +36,7 @@ def variant_of(text: str, recipe: str, fixed: Sequence[str]) -> tuple[str, list[
     """``no_te``, or ``mine:key=value,key=value`` -> name and overrides. RecipeError for an unknown name."""
     name, colon, own = text.partition(":")
     if not colon and name not in VARIANTS:
-        known = f"{did_you_mean(name, VARIANTS)} Known: {', '.join(VARIANTS)}, and NAME:key=value,key=value of yours."
-        raise RecipeError(f"There is no variant '{name}'.{known}")
+        raise RecipeError(no_such("variant", name, [*VARIANTS, "NAME:key=value,key=value of yours"]))
     if colon or name not in ("attention", "no_images"):
         return name, values_of(own or VARIANTS[name])
     if name == "no_images":
@@ -116,7 +115,7 @@ def effects_of(runs: Runs, metric: str, axis: str) -> list[dict[str, Any]]:
     made = zip(there, read_compared(list(there.values())), strict=True)
     curves: dict[tuple[str, int], Curve] = {key: one.curve(metric, axis) for key, one in made}
     place = min((curve[-1][0] for curve in curves.values() if curve), default=math.nan)
-    at, rows = {key: value_at(curve, place) for key, curve in curves.items()}, list[dict[str, Any]]()
+    at, rows = {key: read_at(curve, place)[0] for key, curve in curves.items()}, list[dict[str, Any]]()
     for name in dict.fromkeys(name for name, _ in runs if name != BASELINE):
         pairs = [(at.get(key), at.get((BASELINE, key[1]))) for key in runs if key[0] == name]
         apart = np.array([one - base for one, base in pairs if one is not None and base is not None])

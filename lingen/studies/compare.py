@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from lingen.run_folder.sessions import read_sessions
 from lingen.tables import as_cell
 
 DEFAULT_METRICS = ("validation/loss", "loss")
-"""The first that each run has twice, else the last."""
-Curve = list[tuple[float, float]]
-"""Place, in steps or FLOPs of the whole run, and value, which may be NaN."""
+"""The first that all runs have twice, and where they are compared, else the last."""
+
+Curve = list[tuple[float, float, str, int]]
+"""Place, in steps or FLOPs of the whole run, value, which may be NaN, stage, and the step in that."""
 
 
 class Compared(NamedTuple):
@@ -32,8 +34,8 @@ class Compared(NamedTuple):
     folder: RunFolder
     stages: list[str]
     about: dict[str, Any]
-    """For people and JSON: run, state, parameters, steps, flop, tokens, seconds of training itself, gpu_hours; None or
-    NaN: not known."""
+    """For people and JSON: run, state, trained parameters, those without text encoders, steps, flop, tokens, seconds of
+    training itself, gpu_hours; None or NaN: not known."""
     settings: dict[str, str]
     """Dotted key -> value as recipe.yaml has it, then versions, commit and what was changed on the way."""
     scores: dict[str, Any]
@@ -42,8 +44,8 @@ class Compared(NamedTuple):
 
     def curve(self, metric: str, axis: str) -> Curve:
         """The metric over ``steps`` or ``flops``."""
-        points = [(flop if axis == "flops" else step, row.get(metric)) for step, flop, row in self.points]
-        return [(place, float(value)) for place, value in points if value and math.isfinite(place)]
+        rows = [(flop if axis == "flops" else step, row.get(metric), row) for step, flop, row in self.points]
+        return [(x, float(y), row["stage"], int(row["step"])) for x, y, row in rows if y and math.isfinite(x)]
 
 
 def read_compared(paths: Sequence[str | Path]) -> list[Compared]:
@@ -66,11 +68,11 @@ def _read(folder: RunFolder, name: str) -> Compared:
     settings["changed on the way"] = "; ".join(one for one in changes if not one.endswith(": "))
     scores = json.loads(folder.score.read_text(encoding="utf-8"))["sampled"] if folder.score.is_file() else {}
     ranks = next((one["ranks"] for one in reversed(read_sessions(folder))), 1)
-    each, parameters = {stage: ranks * flop for stage, flop in about.get("flop_a_step", {}).items()}, None
+    each, parameters, less = {key: ranks * flop for key, flop in about.get("flop_a_step", {}).items()}, None, None
     with suppress(RecipeError):  # of another version, or its parts are not here
         for one in load_curriculum(folder.recipe).stages:
             forecast = plan(one)
-            parameters = forecast.trained
+            parameters, less = forecast.trained, forecast.trained - forecast.parameters.get("text encoders", 0)
             each.setdefault(str(one.stage), ranks_here(one) * flop_a_step(one, forecast))
     points, stage, last, steps, flop, seconds, tokens = [], "", 0, 0, 0.0, 0.0, 0.0
     for row in read_rows(folder):
@@ -82,8 +84,8 @@ def _read(folder: RunFolder, name: str) -> Compared:
         tokens += took * float(row.get("tokens_per_second") or 0)
         points.append((steps, flop, row))
     hours = math.nan if settings.get("trainer.accelerator") == "cpu" else seconds * ranks / 3600
-    told_of = {"run": name, "state": status.state, "parameters": parameters, "steps": steps, "flop": flop,
-               "tokens": tokens, "seconds": seconds, "gpu_hours": hours}  # fmt: skip
+    told_of = {"run": name, "state": status.state, "parameters": parameters, "without_text_encoders": less,
+               "steps": steps, "flop": flop, "tokens": tokens, "seconds": seconds, "gpu_hours": hours}  # fmt: skip
     scores = {key: one for key, one in scores.items() if isinstance(one, dict) and "share" in one}
     return Compared(folder, list(status.stages), told_of, settings, scores, points)
 
@@ -97,31 +99,44 @@ def leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key[1:], as_cell(node)
 
 
-def value_at(curve: Curve, place: float) -> float | None:
-    """On a line between the neighbours; None outside of the curve, or where a neighbour is no finite number."""
-    before, after = [one for one in curve if one[0] <= place], [one for one in curve if one[0] >= place]
-    if not before or not after or not math.isfinite(before[-1][1] + after[0][1]):
-        return None
-    return float(np.interp(place, [before[-1][0], after[0][0]], [before[-1][1], after[0][1]]))
+def stretches_of(curve: Curve) -> list[Curve]:
+    """The curve, cut where no line may be drawn from a row to the next: where a stage ends, and where the next is more
+    steps on than the stage had gone [ours]."""
+    ends = enumerate(pairwise((stage, step) for *_, stage, step in curve), 1)
+    cuts = [n for n, ((stage, step), (after, further)) in ends if stage != after or further > 2 * step]
+    return [curve[start:end] for start, end in pairwise([0, *cuts, len(curve)]) if end]
+
+
+def read_at(curve: Curve, place: float) -> tuple[float | None, str]:
+    """A curve at a place, on a line between the rows around it, and how it was read, for people. None where there is no
+    line, or one of its ends is no finite number."""
+    for piece in stretches_of(curve):
+        places, values, stages, _ = zip(*piece, strict=True)
+        if places[0] <= place <= places[-1]:
+            value, how = float(np.interp(place, places, values)), ", between rows" * (place not in places)
+            return value if math.isfinite(value) else None, f"stage {stages[0]}{how}"
+    return None, "no row near"
 
 
 def compare_runs(runs: Sequence[Compared], metric: str | None, axis: str) -> dict[str, Any]:
     """Everything as plain values; the metric is read as far as all runs that have it go. RecipeError: none has it."""
-    usable = (one for one in DEFAULT_METRICS if all(len(run.curve(one, "steps")) > 1 for run in runs))
-    metric = metric or next(usable, DEFAULT_METRICS[-1])
-    curves = [run.curve(metric, axis) for run in runs]
-    place = min((curve[-1][0] for curve in curves if curve), default=math.nan)
+    for name in [metric] if metric else DEFAULT_METRICS:
+        curves = [run.curve(name, axis) for run in runs]
+        place = min((curve[-1][0] for curve in curves if curve), default=math.nan)
+        read = [read_at(curve, place) for curve in curves]
+        if all(len(curve) > 1 and value is not None for curve, (value, _) in zip(curves, read, strict=True)):
+            break
     known = {name for run in runs for *_, row in run.points for name, value in row.items() if value}
-    if known and metric not in known:
-        raise RecipeError(f"--metric {metric}: no run has it. Known: {', '.join(sorted(known - {'stage', 'step'}))}.")
+    if known and name not in known:
+        raise RecipeError(f"--metric {name}: no run has it. Known: {', '.join(sorted(known - {'stage', 'step'}))}.")
     settings = {key: [run.settings.get(key, "-") for run in runs] for run in runs for key in run.settings}
     differ = {key: values for key, values in settings.items() if len({*values}) > 1}
     rows = [
-        {**{key: _plain(value) for key, value in run.about.items()}, "value": value_at(curve, place),
-         "scores": run.scores, "curve": [(x, _plain(y)) for x, y in curve]}
-        for run, curve in zip(runs, curves, strict=True)
+        {**{key: _plain(one) for key, one in run.about.items()}, "value": value, "read": how, "scores": run.scores,
+         "curve": [(x, _plain(y)) for x, y, *_ in curve]}
+        for run, curve, (value, how) in zip(runs, curves, read, strict=True)
     ]  # fmt: skip
-    return {"metric": metric, "at": axis, "place": _plain(place), "runs": rows, "differ": differ}
+    return {"metric": name, "at": axis, "place": _plain(place), "runs": rows, "differ": differ}
 
 
 def _plain(value: Any) -> Any:
@@ -134,8 +149,8 @@ def tables_of(found: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[st
     what, rows = f"{found['metric']} at {cell_of(found['place'])} {found['at']}", []
     for one in found["runs"]:
         bad = sum(value is None for _, value in one["curve"])
-        row = {key: cell_of(value) for key, value in one.items() if key not in ("value", "scores", "curve")}
-        row[what] = cell_of(one["value"]) + (f" ({bad} rows are no finite number)" if bad else "")
+        row = {key: cell_of(one[key]) for key in one if key not in ("value", "read", "scores", "curve")}
+        row[what] = f"{cell_of(one['value'])} ({one['read']}{f'; {bad} rows are no finite number' if bad else ''})"
         rows.append(row | {key: cell_of([s["share"], s["low"], s["high"]]) for key, s in one["scores"].items()})
     names = [one["run"] for one in found["runs"]]
     return rows, [{"setting": key} | dict(zip(names, values, strict=True)) for key, values in found["differ"].items()]

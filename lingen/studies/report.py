@@ -3,27 +3,27 @@
 import base64
 import io
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
 from lingen.files import write_text
-from lingen.launch.status import Status, status_of
+from lingen.launch.status import status_of
 from lingen.plan.loading import load_curriculum
 from lingen.recipe import to_yaml
 from lingen.recipe.reading import shipped_recipes
-from lingen.run_folder.folder import RunFolder
-from lingen.studies.compare import Compared, Curve, cell_of, leaves, read_compared, tables_of
+from lingen.studies.compare import Compared, Curve, cell_of, leaves, read_compared, stretches_of, tables_of
 
 MOST_BYTES, STRIP, POINTS = 3_000_000, 480, 400
 """Of all pictures; pixels across one; points of a curve."""
@@ -46,17 +46,14 @@ class Element(str):
 def page_of(found: dict[str, Any], runs: Sequence[Compared]) -> str:
     """The whole page of what `compare_runs` found."""
     overview, differ = tables_of(found)
-    figure = Figure((10, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel=found["at"])
-    axes.set_ylabel(found["metric"], parse_math=False)
-    lines = [draw(axes, [(x, math.nan if y is None else y) for x, y in one["curve"]]) for one in found["runs"]]
-    for text in axes.legend(lines, [one["run"] for one in found["runs"]], fontsize=8).get_texts():
-        text.set_parse_math(False)
+    curves = {run.about["run"]: run.curve(found["metric"], found["at"]) for run in runs}
+    newest = {run.about["run"]: sheet for run in runs for sheet in sheets_of(run, 1).values()}
     return whole_page(
         f"{found['metric']} of {len(runs)} runs",
         {
-            "": table(overview), "Curves": svg_of(figure), "Settings that differ": table(differ) or "<p>None.</p>",
-            "Clips of the same prompts": table(_samples(runs)) or "<p>There are none yet.</p>",
+            "": table(overview), "Curves": drawing({found["metric"]: curves}, found["at"]),
+            "Settings that differ": table(differ) or "<p>None.</p>",
+            "Clips of the same prompts": _clips(newest) or "<p>There are none yet.</p>",
         },
     )  # fmt: skip
 
@@ -79,36 +76,33 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return f"<div><table><tr>{''.join(f'<th>{escape(one)}' for one in names)}<tr>{'<tr>'.join(lines)}</table></div>"
 
 
-def draw(axes: Any, curve: Curve, label: str | None = None) -> Any:
-    """The line of a curve, of `POINTS` at most and with dots where they are few."""
-    thin = curve[:: 1 + len(curve) // POINTS] + curve[-1:]
-    return axes.plot(*zip(*thin, strict=True) if thin else ([], []), label=label, marker="." * (len(thin) < 30))[0]
-
-
-def svg_of(figure: Figure) -> str:
-    """A drawing as an element of HTML."""
-    drawn = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):  # letters stay letters
-        figure.savefig(drawn, format="svg")
+@rc_context({"svg.fonttype": "none", "text.parse_math": False})  # letters stay letters
+def drawing(panels: Mapping[str, Mapping[str, Curve]], axis: str, borders: Sequence[float] = ()) -> str:
+    """Curves by panel and label as an element of HTML, with dots where rows are few, and lines where a stage begins."""
+    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    figure, drawn = Figure((10, 2.5 + 2 * rows), layout="constrained"), io.StringIO()
+    for axes, (title, curves) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=True):
+        axes.set(title=title, xlabel=axis)
+        for border in borders:
+            axes.axvline(border, color="#999", linewidth=0.8, linestyle="--")
+        lines = dict[str, Any]()
+        for label, piece in ((label, piece) for label, curve in curves.items() for piece in stretches_of(curve)):
+            colour, thin = lines[label].get_color() if label in lines else None, piece[:: 1 + len(piece) // POINTS]
+            places, values, *_ = zip(*thin, piece[-1], strict=True)
+            (line,) = axes.plot(places, values, marker="." * (len(thin) < 30), color=colour)
+            lines.setdefault(label, line)
+        if len(curves) > 1:
+            axes.legend(list(lines.values()), list(lines), fontsize=8)
+    figure.savefig(drawn, format="svg")
     return drawn.getvalue()[drawn.getvalue().index("<svg") :]
 
 
-def _samples(runs: Sequence[Compared]) -> list[dict[str, str]]:
-    """A row for each prompt, a column for each run: frames of its newest clip; up to `MOST_BYTES`."""
-    newest = {run.about["run"]: sheets_of(run)[-1:] for run in runs}
-    strips = {name: dict(row for sheet in sheets for row in strips_of(sheet)) for name, sheets in newest.items()}
-    rows, room = list[dict[str, str]](), MOST_BYTES
-    for prompt in dict.fromkeys(prompt for one in strips.values() for prompt in one):
-        row = {"prompt": prompt} | {name: one.get(prompt, "") for name, one in strips.items()}
-        room -= sum(map(len, row.values()))
-        rows += [row] if room > 0 else [{"prompt": f"{prompt} (left out: the page would be too large)"}]
-    return rows
-
-
-def sheets_of(run: Compared) -> list[Path]:
-    """The contact sheets of the clips of `sample.prompts`, from the first stage to the last."""
-    found = (sorted(run.folder.path.glob(f"samples/{stage}-[0-9]*/sheet.png")) for stage in run.stages)
-    return [sheet for each in found for sheet in each]
+def sheets_of(run: Compared, most: int) -> dict[str, Path]:
+    """The contact sheets of the clips of `sample.prompts` by stage and step, in order: the last, the first, and others
+    between them."""
+    found = [one for stage in run.stages for one in sorted(run.folder.path.glob(f"samples/{stage}-[0-9]*/sheet.png"))]
+    numbers = {*np.linspace(len(found) - 1, 0, most).round().astype(int)} if found else set[int]()
+    return {found[number].parent.name: found[number] for number in sorted(numbers)}
 
 
 def strips_of(sheet: Path) -> Iterator[tuple[str, Element]]:
@@ -128,59 +122,43 @@ def strips_of(sheet: Path) -> Iterator[tuple[str, Element]]:
 
 def write_report(folder: str | Path) -> Path:
     """Writes ``report.html`` into a run folder, finished or not, anew each time. RecipeError where it is none."""
-    path, target = Path(folder), RunFolder(Path(folder)).report
-    status = status_of(path)
-    (run,) = read_compared([path])
+    status, (run,) = status_of(folder), read_compared([folder])
     numbers = {key.replace("_", " "): cell_of(one) for key, one in run.about.items() if key not in ("run", "state")}
-    shares = {name: f"{one['share']:.0%} ({one['low']:.0%} to {one['high']:.0%})" for name, one in run.scores.items()}
+    score = [
+        {"attribute": name, "right": f"{one['share']:.0%} ({one['low']:.0%} to {one['high']:.0%})",
+         "by chance": f"{one['chance']:.0%}"} for name, one in run.scores.items()
+    ]  # fmt: skip
+    curves = {label: {name: run.curve(name, "steps") for name in names} for label, names in CURVES.items()}
+    borders = list(accumulate(stage["steps"] for stage in status.stages.values()))[:-1]
     restarts = [{"time": one["time"], "the start before it ended so": one["reason"]} for one in status.restarts]
     stages = ", ".join(f"{name} {one['step']:,} of {one['steps']:,} steps" for name, one in status.stages.items())
     state = f"{status.state}{f': {status.reason}' if status.reason else ''}. Stages: {stages}."
-    file = RunFolder(path).ledger
-    ledger = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # of the stage trained last
+    ledger = json.loads(run.folder.ledger.read_text("utf-8")) if run.folder.ledger.is_file() else {}
     counts = {key: ledger.get(key, 0) for key in ("used", "retried", "truncated")} | ledger.get("dropped", {})
     parts = {
         "": f"<p>{escape(state)}</p>{table([numbers])}",
-        "Curves": _curves(run, status),
-        "Clips": _clips(run),
-        "Score": table([{"attribute": name, "right": share} for name, share in shares.items()]),
+        "Curves": drawing(curves, "steps", borders),
+        "Clips": _clips(sheets_of(run, SHEETS)),
+        "Score": table(score),
         "Samples": table([{what: cell_of(number) for what, number in counts.items()}]) if ledger else "",
         "Started again": table(restarts),
         "Settings": _settings(run),
     }  # fmt: skip
-    write_text(target, whole_page(f"{path.resolve().name}: a run of {run.settings.get('name', 'a recipe')}", parts))
-    return target
+    write_text(
+        run.folder.report, whole_page(f"{run.about['run']}: a run of {run.settings.get('name', 'a recipe')}", parts)
+    )
+    return run.folder.report
 
 
-def _curves(run: Compared, status: Status) -> str:
-    """A drawing for each label, over the steps of the whole run; lines where a stage begins."""
-    figure = Figure((10, 6.5), layout="constrained")
-    for axes, (label, names) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
-        axes.set_title(label, fontsize=10)
-        begin = 0
-        for stage in list(status.stages.values())[:-1]:
-            begin += stage["steps"]
-            axes.axvline(begin, color="#999", linewidth=0.8, linestyle="--")
-        for name in names:
-            draw(axes, run.curve(name, "steps"), name)
-        if len(names) > 1:
-            axes.legend(fontsize=8)
-    return svg_of(figure)
-
-
-def _clips(run: Compared) -> str:
-    """A row for each prompt, a column for each of up to `SHEETS` steps."""
-    sheets = sheets_of(run)
-    chosen = sorted({round(n * (len(sheets) - 1) / (SHEETS - 1)) for n in range(SHEETS)}) if sheets else []
-    rows: dict[str, dict[str, str]] = {}
-    room = MOST_BYTES
-    for number in chosen[::-1]:  # the last ones first, should there be too many for the page
-        for prompt, strip in strips_of(sheets[number]):
+def _clips(sheets: dict[str, Path]) -> str:
+    """A row for each prompt, a column for each contact sheet, with pictures up to `MOST_BYTES`, the last ones first."""
+    rows, room = dict[str, dict[str, str]](), MOST_BYTES
+    for name in reversed(sheets):
+        for prompt, strip in strips_of(sheets[name]):
             room -= len(strip)
-            if room > 0:
-                rows.setdefault(prompt, {})[sheets[number].parent.name] = strip
-    names = [sheets[number].parent.name for number in chosen]
-    return table([{"prompt": prompt} | {name: row.get(name, "") for name in names} for prompt, row in rows.items()])
+            row = rows.setdefault(prompt, {"prompt": prompt} | dict.fromkeys(sheets, ""))
+            row[name] = strip if room > 0 else "left out: the page would be too large"
+    return table([*rows.values()])
 
 
 def _settings(run: Compared) -> str:

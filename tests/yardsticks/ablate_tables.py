@@ -48,7 +48,7 @@ def study_of(folder: Path) -> dict[str, Any]:
     told = [
         {"run": run.about["run"], "parameters": run.about["parameters"], "flop": run.about["flop"],
          "seconds": round(run.about["seconds"], 1), "depth": run.settings.get("model.depth"),
-         "curve": [[step, float(f"{value:.5g}")] for step, value in run.curve(metric, "steps")]}
+         "curve": [[step, float(f"{value:.5g}")] for step, value, *_ in run.curve(metric, "steps")]}
         for run in whole.values()
     ]  # fmt: skip
     left = {run.about["run"]: run.about["steps"] for key, run in runs.items() if key not in whole}
