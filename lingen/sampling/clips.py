@@ -90,7 +90,7 @@ def generate(
             denoiser is put into `sample.precision` for good (auto: bfloat16 on CUDA, where it was trained so).
         prompts: one or several. The second time that a prompt stands in the list is its repetition 1, another clip.
         seed, steps, guidance: in place of the recipe's `sample` settings.
-        seconds: length, at the recipe's frame rate; default: the recipe's clip.
+        seconds: length, at the recipe's frame rate; default: the recipe's clip, one frame of a stage of images.
         size: (height, width) in pixels; default: the recipe's.
         repeat: different clips of each prompt.
     Yields:
@@ -144,7 +144,8 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
         raise ValueError(f"A clip lasts a finite number of seconds, got {seconds}.")
     if size is not None and not (isinstance(size, Sequence) and [isinstance(n, int) for n in size] == [True, True]):
         raise ValueError(f"A size is two whole numbers, (height, width) in pixels, got {size!r}.")
-    frames = data.frames if seconds is None else round(seconds * data.fps)
+    own = data.frames if data.mix.video else 1  # a stage of images has learnt no motion
+    frames = own if seconds is None else round(seconds * data.fps)
     if frames < 1:
         raise ValueError(f"{seconds} seconds at {data.fps:g} frames a second is less than one frame.")
     check_frames(frames, module.autoencoder)
