@@ -146,10 +146,10 @@ def show(args: argparse.Namespace) -> None:
         return
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
-    from lingen.plan.loading import load_to_run, to_yaml
+    from lingen.plan.loading import load_curriculum, to_yaml
     from lingen.recipe.signature import as_plain
 
-    curriculum = load_to_run(args.recipe, args.overrides)
+    curriculum = load_curriculum(args.recipe, args.overrides, to_train=True)
     stages = curriculum.chosen(args.stage)
     from lingen.data.order import steps_of
     from lingen.plan.forecast import plan

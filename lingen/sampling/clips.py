@@ -154,9 +154,10 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
     _, patch_h, patch_w = module.recipe.model.patch
     unit_h, unit_w = stride_h * patch_h, stride_w * patch_w
     if height < 1 or width < 1 or height % unit_h or width % unit_w:
+        closest = [max(1, round(side / unit)) * unit for side, unit in ((height, unit_h), (width, unit_w))]
         raise ValueError(
             f"Size {height}x{width} (height x width) does not fit this model: the height must be a multiple of "
-            f"{unit_h} and the width one of {unit_w}. Closest: {nearest(height, unit_h)}x{nearest(width, unit_w)}."
+            f"{unit_h} and the width one of {unit_w}. Closest: {closest[0]}x{closest[1]}."
         )
     # Not even the latents and one layer's tokens fit.
     sides = zip((frames, height, width), module.autoencoder.strides, strict=True)
@@ -169,11 +170,6 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
             f"machine has {there / 2**30:,.0f}. Take fewer seconds or a smaller size."
         )
     return ClipSize(frames, (height, width), data.fps)
-
-
-def nearest(length: int, unit: int) -> int:
-    """The positive multiple of `unit` that is closest to `length`."""
-    return max(1, round(length / unit)) * unit
 
 
 Tokens = tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]]
