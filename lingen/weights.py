@@ -149,7 +149,7 @@ def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), "pt") as file:
+        with safe_open(str(path), "np") as file:  # "pt" would import torch
             metadata = dict(sorted((file.metadata() or {}).items()))  # they come in any order
     except SafetensorError as error:
         raise WeightsError(path, f"it is cut off or no safetensors file ({error}).") from error
@@ -195,6 +195,9 @@ def find_weights(source: str | Path) -> Path:
         raise WeightsError(path, "there is no run folder or weights file.")
     about = path / "run.json"
     if not about.is_file():
+        if (path / "model_index.json").is_file():
+            told = "it is a folder of `lingen export --to diffusers`. Load it with"
+            raise WeightsError(path, f'{told} lingen.LinGenPipeline.from_pretrained("{path}").')
         cure = "Name one that `lingen fit` made, or a .safetensors file."
         raise WeightsError(path, f"it is no run folder: it has no run.json. {cure}")
     stages = read_run(about)["stages"]

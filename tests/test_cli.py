@@ -141,10 +141,11 @@ def test_list_scans_shows_how_far_neighbours_are(capsys):
     assert rows["rotary_major"][key]["t"] < 256 and rows["hilbert"][key]["t"] < 256
 
 
-@pytest.mark.parametrize("what", ["autoencoders", "text", "recipes"])
+@pytest.mark.parametrize("what", ["autoencoders", "text", "synthetic", "recipes"])
 def test_list(what, capsys):
     assert main(["list", what]) == 0
-    assert {"autoencoders": "pixels", "text": "words", "recipes": "quickstart_cpu"}[what] in capsys.readouterr().out
+    one = {"autoencoders": "pixels", "text": "words", "synthetic": "shapes", "recipes": "quickstart_cpu"}[what]
+    assert one in capsys.readouterr().out
 
 
 def test_list_alone_lists_everything(capsys):

@@ -152,6 +152,21 @@ def test_json_names_what_the_issue_asks_for(capsys: pytest.CaptureFixture[str], 
         assert one["flop"] > 0 and one["gpu_hours"] == pytest.approx(one["flop"] / (989e12 * 0.4) / 3600)
 
 
+def test_hours_that_mean_nothing_are_left_out_or_told_to_be_a_floor(
+    capsys: pytest.CaptureFixture[str], tiny_recipe: Path
+):
+    asked = ["plan", "--recipe", str(tiny_recipe), "--stage", "images"]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert "GPU hours" not in told and "no hours: the recipe trains on a CPU; memory in GiB of a rank" in told
+    assert main([*asked, "trainer.accelerator=auto"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("> ") == 3 and "> is a floor: steps of so few FLOP wait for launches and data" in told
+    assert main([*asked, "trainer.accelerator=auto", "--mfu", "1e-9"]) == 0
+    told = capsys.readouterr().out
+    assert "GPU hours" in told and "> " not in told
+
+
 def test_a_gpu_that_is_not_known_is_told_with_the_nearest(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):
     assert main(["plan", "--recipe", str(tiny_recipe), "--gpu", "h10-80"]) == 2
     assert "there is no GPU called 'h10-80' here. Did you mean 'h100-80'?" in capsys.readouterr().err

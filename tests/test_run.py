@@ -390,6 +390,13 @@ def test_columns_of_metrics_have_one_order_whoever_comes_first(tmp_path: Path):
     assert lines[1:] == ["one,1,2.0,,,,,,4.0,0.25,0.5", "one,2,1.0,4.0,3.0,5.0,0.1,1.0,,,"]
 
 
+def test_the_last_stages_sheet_is_named_first(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["fit", "--recipe", str(tiny_recipe), "--run", str(tmp_path / "run"), "stages.clips.train.sample_every=3"]
+    assert main(words) == 0
+    sheets = [Path(line).parent.name for line in capsys.readouterr().out.splitlines() if line.endswith("sheet.png")]
+    assert sheets == ["clips-0000006", "clips-0000003", "images-0000002"]
+
+
 def test_a_score_keeps_each_clip_and_goes_with_its_weights(tiny_recipe: Path, tmp_path: Path):
     """Every judged clip is a film that can be made again; weights that were trained on do not have an old score."""
     words = ["data.synthetic=shapes", "stages.images.train.steps=1", "sample.prompts=[]", "sample.steps=2"]

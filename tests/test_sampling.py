@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import stat
 import weakref
 from collections.abc import Sequence
@@ -19,11 +20,14 @@ from safetensors.torch import load_file
 import lingen
 from lingen import flow
 from lingen.cli import main
+from lingen.data.synthetic import COLOURS, MOTIONS, SHAPES, captions
 from lingen.media import contact_sheet, save_video
+from lingen.recipe.errors import RecipeError
 from lingen.run import fit
 from lingen.run_folder.folder import RunFolder
 from lingen.sampling import clips as sampling
 from lingen.sampling import files as output
+from lingen.sampling.asked import untrained
 from lingen.sampling.clips import (
     Take,
     clip_size,
@@ -36,7 +40,7 @@ from lingen.sampling.clips import (
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights
-from tests.helpers.commands import run_python
+from tests.helpers.commands import ROOT, run_python
 from tests.helpers.media import read_about
 from tests.helpers.ranks import run_ranks
 from tests.yardsticks.times import joined
@@ -373,6 +377,51 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     assert main([*words, "--out", str(tmp_path / out)]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_the_weights_were_not_trained_for_is_said(
+    run: Path, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def said(*words: str, source: Path = run) -> str:
+        out = tmp_path / "x.mp4"
+        assert main(["sample", "--run", str(source), "--prompt", "a circle", "--out", str(out), *words]) == 0
+        return capsys.readouterr().err
+
+    assert not {"trained", "stage"} & set(re.findall(r"\w+", said()))
+    told = "frames of {} pixels; trained were 1 or 4 frames of 8x8 pixels: it may fall apart."
+    assert f"The clip has 4 {told.format('16x8')}" in said("--size", "16x8")
+    assert f"The clip has 8 {told.format('8x8')}" in said("--seconds", "1")
+    images = fit(tiny_recipe, run=tmp_path / "run", stage="images")
+    assert "These are the weights of stage images, not of the last one of the recipe, clips." in said(source=images)
+    assert lingen.load_model(images).recipe.data.frames == 4
+    assert len(next(lingen.generate(images, ["x"]))) == 1
+    assert len(next(lingen.generate(images, ["x"], seconds=0.5))) == 4
+    with av.open(str(images / "samples" / "images-0000002" / "00.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 1
+
+
+def test_words_that_no_caption_has_are_said():
+    def told(prompt: str, *overrides: str) -> list[str]:
+        recipe = lingen.load_recipe("quickstart_cpu", overrides, stage="videos")
+        return list(untrained(recipe, Path("weights.safetensors"), [prompt], 8, (24, 24)))
+
+    said = "No caption of training (data.synthetic=shapes) has the words: purple, elephant, shrinks."
+    assert told("A purple elephant, a purple square shrinks") == [said]
+    assert told("A red CIRCLE moves up") == [] and all(told(one) == [] for one in captions("report"))
+    assert told("an elephant", "data.shards.video=x.tar", "data.shards.image=x.tar", "score.clips=0") == []
+
+
+def test_the_words_of_the_quickstart_stand_where_a_newcomer_looks():
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (colour|shape|motion)s? of the quickstart \| (.*?) \|$", page, flags=re.M))
+    found = {name: tuple(words.split(", ")) for name, words in rows.items()}
+    assert found == {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS}
+
+
+def test_a_folder_for_the_pipeline_is_said_to_be_one(tmp_path: Path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"Load it with lingen.LinGenPipeline.from_pretrained\("):
+        lingen.load_model(tmp_path)
 
 
 def test_what_holds_no_latents_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -38,6 +38,7 @@ from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe
 from lingen.text.small import Words
+from tests.helpers.tiny import as_theatre
 from tests.yardsticks import theatre as judging
 
 REPORT = "1664458191316f98005909df547500fdc235416c3be7ee72bec4f818a906f823"
@@ -284,20 +285,24 @@ def test_actors_that_look_alike_and_missing_ones_are_told(tmp_path: Path, capsys
 def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    out = tmp_path / "clip.webp"
-    words = ["demo", "a", "honeybea", "jumps", "--checkpoint", str(tiny_run), "--seconds", "1", "--steps", "1"]
+    out, weights = tmp_path / "clip.webp", as_theatre(tiny_run, tmp_path)
+    words = ["demo", "a", "honeybea", "jumps", "--checkpoint", str(weights), "--seconds", "1", "--steps", "1"]
     assert main([*words, "--out", str(out)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == ["1 seconds of: a honeybea(?) jumps", "'honeybea' is not known. Did you mean 'honeybee'?"]
     assert said[2:] == [str(out), str(out.with_suffix(".png"))]
     with Image.open(out) as picture:
         frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)])
-    clip = lingen.sample_demo("a honeybea jumps", seconds=1, steps=1, weights=tiny_run)
+    clip = lingen.sample_demo("a honeybea jumps", seconds=1, steps=1, weights=weights)
     assert clip.dtype == np.uint8 and clip.shape == frames.shape
     assert main(["demo", "a dog jumps", "--out", str(tmp_path / "clip.avi")]) == 2
     monkeypatch.setattr("lingen.sampling.BUILT_IN", tmp_path / "none")
     assert main(["demo", "a dog jumps", "--out", str(out)]) == 2
     assert "no weights of the emoji theatre" in capsys.readouterr().err
+    assert main(["demo", "a red circle", "--checkpoint", str(tiny_run)]) == 2
+    told = capsys.readouterr()
+    assert "it was not trained on the emoji theatre. Its clips are made by `lingen sample" in told.err
+    assert not told.out
 
 
 def test_the_weights_that_come_with_lingen_know_day_from_night_and_places(tmp_path: Path):
@@ -311,8 +316,8 @@ def test_the_weights_that_come_with_lingen_know_day_from_night_and_places(tmp_pa
     assert sky[2] > 1.5 * sky[0] and sand[2] < sand[0] + 10  # a blue sky over sand that is not blue
 
 
-def test_the_demo_speaks_before_torch_is_imported(tmp_path: Path):
-    (weights := tmp_path / "x.safetensors").touch()
+def test_the_demo_speaks_before_torch_is_imported(tiny_run: Path, tmp_path: Path):
+    weights = as_theatre(tiny_run, tmp_path)
     code = (
         "import builtins, os, sys; from lingen.cli import main; own = builtins.print\n"
         "builtins.print = lambda *a, **k: (own('torch' in sys.modules, *a, flush=True), os._exit(0))\n"

@@ -37,9 +37,9 @@ def doctor(args: argparse.Namespace) -> int:
         told = [f"{'ok' if line.ok else 'note'}: {line.what}: {line.told}" for line in lines]
         print_json([line._asdict() for line in lines]) if args.json else print(*told, sep="\n")
         return DONE
-    from lingen.plan.loading import load_to_run
+    from lingen.plan.loading import load_curriculum
 
-    stages = load_to_run(args.recipe, args.overrides).chosen(args.stage)
+    stages = load_curriculum(args.recipe, args.overrides, to_train=True).chosen(args.stage)
     from lingen.doctor import examine
 
     found = examine(stages)

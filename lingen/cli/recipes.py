@@ -10,6 +10,7 @@ from typing import Any
 
 from lingen.cli import command as cli
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.reading import SYNTHETIC
 from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
 from lingen.recipe.signature import REQUIRED
 
@@ -21,9 +22,10 @@ CatalogueRow = dict[str, Any]
 
 @cli.command(
     "what a recipe can name: mixers, scan orders, autoencoders, text encoders, perceptual distances, optimisers, "
-    "decays, losses; and the recipes that come with lingen",
+    "decays, losses, data sets that lingen draws; and the recipes that come with lingen",
     cli.argument("what", nargs="?", help="default: all of them", choices=[
-        "mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "recipes"]),
+        "mixers", "scans", "autoencoders", "text", "perceptual", "optimizer", "decay", "loss", "synthetic",
+        "recipes"]),
     cli.JSON, cli.IMPORT,
 )  # fmt: skip
 def list_(args: argparse.Namespace) -> None:
@@ -46,7 +48,7 @@ def registries() -> dict[str, Registry]:
     """What `lingen list` shows beside recipes."""
     for_training = {str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()}
     models = {"mixers": MIXERS, "scans": SCANS, "autoencoders": AUTOENCODERS, "text": TEXT_ENCODERS}
-    return models | {"perceptual": PERCEPTUAL} | for_training
+    return models | {"perceptual": PERCEPTUAL} | for_training | {"synthetic": SYNTHETIC}
 
 
 def parts(what: str) -> list[CatalogueRow]:
@@ -144,10 +146,10 @@ def show(args: argparse.Namespace) -> None:
         return
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
-    from lingen.plan.loading import load_to_run, to_yaml
+    from lingen.plan.loading import load_curriculum, to_yaml
     from lingen.recipe.signature import as_plain
 
-    curriculum = load_to_run(args.recipe, args.overrides)
+    curriculum = load_curriculum(args.recipe, args.overrides, to_train=True)
     stages = curriculum.chosen(args.stage)
     from lingen.data.order import steps_of
     from lingen.plan.forecast import plan
@@ -186,22 +188,25 @@ def plan(args: argparse.Namespace) -> None:
         print(f"stage {number}/{len(stages)} {stage.stage}: a step without numbers", file=sys.stderr)
         rows += resource_rows([stage], args.gpus, args.gpu, args.mfu)
     found = {"recipe": stages[0].name, "gpu": args.gpu, "mfu": args.mfu, "stages": rows}
-    hours = sum(row["gpu_hours"] for row in rows)
-    cost = f"{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s; memory in GiB of a rank"
+    on_cpu = all(stage.trainer.get("accelerator") == "cpu" for stage in stages)
+    hours, small = sum(row["gpu_hours"] for row in rows), not on_cpu and any(row["small"] for row in rows)
+    cost = f"{'> ' * small}{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s"
+    told = "no hours: the recipe trains on a CPU" if on_cpu else cost
+    notes = ["> is a floor: steps of so few FLOP wait for launches and data; `lingen fit` tells the hours as it goes"]
     advice = [f"stage {row['stage']} does not fit: {row['advice']}" for row in rows if not row["fits"]]
     table = [
         {
             **{name: str(row[name]) for name in ("stage", "ranks")},
             **{name: f"{row[name]:,}" for name in ("tokens", "parameters")},
             "FLOP": f"{row['flop']:.3g}",
-            "GPU hours": f"{row['gpu_hours']:,.3g}",
+            **({} if on_cpu else {"GPU hours": f"{'> ' * row['small']}{row['gpu_hours']:,.3g}"}),
             **{name: f"{size / 2**30:.1f}" for name, size in row["memory"].items()},
             "fits": "yes" if row["fits"] else "no",
             "disk": f"{row['disk'] / 2**30:.1f} GiB",
         }
         for row in rows
     ]
-    cli.tell(args, found, [table], cost, *advice)
+    cli.tell(args, found, [table], f"{told}; memory in GiB of a rank", *notes * small, *advice)
 
 
 def _print_forecast(plans: list[tuple[Any, dict[str, int]]]) -> None:

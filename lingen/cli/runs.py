@@ -124,14 +124,19 @@ def leave_unfit(error: UnfitError) -> int:
 
 def _print_outcome(folder: RunFolder, subject: Subject) -> None:
     from lingen.studies.report import write_report
+    from lingen.weights import read_run
 
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
-        rows = product(("sampled", "real"), ("colour", "shape", "motion"))
-        cli.print_table([_score_row(what, name, score[what][name]) for what, name in rows])
+        form = {"right": "{share:.0%} ({low:.0%} to {high:.0%})", "by chance": "{chance:.0%}"}
+        cli.print_table([
+            {"clips": what, "attribute": name} | {key: one.format(**score[what][name]) for key, one in form.items()}
+            for what, name in product(("sampled", "real"), ("colour", "shape", "motion"))
+        ])  # fmt: skip
         print("", *map(_about_score, ("sampled", "real"), (score["sampled"], score["real"])), sep="\n")
-    for sheet in sorted(folder.path.glob("samples/*/sheet.png")):
-        print(sheet)
+    for stage in (*reversed(read_run(folder.about)["stages"]), "score"):
+        for sheet in sorted(folder.path.glob(f"samples/{stage}-[0-9]*/sheet.png"), reverse=True):
+            print(sheet)
     try:
         print(write_report(folder.path))
     except Exception as error:  # the run is finished, whatever becomes of its page
@@ -149,21 +154,6 @@ def _about_score(what: str, score: dict[str, Any]) -> str:
     return f"{what}: {score['clips']} clips{captions}, {score['empty']} of them empty{apart}{wide}"
 
 
-def _score_row(what: str, attribute: str, rate: dict[str, Any]) -> dict[str, str]:
-    share = f"{rate['share']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})"
-    return {"clips": what, "attribute": attribute, "right": share, "by chance": f"{rate['chance']:.0%}"}
-
-
-SAMPLING = (
-    cli.argument("--seed", type=int, help="another seed gives another clip"),
-    cli.argument("--steps", type=int, help="solver steps"),
-    cli.argument("--guidance", type=float, help="weight of the prompt; 1: none"),
-    cli.argument("--seconds", type=cli.positive, metavar="S", help="length of the clip"),
-    cli.argument("--size", type=cli.size_of, metavar="HxW", help="height x width in pixels, e.g. 384x704"),
-    cli.argument("--repeat", type=cli.natural, metavar="N", help="different clips of each prompt; default: 1"),
-)
-
-
 @cli.command(
     "make the clip of a prompt: an H.264 MP4, a contact sheet and the latents beside it",
     cli.argument("--run", metavar="DIR", help="a run folder: its last finished stage"),
@@ -174,7 +164,13 @@ SAMPLING = (
     REWRITER,
     cli.argument("--again", metavar="CLIP", help="make this MP4 again, from what it notes; same machine, same bits"),
     cli.argument("--out", metavar="x.mp4", help="several give x-00.mp4, ...; default: clip.mp4, or CLIP-again.mp4"),
-    *SAMPLING, cli.IMPORT,
+    cli.argument("--seed", type=int, help="another seed gives another clip"),
+    cli.argument("--steps", type=int, help="solver steps"),
+    cli.argument("--guidance", type=float, help="weight of the prompt; 1: none"),
+    cli.argument("--seconds", type=cli.positive, metavar="S", help="length of the clip"),
+    cli.argument("--size", type=cli.size_of, metavar="HxW", help="height x width in pixels, e.g. 384x704"),
+    cli.argument("--repeat", type=cli.natural, metavar="N", help="different clips of each prompt; default: 1"),
+    cli.IMPORT,
 )  # fmt: skip
 def sample(args: argparse.Namespace) -> int:
     if args.again is not None:
@@ -198,11 +194,12 @@ def sample(args: argparse.Namespace) -> int:
     if on_first_rank(lambda: report_faults(rewritten)):
         print("Nothing was sampled. Leave out --rewrite to use the prompts as they are.", file=sys.stderr)
         return cli.FAILED
+    say = partial(print, file=sys.stderr) if own.rank == 0 else lambda line: None
     with cli.count_bar("sampling") if own.rank == 0 else nullcontext() as progress:
         files = sample_to_files(
             weights, prompts, out, seed=args.seed, steps=args.steps,
             guidance=args.guidance, seconds=args.seconds, size=args.size, repeat=repeat, progress=progress,
-            rewritten=[str(one.text) for one in rewritten], own=own,
+            rewritten=[str(one.text) for one in rewritten], own=own, say=say,
         )  # fmt: skip
         together(partial(_make, files))
     return cli.DONE
@@ -265,8 +262,10 @@ def _rewritten(args: argparse.Namespace, prompts: list[str], weights: Path) -> l
 @cli.command(
     "a sentence as a clip of the emoji theatre, within seconds on a laptop, and a contact sheet",
     cli.argument("prompt", nargs="+", metavar="PROMPT", help="what to show: one sentence, in quotes or without"),
-    cli.argument("--checkpoint", metavar="F", help="a weights file, a run folder, or a folder of both models"),
-    cli.argument("--seconds", type=cli.positive, default=4.0, metavar="S", help="default: 4; trained are 4, 16, 60"),
+    cli.argument("--checkpoint", metavar="F", help="a run of the theatre, its weights, or a folder of both models"),
+    cli.argument(
+        "--seconds", type=cli.positive, default=4.0, metavar="S", help="default: 4, which lingen's own weights trained"
+    ),
     cli.argument("--seed", type=int, default=0, help="another seed gives another clip"),
     cli.argument("--steps", type=cli.natural, metavar="N", help="solver steps"),
     cli.argument("--out", default="demo.mp4", metavar="x.mp4", help="or x.gif, x.webp; default: demo.mp4"),
@@ -274,12 +273,13 @@ def _rewritten(args: argparse.Namespace, prompts: list[str], weights: Path) -> l
 def demo(args: argparse.Namespace) -> None:
     from lingen.data.theatre import known_words
     from lingen.sampling import find_demo
+    from lingen.sampling.asked import unknown_words
 
     out = Path(args.out)
     check_target(out, out.suffix if out.suffix in (".gif", ".webp") else ".mp4")
     weights = find_demo(args.checkpoint)
     prompt, known = " ".join(args.prompt), known_words()
-    unknown = [word for word in dict.fromkeys(re.findall(r"\w+", prompt)) if word.lower() not in known]
+    unknown = unknown_words(prompt, known)
     marked = re.sub(r"\w+", lambda word: f"{word[0]}(?)" if word[0] in unknown else word[0], prompt)
     told = [f"'{word}' is not known.{did_you_mean(word, known)}" for word in unknown]
     print(f"{args.seconds:g} seconds of: {marked}", *told, sep="\n", flush=True)  # importing torch takes its time

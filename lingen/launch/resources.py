@@ -23,6 +23,8 @@ USABLE = 0.84
 than was in use at 17 seconds on an H200 [measured: docs/plan.md]."""
 NODE = 8
 """GPUs of a node, where the recipe says no number."""
+LAUNCHES = 0.05
+"""Seconds of a step: one that needs fewer for its FLOP waits for launches and data [measured: docs/plan.md]."""
 MOST_RANKS = 512
 """Of what is tried."""
 
@@ -78,8 +80,8 @@ def resource_rows(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: flo
             "stage": forecast.stage, "ranks": cluster.ranks, "steps": steps_of(recipe),
             "tokens": max(getattr(recipe.data.batch, kind) * count for kind, count in forecast.tokens.items()),
             "parameters": forecast.trained, "flop": flop, "memory": dataclasses.asdict(memory),
-            "gpu_hours": seconds / 3600, "disk": disk_of(recipe, forecast), "fits": fits,
-            "advice": None if fits else what_fits(recipe, cluster),
+            "gpu_hours": seconds / 3600, "small": seconds < LAUNCHES * recipe.train.steps * cluster.ranks,
+            "disk": disk_of(recipe, forecast), "fits": fits, "advice": None if fits else what_fits(recipe, cluster),
         }  # fmt: skip
 
 

@@ -49,21 +49,20 @@ class Curriculum(NamedTuple):
         return self.stages if stage is None else [self.stages[self.names.index(stage)]]
 
 
-def load_curriculum(recipe: str | Path | RecipeText, overrides: Sequence[str] = ()) -> Curriculum:
+def load_curriculum(
+    recipe: str | Path | RecipeText, overrides: Sequence[str] = (), *, to_train: bool = False
+) -> Curriculum:
     """Loads a recipe with all of its stages, as `load_recipe` does one.
 
     Args:
         recipe: a path, the name of a recipe that comes with lingen, or a text.
-        overrides: see `load_recipe`."""
-    return _complete(read_draft(recipe, overrides))
-
-
-def load_to_run(recipe: str | Path, overrides: Sequence[str] = ()) -> Curriculum:
-    """As `load_curriculum`, where training is planned: RecipeError also for what is used in training alone (loggers,
-    optimisers, decays, losses, callbacks) and cannot be built here, or breaks its contract."""
+        overrides: see `load_recipe`.
+        to_train: RecipeError also for what is used in training alone (loggers, optimisers, decays, losses, callbacks)
+            and cannot be built here, or breaks its contract."""
     draft = read_draft(recipe, overrides)
-    _check_loggers(draft.stages.values())
-    return _complete(draft, to_train=True)
+    if to_train:
+        _check_loggers(draft.stages.values())
+    return _complete(draft, to_train=to_train)
 
 
 def _check_loggers(stages: Iterable[Layered]) -> None:
@@ -73,7 +72,7 @@ def _check_loggers(stages: Iterable[Layered]) -> None:
 
 
 def load_for_training(recipe: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Curriculum:
-    """As `load_to_run`, for a run of all stages or of one. RecipeError, before anything is built and torch is imported,
+    """As `load_curriculum` to train, of all stages or one. RecipeError, before anything is built and torch is imported,
     where a stage that will be trained asks for a strategy that lingen does not train with."""
     draft = read_draft(recipe, overrides)
     _check_stage(stage, list(draft.stages))

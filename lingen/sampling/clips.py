@@ -90,7 +90,7 @@ def generate(
             denoiser is put into `sample.precision` for good (auto: bfloat16 on CUDA, where it was trained so).
         prompts: one or several. The second time that a prompt stands in the list is its repetition 1, another clip.
         seed, steps, guidance: in place of the recipe's `sample` settings.
-        seconds: length, at the recipe's frame rate; default: the recipe's clip.
+        seconds: length, at the recipe's frame rate; default: the recipe's clip, one frame of a stage of images.
         size: (height, width) in pixels; default: the recipe's.
         repeat: different clips of each prompt.
     Yields:
@@ -144,7 +144,8 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
         raise ValueError(f"A clip lasts a finite number of seconds, got {seconds}.")
     if size is not None and not (isinstance(size, Sequence) and [isinstance(n, int) for n in size] == [True, True]):
         raise ValueError(f"A size is two whole numbers, (height, width) in pixels, got {size!r}.")
-    frames = data.frames if seconds is None else round(seconds * data.fps)
+    own = data.frames if data.mix.video else 1  # a stage of images has learnt no motion
+    frames = own if seconds is None else round(seconds * data.fps)
     if frames < 1:
         raise ValueError(f"{seconds} seconds at {data.fps:g} frames a second is less than one frame.")
     check_frames(frames, module.autoencoder)
@@ -153,9 +154,10 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
     _, patch_h, patch_w = module.recipe.model.patch
     unit_h, unit_w = stride_h * patch_h, stride_w * patch_w
     if height < 1 or width < 1 or height % unit_h or width % unit_w:
+        closest = [max(1, round(side / unit)) * unit for side, unit in ((height, unit_h), (width, unit_w))]
         raise ValueError(
             f"Size {height}x{width} (height x width) does not fit this model: the height must be a multiple of "
-            f"{unit_h} and the width one of {unit_w}. Closest: {nearest(height, unit_h)}x{nearest(width, unit_w)}."
+            f"{unit_h} and the width one of {unit_w}. Closest: {closest[0]}x{closest[1]}."
         )
     # Not even the latents and one layer's tokens fit.
     sides = zip((frames, height, width), module.autoencoder.strides, strict=True)
@@ -168,11 +170,6 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
             f"machine has {there / 2**30:,.0f}. Take fewer seconds or a smaller size."
         )
     return ClipSize(frames, (height, width), data.fps)
-
-
-def nearest(length: int, unit: int) -> int:
-    """The positive multiple of `unit` that is closest to `length`."""
-    return max(1, round(length / unit)) * unit
 
 
 Tokens = tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]]

@@ -20,6 +20,7 @@ from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sections import SampleConfig
 from lingen.run_folder.folder import RunFolder
 from lingen.sampling import clips
+from lingen.sampling.asked import untrained
 from lingen.sampling.notes import Notes, notes_of, notes_on, read_notes
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import load_denoiser
@@ -30,6 +31,7 @@ def sample_to_files(
     source: str | Path, prompts: Sequence[str], out: str | Path, *, seed: int | None = None, steps: int | None = None,
     guidance: float | None = None, seconds: float | None = None, size: tuple[int, int] | None = None, repeat: int = 1,
     progress: Progress | None = None, rewritten: Sequence[str] = (), own: Rank | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Path]:  # fmt: skip
     """Samples `repeat` clips of each prompt into ``out`` (``out-00.mp4``, ``out-01.mp4``, ... for several); yields the
     MP4s one by one.
@@ -40,6 +42,7 @@ def sample_to_files(
     Args:
         rewritten: what is shown to the text encoders instead of each prompt; it is noted as `rewritten`.
         own: this process among ranks that share the clips; only its own are made and yielded.
+        say: is told what the weights were not trained for.
     Raises:
         RecipeError: no weights at `source` or of a frozen part, no prompt, or `out` is no .mp4 that can be written.
         ValueError: a size or length that the model cannot make."""
@@ -47,7 +50,7 @@ def sample_to_files(
     if not takes:
         raise RecipeError("There is no prompt. Give --prompt, or --prompts with a file of one prompt a line.")
     paths = clip_paths(out, len(takes))
-    weights = find_weights(source)
+    weights, words = find_weights(source), [take.words for take in takes]
     if own is not None:
         takes, paths = takes[own.rank :: own.ranks], paths[own.rank :: own.ranks]
     if not takes:  # more ranks than clips
@@ -55,6 +58,8 @@ def sample_to_files(
     module = load_denoiser(weights)
     settings = clips.settings_with(module.recipe.sample, seed=seed, steps=steps, guidance=guidance)
     clip = clips.clip_size(module, seconds, size)
+    for line in untrained(module.recipe, weights, words, clip.frames, clip.size):
+        say(line)
     shared = notes_of(module, weights, clip, settings)
     yield from _write_takes(module, takes, paths, clip, settings, shared, progress)
 

@@ -26,7 +26,7 @@ from lingen.recipe.reading import RecipeText, shipped_folder
 from lingen.recipe.signature import as_plain
 from lingen.recipe.text import decode_json
 from lingen.run_folder.folder import RunFolder
-from lingen.sampling.clips import clip_size, clips_of, settings_with, takes_of
+from lingen.sampling.clips import generate
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import averaged_state, load_denoiser, load_into
 from lingen.weights import WeightsError, find_weights, read_metadata, write_tensors
@@ -48,7 +48,7 @@ class LinGenPipeline:
     `lingen sample` with the same weights, prompt, seed and settings. `module`: of `lingen.load_model`."""
 
     def __init__(self, module: LinGenModule):
-        self.module, self.device = module, best_device()
+        self.module = module.to(best_device())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LinGenPipeline:
@@ -75,7 +75,7 @@ class LinGenPipeline:
 
     def to(self, device: str | torch.device) -> LinGenPipeline:
         """Clips are made there from now on."""
-        self.device = torch.device(device)
+        self.module.to(device)
         return self
 
     def __call__(
@@ -86,14 +86,13 @@ class LinGenPipeline:
     ) -> LinGenOutput:  # fmt: skip
         """A clip of each prompt, by default as the model was trained to make them. Of a `generator` only the seed that
         it was made with counts. ValueError for a size, length or setting that the model cannot make."""
-        module, data = self.module, self.module.recipe.data
+        data, repeat = self.module.recipe.data, num_videos_per_prompt
         seed = generator.initial_seed() if seed is None and generator is not None else seed
-        how = settings_with(module.recipe.sample, seed=seed, steps=num_inference_steps, guidance=guidance_scale)
-        size = (data.size[0] if height is None else height, data.size[1] if width is None else width)
-        clip = clip_size(module, None if num_frames is None else num_frames / data.fps, size)
-        takes = takes_of([prompt] if isinstance(prompt, str) else prompt, repeat=num_videos_per_prompt)
-        clips = clips_of(module, takes, clip, how, self.device, progress)
-        return LinGenOutput([[Image.fromarray(frame) for frame in one] for one in clips], clip.fps)
+        how: Any = {"seed": seed, "steps": num_inference_steps, "guidance": guidance_scale, "progress": progress}
+        how["size"] = (data.size[0] if height is None else height, data.size[1] if width is None else width)
+        how["seconds"] = None if num_frames is None else num_frames / data.fps
+        clips = generate(self.module, prompt, repeat=repeat, **how)
+        return LinGenOutput([[Image.fromarray(frame) for frame in one] for one in clips], data.fps)
 
 
 def export_folder(source: str | Path, out: str | Path, precision: str = "fp32") -> Path:

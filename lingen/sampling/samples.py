@@ -122,7 +122,7 @@ def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     sign("score")
     module = load_denoiser(folder.weights(str(recipe.stage)), best_device())
     captions = list(itertools.islice(itertools.cycle(captions_of(recipe.score.split)), recipe.score.clips))
-    clip, how, takes = clip_size(module), recipe.sample, takes_of(captions)
+    clip, how, takes = clip_size(module, recipe.data.frames / recipe.data.fps), recipe.sample, takes_of(captions)
     shared = notes_of(module, folder.weights(str(recipe.stage)), clip, how)
     clips = []
     for frames in clips_of(module, takes, clip, how):

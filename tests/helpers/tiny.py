@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,20 @@ def write_shapes(folder: Path) -> Path:
             samples.append({"__key__": f"{number:04d}", **media, "json": {"caption": caption}})
         write_shards(samples, f"{folder}/{kind}-%05d.tar", per_shard=8 if kind == "video" else 16)
     return folder
+
+
+def as_theatre(run: Path, folder: Path) -> Path:
+    """A file of the run's weights that says they were trained on the emoji theatre."""
+    from safetensors.torch import load_file, save_file
+
+    from lingen.weights import find_weights, read_metadata
+
+    weights = find_weights(run)
+    about = read_metadata(weights)
+    told = re.sub(r"\bsynthetic: null", "synthetic: {name: theatre}", about["recipe"])
+    assert told != about["recipe"]
+    save_file(load_file(weights), out := folder / "theatre.safetensors", about | {"recipe": told})
+    return out
 
 
 def write_broken_shard(folder: Path, shards: Path) -> str:
