@@ -262,7 +262,12 @@ def _rewritten(args: argparse.Namespace, prompts: list[str], weights: Path) -> l
 @cli.command(
     "a sentence as a clip of the emoji theatre, within seconds on a laptop, and a contact sheet",
     cli.argument("prompt", nargs="+", metavar="PROMPT", help="what to show: one sentence, in quotes or without"),
-    cli.argument("--checkpoint", metavar="F", help="a run of the theatre, its weights, or a folder of both models"),
+    cli.argument(
+        "--checkpoint",
+        metavar="F",
+        default="theatre_128",
+        help="a run of the theatre, its weights, or a folder of both models; default: lingen's own weights",
+    ),
     cli.argument(
         "--seconds", type=cli.positive, default=4.0, metavar="S", help="default: 4, which lingen's own weights trained"
     ),
