@@ -36,6 +36,7 @@ from lingen.training.denoiser import LinGenModule
 from lingen.training.dry_run import too_large
 from lingen.training.health import GoBack, NonFiniteError
 from lingen.training.inputs import check_inputs
+from lingen.training.reporter import LineReporter, Reporter, log_line
 from lingen.training.rows import MetricsFile, Rows
 from lingen.training.trainer import build_trainer, end_only, few_threads, quiet_lightning
 from lingen.training.weights import save_weights
@@ -43,28 +44,13 @@ from lingen.training.weights import save_weights
 __all__ = ["NonFiniteError", "Reporter", "fit", "fit_curriculum"]
 
 
-class Reporter:
-    """Receives what a run reports; this base class ignores it."""
-
-    def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
-        """Called when a stage starts, of which `done` steps are trained already."""
-
-    def step(self, step: int) -> None:
-        """Called after an optimiser step."""
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Called with each row of metrics.csv."""
-
-    def say(self, text: str) -> None:
-        """Called with a line of text for the user."""
-
-
 def fit(
     recipe: str | Path, overrides: Sequence[str] = (), *, run: str | Path | None = None, stage: str | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Path:  # fmt: skip
     """Trains a recipe as ``lingen fit`` does: every stage that is not finished, each handing over to the next. The same
-    call again goes on where it was stopped.
+    call again goes on where it was stopped. The lines of ``lingen fit`` (run folder, stages, losses) are INFO of the
+    logger "lingen", or stand on stderr where nobody has set logging up.
 
     Args:
         recipe: path or name.
@@ -83,7 +69,8 @@ def fit(
     try:
         with signals.listening():
             curriculum = launch.load_together(lambda: load_for_training(recipe, overrides, stage))
-            return fit_curriculum(curriculum, run=run, stage=stage, callbacks=callbacks).path
+            told = LineReporter(log_line)
+            return fit_curriculum(curriculum, run=run, stage=stage, reporter=told, callbacks=callbacks).path
     except signals.Stopped as stopped:
         raise KeyboardInterrupt if stopped.number == signal.SIGINT else SystemExit(stopped.code) from None
 

@@ -24,8 +24,8 @@ from lingen.evaluation.distances import (
     paired_kernel_p,
     polynomial_kernel,
 )
+from lingen.evaluation.features import network_of
 from lingen.evaluation.judging import Judge
-from lingen.evaluation.networks import network_of
 from lingen.evaluation.statistics import holm, mean_interval, paired_p
 from lingen.files import cache_folder
 from lingen.media import encode_mp4, save_video
@@ -34,6 +34,7 @@ from lingen.prepare.networks import ArraysOnly
 from lingen.recipe.errors import RecipeError
 from tests.helpers import encoders
 from tests.helpers.closeness import relative_error
+from tests.helpers.commands import run_python
 
 PROMPTS = captions()[:6]
 NET = "tests.test_evaluation:SmallNet"
@@ -377,6 +378,36 @@ def test_runs_are_sampled_with_the_same_prompts_and_seed(
         check_paired({"a": find_clips(folder), "b": [clip._replace(seed=1) for clip in find_clips(folder)]})
     assert main(["eval", str(tiny_run), "--features", FRAMES]) == 2
     assert "is to be sampled: give --prompts FILE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_of_short_clips_is_refused_before_it_is_sampled(
+    here: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    (here / "prompts").write_text("a red square\n")
+    words = ["eval", str(tiny_run), "--prompts", "prompts", "--features", FRAMES]
+    assert main(words) == 2 and not (here / "eval").exists()
+    assert "makes clips of 4 frames at 8 a second, 4 at --fps 8, and --frames 16 are wanted: say --frames 4." in (
+        capsys.readouterr().err
+    )
+
+
+def test_clips_of_folders_that_are_short_say_the_cure(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", "A", "--features", FRAMES, "--device", "cpu"]) == 0
+    assert "short clip: 12 frames where 16 are wanted; --frames 12 takes it" in capsys.readouterr().out
+
+
+def test_motion_flicker_and_drift_need_no_network(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", "A", "--features", "none", "--frames", "12", "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = {row["metric"] for row in found["results"]}
+    assert {"motion", "flicker", "colour drift", "sharpness drift"} < names
+    assert not [name for name in names if "coherence" in name] and found["fingerprint"]["networks"] == {}
+
+
+def test_a_network_without_weights_is_told_before_torch_is_imported(here: Path):
+    code = "import sys; from lingen.cli import main; print(main(['eval', 'A']), 'torch' in sys.modules)"
+    assert run_python("-c", code) == "2 False\n"
 
 
 def test_results_of_before_stand_beside_new_ones_or_are_refused(here: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -148,6 +151,18 @@ class Tensors(Callback):
         return {"seen": torch.zeros(2)}
 
 
+class Logs(Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        module.log("weights/norm", trainer.global_step)
+        module.log("hidden", 1.0, logger=False)
+
+    def on_validation_epoch_end(self, trainer, module):
+        module.log("weights/held_out", torch.tensor(7.0))
+
+    def on_train_epoch_end(self, trainer, module):
+        self.log("weights/last", 3.0)
+
+
 class Raises(Callback):
     def on_train_batch_end(self, *_):
         raise ValueError("not today")
@@ -256,6 +271,36 @@ def test_moments_of_another_optimiser_are_not_handed_over(parts: Path, tiny_reci
     words = ["stages.clips.train.optimizer=muon", "stages.clips.train.keep_optimizer=true"]
     with pytest.raises(RecipeError, match="The stage before trains with another optimiser: its moments do not fit"):
         load_curriculum(tiny_recipe, words)
+
+
+def test_what_a_callback_logs_joins_the_rows(parts: Path, tiny_recipe: Path, capsys):
+    """As means since the row before, and in TensorBoard under the stage and the steps of the whole run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["stages.clips.train.steps=4", "stages.clips.train.validate_every=4", "train.log_every=2"]
+    run = fit(tiny_recipe, [*words, "trainer.logger=tensorboard", "trainer.callbacks=parts_to_name:Logs"], run="run")
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = {(row["stage"], int(row["step"])): row for row in csv.DictReader(file)}
+    norms = {place: float(row["weights/norm"]) for place, row in rows.items()}
+    assert norms == {("images", 2): 1.5, ("clips", 2): 1.5, ("clips", 4): 3.5} and "hidden" not in rows["clips", 4]
+    assert [rows["clips", 4][f"weights/{name}"] for name in ("held_out", "last")] == ["7.0", "3.0"]
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [(one.step, one.value) for one in events.Scalars("clips/weights/norm")] == [(4, 1.5), (6, 3.5)]
+    assert not {"weights/norm", "hidden"} & {*events.Tags()["scalars"]}
+    assert main(["compare", str(run), str(run), "--metric", "weights/norm"]) == 0
+    assert "weights/norm" in capsys.readouterr().out
+
+
+def test_fit_of_python_tells_how_it_goes(here: Path, tiny_recipe: Path, caplog, capsys):
+    """Lines of the command; where nobody has set logging up, they are shown."""
+    words = [*LAST, "stages.clips.train.steps=1"]
+    with caplog.at_level("INFO", "lingen"):
+        fit(tiny_recipe, words, run="run")
+    assert {"run folder: run", "stage 2/2 clips: 1 steps"} <= {*caplog.messages}
+    assert [line for line in caplog.messages if re.match(r"clips 1/1  loss \d", line)]
+    code = f"import lingen; lingen.fit({str(tiny_recipe)!r}, {words!r}, run='other')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert "\nstage 2/2 clips: 1 steps\n" in done.stderr and not done.stdout
 
 
 def test_a_callback_that_ends_a_stage_ends_the_run(parts: Path, tiny_recipe: Path):
@@ -432,6 +477,7 @@ def test_a_new_package_passes_its_test(here: Path, capsys):
     assert GROUPS.keys() == {path.name for path in shipped_folder("templates").iterdir() if path.is_dir()}
     for what, registry in GROUPS.items():
         assert main(["new", what, f"my_{what}"]) == 0
+        assert f"pip install -e my_{what} && pytest my_{what}, then " in capsys.readouterr().out
         project = tomllib.loads((here / f"my_{what}" / "pyproject.toml").read_text())["project"]
         assert project["name"] == f"my_{what}" and list(project["entry-points"]) == [registry.group]
     assert "8 passed" in run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"my_{what}" for what in GROUPS))

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 import pytest
 import yaml
 
+import lingen
 from tests.helpers.commands import ROOT
 from tests.tools import pythons
 
@@ -61,5 +62,9 @@ def test_the_citation_names_the_paper():
     held = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert held["cff-version"] == "1.2.0" and held["authors"] == [{"name": "lingen contributors"}]
     assert held["license"] == PROJECT["license"]
+    assert (
+        held["version"] == lingen.__version__ and f"version {lingen.__version__}," in (ROOT / "README.md").read_text()
+    )
     (paper,) = held["references"]
+    assert paper["url"] == "https://arxiv.org/abs/2412.09856"
     assert "LinGen" in paper["title"] and paper["identifiers"][0]["value"] == "arXiv:2412.09856"

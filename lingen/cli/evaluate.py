@@ -152,7 +152,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     cli.argument("--repeat", type=cli.natural, default=1, metavar="N", help="clips of each of --prompts; default: 1"),
     cli.argument("--seed", type=int, default=0, help="of clips that are sampled here; default: 0"),
     cli.argument("--features", action="append", metavar="NET[=PATH]", help="i3d, efficientnet or module:Class, may be "
-                 "given again; default: efficientnet, and with --real i3d"),
+                 "given again, or none; default: efficientnet, and with --real i3d"),
     cli.argument("--clip", metavar="DIR", help="a CLIP of open_clip, for the CLIP score"),
     cli.argument("--fps", type=cli.positive, default=8.0, metavar="F",
                  help="at which all clips are judged; default: 8"),
@@ -161,6 +161,11 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     DEVICE, cli.JSON,
 )  # fmt: skip
 def eval_clips(args: argparse.Namespace) -> None:
+    from lingen.evaluation.features import check_files
+
+    default = ["i3d", "efficientnet"] if args.real else ["efficientnet"]  # I3D's are for distances alone
+    networks = [] if args.features == ["none"] else args.features or default
+    check_files(networks)  # told before torch is imported
     from lingen.evaluation.clips import View
     from lingen.evaluation.comparison import evaluate_clips
     from lingen.evaluation.judging import Judge
@@ -168,8 +173,7 @@ def eval_clips(args: argparse.Namespace) -> None:
 
     check_place(Path(args.out))
     view = View(args.fps, args.frames)
-    networks = ["i3d", "efficientnet"] if args.real else ["efficientnet"]  # I3D's are for distances alone
-    judge = partial(Judge, args.features or networks, view, args.clip, args.device)
+    judge = partial(Judge, networks, view, args.clip, args.device)
     found = evaluate_clips(
         args.subjects, judge, Path(args.out), cli.count_bar, real=args.real, repeat=args.repeat,
         prompts=lines_of(args.prompts) if args.prompts else (), seed=args.seed,

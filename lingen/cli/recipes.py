@@ -130,6 +130,8 @@ def new(args: argparse.Namespace) -> None:
         text = text.replace("NAME", args.name).replace("CLASS", args.name.title().replace("_", ""))
         path.write_text(text, encoding="utf-8")
         print(path)
+    key = {"mixer": "model.mixer", "scan": "model.mixer.scan"}.get(args.what, args.what)
+    print(f"next: pip install -e {folder} && pytest {folder}, then {key}={folder} in a recipe or on the command line")
 
 
 @cli.command(

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from lingen.data.decode import decode_video
-from lingen.data.frames import frames_at, opened_video
+from lingen.data.frames import ShortClip, frames_at, opened_video
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import DataConfig
 from lingen.recipe.text import decode_text
 from lingen.sampling.notes import read_notes
 
@@ -51,8 +52,20 @@ def show_clip(data: bytes, view: View) -> tuple[UInt8[np.ndarray, "t h w 3"], st
         tick, codec = float(stream.time_base), f"{stream.codec_context.name} {stream.codec_context.pix_fmt}"
         length = float(shown[-1] - shown[0]) * tick
         count = frames_at(view.fps, length, length / (len(shown) - 1), len(shown), tick)
-    clip = decode_video(data, frames=max(count, view.frames), size=(view.side,) * 2, fps=view.fps, start=0)
+    if count < view.frames:
+        raise ValueError(f"{ShortClip(count, view.frames)}; --frames {count} takes it")
+    clip = decode_video(data, frames=count, size=(view.side,) * 2, fps=view.fps, start=0)
     return np.ascontiguousarray(clip.pixels.permute(1, 2, 3, 0).numpy()), codec
+
+
+def check_length(name: str, data: DataConfig, view: View) -> None:
+    """RecipeError where clips of a recipe's frames are too short for the view."""
+    count = frames_at(view.fps, (data.frames - 1) / data.fps, 1 / data.fps, data.frames, 0)
+    if count < view.frames:
+        raise RecipeError(
+            f"{name} makes clips of {data.frames} frames at {data.fps:g} a second, {count} at --fps {view.fps:g}, and "
+            f"--frames {view.frames} are wanted: " + (f"say --frames {count}." if count > 1 else "take longer clips.")
+        )
 
 
 def holds_clips(folder: Path) -> bool:

@@ -14,12 +14,13 @@ import numpy as np
 
 from lingen.data.batch import Progress
 from lingen.evaluation import distances
-from lingen.evaluation.clips import ClipFile, Key, check_paired, find_clips, holds_clips
+from lingen.evaluation.clips import ClipFile, Key, check_length, check_paired, find_clips, holds_clips
 from lingen.evaluation.judging import Judge, Judged
 from lingen.evaluation.statistics import SEED, check_extra, holm, mean_interval, paired_p
 from lingen.files import whole_file, write_json
 from lingen.recipe.errors import RecipeError
 from lingen.sampling.files import sample_to_files
+from lingen.training.weights import recipe_of
 from lingen.weights import find_weights
 
 FEW = 2048
@@ -167,6 +168,8 @@ def evaluate_clips(
         raise RecipeError(f"{next(iter(weights))} is to be sampled: give --prompts FILE, one on each line.")
     clips = {REAL: find_clips(Path(real))} if real else {}
     made, judged = judge(), {}
+    for name, file in weights.items():
+        check_length(name, recipe_of(file).data, made.view)
     for name, file in weights.items():
         with bar(f"sampling {name}") as progress:
             paths[name] = _sampled(file, out, list(dict.fromkeys(prompts)), repeat, seed, progress)

@@ -103,7 +103,8 @@ def kernel_floor(real: FeatureSet, n: int) -> float | None:
     half = min(member.shape[1] // 2, round(n * member.shape[1] / len(real.rows)))
     if half < 2:
         return None
-    sides = _halves(np.random.default_rng(SEED), member, half, REAL_SPLITS)
+    rank = np.random.default_rng(SEED).random((REAL_SPLITS, member.shape[1])).argsort(1).argsort(1)
+    sides = [((rank >= low) & (rank < low + half)).astype(float) @ member.T for low in (0, half)]
     return float(np.quantile(KernelDistance(real, real).of(*sides), 0.95))
 
 
@@ -112,9 +113,3 @@ def frechet_floor(real: Float[np.ndarray, "_n d"], n: int) -> float:
     rng = np.random.default_rng(SEED)
     splits = [rng.permutation(len(real))[: 2 * n] for _ in range(5)]
     return float(np.mean([frechet_distance(real[one[:n]], real[one[n:]]) for one in splits]))
-
-
-def _halves(rng: np.random.Generator, member: np.ndarray, half: int, times: int) -> list[np.ndarray]:
-    """`times` disjoint pairs of `half` clusters, as 0 and 1 for each sample."""
-    rank = rng.random((times, member.shape[1])).argsort(1).argsort(1)
-    return [((rank >= low) & (rank < low + half)).astype(float) @ member.T for low in (0, half)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lingen.evaluation.clips import ClipFile, View, show_clip
-from lingen.evaluation.networks import network_of
+from lingen.evaluation.features import network_of
 from lingen.files import cache_folder, whole_file
 from lingen.kernels.choice import best_device
 from lingen.media import read_video
@@ -42,7 +42,9 @@ class Judge:
         self.view, self.device, self.cache = view, best_device(device), cache_folder() / "evaluation"
         self.networks = {words.partition("=")[0]: network_of(words).to(self.device) for words in features}
         if "i3d" in self.networks and view.frames < 9:
-            raise RecipeError(f"I3D needs at least 9 frames, got --frames {view.frames}.")
+            raise RecipeError(
+                f"I3D needs at least 9 frames, got --frames {view.frames}; name others: --features efficientnet."
+            )
         self.text = ClipScore(clip, self.device) if clip else None
         used = self.networks | ({"clip": self.text.model} if self.text else {})
         networks = {name: hash_tensors(one.state_dict())[:16] for name, one in used.items()}

@@ -1,24 +1,15 @@
 """Feature networks: what distances and the coherence of frames are measured in, deterministic and in float32."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lingen.media import as_floats
-from lingen.recipe.errors import RecipeError
-from lingen.recipe.registry import Registry
 
-FEATURES = Registry(
-    "feature network",
-    "lingen.features",
-    {"i3d": "lingen.evaluation.networks:VideoI3D", "efficientnet": "lingen.evaluation.networks:FrameNet"},
-)
-"""Modules with keyword settings (`path`, say), whose ``forward`` takes uint8 [b 3 t h w] and gives [b d]; one whose
-``video`` is False gets single frames, t = 1."""
 Sizes = tuple[int, ...]
 
 
@@ -33,7 +24,7 @@ class VideoI3D(nn.Module):
 
     def __init__(self, *, path: str = "weights/i3d.safetensors"):
         super().__init__()
-        self.held = nn.ParameterDict(_tensors(path, "i3d"))
+        self.held = nn.ParameterDict(load_file(path))
 
     def forward(self, clips: UInt8[Tensor, "b 3 t 224 224"]) -> Float[Tensor, "b 400"]:
         x = pooled(self._unit(as_floats(clips), "Conv3d_1a_7x7", 2), (1, 3, 3), (1, 2, 2))
@@ -84,22 +75,8 @@ class FrameNet(nn.Module):
         import timm
 
         self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        self.network.load_state_dict(_tensors(path, "efficientnet"))
+        self.network.load_state_dict(load_file(path))
         self.network.reset_classifier(0)
 
     def forward(self, clips: UInt8[Tensor, "b 3 1 h w"]) -> Float[Tensor, "b d"]:
         return self.network((clips[:, :, 0].float() - 127) / 128)
-
-
-def _tensors(path: str, name: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise RecipeError(f"{path} is not there: lingen data fetch {name}, or say where it is, --features {name}=PATH.")
-    return load_file(path)
-
-
-def network_of(words: str) -> nn.Module:
-    """``NAME`` or ``NAME=PATH``, with NAME a registered one or ``module:Class``; frozen, in eval mode."""
-    name, _, path = words.partition("=")
-    return FEATURES.build({"name": name, **({"path": path} if path else {})}).eval().requires_grad_(False)

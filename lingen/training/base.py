@@ -54,6 +54,8 @@ class Trained(lightning.LightningModule):
         self.recipe = recipe
         self.average: AveragedWeights | None = None
         self.meter, self.validation_meter = Meter(), Meter()
+        self.callbacks_meter = Meter()
+        """What callbacks log; steps that are thrown away take nothing from it."""
         self.bad_steps = 0
         self.checkpoint: Path | None = None
         """What the stage goes on from, read when the strategy has set everything up."""
@@ -311,6 +313,17 @@ class Trained(lightning.LightningModule):
             tagged = {f"{self.recipe.stage or 'main'}/{name}": value for name, value in values.items()}
             logger.log_metrics(tagged, step=self.steps_before + self.global_step)
 
+    def log(self, name: str, value: Any, *settings: Any, **named: Any) -> None:
+        """For callbacks. A number joins the next row as the mean since the row before, over ranks, too, whatever
+        `on_epoch` and `sync_dist` say; `logger=False` keeps it to `Trainer.callback_metrics`."""
+        super().log(name, value, *settings, **named | {"logger": False})
+        if named.get("logger") is not False:
+            self.callbacks_meter.add(name, torch.as_tensor(value).reshape(1))
+
+    def on_train_epoch_end(self) -> None:
+        if left := self.callbacks_meter.flush():
+            self.log_row(left)
+
     def on_train_start(self) -> None:
         self.follow_recipe(self.trainer.optimizers[0], cast(Any, self.trainer.lr_scheduler_configs[0].scheduler))
         self._started = (clock.perf_counter(), self.global_step)
@@ -325,7 +338,7 @@ class Trained(lightning.LightningModule):
     def collect_metrics(self) -> dict[str, float]:
         """Means since the last call, over all ranks; speed in tokens per second of all ranks together."""
         self.settle()
-        values = self.meter.flush()
+        values = self.callbacks_meter.flush() | self.meter.flush()
         seconds = clock.perf_counter() - self._started[0]
         values["lr"] = self._lr
         values["tokens_per_second"] = values.pop("tokens", 0.0) / seconds
@@ -347,7 +360,7 @@ class Trained(lightning.LightningModule):
 
     def on_validation_end(self) -> None:
         self._applied.__exit__(None, None, None)
-        values = self.validation_meter.flush()
+        values = self.callbacks_meter.flush() | self.validation_meter.flush()
         self.log_row(values)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         # validation is not training time

@@ -33,6 +33,7 @@ CONTRACTS = {
     "lingen.blocks": ["Mixer"],
     "lingen.autoencoder": ["Autoencoder", "StreamingAutoencoder", "TrainableAutoencoder"],
     "lingen.text": ["TextEncoder"],
+    "lingen.testing": ["check_mixer", "check_scan", "check_text_encoder", "check_autoencoder"],
 }
 
 
