@@ -2,26 +2,12 @@
 The paper does not give its own: all is ours. Pure functions of text."""
 
 import re
+from importlib.resources import files
 
 INSTRUCTION_VERSION = 1
 """Raised with every change of `INSTRUCTION` or `clean`, so that cached texts of older versions are not used."""
 
-INSTRUCTION = """\
-You write prompts for a text-to-video model. At the end stands what a user wants to see. Describe that video so fully
-that a film crew could shoot it without a further question.
-
-- Write one paragraph of about 100 words in plain English, in the present tense.
-- Begin with the subject: who or what is seen, and how it looks.
-- Go on with its motion from the first frame to the last.
-- Then describe the setting, the light and the colours, and last the camera: how near it is, its angle, how it moves.
-- Keep everything that the user says: things, numbers, colours, names, places, style. Where nothing is said, choose what
-  is simple and likely.
-- What the user puts in quotation marks is writing in the picture: repeat it letter by letter, in quotation marks. Add
-  no other writing.
-- The video is one continuous shot: no cuts, no change of scene.
-- Tell only what can be seen: no sounds, no thoughts, no opinions.
-- Answer with the paragraph alone: no title, no list, no introduction, no quotation marks around it.
-"""
+INSTRUCTION = files("lingen.text").joinpath("instruction.txt").read_text(encoding="utf-8")
 
 PAIRS = {'"': '"', "“": "”", "«": "»", "'": "'", "‘": "’"}
 BEFORE = re.compile(
