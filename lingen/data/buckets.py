@@ -73,13 +73,6 @@ class Pool:
         return sum(map(len, self.rows))
 
 
-def shapes_of(data: DataConfig, kind: str) -> list[Shape]:
-    """The shapes that batches of a kind may have; the first is that of ``data.frames`` and ``data.size``."""
-    lengths = [data.frames, *data.lengths] if kind == "video" else [1]
-    sizes = [data.size, *data.sizes]
-    return list(dict.fromkeys(Shape(frames, *size) for frames in lengths for size in sizes))
-
-
 def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape], int], setting: str) -> Pool:
     """Sorts the samples of an index.
 
@@ -92,7 +85,8 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
     Args:
         tokens: of one sample of a shape.
         setting: where the shards stand in the recipe, for messages."""
-    shapes = shapes_of(data, kind)
+    lengths = [data.frames, *data.lengths] if kind == "video" else [1]
+    shapes = list(dict.fromkeys(Shape(frames, *size) for frames in lengths for size in [data.size, *data.sizes]))
     if len(shapes) > 1 and not index.mark:
         cure = f"write it with `lingen data index {index.shards[0].folder}`."
         raise RecipeError(f"{setting}: data.sizes and data.lengths need a manifest to sort the samples by; {cure}")

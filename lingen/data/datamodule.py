@@ -136,18 +136,14 @@ class ClipData(lightning.LightningDataModule):
         return expand(getattr(shards, kind), f"{setting}.{kind}", self.recipe.data.remote.timeout)
 
     def _open(self, shards: Shards, setting: str, reader: Reader) -> dict[str, Pool]:
-        return {
-            kind: self._pool(self._index(shards, kind, setting, reader), kind, f"{setting}.{kind}")
-            for kind in self.kinds
-            if getattr(shards, kind)
-        }
+        return {kind: self._pool(shards, kind, setting, reader) for kind in self.kinds if getattr(shards, kind)}
 
-    def _index(self, shards: Shards, kind: str, setting: str, reader: Reader) -> Index:
+    def _pool(self, shards: Shards, kind: str, name: str, reader: Reader) -> Pool:
+        setting = f"{name}.{kind}"
         if self.theatre is not None:
-            return DrawnIndex.of(self.theatre, "train" if setting == "data.shards" else "tune")
-        return open_index(self._expand(shards, kind, setting), kind, f"{setting}.{kind}", reader)
-
-    def _pool(self, index: Index, kind: str, setting: str) -> Pool:
+            index: Index = DrawnIndex.of(self.theatre, "train" if name == "data.shards" else "tune")
+        else:
+            index = open_index(self._expand(shards, kind, name), kind, setting, reader)
         if not len(index):
             faults = "; ".join(f"{drop.where}: {drop.reason}" for drop in index.faults[:3]) or "they are empty"
             raise DataError(f"{setting}: there is no whole sample in {len(index.shards)} shards ({faults}).")

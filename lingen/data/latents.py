@@ -26,14 +26,12 @@ TEXT = "text{}.npy"
 EXPONENT_BITS = {np.dtype("<f2"): ("<u2", 0x7C00), np.dtype("<f4"): ("<u4", 0x7F800000)}
 """The types that are read: as whole numbers, and the bits that are all set where a number is not finite (IEEE 754)."""
 
-CaptionTokens = Mapping[int, Sequence[Tensor]]
-"""Number of a text encoder -> its tokens [n w] of each caption."""
-
 
 class StoredTokens(NamedTuple):
     """The tokens that frozen text encoders made of a sample's captions."""
 
-    captions: CaptionTokens
+    captions: Mapping[int, Sequence[Tensor]]
+    """Number of a text encoder -> its tokens [n w] of each caption."""
     null: Mapping[int, Tensor]
     """Number of a text encoder -> its tokens [n w] of no text; encoders without stored ones are absent."""
 

@@ -166,6 +166,8 @@ def rows(path: Path) -> Iterator[Row]:
 
 def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
     """The file, and what is stored beside its rows; empty where it is nothing of ours."""
+    if not path.is_file():
+        raise ManifestError(without_manifest(path.parent))
     try:
         file = pq.ParquetFile(path, memory_map=True)
         stored, names = decode_json((file.schema_arrow.metadata or {}).get(b"lingen", b"{}")), file.schema_arrow.names

@@ -124,10 +124,7 @@ def caption(folder: Path, out: Path, how: Captioning, progress: Progress = no_pr
     holds shards with a manifest, as `lingen data pack --keep-uncaptioned` writes them; RecipeError where it has none,
     and as `Captioner` and `SetFolder`. The same call again goes on where a killed one was."""
     path = folder / manifest.NAME
-    if not path.is_file():
-        raise RecipeError(manifest.without_manifest(folder))
-    before = manifest.about(path)
-    settings = {**before.settings, "captioner": how.settings}
+    settings = {**manifest.about(path).settings, "captioner": how.settings}
     own = SetFolder(out, how.part, settings)
     with own.locked():
         captioner = Captioner(how)

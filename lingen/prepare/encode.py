@@ -74,8 +74,6 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
     found: dict[tuple[str, Shape, float], list[Task]] = {}
     for recipe in stages:
         data = ClipData(recipe)
-        if kind not in data.kinds:
-            continue
         clips = data.validation if validation else data.train
         if kind not in clips.pools:
             continue

@@ -19,8 +19,6 @@ from lingen.recipe.errors import RecipeError
 
 SUFFIXES = ("mp4", "webm", "webp", "jpg", "jpeg", "png")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst", ".tar.lz4")
-ROTATED = (5, 6, 7, 8)
-"""Exif orientations that exchange height and width."""
 
 
 def index_folder(folder: Path, processes: int | None, progress: Progress = no_progress) -> tuple[int, list[Drop]]:
@@ -127,9 +125,9 @@ def _rate(times: Sequence[float] | np.ndarray) -> float:
 
 
 def _image(data: bytes) -> dict[str, Any]:
+    from PIL import ImageOps
+
     picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
     with reported():
-        picture.load()  # broken ones are found now
-        turned = picture.getexif().get(0x0112) in ROTATED
-    width, height = picture.size[::-1] if turned else picture.size
-    return {"height": height, "width": width, "frames": 1, "fps": 0.0}
+        upright = ImageOps.exif_transpose(picture)  # reads it, so that a broken one is found now
+    return {"height": upright.height, "width": upright.width, "frames": 1, "fps": 0.0}

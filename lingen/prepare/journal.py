@@ -18,7 +18,6 @@ from lingen.data.manifest import Row
 from lingen.data.shards import open_shard
 from lingen.files import write_json, write_text
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.sections import KINDS
 
 
 class Part(NamedTuple):
@@ -118,9 +117,13 @@ class SetFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """RecipeError where another process works at this part. A killed one leaves no lock."""
-        with _lock(self.own / "lock", wait=False) as free:
-            if not free:
-                raise RecipeError(f"Another process is at part {self.part} of '{self.out}'; wait for it.")
+        import fcntl  # which Windows lacks
+
+        with (self.own / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RecipeError(f"Another process is at part {self.part} of '{self.out}'; wait for it.") from error
             try:
                 yield
             finally:  # processes that were ended in the middle of a file, or killed ones, leave it
@@ -130,7 +133,10 @@ class SetFolder:
     @contextlib.contextmanager
     def finishing(self, *names: str) -> Iterator[None]:
         """One process at a time; what a killed one left of these files of the set is removed."""
-        with _lock(self.parts / "lock", wait=True):
+        import fcntl
+
+        with (self.parts / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             for partial in (path for name in names for path in self.out.glob(f"{name}.*.partial")):
                 partial.unlink()
             yield
@@ -141,37 +147,14 @@ class SetFolder:
         write_text(self.own / "done", "")
         return all((folder / "done").is_file() for folder in self._folders())
 
-    def all_records(self, kind: str) -> Iterator[Record]:
-        """The records of all parts, in order."""
-        for folder in self._folders():
-            yield from _records(folder / "records", kind)
-
-    def own_records(self) -> Iterator[Record]:
-        """The records of this part, of all kinds."""
-        for kind in KINDS:
-            yield from _records(self.records, kind)
+    def records_of(self, kind: str, whole: bool) -> Iterator[Record]:
+        """The records of a kind: of the `whole` set in the order of its parts, or of this part alone."""
+        for folder in self._folders() if whole else [self.own]:
+            yield from (parse_record(path.read_bytes()) for path in sorted(folder.glob(f"records/{kind}-*.json")))
 
     def _folders(self) -> list[Path]:
         """Those of all parts, in order."""
         return [self.parts / str(self.part._replace(number=number)) for number in range(1, self.part.total + 1)]
-
-
-@contextlib.contextmanager
-def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Takes a lock that one process can hold; False where another process holds it."""
-    import fcntl
-
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-            return
-        yield True
-
-
-def _records(folder: Path, kind: str) -> Iterator[Record]:
-    return (parse_record(path.read_bytes()) for path in sorted(folder.glob(f"{kind}-*.json")))
 
 
 def parse_record(text: str | bytes) -> Record:
@@ -219,7 +202,7 @@ class ShardStream:
         paths = sorted(self.folder.records.glob(f"{self.kind}-*.json"))
         for path in paths:
             record = parse_record(path.read_bytes())
-            shard = self._shard(path.stem)
+            shard = self._shard
             if not record.entries or shard.is_file():
                 self._number += 1
                 yield record
@@ -228,12 +211,9 @@ class ShardStream:
             else:
                 raise RecipeError(f"'{shard}' is gone, though later shards are there. Put it back, or begin anew.")
 
-    def _shard(self, stem: str) -> Path:
-        return self.folder.out / f"{self._prefix}{stem.rpartition('-')[2]}.tar"
-
     @property
-    def _stem(self) -> str:
-        return f"{self.kind}-{self._number:05d}"
+    def _shard(self) -> Path:
+        return self.folder.out / f"{self._prefix}{self._number:05d}.tar"
 
     def has(self, name: str, mark: str) -> bool:
         """Whether earlier runs are done with it. What they left out is not done where its mark has changed. RecipeError
@@ -259,14 +239,12 @@ class ShardStream:
     def write(self, sample: dict[str, Any], entry: JournalEntry) -> None:
         """Adds a sample; its row's shard, offset and length are filled in."""
         if self._tar is None:
-            self._tar = open_shard(self._open, self._shard(self._stem))
+            self._tar = open_shard(self._open, self._shard)
         start = self._tar.tarstream.offset
         self._tar.write(sample)
         end = self._tar.tarstream.offset
         last = max(key for key in sample if not key.startswith("__"))
-        row = entry.row._replace(
-            shard=self._shard(self._stem).name, offset=start, length=end - start - -len(sample[last]) % 512
-        )
+        row = entry.row._replace(shard=self._shard.name, offset=start, length=end - start - -len(sample[last]) % 512)
         self._record.entries.append(entry._replace(row=row))
         if end >= self.limit:
             self.commit()
@@ -281,7 +259,7 @@ class ShardStream:
         if not self._record.entries and not self._record.notes:
             return
         self._forget()
-        write_json(self.folder.records / f"{self._stem}.json", self._record._asdict(), indent=None)
+        write_json(self.folder.records / f"{self.kind}-{self._number:05d}.json", self._record._asdict(), indent=None)
         self._open.close()
         for used in self._used:
             used.unlink(missing_ok=True)

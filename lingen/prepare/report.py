@@ -1,7 +1,7 @@
 """A report of what a command did with a data set: counts by reason, as a table and as JSON."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lingen.data import manifest
@@ -17,12 +17,10 @@ LEDGER = "ledger.json"
 
 
 class Report:
-    """Counts of samples made and of what was left out. A reason's part before its first colon is what it is grouped by.
+    """Counts of samples made and of what was left out. A reason's part before its first colon is what it is grouped
+    by."""
 
-    Args:
-        records: what the shards' records say."""
-
-    def __init__(self, records: Iterable[Record] = ()) -> None:
+    def __init__(self) -> None:
         self.looked_at = 0
         """Sources (files, or samples of another set) that were dealt with."""
         self.made: Counter[str] = Counter()
@@ -37,8 +35,6 @@ class Report:
         """What was changed -> sources that were kept."""
         self.named: dict[str, list[str]] = {}
         """Reason -> the first ones as ``name: reason: detail``."""
-        for record in records:
-            self.add(record)
 
     def add(self, record: Record) -> None:
         """Counts what a record tells."""
@@ -83,12 +79,10 @@ def close_set(
         notes: on what is in no part.
         limit: of `Duplicates`: a sample that looks like an earlier one of its kind stays in its shard, but not in the
             manifest."""
-    if not complete:
-        return Report(folder.own_records())
     report, rows, twins = Report(), list[Row](), list[str]()
     for kind in KINDS:
-        seen = Duplicates(limit)
-        for record in folder.all_records(kind):
+        seen = Duplicates(limit if complete else None)
+        for record in folder.records_of(kind, complete):
             told = Record([], [*record.notes])
             for entry in record.entries:
                 twin = seen.find(entry.looks)
@@ -100,6 +94,8 @@ def close_set(
                     told.notes.append(Note(twins[-1], f"near-duplicate: of {twin}, in another part"))
             rows += [entry.row for entry in told.entries]
             report.add(told)
+    if not complete:
+        return report
     report.add(Record([], [*notes]))
     with folder.finishing(manifest.NAME, LEDGER):
         if rows:

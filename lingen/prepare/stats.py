@@ -28,8 +28,6 @@ def measure_folders(folders: Sequence[Path]) -> Stats:
     """Reads the manifests of the folders. RecipeError where one has none."""
     columns: dict[str, list[np.ndarray]] = {}
     for folder in folders:
-        if not (folder / manifest.NAME).is_file():
-            raise RecipeError(manifest.without_manifest(folder))
         for batch in manifest.batches(folder / manifest.NAME):
             for name in ("kind", "source", "height", "width", "frames", "fps", "captions", "caption_length", "length"):
                 columns.setdefault(name, []).append(batch.column(name).to_numpy(zero_copy_only=False))
