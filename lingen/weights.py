@@ -186,11 +186,23 @@ def read_run(about: Path) -> dict[str, Any]:
     return held
 
 
+BUILT_IN = {"theatre_128": Path(__file__).parent / "sampling" / "theatre" / "denoiser.safetensors"}
+"""Recipe -> weights that come with lingen."""
+
+
 def find_weights(source: str | Path) -> Path:
-    """A weights file, or that of the last finished stage of a run folder. WeightsError where there is none."""
+    """A weights file: itself, of a recipe whose weights come with lingen, in a folder of denoiser and autoencoder, or
+    of the last finished stage of a run folder. WeightsError where there is none."""
     path = Path(source)
-    if path.is_file():
-        return path
+    file = path / "denoiser.safetensors" if path.is_dir() else BUILT_IN.get(str(source), path)
+    if path.is_file() or file.is_file():
+        return path if path.is_file() else file
+    if file != path and not path.is_dir():
+        cure = (
+            "Train some on a GPU: `lingen data fetch theatre` (340 MB), `lingen fit --recipe theatre_128`. On a laptop "
+        )
+        cure += "take `lingen fit --recipe quickstart_cpu` and `lingen sample`."
+        raise WeightsError(path, f"this installation has no weights of it. {cure}")
     if not path.is_dir():
         raise WeightsError(path, "there is no run folder or weights file.")
     about = path / "run.json"

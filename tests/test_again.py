@@ -41,7 +41,7 @@ def test_a_clip_is_made_again_bit_for_bit(clip: Path, capsys: pytest.CaptureFixt
     assert main(["sample", "--again", str(clip)]) == 0
     told = capsys.readouterr()
     again = clip.with_name("x-01-again.mp4")
-    assert told.out.strip() == str(again) and "differs" not in told.err
+    assert told.out.split()[0] == str(again) and "differs" not in told.err
     assert frames(again).shape == (6, 12, 8, 3) and np.array_equal(frames(again), frames(clip))
     assert not np.array_equal(frames(again), frames(clip.with_name("x-00.mp4")))
     assert read_about(again) == read_about(clip)

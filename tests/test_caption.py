@@ -113,7 +113,7 @@ def test_what_is_no_model(raw: Path, tmp_path: Path, models: dict[str, Path]) ->
 def test_the_command(models: dict[str, Path], raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["data", "caption", str(raw), "--model", str(models["blip"]), "--device", "cpu"]
     assert main([*words, "--out", str(tmp_path / "out"), "--max-tokens", "8"]) == 0
-    assert "4 samples of 4 looked at" in capsys.readouterr().out
+    assert "4 samples from 4 samples" in capsys.readouterr().out
     assert main([*words, "--out", str(tmp_path / "out"), "--captions", "0"]) == 2
     assert main([*words, "--out", str(tmp_path / "out"), "--max-tokens", "9"]) == 2
     assert "captioner.max_tokens is 8 there and 9 here" in capsys.readouterr().err

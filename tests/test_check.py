@@ -146,7 +146,7 @@ def test_the_same_key_twice(tmp_path: Path) -> None:
 def test_a_manifest_that_lies_about_the_length(copy: Path) -> None:
     rewrite(copy, lambda row: row._replace(frames=99) if row.key == "b-0000" else row)
     assert not faults(copy) and "it says 99 frames, there are 8" in faults(copy, "decode")[0]
-    with pytest.raises(RecipeError, match="is no folder that holds tar files"):
+    with pytest.raises(RecipeError, match="nowhere' holds no tar file"):
         check_folders([copy / "nowhere"], "full")
 
 

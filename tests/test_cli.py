@@ -32,13 +32,13 @@ def test_help_imports_nothing_heavy():
 
 def test_weights_that_are_not_there_are_told_without_torch():
     code = (
-        "import sys, pathlib, lingen.sampling; from lingen.cli import main\n"
-        "lingen.sampling.BUILT_IN = pathlib.Path('nowhere')\n"
+        "import sys, pathlib, lingen.weights; from lingen.cli import main\n"
+        "lingen.weights.BUILT_IN['theatre_128'] = pathlib.Path('nowhere')\n"
         "for line in sys.stdin: assert main(line.split()) == 2, line\n"
         "assert not {'torch', 'lightning', 'omegaconf'} & set(sys.modules)"
     )
     lines = {
-        "demo a dog jumps": "no weights of the emoji theatre",
+        "demo a dog jumps": "theatre_128: this installation has no weights of it.",
         "demo a dog --checkpoint none": "none: there is no run folder or weights file.",
         "sample --run none --prompt x": "none: there is no run folder or weights file.",
         "export none --to diffusers new": "none: there is no run folder or weights file.",

@@ -343,7 +343,10 @@ def test_stages_must_agree(folder: Path, tmp_path: Path) -> None:
 def test_the_command_and_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = str(folder / "r.yaml"), str(tmp_path / "encoded")
     assert main(["encode", "--recipe", recipe, VIDEO, "--out", out, "--device", "cpu"]) == 0
-    assert "16 samples of 16 looked at" in capsys.readouterr().out
+    assert (
+        "16 samples from 16 clips: of each sample all that fit, for each shape that a stage takes"
+        in capsys.readouterr().out
+    )
     words = ["fit", "--recipe", recipe, VIDEO, f"data.shards.video={out}/video-*.tar", "--run", str(tmp_path / "run")]
     assert main([*words, "sample.prompts=[]"]) == 0
     assert (tmp_path / "run" / "stages" / "long" / "weights.safetensors").is_file()

@@ -23,8 +23,9 @@ from lingen.data.frames import covering
 from lingen.data.shards import META
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, divide, make_samples, read_samples
-from lingen.prepare.filters import BANDS, LOOKS, Duplicates, Filters, frozen_share
+from lingen.prepare.filters import Filters, frozen_share
 from lingen.prepare.footage import MediaSource, look_through, read_frames, sample_key
+from lingen.prepare.looks import BANDS, LOOKS, Duplicates
 from lingen.prepare.shots import follow
 from lingen.recipe.errors import RecipeError
 from tests.helpers.footage import SIZE, Cut, cut_out, film, frames, write_film

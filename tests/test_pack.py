@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from lingen.data.manifest import Row, media_hash
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, make_samples
 from lingen.prepare.filters import Filters
-from lingen.prepare.journal import Note, Part, SetFolder, ShardStream, parse_part
+from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream, parse_part
 from lingen.prepare.pack import Packing, filters_for, look_for_footage, pack, wanted_by
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
@@ -105,7 +106,9 @@ def test_the_ledger_names_everything_that_was_left_out(packed: Path) -> None:
     }
     named = [line for lines in ledger["named"].values() for line in lines]
     assert "d-0000: near-duplicate: of a-0000" in named and "r: near-duplicate: of p" in named
-    assert "uncaptioned: no caption" in named and "nowhere: caption without a file: a row of the table" in named
+    cure = "write uncaptioned.txt beside it, name a table (--captions), or --keep-uncaptioned"
+    assert f"uncaptioned: no caption: {cure}" in named
+    assert "nowhere: caption without a file: a row of the table" in named
     assert ledger["seconds"] == pytest.approx(sum((30, 14, 24, 18, 14)) / 12, abs=1e-3)
 
 
@@ -183,6 +186,78 @@ def test_footage_that_is_added_later_comes_behind(footage: Path, tmp_path: Path)
     assert json.loads((tmp_path / "out" / "ledger.json").read_text())["left_out"] == {"near-duplicate": 1}
 
 
+def test_what_was_left_out_is_looked_at_again_when_its_captions_or_content_change(tmp_path: Path) -> None:
+    films, out = tmp_path / "films", tmp_path / "out"
+    for name, source in (("a", "testsrc2"), ("b", "mandelbrot")):
+        film(films / f"{name}.mp4", (source, 1))
+    (films / "a.txt").write_text("first")
+    (films / "c.mp4").write_bytes(b"broken")
+    (films / "c.txt").write_text("third")
+
+    def captions() -> dict[str, str]:
+        job = Packing(look_for_footage([films], [], WANTED).sources, Captions(), WANTED, Filters(still=None))
+        report = pack(job, out)
+        assert json.loads((out / LEDGER).read_text()) == {**report.as_json(), "not_in_manifest": []}
+        shards = [str(path) for path in sorted(out.glob("*.tar"))]
+        samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+        assert [row.key for row in manifest.rows(out / manifest.NAME)] == [sample["__key__"] for sample in samples]
+        assert report.looked_at == 3 and report.made["video"] == len(samples)
+        left.append(dict(report.left_out))
+        return {sample["__key__"]: json.loads(sample["json"])["caption"] for sample in samples}
+
+    left: list[dict[str, int]] = []
+    assert captions() == {"a-0000": "first"}
+    (films / "b.txt").write_text("second")
+    film(films / "c.mp4", ("testsrc", 1))
+    with killed_before("video-00001.tar"):  # what it was about to write is made again
+        captions()
+    assert captions() == {"a-0000": "first", "b-0000": "second", "c-0000": "third"}
+    assert captions().keys() == {"a-0000", "b-0000", "c-0000"}
+    assert left == [{"no caption": 1, "unreadable": 1}, {}, {}]
+    before = contents(out)
+    (films / "a.txt").write_text("other")
+    told = f"'a' has other captions than when it went into '{out}': its samples there are old. Name a new folder"
+    with pytest.raises(RecipeError, match=re.escape(told) + ".*bring the old captions back"):
+        captions()
+    (films / "a.txt").write_text("first\n")  # the same caption
+    (films / "c.mp4").write_bytes((films / "b.mp4").read_bytes())
+    with pytest.raises(RecipeError, match="'c' has changed since it went into .* bring the old file back"):
+        captions()
+    assert contents(out) == before
+
+
+def test_a_caption_that_changes_while_a_killed_run_waits_is_noticed(tmp_path: Path) -> None:
+    films, out = tmp_path / "films", tmp_path / "out"
+    film(films / "a.mp4", ("testsrc2", 1), ("mandelbrot", 1))
+    (films / "a.txt").write_text("first")
+    job = Packing(look_for_footage([films], [], WANTED).sources, Captions(), WANTED, Filters(still=None), shard_mb=0)
+    with killed_before("video-00001.tar"):  # the film's second clip
+        pack(job, out)
+    (films / "a.txt").write_text("other")
+    with pytest.raises(RecipeError, match="'a' has other captions than when it went into"):
+        pack(job, out)
+    (films / "a.txt").write_text("first")
+    assert pack(job, out).made == {"video": 2}
+
+
+def test_a_set_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    films, out = tmp_path / "films", tmp_path / "out"
+    film(films / "a.mp4", ("testsrc2", 1))
+    (films / "a.txt").write_text("first")
+    job = Packing(look_for_footage([films], [], WANTED).sources, Captions(), WANTED, Filters(still=None))
+    pack(job, out)
+    (path,) = (out / ".parts").rglob("video-00000.json")
+    record = json.loads(path.read_text())
+    record["entries"] = [entry[:2] for entry in record["entries"]]
+    record["notes"] = [[*note[:2], note[2].partition(".")[0]] for note in record["notes"]]
+    path.write_text(json.dumps(record))
+    before = contents(out)
+    assert pack(job, out).made == {"video": 1} and contents(out) == before
+    film(films / "a.mp4", ("mandelbrot", 1))
+    with pytest.raises(RecipeError, match="'a' has changed since"):
+        pack(job, out)
+
+
 def test_parts_make_the_same_set(footage: Path, packed: Path, tmp_path: Path) -> None:
     for number in (3, 1, 2):
         assert not (tmp_path / manifest.NAME).exists()
@@ -247,7 +322,7 @@ def test_a_stream_goes_on_behind_what_is_there(tmp_path: Path) -> None:
 
     def add(one: ShardStream, keys: Iterable[str]) -> None:
         for key in keys:
-            one.write({"__key__": key, "txt": key.encode() * 100}, Row(key, "", 0, 0, "video"))
+            one.write({"__key__": key, "txt": key.encode() * 100}, JournalEntry(Row(key, "", 0, 0, "video"), (), key))
             one.note([Note(key)])
 
     first = stream()
@@ -319,8 +394,8 @@ def test_the_command(footage: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     words += ["--videos", films, "--images", pictures, "--out", out, "--processes", "0", "--jerky", "off"]
     assert main([*words, "--frozen", "off", "--min-seconds", "0.5"]) == 0
     shown = capsys.readouterr().out
-    assert "left out: no caption" in shown and "9 samples of 10 looked at" not in shown
-    assert "looked at" in shown
+    assert "left out: no caption" in shown and "write uncaptioned.txt beside it" in " ".join(shown.split())
+    assert re.search(r"out: [1-9] samples from 10 files, ", shown)
     assert main([*words, "--still", "much"]) == 2
     assert "--still: invalid number value: 'much'. Write --still N|off." in capsys.readouterr().err
     assert main(["data", "pack", "--out", out]) == 2
@@ -339,6 +414,11 @@ def test_a_picture_is_no_film_and_nothing_at_all_is_a_failure(
     assert "short shot: 1 frames" in told.out and "No sample was made" in told.err
     assert not (tmp_path / "out" / manifest.NAME).exists()  # a set of nothing is none
     assert json.loads((tmp_path / "out" / LEDGER).read_text())["left_out"] == {"short shot": 1}
+    for next_step in (["data", "stats"], ["data", "check"], ["data", "index"]):
+        assert main([*next_step, str(tmp_path / "out")]) == 2
+    words_of_both = capsys.readouterr().err
+    assert "holds no sample: nothing was packed there, or all was left out; its ledger.json says why" in words_of_both
+    assert words_of_both.count("its ledger.json says why") == 3 and "data index" not in words_of_both
     write_film(tmp_path / "films" / "a.mp4", frames("testsrc2", 2))
     (tmp_path / "films" / "a.txt").write_text("a test picture")
     assert main([*words, "--out", str(tmp_path / "out"), "--processes", "0", "--min-side", "off"]) == 0

@@ -61,7 +61,10 @@ def test_the_block_is_as_short_as_promised_and_python_parses():
 
 
 def test_yaml_example_is_a_recipe(tmp_path: Path):
-    (tmp_path / "example.yaml").write_text(blocks("yaml", page("how-to/recipes.md"))[0])
+    smallest, full = blocks("yaml", page("how-to/recipes.md"))[:2]
+    (tmp_path / "smallest.yaml").write_text(smallest)
+    assert lingen.load_recipe(tmp_path / "smallest.yaml", stage="videos").model.depth == 2
+    (tmp_path / "example.yaml").write_text(full)
     assert lingen.stages_of(tmp_path / "example.yaml") == ["images", "clips"]
     assert lingen.load_recipe(tmp_path / "example.yaml", stage="clips").data.mix.video == 100
 

@@ -302,6 +302,11 @@ MISTAKES = {
         "r.yaml:6: The mix asks for image batches, and there are no image shards; set data.shards.image, or "
         "data.mix.image=0. (at data.mix.image)",
     ),
+    "neither shards nor synthetic clips": (
+        TINY.replace("synthetic: shapes", "mix: {image: 0}"),
+        "r.yaml:6: The mix asks for video batches, and there are no video shards; set data.shards.video, or "
+        "data.mix.video=0, or data.synthetic=shapes (as `extends: quickstart_cpu` has it). (at data.mix.video)",
+    ),
     "empty mix": (
         TINY + "stages: {one: {data: {mix: {image: 0, video: 0}}}}\n",
         "r.yaml:7: This mix is empty; image or video must be above 0. (at stages.one.data.mix)",
@@ -429,6 +434,10 @@ def test_unknown_stage_and_recipe():
         load_recipe("quikstart_cpu")
     with pytest.raises(RecipeError, match="There is no recipe file 'no/such.yaml'."):
         load_recipe("no/such.yaml")
+    with pytest.raises(RecipeError, match="^There is no recipe file 'nofile.yaml'.$"):
+        load_recipe("nofile.yaml")
+    with pytest.raises(RecipeError, match="recipe file 'quikstart_cpu.yaml'. Did you mean 'quickstart_cpu'.$"):
+        load_recipe("quikstart_cpu.yaml")
 
 
 def test_extends_may_be_no_path_at_all(here: Path):

@@ -38,6 +38,7 @@ from lingen.recipe import load_stages
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe
 from lingen.text.small import Words
+from lingen.weights import BUILT_IN
 from tests.helpers.tiny import as_theatre
 from tests.yardsticks import theatre as judging
 
@@ -296,9 +297,9 @@ def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
     clip = lingen.sample_demo("a honeybea jumps", seconds=1, steps=1, weights=weights)
     assert clip.dtype == np.uint8 and clip.shape == frames.shape
     assert main(["demo", "a dog jumps", "--out", str(tmp_path / "clip.avi")]) == 2
-    monkeypatch.setattr("lingen.sampling.BUILT_IN", tmp_path / "none")
+    monkeypatch.setitem(BUILT_IN, "theatre_128", tmp_path / "none")
     assert main(["demo", "a dog jumps", "--out", str(out)]) == 2
-    assert "no weights of the emoji theatre" in capsys.readouterr().err
+    assert "this installation has no weights of it" in capsys.readouterr().err
     assert main(["demo", "a red circle", "--checkpoint", str(tiny_run)]) == 2
     told = capsys.readouterr()
     assert "it was not trained on the emoji theatre. Its clips are made by `lingen sample" in told.err

@@ -32,7 +32,7 @@ def encode(args: argparse.Namespace) -> int:
     how = Encoding(str(best_device(args.device)), args.precision, part, workers, args.shard_mb, args.validation)
     with count_bar("encoding") as progress:
         report = encode_shards(stages, Path(args.out), how, progress)
-    return print_report(report, args)
+    return print_report(report, args, "clips: of each sample all that fit, for each shape that a stage takes")
 
 
 @command(
@@ -58,4 +58,4 @@ def data_caption(args: argparse.Namespace) -> int:
     )  # fmt: skip
     with count_bar("captioning") as progress:
         report = caption(Path(args.folder), Path(args.out), how, progress)
-    return print_report(report, args)
+    return print_report(report, args, "samples")

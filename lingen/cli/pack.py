@@ -72,15 +72,15 @@ def data_pack(args: argparse.Namespace) -> int:
     )  # fmt: skip
     with cli.count_bar("packing") as progress:
         report = pack(job, Path(args.out), progress)
-    return print_report(report, args)
+    return print_report(report, args, "files")
 
 
-def print_report(report: Any, args: argparse.Namespace) -> int:
-    """Prints what was made as a table or JSON; returns FAILED where nothing was made."""
-    made = f"{sum(report.made.values()):,} samples of {report.looked_at:,} looked at"
+def print_report(report: Any, args: argparse.Namespace, of: str) -> int:
+    """Prints what was made as a table or JSON, and of what; returns FAILED where nothing was made."""
+    made = f"{sum(report.made.values()):,} samples from {report.looked_at:,} {of}"
     amount = f"{report.seconds / 3600:.3g} hours of clips, {report.size / 1e9:.3g} GB"
     cli.tell(args, report.as_json(), [report.rows()], "", f"{args.out}: {made}, {amount}")
     if not report.made:
-        print("No sample was made: everything was left out.", file=sys.stderr)
+        print("No sample was made: everything was left out; the table says why.", file=sys.stderr)
         return cli.FAILED
     return cli.DONE

@@ -201,8 +201,15 @@ def sample(args: argparse.Namespace) -> int:
             guidance=args.guidance, seconds=args.seconds, size=args.size, repeat=repeat, progress=progress,
             rewritten=[str(one.text) for one in rewritten], own=own, say=say,
         )  # fmt: skip
-        together(partial(_make, files))
+        together(partial(_make, (file for clip in files for file in _beside(clip))))
     return cli.DONE
+
+
+def _beside(clip: Path) -> list[Path]:
+    """A clip's MP4, contact sheet and latents."""
+    from lingen.sampling.files import LATENTS_SUFFIX
+
+    return [clip.with_suffix(end) for end in (".mp4", ".png", LATENTS_SUFFIX)]
 
 
 def _make(files: Iterable[Path]) -> None:
@@ -229,7 +236,7 @@ def _sample_again(args: argparse.Namespace) -> int:
     out = args.out or made.with_name(f"{made.stem}-again.mp4")
     with cli.count_bar("sampling") as progress:
         say = partial(print, file=sys.stderr)
-        print(sample_again(made, out, args.run or args.checkpoint, say=say, progress=progress))
+        print(*_beside(sample_again(made, out, args.run or args.checkpoint, say=say, progress=progress)), sep="\n")
     return cli.DONE
 
 
@@ -262,7 +269,12 @@ def _rewritten(args: argparse.Namespace, prompts: list[str], weights: Path) -> l
 @cli.command(
     "a sentence as a clip of the emoji theatre, within seconds on a laptop, and a contact sheet",
     cli.argument("prompt", nargs="+", metavar="PROMPT", help="what to show: one sentence, in quotes or without"),
-    cli.argument("--checkpoint", metavar="F", help="a run of the theatre, its weights, or a folder of both models"),
+    cli.argument(
+        "--checkpoint",
+        metavar="F",
+        default="theatre_128",
+        help="a run of the theatre, its weights, or a folder of both models; default: lingen's own weights",
+    ),
     cli.argument(
         "--seconds", type=cli.positive, default=4.0, metavar="S", help="default: 4, which lingen's own weights trained"
     ),

@@ -81,7 +81,17 @@ class ManifestError(RecipeError):
 
 def without_manifest(folder: str | Path) -> str:
     """The sentence for a folder that has no manifest, with the cure."""
-    return f"'{folder}' has no {NAME}; write it with `lingen data index {shlex.quote(str(folder))}`."
+    return (
+        nothing_packed(Path(folder))
+        or f"'{folder}' has no {NAME}; write it with `lingen data index {shlex.quote(str(folder))}`."
+    )
+
+
+def nothing_packed(folder: Path) -> str:
+    """The sentence for a folder in which a command of lingen's began a set and wrote no shard; empty for others."""
+    if not (folder / ".parts").is_dir() or any(folder.glob("*.tar")):
+        return ""
+    return f"'{folder}' holds no sample: nothing was packed there, or all was left out; its ledger.json says why."
 
 
 def media_hash(content: bytes) -> str:

@@ -16,7 +16,7 @@ from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.data.manifest import About, Row
 from lingen.data.order import digest
 from lingen.data.shards import parse_sample
-from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
+from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS
@@ -162,8 +162,8 @@ def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStre
         stream.note([Note(row.key, str(error)), Note(row.key, mark=row.hash)])
         return
     stream.note([Note(row.key, mark=row.hash)])
-    row = row._replace(captions=len(captions), caption_length=len(captions[0]))
-    stream.write({"__key__": row.key, **members}, row)
+    told = row._replace(captions=len(captions), caption_length=len(captions[0]))
+    stream.write({"__key__": row.key, **members}, JournalEntry(told, (), row.key, row.hash))
 
 
 def _frames(members: dict[str, bytes], row: Row, count: int) -> np.ndarray:

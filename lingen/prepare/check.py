@@ -9,11 +9,10 @@ from lingen.data.batch import Drop, Progress, no_progress
 from lingen.data.captions import captions_of
 from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import ManifestError, Row, media_hash
-from lingen.data.shards import parse_sample, scan_shard, tar_files
-from lingen.prepare.index import compressed_shards, crashed_at, describe_sample, packed_up
+from lingen.data.shards import parse_sample, scan_shard
+from lingen.prepare.index import compressed_shards, crashed_at, describe_sample, shards_of
 from lingen.prepare.report import LEDGER
 from lingen.prepare.workers import in_order
-from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
 
 Depth = Literal["quick", "full", "decode"]
@@ -59,9 +58,7 @@ def check_folders(
 
 
 def _jobs(folder: Path, depth: Depth) -> tuple[list[CheckJob], list[Drop]]:
-    paths = {path.name: path for path in tar_files(folder)}
-    if not folder.is_dir() or not paths:
-        raise RecipeError(f"'{folder}' is no folder that holds tar files. Correct the path.{packed_up(folder)}")
+    paths = {path.name: path for path in shards_of(folder)}
     faults = compressed_shards(folder)
     rows: dict[str, list[Row]] | None = None
     if (folder / manifest.NAME).is_file():

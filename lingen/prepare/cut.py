@@ -23,6 +23,7 @@ from lingen.prepare import filters as limits
 from lingen.prepare.footage import MediaSource, read_frames, sample_key
 from lingen.prepare.formats import MEMBERS, MOVING, picture_formats
 from lingen.prepare.journal import KEPT, JournalEntry, Note, Record, parse_record
+from lingen.prepare.looks import LOOKS
 from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
 
 CRF = 18
@@ -55,6 +56,8 @@ class CutJob(NamedTuple):
     filters: limits.Filters
     out: Path
     """A tar file that the samples go to, and the outcome as its last member; it appears whole."""
+    mark: str = ""
+    """Of its content and captions, as `Note.mark`."""
 
 
 def make_samples(job: CutJob) -> Record:
@@ -128,9 +131,10 @@ def _film(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
         start = float(track.times[first])
         about = _about(job) | {"start": round(start, 3), "seconds": round(len(frames) / fps, 3)}
         about |= {"source_fps": round(track.fps, 3), "motion": round(motion, 4), "jerk": round(jerk, 4)}
-        at = [first + (end - first) * (2 * i + 1) // (2 * limits.LOOKS) for i in range(limits.LOOKS)]
+        at = [first + (end - first) * (2 * i + 1) // (2 * LOOKS) for i in range(LOOKS)]
         looks = tuple(int(track.looks[i]) for i in at)
-        yield JournalEntry(_row(job, key, "mp4", media, size, len(frames), fps), looks), media, about
+        row = _row(job, key, "mp4", media, size, len(frames), fps)
+        yield JournalEntry(row, looks, job.source.key, job.mark), media, about
 
 
 def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
@@ -217,7 +221,7 @@ def _picture(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
     if size != (height, width) or not media:
         media, data = "webp", encode_webp(fit_picture(upright, size), quality=95)
     row = _row(job, sample_key(job.source.key), media, data, size, 1, 0.0)
-    yield JournalEntry(row, (look(grey),) * limits.LOOKS), data, _about(job)
+    yield JournalEntry(row, (look(grey),) * LOOKS, job.source.key, job.mark), data, _about(job)
 
 
 def _row(job: CutJob, key: str, suffix: str, media: bytes, size: tuple[int, int], frames: int, fps: float) -> Row:

@@ -26,7 +26,7 @@ from lingen.data.manifest import About, Row, media_hash
 from lingen.data.shards import parse_sample
 from lingen.data.sources import Reader
 from lingen.prepare.encoders import Encoders
-from lingen.prepare.journal import Note, Part, SetFolder, ShardStream
+from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS, Recipe
@@ -211,4 +211,4 @@ def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None
             len(loaded.captions[0]), LATENTS_NPY, media_hash(members[LATENTS_NPY]), task.samples.source(task.number),
         )  # fmt: skip
         stream.note([Note(task.key, mark=task.mark)])  # before the sample is written: both belong to one record
-        stream.write({"__key__": task.key, **members}, row)
+        stream.write({"__key__": task.key, **members}, JournalEntry(row, (), task.key, task.mark))

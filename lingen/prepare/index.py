@@ -27,9 +27,7 @@ def index_folder(folder: Path, processes: int | None, progress: Progress = no_pr
     """Writes the manifest of the tar files in a folder. Returns the number of its rows, and the samples and shards that
     cannot be used and are in none. RecipeError where there is no tar file, or none of the samples can be used.
     `processes` read shards at the same time; 0: this one; None: one for each core."""
-    paths = tar_files(folder)
-    if not paths:
-        raise RecipeError(f"'{folder}' holds no tar file; name the folder of the shards.{packed_up(folder)}")
+    paths = shards_of(folder)
     drops = compressed_shards(folder)
 
     def rows() -> Iterator[Row]:
@@ -54,9 +52,13 @@ def compressed_shards(folder: Path) -> list[Drop]:
     return [Drop(name, why) for name in names if name.lower().endswith(COMPRESSED)]
 
 
-def packed_up(folder: Path) -> str:
-    """`` NAME is compressed ...`` for the first compressed tar of a folder, or nothing."""
-    return "".join(f" {drop.where} is a {drop.reason}." for drop in compressed_shards(folder)[:1])
+def shards_of(folder: Path) -> list[Path]:
+    """The tar files of a folder. RecipeError where it holds none."""
+    if paths := tar_files(folder):
+        return paths
+    packed_up = "".join(f" {drop.where} is a {drop.reason}." for drop in compressed_shards(folder)[:1])
+    none = f"'{folder}' holds no tar file; name the folder of the shards.{packed_up}"
+    raise RecipeError(manifest.nothing_packed(folder) or none)
 
 
 def crashed_at(path: Path) -> Drop:

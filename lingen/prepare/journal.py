@@ -65,7 +65,7 @@ class Note(NamedTuple):
     reason: str = ""
     """``reason: detail`` of what was left out, or of what was changed (`KEPT`); empty: used."""
     mark: str = ""
-    """Hash of the source's content; empty where it is not known."""
+    """Hashes, with points between them, of what decided it: the source's content (empty: not known), its captions."""
 
 
 class JournalEntry(NamedTuple):
@@ -74,6 +74,10 @@ class JournalEntry(NamedTuple):
     row: Row
     looks: tuple[int, ...] = ()
     """Looks of the clip for `Duplicates`; empty where clips are not compared."""
+    source: str = ""
+    """What it was made of, as a note names it; empty in sets of earlier versions."""
+    mark: str = ""
+    """As a note's, of then."""
 
 
 class Record(NamedTuple):
@@ -173,8 +177,12 @@ def _records(folder: Path, kind: str) -> Iterator[Record]:
 def parse_record(text: str | bytes) -> Record:
     """A record of the JSON of its `_asdict`."""
     held = json.loads(text)
-    entries = [JournalEntry(Row(*row), tuple(looks)) for row, looks in held["entries"]]
+    entries = [JournalEntry(Row(*row), tuple(looks), *made_of) for row, looks, *made_of in held["entries"]]
     return Record(entries, [Note(*note) for note in held["notes"]])
+
+
+CHANGED = {"file": "has changed since", "captions": "has other captions than when"}
+"""What the hashes of a mark are of, and what is said where they differ."""
 
 
 class ShardStream:
@@ -193,7 +201,11 @@ class ShardStream:
         """The records of earlier runs."""
         notes = (note for record in self.committed for note in record.notes)
         self._finished = {note.name: note.mark for note in notes if not note.reason}
-        """Everything that they are done with, and the marks of contents."""
+        """Everything that they are done with, and its marks."""
+        self._made = {entry.source: entry.mark for entry in self.entries()}
+        """Marks of what has samples here."""
+        self._again: set[str] = set()
+        """What was left out by other marks than it has now."""
         self._record = Record([], [])
         self._used: list[Path] = []
         self._open = contextlib.ExitStack()
@@ -224,31 +236,38 @@ class ShardStream:
         return f"{self.kind}-{self._number:05d}"
 
     def has(self, name: str, mark: str) -> bool:
-        """Whether earlier runs are done with it. RecipeError where its content was another one then."""
+        """Whether earlier runs are done with it. What they left out is not done where its mark has changed. RecipeError
+        where samples of it are there that its mark does not hold for any more."""
         held = self._finished.get(name)
-        if held and mark and held != mark:
-            raise RecipeError(
-                f"'{name}' has changed since it went into '{self.folder.out}': its samples there are old. Name a new "
-                "folder (--out), or bring the old file back."
-            )
+        made = self._made.get(name, self._made.get(""))
+        if made is None and held not in (None, mark):
+            self._again.add(name)
+            return False
+        then = "" if made is None else made or held or ""
+        for what, old, new in zip(CHANGED, then.split("."), mark.split("."), strict=False):
+            if old and new and old != new:
+                raise RecipeError(
+                    f"'{name}' {CHANGED[what]} it went into '{self.folder.out}': its samples there are old. Name a new "
+                    f"folder (--out), or bring the old {what} back."
+                )
         return held is not None
 
     def entries(self) -> Iterator[JournalEntry]:
         """The samples in the shards of earlier runs."""
         return (entry for record in self.committed for entry in record.entries)
 
-    def write(self, sample: dict[str, Any], row: Row, looks: tuple[int, ...] = ()) -> None:
-        """Adds a sample; its shard, offset and length are filled in."""
+    def write(self, sample: dict[str, Any], entry: JournalEntry) -> None:
+        """Adds a sample; its row's shard, offset and length are filled in."""
         if self._tar is None:
             self._tar = open_shard(self._open, self._shard(self._stem))
         start = self._tar.tarstream.offset
         self._tar.write(sample)
         end = self._tar.tarstream.offset
         last = max(key for key in sample if not key.startswith("__"))
-        row = row._replace(
+        row = entry.row._replace(
             shard=self._shard(self._stem).name, offset=start, length=end - start - -len(sample[last]) % 512
         )
-        self._record.entries.append(JournalEntry(row, looks))
+        self._record.entries.append(entry._replace(row=row))
         if end >= self.limit:
             self.commit()
 
@@ -261,9 +280,25 @@ class ShardStream:
         """Writes the record and then renames the shard to its final name."""
         if not self._record.entries and not self._record.notes:
             return
+        self._forget()
         write_json(self.folder.records / f"{self._stem}.json", self._record._asdict(), indent=None)
         self._open.close()
         for used in self._used:
             used.unlink(missing_ok=True)
         self._number += 1
         self._record, self._used, self._tar = Record([], []), [], None
+
+    def _forget(self) -> None:
+        """Takes the notes on what is looked at again out of the records of earlier runs: it is not done until this run
+        has written its own."""
+        for number, record in enumerate(self.committed if self._again else ()):
+            kept, own = list[Note](), list[Note]()
+            for note in record.notes:
+                own.append(note)
+                if not note.reason:  # the last one on its source
+                    kept += [] if note.name in self._again else own
+                    own = []
+            if kept != record.notes:
+                told = record._replace(notes=kept)._asdict()
+                write_json(self.folder.records / f"{self.kind}-{number:05d}.json", told, indent=None)
+        self._again.clear()

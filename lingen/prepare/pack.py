@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 from lingen.data.batch import Progress, no_progress
 from lingen.data.captions import NO_CAPTION
 from lingen.data.fingerprint import hash_settings, hash_weights
-from lingen.data.manifest import About, Row
+from lingen.data.manifest import About
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import OUTCOME, ClipRequirements, CutJob, make_samples, read_samples
-from lingen.prepare.filters import Duplicates, Filters
+from lingen.prepare.filters import Filters
 from lingen.prepare.footage import Footage, MediaSource, look_through
-from lingen.prepare.journal import JournalEntry, Note, Part, Record, SetFolder, ShardStream
-from lingen.prepare.report import Report, write_set
+from lingen.prepare.journal import Note, Part, Record, SetFolder, ShardStream
+from lingen.prepare.looks import Duplicates
+from lingen.prepare.report import Report, close_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS, Recipe
@@ -76,8 +77,9 @@ def look_for_footage(videos: Sequence[str | Path], images: Sequence[str | Path],
 def pack(job: Packing, out: Path, progress: Progress = no_progress) -> Report:
     """Packs this part; when all parts are done, writes the manifest and the ledger of the whole set.
 
-    The same call again goes on where a killed one was, and packs what has been added to the folders since. RecipeError
-    as `SetFolder` and `Captions.unused`.
+    The same call again goes on where a killed one was, and packs what has been added to the folders since; it looks
+    again at what was left out and has other content or captions now. RecipeError as `SetFolder`, `ShardStream.has` and
+    `Captions.unused`.
 
     Args:
         progress: called with the files dealt with and all files of this part.
@@ -96,78 +98,63 @@ def pack(job: Packing, out: Path, progress: Progress = no_progress) -> Report:
                 progress(done, len(own))
             stream.commit()
         complete = folder.finish()
-    return finish(folder, job, fileless) if complete else Report(folder.own_records())
+    # Near-duplicates of a sample in an earlier part stay in their shard, but not in the manifest.
+    across = job.filters.duplicates if job.part.total > 1 else None
+    about = About(hash_settings(job.settings), job.settings)
+    return close_set(folder, about, complete, fileless, across)
 
 
 def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) -> Iterator[MediaSource]:
     """Processes the sources that no earlier run has processed; yields every source, those of earlier runs too."""
-    marks = {source.key: _mark(source.path) for source in sources}
-    finished = {key for key, mark in marks.items() if stream.has(key, mark)}
+    todo: list[CutJob] = []
+    for source in sources:
+        one = _job(job, source, stream)
+        if stream.has(source.key, one.mark):
+            yield source
+        else:
+            todo.append(one)
     written: set[str] = set()
     seen = Duplicates(job.filters.duplicates)
     for entry in stream.entries():
         written.add(entry.row.key)
         seen.add(entry.row.key, entry.looks)
-    yield from (source for source in sources if source.key in finished)
-    jobs = (_job(job, source, stream, marks[source.key]) for source in sources if source.key not in finished)
     ended = "unreadable: it ended the process that decoded it"
-    done = in_order(make_samples, jobs, job.processes, lambda one: Record([], [Note(one.source.key, ended)]))
+    done = in_order(make_samples, todo, job.processes, lambda one: Record([], [Note(one.source.key, ended)]))
     for one, outcome in done:
         notes = list(outcome.notes)
         samples = read_samples(one.out) if outcome.entries else iter(())
-        for (row, looks), members in zip(outcome.entries, samples, strict=True):
-            if row.key in written:
+        for entry, members in zip(outcome.entries, samples, strict=True):
+            key = entry.row.key
+            if key in written:
                 continue  # where a killed run stopped
-            twin = seen.find(looks)
+            twin = seen.find(entry.looks)
             if twin is not None:
-                notes.append(Note(row.key, f"near-duplicate: of {twin}"))
+                notes.append(Note(key, f"near-duplicate: of {twin}"))
                 continue
-            seen.add(row.key, looks)
-            stream.write({"__key__": row.key, **members}, row, looks)
-        stream.note([*notes, Note(one.source.key, mark=marks[one.source.key])], one.out)
+            seen.add(key, entry.looks)
+            stream.write({"__key__": key, **members}, entry)
+        stream.note([*notes, Note(one.source.key, mark=one.mark)], one.out)
         yield one.source
 
 
-def _mark(path: Path) -> str:
-    """Hash of a file's content; empty where it cannot be read, which is told when it is decoded."""
-    try:
-        return hash_weights(path)
-    except OSError:
-        return ""
-
-
-def _job(job: Packing, source: MediaSource, stream: ShardStream, mark: str) -> CutJob:
-    captions: list[str] = []
-    fault = ""
+def _job(job: Packing, source: MediaSource, stream: ShardStream) -> CutJob:
+    captions, fault = list[str](), ""
     try:
         captions = job.captions.of(source)
     except (ValueError, OSError) as error:
-        fault = "" if str(error) == NO_CAPTION and job.keep_uncaptioned else str(error)
+        fault = str(error)
+        if fault == NO_CAPTION:
+            cure = f"write {source.path.stem}.txt beside it, name a table (--captions), or --keep-uncaptioned"
+            fault = "" if job.keep_uncaptioned else f"{fault}: {cure}"
+    try:
+        content = hash_weights(source.path)
+    except OSError:  # which is told when it is decoded
+        content = ""
+    mark = f"{content}.{_digest([captions, fault])}"
     # OUTCOME: what an earlier version left there has another form.
-    told = hashlib.blake2b(json.dumps([OUTCOME, source.key, captions, mark]).encode(), digest_size=8).hexdigest()
-    return CutJob(source, captions, fault, job.wanted, job.filters, stream.folder.work / f"{stream.kind}-{told}.tar")
+    work = stream.folder.work / f"{stream.kind}-{_digest([OUTCOME, source.key, mark])}.tar"
+    return CutJob(source, captions, fault, job.wanted, job.filters, work, mark)
 
 
-def finish(folder: SetFolder, job: Packing, notes: list[Note]) -> Report:
-    """Writes the manifest and the ledger out of the records of all parts. Near-duplicates of a sample in an earlier
-    part stay in their shard, but not in the manifest."""
-    report, twins = Report(), []
-    rows: list[Row] = []
-    for kind in KINDS:
-        seen = Duplicates(job.filters.duplicates if job.part.total > 1 else None)
-        for record in folder.all_records(kind):
-            kept: list[JournalEntry] = []
-            for entry in record.entries:
-                twin = seen.find(entry.looks)
-                if twin is None:
-                    seen.add(entry.row.key, entry.looks)
-                    kept.append(entry)
-                else:
-                    twins.append(f"{entry.row.shard}:{entry.row.key}")
-                    notes.append(Note(twins[-1], f"near-duplicate: of {twin}, in another part"))
-            rows += [entry.row for entry in kept]
-            report.add(Record(kept, record.notes))
-    report.add(Record([], notes))
-    about = About(hash_settings(job.settings), job.settings)
-    write_set(folder, rows, about, {**report.as_json(), "not_in_manifest": twins})
-    return report
+def _digest(told: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()

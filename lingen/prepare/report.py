@@ -8,7 +8,8 @@ from lingen.data import manifest
 from lingen.data.ledger import NAMED
 from lingen.data.manifest import About, Row
 from lingen.files import write_json
-from lingen.prepare.journal import KEPT, Record, SetFolder
+from lingen.prepare.journal import KEPT, Note, Record, SetFolder
+from lingen.prepare.looks import Duplicates
 from lingen.recipe.sections import KINDS
 
 LEDGER = "ledger.json"
@@ -72,19 +73,36 @@ class Report:
         }  # fmt: skip
 
 
-def close_set(folder: SetFolder, about: About, complete: bool) -> Report:
-    """The report of this part; once all parts are done, that of the whole set, which gets its manifest and ledger."""
+def close_set(
+    folder: SetFolder, about: About, complete: bool, notes: Sequence[Note] = (), limit: int | None = None
+) -> Report:
+    """The report of this part; once all parts are done, that of the whole set, which gets its manifest and ledger. A
+    set without samples gets only the ledger, which says why.
+
+    Args:
+        notes: on what is in no part.
+        limit: of `Duplicates`: a sample that looks like an earlier one of its kind stays in its shard, but not in the
+            manifest."""
     if not complete:
         return Report(folder.own_records())
-    records = [record for kind in KINDS for record in folder.all_records(kind)]
-    report = Report(records)
-    write_set(folder, [entry.row for record in records for entry in record.entries], about, report.as_json())
-    return report
-
-
-def write_set(folder: SetFolder, rows: Sequence[Row], about: About, ledger: dict[str, Any]) -> None:
-    """Writes the manifest and the ledger of a set; of one without samples only the ledger, which says why."""
+    report, rows, twins = Report(), list[Row](), list[str]()
+    for kind in KINDS:
+        seen = Duplicates(limit)
+        for record in folder.all_records(kind):
+            told = Record([], [*record.notes])
+            for entry in record.entries:
+                twin = seen.find(entry.looks)
+                if twin is None:
+                    seen.add(entry.row.key, entry.looks)
+                    told.entries.append(entry)
+                else:
+                    twins.append(f"{entry.row.shard}:{entry.row.key}")
+                    told.notes.append(Note(twins[-1], f"near-duplicate: of {twin}, in another part"))
+            rows += [entry.row for entry in told.entries]
+            report.add(told)
+    report.add(Record([], [*notes]))
     with folder.finishing(manifest.NAME, LEDGER):
         if rows:
             manifest.write(folder.out / manifest.NAME, rows, about)
-        write_json(folder.out / LEDGER, ledger, indent=1, end="\n")
+        write_json(folder.out / LEDGER, report.as_json() | {"not_in_manifest": twins}, indent=1, end="\n")
+    return report

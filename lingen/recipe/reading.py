@@ -6,7 +6,7 @@ from functools import reduce
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
-from lingen.recipe.errors import RecipeError, no_such
+from lingen.recipe.errors import RecipeError, did_you_mean, no_such
 from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_yaml, resolve
 from lingen.recipe.registry import (
     AUTOENCODERS,
@@ -138,8 +138,8 @@ def _find(recipe: str | File, folder: File) -> RecipeText:
         return _read_file(file)
     if name in shipped:
         return _read_file(shipped[name])
-    if os.path.isdir(file) or os.sep in str(recipe):
-        raise RecipeError(f"There is no recipe file {str(recipe)!r}.")
+    if os.path.isdir(file) or os.sep in str(recipe) or str(recipe) != name:
+        raise RecipeError(f"There is no recipe file {str(recipe)!r}.{did_you_mean(name, shipped)}")
     raise RecipeError(no_such("recipe", name, shipped))
 
 
@@ -294,7 +294,8 @@ def _problems_of_data(draft: Layered) -> Iterator[Problem]:
         yield draft.problem(("data", "mix"), "This mix is empty; image or video must be above 0.")
     for kind, source in shards.items():
         if getattr(data.mix, kind) > 0 and not source and (data.synthetic is None or any(shards.values())):
-            cure = f"set data.shards.{kind}, or data.mix.{kind}=0"
+            drawn = "" if any(shards.values()) else ", or data.synthetic=shapes (as `extends: quickstart_cpu` has it)"
+            cure = f"set data.shards.{kind}, or data.mix.{kind}=0{drawn}"
             text = f"The mix asks for {kind} batches, and there are no {kind} shards; {cure}."
             yield draft.problem(("data", "mix", kind), text)
     if getattr(filled["score"], "clips", None) and (data.synthetic or {}).get("name") in (None, "theatre"):

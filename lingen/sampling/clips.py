@@ -86,7 +86,8 @@ def generate(
     the prompt and the number of its repetition, whatever else is in the list.
 
     Args:
-        run_or_checkpoint: a run folder (its last finished stage), a .safetensors file, or a loaded module, whose
+        run_or_checkpoint: a run folder (its last finished stage), a .safetensors file, a folder with a
+            denoiser.safetensors, the name of a recipe whose weights come with lingen, or a loaded module, whose
             denoiser is put into `sample.precision` for good (auto: bfloat16 on CUDA, where it was trained so).
         prompts: one or several. The second time that a prompt stands in the list is its repetition 1, another clip.
         seed, steps, guidance: in place of the recipe's `sample` settings.
@@ -116,17 +117,12 @@ def generate(
 
 
 def sample_demo(
-    prompt: str, *, seconds: float = 4.0, seed: int = 0, steps: int | None = None, weights: str | Path | None = None,
+    prompt: str, *, seconds: float = 4.0, seed: int = 0, steps: int | None = None, weights: str | Path = "theatre_128",
     progress: Progress | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """uint8 [t h w 3], 12 frames a second, of a sentence in words of `lingen.data.theatre`; errors as of `generate`.
-
-    Args:
-        weights: a folder of denoiser.safetensors and autoencoder.safetensors, a run folder or a weights file; default:
-            those that come with lingen.
-    """
-    file = find_demo(weights)
-    return next(generate(file, prompt, seconds=seconds, seed=seed, steps=steps, progress=progress))
+    """uint8 [t h w 3], 12 frames a second, of a sentence in words of `lingen.data.theatre`; weights and errors as of
+    `generate`, and a WeightsError where they were trained on other data."""
+    return next(generate(find_demo(weights), prompt, seconds=seconds, seed=seed, steps=steps, progress=progress))
 
 
 def settings_with(

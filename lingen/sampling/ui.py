@@ -9,11 +9,11 @@ from typing import Any
 
 from lingen.media import enlarged
 from lingen.recipe.errors import RecipeError
-from lingen.sampling import BUILT_IN, clips
+from lingen.sampling import clips
 from lingen.sampling.files import sample_again, sample_to_files
 from lingen.sampling.notes import read_notes
 from lingen.training.weights import recipe_of
-from lingen.weights import find_weights
+from lingen.weights import BUILT_IN, find_weights
 
 NEWEST, PREVIEW_SECONDS = 24, 0.5
 """Clips of the gallery; the least time between two previews."""
@@ -43,7 +43,7 @@ def models_in(runs: Path) -> list[tuple[str, str]]:
     """Name and path of what makes clips: what comes with lingen, and the finished runs in a folder."""
     finished = sorted({file.parents[2] for file in runs.glob("*/stages/*/weights.safetensors")})
     own = [run for run in finished if "\ntrains: autoencoder" not in (run / "recipe.yaml").read_text(encoding="utf-8")]
-    found = {"emoji theatre (built in)": BUILT_IN} if BUILT_IN.is_file() else {}
+    found = {f"{name} (built in)": file for name, file in BUILT_IN.items() if file.is_file()}
     return [(name, str(path)) for name, path in (found | {run.name: run for run in own}).items()]
 
 

@@ -244,11 +244,10 @@ def _rate(column: Tensor) -> dict[str, float]:
 
 def clips_of_boards(boards: list[Storyboard], args: argparse.Namespace) -> Iterator[np.ndarray]:
     """A clip of each, one model for all of them."""
-    from lingen.sampling import find_demo
     from lingen.sampling.clips import generate
 
     prompts = [caption_of(board) for board in boards]
-    yield from generate(find_demo(args.weights), prompts, seconds=args.seconds, steps=args.steps, seed=args.seed)
+    yield from generate(args.weights, prompts, seconds=args.seconds, steps=args.steps, seed=args.seed)
 
 
 def score(args: argparse.Namespace) -> None:
