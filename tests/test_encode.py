@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lingen.cli import main
 from lingen.data import manifest
@@ -350,3 +354,31 @@ def test_the_command_and_fit(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert main([*words[:-1], str(tmp_path / "other"), "autoencoder.gain=2.0"]) == 2
     assert "autoencoder.gain is 1.0 there and 2.0 here" in capsys.readouterr().err
     assert main(["encode", "--recipe", recipe, VIDEO, "--out", out, "--device", "cuda:99"]) == 2
+
+
+def test_the_five_lines_of_three_sets(folder: Path, tmp_path: Path) -> None:
+    """docs/how-to/own-footage.md, with a small recipe in the place of t2v_68s."""
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "own-footage.md").read_text()
+    lines = page.partition("<!-- runs: three sets -->")[2].split("```")[1].splitlines()[1:]
+    quality = "  quality: {data: {frames: 8, batch: {video: 1}, shards: {image: null}, mix: {image: 0, video: 1}}}\n"
+    (tmp_path / "r.yaml").write_text(RECIPE.format(folder=folder) + quality)
+    for name, films in (("films", "ab"), ("chosen", "c")):
+        (tmp_path / name).mkdir()
+        for film_name in films:
+            shutil.copy(folder / "films" / f"{film_name}.mp4", tmp_path / name)
+            (tmp_path / name / f"{film_name}.txt").write_text(f"{film_name} moves")
+    (tmp_path / "pictures").mkdir()
+    for value in (120, 160, 200):
+        pixels = np.random.default_rng(value).integers(0, value, (32, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{value}.png")
+        (tmp_path / "pictures" / f"{value}.txt").write_text("noise")
+    more = {"pack": ["--still", "off", "--frozen", "off", "--jerky", "off"], "encode": ["--device", "cpu"]}
+    with contextlib.chdir(tmp_path):
+        for line in lines:
+            _, *words = shlex.split(line.replace("--recipe t2v_68s", "--recipe r.yaml"))
+            extra = next((more[word] for word in words if word in more), ["--run", "run", "sample.prompts=[]"])
+            assert main([*words, *extra]) == 0, line
+        rows = list(manifest.rows(Path("encoded/main") / manifest.NAME))
+        assert len(rows) == len({row.key for row in rows}) and {row.frames for row in rows} == {1, 4, 8}
+        assert {row.frames for row in manifest.rows(Path("encoded/quality") / manifest.NAME)} == {8}
+        assert Path("run/stages/quality/weights.safetensors").is_file()

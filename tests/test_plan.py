@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lingen.cli import main
 from lingen.launch import resources
 from lingen.plan.forecast import flop_a_step, plan
 from lingen.plan.memory_tracker import part_here
-from lingen.recipe import load_recipe
+from lingen.recipe import load_recipe, load_stages
 from lingen.training import dry_run
 from lingen.training.denoiser import LinGenModule
 from lingen.training.dry_run import step_memory
@@ -123,11 +124,13 @@ def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypat
     ):
         room = step_memory(recipe, 1, ranks).peak + 1
         monkeypatch.setitem(resources.GPUS, "small", ("H100", room / 2**30))
-        told = resources.what_fits(plain, resources.Cluster(1, min(ranks, 2), "small"))
+        had = min(ranks, 2)
+        told = resources.what_fits(plain, resources.Cluster(1, had, "small"), step_memory(plain, 1, had))
         assert told.startswith(f"with {words} it does: "), told
     monkeypatch.setitem(resources.GPUS, "small", ("H100", 1e-6))
-    told = resources.what_fits(plain, resources.Cluster(1, 2, "small"))
-    assert told.startswith("no switch makes it fit, the least is")
+    monkeypatch.setattr(resources, "MOST_RANKS", 1)
+    told = resources.what_fits(plain, resources.Cluster(1, 2, "small"), step_memory(plain, 1, 2))
+    assert "no switch makes it fit, the least is" in told and "--gpu rtx-4090 has the room as it is" in told
 
 
 def test_flops_are_counted_by_samples_where_the_mix_is(tiny_recipe: Path):
@@ -200,3 +203,51 @@ def test_a_plan_says_where_it_is(tiny_recipe: Path, capsys: pytest.CaptureFixtur
     stages = ["stage 1/2 images", "stage 2/2 clips"]
     assert told.err.splitlines() == [f"{one}: a step without numbers" for one in stages]
     assert len(json.loads(told.out)["stages"]) == 2
+
+
+def rows_of(page: str, mark: str) -> dict[str, list[str]]:
+    """Cells behind the first of each row of a table that a comment marks in docs/PAGE."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text().partition(f"<!-- made: {mark} -->\n")[2]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.partition("\n\n")[0].splitlines()[2:]]
+    return {name: rest for name, *rest in cells}
+
+
+def test_the_tables_of_data_and_of_lost_hours_are_computed():
+    """docs/plan.md and docs/cluster.md, which say for t2v_68s on 128 GPUs what `lingen plan` says."""
+    shown, lost = rows_of("plan.md", "samples shown"), rows_of("cluster.md", "lost hours")
+    for recipe in load_stages("t2v_68s"):
+        name, forecast = str(recipe.stage), plan(recipe)
+        samples, latents, text = resources.data_of(recipe, forecast, 128).values()
+        images, clips = (samples.get(kind, 0) for kind in ("image", "video"))
+        each = [f"{latents[kind] / 1e6:.3g}" if kind in latents else "" for kind in ("image", "video")]
+        total = sum(samples[kind] * latents[kind] for kind in samples) / 1e12
+        assert shown.pop(name) == [f"{images:,}", f"{clips:,}", *each, f"{total:.1f}"], name
+        assert f"{text / 1e6:.1f} MB" == "5.1 MB" and recipe.train.checkpoint_every == 500
+        seconds = flop_a_step(recipe, forecast) / (989e12 * 0.4)
+        hours = 500 * seconds / 3600
+        assert lost.pop(name) == [f"{seconds:.3g}", f"{hours:.3g}", f"{128 * hours:.3g}"], name
+        assert f"{forecast.checkpoint / 1e9:.1f}" == "66.3"
+    assert not shown and not lost
+
+
+def test_a_batch_that_is_too_large_is_told_with_the_largest_that_fits(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(resources, "USABLE", 1.0)
+    monkeypatch.setattr(resources, "MOST_RANKS", 1)
+    words = [*QUICK, "model.checkpointing=true", "trainer.strategy=fsdp"]
+    many, fewer = (load_recipe(tiny_recipe, [*words, f"data.batch.video={n}"], stage="clips") for n in (24, 12))
+    room = step_memory(fewer).peak * 1.02
+    monkeypatch.setitem(resources.GPUS, "small", ("H100", room / 2**30))
+    told = resources.what_fits(many, resources.Cluster(1, 1, "small"), step_memory(many))
+    assert re.search(r"with data.batch.video=1[123] it does: ", told), told
+
+
+def test_fewer_ranks_are_told_with_what_keeps_the_samples(capsys: pytest.CaptureFixture[str], tiny_recipe: Path):
+    asked = ["plan", "--recipe", str(tiny_recipe), "--gpus", "1", "trainer.devices=2", *QUICK]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert "the recipe asks for 2 ranks; on 1 a step has 0.5 times the samples" in told
+    assert "train.accumulate=2 keeps them" in told and "GiB of disk in all" in told
+    assert main([*asked, "train.accumulate=2"]) == 0
+    assert "times the samples" not in capsys.readouterr().out

@@ -152,7 +152,8 @@ def _hint(wrong: str, rest: list[str], one: Command) -> str:
         value = value or " ".join(rest[rest.index(wrong) + 1 :][:1]) or "..."
         for name, part in vars(Recipe()).items():
             known += [f"{name}={value}", *(f"{name}.{key}={value}" for key in getattr(part, "__dict__", ()))]
-    return did_you_mean(flag, known)
+    of_sbatch = f" If it is sbatch's, write --sbatch={flag}={value or 'VALUE'}." * ("--sbatch" in known)
+    return did_you_mean(flag, known) or of_sbatch
 
 
 class _Parser(argparse.ArgumentParser):
@@ -161,7 +162,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         flag = re.escape(message.removeprefix("argument ").partition(":")[0])
         form = re.search(rf"{flag} [^][]+", " ".join(self.format_usage().split()))
-        told = f" Write {form[0].strip()}." if form else ""
+        told = f" Write {form[0].strip().replace(' ', '=', message.endswith('expected one argument'))}." if form else ""
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             word, known = wrong[1], re.findall(r"[^', ]+", wrong[2])
             told = did_you_mean(word, known)

@@ -184,6 +184,7 @@ def plan(args: argparse.Namespace) -> None:
 
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     from lingen.launch.resources import resource_rows
+    from lingen.recipe.sizes import ranks_of
 
     rows: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, start=1):  # each takes up to minutes
@@ -193,7 +194,10 @@ def plan(args: argparse.Namespace) -> None:
     on_cpu = all(stage.trainer.get("accelerator") == "cpu" for stage in stages)
     hours, small = sum(row["gpu_hours"] for row in rows), not on_cpu and any(row["small"] for row in rows)
     cost = f"{'> ' * small}{hours:,.3g} GPU hours on {args.gpu} at {args.mfu:.0%} of its FLOP/s"
+    clock, disk = (sum(each) for each in zip(*((r["gpu_hours"] / r["ranks"], r["disk"]) for r in rows), strict=True))
+    cost += "" if small else f", {clock:,.3g} hours on the clock"
     told = "no hours: the recipe trains on a CPU" if on_cpu else cost
+    told += "; memory in GiB of a rank" + ("" if on_cpu else f", of which {rows[0]['room'] / 2**30:.1f} count")
     notes = ["> is a floor: steps of so few FLOP wait for launches and data; `lingen fit` tells the hours as it goes"]
     advice = [f"stage {row['stage']} does not fit: {row['advice']}" for row in rows if not row["fits"]]
     table = [
@@ -208,7 +212,22 @@ def plan(args: argparse.Namespace) -> None:
         }
         for row in rows
     ]
-    cli.tell(args, found, [table], f"{told}; memory in GiB of a rank", *notes * small, *advice)
+    told += f"; {disk / 2**30:,.1f} GiB of disk in all" if len(rows) > 1 else ""
+    data = [
+        {
+            "stage": row["stage"],
+            "samples shown": " + ".join(f"{count:,} ({kind})" for kind, count in row["samples"].items()),
+            "MB of latents each": " + ".join(f"{size / 1e6:.3g}" for size in row["latents"].values()),
+            "MB of text at most": f"{row['text'] / 1e6:.3g}",
+        }
+        for row in rows
+    ]
+    ranks, asked = rows[0]["ranks"], ranks_of(stages[0], 1)
+    if args.gpus and ranks != asked and not any("accumulate" in word for word in args.overrides):
+        keeps = f"; train.accumulate={asked * stages[0].train.accumulate // ranks} keeps them" * (asked % ranks == 0)
+        differs = f"on {ranks} a step has {ranks / asked:.3g} times the samples, and the hours are of those"
+        advice.append(f"note: the recipe asks for {asked} ranks; {differs}{keeps}")
+    cli.tell(args, found, [table, data], told, *notes * small, *advice)
 
 
 def _print_forecast(plans: list[tuple[Any, dict[str, int]]]) -> None:

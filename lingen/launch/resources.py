@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lingen.data.order import steps_of
-from lingen.plan.forecast import PEAK_FLOPS, disk_of, flop_a_step, plan
+from lingen.plan.forecast import PEAK_FLOPS, Plan, disk_of, flop_a_step, largest_batch, plan, text_tokens
 from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.recipe.sections import Recipe
-from lingen.recipe.sizes import ranks_of
-from lingen.training.dry_run import step_memory
+from lingen.recipe.sizes import patch_of, ranks_of
+from lingen.training.dry_run import Memory, step_memory
 
 GPUS = {
     "h100-80": ("H100", 79.1), "h200": ("H200", 139.8), "b200": ("B200", 178.4), "a100-80": ("A100", 79.1),
@@ -21,6 +22,8 @@ GPUS = {
 USABLE = 0.84
 """Share of a GPU that tensors may take; the rest is for CUDA's context and gaps of the allocator, which held 18% more
 than was in use at 17 seconds on an H200 [measured: docs/plan.md]."""
+HALF = 2
+"""Bytes of a number in encoded shards."""
 NODE = 8
 """GPUs of a node, where the recipe says no number."""
 LAUNCHES = 0.05
@@ -77,26 +80,49 @@ def resource_rows(stages: Sequence[Recipe], gpus: int | None, gpu: str, mfu: flo
         seconds = flop / (PEAK_FLOPS[GPUS[gpu][0]] * mfu)
         fits = memory.peak <= cluster.room
         yield {
-            "stage": forecast.stage, "ranks": cluster.ranks, "steps": steps_of(recipe),
+            "stage": forecast.stage, "ranks": cluster.ranks, "steps": steps_of(recipe), "room": cluster.room,
+            **data_of(recipe, forecast, cluster.ranks),
             "tokens": max(getattr(recipe.data.batch, kind) * count for kind, count in forecast.tokens.items()),
             "parameters": forecast.trained, "flop": flop, "memory": dataclasses.asdict(memory),
             "gpu_hours": seconds / 3600, "small": seconds < LAUNCHES * recipe.train.steps * cluster.ranks,
-            "disk": disk_of(recipe, forecast), "fits": fits, "advice": None if fits else what_fits(recipe, cluster),
+            "disk": disk_of(recipe, forecast), "fits": fits,
+            "advice": None if fits else what_fits(recipe, cluster, memory),
         }  # fmt: skip
 
 
-def what_fits(recipe: Recipe, cluster: Cluster) -> str:
-    """The first switch with which a stage fits, each in a dry run."""
-    least = None
+def data_of(recipe: Recipe, forecast: Plan, ranks: int) -> dict[str, Any]:
+    """`samples` of each kind that a stage is shown; bytes in encoded shards: `latents` of a sample, `text` at most."""
+    a_rank = {kind: steps * getattr(recipe.data.batch, kind) for kind, steps in steps_of(recipe).items()}
+    shown = {kind: ranks * recipe.train.accumulate * samples for kind, samples in a_rank.items()}
+    a_token = HALF * recipe.model.channels * math.prod(patch_of(recipe))
+    text = HALF * sum(map(math.prod, zip(recipe.model.text_dims, text_tokens(recipe), strict=False)))
+    return {"samples": shown, "latents": {kind: a_token * forecast.tokens[kind] for kind in shown}, "text": text}
+
+
+def what_fits(recipe: Recipe, cluster: Cluster, now: Memory) -> str:
+    """The first switch with which a stage fits, else a smaller batch, each in a dry run; and the smallest GPU that has
+    the room as it is (`now`)."""
+    others = sorted((size, gpu) for gpu, (_, size) in GPUS.items() if cluster._replace(gpu=gpu).room >= now.peak)
+    larger = f"; --gpu {others[0][1]} has the room as it is" if others else ""
+    least = now.peak
     for words, changed, other in _switches(recipe, cluster):
         memory = step_memory(changed, other.nodes, other.each)
         if memory.peak <= cluster.room:
-            return f"with {words} it does: {memory.peak / 2**30:.1f} GiB of a rank"
-        least = min(memory.peak, least or memory.peak)
+            return f"with {words} it does: {memory.peak / 2**30:.1f} GiB of a rank{larger}"
+        least = min(memory.peak, least)
         if other.ranks > cluster.ranks and memory.activations > cluster.room:
             break  # which no further rank takes a part of
-    told = "" if least is None else f", the least is {least / 2**30:.1f} GiB of a rank"
-    return f"no switch makes it fit{told}; lower data.batch, or take GPUs of more memory"
+    kind = largest_batch(recipe)[0]
+    batch, rest = getattr(recipe.data.batch, kind), cluster.room - now.peak + now.activations
+    if batch == 1:
+        return f"no switch makes it fit, the least is {least / 2**30:.1f} GiB of a rank{larger}"
+    less = min(batch - 1, max(1, int(batch * rest / max(1, now.activations))))
+    data = dataclasses.replace(recipe.data, batch=dataclasses.replace(recipe.data.batch, **{kind: less}))
+    smaller = dataclasses.replace(recipe, data=data)
+    memory, words = step_memory(smaller, cluster.nodes, cluster.each), f"data.batch.{kind}={less}"
+    if memory.peak <= cluster.room:
+        return f"with {words} it does: {memory.peak / 2**30:.1f} GiB of a rank{larger}"
+    return f"lower the batch, {words}, and {what_fits(smaller, cluster, memory)}"
 
 
 def _switches(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[str, Recipe, Cluster]]:

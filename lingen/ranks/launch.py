@@ -221,8 +221,9 @@ def ranks_to_start(stages: Sequence[Recipe]) -> int:
         if devices > max(1, there) and one.trainer.get("accelerator", "auto") in ("gpu", "cuda"):
             raise RecipeError(  # Lightning would say so on each of them
                 f"Stage {one.stage} asks for {devices} GPUs of each machine (trainer.devices), but "
-                f"{socket.gethostname()} shows {there}. Set trainer.devices={max(1, there)}; under srun, let "
-                "each task see all GPUs of its node."
+                f"{socket.gethostname()} shows {there or 'none'}. "
+                + (f"Set trainer.devices={there}" if there else "Start it where there are some, or `lingen submit` it")
+                + "; under srun, let each task see all GPUs of its node."
             )
         strategy = one.trainer.get("strategy")
         if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
