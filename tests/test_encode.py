@@ -24,11 +24,12 @@ from lingen.data.datamodule import ClipData
 from lingen.data.fingerprint import frozen_settings, hash_weights
 from lingen.data.latents import LatentRequirements as EncodedSample
 from lingen.data.latents import read_encoded
+from lingen.data.sources import Reader
 from lingen.doctor import examine
 from lingen.frozen import Missing
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements
-from lingen.prepare.encode import Encoding, _Clips, encode_shards, tasks_of
+from lingen.prepare.encode import Encoding, _load, encode_shards, tasks_of
 from lingen.prepare.encoders import Encoders
 from lingen.prepare.filters import Filters
 from lingen.prepare.journal import Part
@@ -125,7 +126,7 @@ def test_it_is_what_the_frozen_parts_make(folder: Path, encoded: Path, stages: l
     raw.setup()
     for task in tasks_of(stages[1:], "video", Part()):
         latents, caption, text = found[task.key]
-        clip = _Clips([task], stages[1])[0]
+        clip = _load(Reader(stages[1].data.remote), task)
         expected = module.encode_clips(clip.pixels[None])[0]
         assert torch.equal(latents, expected) and latents.shape == (3, 4, 4, 4)
         assert caption in clip.captions
@@ -147,7 +148,9 @@ def test_losses_do_not_change(folder: Path, encoded: Path, stages: list[Recipe])
     """Encoded or raw, with the text of half of the samples left out."""
     recipe = encoded_stages(folder)[1]
     module = LinGenModule(recipe)
-    pixels = {task.key: _Clips([task], stages[1])[0].pixels for task in tasks_of(stages[1:], "video", Part())}
+    pixels = {
+        task.key: _load(Reader(stages[1].data.remote), task).pixels for task in tasks_of(stages[1:], "video", Part())
+    }
     for batch in islice(ClipData(recipe).batches(), 5):
         raw = batch._replace(clips=torch.stack([pixels[key.split(":")[1]] for key in batch.keys]), text={})
         losses = module.losses(batch, "long")[0]

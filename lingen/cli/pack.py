@@ -6,19 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lingen.cli import command as cli
+from lingen.prepare.limits import Filters
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.signature import settings_of
 
-FILTERS = {
-    "min_side": ("pixels of the shorter side", "those of the largest stage"),
-    "min_fps": ("frames a second", "the recipe's"),
-    "min_seconds": ("keep shorter shots than any stage wants, down to this", "off"),
-    "black": ("largest share of black frames", "0.3"), "frozen": ("largest share of time that stands still", "0.5"),
-    "still": ("least motion, in picture heights a second", "0.01"),
-    "jerky": ("largest jerk of the camera, in picture heights a second", "1"),
-    "hdr": ("largest share of frames in PQ or HLG", "0"),
-    "interlaced": ("largest share of frames that are declared interlaced", "0"),
-    "duplicates": ("of 192 bits of its looks, how few may differ from another clip's", "10"),
-}  # fmt: skip
+FROM_RECIPE = {"min_side": "those of the largest stage", "min_fps": "the recipe's"}
+"""Limits that the recipe gives where they are not named."""
 
 
 def split_overrides(words: list[str], args: argparse.Namespace) -> list[str]:
@@ -46,8 +39,9 @@ def number(text: str) -> float | str:
     cli.argument("--keep-uncaptioned", action="store_true", help="for `lingen data caption`"),
     cli.argument("--out", required=True, metavar="DIR"),
     *(
-        cli.argument(f"--{name.replace('_', '-')}", type=number, metavar="N|off", help=f"{doc}; default: {default}")
-        for name, (doc, default) in FILTERS.items()
+        cli.argument(f"--{name.replace('_', '-')}", type=number, metavar="N|off", help=f"{one.doc}; default: {default}")
+        for name, one in settings_of(Filters).items()
+        for default in [FROM_RECIPE.get(name, "off" if one.default is None else f"{one.default:g}")]
     ),
     cli.SHARD_MB, cli.PART, cli.PROCESSES, cli.JSON, overrides=True,
 )  # fmt: skip
@@ -63,7 +57,7 @@ def data_pack(args: argparse.Namespace) -> int:
     from lingen.prepare.pack import Packing, filters_for, look_for_footage, pack, wanted_by
 
     part, wanted = parse_part(args.part), wanted_by(stages)
-    given = {name: getattr(args, name) for name in FILTERS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in settings_of(Filters) if getattr(args, name) is not None}
     filters = filters_for(wanted, {name: None if one == "off" else one for name, one in given.items()})
     found = look_for_footage(videos, images, wanted)
     job = Packing(

@@ -123,9 +123,9 @@ def _film(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
     if kept:
         notes += [Note(job.source.key, f"{KEPT}{what}") for what in _not_as_it_is(track, fps)]
     size = covering(track.size, job.wanted.sizes)
-    reel = _Reel(job.source.path, size)
+    reel = _reel(job.source.path, size, [number for _, frames in kept for number in frames.tolist()])
     for key, frames in kept:
-        media = encode_mp4(reel.show(frames), fps, CRF, key_seconds=KEY_SECONDS, exact=True)
+        media = encode_mp4(itertools.islice(reel, len(frames)), fps, CRF, key_seconds=KEY_SECONDS, exact=True)
         first, end = int(frames[0]), int(frames[-1]) + 1
         motion, jerk = limits.motion_of(track, first, end)
         start = float(track.times[first])
@@ -177,26 +177,16 @@ def divide(available: int, lengths: tuple[int, ...], min_seconds: float | None, 
     return pieces
 
 
-class _Reel:
-    """Frames of a film by ascending number, decoded once and fitted to a size."""
-
-    def __init__(self, path: Path, size: tuple[int, int]):
-        self.size = size
-        self._frames = read_frames(path)
-        self._scaler = VideoReformatter()
-        self._number = -1
-        self._shown: UInt8[np.ndarray, "h w 3"] = np.empty((0, 0, 3), np.uint8)
-
-    def show(self, chosen: Int[np.ndarray, " t"]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """The chosen frames, a repeated one again."""
-        for wanted in chosen.tolist():
-            if wanted > self._number:
-                frame = next(itertools.islice(self._frames, wanted - self._number - 1, None), None)
-                if frame is None:
-                    raise ValueError(f"unreadable: it has no frame {wanted}, though it had when it was looked at")
-                self._number = wanted
-                self._shown = fit_frame(frame.picture, self._scaler, frame.aspect, self.size).transpose(1, 2, 0)
-            yield self._shown
+def _reel(path: Path, size: tuple[int, int], chosen: list[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Frames of a film by ascending number, decoded once and fitted to a size; a repeated one again."""
+    frames, scaler, number = read_frames(path), VideoReformatter(), -1
+    for wanted in chosen:
+        if wanted > number:
+            frame = next(itertools.islice(frames, wanted - number - 1, None), None)
+            if frame is None:
+                raise ValueError(f"unreadable: it has no frame {wanted}, though it had when it was looked at")
+            number, shown = wanted, fit_frame(frame.picture, scaler, frame.aspect, size).transpose(1, 2, 0)
+        yield shown
 
 
 def _picture(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:

@@ -3,20 +3,21 @@ samples of all stages; each stage takes those of its own shapes."""
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lingen.data.acting import DrawnIndex
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Progress, no_progress
 from lingen.data.buckets import Shape
 from lingen.data.captions import captions_of
-from lingen.data.datamodule import ClipData, as_it_is
+from lingen.data.datamodule import ClipData
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import differences, frozen_settings, hash_settings
 from lingen.data.follow import follow_parent
@@ -93,27 +94,17 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
     return [task for tasks in found.values() for task in tasks]
 
 
-class _Clips(Dataset[LoadedClip]):
-    """Decodes the clips of tasks; what cannot be used comes with its reason."""
-
-    def __init__(self, tasks: list[Task], recipe: Recipe):
-        self.tasks = tasks
-        self.reader = Reader(recipe.data.remote)
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, at: int) -> LoadedClip:
-        task = self.tasks[at]
-        if isinstance(task.samples, DrawnIndex):
-            return LoadedClip(*task.samples.draw(task.number, task.shape, task.fps))
-        try:
-            piece = Ahead(task.samples, self.reader).get(task.number)
-            members = parse_sample(piece.data, task.samples.key(task.number))
-            captions = captions_of(members)
-            return LoadedClip(_decode(members, task), captions)
-        except (OSError, ValueError) as error:
-            return LoadedClip(torch.empty(0), [], str(error))
+def _load(reader: Reader, task: Task) -> LoadedClip:
+    """Decodes the clip of a task; what cannot be used comes with its reason."""
+    if isinstance(task.samples, DrawnIndex):
+        return LoadedClip(*task.samples.draw(task.number, task.shape, task.fps))
+    try:
+        piece = Ahead(task.samples, reader).get(task.number)
+        members = parse_sample(piece.data, task.samples.key(task.number))
+        captions = captions_of(members)
+        return LoadedClip(_decode(members, task), captions)
+    except (OSError, ValueError) as error:
+        return LoadedClip(torch.empty(0), [], str(error))
 
 
 def _decode(members: dict[str, bytes], task: Task) -> Tensor:
@@ -176,9 +167,10 @@ Group = list[tuple[Task, LoadedClip]]
 
 def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iterator[Group]:
     """Decoded clips, up to `batch` of one shape at a time, in the order of the tasks."""
-    loader = DataLoader(
-        _Clips(tasks, recipe), batch_size=None, collate_fn=as_it_is, num_workers=min(workers, len(tasks)),
-        worker_init_fn=follow_parent,
+    clips: Any = tasks  # each is a batch of its own, which a worker loads
+    load = partial(_load, Reader(recipe.data.remote))
+    loader: DataLoader[LoadedClip] = DataLoader(
+        clips, batch_size=None, collate_fn=load, num_workers=min(workers, len(tasks)), worker_init_fn=follow_parent,
         multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
     )  # fmt: skip
     group: Group = []

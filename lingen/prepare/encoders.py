@@ -41,6 +41,7 @@ class Encoders:
         for part in parts:
             part.to(self.device).eval().requires_grad_(False)
         self._null: dict[float, dict[int, Tensor]] = {}
+        """Frame rate -> number of a text encoder -> tokens [n w] of no text, which it is asked for once."""
 
     @torch.no_grad()
     def latents(self, clips: Sequence[Tensor]) -> Tensor:
@@ -57,12 +58,6 @@ class Encoders:
             found[number] = [one[real] for one, real in zip(tokens, mask, strict=True)]
         return found
 
-    def null(self, fps: float) -> dict[int, Tensor]:
-        """Number of a text encoder -> tokens [n w] of no text at a frame rate; the encoder is asked once."""
-        if fps not in self._null:
-            self._null[fps] = {number: nothing for number, (nothing,) in self.tokens([""], fps).items()}
-        return self._null[fps]
-
     def members(self, latents: Tensor, captions: Sequence[str], fps: float, source: str) -> dict[str, bytes]:
         """The members of a sample, as `lingen.data.latents` reads them. ValueError for what is not finite here.
 
@@ -71,7 +66,9 @@ class Encoders:
             captions: at least one.
             fps: of the clip, 0 for an image.
             source: where it came from, for the JSON."""
-        tokens, null = self.tokens(captions, fps), self.null(fps)
+        if fps not in self._null:
+            self._null[fps] = {number: nothing for number, (nothing,) in self.tokens([""], fps).items()}
+        tokens, null = self.tokens(captions, fps), self._null[fps]
         about: dict[str, Any] = {"captions": list(captions), "source": source}
         about["tokens"] = {str(number): [len(one) for one in each] for number, each in tokens.items()}
         about["null"] = {str(number): len(nothing) for number, nothing in null.items()}

@@ -2,14 +2,10 @@
 (arXiv 2410.13720, section 3.2.1) removes small, still, jittery and near-duplicate clips; the measures and their limits
 are ours."""
 
-from typing import Annotated
-
 import numpy as np
 
-from lingen.prepare.looks import BANDS, LOOKS
+from lingen.prepare.limits import Filters
 from lingen.prepare.shots import Track
-from lingen.recipe.bounds import AtLeast, Between
-from lingen.recipe.signature import section
 
 BLACK_FRAME = 0.02
 """A frame with fewer pixels than this share that are not black is a black one."""
@@ -26,22 +22,6 @@ TO_SDR = (
 """A filter of ffmpeg that makes ordinary video of PQ or HLG."""
 TO_FRAMES = "bwdif=mode=send_field"
 """A filter of ffmpeg that makes a frame of each field."""
-
-
-@section
-class Filters:
-    """Limits of `lingen data pack`; None switches a filter off. Raises SettingError for one out of bounds."""
-
-    min_side: Annotated[int | None, AtLeast(0), "pixels of the shorter side"] = None
-    min_fps: Annotated[float | None, AtLeast(0), "frames per second"] = None
-    min_seconds: Annotated[float | None, AtLeast(0), "length of a shot"] = None
-    black: Annotated[float | None, Between(0, 1), "largest share of black frames"] = 0.3
-    frozen: Annotated[float | None, Between(0, 1), "largest share of frames still for half a second or more"] = 0.5
-    still: Annotated[float | None, AtLeast(0), "least motion, in picture heights a second"] = 0.01
-    jerky: Annotated[float | None, AtLeast(0), "largest jerk of the camera, in picture heights a second a frame"] = 1.0
-    hdr: Annotated[float | None, Between(0, 1), "largest share of frames in PQ or HLG"] = 0.0
-    interlaced: Annotated[float | None, Between(0, 1), "largest share of frames that are declared interlaced"] = 0.0
-    duplicates: Annotated[int | None, Between(0, BANDS - 1), f"of {64 * LOOKS} bits, how few may differ"] = 10
 
 
 def judge_size(size: tuple[int, int], filters: Filters) -> str | None:

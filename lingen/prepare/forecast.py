@@ -59,24 +59,20 @@ def forecast(stages: Sequence[Recipe], ranks: int | None = None) -> Forecast:
         except (DataError, RecipeError, ManifestError) as error:
             whole.problems.append(f"stage {name}: {error}")
             continue
-        _add(whole, recipe, data, ranks or ranks_of(recipe))
+        here = ranks or ranks_of(recipe)
+        whole.epochs[name] = {}
+        whole.problems.extend(starved(recipe, data, here))
+        for kind, pool in data.train.pools.items():
+            own = [
+                Bucket(name, kind, str(shape), lane.samples, lane.samples / here, lane.batch, step, lane.samples / step)
+                for shape, lane in zip(pool.shapes, pool.lanes, strict=True)
+                for step in [lane.batch * here * recipe.train.accumulate]
+            ]
+            whole.buckets.extend(own)
+            whole.epochs[name][kind] = steps_of(recipe)[kind] / sum(bucket.steps for bucket in own)
+            for reason, out in pool.left_out.items():
+                whole.left_out[f"{name}: {kind}: {reason}, such as {out.example}"] = out.number
     return whole
-
-
-def _add(whole: Forecast, recipe: Recipe, data: ClipData, ranks: int) -> None:
-    name = recipe.stage or "main"
-    whole.epochs[name] = {}
-    whole.problems.extend(starved(recipe, data, ranks))
-    for kind, pool in data.train.pools.items():
-        own = [
-            Bucket(name, kind, str(shape), lane.samples, lane.samples / ranks, lane.batch, step, lane.samples / step)
-            for shape, lane in zip(pool.shapes, pool.lanes, strict=True)
-            for step in [lane.batch * ranks * recipe.train.accumulate]
-        ]
-        whole.buckets.extend(own)
-        whole.epochs[name][kind] = steps_of(recipe)[kind] / sum(bucket.steps for bucket in own)
-        for reason, out in pool.left_out.items():
-            whole.left_out[f"{name}: {kind}: {reason}, such as {out.example}"] = out.number
 
 
 def stages_on(stages: Sequence[Recipe], folders: Sequence[Path]) -> list[Recipe]:

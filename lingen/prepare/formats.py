@@ -1,6 +1,6 @@
 """Which files are films and which are pictures: by the extensions that FFmpeg and Pillow declare for what they read."""
 
-from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 
 READ = (
@@ -28,27 +28,18 @@ CAPTIONS = (".txt", ".json")
 @cache
 def extensions(kind: str) -> frozenset[str]:
     """Extensions of a kind, ``image`` or ``video``, in lower case with their dots. ``.gif`` and a few are of both."""
-    return frozenset(_films() if kind == "video" else _pictures())
+    if kind == "image":
+        from PIL import Image
 
-
-def _films() -> Iterator[str]:
+        read = picture_formats()
+        return frozenset(one for one, name in Image.registered_extensions().items() if name in read)
     from av.format import ContainerFormat
 
+    found = {".gif", ".apng", ".webp"}
     for name in f"{READ},{WRITTEN}".split(","):
-        try:
-            declared = ContainerFormat(name).extensions
-        except ValueError:  # FFmpeg was built without it
-            continue
-        yield from {f".{one}" for one in declared} - NO_FILMS - _pictures()
-    yield from (".gif", ".apng", ".webp")
-
-
-@cache
-def _pictures() -> frozenset[str]:
-    from PIL import Image
-
-    read = picture_formats()
-    return frozenset(one for one, name in Image.registered_extensions().items() if name in read)
+        with suppress(ValueError):  # FFmpeg was built without it
+            found |= {f".{one}" for one in ContainerFormat(name).extensions} - NO_FILMS - extensions("image")
+    return frozenset(found)
 
 
 @cache

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from lingen.data import manifest
 from lingen.data.manifest import Row
@@ -26,17 +27,15 @@ class Stats(NamedTuple):
 
 def measure_folders(folders: Sequence[Path]) -> Stats:
     """Reads the manifests of the folders. RecipeError where one has none."""
-    columns: dict[str, list[np.ndarray]] = {}
-    for folder in folders:
-        for batch in manifest.batches(folder / manifest.NAME):
-            for name in ("kind", "source", "height", "width", "frames", "fps", "captions", "caption_length", "length"):
-                columns.setdefault(name, []).append(batch.column(name).to_numpy(zero_copy_only=False))
-    if not columns:
+    names = ["kind", "source", "height", "width", "frames", "fps", "captions", "caption_length", "length"]
+    parts = [batch.select(names) for folder in folders for batch in manifest.batches(folder / manifest.NAME)]
+    if not parts:
         raise RecipeError("The manifests have no row: there is nothing to count.")
-    table = {name: np.concatenate(parts) for name, parts in columns.items()}
+    whole = pa.Table.from_batches(parts)
+    table = {name: whole[name].to_numpy() for name in names}
     kinds = [str(kind) for kind in np.unique(table["kind"])]
-    names, counts = np.unique(table["source"], return_counts=True)
-    sources = {str(names[i]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
+    found, counts = np.unique(table["source"], return_counts=True)
+    sources = {str(found[i]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
     return Stats([_row(kind, table) for kind in kinds], sources)
 
 

@@ -158,10 +158,9 @@ def check_intact(path: Path) -> None:
         raise BrokenError(f"rows of {len(lacking)} tensors are missing (such as {lacking[0]})")
     files = [path / name for name in about["files"]]
     for file, of in zip(files, about["files"].values(), strict=True):
-        size = file.stat().st_size if file.is_file() else None
-        if size is None:
+        if not file.is_file():
             raise BrokenError(f"{file.name} is missing")
-        if size != of["size"]:
+        if (size := file.stat().st_size) != of["size"]:
             raise BrokenError(f"{file.name} has {size:,} bytes in place of {of['size']:,}")
     with ThreadPoolExecutor(THREADS) as pool:
         for file, found, of in zip(files, pool.map(_hash_file, files), about["files"].values(), strict=True):
