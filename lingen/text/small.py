@@ -82,7 +82,7 @@ class Words(_Small):
 
 @checked
 class Bytes(_Small):
-    """UTF-8 bytes through a small transformer encoder: any language, spelling included. The start has a token, too."""
+    """UTF-8 bytes through a small transformer encoder: any language, spelling included."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Bytes(_Small):
         self.cut = Cut("bytes", max_tokens)
 
     def read_ids(self, texts: list[str]) -> tuple[Tensor, ...]:
-        """What `embed` takes, on the CPU."""
+        """What `embed` takes, on the CPU: a start, then the bytes."""
         cut = self.cut([list(text.encode("utf-8", "replace")) for text in texts])
         # The start lets an empty text, too, attend to something.
         few_up_to = len(self.position) if self.position.is_cuda else None
