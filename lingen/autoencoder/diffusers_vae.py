@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from lingen.autoencoder import diffusers_known as known
 from lingen.autoencoder import diffusers_model as adapter
+from lingen.autoencoder.stored import check_sides
 from lingen.autoencoder.temporal import regroup
 from lingen.frozen import Missing
 from lingen.recipe.bounds import CONTENT, IDENTITY, Above, AtLeast
 from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
+from lingen.recipe.sizes import check_frames
 from lingen.weights import DTYPES
 
 
@@ -94,16 +96,6 @@ class DiffusersVAE(nn.Module):
         stride, or twice the stride for CogVideoX."""
         return (self._model and self._model.unit) or self.strides[0]
 
-    def check_frames(self, frames: int) -> None:
-        """ValueError, with the nearest that fit, where a clip of so many frames cannot be encoded."""
-        unit = self.frame_unit
-        if self.first_frame_alone and (frames - 1) % unit:
-            below = frames - (frames - 1) % unit
-            raise ValueError(
-                f"A clip of {frames} frames does not fit this autoencoder: the first frame stands alone, the others "
-                f"come by {unit}. Closest: {below} or {below + unit} frames."
-            )
-
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> float32 latents: the posterior's mode, in the spread of the config. Raises ValueError for
         sizes that do not fit, RecipeError where the weights cannot be used."""
@@ -119,7 +111,7 @@ class DiffusersVAE(nn.Module):
         ValueError for a number of frames that does not fit, RecipeError where the weights cannot be used."""
         vae, mean, std = self._ready(latents.device)
         frames = self.strides[0] * latents.shape[2] - (self.strides[0] - 1 if self.first_frame_alone else 0)
-        self.check_frames(frames)
+        check_frames(frames, self)
         latents = latents.float() * adapter.frames_of(std, latents) + adapter.frames_of(mean, latents)
         video = self._run(lambda clips: self._decode(vae, clips), latents)
         _, stride_h, stride_w = self.strides
@@ -178,14 +170,8 @@ class DiffusersVAE(nn.Module):
         return known.KNOWN.get(self._class())
 
     def _check_size(self, video: Tensor, frames: int) -> None:
-        self.check_frames(frames)
-        _, stride_h, stride_w = self.strides
-        height, width = video.shape[3:]
-        if height % stride_h or width % stride_w:
-            raise ValueError(
-                f"Size {height}x{width} (height x width) does not fit this autoencoder: the height must be a multiple "
-                f"of {stride_h} and the width one of {stride_w}."
-            )
+        check_frames(frames, self)
+        check_sides(video, self.strides, "diffusers")
 
     def _check_shape(self, what: str, found: Tensor, wanted: tuple[int, ...]) -> None:
         if tuple(found.shape) != wanted:

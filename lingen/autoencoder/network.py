@@ -19,7 +19,6 @@ from lingen.autoencoder.temporal import (
     Activation,
     ClipConv,
     Grid,
-    Ready,
     Stream,
     TimeAttention,
     TimeBlock,
@@ -97,18 +96,6 @@ class SpaceBlock(nn.Module):
         return add(self.skip(x), self.conv2(self.activation2(self.conv1(self.activation1(x)))))
 
 
-class SpaceTimeBlock(nn.Module):
-    """A residual block of each frame, then one along time."""
-
-    def __init__(self, in_dim: int, out_dim: int):
-        super().__init__()
-        self.space = SpaceBlock(in_dim, out_dim)
-        self.time = TimeBlock(out_dim)
-
-    def forward(self, x: Grid, stream: Stream) -> Float[Tensor, "b _t h w _d"]:
-        return self.time(self.space(x), stream)
-
-
 class SpaceAttention(nn.Module):
     """Attention over all positions of a frame, each frame alone."""
 
@@ -125,15 +112,20 @@ class SpaceAttention(nn.Module):
         return x + self.out(y.transpose(1, 2).reshape(x.shape))
 
 
-class SpaceTimeAttention(nn.Module):
-    """Attention within each frame, then along time."""
+class SpaceTime(nn.Module):
+    """A layer that treats each frame alone, then one along time."""
 
-    def __init__(self, dim: int, reach: int):
+    def __init__(self, space: nn.Module, time: nn.Module):
         super().__init__()
-        self.space, self.time = SpaceAttention(dim), TimeAttention(dim, reach)
+        self.space, self.time = space, time
 
-    def forward(self, x: Grid, stream: Stream) -> Ready:
+    def forward(self, x: Grid, stream: Stream) -> Float[Tensor, "b _t h w _d"]:
         return self.time(self.space(x), stream)
+
+
+def block(in_dim: int, out_dim: int) -> SpaceTime:
+    """A residual block of each frame, then one along time."""
+    return SpaceTime(SpaceBlock(in_dim, out_dim), TimeBlock(out_dim))
 
 
 class Down(nn.Module):
@@ -174,10 +166,11 @@ def repeat(x: Grid, times: tuple[int, int]) -> Float[Tensor, "b t _h _w d"]:
     return x[:, :, :, None, :, None].expand(-1, -1, -1, j, -1, k, -1).flatten(4, 5).flatten(2, 3)
 
 
-def middle(dim: int, sizes: NetworkSizes) -> dict[str, nn.Module]:
+def middle(dim: int, sizes: NetworkSizes) -> dict[str, SpaceTime]:
     """The layers between the last level of the encoder and the first of the decoder: blocks and attention."""
-    attention = {"middle_attention": SpaceTimeAttention(dim, sizes.reach)} if sizes.attention else {}
-    return {"middle_block0": SpaceTimeBlock(dim, dim), **attention, "middle_block1": SpaceTimeBlock(dim, dim)}
+    both = SpaceTime(SpaceAttention(dim), TimeAttention(dim, sizes.reach)) if sizes.attention else None
+    attention = {"middle_attention": both} if both else {}
+    return {"middle_block0": block(dim, dim), **attention, "middle_block1": block(dim, dim)}
 
 
 class Network(nn.Module):
@@ -200,7 +193,7 @@ class Network(nn.Module):
         """A whole clip."""
         grid, stream = self._grid(x), Stream(last=True)
         for layer in self.layers.values():
-            if self.checkpointing and torch.is_grad_enabled() and isinstance(layer, SpaceTimeBlock):
+            if self.checkpointing and torch.is_grad_enabled() and isinstance(getattr(layer, "space", None), SpaceBlock):
                 grid = checkpoint(layer, grid, stream, use_reentrant=False)
             else:
                 grid = layer(grid, stream)
@@ -244,7 +237,7 @@ def encoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
     before = widths[0]
     for i, width in enumerate(widths):
         for j in range(sizes.blocks):
-            layers[f"level{i}_block{j}"] = SpaceTimeBlock(before, width)
+            layers[f"level{i}_block{j}"] = block(before, width)
             before = width
         if i < len(sizes.scales):
             layers[f"level{i}_down"] = Down(width, sizes.scales[i])
@@ -259,7 +252,7 @@ def decoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
     layers: dict[str, nn.Module] = {"enter": SpaceConv(sizes.channels, before), **middle(before, sizes)}
     for i, width in reversed(list(enumerate(widths))):
         for j in range(sizes.blocks + 1):
-            layers[f"level{i}_block{j}"] = SpaceTimeBlock(before, width)
+            layers[f"level{i}_block{j}"] = block(before, width)
             before = width
         if i > 0:
             layers[f"level{i}_up"] = Up(width, sizes.scales[i - 1])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lingen.autoencoder.stored import StoredAutoencoder
+from lingen.autoencoder.stored import StoredAutoencoder, check_sides
 from lingen.media import as_floats
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
@@ -54,7 +54,7 @@ class PCA(StoredAutoencoder):
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c _t _h _w"]:
         """Pixels in -1..1 -> latents, ceil(t / strides[0]) frames of them."""
         self._load_once()
-        missing = -self._fitting(video).shape[2] % self.strides[0]
+        missing = -check_sides(video, self.strides, self.name).shape[2] % self.strides[0]
         video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2) if missing else video
         weight = (self.basis / self.std[:, None]).to(video.dtype)
         with torch.autocast(video.device.type, enabled=False):

@@ -45,16 +45,6 @@ class StoredAutoencoder(nn.Module):
         check_ready([self])
         self.load_state_dict(read_part(Path(str(self.path))))
 
-    def _fitting(self, video: Tensor) -> Tensor:
-        """The clip as it is; ValueError for a height or width that the strides do not divide."""
-        (h, w), across = video.shape[3:], self.strides[1:]
-        if h % across[0] or w % across[1]:
-            raise ValueError(
-                f"The autoencoder '{self.name}' cannot take frames of {h}x{w} pixels: height and width must be "
-                f"multiples of {across[0]} and {across[1]}."
-            )
-        return video
-
     def _load_once(self) -> None:
         if not (self.loaded or self.mean.is_meta or self.path is None and self.may_be_fresh):
             self.load()
@@ -63,6 +53,17 @@ class StoredAutoencoder(nn.Module):
         # Weights that are loaded explicitly, such as those of a checkpoint, replace the ones at `path`.
         self.loaded |= f"{prefix}mean" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def check_sides(video: Tensor, strides: Triple, name: str) -> Tensor:
+    """The clip as it is; ValueError for a height or width that the strides of the autoencoder `name` do not divide."""
+    (h, w), across = video.shape[3:], strides[1:]
+    if h % across[0] or w % across[1]:
+        raise ValueError(
+            f"The autoencoder '{name}' cannot take frames of {h}x{w} pixels: height and width must be multiples of "
+            f"{across[0]} and {across[1]}."
+        )
+    return video
 
 
 def unfit_weights(path: Path, own: TensorShapes) -> str | None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lingen.autoencoder.network import NetworkSizes, decoder, encoder
-from lingen.autoencoder.stored import StoredAutoencoder
+from lingen.autoencoder.stored import StoredAutoencoder, check_sides
 from lingen.autoencoder.temporal import Stream, regroup
 from lingen.frozen import Missing
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
@@ -90,7 +90,7 @@ class TAE(StoredAutoencoder):
         stream = Stream()
         most = self.chunk * self.strides[0]
         for piece, stream.last in regroup(pieces, most):
-            for moments in self.encoder.stream(self._fitting(piece), stream, most):
+            for moments in self.encoder.stream(check_sides(piece, self.strides, self.name), stream, most):
                 yield self._scaled(moments.chunk(2, 1)[0])
 
     def decode_stream(self, latents: Float[Tensor, "b c t h w"]) -> Iterator[Float[Tensor, "b 3 _t _h _w"]]:
@@ -110,7 +110,7 @@ class TAE(StoredAutoencoder):
         self, video: Float[Tensor, "b 3 t h w"]
     ) -> tuple[Float[Tensor, "b c _t _h _w"], Float[Tensor, "b c _t _h _w"]]:
         """Mean and log variance (-30..20) of the raw latents, before `mean` and `std`; float32 at least."""
-        moments = self.encoder(self._fitting(video))
+        moments = self.encoder(check_sides(video, self.strides, self.name))
         mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 

@@ -42,30 +42,22 @@ class Bound:
     holds: Callable[[float], bool] = field(compare=False)
 
 
-class AtLeast(Bound):
+def AtLeast(low: float) -> Bound:
     """`low` or more."""
-
-    def __init__(self, low: float):
-        super().__init__(f"at least {low:g}", {"minimum": low}, lambda number: number >= low)
+    return Bound(f"at least {low:g}", {"minimum": low}, lambda number: number >= low)
 
 
-class Above(Bound):
+def Above(low: float) -> Bound:
     """More than `low`."""
-
-    def __init__(self, low: float):
-        super().__init__(f"a number above {low:g}", {"exclusiveMinimum": low}, lambda number: number > low)
+    return Bound(f"a number above {low:g}", {"exclusiveMinimum": low}, lambda number: number > low)
 
 
-class Between(Bound):
+def Between(low: float, high: float) -> Bound:
     """From `low` to `high`, both included."""
-
-    def __init__(self, low: float, high: float):
-        text = f"a number from {low:g} to {high:g}"
-        super().__init__(text, {"minimum": low, "maximum": high}, lambda number: low <= number <= high)
+    schema = {"minimum": low, "maximum": high}
+    return Bound(f"a number from {low:g} to {high:g}", schema, lambda number: low <= number <= high)
 
 
-class Finite(Bound):
+def Finite() -> Bound:
     """Not infinite; JSON knows no other numbers."""
-
-    def __init__(self) -> None:
-        super().__init__("a finite number", {}, math.isfinite)
+    return Bound("a finite number", {}, math.isfinite)

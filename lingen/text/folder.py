@@ -65,9 +65,12 @@ def check_model(path: Path, families: Collection[str] | None, *, tokenizer: bool
     return config
 
 
-def names_file(path: str) -> bool:
-    """Whether `path` is a file or ends like a weights file: then the message asks for a file, not for a folder."""
-    return Path(path).is_file() or Path(path).suffix in FILES_END
+def advice(public: str, home: str, path: str | None, setting: str, elsewhere: bool = False) -> str:
+    """How to get a published model: to `path`, or to `home` where that is no folder, or holds something else."""
+    is_file = path is not None and (Path(path).is_file() or Path(path).suffix in FILES_END)
+    folder = home if elsewhere or path is None or is_file else path
+    also = "" if folder == path else f" and set {setting.format(folder)}"
+    return f"download {public} with `hf download {public} --local-dir {folder}`{also}"
 
 
 def weight_files(path: Path) -> list[Path]:

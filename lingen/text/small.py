@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,14 +16,45 @@ from lingen.text.rows import Cut, padded
 _START = 256  # the id after the last byte
 
 
+class _Small(nn.Module):
+    """An embedding plus a learned position, and `depth` layers of a transformer encoder, if any.
+
+    Subclasses say which `ids` a text has, of how many, and at how many `places` at most."""
+
+    trainable = True
+
+    def __init__(self, dim: int, ids: int, places: int, depth: int):
+        super().__init__()
+        self.dim = dim
+        self.embedding = nn.Embedding(ids, dim)
+        undecayed(self.embedding.weight)
+        self.position = undecayed(nn.Parameter(torch.randn(places, dim) * 0.1))
+        self.layers: nn.TransformerEncoder | None = None
+        if depth:
+            layer = nn.TransformerEncoderLayer(
+                dim, head_count(dim, None), 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+            for copy in self.layers.layers:
+                undecayed(copy.self_attn.in_proj_weight)
+
+    def _hidden(self, ids: Tensor, seen: Tensor) -> Float[Tensor, "b n w"]:
+        """Tokens of ids; each sees those of the mask `seen`, one at least, as a softmax over nothing is NaN."""
+        hidden = self.embedding(ids) + self.position[: ids.shape[1]]
+        return hidden if self.layers is None else self.layers(hidden, src_key_padding_mask=~seen)
+
+    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
+        """Tokens of the longest text's length, at least 1; an empty text is masked all over."""
+        own: Any = self
+        return own.embed(*(one.to(self.position.device) for one in own.read_ids(texts)))
+
+
 @checked
-class Words(nn.Module):
+class Words(_Small):
     """Hashed lower-case words: an embedding plus a learned position, for captions of few words; with `depth` a small
     transformer encoder tells each word of the others.
 
     Two words may share a bucket; with 4,096 buckets and 20 words the chance of that is 5%."""
-
-    trainable = True
 
     def __init__(
         self,
@@ -33,17 +64,8 @@ class Words(nn.Module):
         max_tokens: Annotated[int, AtLeast(1), IDENTITY, "words that are read; the rest is cut, with a warning"] = 32,
         depth: Annotated[int, AtLeast(0), IDENTITY, "layers of the encoder; 0: none, each word for itself"] = 0,
     ):
-        super().__init__()
-        self.dim = dim
+        super().__init__(dim, buckets, max_tokens, depth)
         self.cut = Cut("words", max_tokens)
-        self.embedding = nn.Embedding(buckets, dim)
-        undecayed(self.embedding.weight)
-        self.position = undecayed(nn.Parameter(torch.randn(max_tokens, dim) * 0.1))
-        self.layers = _layers(dim, depth) if depth else None
-
-    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        """Tokens of the longest text's length, at least 1; an empty text is masked all over."""
-        return self.embed(*(one.to(self.position.device) for one in self.read_ids(texts)))
 
     def read_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """What `embed` takes, on the CPU."""
@@ -51,10 +73,7 @@ class Words(nn.Module):
         return padded(ids, few_up_to=len(self.position) if self.position.is_cuda else None)
 
     def embed(self, ids: Tensor, mask: Tensor) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        hidden = self.embedding(ids) + self.position[: ids.shape[1]]
-        if self.layers is not None:  # an empty text attends to its padding, as a softmax over nothing is NaN
-            hidden = self.layers(hidden, src_key_padding_mask=~(mask | ~mask.any(1, keepdim=True)))
-        return hidden, mask
+        return self._hidden(ids, mask | ~mask.any(1, keepdim=True)), mask  # an empty text attends to its padding
 
     def _ids(self, text: str) -> list[int]:
         words = re.findall(r"\w+", text.lower())
@@ -62,10 +81,8 @@ class Words(nn.Module):
 
 
 @checked
-class Bytes(nn.Module):
+class Bytes(_Small):
     """UTF-8 bytes through a small transformer encoder: any language, spelling included."""
-
-    trainable = True
 
     def __init__(
         self,
@@ -74,36 +91,16 @@ class Bytes(nn.Module):
         depth: Annotated[int, AtLeast(1), IDENTITY, "layers of the encoder"] = 2,
         max_tokens: Annotated[int, AtLeast(1), IDENTITY, "bytes that are read; the rest is cut, with a warning"] = 256,
     ):
-        super().__init__()
-        self.dim = dim
+        super().__init__(dim, _START + 1, max_tokens + 1, depth)
         self.cut = Cut("bytes", max_tokens)
-        self.embedding = nn.Embedding(_START + 1, dim)
-        undecayed(self.embedding.weight)
-        self.position = undecayed(nn.Parameter(torch.randn(max_tokens + 1, dim) * 0.1))
-        self.layers = _layers(dim, depth)
-
-    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        """A token for the start and one for each byte; an empty text is masked all over."""
-        return self.embed(*(one.to(self.position.device) for one in self.read_ids(texts)))
 
     def read_ids(self, texts: list[str]) -> tuple[Tensor, ...]:
-        """What `embed` takes, on the CPU."""
+        """What `embed` takes, on the CPU: a start, then the bytes."""
         cut = self.cut([list(text.encode("utf-8", "replace")) for text in texts])
-        # The start lets an empty text, too, attend to something: a softmax over nothing is NaN.
+        # The start lets an empty text, too, attend to something.
         few_up_to = len(self.position) if self.position.is_cuda else None
         ids, real = padded([[_START, *text] for text in cut], few_up_to=few_up_to)
         return ids, real, torch.tensor([not text for text in cut])
 
     def embed(self, ids: Tensor, real: Tensor, empty: Tensor) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        hidden = self.layers(self.embedding(ids) + self.position[: ids.shape[1]], src_key_padding_mask=~real)
-        return hidden, real & ~empty[:, None]
-
-
-def _layers(dim: int, depth: int) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(
-        dim, head_count(dim, None), 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    )
-    layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-    for copy in layers.layers:
-        undecayed(copy.self_attn.in_proj_weight)
-    return layers
+        return self._hidden(ids, real), real & ~empty[:, None]
