@@ -130,7 +130,7 @@ def test_the_switch_that_makes_a_stage_fit_is_named(tiny_recipe: Path, monkeypat
     monkeypatch.setitem(resources.GPUS, "small", ("H100", 1e-6))
     monkeypatch.setattr(resources, "MOST_RANKS", 1)
     told = resources.what_fits(plain, resources.Cluster(1, 2, "small"), step_memory(plain, 1, 2))
-    assert "no switch makes it fit, the least is" in told and "--gpu rtx-4090 has the room as it is" in told
+    assert "no switch makes it fit, the least is" in told and "; or take --gpu rtx-4090" in told
 
 
 def test_flops_are_counted_by_samples_where_the_mix_is(tiny_recipe: Path):

@@ -103,7 +103,7 @@ def what_fits(recipe: Recipe, cluster: Cluster, now: Memory) -> str:
     """The first switch with which a stage fits, else a smaller batch, each in a dry run; and the smallest GPU that has
     the room as it is (`now`)."""
     others = sorted((size, gpu) for gpu, (_, size) in GPUS.items() if cluster._replace(gpu=gpu).room >= now.peak)
-    larger = f"; --gpu {others[0][1]} has the room as it is" if others else ""
+    larger = f"; or take --gpu {others[0][1]}" if others else ""
     least = now.peak
     for words, changed, other in _switches(recipe, cluster):
         memory = step_memory(changed, other.nodes, other.each)
