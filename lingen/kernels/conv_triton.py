@@ -2,19 +2,7 @@
 
 A program walks down a run of consecutive positions with a block of channels and keeps the last m rows in registers, in
 a tuple: each row is read once, and in the backward pass the gradient of the pre-activation, whose exponential costs
-more than its bytes, is recomputed once and not for each of the m rows that it goes to.
-
-Names, beside those of `lingen.kernels`:
-
-    n, rows, c           tokens of u and grad; rows of y, at least n; channels
-    before               taps that lie in the past
-    SEGMENT              positions between two ends that the conv does not reach across; 0: there are none
-    TAPS                 m, taps of the conv
-    POSITIONS, CHANNELS  positions and channels of a program; run: its number among the runs of POSITIONS
-    AHEAD                positions whose rows are loaded before they are computed with
-    taps, shift          weight and bias of the program's channels: tuple of [CHANNELS], [CHANNELS]
-    inputs, slopes       the last TAPS rows of u, and of the gradient of the pre-activation
-    partial              sums of the gradients of weight and bias [b runs TAPS+1 c], float32"""
+more than its bytes, is recomputed once and not for each of the m rows that it goes to."""
 
 import torch
 import triton

@@ -3,17 +3,7 @@
 A small kernel norms the keys and lays those that are real in front, so that the large ones walk only over them. The
 queries are normed where they are loaded. The backward pass takes the queries block by block for their own gradient;
 for that of the keys they are split into a fixed number of parts, whose float32 sums are added up in order when the
-keys go back to their places. No atomics: the same input, the same bits.
-
-Names, beside those of `lingen.kernels`:
-
-    n, m, rows           queries; text tokens; m rounded up to whole blocks of keys
-    E, FULL              e, numbers of a head; the same as a power of two
-    QUERIES, KEYS, BLOCK tokens of a block of queries, of keys, of text in the small kernels
-    keys, values, place  `Packed`; i: queries, j: keys, c: numbers of a head
-    logs, pull           of each query, log2 of the softmax's sum, and sum of dout * out [b k n], float32
-    q_b, k_m, d_k ...    strides of q, k, v and (d) dout between clips (b), tokens (n or m) and heads (k)
-    blocks, splits       blocks of keys; parts of the queries whose sums are kept apart"""
+keys go back to their places. No atomics: the same input, the same bits."""
 
 from typing import Any, NamedTuple
 

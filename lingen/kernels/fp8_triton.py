@@ -1,5 +1,4 @@
-"""Triton twin of `lingen.kernels.fp8.quantize`, and `row_to_fp8`, with which other kernels quantise a row they hold.
-Names, beside those of `lingen.kernels`: width, numbers of a row; BLOCK, width as a power of two."""
+"""Triton twin of `lingen.kernels.fp8.quantize`, and `row_to_fp8`, with which other kernels quantise a row they hold."""
 
 import torch
 import triton

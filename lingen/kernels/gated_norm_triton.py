@@ -1,17 +1,7 @@
 """Triton twin of `lingen.kernels.gated_norm`: forward and backward as plain functions.
 
 A program holds a whole row in registers, as a tuple of pieces [groups lanes]: a width such as 5120 is no power of two,
-and one padded to 8192 would waste a third of the lanes.
-
-Names, beside those of `lingen.kernels`:
-
-    groups, width        equal parts of a row that are normed apart; channels of a part
-    GROUPS, LANES        a piece: groups rounded up to a power of two; channels of each group in it
-    PIECES               pieces of a group
-    first                group at which a program's part of the row begins
-    QUANTIZE             whether the result is float8, with a `scale` for each row [b n]
-    step, smallest       1 / 448, the largest float8; floor of a scale
-    turns, total         rows that a program takes, one after the other; rows of all clips"""
+and one padded to 8192 would waste a third of the lanes."""
 
 import torch
 import triton

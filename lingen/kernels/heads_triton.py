@@ -1,20 +1,7 @@
 """A block of a head's rows in Triton: loaded, RMS-normed and turned by the rotary embedding, and the way back.
 
 A head is held as two halves, whose channels i and i + E // 2 the embedding turns together. Of an odd head the last
-channel joins the first half, with an angle of 0.
-
-Names, beside those of `lingen.kernels`, here and in `window_attention_triton`:
-
-    E, FULL, HALF        e, numbers of a head; the same as a power of two; a half (the larger one) as a power of two
-    N, TILE              tokens of a window; tokens of a block of it
-    tokens, windows      of a clip
-    rows                 for each token of each window its row in the clip, -1 at padding [windows N]
-    i, j                 numbers of tokens in their window; row, other: their rows; real, seen, asks: not padding
-    a, b, qa, kb ...     first and second half of a head's rows [TILE HALF]
-    cos, sin             of the angle of each token of a window and pair of channels [N E//2]
-    stride, dstride, out_stride, dout_stride   from one token to the next, of qkv, dqkv, out and dout
-    softmax              of each query, log2 of the softmax's sum, and its pull: sum of p * dp [programs 2 N], float32
-"""
+channel joins the first half, with an angle of 0."""
 
 import triton
 import triton.language as tl

@@ -2,18 +2,7 @@
 
 A program takes a run of tokens of one frame, so that it reads the frame's modulation once. It sees a whole row at a
 time: the norm is computed again in the backward pass, and nothing but the operands is kept for it. Sums over tokens are
-kept in registers, written once a program and added up in a fixed order.
-
-Names, beside those of `lingen.kernels`:
-
-    x, update, gate, weight, shift, scale, positions   `Operands`, the inputs
-    x_new, y, y_scale    results; y_scale [b t h w 1] where y is float8, else None
-    x_clip, x_row        strides between clips and between tokens; of positions only the latter
-    gate_clip, gate_frame   strides between clips and between frames, 0 where one row serves all frames
-    width, frames        d; frames of a clip that have a modulation of their own, 1 or t
-    rows, run            tokens of such a frame; tokens of a program
-    BLOCK, STAGES        width as a power of two; tokens that are loaded ahead
-    of_shift, of_norm, of_positions, of_gate   a program's part of `sums`"""
+kept in registers, written once a program and added up in a fixed order."""
 
 from typing import Any, NamedTuple
 

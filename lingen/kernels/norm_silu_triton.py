@@ -1,11 +1,4 @@
-"""Triton twin of `lingen.kernels.norm_silu`: x is read once and the result is written once, many rows to a program.
-
-Names, beside those of `lingen.kernels`:
-
-    n, d                 rows; channels of a row
-    ROWS, COLUMNS        rows and columns of a program's tile; COLUMNS is d as a power of two
-    tiles                number of tiles, which the programs of the backward pass share
-    d_weights            their sums of the gradients of weight and bias [programs 2 d], float32"""
+"""Triton twin of `lingen.kernels.norm_silu`: x is read once and the result is written once, many rows to a program."""
 
 import torch
 import triton

@@ -1,14 +1,6 @@
 """Triton twin of `lingen.kernels.pool`: forward and backward as plain functions, and as one autograd Function.
 
-A program takes a window with a block of channels: it adds up the tokens, or hands each its share of a gradient.
-
-Names, beside those of `lingen.kernels`:
-
-    t, h, w              tokens of the grid; windows_t ...: windows along each axis
-    T, H, W              tokens of a window
-    stride_b, stride_t ...  strides of the tensor that holds the grid: x, in the backward pass out
-    CHANNELS, AHEAD      channels of a program; tokens that it loads at once
-    share                1 / real tokens of the window"""
+A program takes a window with a block of channels: it adds up the tokens, or hands each its share of a gradient."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ product as in Hydra, arXiv 2407.09941). The gradient with respect to x is the sa
 computes both. Blocks off the diagonal take their decay as a factor of the row times one of the column, both at most 1;
 only the blocks on the diagonal pay an exponential for each pair. Decays are kept as base-2 logarithms in float32.
 
-Padding up to whole chunks holds zeros in x, b, c and dt: no kernel masks the sequence. Names: see `lingen.kernels`."""
+Padding up to whole chunks holds zeros in x, b, c and dt: no kernel masks the sequence."""
 
 from typing import NamedTuple
 
