@@ -65,7 +65,7 @@ def check_model(path: Path, families: Collection[str] | None, *, tokenizer: bool
     return config
 
 
-def advice(public: str, home: str, path: str | None, setting: str, elsewhere: bool = False) -> str:
+def download_advice(public: str, home: str, path: str | None, setting: str, elsewhere: bool = False) -> str:
     """How to get a published model: to `path`, or to `home` where that is no folder, or holds something else."""
     is_file = path is not None and (Path(path).is_file() or Path(path).suffix in FILES_END)
     folder = home if elsewhere or path is None or is_file else path

@@ -14,7 +14,7 @@ from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
-from lingen.text.folder import Lacking, advice
+from lingen.text.folder import Lacking, download_advice
 from lingen.text.instruction import quoted
 from lingen.text.rows import Cut
 from lingen.weights import DTYPES
@@ -98,7 +98,7 @@ class LocalEncoder(nn.Module, abc.ABC):
         return []
 
     def _cure(self, elsewhere: bool = False) -> str:
-        return advice(self.public, self.home, self.path, "path={} in this text encoder", elsewhere)
+        return download_advice(self.public, self.home, self.path, "path={} in this text encoder", elsewhere)
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:

@@ -16,7 +16,7 @@ from lingen.files import cache_folder, write_json
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
-from lingen.text.folder import Lacking, advice, check_model, read_json
+from lingen.text.folder import Lacking, check_model, download_advice, read_json
 from lingen.text.instruction import INSTRUCTION_VERSION, clean, fault_of, question
 
 log = logging.getLogger("lingen")
@@ -69,7 +69,7 @@ class Rewriter:
                 raise Lacking("no path is named")
             inspect(Path(self.path))
         except Lacking as lacking:
-            cure = lacking.cure or advice(PUBLIC, HOME, self.path, "rewrite.path={}", lacking.elsewhere)
+            cure = lacking.cure or download_advice(PUBLIC, HOME, self.path, "rewrite.path={}", lacking.elsewhere)
             return [Missing(self.name, self.path or "-", f"{lacking}; {cure}")]
         return []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -41,10 +42,13 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def environment() -> dict[str, str]:
-    """What may change the last bit of a number."""
+    """What may change the last bit of a number; libraries choose their kernels by the processor's model, too."""
     import torch
 
+    cpu = Path("/proc/cpuinfo")
+    about = dict(re.findall(r"(?m)^(cpu family|model|stepping)\s*: (.*)$", cpu.read_text() if cpu.is_file() else ""))
     return {
+        "processor": " ".join(f"{name} {number}" for name, number in about.items()),
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
