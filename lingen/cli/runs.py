@@ -165,7 +165,7 @@ def _about_score(what: str, score: dict[str, Any]) -> str:
     cli.argument("--again", metavar="CLIP", help="make this MP4 again, from what it notes; same machine, same bits"),
     cli.argument("--out", metavar="x.mp4", help="several give x-00.mp4, ...; default: clip.mp4, or CLIP-again.mp4"),
     cli.argument("--seed", type=int, help="another seed gives another clip"),
-    cli.argument("--steps", type=int, help="solver steps"),
+    cli.argument("--steps", type=cli.natural, metavar="N", help="solver steps"),
     cli.argument("--guidance", type=float, help="weight of the prompt; 1: none"),
     cli.argument("--seconds", type=cli.positive, metavar="S", help="length of the clip"),
     cli.argument("--size", type=cli.size_of, metavar="HxW", help="height x width in pixels, e.g. 384x704"),

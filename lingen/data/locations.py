@@ -68,7 +68,7 @@ def _expand_one(pattern: str, setting: str, timeout: float) -> list[str]:
     if not found:
         raise RecipeError(
             f"{setting}: no file matches '{pattern}'; correct the pattern, or the folder that lingen is started in. "
-            "(`lingen data pack` makes shards of footage; `lingen data fetch emoji` or `footage` brings some to data/.)"
+            "(`lingen data pack` makes shards of footage, and `lingen doctor` names all that a recipe misses.)"
         )
     return found
 

@@ -168,7 +168,7 @@ def card_of(module: LinGenModule, weights: Path, about: Mapping[str, str]) -> st
         versions=", ".join(f"{one} {v}" for one, v in run.get("versions", {"lingen": version_of("lingen")}).items()),
         commit=f" (commit {run['commit']})" if run.get("commit") else "",
         sources=_table(["source", "samples used by the last stage", "licence"], _sources(module, folder)),
-        metrics=_table(["metric", "value", "95% interval", "clips"], _scores(folder) if run else []),
+        metrics=_table(["metric", "value", "by chance", "95% interval", "clips"], _scores(folder) if run else []),
     )  # fmt: skip
 
 
@@ -189,10 +189,11 @@ def _scores(folder: RunFolder) -> Iterator[Sequence[str]]:
     sampled = _held(folder.score).get("sampled", {})
     for name, one in sampled.items():
         if isinstance(one, dict) and "share" in one:
-            yield name, f"{one['share']:.3g}", f"{one['low']:.3g} to {one['high']:.3g}", str(sampled["clips"])
+            interval = f"{one['low']:.3g} to {one['high']:.3g}"
+            yield name, f"{one['share']:.3g}", f"{one['chance']:.3g}", interval, str(sampled["clips"])
     for row in (row for file in folder.path.glob("**/results.json") for row in _held(file)["results"]):
         ends = "{:.3g} to {:.3g}".format(*row["interval"]) if row["interval"] else "-"
-        yield f"{row['metric']} ({row['subject']})", f"{row['value']:.3g}", ends, str(row["n"])
+        yield f"{row['metric']} ({row['subject']})", f"{row['value']:.3g}", "-", ends, str(row["n"])
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from lingen.launch.status import read_rows, status_of
 from lingen.plan.forecast import flop_a_step, plan
 from lingen.plan.loading import load_curriculum
 from lingen.ranks.launch import ranks_here
-from lingen.recipe.errors import RecipeError
+from lingen.recipe.errors import RecipeError, did_you_mean
 from lingen.run_folder.folder import RunFolder
 from lingen.run_folder.record import told
 from lingen.run_folder.sessions import read_sessions
@@ -128,7 +128,8 @@ def compare_runs(runs: Sequence[Compared], metric: str | None, axis: str) -> dic
             break
     known = {name for run in runs for *_, row in run.points for name, value in row.items() if value}
     if known and name not in known:
-        raise RecipeError(f"--metric {name}: no run has it. Known: {', '.join(sorted(known - {'stage', 'step'}))}.")
+        told = f"--metric {name}: no run has it.{did_you_mean(name, known)} Known: "
+        raise RecipeError(f"{told}{', '.join(sorted(known - {'stage', 'step'}))}.")
     settings = {key: [run.settings.get(key, "-") for run in runs] for run in runs for key in run.settings}
     differ = {key: values for key, values in settings.items() if len({*values}) > 1}
     rows = [
