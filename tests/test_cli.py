@@ -64,7 +64,7 @@ def test_weights_that_are_not_there_are_told_without_torch():
         ("export x", "Say what to write: either --out F.safetensors, or --to diffusers DIR."),
         ("export --run x --out f", "unrecognized arguments: --run. Did you mean 'run'?"),
         ("export --out f", "lingen export: the following arguments are required: RUN."),
-        ("sample --steps", "argument --steps: expected one argument. Write --steps STEPS. `lingen sample --help`"),
+        ("sample --steps", "argument --steps: expected one argument. Write --steps=N. `lingen sample --help`"),
         ("data pack --videos --out x", "--videos: expected at least one argument. Write --videos DIR."),
         ("list nothing", "lingen list: argument what: invalid choice: 'nothing'"),
         ("list recipe", "'recipes'). Did you mean 'recipes'? `lingen list --help`"),
