@@ -195,8 +195,9 @@ def find_weights(source: str | Path) -> Path:
     of the last finished stage of a run folder. WeightsError where there is none."""
     path = Path(source)
     file = path / "denoiser.safetensors" if path.is_dir() else BUILT_IN.get(str(source), path)
-    if path.is_file() or file.is_file():
-        return path if path.is_file() else file
+    for one in (path, file):
+        if one.is_file():
+            return one
     if file != path and not path.is_dir():
         cure = (
             "Train some on a GPU: `lingen data fetch theatre` (340 MB), `lingen fit --recipe theatre_128`. On a laptop "

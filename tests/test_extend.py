@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -30,7 +31,7 @@ from lingen.training.named import Muon
 from lingen.training.weights import load_denoiser
 from lingen.weights import read_weights
 from tests.helpers.closeness import assert_close
-from tests.helpers.commands import ROOT, run_python
+from tests.helpers.commands import ROOT, lingen_command, run_python
 from tests.helpers.ranks import steps_of_ranks
 
 PARTS = """\
@@ -149,6 +150,13 @@ class Count(Callback):
 class Tensors(Callback):
     def state_dict(self):
         return {"seen": torch.zeros(2)}
+
+
+class LogsRank(Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        module.log("rank/number", float(trainer.global_rank))
+        if trainer.global_rank == 1:
+            module.log("rank/second", trainer.global_step)
 
 
 class Logs(Callback):
@@ -271,6 +279,19 @@ def test_moments_of_another_optimiser_are_not_handed_over(parts: Path, tiny_reci
     words = ["stages.clips.train.optimizer=muon", "stages.clips.train.keep_optimizer=true"]
     with pytest.raises(RecipeError, match="The stage before trains with another optimiser: its moments do not fit"):
         load_curriculum(tiny_recipe, words)
+
+
+@pytest.mark.slow
+def test_what_a_callback_logs_on_several_ranks_or_on_one_is_their_mean(parts: Path, tiny_recipe: Path):
+    batch = "stages.images.data.batch={image: 1, video: 1}"
+    words = ["trainer.devices=2", "trainer.strategy=ddp", "train.log_every=2", batch, "train.steps=2"]
+    command = lingen_command("fit", "--recipe", str(tiny_recipe), "--stage", "images", "--run", "run", *words,
+                             "trainer.callbacks=parts_to_name:LogsRank")  # fmt: skip
+    paths = os.pathsep.join([str(parts), str(ROOT)])
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": paths})
+    with Path("run/metrics.csv").open(newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["loss"])
+    assert (float(row["rank/number"]), float(row["rank/second"])) == (0.5, 1.5)
 
 
 def test_what_a_callback_logs_joins_the_rows(parts: Path, tiny_recipe: Path, capsys):
