@@ -128,7 +128,8 @@ def test_paths_and_commands_exist(page: str):
 
 def is_command(text: str) -> bool:
     words = shlex.split(text)[1:]
-    known = [*COMMANDS, *UNSAID, "bench", "COMMAND"]
+    words = words[1:] if words[0] in ("help", "version") and words[1:] else words
+    known = [*COMMANDS, *UNSAID, "bench", "version", "COMMAND"]
     return any(words[: len(name.split())] == name.split() for name in known)
 
 
