@@ -179,10 +179,10 @@ def contact_sheet(
         sheet.paste(row, (0, top + line))
         top += row.height + line
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     told = PngImagePlugin.PngInfo()
     told.add_text("Description", told_of({"prompt": "; ".join(captions), **about} if about else None))
-    sheet.save(path, pnginfo=told)
+    with whole_file(path) as partial:  # half a picture would pass for all clips of its step
+        sheet.save(partial, "png", pnginfo=told)
     return path
 
 

@@ -85,10 +85,10 @@ def fit_curriculum(
     Args:
         before: called by all ranks with the stages that are not finished, before the first of them."""
     launch.join()
-    watched = _Watched(reporter if reporter and is_first_rank() else Reporter())
+    reporter = reporter if reporter and is_first_rank() else Reporter()
     try:
         with ExitStack() as held:
-            begun = on_first_rank(lambda: _begin(curriculum, stage, run, watched, held))
+            begun = on_first_rank(lambda: _begin(curriculum, stage, run, reporter, held))
             if local_ranks.start_ranks(begun.ranks):
                 on_first_rank(lambda: begun)
             folder, place = RunFolder(begun.folder), here()
@@ -101,7 +101,7 @@ def fit_curriculum(
             if before is not None and unfinished:
                 before(folder, unfinished)
                 signals.check()
-            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, watched, callbacks)
+            return _train(folder, begun.curriculum, begun.curriculum.chosen(stage), begun.start, reporter, callbacks)
     except signals.Stopped:  # on all ranks
         local_ranks.end_ranks()
         raise
@@ -124,22 +124,8 @@ class _Begun(NamedTuple):
     """Of the first stage that is trained."""
 
 
-class _Watched(Reporter):
-    """Hands everything on, and ends the run at the next step where another process has taken its folder over."""
-
-    def __init__(self, reporter: Reporter):
-        self.stage, self.row, self.say = reporter.stage, reporter.row, reporter.say  # type: ignore[method-assign]
-        self._step = reporter.step
-        self.lock: lock.Lock | None = None
-
-    def step(self, step: int) -> None:
-        if self.lock is not None:
-            self.lock.check()
-        self._step(step)
-
-
 def _begin(
-    curriculum: Curriculum, stage: str | None, run: str | Path | None, reporter: _Watched, held: ExitStack
+    curriculum: Curriculum, stage: str | None, run: str | Path | None, reporter: Reporter, held: ExitStack
 ) -> _Begun:
     """For rank 0: whatever would stop the run is said, then the folder is this run's alone until `held` is closed, and
     says what is trained. Where nothing is left to do, or a signal has come, nothing is written."""
@@ -158,9 +144,9 @@ def _begin(
     record.start(folder, curriculum, told, begins)  # refuses before anything is written
     if not unfinished and not _is_score_due(folder, curriculum.stages[-1]):
         return _Begun(folder.path, curriculum, ranks)
-    reporter.lock = held.enter_context(lock.locked(folder.path))
-    if reporter.lock.was:
-        reporter.say(f"goes on in {folder.path}: {reporter.lock.was}")
+    own = held.enter_context(lock.locked(folder.path))
+    if own.was:
+        reporter.say(f"goes on in {folder.path}: {own.was}")
     start = start_of(folder, curriculum.stages, curriculum.names.index(begins), reporter.say)
     step = start.step if start is not None else folder.last_step(begins)
     begun = record.start(folder, curriculum, told, begins, step)  # anew: another process may have just been here
@@ -170,9 +156,7 @@ def _begin(
         reporter.say(line)
     flop = {str(one.stage): flop_a_step(one, plans[str(one.stage)]) for one in unfinished}
     mark = held.enter_context(
-        sessions.session(
-            folder, stage=begins, step=step, ranks=max(ranks, here().ranks), was=reporter.lock.was, flop=flop
-        )
+        sessions.session(folder, stage=begins, step=step, ranks=max(ranks, here().ranks), was=own.was, flop=flop)
     )
     return _Begun(folder.path, curriculum._replace(base=begun.base), ranks, mark, start)
 
@@ -283,13 +267,17 @@ def _fit_once(
         # They come last: a stage that has weights owes nothing.
         save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
 
+    def done(step: int) -> None:
+        lock.check_held()
+        reporter.step(step)
+
     def build() -> tuple[lightning.Trainer, Trained]:
         clips = ClipsDuringTraining(
             sample, lambda step: (folder.samples(name, step) / samples.SHEET).is_file(), edge, "sample_every"
         )
         measured = ClipsDuringTraining(evaluate, is_evaluated, edge, "evaluate_every")
-        steps = LambdaCallback(on_train_batch_end=lambda trainer, *_: reporter.step(trainer.global_step))
-        callbacks = [Rows(), edge, clips, measured, StageEnd(finish, edge), steps, LifeSigns(name), *more]
+        steps = LambdaCallback(on_train_batch_end=lambda trainer, *_: done(trainer.global_step))
+        callbacks = [*more, Rows(), edge, clips, measured, StageEnd(finish, edge), steps, LifeSigns(name)]
         trainer = build_trainer(recipe, folder, callbacks)
         lightning.seed_everything(recipe.seed, verbose=False)
         module = recipe.subject.build_module(recipe)

@@ -1,5 +1,6 @@
 """What holds in every test: checked shapes, one thread, Triton's interpreter without a GPU; and shared fixtures."""
 
+import gc
 import itertools
 import os
 import socket
@@ -45,6 +46,12 @@ def is_free(port: int) -> bool:
 if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
     products_of_bfloat16()
     one_patch_a_launch()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: nobody need look through it for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lingen.cli import main
+from lingen.launch.status import read_rows
 from lingen.plan.loading import load_for_training
 from lingen.recipe import load_curriculum, load_stages
 from lingen.recipe.errors import RecipeError
@@ -322,6 +325,34 @@ def test_fit_of_python_tells_how_it_goes(here: Path, tiny_recipe: Path, caplog, 
     code = f"import lingen; lingen.fit({str(tiny_recipe)!r}, {words!r}, run='other')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert "\nstage 2/2 clips: 1 steps\n" in done.stderr and not done.stdout
+
+
+class Counted(Callback):
+    """Counts steps; what it counted is in checkpoints, as a text that JSON holds, or as what it does not hold."""
+
+    def __init__(self, kept: Any = int):
+        self.count, self.kept = 0, kept
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.count += 1
+        pl_module.log("counted", float(self.count), False, True)
+
+    def state_dict(self):
+        return {"count": self.kept(self.count)}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+def test_a_callback_from_python_is_in_the_checkpoint_of_its_step(here: Path, tiny_recipe: Path):
+    words = [*LAST, "stages.images.train.steps=2", "train.log_every=1"]
+    run = fit(tiny_recipe, [*words, "stages.clips.train.steps=3"], run="run", callbacks=[Counted()])
+    again = Counted()
+    fit(tiny_recipe, [*words, "stages.clips.train.steps=4"], run="run", callbacks=[again])
+    assert again.count == 6  # as many as the run has steps
+    assert [row["counted"] for row in read_rows(RunFolder(run))] == ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0"]
+    with pytest.raises(RecipeError, match="state_dict of the callback Counted: .*Tensor is not JSON serializable"):
+        fit(tiny_recipe, words, run="other", callbacks=[Counted(torch.tensor)])
 
 
 def test_a_callback_that_ends_a_stage_ends_the_run(parts: Path, tiny_recipe: Path):

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
+import lingen.run
 from lingen.cli.cluster import _lines_of
 from lingen.launch.status import Status
 from lingen.ranks.heartbeat import Heartbeat, heartbeats, read_heartbeats, sign
@@ -171,6 +173,24 @@ def test_a_skipped_step_leaves_everything_as_it_was(pictures: Path, tmp_path: Pa
     row = rows_of(run)[AT]
     assert float(row["skipped_steps"]) == 1 and row["loss"] == ""
     assert Checkpoint(RunFolder(run).checkpoint("images", STEPS)).state["bad_steps"] == 0
+
+
+def test_a_scale_of_float16_that_is_too_high_is_no_fault(tiny_recipe: Path, tmp_path: Path, monkeypatch):
+    """Lightning's scaler halves it, and leaves the step out."""
+    build = lingen.run.build_trainer
+
+    def scaled(*args: Any) -> Any:
+        trainer = build(*args)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**70, backoff_factor=2.0**-8)
+        trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        return trainer
+
+    monkeypatch.setattr(lingen.run, "build_trainer", scaled)
+    words = ["stages.images.train.steps=20", "train.max_nonfinite=2", "train.log_every=1", "sample.prompts=[]"]
+    fit_curriculum(load_for_training(tiny_recipe, words, "images"), run=tmp_path / "run", stage="images")
+    found = rows_of(tmp_path / "run")
+    assert sum(float(row["overflows"] or 0) for row in found.values()) > 2
+    assert float(found[20]["grad_norm"]) > 0 and "nonfinite_steps" not in found[20]
 
 
 def test_spikes_in_a_row_end_the_run(pictures: Path, tmp_path: Path):

@@ -56,15 +56,15 @@ def test_a_registered_part_trains_and_samples_from_the_command_line(module: Path
         )
         assert done.returncode == 0, done.stderr
         assert "imports: [my_mixers]" in (module / run / "recipe.yaml").read_text()
-        # What a run stores names the module, so that nobody has to name it again.
-        sampled = ("sample", "--run", run, "--prompt", "a", "--out", f"{run}.mp4", "--steps", "1")
-        done = run_command(*sampled, cwd=module, env=env)
-        assert done.returncode == 0 and (module / f"{run}.mp4").is_file(), done.stderr
-        away = module / f"away-{run}"
-        away.mkdir()
-        done = run_command(*sampled[:2], str(module / run), *sampled[3:], cwd=away, env=env)
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "Cannot import 'my_mixers': there is no module 'my_mixers' in the current folder" in done.stderr
+    # What a run stores names the module, so that nobody has to name it again.
+    sampled = ("sample", "--run", run, "--prompt", "a", "--out", f"{run}.mp4", "--steps", "1")
+    done = run_command(*sampled, cwd=module, env=env)
+    assert done.returncode == 0 and (module / f"{run}.mp4").is_file(), done.stderr
+    away = module / f"away-{run}"
+    away.mkdir()
+    done = run_command(*sampled[:2], str(module / run), *sampled[3:], cwd=away, env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Cannot import 'my_mixers': there is no module 'my_mixers' in the current folder" in done.stderr
 
 
 def test_imports_add_up(here: Path):

@@ -163,9 +163,12 @@ def test_a_late_claimant_does_not_replace_the_winner(tmp_path: Path, monkeypatch
     assert left(tmp_path) == []
 
 
-def test_a_run_that_was_taken_over_stops(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It was suspended for so long that another machine took its lock."""
-    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+@pytest.mark.parametrize("heartbeat", [0.01, 20.0])
+def test_a_run_that_was_taken_over_stops(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeat: float
+):
+    """It was suspended for so long that another machine took its lock: it saves nothing, before a heartbeat, too."""
+    monkeypatch.setattr(lock, "HEARTBEAT", heartbeat)
     step = LinGenModule.training_step
 
     def taken(self: LinGenModule, batch: Any, batch_idx: int) -> Any:
@@ -177,6 +180,8 @@ def test_a_run_that_was_taken_over_stops(tiny_recipe: Path, tmp_path: Path, monk
     with pytest.raises(RecipeError, match="on elsewhere has taken this run over"):
         fit(tiny_recipe, ONE, run=tmp_path / "run")
     assert json.loads((tmp_path / "run" / LOCK_NAME).read_text())["host"] == "elsewhere"
+    assert not RunFolder(tmp_path / "run").checkpoints("images")
+    lock.check_held()  # nothing is held any more
 
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lingen.cli import cluster, main
+from lingen.launch import status
 from lingen.launch.status import status_of
 from lingen.ranks import heartbeat
 from lingen.ranks.environment import OtherRankError
@@ -247,6 +248,13 @@ def test_a_run_is_watched_to_its_end(run: RunFolder, monkeypatch: pytest.MonkeyP
 def test_no_torch_is_needed_to_look(tiny_run: Path):
     code = f"import sys\nfrom lingen.cli import cluster, main\nassert main(['status', {str(tiny_run)!r}]) == 0\n"
     run_python("-c", code + "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)", cwd=ROOT)
+
+
+def test_speed_is_a_mean_over_rows():
+    """Also of fewer than are looked at: 8 rows of one step a second and a slow one."""
+    rows = [{"step": str(number), "steps_per_second": "1.0"} for number in range(1, 10)]
+    speed = status._steps_per_second([*rows, {"step": "10", "steps_per_second": "0.1"}])
+    assert speed == pytest.approx(9 / 18)
 
 
 def test_a_run_amid_a_stage(run: RunFolder):

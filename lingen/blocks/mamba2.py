@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lingen.blocks.layers import RMSNorm, grid_of, stays_float32, trains_in_float32, undecayed
 from lingen.blocks.scan import column_length, order_of, permutation
 from lingen.kernels.choice import holds_numbers, is_unlaunched
-from lingen.kernels.conv import conv_silu
+from lingen.kernels.conv import MOST_TAPS, conv_silu
 from lingen.kernels.fp8 import Quantized, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
@@ -68,7 +68,7 @@ class Mamba2(nn.Module):
         a_max: Annotated[float, Above(1), IDENTITY] = 16.0,
         norm: Annotated[Literal["shared", "per_head"], IDENTITY] = "shared",
         conv: Annotated[Literal["shared", "per_direction"], IDENTITY] = "shared",
-        conv_width: Annotated[int, AtLeast(1), IDENTITY] = 4,
+        conv_width: Annotated[int, Between(1, MOST_TAPS), IDENTITY] = 4,
         conv_ends: Annotated[Literal["joined", "masked"], IDENTITY] = "joined",
         review: Annotated[tuple[int, int, int] | None, AtLeast(1), IDENTITY] = (2, 2, 2),
         review_reverse: Annotated[Literal["front", "plain"], IDENTITY] = "front",

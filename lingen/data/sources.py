@@ -7,12 +7,13 @@ the local disk, up to a limit."""
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from lingen.data.remote import Passing, SourceError, Stat, is_remote, read_remote, stat_remote
 from lingen.files import cache_folder, whole_file
@@ -156,14 +157,21 @@ class Reader:
         raise SourceError(told, retries=self.settings.attempts - 1)
 
 
+class _Shard(io.FileIO):
+    """Closes when its last reader is done, which is meant, so nothing warns of it."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 @lru_cache(OPEN_FILES)
-def _open_file(path: str, device: int, inode: int) -> BinaryIO:
-    """The local shards that were read last, kept open; one that is dropped closes when its last reader is done. Threads
-    and forked processes may share one, as every read says from where."""
-    return open(path, "rb", buffering=0)
+def _open_file(path: str, device: int, inode: int) -> _Shard:
+    """The local shards that were read last, kept open. Threads and forked processes may share one, as every read says
+    from where."""
+    return _Shard(path)
 
 
-def _opened(path: str) -> BinaryIO:
+def _opened(path: str) -> _Shard:
     """The file that has this path now, not one that had it before."""
     about = os.stat(path)
     return _open_file(path, about.st_dev, about.st_ino)

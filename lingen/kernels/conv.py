@@ -53,8 +53,9 @@ def conv_silu(
         sequence = u if index is None else u.index_select(1, index)
         segment = segment or n
         padded = F.pad(sequence.to(dtype).unflatten(1, (-1, segment)), (0, 0, before, taps - 1 - before))
-        weights = enumerate(weight.to(dtype).unbind(1))
-        pre = sum((padded[:, :, i : i + segment] * tap for i, tap in weights), bias.to(dtype))
+        pre = bias.to(dtype)
+        for i, tap in enumerate(weight.to(dtype).unbind(1)):
+            pre = torch.addcmul(pre, padded[:, :, i : i + segment], tap)
         return F.pad(F.silu(pre.flatten(1, 2)), (0, 0, 0, rows - n)).to(u.dtype)
     if u.stride(-1) != 1 and u.shape[-1] > 1:
         raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")

@@ -48,7 +48,8 @@ def gated_norm(
         raise ValueError(f"eps={eps} of the gated norm must be above 0.")
     if quantize and torch.is_grad_enabled() and any(x.requires_grad for x in (y, z, weight)):
         raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
-    if choose("gated norm", kernel, y) == "reference":
+    wide = f"kernel='triton' of the gated norm takes up to {WIDEST_ROW} channels, not {c}." if c > WIDEST_ROW else ""
+    if choose("gated norm", kernel, y, wide) == "reference":
         dtype = torch.promote_types(y.dtype, torch.float32)
         first = y[:, :n]
         raster = first if index is None else first.index_select(1, index.argsort())
@@ -60,8 +61,6 @@ def gated_norm(
         largest = torch.finfo(torch.float8_e4m3fn).max
         row = (out.abs().amax(-1) / largest).clamp_min(1e-12)
         return (out / row[..., None]).clamp(-largest, largest).to(torch.float8_e4m3fn), row.float()
-    if y.shape[-1] > WIDEST_ROW:
-        raise ValueError(f"kernel='triton' of the gated norm takes up to {WIDEST_ROW} channels, not {y.shape[-1]}.")
     for name, x in (("y", y), ("z", z)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"gated_norm needs the channels of {name} side by side, but its strides are {x.stride()}.")

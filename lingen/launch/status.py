@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _last(rows: list[Logged], name: str) -> float | None:
 def _steps_per_second(rows: list[Logged]) -> float | None:
     """Mean over the last rows: the steps of a row by the seconds that they took."""
     steps, seconds = 0, 0.0
-    for before, row in zip(rows[-ROWS - 1 :], rows[-ROWS:], strict=False):
+    for before, row in pairwise(rows[-ROWS - 1 :]):
         rate, more = float(row.get("steps_per_second") or 0), int(row["step"]) - int(before["step"])
         if rate > 0 and more > 0:
             steps, seconds = steps + more, seconds + more / rate

@@ -155,7 +155,10 @@ def submit(submission: Submission) -> str:
     if shutil.which("sbatch") is None:
         raise RecipeError("There is no sbatch on this machine, so nothing was submitted; --dry-run prints the script.")
     place = submission.folder
-    place.mkdir(parents=True)
+    try:
+        place.mkdir(parents=True)
+    except FileExistsError:
+        raise RecipeError(f"{place} was just made by another submission; say it again.") from None
     script = place / "job.sbatch"
     write_text(script, submission.script)
     if submission.recipe is not None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -128,6 +129,9 @@ class LocalRanks:
     def _kill(self) -> None:
         for process in self.processes.values():
             process.kill()
+        for process in self.processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1)
 
 
 def _told(own: Rank, rank: int) -> dict[str, str]:

@@ -121,10 +121,25 @@ def locked(folder: Path) -> Iterator["Lock"]:
     except OSError as error:
         raise RecipeError(f"Nothing can be written into {folder} ({error.strerror}). Name another one.") from error
     threading.Thread(target=lock.beat, name="lingen-lock", daemon=True).start()
+    _held.append(lock)
     try:
         yield lock
     finally:
+        _held.remove(lock)
         lock.release()
+
+
+def check_held(*, look: bool = False) -> None:
+    """RecipeError where another process has taken over a folder that this one trains in, because it seemed to be dead.
+
+    Args:
+        look: into the folder; else what was found within the last `HEARTBEAT` counts."""
+    for lock in _held:
+        lock.check(look)
+
+
+_held: list["Lock"] = []
+"""Of this process."""
 
 
 class Lock:
@@ -205,11 +220,17 @@ class Lock:
         while self.thief is None and not self._over.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
-                owner = _read(self.path)
-                self.thief = owner if owner != self.owner else None
+                self._look()
 
-    def check(self) -> None:
-        """RecipeError where another process has taken the lock over, because this one seemed to be dead."""
+    def _look(self) -> None:
+        owner = _read(self.path)
+        self.thief = owner if owner != self.owner else None
+
+    def check(self, look: bool = False) -> None:
+        """See `check_held`."""
+        with contextlib.suppress(OSError):
+            if look:
+                self._look()
         if self.thief is not None:
             raise RecipeError(
                 f"{self.path}: process {self.thief.get('pid')} on {_place(self.thief)} has taken this run over, "

@@ -22,6 +22,7 @@ from lingen.kernels.choice import memory_here
 from lingen.ranks.collectives import broadcast_object, gather_objects, largest, on_first_rank, place, together
 from lingen.run_folder.folder import RunFolder, step_of
 from lingen.run_folder.intact import ABOUT, about_of
+from lingen.run_folder.lock import check_held
 from lingen.run_folder.storage import RowPiece, Written, bytes_of, describe_tensors, pieces_of, write_file
 from lingen.weights import header_of
 
@@ -169,6 +170,7 @@ class Saver:
     def _complete(self, job: _Job, files: list[Written]) -> None:
         final = self.folder.checkpoint(self.stage, job.step)
         try:
+            check_held(look=True)
             write_file(job.partial / ABOUT, [about_of(job.state, job.tensors, files)])
             _sync(job.partial)
             self._remove(final)

@@ -134,12 +134,10 @@ class Trained(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def follow_recipe(self, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-        """Gives optimiser and schedule the settings of the recipe: Lightning has just given them those of the
-        checkpoint, which may be others. The place in the schedule and the moments stay."""
-        for group, own in zip(optimizer.param_groups, self.parameter_groups(), strict=True):
-            factor = self._lr_factor(scheduler.last_epoch)
-            group.update({key: value for key, value in own.items() if key != "params"})
-            group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor
+        """Gives the schedule the rates of the recipe: it has just got those of the checkpoint, which may be others.
+        Its place stays."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._lr_factor(scheduler.last_epoch)
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
@@ -171,7 +169,7 @@ class Trained(lightning.LightningModule):
         loss, *sizes = self._of_all_ranks(norms)
         self.pace.step()
         step, self._seen = self.step_of(self._seen, loss, sizes), []
-        if not self.judge(step):
+        if self._overflows(step) or not self.judge(step):
             optimizer.zero_grad(set_to_none=True)
 
     def note_rate(self, optimizer: torch.optim.Optimizer) -> None:
@@ -203,6 +201,15 @@ class Trained(lightning.LightningModule):
             self.meter.add(name, torch.tensor([step.norms[0]]))
         self.meter.keep()
         self.spikes.learn(step.like, step.loss, step.norms[0])
+        return True
+
+    def _overflows(self, step: Step) -> bool:
+        """Whether only the scale of float16 was too high: Lightning's scaler leaves such a step out and halves it."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or scaler.get_scale() <= 1 or not math.isfinite(step.loss) or math.isfinite(sum(step.norms)):
+            return False
+        self.meter.take()
+        self.meter.count("overflows", is_first_rank())
         return True
 
     def likeness(self, batch: Batch) -> str:
@@ -268,7 +275,8 @@ class Trained(lightning.LightningModule):
             checkpoint = self.checkpoint
             together(lambda: restore(open_checkpoint(checkpoint, self), self.trainer, self))
         elif self.moments_from is not None:
-            moments = moments_of(open_checkpoint(self.moments_from, self), self)
+            earlier = self.moments_from
+            moments = together(lambda: moments_of(open_checkpoint(earlier, self), self))
             load_state_by_name(self, self.trainer.optimizers[0], moments)
         if self.past is not None:
             cast(Any, self.trainer).datamodule.go_past(self.past.taken)
@@ -313,12 +321,14 @@ class Trained(lightning.LightningModule):
             tagged = {f"{self.recipe.stage or 'main'}/{name}": value for name, value in values.items()}
             logger.log_metrics(tagged, step=self.steps_before + self.global_step)
 
-    def log(self, name: str, value: Any, *settings: Any, **named: Any) -> None:
+    def log(  # type: ignore[override]
+        self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, *settings: Any, **named: Any
+    ) -> None:
         """For callbacks. A number joins the next row as the mean since the row before, over ranks, too, whatever
         `on_epoch` and `sync_dist` say; `logger=False` keeps it to `Trainer.callback_metrics`."""
-        super().log(name, value, *settings, **named | {"logger": False})
-        if named.get("logger") is not False:
-            self.callbacks_meter.add(name, torch.as_tensor(value).reshape(1))
+        super().log(name, value, prog_bar, False, *settings, **named)
+        if logger is not False:
+            self.callbacks_meter.add(name, torch.as_tensor(value).float().reshape(1).to(self.device))
 
     def on_train_epoch_end(self) -> None:
         if left := self.callbacks_meter.flush():

@@ -5,11 +5,13 @@ Tensors are called ``raw.NAME`` (what is trained), ``averaged.NAME``, and after 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lingen.recipe.errors import RecipeError
@@ -78,7 +80,7 @@ def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
         "loops": trainer.fit_loop.state_dict(),
         "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "data": trainer.datamodule.state_dict(),  # type: ignore[attr-defined]
-        "callbacks": {one.state_key: state for one in trainer.callbacks if (state := one.state_dict())},  # type: ignore[attr-defined]
+        "callbacks": {one.state_key: state for one in trainer.callbacks if (state := _plain_state(one))},  # type: ignore[attr-defined]
         "precision": trainer.precision_plugin.state_dict(),
         "optimizer": counts,
         "settings": [{key: one[key] for key in one if key != "params"} for one in trainer.optimizers[0].param_groups],
@@ -86,6 +88,17 @@ def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
         "spikes": module.spikes.state_dict(),
         "average_updates": module.average.updates if module.average is not None else 0,
     }
+
+
+def _plain_state(callback: Callback) -> dict[str, Any]:
+    """A callback's state. RecipeError where it is more than a checkpoint holds."""
+    state = callback.state_dict()
+    try:
+        json.dumps(state)
+    except TypeError as error:
+        told = "expected numbers, texts, lists and mappings"
+        raise RecipeError(f"state_dict of the callback {type(callback).__name__}: {error}; {told}.") from error
+    return state
 
 
 def restore(stored: Stored, trainer: lightning.Trainer, module: Trained) -> None:

@@ -39,7 +39,7 @@ class MetricsFile:
         self.path, self.stage, self.listen = path, stage, listen
         self._rows: list[dict[str, Any]] = []
         if is_first_rank() and path.is_file():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 whole = (row for row in csv.DictReader(file) if row["step"])
                 # But those of steps that are trained again.
                 self._rows = [row for row in whole if row["stage"] != stage or int(row["step"]) <= resumed]
@@ -63,12 +63,12 @@ class MetricsFile:
         new = [name for name in row if name not in self._columns]
         self._columns = sorted([*self._columns, *new], key=_place)
         if joins or new or not self._began:
-            with whole_file(self.path) as partial, partial.open("w", newline="") as file:
+            with whole_file(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self._columns)
                 writer.writeheader()
                 writer.writerows(self._rows)
         else:
-            with naming(self.path), self.path.open("a", newline="") as file:
+            with naming(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
         self._began = True
 

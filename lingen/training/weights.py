@@ -13,6 +13,7 @@ from lingen.ranks.collectives import is_first_rank, on_first_rank
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import RecipeText
 from lingen.recipe.sections import Recipe
+from lingen.run_folder.lock import check_held
 from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.state import whole_of
@@ -30,6 +31,7 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
 
     def write() -> None:
         try:
+            check_held(look=True)
             stored.write_pieces(path, tensors, pieces, metadata)
         except Exception:
             deque(pieces, maxlen=0)  # each piece needs all ranks

@@ -5,6 +5,7 @@
 - ``late``: the share of its loss that an untrained model of each recipe that predicts the clip spends at late times.
 - ``heldout``: the loss of runs on held-out samples, in bins of times that are drawn alike whatever they trained at.
 - ``follow``: how often clips of those runs show what their held-out captions say, by schedule and solver.
+- ``pair``: how much less often than others, paired by caption, from two lists of what ``follow --json`` wrote.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ WAYS = {
 }
 """Name -> settings of `sample`."""
 ATTRIBUTES = ("colour", "shape", "motion")
+CLIPS_OF_A_CAPTION = 13
+"""Of the 312 that `follow` makes of 24 captions."""
 BATCH = 60
 """Clips at a time."""
 
@@ -179,6 +182,28 @@ def _followed(module: LinGenModule, how: SampleConfig, clips: int) -> dict[str, 
     return rows
 
 
+def pair(before: Sequence[Path], now: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """What changed for each attribute, in points: the mean over runs paired in order and over captions, and the most
+    by which it may be worse, by the spread over captions and by that over pairs (one-sided 95% of Student's t)."""
+    from scipy import stats
+
+    told = [[json.loads(path.read_text())[0] for path in paths] for paths in (before, now)]
+    for name in ATTRIBUTES:
+        first, second = (np.array([[*one[f"{name} by caption"].values()] for one in rows]) for rows in told)
+        points = 100 * (second - first) / CLIPS_OF_A_CAPTION
+        row: dict[str, Any] = {"attribute": name, "pairs": len(points)}
+        row |= {
+            side: round(float(100 * one.mean() / CLIPS_OF_A_CAPTION), 1)
+            for side, one in (("before", first), ("now", second))
+        }
+        row |= {"difference": round(float(points.mean()), 1)}
+        for over, axis in (("captions", 0), ("pairs", 1)):
+            each = points.mean(axis)
+            most = float(stats.t.ppf(0.95, len(each) - 1) * stats.sem(each) - each.mean())
+            row[f"worse by at most, over {over}"] = round(max(0.0, most), 1)
+        yield row | {"by pair": points.mean(1).round(1).tolist()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.yardsticks.times", description=__doc__)
     acts = parser.add_subparsers(dest="act", required=True)
@@ -194,8 +219,13 @@ def main() -> int:
     two.add_argument("--clips", type=int, default=312)
     two.add_argument("--steps", type=int, help="evaluations for a clip; default: the recipe's steps")
     two.add_argument("--json", type=Path)
+    four = acts.add_parser("pair")
+    four.add_argument("--before", nargs="+", type=Path, required=True)
+    four.add_argument("--now", nargs="+", type=Path, required=True)
     args = parser.parse_args()
-    if args.act == "gauss":
+    if args.act == "pair":
+        rows = list(pair(args.before, args.now))
+    elif args.act == "gauss":
         rows = list(gauss())
     elif args.act == "late":
         rows = list(late())
