@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
-from tests.soak.handover import handover
+from tests.soak.handover import cases, unlike_the_page
 from tests.soak.kill import kill
 from tests.soak.moments import MOMENTS, moments
 from tests.soak.one_gpu import on_one_gpu
@@ -27,7 +27,7 @@ def main() -> int:
     args = _arguments()
     trials = {
         "fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks,
-        "gpu": partial(_told, on_one_gpu), "gpus": _gpus, "handover": partial(_told, handover),
+        "gpu": partial(_told, on_one_gpu), "gpus": _gpus, "handover": _handover,
         "plan": _plan, "plan-peak": _plan_peak, "study": _study,
     }  # fmt: skip
     return trials[args.trial](args)
@@ -76,7 +76,9 @@ def _arguments() -> argparse.Namespace:
     several.add_argument("--keep", type=Path, default=Path("gpus"), metavar="DIR", help="runs lie there; made anew")
     several.add_argument("--json", type=Path, help="what was seen")
     toy = trials.add_parser("handover", help="the loss over a hand-over, with and without a decay before it")
+    toy.add_argument("--steps", type=int, nargs=2, default=[120, 48], metavar="N", help="of the first and second stage")
     toy.add_argument("--keep", type=Path, default=Path("handover"), metavar="DIR", help="runs lie there; made anew")
+    toy.add_argument("--json", type=Path, help="what was seen")
     votes = trials.add_parser("study", help="simulated votes with effects of raters and prompts")
     votes.add_argument("--seed", type=int, default=1)
     votes.add_argument("--times", type=int, default=1000, help="studies of each design and taste")
@@ -98,6 +100,23 @@ def _study(args: argparse.Namespace) -> int:
         if args.json:
             write_text(args.json, json.dumps({**head({}), "command": command, "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def _handover(args: argparse.Namespace) -> int:
+    from lingen.files import write_json
+    from tests.yardsticks.results import head
+
+    shutil.rmtree(args.keep, ignore_errors=True)
+    rows = []
+    for row in cases(args.keep.absolute(), *args.steps):
+        rows.append(row)
+        print(*row.values(), sep="  ", flush=True)
+    failures = list(unlike_the_page(rows))
+    print(*failures, f"{len(failures)} failures", sep="\n")
+    if args.json:
+        command = f"python -m tests.soak handover --steps {args.steps[0]} {args.steps[1]}"
+        write_json(args.json, {**head({}), "command": command, "rows": rows}, end="\n")
+    return 1 if failures else 0
 
 
 def _plan(args: argparse.Namespace) -> int:
