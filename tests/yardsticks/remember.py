@@ -36,6 +36,8 @@ from lingen.blocks.mamba2 import Mamba2, ScanMemory
 from lingen.recipe.sections import Triple
 from lingen.tables import as_table
 
+from .results import head
+
 SIZES = {"state_dim": 8, "head_dim": 8, "bidirectional": False}
 DIM, FEATURES, NOISE, LONGER = 16, 4, 0.3, 4
 GRIDS: list[Triple] = [(1, 4, 8), (1, 12, 12), (4, 12, 12), (8, 24, 24)]
@@ -214,7 +216,8 @@ def _one_thread() -> None:
 
 def _json(rows: list[dict[str, Any]]) -> str:
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    return f'{{\n "command": "python -m tests.yardsticks.remember",\n "rows": [\n  {lines}\n ]\n}}\n'
+    about = json.dumps(head({}, program="python -m tests.yardsticks.remember"))[1:-1]
+    return f'{{\n {about},\n "rows": [\n  {lines}\n ]\n}}\n'
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from lingen.blocks.scan import permutation
 from lingen.recipe.sections import Triple
 from lingen.tables import as_table
 
+from .results import head
+
 Row = dict[str, Any]
 WAYS: dict[str, dict[str, str]] = {
     "paper": {"scan": "rotary_major", "conv_ends": "joined"},
@@ -287,8 +289,7 @@ def main() -> int:
     print(as_table([{key: str(value) for key, value in row.items()} for row in rows], terminal=False))
     if args.json:
         kept = json.loads(args.json.read_text()) if args.json.exists() else {}
-        words = [word for word in sys.argv[1:] if word not in ("--json", str(args.json))]
-        kept[args.act] = {"command": " ".join(["python -m tests.yardsticks.time_order", *words]), "rows": rows}
+        kept[args.act] = {**head({}, program="python -m tests.yardsticks.time_order"), "rows": rows}
         args.json.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
 
