@@ -198,7 +198,7 @@ def plan(args: argparse.Namespace) -> None:
     cost += "" if small else f", {clock:,.3g} hours on the clock"
     told = "no hours: the recipe trains on a CPU" if on_cpu else cost
     told += "; memory in GiB of a rank" + ("" if on_cpu else f", of which {rows[0]['room'] / 2**30:.1f} count")
-    notes = ["> is a floor: steps of so few FLOP wait for launches and data; `lingen fit` tells the hours as it goes"]
+    notes = ["> is a floor: steps of so few FLOP wait for launches and data, as graphs less (train.compile); fit tells"]
     advice = [f"stage {row['stage']} does not fit: {row['advice']}" for row in rows if not row["fits"]]
     table = [
         {
