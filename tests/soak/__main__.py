@@ -3,7 +3,8 @@
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
 ``plan`` dry-runs every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a dry-run step with one on a GPU,
 ``gpu`` trains the main recipe on one GPU, ``gpus`` on all of this machine,
-``handover`` trains a toy of two stages, ``study`` asks whether the intervals of `lingen study report` cover."""
+``handover`` trains a toy of two stages, ``study`` asks whether the intervals of `lingen study report` cover, and
+``coverage`` holds them and those of `lingen eval` to what they covered."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def main() -> int:
     trials = {
         "fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks,
         "gpu": partial(_told, on_one_gpu), "gpus": _gpus, "handover": partial(_told, handover),
-        "plan": _plan, "plan-peak": _plan_peak, "study": _study,
+        "plan": _plan, "plan-peak": _plan_peak, "study": _study, "coverage": _coverage,
     }  # fmt: skip
     return trials[args.trial](args)
 
@@ -81,6 +82,8 @@ def _arguments() -> argparse.Namespace:
     votes.add_argument("--seed", type=int, default=1)
     votes.add_argument("--times", type=int, default=1000, help="studies of each design and taste")
     votes.add_argument("--json", type=Path, help="the table; cells that it has of the same command are kept")
+    held = trials.add_parser("coverage", help="the same and the intervals of eval, against bars; 1 where one is missed")
+    held.add_argument("--times", type=int, default=4000, help="simulations of each cell")
     return parser.parse_args()
 
 
@@ -148,10 +151,20 @@ def _gpus(args: argparse.Namespace) -> int:
     return several_gpus(args.keep.absolute(), args.acts, asked, args.json)
 
 
+def _coverage(args: argparse.Namespace) -> int:
+    from tests.soak.coverage import coverage
+
+    return _printed(coverage(args.times))
+
+
 def _told(trial: Callable[[Path], Iterator[str]], args: argparse.Namespace) -> int:
     shutil.rmtree(args.keep, ignore_errors=True)
+    return _printed(trial(args.keep.absolute()))
+
+
+def _printed(lines: Iterator[str]) -> int:
     failures = 0
-    for line in trial(args.keep.absolute()):
+    for line in lines:
         print(line, flush=True)
         failures += line.startswith("failed")
     print(f"{failures} failures")
