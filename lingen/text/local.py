@@ -14,10 +14,10 @@ from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
-from lingen.text.folder import Lacking, download_advice
+from lingen.text.folder import download_advice
 from lingen.text.instruction import quoted
 from lingen.text.rows import Cut
-from lingen.weights import DTYPES
+from lingen.weights import DTYPES, Lacking
 
 PathSetting = Annotated[str | None, IDENTITY, CONTENT, "the local folder that holds it; nothing is ever downloaded"]
 Dim = Annotated[int, AtLeast(1), IDENTITY, "width of a token, as the weights have it"]
@@ -53,7 +53,7 @@ class TextReader(Protocol):
 
 
 class LocalEncoder(nn.Module, abc.ABC):
-    """Base of the frozen encoders. Subclasses declare the settings, inspect the folder and open it.
+    """Base of the frozen encoders. Subclasses pass on its settings (`passes_on`), inspect the folder and open it.
 
     The constructor reads nothing. The network is built at the first `encode` of a text that is not remembered. It is
     no submodule: it is not in the state dict, and neither `.to()` nor a strategy touches it; with ``device=auto`` it
@@ -69,7 +69,10 @@ class LocalEncoder(nn.Module, abc.ABC):
     unit = "tokens"
     place: Tensor
 
-    def __init__(self, path: str | None, dim: int, max_tokens: int, precision: str, read: str, device: str, batch: int):
+    def __init__(
+        self, *, path: PathSetting = None, dim: Dim = 4096, max_tokens: MaxTokens = 256, precision: Precision = "auto",
+        read: Read = "prompt", device: Device = "auto", batch: BatchSetting = 1,
+    ):  # fmt: skip
         super().__init__()
         self.path, self.dim, self.max_tokens = path, dim, max_tokens
         self.precision, self.reads, self.device, self.batch = precision, read, device, batch
