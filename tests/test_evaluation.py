@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scipy import linalg
 from lingen.cli import main
 from lingen.data.synthetic import captions, draw_clip
 from lingen.evaluation.clips import View, check_paired, find_clips
+from lingen.evaluation.comparison import REAL, Entrant, compare_subjects, evaluate_clips
 from lingen.evaluation.distances import (
     FeatureSet,
     KernelDistance,
@@ -25,7 +27,7 @@ from lingen.evaluation.distances import (
     polynomial_kernel,
 )
 from lingen.evaluation.features import network_of
-from lingen.evaluation.judging import Judge
+from lingen.evaluation.judging import Judge, Judged
 from lingen.evaluation.statistics import holm, mean_interval, paired_p
 from lingen.files import cache_folder
 from lingen.media import encode_mp4, save_video
@@ -322,6 +324,28 @@ def test_two_folders_side_by_side(here: Path, capsys: pytest.CaptureFixture[str]
     assert found["fingerprint"]["codec"] == ["h264 yuv420p"] and found["fingerprint"]["n"] == 6
     assert (here / "eval/clips/results.png").stat().st_size > 10_000
     assert "below 2,048 they are mostly bias" in capsys.readouterr().out
+
+
+def test_an_earlier_result_that_is_none_is_told_before_anything_is_measured(here: Path, capsys):
+    for held in ("{", "[]", '{"results": [1], "fingerprint": {}}', '{"results": [{"subject": "a"}]}'):
+        (here / "old.json").write_text(held)
+        with pytest.raises(RecipeError, match="old.json is not there, or no results.json"):
+            evaluate_clips(["A", "old.json"], lambda: pytest.fail("measured"), here, lambda name: pytest.fail(name))
+
+
+def test_real_clips_of_one_prompt_have_no_distances():
+    def entrant(name: str, prompts: str) -> Entrant:
+        rows = np.random.default_rng(len(name)).random((len(prompts), 3))
+        judged = {(one, n): Judged({"motion": 1.0}, {"net": rows[n]}) for n, one in enumerate(prompts)}
+        return Entrant(name, judged, {})
+
+    judge = SimpleNamespace(networks={"net": None}, fingerprint={})
+    subjects = [entrant("a", "vwxyz"), entrant("bc", "vwxyz")]
+    for prompts, told in (("rrrrr", True), ("rstuv", False)):
+        found = compare_subjects(judge, subjects, entrant(REAL, prompts))  # type: ignore[arg-type]
+        json.dumps(found, allow_nan=False)
+        assert any("fewer than two prompts" in note for note in found["notes"]) is told
+        assert any("distance" in row["metric"] for row in (*found["results"], *found["comparisons"])) is not told
 
 
 def test_what_was_measured_is_kept_and_gives_the_same(here: Path, monkeypatch: pytest.MonkeyPatch):

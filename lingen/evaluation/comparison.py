@@ -2,9 +2,9 @@
 each pair. Runs and weights files are sampled first."""
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +19,7 @@ from lingen.evaluation.judging import Judge, Judged
 from lingen.evaluation.statistics import SEED, check_extra, holm, mean_interval, paired_p
 from lingen.files import whole_file, write_json
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.text import decode_json
 from lingen.sampling.files import sample_to_files
 from lingen.training.weights import recipe_of
 from lingen.weights import find_weights
@@ -26,6 +27,8 @@ from lingen.weights import find_weights
 FEW = 2048
 """Clips below which a Frechet distance is mostly its bias."""
 REAL = "real clips"
+DRAWN = {"subject", "metric", "value", "interval", "floor"}
+"""What is drawn of a result."""
 BLIND = "I3D hardly sees how things move: a claim about motion rests on motion, flicker, coherence and raters, too."
 
 
@@ -49,6 +52,11 @@ class Entrant:
                 wrong = dict.fromkeys(self.failures, 0.0) if name.startswith("text:") else {}
                 found.setdefault(name, wrong)[key] = value
         return found
+
+
+def _apart(takes: Iterable[Key]) -> bool:
+    """Whether they are of two prompts or more: distances leave out pairs within one."""
+    return len({prompt for prompt, _ in takes}) > 1
 
 
 def judge_all(judge: Judge, name: str, clips: Sequence[ClipFile], takes: Sequence[Key], progress: Progress) -> Entrant:
@@ -78,8 +86,10 @@ def compare_subjects(judge: Judge, subjects: Sequence[Entrant], real: Entrant | 
         values, interval = list(held.values()), mean_interval(list(held.values()), [prompt for prompt, _ in held])
         results.append(_result(subject, metric, float(np.mean(values)), interval, len(values)))
     notes = [BLIND] if real and "i3d" in judge.networks else []
-    able = [one for one in subjects if len({prompt for prompt, _ in one.judged}) > 1]
-    if real and able and len(real.judged) > 3:
+    able = [one for one in subjects if _apart(one.judged)]
+    if real and not _apart(real.judged):
+        notes.append("There are no distances: the real clips that could be read are of fewer than two prompts.")
+    elif real and able and len(real.judged) > 3:
         if codecs[REAL] != used:
             notes.append(f"Real clips are stored as {codecs[REAL]}, the others as {used}: distances hold that, too.")
         n = min(len(real.judged) // 2, *(len(one.judged) for one in able))
@@ -99,9 +109,18 @@ def compare_subjects(judge: Judge, subjects: Sequence[Entrant], real: Entrant | 
     return {**found, "fingerprint": judge.fingerprint | own}
 
 
+def read_results(path: str) -> dict[str, Any]:
+    """What an earlier results.json holds. RecipeError for any other file."""
+    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+        found = decode_json(Path(path).read_bytes())
+        if isinstance(found["fingerprint"], dict) and all(row.keys() >= DRAWN for row in found["results"]):
+            return dict(found)
+    raise RecipeError(f"{path} is not there, or no results.json of `lingen eval`.")
+
+
 def join_results(found: dict[str, Any], earlier: dict[str, Any], path: object) -> dict[str, Any]:
     """An earlier result beside a new one. RecipeError where anything in their fingerprints differs."""
-    ours, theirs = found["fingerprint"], earlier.get("fingerprint", {})
+    ours, theirs = found["fingerprint"], earlier["fingerprint"]
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if differing:
         told = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in differing)
@@ -144,7 +163,7 @@ def _pairs(a: Entrant, b: Entrant, networks: Sequence[str], real: Entrant | None
             difference, p = float(np.mean(first) - np.mean(second)), paired_p(first, second, [key[0] for key in keys])
             yield {"metric": name, **shown, "difference": difference, "n": len(keys), "p": p}
     keys = [key for key in a.judged if key in b.judged]
-    if real is None or len({prompt for prompt, _ in keys}) < 2:
+    if real is None or not (_apart(keys) and _apart(real.judged)):
         return
     for network in networks:
         sides = [one.features(network, held) for one, held in ((a, keys), (b, keys), (real, [*real.judged]))]
@@ -160,7 +179,8 @@ def evaluate_clips(
     cannot be judged or compared. `subjects`: folders of clips, runs, weights files, and results.json of before, which
     stands beside what is new; `judge` is made once they are there; each should hold `repeat` clips of each prompt."""
     check_extra()
-    paths = {name: Path(name) for name in subjects if not name.endswith(".json")}
+    earlier = {name: read_results(name) for name in subjects if name.endswith(".json")}
+    paths = {name: Path(name) for name in subjects if name not in earlier}
     if not paths:
         raise RecipeError("Earlier results need clips to stand beside: name a folder, a run or a weights file, too.")
     weights = {name: find_weights(path) for name, path in paths.items() if not holds_clips(path)}
@@ -179,8 +199,8 @@ def evaluate_clips(
         with bar(f"measuring {name}") as progress:
             judged[name] = judge_all(made, name, files, takes if name in held else [f.key for f in files], progress)
     found = compare_subjects(made, [judged[name] for name in held], judged.get(REAL))
-    for name in (name for name in subjects if name.endswith(".json")):
-        found = join_results(found, json.loads(Path(name).read_text(encoding="utf-8")), name)
+    for name, before in earlier.items():
+        found = join_results(found, before, name)
     write_json(out / "results.json", found)
     _draw(found["results"], out / "results.png")
     return found
