@@ -21,9 +21,16 @@ from lingen.cli import main
 from lingen.data import manifest
 from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
-from lingen.data.fingerprint import frozen_settings, hash_weights
+from lingen.data.fingerprint import (
+    check_encoded,
+    frozen_differences,
+    frozen_settings,
+    hash_settings,
+    hash_weights,
+)
 from lingen.data.latents import LatentRequirements as EncodedSample
 from lingen.data.latents import read_encoded
+from lingen.data.manifest import About
 from lingen.data.sources import Reader
 from lingen.doctor import examine
 from lingen.frozen import Missing
@@ -262,6 +269,27 @@ def test_the_same_weights_elsewhere_are_the_same(folder: Path, encoded: Path, tm
     before = hash_weights(weights)
     (weights / "a").write_bytes(bytes((1 << 20) - 1) + b"\1")
     assert hash_weights(weights) != before
+
+
+def test_only_what_is_declared_a_path_is_taken_for_weights(
+    stages: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies in the current folder; and a path that begins with ~ is followed, as diffusers' loader does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("wan/vae", "vae", "fp32", "AutoencoderKLWan"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_text(name)
+    given = {"name": "diffusers", "class_name": "AutoencoderKLWan", "path": "~/wan", "subfolder": "vae"}
+    recipe = replace(stages[0], autoencoder={**given, "precision": "fp32"})
+    told = frozen_settings(recipe)["autoencoder"]
+    assert told == {**given, "precision": "fp32", "path": hash_weights(tmp_path / "wan")}
+    before = frozen_settings(recipe) | {"autoencoder": {**told, "path": None}}  # of versions that did not follow it
+    assert frozen_differences(before, frozen_settings(recipe)) == []
+    check_encoded([About(hash_settings(before), before)], recipe, "data.shards.video")
+    (tmp_path / "wan/vae/weights").write_text("other")
+    with pytest.raises(RecipeError, match=r"autoencoder\.path is"):
+        check_encoded([About("", {**before, "autoencoder": told})], recipe, "data.shards.video")
 
 
 def test_weights_that_come_with_lingen_count_too(stages: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
