@@ -34,15 +34,15 @@ def cache_folder() -> Path:
 
 
 def check_target(path: str | Path, suffix: str) -> Path:
-    """The path of an output file, checked before any work is done. RecipeError where it is a folder, does not end with
-    `suffix`, or nothing can be written where it is to be."""
+    """The path of an output file, checked before any work is done, its suffix in small letters. RecipeError where it is
+    a folder, does not end with `suffix`, or nothing can be written where it is to be."""
     path = Path(path)
     if path.is_dir():
         raise RecipeError(f"{path} is a folder; name a file to write, such as {path / 'name'}{suffix}.")
     if path.suffix.lower() != suffix:
         raise RecipeError(f"{path} does not end with {suffix}, which is what is written; name {path}{suffix}, say.")
     check_place(path.parent)
-    return path
+    return path.with_suffix(suffix)
 
 
 def check_place(folder: Path) -> None:

@@ -5,6 +5,7 @@ import argparse
 import inspect
 import re
 import sys
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,11 @@ def _sentence(text: str) -> str:
 def new(args: argparse.Namespace) -> None:
     from lingen.recipe.reading import shipped_folder
 
-    folder = Path(args.name)
+    folder, told = Path(args.name), f"such as my_{args.what}; got '{args.name}'."
     if not (args.name.isidentifier() and args.name.islower() and args.name.isascii()):
-        raise RecipeError(f"A part is named in small letters, digits and _, such as my_{args.what}; got '{args.name}'.")
+        raise RecipeError(f"A part is named in small letters, digits and _, {told}")
+    if iskeyword(args.name):
+        raise RecipeError(f"A part has a name that is no word of Python's own, {told}")
     if folder.exists():
         raise RecipeError(f"{folder} is there already; name another part, or go to another folder.")
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from lingen.cli.command import JSON, argument, command, natural, positive, print_json, print_table
@@ -22,7 +23,8 @@ def study_make(args: argparse.Namespace) -> None:
     key, notes = make_study(args.folders, lines_of(args.prompts), args.out, args.seed, args.per_rater)
     print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     print(f"study {key['study']}, {sum('pair' in one for one in key['trials'].values())} pairs")
-    print(f"{args.out}: for the raters\n{args.out[:-5]}.key.json: which side was which; keep it to yourself")
+    page = Path(args.out).with_suffix(".html")
+    print(f"{page}: for the raters\n{page.with_suffix('.key.json')}: which side was which; keep it to yourself")
 
 
 @command(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lingen.data import manifest
 from lingen.data.batch import Progress, no_progress
-from lingen.data.captions import captions_of
+from lingen.data.captions import about_of, captions_of
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.data.manifest import About, Row
@@ -20,6 +20,7 @@ from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStr
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS
+from lingen.text.transformers_reader import quiet
 
 SIDE = 448
 """Height of the frames that a model is shown, in pixels; it scales them to what it was trained on (ours)."""
@@ -60,11 +61,10 @@ class Captioner:
     """A model and its processor; RecipeError where the folder holds none. It is shown a video where it takes one, else
     the frames as pictures, else, where it takes no instructions either, the frame in the middle."""
 
+    @quiet()
     def __init__(self, how: Captioning):
-        from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        logging.set_verbosity_error()  # its progress bars and hints would mix with ours
-        logging.disable_progress_bar()
         if not how.model.is_dir():
             raise RecipeError(f"--model {how.model} is no folder; name one that holds a model and its processor.")
         try:
@@ -76,6 +76,7 @@ class Captioner:
         self.how = how
         self.model = model.to(how.device).eval()
 
+    @quiet()
     @torch.no_grad()
     def describe(self, frames: np.ndarray, seed: int) -> list[str]:
         """Captions of frames, uint8 [t h w 3], each once; those after the first by `seed`. ValueError where the model
@@ -151,7 +152,7 @@ def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStre
         captions = captions_of(members) if row.captions and not captioner.how.replace else []
         if not captions:
             captions = captioner.describe(_frames(members, row, captioner.how.frames), digest("caption", row.key))
-            about = json.loads(members.get("json", b"{}"))
+            about = about_of(members)
             about.pop("caption", None)
             about |= {"captions": captions, "captioner": captioner.how.name}
             members["json"] = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
