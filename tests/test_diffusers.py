@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lingen.autoencoder.diffusers_known import KNOWN, UNFIT
 from lingen.autoencoder.diffusers_vae import DiffusersVAE
-from lingen.autoencoder.tiling import decode_tiled, encode_tiled, tiles_of
+from lingen.autoencoder.ways import decode_tiled, encode_tiled, tiles_of
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sizes import check_frames

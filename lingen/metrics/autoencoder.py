@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
-from lingen.autoencoder.tiling import tiles_of
-from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for, ways_of
+from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, tiles_of, way_for, ways_of
 from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch, Progress, no_progress
 from lingen.data.buckets import Pool
