@@ -12,7 +12,7 @@ def captions_of(sample: dict[str, bytes]) -> list[str]:
     """`captions` (a list) or `caption` of the JSON, else the text of the .txt; at least one, each once. ValueError:
     ``no caption`` (none, or one of them empty), ``broken JSON``, ``caption is not UTF-8``."""
     try:
-        about = about_of(sample)
+        about = json_of(sample)
         found = about.get("captions") or about.get("caption")
         if found is None and "txt" in sample:
             found = decode_text(sample["txt"])
@@ -23,7 +23,7 @@ def captions_of(sample: dict[str, bytes]) -> list[str]:
         raise ValueError("caption is not UTF-8: it holds half of a surrogate pair") from error
 
 
-def about_of(sample: Mapping[str, bytes]) -> dict[str, Any]:
+def json_of(sample: Mapping[str, bytes]) -> dict[str, Any]:
     """What a sample's JSON says of it; nothing where there is none, or no mapping in it. ValueError ``broken JSON``."""
     about = decode_json(sample["json"]) if "json" in sample else None
     return about if isinstance(about, dict) else {}

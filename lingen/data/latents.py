@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
-from lingen.data.captions import about_of, captions_of
+from lingen.data.captions import captions_of, json_of
 from lingen.recipe.signature import check_value
 
 LATENTS_NPY = "latents.npy"
@@ -78,7 +78,7 @@ def read_sample_latents(members: Mapping[str, bytes]) -> Tensor:
 
 def read_text(members: Mapping[str, bytes], captions: int) -> StoredTokens:
     """The tokens of each of its `captions`, for those encoders that it holds tokens of. ValueError as above."""
-    about = about_of(members)
+    about = json_of(members)
     (lengths_of, nulls), wrong = check_value([about.get("tokens"), about.get("null")], COUNTS)
     if wrong:
         raise ValueError(f"broken latents: the JSON's tokens and null: {wrong}")

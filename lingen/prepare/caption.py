@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lingen.data import manifest
 from lingen.data.batch import Progress, no_progress
-from lingen.data.captions import about_of, captions_of
+from lingen.data.captions import captions_of, json_of
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.data.manifest import About, Row
@@ -152,7 +152,7 @@ def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStre
         captions = captions_of(members) if row.captions and not captioner.how.replace else []
         if not captions:
             captions = captioner.describe(_frames(members, row, captioner.how.frames), digest("caption", row.key))
-            about = about_of(members)
+            about = json_of(members)
             about.pop("caption", None)
             about |= {"captions": captions, "captioner": captioner.how.name}
             members["json"] = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
