@@ -14,9 +14,8 @@ from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
-from lingen.text.folder import download_advice
+from lingen.text import Cut
 from lingen.text.instruction import quoted
-from lingen.text.rows import Cut
 from lingen.weights import DTYPES, Lacking
 
 PathSetting = Annotated[str | None, IDENTITY, CONTENT, "the local folder that holds it; nothing is ever downloaded"]
@@ -31,6 +30,7 @@ Read = Annotated[Literal["prompt", "quoted"], IDENTITY, "the prompt, or only wha
 Device = Annotated[Literal["auto", "cpu", "cuda"], FREE, "where it runs; auto: where the denoiser is"]
 BatchSetting = Annotated[int, AtLeast(1), FREE, "texts run at once; with 1, a text has the same bits in any company"]
 
+FILES_END = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 REMEMBERED = 256 * 2**20
 """Bytes of an encoder's cache of tokens (ours): some 300 prompts of UL2, thousands of a small encoder."""
 
@@ -180,6 +180,14 @@ class LocalEncoder(nn.Module, abc.ABC):
             raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.") from lacking
         self._reader, self._opened = reader, (device, dtype)
         return reader
+
+
+def download_advice(public: str, home: str, path: str | None, setting: str, elsewhere: bool = False) -> str:
+    """How to get a published model: to `path`, or to `home` where that is no folder, or holds something else."""
+    is_file = path is not None and (Path(path).is_file() or Path(path).suffix in FILES_END)
+    folder = home if elsewhere or path is None or is_file else path
+    also = "" if folder == path else f" and set {setting.format(folder)}"
+    return f"download {public} with `hf download {public} --local-dir {folder}`{also}"
 
 
 def check_text_weights(found: int, dim: int, longest: int | None, max_tokens: int, special: int = 0) -> None:

@@ -14,10 +14,9 @@ from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
 from lingen.recipe.errors import did_you_mean
 from lingen.recipe.passed_on import passes_on
 from lingen.recipe.signature import checked
-from lingen.text.folder import check_model
+from lingen.text import Cut, padded
 from lingen.text.local import LocalEncoder, check_text_weights
-from lingen.text.rows import Cut, padded
-from lingen.text.transformers_reader import load
+from lingen.text.transformers_reader import check_model, load
 from lingen.weights import Lacking, check_file, read_json, weight_files
 
 CONFIG = "open_clip_config.json"

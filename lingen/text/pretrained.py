@@ -9,8 +9,7 @@ from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.passed_on import passes_on
 from lingen.recipe.signature import checked
 from lingen.text import local
-from lingen.text.folder import check_model
-from lingen.text.transformers_reader import TransformersReader, load, load_tokenizer
+from lingen.text.transformers_reader import TransformersReader, check_model, load, load_tokenizer
 from lingen.weights import Lacking
 
 T5_FAMILY = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}

@@ -16,9 +16,9 @@ from lingen.files import cache_folder, write_json
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
-from lingen.text.folder import check_model, download_advice
 from lingen.text.instruction import INSTRUCTION_VERSION, clean, fault_of, question
-from lingen.text.transformers_reader import quiet
+from lingen.text.local import download_advice
+from lingen.text.transformers_reader import check_model, quiet
 from lingen.weights import Lacking, read_json
 
 log = logging.getLogger("lingen")
