@@ -17,18 +17,20 @@ from lingen.cli import main
 from lingen.data.synthetic import captions, draw_clip
 from lingen.evaluation.clips import View, check_paired, find_clips
 from lingen.evaluation.comparison import REAL, Entrant, compare_subjects, evaluate_clips
-from lingen.evaluation.distances import (
+from lingen.evaluation.features import network_of
+from lingen.evaluation.judging import Judge, Judged
+from lingen.evaluation.statistics import (
     FeatureSet,
     KernelDistance,
     frechet_distance,
     frechet_floor,
+    holm,
     kernel_floor,
+    mean_interval,
     paired_kernel_p,
+    paired_p,
     polynomial_kernel,
 )
-from lingen.evaluation.features import network_of
-from lingen.evaluation.judging import Judge, Judged
-from lingen.evaluation.statistics import holm, mean_interval, paired_p
 from lingen.files import cache_folder
 from lingen.media import encode_mp4, save_video
 from lingen.metrics.measures import ClipScore, measure_coherence, measure_drift, measure_motion, measure_shapes

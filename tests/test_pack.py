@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from lingen.cli import main, progress
-from lingen.cli.pack import FROM_RECIPE
+from lingen.cli.encode import FROM_RECIPE
 from lingen.data import manifest
 from lingen.data.manifest import Row, media_hash
 from lingen.prepare.captions import Captions

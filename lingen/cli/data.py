@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.cli import command as cli
-from lingen.cli.pack import split_overrides
+from lingen.cli.encode import split_overrides
 from lingen.recipe.errors import RecipeError
 
 WEIGHTS = ("vgg16", "i3d", "efficientnet")

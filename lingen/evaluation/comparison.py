@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lingen.data.batch import Progress
-from lingen.evaluation import distances
+from lingen.evaluation import statistics
 from lingen.evaluation.clips import ClipFile, Key, check_length, check_paired, find_clips, holds_clips
 from lingen.evaluation.judging import Judge, Judged
 from lingen.evaluation.statistics import SEED, check_extra, holm, mean_interval, paired_p
@@ -27,8 +27,6 @@ from lingen.weights import find_weights
 FEW = 2048
 """Clips below which a Frechet distance is mostly its bias."""
 REAL = "real clips"
-DRAWN = {"subject", "metric", "value", "interval", "floor"}
-"""What is drawn of a result."""
 BLIND = "I3D hardly sees how things move: a claim about motion rests on motion, flicker, coherence and raters, too."
 
 
@@ -40,9 +38,9 @@ class Entrant:
     judged: dict[Key, Judged]
     failures: dict[Key, str]
 
-    def features(self, network: str, keys: Sequence[Key]) -> distances.FeatureSet:
+    def features(self, network: str, keys: Sequence[Key]) -> statistics.FeatureSet:
         rows = np.stack([self.judged[key].features[network] for key in keys])
-        return distances.FeatureSet(rows, [prompt for prompt, _ in keys])
+        return statistics.FeatureSet(rows, [prompt for prompt, _ in keys])
 
     def metrics(self) -> dict[str, dict[Key, float]]:
         """Each measure by take. A failed clip follows no text; other measures lack it, and `failed clips` counts it."""
@@ -112,8 +110,8 @@ def compare_subjects(judge: Judge, subjects: Sequence[Entrant], real: Entrant | 
 def read_results(path: str) -> dict[str, Any]:
     """What an earlier results.json holds. RecipeError for any other file."""
     with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
-        found = decode_json(Path(path).read_bytes())
-        if isinstance(found["fingerprint"], dict) and all(row.keys() >= DRAWN for row in found["results"]):
+        found, drawn = decode_json(Path(path).read_bytes()), {"subject", "metric", "value", "interval", "floor"}
+        if isinstance(found["fingerprint"], dict) and all(row.keys() >= drawn for row in found["results"]):
             return dict(found)
     raise RecipeError(f"{path} is not there, or no results.json of `lingen eval`.")
 
@@ -143,14 +141,14 @@ def names_of(network: str) -> tuple[str, str]:
 def _distances(network: str, subjects: Sequence[Entrant], real: Entrant, n: int) -> Iterator[dict[str, Any]]:
     """The kernel distance of all clips leads; the Frechet distance is of n on all sides, its floor too."""
     (kernel, frechet), there = names_of(network), real.features(network, list(real.judged))
-    floor = distances.frechet_floor(there.rows, n)
+    floor = statistics.frechet_floor(there.rows, n)
     for one in subjects:
         own = one.features(network, list(one.judged))
-        distance, count = distances.KernelDistance(own, there), len(own.rows)
-        low = distances.kernel_floor(there, count)
+        distance, count = statistics.KernelDistance(own, there), len(own.rows)
+        low = statistics.kernel_floor(there, count)
         yield _result(one.name, kernel, distance.value(), distance.interval(), count, low)
         some = [side.rows[np.random.default_rng(SEED).permutation(len(side.rows))[:n]] for side in (own, there)]
-        yield _result(one.name, frechet, distances.frechet_distance(*some), None, n, floor)
+        yield _result(one.name, frechet, statistics.frechet_distance(*some), None, n, floor)
 
 
 def _pairs(a: Entrant, b: Entrant, networks: Sequence[str], real: Entrant | None) -> Iterator[dict[str, Any]]:
@@ -167,7 +165,7 @@ def _pairs(a: Entrant, b: Entrant, networks: Sequence[str], real: Entrant | None
         return
     for network in networks:
         sides = [one.features(network, held) for one, held in ((a, keys), (b, keys), (real, [*real.judged]))]
-        difference, p = distances.paired_kernel_p(*sides)
+        difference, p = statistics.paired_kernel_p(*sides)
         yield {"metric": names_of(network)[0], **shown, "difference": difference, "n": len(keys), "p": p}
 
 
