@@ -177,10 +177,10 @@ def evaluate_clips(
     cannot be judged or compared. `subjects`: folders of clips, runs, weights files, and results.json of before, which
     stands beside what is new; `judge` is made once they are there; each should hold `repeat` clips of each prompt."""
     check_extra()
-    earlier = {name: read_results(name) for name in subjects if name.endswith(".json")}
-    paths = {name: Path(name) for name in subjects if name not in earlier}
+    paths = {name: Path(name) for name in subjects if not name.endswith(".json")}
     if not paths:
         raise RecipeError("Earlier results need clips to stand beside: name a folder, a run or a weights file, too.")
+    earlier = {name: read_results(name) for name in subjects if name not in paths}
     weights = {name: find_weights(path) for name, path in paths.items() if not holds_clips(path)}
     if weights and not prompts:
         raise RecipeError(f"{next(iter(weights))} is to be sampled: give --prompts FILE, one on each line.")
