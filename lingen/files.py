@@ -142,11 +142,11 @@ def write_json(path: Path, value: Any, indent: int | None = 2, end: str = "") ->
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + end)
 
 
-def remove_left(folder: Path, pattern: str) -> None:
-    """Removes what killed processes left unfinished in a folder, see `LEFT`."""
+def remove_left(folder: Path, pattern: str, seconds: float = LEFT) -> None:
+    """Removes what nobody touched for so long; by default what killed processes left unfinished in a folder."""
     for left in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):  # another process was first
-            if time.time() - left.stat().st_mtime < LEFT:
+            if time.time() - left.stat().st_mtime < seconds:
                 continue
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)

@@ -11,11 +11,13 @@ from PIL import Image
 
 from lingen.cli import main
 from lingen.data import manifest
-from lingen.data.shards import read_shard
+from lingen.data.shards import read_shard, write_shards
 from lingen.prepare.caption import Captioner, Captioning, caption
 from lingen.prepare.captions import Captions
+from lingen.prepare.check import check_folders
 from lingen.prepare.cut import ClipRequirements
 from lingen.prepare.filters import Filters
+from lingen.prepare.index import index_folder
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, look_for_footage, pack
 from lingen.recipe.errors import RecipeError
@@ -86,6 +88,19 @@ def test_a_killed_run_and_parts_say_the_same(models: dict[str, Path], raw: Path,
         caption(raw, tmp_path / "parts", how._replace(part=Part(number, 2)))
     whole = captions_in(tmp_path / "whole")
     assert captions_in(tmp_path / "killed") == whole == captions_in(tmp_path / "parts") and len(whole) == 4
+
+
+def test_samples_of_one_key_in_two_shards(models: dict[str, Path], raw: Path, tmp_path: Path) -> None:
+    samples = [one for path in sorted(raw.glob("video-*.tar")) for one in read_shard(path)][:2]
+    for number, sample in enumerate(samples):
+        told = {"__key__": "0000", "json": {"caption": f"clip {number}"}}
+        write_shards([{**sample, **told}], str(tmp_path / "raw" / f"{number}-%d.tar"))
+    index_folder(tmp_path / "raw", 0)
+    for _ in range(2):  # the same call again
+        report = caption(tmp_path / "raw", tmp_path / "out", Captioning(models["blip"], max_tokens=8))
+        assert report.made == {"video": 2}
+    assert [told["caption"] for told in captions_in(tmp_path / "out").values()] == ["clip 0", "clip 1"]
+    assert not check_folders([tmp_path / "out"], "full").faults
 
 
 def test_captions_are_written_anew_on_demand(models: dict[str, Path], raw: Path, tmp_path: Path) -> None:

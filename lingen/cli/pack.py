@@ -72,7 +72,7 @@ def data_pack(args: argparse.Namespace) -> int:
 def print_report(report: Any, args: argparse.Namespace, of: str) -> int:
     """Prints what was made as a table or JSON, and of what; returns FAILED where nothing was made."""
     made = f"{sum(report.made.values()):,} samples from {report.looked_at:,} {of}"
-    amount = f"{report.seconds / 3600:.3g} hours of clips, {report.size / 1e9:.3g} GB"
+    amount = f"{report.seconds / 3600:.3g} hours of clips, {report.bytes / 1e9:.3g} GB"
     cli.tell(args, report.as_json(), [report.rows()], "", f"{args.out}: {made}, {amount}")
     if not report.made:
         print("No sample was made: everything was left out; the table says why.", file=sys.stderr)

@@ -15,8 +15,8 @@ from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.data.manifest import About, Row
 from lingen.data.order import digest
-from lingen.data.shards import parse_sample
-from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream
+from lingen.data.shards import read_sample
+from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream, name_for
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS
@@ -133,9 +133,11 @@ def caption(folder: Path, out: Path, how: Captioning, progress: Progress = no_pr
         total, done = sum(map(len, work.values())), 0
         for kind, rows in work.items():
             stream = ShardStream(own, kind, how.shard_mb * 1_000_000)
+            names: set[str] = set()
             for row in rows:
-                if not stream.has(row.key, row.hash):
-                    _caption_one(folder, row, captioner, stream)
+                name = name_for(row.key, f"{row.shard} {row.offset}", names)
+                if not stream.has(name, row.hash):
+                    _caption_one(folder, row, name, captioner, stream)
                 done += 1
                 progress(done, total)
             stream.commit()
@@ -143,24 +145,23 @@ def caption(folder: Path, out: Path, how: Captioning, progress: Progress = no_pr
     return close_set(own, About(hash_settings(settings), settings), complete)
 
 
-def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStream) -> None:
+def _caption_one(folder: Path, row: Row, name: str, captioner: Captioner, stream: ShardStream) -> None:
     try:
         with (folder / row.shard).open("rb") as file:
-            file.seek(row.offset)
-            members = parse_sample(file.read(row.length), row.key)
+            members = read_sample(file, row.offset, row.length, row.key)
         captions = captions_of(members) if row.captions and not captioner.how.replace else []
         if not captions:
-            captions = captioner.describe(_frames(members, row, captioner.how.frames), digest("caption", row.key))
+            captions = captioner.describe(_frames(members, row, captioner.how.frames), digest("caption", name))
             about = json.loads(members.get("json", b"{}"))
             about.pop("caption", None)
             about |= {"captions": captions, "captioner": captioner.how.name}
             members["json"] = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
     except (OSError, ValueError) as error:
-        stream.note([Note(row.key, str(error)), Note(row.key, mark=row.hash)])
+        stream.note([Note(name, str(error)), Note(name, mark=row.hash)])
         return
-    stream.note([Note(row.key, mark=row.hash)])
-    told = row._replace(captions=len(captions), caption_length=len(captions[0]))
-    stream.write({"__key__": row.key, **members}, JournalEntry(told, (), row.key, row.hash))
+    stream.note([Note(name, mark=row.hash)])
+    told = row._replace(key=name, captions=len(captions), caption_length=len(captions[0]))
+    stream.write({"__key__": name, **members}, JournalEntry(told, (), name, row.hash))
 
 
 def _frames(members: dict[str, bytes], row: Row, count: int) -> np.ndarray:

@@ -89,7 +89,9 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
         own = np.array([numbered[shard] for shard in pool.index.shards])
         for shape, rows in zip(pool.shapes, pool.rows, strict=True):
             numbers = np.asarray(rows[:])
-            places = _places(pool.index, numbers, own)
+            records = pool.index.records[numbers]
+            offsets = numbers if isinstance(pool.index, DrawnIndex) else records["offset"]
+            places = (own[records["shard"]] << 40) + offsets
             if (earlier := taken.get((shape, fps))) is not None:
                 numbers, places = numbers[~np.isin(places, earlier)], np.union1d(earlier, places)
             taken[shape, fps] = places
@@ -101,12 +103,6 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
                     name = name_for(f"{key}-{shape}-{window:02d}", place, keys)
                     tasks.append(Task(pool.index, number, shape, fps, window, name, where))
     return tasks
-
-
-def _places(index: Index, numbers: np.ndarray, shards: np.ndarray) -> np.ndarray:
-    """int64: where samples lie, to be compared over indexes; `shards`: the number of each shard among those of all."""
-    records = index.records[numbers]
-    return (shards[records["shard"]] << 40) + (numbers if isinstance(index, DrawnIndex) else records["offset"])
 
 
 def _available(record: np.void, fps: float) -> int:
