@@ -2,6 +2,7 @@
 samples of all stages; each stage takes those of its own shapes."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -83,18 +84,18 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
         pools.append((recipe.data.fps if kind == "video" else 0.0, pool))
     shards = list(dict.fromkeys(shard for _, pool in pools for shard in pool.index.shards))
     numbered, names = {shard: number for number, shard in enumerate(shards)}, short_names(shards)
+    several = Counter((shape, fps) for fps, pool in pools for shape in pool.shapes)
     taken: dict[tuple[Shape, float], np.ndarray] = {}
     tasks, keys = list[Task](), set[str]()
     for fps, pool in pools:
         own = np.array([numbered[shard] for shard in pool.index.shards])
         for shape, rows in zip(pool.shapes, pool.rows, strict=True):
             numbers = np.asarray(rows[:])
-            records = pool.index.records[numbers]
-            offsets = numbers if isinstance(pool.index, DrawnIndex) else records["offset"]
-            places = (own[records["shard"]] << 40) + offsets
-            if (earlier := taken.get((shape, fps))) is not None:
-                numbers, places = numbers[~np.isin(places, earlier)], np.union1d(earlier, places)
-            taken[shape, fps] = places
+            if several[shape, fps] > 1:
+                records, earlier = pool.index.records[numbers], taken.get((shape, fps), np.zeros(0, np.int64))
+                offsets = numbers if isinstance(pool.index, DrawnIndex) else records["offset"]
+                places = (own[records["shard"]] << 40) + offsets
+                numbers, taken[shape, fps] = numbers[~np.isin(places, earlier)], np.union1d(earlier, places)
             for number in numbers[part.slice_of(len(numbers))].tolist():
                 record, key = pool.index.records[number], pool.index.key(number)
                 where = f"{names[own[record['shard']]]}:{key}"
