@@ -345,7 +345,8 @@ def test_a_stream_goes_on_behind_what_is_there(tmp_path: Path) -> None:
 
 def test_a_set_is_closed_under_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one that read the records before another job's last shard could write its manifest after that job's."""
-    folder, records_of, held = SetFolder(tmp_path / "set", Part(), {}), SetFolder.records_of, []
+    folder, records_of = SetFolder(tmp_path / "set", Part(), {}), SetFolder.records_of
+    held: list[Any] = []
 
     def looked(self: SetFolder, *args: Any) -> Any:
         with (self.parts / "lock").open("w") as lock, pytest.raises(BlockingIOError):

@@ -292,7 +292,7 @@ def test_patterns_of_objects(s3: Any) -> None:
 
 
 def test_a_list_that_fails_in_passing_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[tuple[str, Any]] = []
 
     def ask(address: str, timeout: float, call: str, **arguments: Any) -> Any:
         asked.append((address, arguments))
