@@ -131,6 +131,8 @@ def machine() -> Iterator[Line]:
     triton = str(version_of("triton")) if has_triton() else "not installed; kernels run on plain PyTorch"
     yield Line(has_triton() or not torch.cuda.is_available(), "triton", triton)
     yield Line(True, "kernels", _kernels())
+    steps = "CUDA graphs where nothing forbids them" if torch.cuda.is_available() else "no CUDA graphs without a GPU"
+    yield Line(True, "training steps", f"train.compile=auto: {steps}")
     yield _encoder()
     for name, folder in (("here", Path.cwd()), ("cache", cache_folder())):
         there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
@@ -145,13 +147,9 @@ def _lightning() -> Line:
     version = version_of("lightning")
     if version not in MALWARE:
         return Line(version is not None, "lightning", version or "not installed; pip install lightning")
-    return Line(
-        False,
-        "lightning",
-        f"{version} is malware that steals credentials (GHSA-w37p-236h-pfx3): pip install -U "
-        f"'lightning>=2.5,{','.join(f'!={one}' for one in MALWARE)}', and replace every key and token that was on this "
-        "machine",
-    )
+    cure = f"pip install -U 'lightning>=2.5,{','.join(f'!={one}' for one in MALWARE)}'"
+    told = f"{version} is malware that steals credentials (GHSA-w37p-236h-pfx3): {cure}"
+    return Line(False, "lightning", f"{told}, and replace every key and token that was on this machine")
 
 
 def _gpus() -> Iterator[Line]:

@@ -34,15 +34,15 @@ def cache_folder() -> Path:
 
 
 def check_target(path: str | Path, suffix: str) -> Path:
-    """The path of an output file, checked before any work is done. RecipeError where it is a folder, does not end with
-    `suffix`, or nothing can be written where it is to be."""
+    """The path of an output file, checked before any work is done, its suffix in small letters. RecipeError where it is
+    a folder, does not end with `suffix`, or nothing can be written where it is to be."""
     path = Path(path)
     if path.is_dir():
         raise RecipeError(f"{path} is a folder; name a file to write, such as {path / 'name'}{suffix}.")
     if path.suffix.lower() != suffix:
         raise RecipeError(f"{path} does not end with {suffix}, which is what is written; name {path}{suffix}, say.")
     check_place(path.parent)
-    return path
+    return path.with_suffix(suffix)
 
 
 def check_place(folder: Path) -> None:
@@ -142,11 +142,11 @@ def write_json(path: Path, value: Any, indent: int | None = 2, end: str = "") ->
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + end)
 
 
-def remove_left(folder: Path, pattern: str) -> None:
-    """Removes what killed processes left unfinished in a folder, see `LEFT`."""
+def remove_left(folder: Path, pattern: str, seconds: float = LEFT) -> None:
+    """Removes what nobody touched for so long; by default what killed processes left unfinished in a folder."""
     for left in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):  # another process was first
-            if time.time() - left.stat().st_mtime < LEFT:
+            if time.time() - left.stat().st_mtime < seconds:
                 continue
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lingen.blocks.block import Block, mixers_of
-from lingen.blocks.layers import RMSNorm, stays_float32, undecayed
+from lingen.blocks.layers import RMSNorm, cut_patches, join_patches, stays_float32, undecayed
 from lingen.blocks.positions import Positions, resize_tables
 from lingen.blocks.recompute import activation_bytes, kept_by_blocks
 from lingen.flow import along
@@ -95,7 +95,7 @@ class LinGen(nn.Module):
         embedding, modulation = self.time(of_token, pooled)
         # The residual stream keeps the dtype of the weights: float32 under autocast.
         dtype = self.patchify.weight.dtype
-        x = self.patchify(_cut(latents, self.config.patch).to(dtype)).to(dtype)
+        x = self.patchify(cut_patches(_repeat_last(latents, 2, frames), self.config.patch).to(dtype)).to(dtype)
         positions = self.positions(grid).to(x.dtype)
         for block, level in zip(self.blocks, self._levels(x), strict=False):
             x = block(x, positions, modulation, tokens, mask, level)
@@ -104,8 +104,7 @@ class LinGen(nn.Module):
         _, normed = modulate(x, weight=self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
         assert isinstance(normed, Tensor)
         out = _linear(self.unpatchify, normed)
-        out = out.unflatten(4, (-1, *self.config.patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of `_cut`
-        out = out.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, : latents.shape[2]].to(latents.dtype)
+        out = join_patches(out, self.config.patch)[:, :, : latents.shape[2]].to(latents.dtype)
         if self.config.predict == "velocity":
             return out
         return (out - latents) / along(1 - time, latents).clamp(min=SMALLEST_TIME_LEFT).to(latents.dtype)
@@ -207,13 +206,6 @@ def token_grid(size: Sequence[int], patch: Sequence[int]) -> Triple:
             raise ValueError(f"The latents' {axis} {n} is no multiple of the patch's {p} (patch: {list(patch)}).")
     t, h, w = (-(-n // p) for n, p in zip(size, patch, strict=True))
     return t, h, w
-
-
-def _cut(latents: Float[Tensor, "b c t h w"], patch: Triple) -> Float[Tensor, "b T H W p"]:
-    """Patches as the last axis; the last frame is repeated where there are fewer than a patch has."""
-    x = _repeat_last(latents, 2, patch[0])
-    x = x.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
 
 
 def _repeat_last(x: Tensor, axis: int, length: int) -> Tensor:

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -32,6 +33,9 @@ STORED_TYPES = {
     "torch.bool": "BOOL",
 }  # fmt: skip
 """A type of torch in words -> what safetensors calls it."""
+TORCH = (b"PK", b"\x80")
+"""How a file that torch.save wrote begins: a ZIP, whose end tells of the rest, or long ago a bare pickle, of which
+nothing is told."""
 _MOVED = (
     (re.compile(r"\.(a_log|d|dt_bias)$"), r".memory.\1"),
     (re.compile(r"(\bblocks\.\d+\.modulation)$"), r"\1.weight"),
@@ -50,6 +54,67 @@ class WeightsError(RecipeError):
     def __init__(self, path: str | Path, what: str):
         super().__init__(f"{path}: {what}")
         self.what = what
+
+
+class Lacking(ValueError):
+    """Raised where a folder is not what an encoder needs.
+
+    Args:
+        what: the fault as half a sentence, which the message completes.
+        cure: what helps; None: the right files.
+        elsewhere: the right files belong in another folder, since this one holds something else."""
+
+    def __init__(self, what: str, cure: str | None = None, *, elsewhere: bool = False):
+        super().__init__(what)
+        self.cure, self.elsewhere = cure, elsewhere
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping. Lacking where there is none."""
+    if not path.is_file():
+        raise Lacking(f"it holds no {path.name}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Lacking(f"its {path.name} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise Lacking(f"its {path.name} is no mapping")
+    return found
+
+
+def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files of weights in a folder: the first of these names, or all that it tells, where it is an index. Lacking
+    where there is none."""
+    first = next((folder / name for name in names if (folder / name).is_file()), None)
+    if first is None:
+        raise Lacking(f"it holds no weights ({', '.join(names)})")
+    if first.suffix != ".json":
+        return [first]
+    told = read_json(first).get("weight_map")
+    if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+        raise Lacking(f"its {first.name} does not say which tensor is in which file")
+    return [folder / name for name in sorted({*told.values()})]
+
+
+def check_file(file: Path) -> None:
+    """Lacking where a file of published weights is missing or incomplete; reads its header."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise Lacking(f"its {file.name} is missing")
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start == b"version ":
+        raise Lacking(f"its {file.name} is Git LFS's note of a file, not the file", "fetch it with `git lfs pull`")
+    if file.suffix == ".safetensors":
+        try:
+            safe_open(str(file), "np")  # holds the file's size to what its header tells
+        except (OSError, SafetensorError) as error:
+            raise Lacking(f"its {file.name} is cut off or no safetensors file") from error
+    elif not start.startswith(TORCH):
+        raise Lacking(f"its {file.name} holds no weights: neither safetensors nor what torch.save writes")
+    elif start.startswith(b"PK") and not zipfile.is_zipfile(file):
+        raise Lacking(f"its {file.name} is cut off or damaged")
 
 
 def export_weights(source: str | Path, out: str | Path, precision: str = "bf16") -> Path:

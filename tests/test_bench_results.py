@@ -37,6 +37,8 @@ def test_results_grow_row_by_row(tmp_path: Path):
 def test_the_command_says_nothing_of_this_machine():
     words = ["/a/b/lingen", "bench", "scaling", "--out", "/a/b", "--dim", "8", "--commit=abc", "--out=/c", "x=a b"]
     assert command_line(words) == "lingen bench scaling --dim 8 'x=a b'"
+    words = ["/a/__main__.py", "gpus", "--keep", "/a/b", "--acts", "speed", "--json=/c"]
+    assert command_line(words, "python -m tests.soak") == "python -m tests.soak gpus --acts speed"
 
 
 def forward(ms: float, **more):
@@ -83,6 +85,22 @@ def test_ratios_to_stock_parts_review_tokens_and_exponents():
     assert verdicts(long | {"tokens": 16_384}, fits=fits)["time of mate ~ tokens^"][1] == "not measured"
 
 
+def test_training_has_its_bars():
+    parts = {"forward": 40.0, "callbacks": 6.0, "loop": 3.0, "data": 1.0}
+    fit = {"name": "fit", "recipe": "emoji_64", "kind": "image", "compile": "graph", "ms": 25.0, "busy": 0.6}
+    fit |= {"parts": parts}
+    large = {"name": "gpus", "act": "speed", "gpus": 1, "overrides": [], "stage": "t2v_512_68s"}
+    large |= {"tokens_per_second": 15e3}
+    half = {**large, "overrides": ["model.depth=14"], "checkpointing": "false", "mfu": 0.44, "tokens_per_second": 30e3}
+    told = verdicts(fit, {**fit, "compile": "off", "ms": 180.0}, large, half)
+    assert told["emoji_64, image step (ms)"][:2] == ["25", "reached"]
+    assert told["emoji_64, image step, GPU busy (%)"][:2] == ["60", "missed by 25.0%"]
+    assert told["emoji_64, image step, loop (% of a timed step)"][:2] == ["20", "missed by 100.0%"]
+    assert told["LinGen-4B trains, 68 s (tokens/s)"][:2] == ["15,000", "reached"]
+    assert told["LinGen-4B of half the depth trains, 17 s, nothing recomputed (% MFU)"][:2] == ["44", "reached"]
+    assert told["LinGen-4B trains, 17 s (tokens/s)"][1] == "not measured"
+
+
 def test_the_newest_file_counts():
     old, new = (
         HEAD | {"date": date, "rows": [forward(ms)]} for date, ms in (("2026-01-01", 1.0), ("2026-02-01", 2000.0))
@@ -103,6 +121,15 @@ def test_the_pages_tables_are_those_of_the_committed_files():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert fill(page, read(ROOT / "docs" / "results")) == page
     assert all(f"<!-- table: {name} -->" in page for name in PAGE)
+
+
+def test_every_committed_result_says_when_and_by_which_code_and_command():
+    """A file, or each of its parts; those of the theatre's clips and judge are in its own forms (docs/theatre.md)."""
+    for file in (ROOT / "docs" / "results").glob("*.json"):
+        held = json.loads(file.read_text(encoding="utf-8"))
+        for part in [held] if "command" in held else held.values():
+            if file.stem not in ("theatre", "theatre_judge"):
+                assert {"date", "commit", "command"} <= part.keys(), file.name
 
 
 def test_show_prints_and_fills(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

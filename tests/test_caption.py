@@ -11,11 +11,13 @@ from PIL import Image
 
 from lingen.cli import main
 from lingen.data import manifest
-from lingen.data.shards import read_shard
+from lingen.data.shards import read_shard, write_shards
 from lingen.prepare.caption import Captioner, Captioning, caption
 from lingen.prepare.captions import Captions
+from lingen.prepare.check import check_folders
 from lingen.prepare.cut import ClipRequirements
 from lingen.prepare.filters import Filters
+from lingen.prepare.index import index_folder
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, look_for_footage, pack
 from lingen.recipe.errors import RecipeError
@@ -88,10 +90,40 @@ def test_a_killed_run_and_parts_say_the_same(models: dict[str, Path], raw: Path,
     assert captions_in(tmp_path / "killed") == whole == captions_in(tmp_path / "parts") and len(whole) == 4
 
 
+def test_samples_of_one_key_in_two_shards(models: dict[str, Path], raw: Path, tmp_path: Path) -> None:
+    samples = [one for path in sorted(raw.glob("video-*.tar")) for one in read_shard(path)][:2]
+    for number, sample in enumerate(samples):
+        told = {"__key__": "0000", "json": {"caption": f"clip {number}"}}
+        write_shards([{**sample, **told}], str(tmp_path / "raw" / f"{number}-%d.tar"))
+    index_folder(tmp_path / "raw", 0)
+    for _ in range(2):  # the same call again
+        report = caption(tmp_path / "raw", tmp_path / "out", Captioning(models["blip"], max_tokens=8))
+        assert report.made == {"video": 2}
+    assert [told["caption"] for told in captions_in(tmp_path / "out").values()] == ["clip 0", "clip 1"]
+    assert not check_folders([tmp_path / "out"], "full").faults
+
+
 def test_captions_are_written_anew_on_demand(models: dict[str, Path], raw: Path, tmp_path: Path) -> None:
     caption(raw, tmp_path, Captioning(models["blip"], max_tokens=8, replace=True))
     told = captions_in(tmp_path)["b-0000"]
     assert told["captions"] != ["a fractal"] and "caption" not in told
+
+
+def test_a_json_that_is_no_mapping_is_replaced(models: dict[str, Path], raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    write_shards(
+        [
+            {k: v for k, v in sample.items() if k != "json"} | {"json": "[1]", "txt": "a fractal"}
+            for sample in read_shard(raw / "video-00000.tar")
+        ],
+        str(tmp_path / "raw" / "video-%05d.tar"),
+    )
+    index_folder(tmp_path / "raw", 0)
+    for replace, told in ((False, [1]), (True, dict)):
+        caption(
+            tmp_path / "raw", out := tmp_path / str(replace), Captioning(models["blip"], max_tokens=8, replace=replace)
+        )
+        assert all(one == told or type(one) is told for one in captions_in(out).values()) and captions_in(out)
 
 
 def test_a_model_that_says_nothing_is_a_counted_drop(models: dict[str, Path], raw: Path, tmp_path: Path) -> None:

@@ -243,6 +243,8 @@ def test_what_is_no_run_and_what_no_run_has_is_refused(tiny_run: Path, here: Pat
     assert "is no run folder, and holds none" in capsys.readouterr().err
     assert main(["compare", str(tiny_run), "--metric", "los"]) == 2
     assert "no run has it. Did you mean 'loss'? Known: " in capsys.readouterr().err
+    assert main(["compare", str(tiny_run), "--metric", "stage"]) == 2
+    assert "--metric stage: no run has it." in capsys.readouterr().err
 
 
 def test_a_page_of_large_pictures_stays_small(two_runs: list[Path], monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -30,6 +31,7 @@ from lingen.data.locations import Location, expand
 from lingen.data.shards import parse_sample, write_shards
 from lingen.data.sources import Reader
 from lingen.media import encode_mp4, encode_png
+from lingen.prepare.index import index_folder
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards, TrainConfig
 
@@ -598,6 +600,25 @@ def test_the_ledger_survives_a_checkpoint_and_adds_up_over_ranks() -> None:
     later.check(0.5, loaded)
     with pytest.raises(DataError, match=r"3 samples cannot be used \(7 could\).*The first: b.tar: truncated shard"):
         later.check(0, loaded)
+
+
+def test_shards_of_one_name_are_counted_apart(tmp_path: Path) -> None:
+    """In the folders of both kinds, in two folders of one kind, and on two ports of a server."""
+    for name, samples in (("i", image_samples(3)), ("v", video_samples(2)), ("w", video_samples(2))):
+        write_shards(samples, str(tmp_path / name / "%05d.tar"))
+        index_folder(tmp_path / name, 0)
+    for name in "vw":
+        os.truncate(tmp_path / name / "00000.tar", 1000)
+    pictures, films = str(tmp_path / "i"), [str(tmp_path / name / "00000.tar") for name in "vw"]
+    both = ClipData(recipe(tmp_path, shards=Shards(image=pictures, video=films)))
+    assert {drop.where for drop in both.train.faults} == {"v/00000.tar", "w/00000.tar"}
+    data, ledger = ClipData(recipe(tmp_path, shards=Shards(image=pictures, video=films[:1]))), Ledger()
+    ledger.open(data.train.faults, {})
+    assert ledger.faults.keys() == {"video/00000.tar"}
+    ledger.record(take(data, 1)[0])
+    ledger.record(batch_with(1, Drop("h1:8080/a/x.tar:k", "no caption"), Drop("h2:8080/a/x.tar:k:l", "no caption")))
+    assert ledger.shards.keys() == {"image/00000.tar", "a", "h1:8080/a/x.tar", "h2:8080/a/x.tar"}
+    assert data.train.names(next(data.places())) == take(data, 1)[0].keys
 
 
 def test_lightning_keeps_its_hands_off_the_order(shards: Path) -> None:

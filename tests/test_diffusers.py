@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lingen.autoencoder.diffusers_known import KNOWN, UNFIT
 from lingen.autoencoder.diffusers_vae import DiffusersVAE
-from lingen.autoencoder.tiling import decode_tiled, encode_tiled, tiles_of
+from lingen.autoencoder.ways import decode_tiled, encode_tiled, tiles_of
 from lingen.recipe.errors import RecipeError, SettingError
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.recipe.sizes import check_frames
@@ -250,6 +250,10 @@ def _cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def _index(folder: Path, told) -> None:
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": told}))
+
+
 def _rename(folder: Path, name: str) -> None:
     (folder / "diffusion_pytorch_model.safetensors").rename(folder / name)
 
@@ -266,11 +270,12 @@ def _rename(folder: Path, name: str) -> None:
         (None, {"channels": 16}, "4 channels, the recipe 16. Set channels: 4"),
         (None, {"strides": [4, 16, 16]}, r"strides \[4, 8, 8\], the recipe \[4, 16, 16\]. Set strides: \[4, 8, 8\]"),
         (lambda f: _edit(f, _class_name="AutoencoderKL"), {"class_name": None}, "takes pictures"),
-        (_cut, {}, "is not whole .*Download it again"),
+        (_cut, {}, "is cut off or no safetensors file. Download the folder 'vae'"),
+        (lambda f: _index(f, []), {}, "index.json does not say which tensor is in which file. Download"),
         (
             lambda f: _rename(f, "diffusion_pytorch_model.bin"),
             {},
-            r"safetensors \(there is diffusion_pytorch_model.bin",
+            r"safetensors\) \(there is diffusion_pytorch_model.bin",
         ),
     ],
 )

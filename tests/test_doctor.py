@@ -114,6 +114,7 @@ def test_the_machine(capsys: pytest.CaptureFixture[str]):
     fast = torch.cuda.is_available()
     assert (told["cuda:0"] if fast else told["cuda"])[0] == ("ok" if fast else "note")
     assert ("triton for scan" if fast else "chunked for scan") in told["kernels"][1]
+    assert told["training steps"][1].startswith("train.compile=auto: CUDA" if fast else "train.compile=auto: no CUDA")
     assert told["libx264"][0] == "ok" and set(doctor.OPTIONAL) <= set(told)
     assert main(["doctor", "--json"]) == 0
     assert [one["what"] for one in json.loads(capsys.readouterr().out)] == list(told)

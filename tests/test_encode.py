@@ -21,17 +21,27 @@ from lingen.cli import main
 from lingen.data import manifest
 from lingen.data.batch import Batch
 from lingen.data.datamodule import ClipData
-from lingen.data.fingerprint import frozen_settings, hash_weights
+from lingen.data.fingerprint import (
+    check_encoded,
+    frozen_differences,
+    frozen_settings,
+    hash_settings,
+    hash_weights,
+)
 from lingen.data.latents import LatentRequirements as EncodedSample
 from lingen.data.latents import read_encoded
+from lingen.data.manifest import About
+from lingen.data.shards import read_shard, write_shards
 from lingen.data.sources import Reader
 from lingen.doctor import examine
 from lingen.frozen import Missing
 from lingen.prepare.captions import Captions
+from lingen.prepare.check import check_folders
 from lingen.prepare.cut import ClipRequirements
 from lingen.prepare.encode import Encoding, _load, encode_shards, tasks_of
 from lingen.prepare.encoders import Encoders
 from lingen.prepare.filters import Filters
+from lingen.prepare.index import index_folder
 from lingen.prepare.journal import Part
 from lingen.prepare.pack import Packing, look_for_footage, pack
 from lingen.recipe import load_stages
@@ -264,6 +274,27 @@ def test_the_same_weights_elsewhere_are_the_same(folder: Path, encoded: Path, tm
     assert hash_weights(weights) != before
 
 
+def test_only_what_is_declared_a_path_is_taken_for_weights(
+    stages: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies in the current folder; and a path that begins with ~ is followed, as diffusers' loader does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("wan/vae", "vae", "fp32", "AutoencoderKLWan"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_text(name)
+    given = {"name": "diffusers", "class_name": "AutoencoderKLWan", "path": "~/wan", "subfolder": "vae"}
+    recipe = replace(stages[0], autoencoder={**given, "precision": "fp32"})
+    told = frozen_settings(recipe)["autoencoder"]
+    assert told == {**given, "precision": "fp32", "path": hash_weights(tmp_path / "wan")}
+    before = frozen_settings(recipe) | {"autoencoder": {**told, "path": None}}  # of versions that did not follow it
+    assert frozen_differences(before, frozen_settings(recipe)) == []
+    check_encoded([About(hash_settings(before), before)], recipe, "data.shards.video")
+    (tmp_path / "wan/vae/weights").write_text("other")
+    with pytest.raises(RecipeError, match=r"autoencoder\.path is"):
+        check_encoded([About("", {**before, "autoencoder": told})], recipe, "data.shards.video")
+
+
 def test_weights_that_come_with_lingen_count_too(stages: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(stages[0], autoencoder={"name": "tae_small", "chunk": 4})
     before = frozen_settings(recipe)["autoencoder"]
@@ -340,6 +371,46 @@ def test_stages_must_agree(folder: Path, tmp_path: Path) -> None:
     other = load_stages(folder / "r.yaml", [VIDEO, "stages.long.data.fps_prefix=false"])
     with pytest.raises(RecipeError, match="Stages 'short' and 'long' encode in different ways: fps_prefix"):
         encode_shards(other, tmp_path, Encoding())
+
+
+def sets_of_one_name(folder: Path, tmp_path: Path) -> Path:
+    """A recipe with a stage on each of two folders whose shards, and the samples in them, have the same names."""
+    for name, cut in (("A", slice(0, 2)), ("B", slice(1, 3))):
+        samples = [one for path in sorted((folder / "raw").glob("video-*.tar")) for one in read_shard(path)][cut]
+        named = [{**one, "__key__": f"{number:04d}"} for number, one in enumerate(samples)]
+        write_shards(named, str(tmp_path / name / "video-%05d.tar"))
+        index_folder(tmp_path / name, 0)
+    text = RECIPE.partition("stages:")[0].format(folder=folder)
+    shards = [f"{{data: {{frames: 4, shards: {{video: {tmp_path / name}}}}}}}" for name in "AB"]
+    (tmp_path / "r.yaml").write_text(f"{text}stages:\n  one: {shards[0]}\n  two: {shards[1]}\n")
+    return tmp_path / "r.yaml"
+
+
+def test_samples_of_one_name_in_several_places_are_all_encoded(folder: Path, tmp_path: Path) -> None:
+    stages = load_stages(sets_of_one_name(folder, tmp_path), [VIDEO])
+    tasks = tasks_of(stages, "video", Part())
+    assert {(task.where, task.window) for task in tasks} == {
+        (f"{name}/video-00000.tar:000{i}", window)
+        for name, i, windows in (("A", 0, 6), ("A", 1, 2), ("B", 0, 2), ("B", 1, 2))
+        for window in range(windows)
+    }
+    assert [task.key for task in tasks][:8] == [f"0000-4x16x16-{i:02d}" for i in range(6)] + [
+        "0001-4x16x16-00",
+        "0001-4x16x16-01",
+    ]
+    for _ in range(2):  # the same call again finds all of them done
+        report = encode_shards(stages, tmp_path / "out", Encoding())
+        assert report.made == {"latents": 12}
+        checked = check_folders([tmp_path / "out"], "full")
+        assert checked.samples == 12 and not checked.faults
+
+
+def test_a_clip_lies_in_one_part_alone(folder: Path) -> None:
+    """Also where the second stage has buckets that the first one has not."""
+    stages = load_stages(folder / "r.yaml", [VIDEO, "stages.short.data.frames=8", "stages.long.data.lengths=[16]"])
+    whole = [task.key for task in tasks_of(stages, "video", Part())]
+    parts = [task.key for number in (1, 2) for task in tasks_of(stages, "video", Part(number, 2))]
+    assert sorted(parts) == sorted(whole) and len(set(whole)) == len(whole)
 
 
 @pytest.mark.slow

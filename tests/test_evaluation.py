@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,26 +18,30 @@ from scipy import linalg
 from lingen.cli import main
 from lingen.data.synthetic import captions, draw_clip
 from lingen.evaluation.clips import View, check_paired, find_clips
-from lingen.evaluation.distances import (
+from lingen.evaluation.comparison import REAL, Entrant, compare_subjects, evaluate_clips
+from lingen.evaluation.features import network_of
+from lingen.evaluation.judging import Judge, Judged
+from lingen.evaluation.statistics import (
     FeatureSet,
     KernelDistance,
     frechet_distance,
     frechet_floor,
+    holm,
     kernel_floor,
+    mean_interval,
     paired_kernel_p,
+    paired_p,
     polynomial_kernel,
 )
-from lingen.evaluation.features import network_of
-from lingen.evaluation.judging import Judge
-from lingen.evaluation.statistics import holm, mean_interval, paired_p
 from lingen.files import cache_folder
 from lingen.media import encode_mp4, save_video
 from lingen.metrics.measures import ClipScore, measure_coherence, measure_drift, measure_motion, measure_shapes
 from lingen.prepare.networks import ArraysOnly
 from lingen.recipe.errors import RecipeError
 from tests.helpers import encoders
-from tests.helpers.closeness import relative_error
-from tests.helpers.commands import run_python
+from tests.helpers.closeness import assert_close, relative_error
+from tests.helpers.commands import ROOT, run_python
+from tests.tools.i3d_reference import reference_clip
 
 PROMPTS = captions()[:6]
 NET = "tests.test_evaluation:SmallNet"
@@ -324,6 +331,28 @@ def test_two_folders_side_by_side(here: Path, capsys: pytest.CaptureFixture[str]
     assert "below 2,048 they are mostly bias" in capsys.readouterr().out
 
 
+def test_an_earlier_result_that_is_none_is_told_before_anything_is_measured(here: Path, capsys):
+    for held in ("{", "[]", '{"results": [1], "fingerprint": {}}', '{"results": [{"subject": "a"}]}'):
+        (here / "old.json").write_text(held)
+        with pytest.raises(RecipeError, match="old.json is not there, or no results.json"):
+            evaluate_clips(["A", "old.json"], lambda: pytest.fail("measured"), here, lambda name: pytest.fail(name))
+
+
+def test_real_clips_of_one_prompt_have_no_distances():
+    def entrant(name: str, prompts: str) -> Entrant:
+        rows = np.random.default_rng(len(name)).random((len(prompts), 3))
+        judged = {(one, n): Judged({"motion": 1.0}, {"net": rows[n]}) for n, one in enumerate(prompts)}
+        return Entrant(name, judged, {})
+
+    judge = SimpleNamespace(networks={"net": None}, fingerprint={})
+    subjects = [entrant("a", "vwxyz"), entrant("bc", "vwxyz")]
+    for prompts, told in (("rrrrr", True), ("rstuv", False)):
+        found = compare_subjects(judge, subjects, entrant(REAL, prompts))  # type: ignore[arg-type]
+        json.dumps(found, allow_nan=False)
+        assert any("fewer than two prompts" in note for note in found["notes"]) is told
+        assert any("distance" in row["metric"] for row in (*found["results"], *found["comparisons"])) is not told
+
+
 def test_what_was_measured_is_kept_and_gives_the_same(here: Path, monkeypatch: pytest.MonkeyPatch):
     run("A", "B", "--real", "real")
     first = (here / "eval/clips/results.json").read_text()
@@ -486,6 +515,61 @@ def test_the_real_network_sees_damage(name: str):
         one, again, other = network(clip), network(clip), network(noise)
     assert torch.equal(one, again) and one.shape == (1, 400 if network.video else 1280)
     assert (one - other).norm() > 0.3 * one.norm()
+
+
+@pytest.mark.slow
+def test_i3d_is_that_of_an_independent_implementation():
+    """Its logits of a clip beside the Flax port's; `tests/tools/i3d_reference.py` made them."""
+    path = WEIGHTS / "i3d.safetensors"
+    if not path.is_file():
+        pytest.skip(f"lingen data fetch i3d --out {WEIGHTS}")
+    want = torch.tensor(json.loads((ROOT / "tests" / "tools" / "i3d_reference.json").read_text())["logits"])
+    clip = torch.from_numpy(reference_clip()).permute(3, 0, 1, 2)[None]
+    with torch.no_grad():
+        assert_close("logits of I3D", want, network_of(f"i3d={path}")(clip)[0], 1e-4)
+
+
+@pytest.fixture
+def page_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `mine.py` of docs/evaluation.md."""
+    (code,) = re.findall(r"```python\n(# mine.py\n.*?)```", (ROOT / "docs" / "evaluation.md").read_text("utf-8"), re.S)
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["VideoMAE", "VJEPA2"])
+def test_video_networks_of_the_page_judge_clips(name: str, page_networks: Path):
+    import transformers
+
+    few = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "tubelet_size": 2}
+    settings: dict[str, dict] = {
+        "VideoMAE": {"image_size": 224, "patch_size": 112, "num_frames": 16, "intermediate_size": 8},
+        "VJEPA2": {
+            "crop_size": 256, "patch_size": 64, "frames_per_clip": 16, "mlp_ratio": 1, "pred_hidden_size": 24,
+            "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1, "num_pooler_layers": 1,
+        },
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**few, **settings[name])
+    getattr(transformers, f"{name}Model")(config).save_pretrained(page_networks / name)
+    judge = Judge([f"mine:{name}={page_networks / name}"], View(8.0, 16, 224), device="cpu")
+    one, other = (judge.measure(moving(16, step, side=224)).features[f"mine:{name}"] for step in (2, 4))
+    assert one.shape == (24,) and one.dtype == np.float32 and not np.allclose(one, other)
+
+
+def test_the_inception_of_the_page_judges_frames(page_networks: Path, monkeypatch: pytest.MonkeyPatch):
+    """Random weights in FID's real network; only where torch-fidelity is installed."""
+    pytest.importorskip("torch_fidelity")
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **named: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *args, **named: None)
+        torch.save(NoTrainInceptionV3("inception-v3-compat", ["2048"], "none").state_dict(), page_networks / "net.pth")
+    judge = Judge([f"mine:Inception={page_networks / 'net.pth'}"], View(8.0, 16, 224), device="cpu")
+    found = judge.measure(moving(16, side=224))
+    assert found.features["mine:Inception"].shape == (2048,) and "coherence@1, mine:Inception" in found.values
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

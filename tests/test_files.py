@@ -160,7 +160,8 @@ def test_modes_are_what_the_umask_says(tmp_path: Path):
 
 
 def test_what_cannot_be_written_is_said_before(tmp_path: Path):
-    assert check_target(tmp_path / "new" / "clip.mp4", ".mp4") == tmp_path / "new" / "clip.mp4"
+    for name in ("clip.mp4", "clip.MP4"):
+        assert check_target(tmp_path / "new" / name, ".mp4") == tmp_path / "new" / "clip.mp4"
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
     for path, says in (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lingen import flow
 from lingen.recipe.reading import shipped_recipes
 from lingen.recipe.sections import SampleConfig, TimeConfig
-from tests.yardsticks.times import kept, kept_by_recipe, late, late_share
+from tests.yardsticks.times import kept, kept_by_recipe, late, late_share, stacked
 
 LOGIT_NORMAL = TimeConfig(shift=1.0)
 UNIFORM = TimeConfig(distribution="uniform", shift=1.0)
@@ -52,6 +52,8 @@ def test_auto_shift_goes_through_its_anchors_and_never_below_1():
     assert shifts == sorted(shifts) and shifts[0] >= 1
     assert (shifts[2], shifts[5]) == pytest.approx((flow.IMAGE_ANCHOR[1], flow.VIDEO_ANCHOR[1]))
     assert times(shift=2.5, tokens=7).shift == 2.5
+    of_t2v_68s = [times(TimeConfig(), tokens=tokens).shift for tokens in (256, 1024, 8704, 34_816, 69_632, 139_264)]
+    assert of_t2v_68s == pytest.approx([3.0, 3.4, 4.0, 4.5, 4.7, 5.0], abs=0.05)  # as its recipe says
 
 
 @given(st.floats(0, 1), st.floats(0.1, 10))
@@ -188,6 +190,14 @@ def test_a_narrow_distribution_leaves_most_times_untrained():
 def test_what_50_steps_keep_of_a_gaussian(kind, shift, solver, wanted):
     found = [kept(schedule(50, kind, shift=shift), solver, deviation) for deviation in (0.3, 0.1)]
     assert found == pytest.approx(list(wanted), abs=6e-4)
+
+
+@pytest.mark.parametrize(("solver", "wanted"), [("euler", (0.668, 0.324)), ("ab2", (0.862, 0.434))])
+def test_what_was_lost_where_schedule_and_shift_were_stacked(solver, wanted):
+    """As docs/model.md has it: 37 of 50 steps start below t = 0.1, and the last one is 0.222 long."""
+    times = stacked()
+    assert (times[:-1] < 0.1).sum() == 37 and times.diff()[-1] == pytest.approx(0.222, abs=5e-4)
+    assert [kept(times, solver, one) for one in (0.3, 0.1)] == pytest.approx(list(wanted), abs=6e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, path in shipped_recipes().items()])

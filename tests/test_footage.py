@@ -371,6 +371,13 @@ def test_tables_that_are_refused(tmp_path: Path, name: str, content: str, messag
         Captions(tmp_path / name)
 
 
+def test_a_row_of_a_long_table_is_told_by_its_number(tmp_path: Path) -> None:
+    keys = [*map(str, range(1 << 16)), "last", None]
+    pq.write_table(pa.table({"key": keys, "caption": ["a"] * len(keys)}), tmp_path / "t.parquet")
+    with pytest.raises(RecipeError, match="t.parquet, row 65537: a row needs 'key' and 'caption'"):
+        Captions(tmp_path / "t.parquet")
+
+
 def test_a_table_of_other_keys_or_bytes_is_refused(tmp_path: Path) -> None:
     other = Captions(table(tmp_path / "t.csv", [{"key": "films/one.mp4", "caption": "a"}]))
     with pytest.raises(RecipeError, match="keys look like 'films/one', those of the files like 'deep/two'"):

@@ -102,7 +102,7 @@ def test_a_manifest_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_what_is_no_manifest(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
     path.write_bytes(b"PAR1 it is not")
-    with pytest.raises(ManifestError, match="is no manifest: .*Write it anew with `lingen data index`"):
+    with pytest.raises(ManifestError, match="is no manifest: .*Write it anew with `lingen data index .+`"):
         manifest.about(path)
     pa.parquet.write_table(pa.table({"key": ["a"]}), path)
     with pytest.raises(ManifestError, match="is no manifest of lingen's .shard, offset"):
@@ -167,6 +167,22 @@ def test_a_changed_manifest_makes_another_index_and_unused_ones_go(cache: Path, 
     second = opened(str(path))
     assert len(second) == 4 and second.mark != first.mark
     assert [folder.name for folder in (cache / "indexes").iterdir()] == [second.mark]
+
+
+def test_a_shared_cache_is_read_whatever_others_do_in_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was listed is gone when it is looked at; an index of another user cannot be marked as used."""
+
+    def refused(*args: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    (cache / "indexes").mkdir(parents=True)
+    (cache / "indexes" / "gone").symlink_to("nowhere")
+    manifest.write(tmp_path / "set" / manifest.NAME, [row(0)], About())
+    assert len(opened(str(tmp_path / "set"))) == 1
+    monkeypatch.setattr(os, "utime", refused)
+    assert len(opened(str(tmp_path / "set"))) == 1
 
 
 def test_several_sets_make_one_index(mixed: Path, tmp_path: Path) -> None:
@@ -235,6 +251,24 @@ def test_index_folder_tells_every_sort_of_sample(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(RecipeError, match="holds no tar file"):
         index_folder(tmp_path / "absent", 0)
+
+
+def test_a_manifest_is_not_replaced_by_nothing(tmp_path: Path) -> None:
+    """Of encoded samples only `lingen encode` knows what they depend on."""
+    path, encoded = tmp_path / manifest.NAME, {"__key__": "a", "latents.npy": b"", "txt": "a"}
+    write_shards([encoded], str(tmp_path / "video-%d.tar"))
+    manifest.write(path, [row(0, shard="video-0.tar", kind="latents")], About("f", {"made_by": "lingen encode"}))
+    before = path.read_bytes()
+    with pytest.raises(RecipeError, match="no sample that can be used; the first: video-0.tar:a: encoded sample"):
+        index_folder(tmp_path, 0)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "video-1.tar").write_bytes((tmp_path / "video-0.tar").read_bytes())
+    with pytest.raises(RecipeError, match="knows nothing of video-1.tar; write it anew with the command that made"):
+        opened(str(tmp_path / "*.tar"))
+    path.write_bytes(b"no manifest")
+    (tmp_path / ".parts").mkdir()
+    with pytest.raises(RecipeError, match="Write it anew with the command that made the set"):
+        opened(str(tmp_path))
 
 
 def test_the_command_tells_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

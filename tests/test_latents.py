@@ -102,6 +102,13 @@ def test_tokens_of_no_text_that_do_not_add_up(lengths: list[int], null: int | No
     assert str(caught.value) == f"broken latents: text0.npy holds 6 tokens, {told}"
 
 
+def test_a_json_that_says_something_else_is_a_drop() -> None:
+    assert read_text({"json": b"[1]"}, 1) == ({}, {})
+    for about in ({"tokens": [1]}, {"tokens": {"0": 5}}, {"tokens": {"0": [5]}, "null": {"0": "x"}}, {"null": 3}):
+        with pytest.raises(ValueError, match="broken latents: the JSON's tokens and null: Expected"):
+            read_text({"json": json.dumps(about).encode(), "text0.npy": npy(np.ones((5, 2), np.float16))}, 1)
+
+
 def tokens_of(length: int, null: int | None) -> StoredTokens:
     """One caption of this length and, where it is not None, no text of that one."""
     return StoredTokens({0: [torch.ones(length, 3)]}, {} if null is None else {0: torch.full((null, 3), 7.0)})

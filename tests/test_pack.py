@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,15 +24,15 @@ from PIL import Image
 from rich.console import Console
 
 from lingen.cli import main, progress
-from lingen.cli.pack import FROM_RECIPE
+from lingen.cli.encode import FROM_RECIPE
 from lingen.data import manifest
-from lingen.data.manifest import Row, media_hash
+from lingen.data.manifest import About, Row, media_hash
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, make_samples
 from lingen.prepare.filters import Filters
 from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream, parse_part
 from lingen.prepare.pack import Packing, filters_for, look_for_footage, pack, wanted_by
-from lingen.prepare.report import LEDGER
+from lingen.prepare.report import LEDGER, close_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe
@@ -339,6 +341,30 @@ def test_a_stream_goes_on_behind_what_is_there(tmp_path: Path) -> None:
         ("b", "video-00000.tar", 1024, 612),
         ("c", "video-00001.tar", 0, 612),
     ]
+
+
+def test_a_set_is_closed_under_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one that read the records before another job's last shard could write its manifest after that job's."""
+    folder, records_of = SetFolder(tmp_path / "set", Part(), {}), SetFolder.records_of
+    held: list[Any] = []
+
+    def looked(self: SetFolder, *args: Any) -> Any:
+        with (self.parts / "lock").open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(args)
+        return records_of(self, *args)
+
+    monkeypatch.setattr(SetFolder, "records_of", looked)
+    close_set(folder, About(), complete=True)
+    assert len(held) == 2
+
+
+def test_stages_of_pictures_alone_ask_for_no_frame_rate() -> None:
+    pictures = Recipe(data=DataConfig(fps=16, mix=PerKind(image=1, video=0)))
+    films = Recipe(data=DataConfig(fps=4, frames=8, mix=PerKind(image=0, video=1)))
+    wanted = wanted_by([pictures, films])
+    assert (wanted.fps, wanted.lengths) == (4, (8,)) and filters_for(wanted, {}).min_fps == 3.96
+    assert wanted_by([pictures]).fps == 16
 
 
 def test_what_a_recipe_wants() -> None:

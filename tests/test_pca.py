@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lingen.autoencoder.pca import PCA, PCATheatre, cut_into_blocks
+from lingen.autoencoder.pca import PCA, PCATheatre
+from lingen.blocks.layers import cut_patches
 from lingen.frozen import check_ready
 from lingen.media import as_floats
 from lingen.recipe.errors import RecipeError
@@ -38,7 +39,7 @@ def save(pca: PCA, path: Path) -> Path:
 
 
 def test_the_components_are_those_of_a_singular_value_decomposition(fitted):
-    blocks = cut_into_blocks(as_floats(torch.cat(clips(40))), STRIDES).reshape(-1, 96).double().numpy()
+    blocks = cut_patches(as_floats(torch.cat(clips(40))), STRIDES).reshape(-1, 96).double().numpy()
     _, values, rows = np.linalg.svd(blocks - blocks.mean(0), full_matrices=False)
     spread = torch.from_numpy(values[:24] / len(blocks) ** 0.5)
     overlap = (fitted.basis.double() @ torch.from_numpy(rows[:24]).T).abs()

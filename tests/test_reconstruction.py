@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from lingen.autoencoder.tiling import tiles_of
-from lingen.autoencoder.ways import ways_of
+from lingen.autoencoder.ways import tiles_of, ways_of
 from lingen.cli import main
 from lingen.frozen import Missing
 from lingen.media import as_frames, beside, error_frames

@@ -21,7 +21,9 @@ def test_the_bit_that_is_asked_for_is_the_last_one(task):
 
 
 @pytest.mark.slow
-def test_long_heads_remember_a_bit_and_a_longer_clip_changes_nothing():
-    found = study("long 0.25, per head", "remember", (1, 12, 12), 0, 1e-2, "cpu", review=False)
-    assert found["loss"] < 0.1 and found["loss at 4x"] < 0.3
+@pytest.mark.parametrize("task", ["remember", "forget"])
+def test_long_heads_keep_a_bit_behind_the_review_and_a_longer_clip_does_not_blow_up_the_state(task):
+    """At 576 tokens, as t2v_68s sets its heads. With `mamba_ssm` for them both fail."""
+    found = study("long 0.25, per head", task, (4, 12, 12), 0, 1e-2, "cpu", review=True)
+    assert found["loss"] < 0.5
     assert found["state at 4x"] < 3 and found["head at 4x"] < 3

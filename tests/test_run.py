@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,6 +328,26 @@ def test_mfu_is_logged_where_the_peak_is_known(tiny_recipe: Path):
     assert of_model == of_hardware == 3 * plan(recipe).flops["video"] > 0
     again = LinGenModule(lingen.load_recipe(tiny_recipe, ["model.checkpointing=true"], stage="clips"))
     assert again.flop_of_training("video") == (of_model, pytest.approx(of_model * 4 / 3))
+
+
+def test_mfu_and_hfu_of_the_fastest_step_that_can_be_are_1_at_most(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    """A step that takes what a GPU at its peak would for all that is computed, recomputation included."""
+    from lingen.plan.forecast import peak_flops, plan
+
+    recipe = lingen.load_recipe(tiny_recipe, ["model.checkpointing=true"], stage="clips")
+    module, computed = LinGenModule(recipe), plan(recipe).training_flops["video"]
+    monkeypatch.setattr(LinGenModule, "device", torch.device("cuda"))
+    monkeypatch.setattr(LinGenModule, "global_step", 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    module._trainer = SimpleNamespace(world_size=2, global_step=2)
+    of_model, of_hardware = module.flop_of_training("video")
+    module.meter.count("mfu", 2 * of_model)  # a sample of each of two ranks
+    module.meter.count("hfu", 2 * of_hardware)
+    now = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    module._started = (now - computed / peak_flops("NVIDIA H200"), 0)
+    values = module.collect_metrics()
+    assert (values["mfu"], values["hfu"]) == (pytest.approx(3 / 4), pytest.approx(1))
 
 
 def test_fit_is_public_and_tells_how_a_signal_ended_it(

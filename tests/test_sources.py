@@ -291,6 +291,40 @@ def test_patterns_of_objects(s3: Any) -> None:
         expand("s3://absent-bucket/*.tar", "x")
 
 
+def test_a_list_that_fails_in_passing_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def ask(address: str, timeout: float, call: str, **arguments: Any) -> Any:
+        asked.append((address, arguments))
+        if len(asked) != 2:
+            raise remote.Passing("S3 answers SlowDown")
+        return {"Contents": [{"Key": "a#b/1.tar"}, {"Key": "a#b/2.zip"}]}
+
+    monkeypatch.setattr(remote, "_ask", ask)
+    assert expand("s3://pictures/a#b/*.tar", "x") == ["s3://pictures/a#b/1.tar"]
+    assert asked == [("s3://pictures/a#b/*.tar", {"Prefix": "a#b/"})] * 2
+    with pytest.raises(RecipeError, match="x: unreachable: s3://pictures/.* could not be read in .*SlowDown"):
+        expand("s3://pictures/*.tar", "x")
+
+
+def test_keys_may_hold_the_signs_of_an_address(s3: Any) -> None:
+    for name in ("a#1.tar", "b?x=1/2.tar"):
+        s3.put_object(Bucket="pictures", Key=name, Body=b"0123456789")
+        assert Reader(FAST).read(f"s3://pictures/{name}", 2, 3).data == b"234"
+        assert Reader(FAST).stat(f"s3://pictures/{name}")[0] == 10
+        assert Location.of(f"s3://pictures/{name}").name == name.rpartition("/")[2]
+
+
+def test_a_manifest_that_cannot_be_read_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise SourceError("unreachable: the manifest")
+
+    monkeypatch.setattr(Reader, "stat", lambda *args: (1000, "v"))
+    monkeypatch.setattr(Reader, "read", fails)
+    with pytest.raises(RecipeError, match="data.shards.image: unreachable: the manifest"):
+        data_of("https://example.org/set/manifest.parquet").setup()
+
+
 def test_many_objects_are_listed_page_by_page(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = remote._ask
     monkeypatch.setattr(remote, "_ask", lambda *words, **more: ask(*words, **more, MaxKeys=1))

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from lingen.cli import main
+from lingen.evaluation.clips import find_clips
 from lingen.evaluation.study import QUESTIONS, make_study
+from lingen.media import save_video
 from lingen.recipe.errors import RecipeError
 from tests.helpers.study import PROMPTS, read_json, rightly, write_clips, write_votes
 
@@ -57,8 +59,9 @@ def test_three_sides_embed_each_clip_once(sides: list[Path], tmp_path: Path):
 
 
 @pytest.mark.parametrize("what, told", [
-    ("missing", "lacks 1 clips: 'a red circle moves right' "), ("empty", "no .mp4"), ("broken", "cannot be read"),
-    ("doubled", "same take"), ("copied", "same clip"), ("one folder", "two or more different"),
+    ("missing", "lacks 1 clips: 'a red circle moves right' "), ("empty", "no folder with clips"),
+    ("broken", "cannot be read"),
+    ("doubled", "holds two clips of"), ("copied", "same clip"), ("one folder", "two or more different"),
 ])  # fmt: skip
 def test_wrong_clips_are_told(sides: list[Path], tmp_path: Path, what: str, told: str):
     first, other = sorted(sides[1].glob("*.mp4"))[0], sorted(sides[0].glob("*.mp4"))[0]
@@ -77,6 +80,19 @@ def test_wrong_clips_are_told(sides: list[Path], tmp_path: Path, what: str, told
     with pytest.raises(RecipeError, match=told):
         make_study(sides, PROMPTS, tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
+
+
+def test_clips_of_other_programs_have_their_prompts_beside_them(sides: list[Path], tmp_path: Path):
+    """As `lingen eval` reads them: the title counts where there is no NAME.txt, the name where there is neither."""
+    there = tmp_path / "C"
+    for number, prompt in enumerate(PROMPTS):
+        with_title = {"title": prompt} if number == 1 else {"title": "Untitled"} if number == 0 else {}
+        name = f"{prompt}-7" if number == 2 else f"{number}"
+        save_video(np.full((12, 48, 64, 3), 40 * number, np.uint8), there / f"{name}.mp4", 8, **with_title)
+    (there / "0.txt").write_text(f"{PROMPTS[0]}\n")
+    assert {clip.key for clip in find_clips(there, named=True)} == {(prompt, 0) for prompt in PROMPTS}
+    assert len(make_study([sides[0], there], PROMPTS, tmp_path / "x.html")[0]["clips"]) == 2 * len(PROMPTS)
+    assert {clip.prompt for clip in find_clips(there)} == {PROMPTS[0], ""}
 
 
 def test_unequal_clips_and_a_large_page_are_told(sides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -122,6 +122,7 @@ def test_single_frames_odd_sizes_and_a_recipe_of_images():
     [
         ({"name": "shape"}, "There is no synthetic data set called 'shape'. Known: shapes."),
         ({"name": "shapes", "clip": 3}, "Did you mean 'clips'?"),
+        ({"name": "shapes", "seed": -1}, "Expected at least 0, got -1. (at seed of synthetic data set 'shapes')"),
         ({"name": "shapes", "clips": 0}, "Expected at least 1, got 0. (at clips of synthetic data set 'shapes')"),
     ],
 )

@@ -273,6 +273,11 @@ def test_a_missing_folder_says_what_to_download(case):
         CLASSES[case](path="there/none").encode([SHORT])
 
 
+def index_of(to, told):
+    (to / "model.safetensors").unlink()
+    (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": told}))
+
+
 def damaged(folder, to, damage):
     shutil.copytree(folder, to)
     damage(to)
@@ -286,6 +291,8 @@ def damaged(folder, to, damage):
         ("t5", lambda to: (to / "config.json").write_text("{"), "config.json is no JSON"),
         ("t5", lambda to: (to / "spiece.model").unlink(), "it holds no tokenizer"),
         ("t5", lambda to: (to / "model.safetensors").unlink(), "it holds no weights"),
+        ("bert", lambda to: index_of(to, []), "index.json does not say which tensor is in which file"),
+        ("bert", lambda to: index_of(to, {"a": 5}), "index.json does not say which tensor is in which file"),
         ("t5", lambda to: cut_off(to / "model.safetensors"), "its model.safetensors is cut off or no safetensors file"),
         ("bert", lambda to: cut_off(to / "model.safetensors", 4), "is cut off or no safetensors file"),
         ("bert", lambda to: torch.save({}, to / "model.safetensors"), "is cut off or no safetensors file"),

@@ -13,7 +13,7 @@ from lingen_yardsticks.build import draw_weights
 from torch import Tensor, nn
 
 from lingen.autoencoder.tae import TAE
-from lingen.autoencoder.tiling import Tiles, _spread, _trapezoid, _weights, decode_tiled, encode_tiled
+from lingen.autoencoder.ways import Tiles, _spread, _trapezoid, _weights, decode_tiled, encode_tiled
 
 
 class Tiny(nn.Module):

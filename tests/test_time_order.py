@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.yardsticks.time_order import TEMPORAL, heard, samples, speed, stripes, trained
+from tests.yardsticks.time_order import TEMPORAL, heard, review, samples, speed, stripes, trained
 
 GRID = (16, 4, 4)
 
@@ -16,6 +16,12 @@ def test_who_hears_frame_0_at_the_clips_end():
         folded = heard("folded", name, GRID, 32, (0, 1), 0.0)
         middle = len(folded) // 2
         assert folded[:, 0].sum() < 1e-3 and folded[middle + 1, -1] > 0.02  # the neighbour's last frame instead
+
+
+def test_the_review_is_heard_as_far_as_heads_remember(tmp_path):
+    far = {row["heads"]: row["from 256"] for row in review((4, 16, 16), 32, (0, 1), tmp_path / "review.png")}
+    assert far["long_heads 0.25, norm per head"] > 100 * far["mamba_ssm"]
+    assert (tmp_path / "review.png").stat().st_size > 5_000
 
 
 def test_only_folded_columns_alternate():

@@ -1,7 +1,6 @@
 """The video autoencoders of diffusers that meet lingen's contract, and what a folder of weights says of its model.
 Nothing here imports diffusers or reads weights: a recipe is checked where there may be neither."""
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Triple
+from lingen.weights import Lacking, check_file, weight_files
 
 Config = Mapping[str, Any]
 CHANNELS = ("latent_channels", "z_dim", "z_channels")
@@ -153,23 +153,11 @@ def config_differences(config: Config, class_name: str | None, strides: Triple, 
 
 def fault_of_weights(folder: Path, class_name: str | None) -> str | None:
     """A sentence where the weights are not all there; only their headers are read."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / f"{DIFFUSERS_WEIGHTS}.index.json"
-    names = [DIFFUSERS_WEIGHTS]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            return f"{index} is no index of weights ({type(error).__name__}: {error}). {advice(class_name)}."
-    for file in (folder / name for name in names):
-        if not file.is_file():
-            here = difflib.get_close_matches(file.name, [one.name for one in folder.glob("diffusion_*")], 1, 0.5)
-            others = f" (there is {here[0]})" if here else ""
-            return f"there is no {file}{others}. {advice(class_name)}."
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            return f"{file} is not whole ({error}). Download it again."
+    names = (f"{DIFFUSERS_WEIGHTS}.index.json", DIFFUSERS_WEIGHTS)
+    try:
+        for file in weight_files(folder, names):
+            check_file(file)
+    except Lacking as lacking:
+        others = [one.name for one in sorted(folder.glob("diffusion_pytorch_model.*")) if one.name not in names]
+        return f"{folder}: {lacking}{f' (there is {others[0]})' if others else ''}. {advice(class_name)}."
     return None

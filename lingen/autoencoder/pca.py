@@ -10,17 +10,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lingen.autoencoder.stored import StoredAutoencoder, check_sides
+from lingen.blocks.layers import cut_patches, join_patches
 from lingen.media import as_floats
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
 from lingen.recipe.signature import checked
-
-
-def cut_into_blocks(video: Float[Tensor, "b 3 t h w"], sides: Triple) -> Float[Tensor, "b _t _h _w n"]:
-    """The pixels of each block side by side: 3 x t x h x w of them, colour first."""
-    for axis, side in zip((2, 3, 4), sides, strict=True):
-        video = video.unfold(axis, side, side)
-    return video.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
 
 
 @checked
@@ -58,7 +52,7 @@ class PCA(StoredAutoencoder):
         video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2) if missing else video
         weight = (self.basis / self.std[:, None]).to(video.dtype)
         with torch.autocast(video.device.type, enabled=False):
-            latents = (cut_into_blocks(video, self.strides) - self.mean.to(video.dtype)) @ weight.T
+            latents = (cut_patches(video, self.strides) - self.mean.to(video.dtype)) @ weight.T
         return latents.movedim(-1, 1).contiguous()
 
     def decode(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b 3 _t _h _w"]:
@@ -67,8 +61,7 @@ class PCA(StoredAutoencoder):
         weight = (self.basis * self.std[:, None]).to(latents.dtype)
         with torch.autocast(latents.device.type, enabled=False):
             blocks = latents.movedim(1, -1) @ weight + self.mean.to(latents.dtype)
-        folded = blocks.unflatten(-1, (3, *self.strides))
-        return folded.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return join_patches(blocks, self.strides)
 
     @classmethod
     def fit(cls, clips: Iterable[UInt8[Tensor, "b 3 t h w"]], strides: Triple, channels: int) -> "PCA":
@@ -77,7 +70,7 @@ class PCA(StoredAutoencoder):
         total = found.mean.double()
         squares = torch.outer(total, total)
         for clip in clips:
-            blocks = cut_into_blocks(as_floats(clip), strides).flatten(0, 3)
+            blocks = cut_patches(as_floats(clip), strides).flatten(0, 3)
             total, squares, count = total + blocks.sum(0), squares + blocks.T @ blocks, count + len(blocks)
         found.mean.copy_(total / count)
         values, vectors = torch.linalg.eigh(squares / count - torch.outer(total, total) / count**2)

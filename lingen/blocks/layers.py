@@ -100,6 +100,18 @@ def grid_of(x: Shaped[Tensor, "b t h w d"]) -> Triple:
     return t, h, w
 
 
+def cut_patches(x: Float[Tensor, "b c t h w"], patch: Triple) -> Float[Tensor, "b _t _h _w p"]:
+    """The numbers of each patch side by side, channel first; the patch divides t, h and w."""
+    x = x.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+
+def join_patches(x: Float[Tensor, "b t h w p"], patch: Triple) -> Float[Tensor, "b _c _t _h _w"]:
+    """The inverse of `cut_patches`."""
+    x = x.unflatten(4, (-1, *patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 def clamp(sizes: Triple, grid: Triple) -> Triple:
     """Sizes of a window or kernel that are no larger than the grid."""
     t, h, w = map(min, sizes, grid)

@@ -76,7 +76,7 @@ JSON = argument("--json", action="store_true", help="for machines")
 IMPORT = argument("--import", dest="imports", metavar="MODULE", action="append", default=[],
                   help="import a module that registers parts of yours; may be given again")  # fmt: skip
 PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
-PROCESSES = argument("--processes", type=int, metavar="N", help="default: one for each core")
+PROCESSES = argument("--processes", type=natural, metavar="N", help="default: one for each core")
 STREAM_FLAGS = (
     argument("--stream", choices=["exact", "tiled", "whole"],
              help="by the autoencoder's own streams, the same in cross-faded tiles of a frame, or in one call; "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.cli import command as cli
-from lingen.cli.pack import split_overrides
+from lingen.cli.encode import split_overrides
 from lingen.recipe.errors import RecipeError
 
 WEIGHTS = ("vgg16", "i3d", "efficientnet")
@@ -72,7 +72,7 @@ FAULTS_SHOWN = 10
     cli.RECIPE,
     cli.argument("--quick", action="store_true", help="only headers and manifest"),
     cli.argument("--decode", action="store_true", help="every frame of every clip"),
-    cli.argument("--ranks", type=int, metavar="N", help="default: devices times nodes of the recipe"),
+    cli.argument("--ranks", type=cli.natural, metavar="N", help="default: devices times nodes of the recipe"),
     cli.PROCESSES, cli.JSON, overrides=True,
 )  # fmt: skip
 def data_check(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import argparse
 import inspect
 import re
 import sys
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,11 @@ def _sentence(text: str) -> str:
 def new(args: argparse.Namespace) -> None:
     from lingen.recipe.reading import shipped_folder
 
-    folder = Path(args.name)
+    folder, told = Path(args.name), f"such as my_{args.what}; got '{args.name}'."
     if not (args.name.isidentifier() and args.name.islower() and args.name.isascii()):
-        raise RecipeError(f"A part is named in small letters, digits and _, such as my_{args.what}; got '{args.name}'.")
+        raise RecipeError(f"A part is named in small letters, digits and _, {told}")
+    if iskeyword(args.name):
+        raise RecipeError(f"A part has a name that is no word of Python's own, {told}")
     if folder.exists():
         raise RecipeError(f"{folder} is there already; name another part, or go to another folder.")
     folder.mkdir()
@@ -198,7 +201,7 @@ def plan(args: argparse.Namespace) -> None:
     cost += "" if small else f", {clock:,.3g} hours on the clock"
     told = "no hours: the recipe trains on a CPU" if on_cpu else cost
     told += "; memory in GiB of a rank" + ("" if on_cpu else f", of which {rows[0]['room'] / 2**30:.1f} count")
-    notes = ["> is a floor: steps of so few FLOP wait for launches and data; `lingen fit` tells the hours as it goes"]
+    notes = ["> is a floor: steps of so few FLOP wait for launches and data, as graphs less (train.compile); fit tells"]
     advice = [f"stage {row['stage']} does not fit: {row['advice']}" for row in rows if not row["fits"]]
     table = [
         {

@@ -180,8 +180,7 @@ def sample(args: argparse.Namespace) -> int:
         raise RecipeError("Say where the weights are: either --run DIR or --checkpoint F.")
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
-    repeat, out = args.repeat or 1, args.out or "clip.mp4"
-    check_target(out, ".mp4")
+    repeat, out = args.repeat or 1, check_target(args.out or "clip.mp4", ".mp4")
     from lingen.weights import find_weights
 
     weights = find_weights(args.run or args.checkpoint)  # a wrong name is told before torch is imported
@@ -287,8 +286,8 @@ def demo(args: argparse.Namespace) -> None:
     from lingen.sampling import find_demo
     from lingen.sampling.asked import unknown_words
 
-    out = Path(args.out)
-    check_target(out, out.suffix if out.suffix in (".gif", ".webp") else ".mp4")
+    suffix = Path(args.out).suffix.lower()
+    out = check_target(args.out, suffix if suffix in (".gif", ".webp") else ".mp4")
     weights = find_demo(args.checkpoint)
     prompt, known = " ".join(args.prompt), known_words()
     unknown = unknown_words(prompt, known)

@@ -97,11 +97,20 @@ class Clips(Dataset[Batch]):
         self.data, self.pools, self.stream, self.encoded, self.shuffle = data, pools, stream, encoded, shuffle
         self.cache = ClipCache(data.cache_mb << 20)
         self.ahead = {kind: Ahead(pool.index, reader) for kind, pool in pools.items()}
+        held = [dict(zip(pool.index.names, pool.index.shards, strict=True)) for pool in pools.values()]
+        alike = any(held[-1].get(name, shard) != shard for one in held[:1] for name, shard in one.items())
+        self._before = {kind: f"{kind}/" if alike else "" for kind in pools}
+        """What the names of shards begin with where other shards of the other kind have the same."""
 
     @property
     def faults(self) -> list[Drop]:
         """Shards and samples that were found to be broken when they were opened."""
-        return [drop for pool in self.pools.values() for drop in pool.index.faults]
+        found = ((self._before[kind], drop) for kind, pool in self.pools.items() for drop in pool.index.faults)
+        return [drop._replace(where=before + drop.where) for before, drop in found]
+
+    def where(self, kind: str, number: int) -> str:
+        """``shard:key`` of a sample, another one for each of both kinds."""
+        return self._before[kind] + self.pools[kind].index.where(number)
 
     def __getitem__(self, place: RankBatch) -> Batch:
         """The samples of a place. DataError where no spare can fill a slot."""
@@ -122,7 +131,7 @@ class Clips(Dataset[Batch]):
             clips=default_collate([sample.pixels for sample in samples]),  # in a worker, directly into shared memory
             captions=[sample.captions[number] for sample, number in zip(samples, told, strict=True)],
             fps=self.data.fps if place.kind == "video" else 0.0,
-            keys=[index.where(choice.number) for choice in choices],
+            keys=[self.where(place.kind, choice.number) for choice in choices],
             sources=[index.source(choice.number) for choice in choices],
             slots=torch.tensor(list(place.slots), dtype=torch.int64),
             drops=drops,
@@ -133,8 +142,7 @@ class Clips(Dataset[Batch]):
 
     def names(self, place: RankBatch) -> list[str]:
         """``shard:key`` of the samples of a place, unless spares take their places."""
-        index = self.pools[place.kind].index
-        return [index.where(self._choose(place, number).number) for number in place.numbers]
+        return [self.where(place.kind, self._choose(place, number).number) for number in place.numbers]
 
     def _read_ahead(self, place: RankBatch) -> None:
         """Starts reading this batch and the next one in threads, unless decoded clips are cached."""
@@ -163,7 +171,7 @@ class Clips(Dataset[Batch]):
         index = self.pools[place.kind].index
         for attempt in range(ATTEMPTS):
             choice = self._choose(place, number, attempt)
-            where = index.where(choice.number)
+            where = self.where(*choice[:2])
             try:
                 return self._load(choice, where, retries), choice
             except (OSError, ValueError) as error:
@@ -174,10 +182,10 @@ class Clips(Dataset[Batch]):
 
     def _load(self, choice: Choice, where: str, retries: list[str]) -> Sample:
         kind, number, (frames, height, width), stream, epoch = choice
-        start = order.uniform("start", stream, epoch, where)
+        index = self.pools[kind].index
+        start = order.uniform("start", stream, epoch, index.where(number))
 
         def read() -> Sample:
-            index = self.pools[kind].index
             if isinstance(index, DrawnIndex):
                 pixels, captions = index.draw(number, choice.shape, self.data.fps)
                 return Sample(pixels, 1, captions)

@@ -137,11 +137,12 @@ def decode_image(data: bytes, *, size: tuple[int, int]) -> UInt8[Tensor, "3 1 h 
     Args:
         data: the file.
         size: height and width in pixels: scaled to cover it, the centre is cut out."""
-    from PIL import ImageOps
+    from PIL import ExifTags, ImageOps
 
     picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
     with reported():
-        picture.draft("RGB", size[::-1])  # a JPEG is decoded no larger than needed
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # after decoding
+        picture.draft("RGB", size if turned else size[::-1])  # a JPEG is decoded no larger than needed
         return _stack([fit_picture(ImageOps.exif_transpose(picture), size)])
 
 

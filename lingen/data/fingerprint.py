@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from lingen.data.manifest import About
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.bounds import FREE
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.marks import is_content
 from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS, Registry
 from lingen.recipe.sections import Component, Recipe
 from lingen.recipe.signature import settings_of
@@ -40,14 +42,16 @@ def _frozen(registry: Registry, component: Component) -> dict[str, Any] | None:
     settings = settings_of(registry[component["name"]])
     idle = {key for key, setting in settings.items() if setting.mark is FREE} | {*getattr(part, "without_effect", ())}
     component = {key: value for key, value in component.items() if key not in idle}
-    # The path of the weights may change, their contents may not.
-    paths = {key: value for key, value in component.items() if isinstance(value, str) and Path(value).exists()}
-    weights = {key: hash_weights(Path(value)) for key, value in paths.items() if key != "name"}
+    # The path of the weights may change, their contents may not; what has no mark may be a path, too.
+    words = {key: value for key, value in component.items() if key != "name" and isinstance(value, str) and value}
+    may_be = [key for key in words if is_content(settings.get(key)) is not False]
+    paths = {key: Path(os.path.expanduser(words[key])) for key in may_be}
+    weights = {key: hash_weights(path) for key, path in paths.items() if path.exists()}
     told = {**component, **weights}
     packaged = getattr(part, "path", None)
     if "path" not in component and isinstance(packaged, str) and Path(packaged).exists():
         told["weights"] = hash_weights(Path(packaged))  # weights that come with lingen may differ in another release
-    if "path" in told and "path" not in paths:
+    if "path" in told and "path" not in weights:
         told["path"] = None
     return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
 
@@ -110,27 +114,27 @@ def check_encoded(abouts: Iterable[About], recipe: Recipe, setting: str) -> None
     Args:
         abouts: what the manifests of encoded shards say.
         setting: where the shards stand in the recipe, for messages."""
-    here = json.loads(json.dumps(frozen_settings(recipe)))
+    here = frozen_settings(recipe)
     for about in abouts:
         held = {key: about.settings.get(key) for key in here}
         if held["made_by"] != MADE_BY:
             told = "its manifest does not say what encoded these samples. Encode them with `lingen encode`."
             raise RecipeError(f"{setting}: {told}")
-        wanted = _completed(here, held)
-        if held != wanted:
-            told = "; ".join(frozen_differences(held, wanted))
+        if found := frozen_differences(held, here):
             raise RecipeError(
                 f"{setting}: these samples were encoded by something else ({about.fingerprint}) than the recipe has "
-                f"({hash_settings(wanted)}): {told}. Encode them anew with `lingen encode --recipe`, or train with the "
-                "recipe that they were encoded with."
+                f"({hash_settings(here)}): {'; '.join(found)}. Encode them anew with `lingen encode --recipe`, or "
+                "train with the recipe that they were encoded with."
             )
 
 
 def _completed(here: Any, held: Any) -> Any:
-    """`here`, with a path that is not on this machine as `held` has it: training on samples needs no encoder."""
+    """`here`, with a path that is not on this machine as `held` has it: training on samples needs no encoder. A null of
+    diffusers' there is of ``~``, which earlier versions did not follow."""
     if isinstance(here, dict) and isinstance(held, dict):
+        untold = here.get("name") == held.get("name") == "diffusers" and held.get("path") is None
         return {
-            key: held.get(key) if key == "path" and value is None else _completed(value, held.get(key))
+            key: held.get(key) if key == "path" and (value is None or untold) else _completed(value, held.get(key))
             for key, value in here.items()
         }
     if isinstance(here, list) and isinstance(held, list):
@@ -139,15 +143,15 @@ def _completed(here: Any, held: Any) -> Any:
 
 
 def frozen_differences(held: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """`differences` of two `frozen_settings`, as JSON keeps them."""
-    return differences(_named(held), _named(wanted))
+    """`differences` of two `frozen_settings`, as JSON keeps them. Weights missing on this machine are not compared."""
+    held, wanted = (json.loads(json.dumps(one)) for one in (held, wanted))
+    return differences(_named(held), _named(_completed(wanted, held)))
 
 
 def _named(settings: dict[str, Any]) -> dict[str, Any]:
-    """As JSON keeps it, with a mapping for the list of text encoders, so that a message can name single settings."""
-    held = json.loads(json.dumps(settings))
-    encoders = held["text"] if isinstance(held.get("text"), list) else []
-    return {**held, "text": {str(number): encoder or "trained along" for number, encoder in enumerate(encoders)}}
+    """With a mapping for the list of text encoders, so that a message can name single settings."""
+    encoders = settings["text"] if isinstance(settings.get("text"), list) else []
+    return {**settings, "text": {str(number): encoder or "trained along" for number, encoder in enumerate(encoders)}}
 
 
 def differences(held: dict[str, Any], wanted: dict[str, Any], path: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,14 @@ class Mapped:
 Numbers = np.ndarray | Mapped
 
 
+def short_names(shards: Sequence[Location]) -> list[str]:
+    """Short, distinct names of different shards: paths below their common folder."""
+    folders = [shard.folder.replace("://", "/").split("/") for shard in shards]
+    common = os.path.commonprefix(folders)
+    below = [folder[len(common) :] for folder in folders]
+    return ["/".join([*folder, shard.name]) for folder, shard in zip(below, shards, strict=True)]
+
+
 @dataclass(frozen=True)
 class Index:
     """The samples of a kind, in the order of their shards."""
@@ -88,11 +97,8 @@ class Index:
 
     @cached_property
     def names(self) -> list[str]:
-        """Short, distinct names of the shards, without a colon: paths below their common folder."""
-        folders = [shard.folder.replace("://", "/").split("/") for shard in self.shards]
-        common = os.path.commonprefix(folders)
-        below = [folder[len(common) :] for folder in folders]
-        return ["/".join([*folder, shard.name]) for folder, shard in zip(below, self.shards, strict=True)]
+        """`short_names` of the shards."""
+        return short_names(self.shards)
 
     def key(self, number: int) -> str:
         """Name of a sample in its shard."""
@@ -105,5 +111,5 @@ class Index:
         return self.sources[self.records[number]["source"]]
 
     def where(self, number: int) -> str:
-        """``shard:key``."""
+        """``shard:key``. What is drawn for a sample follows from it, so it stays what it is."""
         return f"{self.names[self.records[number]['shard']]}:{self.key(number)}"

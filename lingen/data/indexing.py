@@ -4,12 +4,12 @@ From manifests it is made once, kept in lingen's cache folder and mapped into me
 take seconds to open and no memory of a process's own. Of local shards without a manifest the headers are read, each
 time; then only the media themselves tell their size and length."""
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,12 @@ import pyarrow.compute as pc
 from lingen.data import manifest
 from lingen.data.batch import Drop
 from lingen.data.fingerprint import content_of, hash_weights
-from lingen.data.index import RECORD, Index, Mapped
+from lingen.data.index import RECORD, Index, Mapped, short_names
 from lingen.data.locations import Location
-from lingen.data.remote import is_remote
+from lingen.data.remote import SourceError, is_remote
 from lingen.data.shards import scan_shard
 from lingen.data.sources import Reader
-from lingen.files import cache_folder, whole_folder
+from lingen.files import cache_folder, remove_left, whole_folder
 from lingen.recipe.errors import RecipeError
 
 INDEX_FORMAT = 2
@@ -89,7 +89,8 @@ def kept_folder(name: str, write: Callable[[Path], None]) -> Path:
     if not folder.is_dir():
         with whole_folder(folder) as work:
             write(work)
-    os.utime(folder)  # so that it is not deleted
+    with contextlib.suppress(OSError):  # of another user, it is no less readable
+        os.utime(folder)  # so that it is not deleted
     return folder
 
 
@@ -119,28 +120,26 @@ def _fetch(place: Location, needed: bool, setting: str, reader: Reader) -> tuple
         return path.absolute(), f"{hash_weights(path)} {path.stat().st_mtime_ns}"
     try:
         size, version = reader.stat(str(place))
-    except OSError as error:
-        if needed or not getattr(error, "missing", False):
+        spans = ((start, min(1 << 26, size - start)) for start in range(0, size, 1 << 26))
+        content: Iterable[bytes | bytearray] = (reader.read(str(place), *span, version).data for span in spans)
+        if not version:  # the server does not tell when the file changes: it is fetched each time
+            whole = b"".join(content)
+            content, version = [whole], hashlib.sha256(whole).hexdigest()
+        name = hashlib.sha256(repr((str(place), size, version)).encode()).hexdigest()[:16]
+        folder = cache_folder() / "manifests" / name
+        if not folder.is_dir():
+            with whole_folder(folder) as work, (work / manifest.NAME).open("wb") as file:
+                file.writelines(content)
+    except SourceError as error:
+        if needed or not error.missing:
             raise RecipeError(f"{setting}: {error}") from error
         return None
-    spans = ((start, min(1 << 26, size - start)) for start in range(0, size, 1 << 26))
-    content: Iterable[bytes | bytearray] = (reader.read(str(place), *span, version).data for span in spans)
-    if not version:  # the server does not tell when the file changes: it is fetched each time
-        whole = b"".join(content)
-        content, version = [whole], hashlib.sha256(whole).hexdigest()
-    name = hashlib.sha256(repr((str(place), size, version)).encode()).hexdigest()[:16]
-    folder = cache_folder() / "manifests" / name
-    if not folder.is_dir():
-        with whole_folder(folder) as work, (work / manifest.NAME).open("wb") as file:
-            file.writelines(content)
     return folder / manifest.NAME, version
 
 
 def _build(work: Path, sets: Sequence[Set], kind: str, setting: str) -> None:
     """Writes the files of an index: ``records``, ``keys`` and ``about.json``."""
-    for old in work.parent.iterdir():
-        if time.time() - old.stat().st_mtime > UNUSED_DAYS * 86400:
-            shutil.rmtree(old, ignore_errors=True)
+    remove_left(work.parent, "*", UNUSED_DAYS * 86400)
     shards: dict[Location, int] = {}
     sources: dict[str, int] = {}
     ends = np.zeros(0, np.int64)
@@ -161,10 +160,8 @@ def _build(work: Path, sets: Sequence[Set], kind: str, setting: str) -> None:
                 keys.write(text)
             if unknown := sorted(set(one.shards or ()) - {shard.name for shard in list(shards)[before:]}):
                 more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-                raise RecipeError(
-                    f"{setting}: {one.path} knows nothing of {unknown[0]}{more}; write it anew with `lingen data index "
-                    f"{one.folder}`."
-                )
+                cure = f"write it anew with {manifest.writer_of(one.folder, encoded='latents' in kinds)}."
+                raise RecipeError(f"{setting}: {one.path} knows nothing of {unknown[0]}{more}; {cure}")
     if len(kinds) > 1:
         raise RecipeError(f"{setting}: some shards hold latents and some do not; name those of one sort.")
     version_of = {one.folder: one.version for one in sets}
@@ -240,17 +237,17 @@ def _cut(shards: Sequence[Location], ends: Sequence[int]) -> list[Drop]:
     """Local shards that are missing or end before their last sample does. Their samples stay in the order, which is the
     same on all ranks whatever each of them sees, and are replaced when they are read."""
     faults = []
-    local = [(shard, end) for shard, end in zip(shards, ends, strict=True) if not is_remote(str(shard))]
-    for shard, end in local[:LOOKED_AT]:
+    told = zip(shards, short_names(shards), ends, strict=True)
+    for shard, name, end in islice((one for one in told if not is_remote(str(one[0]))), LOOKED_AT):
         try:
             size = os.stat(str(shard)).st_size
         except OSError as error:
-            faults.append(Drop(shard.name, f"unreadable shard: {error.strerror}"))
+            faults.append(Drop(name, f"unreadable shard: {error.strerror}"))
             continue
         if size == 0:
-            faults.append(Drop(shard.name, "empty shard: zero bytes"))
+            faults.append(Drop(name, "empty shard: zero bytes"))
         elif size < end:
-            faults.append(Drop(shard.name, f"truncated shard: {size} bytes, its last sample ends at {end}"))
+            faults.append(Drop(name, f"truncated shard: {size} bytes, its last sample ends at {end}"))
     return faults
 
 

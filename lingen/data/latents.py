@@ -8,7 +8,6 @@ with the denoiser has none: it reads the captions. Older sets have no ``null``. 
 (ours)."""
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -19,10 +18,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
-from lingen.data.captions import captions_of
+from lingen.data.captions import captions_of, json_of
+from lingen.recipe.signature import check_value
 
 LATENTS_NPY = "latents.npy"
 TEXT = "text{}.npy"
+COUNTS = tuple[dict[str, list[int]], dict[str, int | None]]
+"""What the JSON says of each encoder: how many tokens each caption has, and no text."""
 EXPONENT_BITS = {np.dtype("<f2"): ("<u2", 0x7C00), np.dtype("<f4"): ("<u4", 0x7F800000)}
 """The types that are read: as whole numbers, and the bits that are all set where a number is not finite (IEEE 754)."""
 
@@ -76,11 +78,13 @@ def read_sample_latents(members: Mapping[str, bytes]) -> Tensor:
 
 def read_text(members: Mapping[str, bytes], captions: int) -> StoredTokens:
     """The tokens of each of its `captions`, for those encoders that it holds tokens of. ValueError as above."""
-    about = json.loads(members.get("json", b"{}"))
-    nulls = about.get("null") or {}
+    about = json_of(members)
+    (lengths_of, nulls), wrong = check_value([about.get("tokens"), about.get("null")], COUNTS)
+    if wrong:
+        raise ValueError(f"broken latents: the JSON's tokens and null: {wrong}")
     each: dict[int, Sequence[Tensor]] = {}
     nothing: dict[int, Tensor] = {}
-    for number, lengths in (about.get("tokens") or {}).items():
+    for number, lengths in lengths_of.items():
         name = TEXT.format(number)
         if name not in members:
             raise ValueError(f"no latents: no {name}, of which the JSON tells")

@@ -35,6 +35,18 @@ def is_cut(drop: Drop) -> bool:
     return reason_of(drop.reason) in CUT
 
 
+def count_reason(counts: Counter[str], named: dict[str, list[str]], name: str, reason: str) -> None:
+    """Counts the group of a reason, and keeps the first different ``name: reason`` of each."""
+    counts[reason_of(reason)] += 1
+    name_first(named, {reason_of(reason): [f"{name}: {reason}"]})
+
+
+def name_first(named: dict[str, list[str]], more: Mapping[str, Iterable[str]]) -> None:
+    """Adds names to those of each reason, up to `NAMED` different ones."""
+    for group, lines in more.items():
+        named[group] = list(dict.fromkeys([*named.get(group, []), *lines]))[:NAMED]
+
+
 class Ledger:
     """Counts of used, dropped, truncated and retried samples, in all, for each shard and for each source. Faults that
     are found when shards are opened (a cut tar, a refused member) count once by name, also after a resume."""
@@ -80,23 +92,19 @@ class Ledger:
         for where, source in zip(batch.keys, batch.sources, strict=True):
             self._count("used", where, source)
         for drop in batch.drops:
-            self.dropped[reason_of(drop.reason)] += 1
+            count_reason(self.dropped, self.named, drop.where, drop.reason)
             self._count("dropped", drop.where, drop.source)
             if is_cut(drop):
                 self._count("truncated", drop.where, drop.source)
-            self._name(reason_of(drop.reason), [f"{drop.where}: {drop.reason}"])
         self.retried += len(batch.retries)
         sources = dict(zip(batch.keys, batch.sources, strict=True)) | {d.where: d.source for d in batch.drops}
         for where in batch.retries:
             self._count("retried", where, sources[where])
 
     def _count(self, what: str, where: str, source: str) -> None:
-        self.shards.setdefault(where.partition(":")[0], Counter())[what] += 1
+        end = max(0, where.find(".tar"))  # before it stand folders and servers, whose names may hold colons
+        self.shards.setdefault(where[:end] + where[end:].partition(":")[0], Counter())[what] += 1
         self.sources.setdefault(source, Counter())[what] += 1
-
-    def _name(self, group: str, lines: Iterable[str]) -> None:
-        """Keeps the first few different names."""
-        self.named[group] = list(dict.fromkeys([*self.named.get(group, []), *lines]))[:NAMED]
 
     def check(self, max_dropped: float, earlier: Ledger | None = None) -> None:
         """DataError where more is broken than `data.max_dropped` allows: 0 stops at the first, 1 never, else a share of
@@ -151,12 +159,10 @@ class Ledger:
 
     def add(self, state: dict[str, Any]) -> None:
         """Takes in the `state_dict` of another ledger."""
-        self.used += state["used"]
-        self.retried += state["retried"]
-        self.passed += state.get("passed", 0)  # earlier versions passed over none
+        for name in ("used", "retried", "passed"):
+            setattr(self, name, getattr(self, name) + state.get(name, 0))  # earlier versions passed over none
         self.dropped.update(state["dropped"])
-        for group, lines in state["named"].items():
-            self._name(group, lines)
+        name_first(self.named, state["named"])
         self.faults |= state["faults"]
         self.left_out |= state["left_out"]
         for own, others in ((self.shards, state["shards"]), (self.sources, state["sources"])):

@@ -7,8 +7,10 @@ from glob import glob, has_magic
 from typing import NamedTuple
 
 from lingen.data.manifest import NAME, without_manifest
-from lingen.data.remote import is_remote, list_s3
+from lingen.data.remote import is_remote
+from lingen.data.sources import Reader
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.sections import Remote
 
 
 class Location(NamedTuple):
@@ -23,8 +25,9 @@ class Location(NamedTuple):
 
     @classmethod
     def of(cls, path: str) -> Location:
-        """Of a path or an address; ``/a`` lies in the folder ``/``, and what follows a ``?`` belongs to the name."""
-        plain = path.partition("?")[0] if is_remote(path) else path
+        """Of a path or an address; ``/a`` lies in the folder ``/``, and of a URL what follows a ``?`` belongs to the
+        name."""
+        plain = path.partition("?")[0] if is_remote(path) and not path.startswith("s3://") else path
         folder, slash, name = plain.rpartition("/")
         return cls(folder or slash or ".", name + path[len(plain) :])
 
@@ -79,7 +82,7 @@ def _remote(name: str, setting: str, timeout: float) -> list[str]:
     if not name.startswith("s3://"):
         return [name]  # a * or ? may be part of an address, as of a signed one
     try:
-        return list_s3(name, timeout) if has_magic(name) else [name]
+        return Reader(Remote(timeout=timeout)).find(name) if has_magic(name) else [name]
     except OSError as error:
         raise RecipeError(f"{setting}: {error}") from error
 

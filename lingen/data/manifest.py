@@ -81,10 +81,14 @@ class ManifestError(RecipeError):
 
 def without_manifest(folder: str | Path) -> str:
     """The sentence for a folder that has no manifest, with the cure."""
-    return (
-        nothing_packed(Path(folder))
-        or f"'{folder}' has no {NAME}; write it with `lingen data index {shlex.quote(str(folder))}`."
-    )
+    return nothing_packed(Path(folder)) or f"'{folder}' has no {NAME}; write it with {writer_of(folder)}."
+
+
+def writer_of(folder: str | Path, *, encoded: bool = False) -> str:
+    """The command that can write the manifest of a folder; that of a set also says what the set was made with."""
+    if encoded or (Path(folder) / ".parts").is_dir():
+        return "the command that made the set, such as `lingen encode`"
+    return f"`lingen data index {shlex.quote(str(folder))}`"
 
 
 def nothing_packed(folder: Path) -> str:
@@ -155,7 +159,7 @@ def _check_values(path: Path, batch: pa.RecordBatch) -> None:
         if kind != pa.string() and len(batch) and not pc.all(pc.greater_equal(batch[name], 0)).as_py():
             wrong.append(f"a {name} below 0")
     if wrong:
-        raise ManifestError(f"{path} is wrong: it names {wrong[0]}. Write it anew with `lingen data index`.")
+        raise ManifestError(f"{path} is wrong: it names {wrong[0]}. Write it anew with {writer_of(path.parent)}.")
 
 
 def rows(path: Path) -> Iterator[Row]:
@@ -186,4 +190,4 @@ def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
 
 def _damaged(path: Path, error: Exception) -> ManifestError:
     said = " ".join(str(error).split())
-    return ManifestError(f"{path} is no manifest: {said}. Write it anew with `lingen data index`.")
+    return ManifestError(f"{path} is no manifest: {said}. Write it anew with {writer_of(path.parent)}.")

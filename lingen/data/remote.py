@@ -44,7 +44,7 @@ def read_remote(location: str, offset: int, length: int, timeout: float) -> byte
     file, no permission, a server that serves no pieces), Passing where it could not be read this time."""
     if location.startswith("s3://"):
         span = f"bytes={offset}-{offset + length - 1}"
-        reply = _ask(location, timeout, "get_object", Key=urlsplit(location).path[1:], Range=span)
+        reply = _ask(location, timeout, "get_object", Range=span)
         data, told = reply["Body"], reply["ContentRange"]
     else:
         data, headers = _get(location, offset, length, timeout)
@@ -59,7 +59,7 @@ def read_remote(location: str, offset: int, length: int, timeout: float) -> byte
 def stat_remote(location: str, timeout: float) -> Stat:
     """What is known of a file without reading it; errors as for `read_remote`."""
     if location.startswith("s3://"):
-        reply = _ask(location, timeout, "head_object", Key=urlsplit(location).path[1:])
+        reply = _ask(location, timeout, "head_object")
         return int(reply["ContentLength"]), reply["ETag"]
     data, headers = _get(location, 0, FIRST_LOOK, timeout)
     end = headers.get("Content-Range", "").rpartition("/")[2]
@@ -128,12 +128,13 @@ def _client(process: int, timeout: float) -> Any:
 
 
 def _ask(location: str, timeout: float, call: str, **arguments: Any) -> Any:
-    """One request about an object; SourceError or a reason to try again where it fails."""
+    """One request about an object, or a list of those with a `Prefix`; errors as for `read_remote`."""
     from botocore import exceptions
 
-    parts = urlsplit(location)
+    bucket, _, key = location.removeprefix("s3://").partition("/")  # a key may hold # and ?
+    about = arguments if "Prefix" in arguments else {"Key": key, **arguments}
     try:
-        reply = getattr(_client(os.getpid(), timeout), call)(Bucket=parts.netloc, **arguments)
+        reply = getattr(_client(os.getpid(), timeout), call)(Bucket=bucket, **about)
         return {**reply, "Body": reply["Body"].read()} if "Body" in reply else reply
     except exceptions.ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -153,9 +154,8 @@ def _ask(location: str, timeout: float, call: str, **arguments: Any) -> Any:
 
 
 def list_s3(pattern: str, timeout: float) -> list[str]:
-    """The objects that a pattern with ``*``, ``?`` or ``[...]`` in its key stands for."""
-    parts = urlsplit(pattern.replace("?", "%3F"))
-    key = parts.path[1:].replace("%3F", "?")
+    """The objects that a pattern with ``*``, ``?`` or ``[...]`` in its key stands for; errors as for `read_remote`."""
+    bucket, _, key = pattern.removeprefix("s3://").partition("/")
     prefix = key[: min(key.find(sign) for sign in "*?[" if sign in key)]
     found: list[str] = []
     more: dict[str, str] = {}
@@ -163,5 +163,5 @@ def list_s3(pattern: str, timeout: float) -> list[str]:
         reply = _ask(pattern, timeout, "list_objects_v2", Prefix=prefix, **more)
         found += [one["Key"] for one in reply.get("Contents", []) if fnmatch.fnmatchcase(one["Key"], key)]
         if not reply.get("IsTruncated"):
-            return [f"s3://{parts.netloc}/{name}" for name in found]
+            return [f"s3://{bucket}/{name}" for name in found]
         more = {"ContinuationToken": reply["NextContinuationToken"]}

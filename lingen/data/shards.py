@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from lingen.files import whole_file
 
@@ -51,6 +51,12 @@ def parse_sample(data: bytes | bytearray, key: str) -> dict[str, bytes]:
     except tarfile.TarError as error:
         raise ValueError(f"damaged sample: {error}") from error
     return members
+
+
+def read_sample(shard: BinaryIO, start: int, length: int, key: str) -> dict[str, bytes]:
+    """`parse_sample` of a piece of an open shard."""
+    shard.seek(start)
+    return parse_sample(shard.read(length), key)
 
 
 class ScannedSample(NamedTuple):
@@ -154,8 +160,7 @@ def read_shard(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for entry in scan_shard(path):
             if entry.key and not entry.fault:
-                file.seek(entry.start)
-                yield {"__key__": entry.key, **parse_sample(file.read(entry.end - entry.start), entry.key)}
+                yield {"__key__": entry.key, **read_sample(file, entry.start, entry.end - entry.start, entry.key)}
 
 
 def write_shards(samples: Iterable[dict[str, Any]], pattern: str, *, per_shard: int = 1000) -> list[Path]:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from lingen.data.remote import Passing, SourceError, Stat, is_remote, read_remote, stat_remote
+from lingen.data.remote import Passing, SourceError, Stat, is_remote, list_s3, read_remote, stat_remote
 from lingen.files import cache_folder, whole_file
 from lingen.recipe.sections import Remote
 
@@ -135,6 +135,10 @@ class Reader:
     def stat(self, location: str) -> Stat:
         """Size and version of a remote file. SourceError where there is none or it cannot be reached."""
         return self._retry(location, lambda: stat_remote(location, self.settings.timeout))[0]
+
+    def find(self, pattern: str) -> list[str]:
+        """The objects that a pattern at ``s3://`` stands for. SourceError where they cannot be listed."""
+        return self._retry(pattern, lambda: list_s3(pattern, self.settings.timeout))[0]
 
     def _retry(self, location: str, read: Callable[[], T]) -> tuple[T, int]:
         """The bytes that `read` returns, and how many attempts after the first one they took."""

@@ -43,7 +43,7 @@ class Shapes:
     clips: Annotated[int, AtLeast(1), IDENTITY, "video clips to train on"] = 1600
     images: Annotated[int, AtLeast(1), IDENTITY, "images to train on"] = 400
     held_out: Annotated[int, AtLeast(1), IDENTITY, "clips, and as many images, in each of the two held-out splits"] = 96
-    seed: Annotated[int, IDENTITY, "of the drawing; independent of the recipe's seed"] = 0
+    seed: Annotated[int, AtLeast(0), IDENTITY, "of the drawing; independent of the recipe's seed"] = 0
 
 
 class Caption(NamedTuple):

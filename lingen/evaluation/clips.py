@@ -1,11 +1,15 @@
 """The clips that are judged: which there are, what their prompts are, and the pixels that every measure sees."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 from jaxtyping import UInt8
 
@@ -14,7 +18,6 @@ from lingen.data.frames import ShortClip, frames_at, opened_video
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig
 from lingen.recipe.text import decode_text
-from lingen.sampling.notes import read_notes
 
 CLIP_ENDS = (".mp4", ".webm")
 Key = tuple[str, int]
@@ -22,11 +25,12 @@ Key = tuple[str, int]
 
 
 class ClipFile(NamedTuple):
-    """A clip; its prompt is "" where it is lost, and its seed None where it is not known."""
+    """A clip; its prompt is "" where it is lost, its repetition -1 until it is counted, its seed None where it is not
+    known."""
 
     path: Path
     prompt: str
-    repetition: int = 0
+    repetition: int = -1
     seed: int | None = None
 
     @property
@@ -72,17 +76,20 @@ def holds_clips(folder: Path) -> bool:
     return folder.is_dir() and any(path.suffix.lower() in CLIP_ENDS for path in folder.iterdir())
 
 
-def find_clips(folder: Path) -> list[ClipFile]:
+def find_clips(folder: Path, *, named: bool = False) -> list[ClipFile]:
     """The clips of a folder. Their prompts are in the notes of `lingen sample`, or in NAME.txt beside them; where that
-    holds for no clip, names stand for prompts. RecipeError for no clips, or two of one prompt and repetition."""
+    holds for no clip, names stand for prompts. RecipeError for no clips, or two of one prompt and repetition.
+
+    Args:
+        named: a clip without both has its title for a prompt, else its name without ``-N``."""
     if not holds_clips(folder):
         raise RecipeError(f"{folder} is no folder with clips ({', '.join(CLIP_ENDS)}); unpack shards with tar -xf.")
-    found = [_in(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in CLIP_ENDS]
+    found = [_in(path, named) for path in sorted(folder.iterdir()) if path.suffix.lower() in CLIP_ENDS]
     if not any(clip.prompt for clip in found):
         found = [clip._replace(prompt=clip.path.stem) for clip in found]
     counts, clips = Counter[str](), []
     for clip in found:
-        clips.append(clip if clip.seed is not None else clip._replace(repetition=counts[clip.prompt]))
+        clips.append(clip if clip.repetition >= 0 else clip._replace(repetition=counts[clip.prompt]))
         counts[clip.prompt] += 1
     twice = [key for key, n in Counter(clip.key for clip in clips).items() if n > 1]
     if twice:
@@ -90,13 +97,18 @@ def find_clips(folder: Path) -> list[ClipFile]:
     return clips
 
 
-def _in(path: Path) -> ClipFile:
-    try:
-        noted = read_notes(path)
-        return ClipFile(path, noted.prompt, noted.repetition, noted.settings.seed)
-    except RecipeError:
-        beside = path.with_suffix(".txt")
-        return ClipFile(path, decode_text(beside.read_bytes()).strip() if beside.is_file() else "")
+def _in(path: Path, named: bool) -> ClipFile:
+    about: dict[str, str] = {}
+    with suppress(OSError, av.FFmpegError), av.open(str(path)) as file:
+        about = file.metadata
+    with suppress(ValueError, KeyError, TypeError):
+        notes = json.loads(about["comment"])
+        return ClipFile(path, str(notes["prompt"]), int(notes["repetition"]), notes.get("seed"))
+    beside = path.with_suffix(".txt")
+    prompt = decode_text(beside.read_bytes()).strip() if beside.is_file() else ""
+    if named and not prompt:
+        prompt = about.get("title", "").strip() or re.sub(r"-\d+$", "", path.stem)
+    return ClipFile(path, prompt)
 
 
 def check_paired(subjects: dict[str, list[ClipFile]], prompts: Sequence[str] = (), repeat: int = 1) -> list[Key]:

@@ -2,9 +2,9 @@
 each pair. Runs and weights files are sampled first."""
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from lingen.data.batch import Progress
-from lingen.evaluation import distances
+from lingen.evaluation import statistics
 from lingen.evaluation.clips import ClipFile, Key, check_length, check_paired, find_clips, holds_clips
 from lingen.evaluation.judging import Judge, Judged
 from lingen.evaluation.statistics import SEED, check_extra, holm, mean_interval, paired_p
 from lingen.files import whole_file, write_json
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.text import decode_json
 from lingen.sampling.files import sample_to_files
 from lingen.training.weights import recipe_of
 from lingen.weights import find_weights
@@ -37,9 +38,9 @@ class Entrant:
     judged: dict[Key, Judged]
     failures: dict[Key, str]
 
-    def features(self, network: str, keys: Sequence[Key]) -> distances.FeatureSet:
+    def features(self, network: str, keys: Sequence[Key]) -> statistics.FeatureSet:
         rows = np.stack([self.judged[key].features[network] for key in keys])
-        return distances.FeatureSet(rows, [prompt for prompt, _ in keys])
+        return statistics.FeatureSet(rows, [prompt for prompt, _ in keys])
 
     def metrics(self) -> dict[str, dict[Key, float]]:
         """Each measure by take. A failed clip follows no text; other measures lack it, and `failed clips` counts it."""
@@ -49,6 +50,11 @@ class Entrant:
                 wrong = dict.fromkeys(self.failures, 0.0) if name.startswith("text:") else {}
                 found.setdefault(name, wrong)[key] = value
         return found
+
+
+def _apart(takes: Iterable[Key]) -> bool:
+    """Whether they are of two prompts or more: distances leave out pairs within one."""
+    return len({prompt for prompt, _ in takes}) > 1
 
 
 def judge_all(judge: Judge, name: str, clips: Sequence[ClipFile], takes: Sequence[Key], progress: Progress) -> Entrant:
@@ -78,8 +84,10 @@ def compare_subjects(judge: Judge, subjects: Sequence[Entrant], real: Entrant | 
         values, interval = list(held.values()), mean_interval(list(held.values()), [prompt for prompt, _ in held])
         results.append(_result(subject, metric, float(np.mean(values)), interval, len(values)))
     notes = [BLIND] if real and "i3d" in judge.networks else []
-    able = [one for one in subjects if len({prompt for prompt, _ in one.judged}) > 1]
-    if real and able and len(real.judged) > 3:
+    able = [one for one in subjects if _apart(one.judged)]
+    if real and not _apart(real.judged):
+        notes.append("There are no distances: the real clips that could be read are of fewer than two prompts.")
+    elif real and able and len(real.judged) > 3:
         if codecs[REAL] != used:
             notes.append(f"Real clips are stored as {codecs[REAL]}, the others as {used}: distances hold that, too.")
         n = min(len(real.judged) // 2, *(len(one.judged) for one in able))
@@ -99,9 +107,18 @@ def compare_subjects(judge: Judge, subjects: Sequence[Entrant], real: Entrant | 
     return {**found, "fingerprint": judge.fingerprint | own}
 
 
+def read_results(path: str) -> dict[str, Any]:
+    """What an earlier results.json holds. RecipeError for any other file."""
+    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+        found, drawn = decode_json(Path(path).read_bytes()), {"subject", "metric", "value", "interval", "floor"}
+        if isinstance(found["fingerprint"], dict) and all(row.keys() >= drawn for row in found["results"]):
+            return dict(found)
+    raise RecipeError(f"{path} is not there, or no results.json of `lingen eval`.")
+
+
 def join_results(found: dict[str, Any], earlier: dict[str, Any], path: object) -> dict[str, Any]:
     """An earlier result beside a new one. RecipeError where anything in their fingerprints differs."""
-    ours, theirs = found["fingerprint"], earlier.get("fingerprint", {})
+    ours, theirs = found["fingerprint"], earlier["fingerprint"]
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if differing:
         told = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in differing)
@@ -124,14 +141,14 @@ def names_of(network: str) -> tuple[str, str]:
 def _distances(network: str, subjects: Sequence[Entrant], real: Entrant, n: int) -> Iterator[dict[str, Any]]:
     """The kernel distance of all clips leads; the Frechet distance is of n on all sides, its floor too."""
     (kernel, frechet), there = names_of(network), real.features(network, list(real.judged))
-    floor = distances.frechet_floor(there.rows, n)
+    floor = statistics.frechet_floor(there.rows, n)
     for one in subjects:
         own = one.features(network, list(one.judged))
-        distance, count = distances.KernelDistance(own, there), len(own.rows)
-        low = distances.kernel_floor(there, count)
+        distance, count = statistics.KernelDistance(own, there), len(own.rows)
+        low = statistics.kernel_floor(there, count)
         yield _result(one.name, kernel, distance.value(), distance.interval(), count, low)
         some = [side.rows[np.random.default_rng(SEED).permutation(len(side.rows))[:n]] for side in (own, there)]
-        yield _result(one.name, frechet, distances.frechet_distance(*some), None, n, floor)
+        yield _result(one.name, frechet, statistics.frechet_distance(*some), None, n, floor)
 
 
 def _pairs(a: Entrant, b: Entrant, networks: Sequence[str], real: Entrant | None) -> Iterator[dict[str, Any]]:
@@ -144,11 +161,11 @@ def _pairs(a: Entrant, b: Entrant, networks: Sequence[str], real: Entrant | None
             difference, p = float(np.mean(first) - np.mean(second)), paired_p(first, second, [key[0] for key in keys])
             yield {"metric": name, **shown, "difference": difference, "n": len(keys), "p": p}
     keys = [key for key in a.judged if key in b.judged]
-    if real is None or len({prompt for prompt, _ in keys}) < 2:
+    if real is None or not (_apart(keys) and _apart(real.judged)):
         return
     for network in networks:
         sides = [one.features(network, held) for one, held in ((a, keys), (b, keys), (real, [*real.judged]))]
-        difference, p = distances.paired_kernel_p(*sides)
+        difference, p = statistics.paired_kernel_p(*sides)
         yield {"metric": names_of(network)[0], **shown, "difference": difference, "n": len(keys), "p": p}
 
 
@@ -163,6 +180,7 @@ def evaluate_clips(
     paths = {name: Path(name) for name in subjects if not name.endswith(".json")}
     if not paths:
         raise RecipeError("Earlier results need clips to stand beside: name a folder, a run or a weights file, too.")
+    earlier = {name: read_results(name) for name in subjects if name not in paths}
     weights = {name: find_weights(path) for name, path in paths.items() if not holds_clips(path)}
     if weights and not prompts:
         raise RecipeError(f"{next(iter(weights))} is to be sampled: give --prompts FILE, one on each line.")
@@ -179,8 +197,8 @@ def evaluate_clips(
         with bar(f"measuring {name}") as progress:
             judged[name] = judge_all(made, name, files, takes if name in held else [f.key for f in files], progress)
     found = compare_subjects(made, [judged[name] for name in held], judged.get(REAL))
-    for name in (name for name in subjects if name.endswith(".json")):
-        found = join_results(found, json.loads(Path(name).read_text(encoding="utf-8")), name)
+    for name, before in earlier.items():
+        found = join_results(found, before, name)
     write_json(out / "results.json", found)
     _draw(found["results"], out / "results.png")
     return found

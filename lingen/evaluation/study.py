@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import combinations
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import av
 
+from lingen.evaluation.clips import Key, find_clips
 from lingen.files import check_target, write_json, write_text
 from lingen.media import encode_mp4, read_video
 from lingen.recipe.errors import RecipeError
@@ -48,8 +48,8 @@ def make_study(
     the key, and sentences about what is odd.
 
     Args:
-        folders: clips as `lingen sample` writes them; without its notes a clip's prompt is its title, else its name
-            without ``-N``, and its repetition the place among those of the prompt.
+        folders: clips as `lingen sample` writes them; for others see `find_clips`: a clip's repetition is its place
+            among those of the prompt.
         per_rater: so many pairs for each rater, drawn by name; None: every two folders at every clip of a prompt.
     Raises:
         RecipeError: clips are missing, doubled, broken or the same on both sides, or another study's key is there."""
@@ -82,29 +82,20 @@ def make_study(
     return key, notes
 
 
-def _clips_in(folder: Path) -> dict[tuple[str, int], StudyClip]:
-    """(prompt, repetition) -> clip. All are encoded anew alike: they play everywhere, none tells its maker."""
-    found: dict[tuple[str, int], StudyClip] = {}
-    for path in sorted(folder.glob("*.mp4")):
+def _clips_in(folder: Path) -> dict[Key, StudyClip]:
+    """The clip of each take. All are encoded anew alike: they play everywhere, none tells its maker."""
+    found: dict[Key, StudyClip] = {}
+    for path, key in ((clip.path, clip.key) for clip in find_clips(folder, named=True)):
         try:
             with av.open(str(path)) as file:
-                count, about = file.streams.video[0].frames, file.metadata
+                count = file.streams.video[0].frames
             frames, fps = read_video(path.read_bytes())
             if len(frames) < max(2, count):
                 raise ValueError(f"it has {len(frames)} of {max(2, count)} frames")
             data = encode_mp4(frames, fps, crf=14, exact=True)
         except (OSError, ValueError, IndexError, av.FFmpegError) as error:
             raise RecipeError(f"{path} cannot be read as a film: {error}. Make it again.") from error
-        try:
-            take = str((notes := json.loads(about["comment"]))["prompt"]), int(notes["repetition"])
-        except (ValueError, KeyError, TypeError):
-            prompt = about.get("title", "").strip() or re.sub(r"-\d+$", "", path.stem)
-            take = prompt, sum(one[0] == prompt for one in found)
-        if take in found:
-            raise RecipeError(f"{found[take].path} and {path} are the same take of '{take[0]}'; remove one.")
-        found[take] = StudyClip(path, data, f"{'x'.join(map(str, frames.shape[:3]))} at {fps:.4g} fps")
-    if not found:
-        raise RecipeError(f"There is no .mp4 in {folder}; name a folder of clips that `lingen sample` made.")
+        found[key] = StudyClip(path, data, f"{'x'.join(map(str, frames.shape[:3]))} at {fps:.4g} fps")
     return found
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
-from lingen.autoencoder.tiling import tiles_of
-from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, way_for, ways_of
+from lingen.autoencoder.ways import PIECE_FRAMES, decode, encode, tiles_of, way_for, ways_of
 from lingen.data import synthetic as drawn
 from lingen.data.batch import Batch, Progress, no_progress
 from lingen.data.buckets import Pool
@@ -177,7 +176,7 @@ class _Judge:
         latents = encode(self.autoencoder, self._pieces(clip), self.way, self.tiles)
         if not torch.isfinite(latents).all():
             raise ValueError(f"The latents of {batch.keys[0]} hold NaN or infinity.")
-        found = {self.name: self._compare(kind, clip, latents)}
+        found = {self.name: self._score(clip, decode(self.autoencoder, latents, self.way, self.tiles), kind)}
         kept, full = latents.numel(), clip.numel()
         self.numbers[kind, self.name] = kept / full
         self.spread.setdefault(kind, []).append((float(latents.float().mean()), float(latents.float().std())))
@@ -196,23 +195,16 @@ class _Judge:
         """uint8 [1 3 t h w] -> pieces in -1..1 on the device."""
         return (as_floats(piece.to(self.asked.device)) for piece in clip.split(PIECE_FRAMES, 2))
 
-    def _score(self, clip: Tensor, rebuilt: Iterator[Tensor]) -> Quality:
+    def _score(self, clip: Tensor, rebuilt: Iterator[Tensor], kind: str = "") -> Quality:
+        """The score; the first clips of a kind that is named also go into the picture and the film."""
         comparison = Comparison(self.perceptual)
-        for pair in pairs(self._pieces(clip), rebuilt):
-            comparison.add(*pair)
-        return comparison.result()
-
-    def _compare(self, kind: str, clip: Tensor, latents: Tensor) -> Quality:
-        """The score; the first clips also go into the picture and the film."""
-        comparison = Comparison(self.perceptual)
-        shown = len(self.shown[kind]) < 3 * CLIPS_SHOWN
+        shown = bool(kind) and len(self.shown[kind]) < 3 * CLIPS_SHOWN
         film = kind == "video" and not self.shown[kind]
         picks = sorted(sheet_frames(clip.shape[2], COLUMNS))
         stills: list[tuple[np.ndarray, np.ndarray]] = []
 
         def frames() -> Iterator[np.ndarray]:
             start = 0
-            rebuilt = decode(self.autoencoder, latents, self.way, self.tiles)
             for pair in pairs(self._pieces(clip), rebuilt):
                 comparison.add(*pair)
                 if shown:

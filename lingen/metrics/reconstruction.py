@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lingen.autoencoder.tiling import Video
+from lingen.autoencoder.ways import Video
 
 MOST_PSNR = 100.0
 """Largest PSNR in dB, that of equal clips: float32 cannot tell smaller errors from none (ours)."""

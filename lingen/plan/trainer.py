@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -62,7 +63,11 @@ def fault_of_logger(component: Any) -> str | None:
 
 
 def faults_of_names(arguments: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(argument, sentence) for each accelerator, strategy and profiler that Lightning does not have."""
+    """(argument, sentence) for each accelerator, strategy and profiler that Lightning does not have, and for devices in
+    words that are neither how many nor which."""
+    devices = arguments.get("devices")
+    if isinstance(devices, str) and not re.fullmatch(r"auto|\s*-?\d+\s*(,\s*\d+\s*)*,?", devices):
+        yield "devices", f"Expected how many, which (as 0,1) or auto, got '{devices}'."
     for key, value in arguments.items():
         known = _known(key) if isinstance(value, str) else None
         if known is not None and value.lower() not in known:

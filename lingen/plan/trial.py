@@ -186,8 +186,7 @@ def _refused(draft: Layered, path: tuple[str | int, ...], error: Exception, what
 
 def _decoding(draft: Layered, recipe: Recipe) -> Iterator[Problem]:
     """A mistake where the autoencoder cannot decode as `sample` says; found before anything is trained."""
-    from lingen.autoencoder.tiling import tiles_of
-    from lingen.autoencoder.ways import way_for
+    from lingen.autoencoder.ways import tiles_of, way_for
 
     settings, autoencoder = recipe.sample, on_meta(AUTOENCODERS, recipe.autoencoder)
     try:

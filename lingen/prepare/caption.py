@@ -10,16 +10,17 @@ from torch import Tensor
 
 from lingen.data import manifest
 from lingen.data.batch import Progress, no_progress
-from lingen.data.captions import captions_of
+from lingen.data.captions import captions_of, json_of
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import hash_settings, hash_weights
 from lingen.data.manifest import About, Row
 from lingen.data.order import digest
-from lingen.data.shards import parse_sample
-from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream
+from lingen.data.shards import read_sample
+from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream, name_for
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS
+from lingen.text.transformers_reader import quiet
 
 SIDE = 448
 """Height of the frames that a model is shown, in pixels; it scales them to what it was trained on (ours)."""
@@ -60,11 +61,10 @@ class Captioner:
     """A model and its processor; RecipeError where the folder holds none. It is shown a video where it takes one, else
     the frames as pictures, else, where it takes no instructions either, the frame in the middle."""
 
+    @quiet()
     def __init__(self, how: Captioning):
-        from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        logging.set_verbosity_error()  # its progress bars and hints would mix with ours
-        logging.disable_progress_bar()
         if not how.model.is_dir():
             raise RecipeError(f"--model {how.model} is no folder; name one that holds a model and its processor.")
         try:
@@ -76,6 +76,7 @@ class Captioner:
         self.how = how
         self.model = model.to(how.device).eval()
 
+    @quiet()
     @torch.no_grad()
     def describe(self, frames: np.ndarray, seed: int) -> list[str]:
         """Captions of frames, uint8 [t h w 3], each once; those after the first by `seed`. ValueError where the model
@@ -133,9 +134,11 @@ def caption(folder: Path, out: Path, how: Captioning, progress: Progress = no_pr
         total, done = sum(map(len, work.values())), 0
         for kind, rows in work.items():
             stream = ShardStream(own, kind, how.shard_mb * 1_000_000)
+            names: set[str] = set()
             for row in rows:
-                if not stream.has(row.key, row.hash):
-                    _caption_one(folder, row, captioner, stream)
+                name = name_for(row.key, f"{row.shard} {row.offset}", names)
+                if not stream.has(name, row.hash):
+                    _caption_one(folder, row, name, captioner, stream)
                 done += 1
                 progress(done, total)
             stream.commit()
@@ -143,24 +146,23 @@ def caption(folder: Path, out: Path, how: Captioning, progress: Progress = no_pr
     return close_set(own, About(hash_settings(settings), settings), complete)
 
 
-def _caption_one(folder: Path, row: Row, captioner: Captioner, stream: ShardStream) -> None:
+def _caption_one(folder: Path, row: Row, name: str, captioner: Captioner, stream: ShardStream) -> None:
     try:
         with (folder / row.shard).open("rb") as file:
-            file.seek(row.offset)
-            members = parse_sample(file.read(row.length), row.key)
+            members = read_sample(file, row.offset, row.length, row.key)
         captions = captions_of(members) if row.captions and not captioner.how.replace else []
         if not captions:
-            captions = captioner.describe(_frames(members, row, captioner.how.frames), digest("caption", row.key))
-            about = json.loads(members.get("json", b"{}"))
+            captions = captioner.describe(_frames(members, row, captioner.how.frames), digest("caption", name))
+            about = json_of(members)
             about.pop("caption", None)
             about |= {"captions": captions, "captioner": captioner.how.name}
             members["json"] = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
     except (OSError, ValueError) as error:
-        stream.note([Note(row.key, str(error)), Note(row.key, mark=row.hash)])
+        stream.note([Note(name, str(error)), Note(name, mark=row.hash)])
         return
-    stream.note([Note(row.key, mark=row.hash)])
-    told = row._replace(captions=len(captions), caption_length=len(captions[0]))
-    stream.write({"__key__": row.key, **members}, JournalEntry(told, (), row.key, row.hash))
+    stream.note([Note(name, mark=row.hash)])
+    told = row._replace(key=name, captions=len(captions), caption_length=len(captions[0]))
+    stream.write({"__key__": name, **members}, JournalEntry(told, (), name, row.hash))
 
 
 def _frames(members: dict[str, bytes], row: Row, count: int) -> np.ndarray:

@@ -156,6 +156,6 @@ def _parquet(table: Path) -> Iterator[tuple[Any, Any]]:
     columns = [name for name in ("key", "caption", "captions") if name in file.schema_arrow.names]
     if len(columns) < 2 or columns[0] != "key":
         _refuse(table, file.schema_arrow.names)
-    for batch in file.iter_batches(columns=columns):
-        for number, row in enumerate(batch.to_pylist()):
-            yield _pair(row, f"{table}, row {number}")
+    rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+    for number, row in enumerate(rows):
+        yield _pair(row, f"{table}, row {number}")

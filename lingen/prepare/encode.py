@@ -2,6 +2,7 @@
 samples of all stages; each stage takes those of its own shapes."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,19 @@ from torch.utils.data import DataLoader
 from lingen.data.acting import DrawnIndex
 from lingen.data.ahead import Ahead
 from lingen.data.batch import Progress, no_progress
-from lingen.data.buckets import Shape
+from lingen.data.buckets import Pool, Shape
 from lingen.data.captions import captions_of
 from lingen.data.datamodule import ClipData
 from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import differences, frozen_settings, hash_settings
 from lingen.data.follow import follow_parent
-from lingen.data.index import Index
+from lingen.data.index import Index, short_names
 from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.shards import parse_sample
 from lingen.data.sources import Reader
 from lingen.prepare.encoders import Encoders
-from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream
+from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream, name_for
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import KINDS, Recipe
@@ -44,11 +45,10 @@ class Task(NamedTuple):
     """0 for an image."""
     window: int
     """Number of the clip among the consecutive clips of its video."""
-
-    @property
-    def key(self) -> str:
-        """Its name among the encoded samples."""
-        return f"{self.samples.key(self.number)}-{self.shape}-{self.window:02d}"
+    key: str
+    """Its name among the encoded samples."""
+    where: str
+    """``shard:key`` of its sample, the shard's name below the common folder of all stages."""
 
     @property
     def mark(self) -> str:
@@ -72,7 +72,7 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
     Args:
         part: the share that is asked for; neighbours in a shard stay together.
         validation: those of the held-out shards instead."""
-    found: dict[tuple[str, Shape, float], list[Task]] = {}
+    pools: list[tuple[float, Pool]] = []
     for recipe in stages:
         data = ClipData(recipe)
         clips = data.validation if validation else data.train
@@ -81,17 +81,34 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
         pool = clips.pools[kind]
         if pool.index.encoded:
             raise RecipeError(f"data.shards.{kind} of stage '{recipe.stage}' is encoded already.")
-        fps = recipe.data.fps if kind == "video" else 0.0
+        pools.append((recipe.data.fps if kind == "video" else 0.0, pool))
+    shards = list(dict.fromkeys(shard for _, pool in pools for shard in pool.index.shards))
+    numbered, names = {shard: number for number, shard in enumerate(shards)}, short_names(shards)
+    several = Counter((shape, fps) for fps, pool in pools for shape in pool.shapes)
+    taken: dict[tuple[Shape, float], np.ndarray] = {}
+    tasks, keys = list[Task](), set[str]()
+    for fps, pool in pools:
+        own = np.array([numbered[shard] for shard in pool.index.shards])
         for shape, rows in zip(pool.shapes, pool.rows, strict=True):
             numbers = np.asarray(rows[:])
+            if several[shape, fps] > 1:
+                records, earlier = pool.index.records[numbers], taken.get((shape, fps), np.zeros(0, np.int64))
+                offsets = numbers if isinstance(pool.index, DrawnIndex) else records["offset"]
+                places = (own[records["shard"]] << 40) + offsets
+                numbers, taken[shape, fps] = numbers[~np.isin(places, earlier)], np.union1d(earlier, places)
             for number in numbers[part.slice_of(len(numbers))].tolist():
-                where = (pool.index.where(number), shape, fps)
-                if where not in found:
-                    record, windows = pool.index.records[number], 1  # or as many as follow each other in a video
-                    if fps and record["fps"] > 0:
-                        windows = max(1, int(record["frames"] / float(record["fps"]) * fps + 1e-3) // shape.frames)
-                    found[where] = [Task(pool.index, number, shape, fps, window) for window in range(windows)]
-    return [task for tasks in found.values() for task in tasks]
+                record, key = pool.index.records[number], pool.index.key(number)
+                where = f"{names[own[record['shard']]]}:{key}"
+                for window in range(max(1, _available(record, fps) // shape.frames)):
+                    place = f"{where} {record['offset']} {fps:g}"
+                    name = name_for(f"{key}-{shape}-{window:02d}", place, keys)
+                    tasks.append(Task(pool.index, number, shape, fps, window, name, where))
+    return tasks
+
+
+def _available(record: np.void, fps: float) -> int:
+    """Frames that a video has at a frame rate; 0 for an image, or where the manifest does not tell."""
+    return int(record["frames"] / float(record["fps"]) * fps + 1e-3) if record["fps"] > 0 else 0
 
 
 def _load(reader: Reader, task: Task) -> LoadedClip:
@@ -109,8 +126,7 @@ def _load(reader: Reader, task: Task) -> LoadedClip:
 
 def _decode(members: dict[str, bytes], task: Task) -> Tensor:
     frames, height, width = task.shape
-    record = task.samples.records[task.number]
-    available = int(record["frames"] / float(record["fps"]) * task.fps + 1e-3) if record["fps"] > 0 else frames
+    available = _available(task.samples.records[task.number], task.fps)
     start = (task.window * frames + 0.5) / max(1, available - frames + 1)
     kind = "video" if task.fps else "image"
     size, fps = (height, width), task.fps or 1.0
@@ -191,7 +207,7 @@ def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None
         try:
             if loaded.reason:
                 raise ValueError(loaded.reason)
-            members = encoders.members(next(latents), loaded.captions, task.fps, task.samples.where(task.number))
+            members = encoders.members(next(latents), loaded.captions, task.fps, task.where)
         except ValueError as error:
             stream.note([Note(task.key, str(error)), Note(task.key, mark=task.mark)])
             continue

@@ -13,7 +13,7 @@ from lingen.data.frames import opened_video, orientation, refuse_odd
 from lingen.data.latents import LATENTS_NPY
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.pictures import open_picture, reported, webp_size, webp_times
-from lingen.data.shards import parse_sample, scan_shard, tar_files
+from lingen.data.shards import read_sample, scan_shard, tar_files
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
 
@@ -30,17 +30,17 @@ def index_folder(folder: Path, processes: int | None, progress: Progress = no_pr
 
     def rows() -> Iterator[Row]:
         done = in_order(index_shard, paths, processes, lambda path: ([], [crashed_at(path)]))
+        is_empty = True
         for number, (_, (found, broken)) in enumerate(done, start=1):
             drops.extend(broken)
+            is_empty &= not found
             yield from found
             progress(number, len(paths))
+        if is_empty:  # before a manifest that is there is replaced
+            first = f"{drops[0].where}: {drops[0].reason}" if drops else "its tar files hold no sample at all"
+            raise RecipeError(f"'{folder}' holds no sample that can be used; the first: {first}")
 
-    count = manifest.write(folder / manifest.NAME, rows(), About())
-    if not count:
-        (folder / manifest.NAME).unlink()
-        first = f"{drops[0].where}: {drops[0].reason}" if drops else "its tar files hold no sample at all"
-        raise RecipeError(f"'{folder}' holds no sample that can be used; the first: {first}")
-    return count, drops
+    return manifest.write(folder / manifest.NAME, rows(), About()), drops
 
 
 def compressed_shards(folder: Path) -> list[Drop]:
@@ -75,10 +75,9 @@ def index_shard(path: Path) -> tuple[list[Row], list[Drop]]:
                 try:
                     if entry.fault:
                         raise ValueError(entry.fault)
-                    file.seek(entry.start)
-                    members = parse_sample(file.read(entry.end - entry.start), entry.key)
-                    row = Row(entry.key, path.name, entry.start, entry.end - entry.start, **describe_sample(members))
-                    rows.append(row._replace(source=path.parent.name))
+                    place = entry.start, entry.end - entry.start
+                    told = describe_sample(read_sample(file, *place, entry.key))
+                    rows.append(Row(entry.key, path.name, *place, source=path.parent.name, **told))
                 except ValueError as error:
                     drops.append(Drop(where, str(error)))
     except OSError as error:

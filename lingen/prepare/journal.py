@@ -67,6 +67,14 @@ class Note(NamedTuple):
     """Hashes, with points between them, of what decided it: the source's content (empty: not known), its captions."""
 
 
+def name_for(key: str, place: str, taken: set[str]) -> str:
+    """The name of a sample in a part: its key; where an earlier one has it, with digits of its place. It is added to
+    those `taken`."""
+    name = f"{key}-{hashlib.blake2b(place.encode(), digest_size=4).hexdigest()}" if key in taken else key
+    taken.add(name)
+    return name
+
+
 class JournalEntry(NamedTuple):
     """A sample in a shard, or on its way there."""
 

@@ -50,8 +50,9 @@ class Packing(NamedTuple):
 def wanted_by(stages: Sequence[Recipe]) -> ClipRequirements:
     """The sizes of all stages, their largest frame rate, and each length of a clip, in frames at that rate."""
     data = [stage.data for stage in stages]
-    fps = max(one.fps for one in data)
-    seconds = {frames / one.fps for one in data if one.mix.video for frames in (one.frames, *one.lengths)}
+    films = [one for one in data if one.mix.video]
+    fps = max(one.fps for one in films or data)
+    seconds = {frames / one.fps for one in films for frames in (one.frames, *one.lengths)}
     lengths = sorted({math.ceil(length * fps - 1e-6) for length in seconds}, reverse=True)
     groups = [tuple((height, width) for height, width in dict.fromkeys([one.size, *one.sizes])) for one in data]
     return ClipRequirements(tuple(dict.fromkeys(groups)), fps, tuple(lengths))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lingen.data import manifest
-from lingen.data.ledger import NAMED
+from lingen.data.ledger import count_reason
 from lingen.data.manifest import About, Row
 from lingen.files import write_json
 from lingen.prepare.journal import KEPT, Note, Record, SetFolder
@@ -17,8 +17,7 @@ LEDGER = "ledger.json"
 
 
 class Report:
-    """Counts of samples made and of what was left out. A reason's part before its first colon is what it is grouped
-    by."""
+    """Counts of samples made and of what was left out."""
 
     def __init__(self) -> None:
         self.looked_at = 0
@@ -27,14 +26,14 @@ class Report:
         """Samples by kind."""
         self.seconds = 0.0
         """Length of all clips."""
-        self.size = 0
-        """Bytes of all samples."""
-        self.left_out: Counter[str] = Counter()
-        """Reason -> sources or clips."""
+        self.bytes = 0
+        """Of all samples."""
         self.changed: Counter[str] = Counter()
         """What was changed -> sources that were kept."""
+        self.left_out: Counter[str] = Counter()
+        """Reason -> sources or clips."""
         self.named: dict[str, list[str]] = {}
-        """Reason -> the first ones as ``name: reason: detail``."""
+        """Reason, or what was changed -> the first ones as ``name: reason: detail``."""
 
     def add(self, record: Record) -> None:
         """Counts what a record tells."""
@@ -42,16 +41,13 @@ class Report:
             row = entry.row
             self.made[row.kind] += 1
             self.seconds += row.frames / row.fps if row.fps else 0.0
-            self.size += row.length
+            self.bytes += row.length
         for name, reason, _ in record.notes:
-            if not reason:
+            if reason:
+                counts = self.changed if reason.startswith(KEPT) else self.left_out
+                count_reason(counts, self.named, name, reason)
+            else:
                 self.looked_at += 1
-                continue
-            group = reason.partition(":")[0]
-            (self.changed if reason.startswith(KEPT) else self.left_out)[group] += 1
-            named = self.named.setdefault(group, [])
-            if len(named) < NAMED:
-                named.append(f"{name}: {reason}")
 
     def rows(self) -> list[dict[str, str]]:
         """For a table: what was made, then what was left out, most frequent first, with an example."""
@@ -62,11 +58,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Plain types."""
-        return {
-            "looked_at": self.looked_at, "made": dict(self.made), "seconds": round(self.seconds, 3), "bytes": self.size,
-            "changed": {reason.removeprefix(KEPT): count for reason, count in self.changed.items()},
-            "left_out": dict(self.left_out), "named": self.named,
-        }  # fmt: skip
+        changed = {reason.removeprefix(KEPT): count for reason, count in self.changed.items()}
+        return {**vars(self), "seconds": round(self.seconds, 3), "changed": changed}
 
 
 def close_set(
@@ -80,24 +73,24 @@ def close_set(
         limit: of `Duplicates`: a sample that looks like an earlier one of its kind stays in its shard, but not in the
             manifest."""
     report, rows, twins = Report(), list[Row](), list[str]()
-    for kind in KINDS:
-        seen = Duplicates(limit if complete else None)
-        for record in folder.records_of(kind, complete):
-            told = Record([], [*record.notes])
-            for entry in record.entries:
-                twin = seen.find(entry.looks)
-                if twin is None:
-                    seen.add(entry.row.key, entry.looks)
-                    told.entries.append(entry)
-                else:
-                    twins.append(f"{entry.row.shard}:{entry.row.key}")
-                    told.notes.append(Note(twins[-1], f"near-duplicate: of {twin}, in another part"))
-            rows += [entry.row for entry in told.entries]
-            report.add(told)
-    if not complete:
-        return report
-    report.add(Record([], [*notes]))
-    with folder.finishing(manifest.NAME, LEDGER):
+    with folder.finishing(manifest.NAME, LEDGER):  # while it is read, too: what is written is never of before
+        for kind in KINDS:
+            seen = Duplicates(limit if complete else None)
+            for record in folder.records_of(kind, complete):
+                told = Record([], [*record.notes])
+                for entry in record.entries:
+                    twin = seen.find(entry.looks)
+                    if twin is None:
+                        seen.add(entry.row.key, entry.looks)
+                        told.entries.append(entry)
+                    else:
+                        twins.append(f"{entry.row.shard}:{entry.row.key}")
+                        told.notes.append(Note(twins[-1], f"near-duplicate: of {twin}, in another part"))
+                rows += [entry.row for entry in told.entries]
+                report.add(told)
+        if not complete:
+            return report
+        report.add(Record([], [*notes]))
         if rows:
             manifest.write(folder.out / manifest.NAME, rows, about)
         write_json(folder.out / LEDGER, report.as_json() | {"not_in_manifest": twins}, indent=1, end="\n")

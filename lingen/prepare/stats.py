@@ -90,7 +90,7 @@ def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:
     """Small frames [t h w 3], and a line: the key, its measures, the caption."""
     from lingen.data.captions import captions_of
     from lingen.data.decode import decode_sample
-    from lingen.data.shards import parse_sample
+    from lingen.data.shards import read_sample
 
     moving = row.kind == "video" and row.width
     size = (96, max(16, round(96 * row.width / max(1, row.height)))) if moving else (96, 96)
@@ -98,8 +98,7 @@ def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:
     told = f"{row.key} ({row.height}x{row.width}{seconds})"
     try:
         with (folder / row.shard).open("rb") as file:
-            file.seek(row.offset)
-            members = parse_sample(file.read(row.length), row.key)
+            members = read_sample(file, row.offset, row.length, row.key)
         frames, fps = (max(1, row.frames), row.fps if row.fps > 0 else 1.0) if row.kind == "video" else (1, 1.0)
         pixels = decode_sample(members, row.kind, frames=frames, size=size, fps=fps, start=0.0).pixels
         caption = captions_of(members)[0] if row.captions else "no caption yet"

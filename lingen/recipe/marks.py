@@ -45,7 +45,7 @@ def _of_section(section: Any, path: Path, above: Mark) -> Iterator[tuple[Path, E
                 registry = COMPONENTS.get((*here, key))
                 yield from _of_components(item, registry, (*here, key), entry) if registry else [((*here, key), entry)]
         elif here != ("stages",):
-            yield here, Entry(value, mark, _is_content(setting))
+            yield here, Entry(value, mark, bool(is_content(setting)))
 
 
 def _of_components(value: Any, registry: Registry, path: Path, above: Entry) -> Iterator[tuple[Path, Entry]]:
@@ -58,12 +58,14 @@ def _of_components(value: Any, registry: Registry, path: Path, above: Entry) -> 
         for key, item in value.items():
             own = known.get(key)
             mark = own.mark if own and own.mark else above.mark
-            undeclared = key != "name" and (own is None or own.mark is None)
-            inside = Entry(item, mark, None if undeclared else _is_content(own))
+            inside = Entry(item, mark, key != "name" and is_content(own))
             yield from _of_components(item, registry, (*path, key), inside)
     else:
         yield path, above._replace(value=value)
 
 
-def _is_content(setting: Setting | None) -> bool:
-    return setting is not None and CONTENT in getattr(setting.hint, "__metadata__", ())
+def is_content(setting: Setting | None) -> bool | None:
+    """Whether a part's setting is declared a path whose content counts; None where nothing is declared of it."""
+    if setting is not None and CONTENT in getattr(setting.hint, "__metadata__", ()):
+        return True
+    return False if setting is not None and setting.mark else None

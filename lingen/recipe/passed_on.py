@@ -10,27 +10,34 @@ from lingen.recipe.signature import bare
 Part = TypeVar("Part", bound=type)
 
 
-def passes_on(*parts: Callable[..., Any]) -> Callable[[Part], Part]:
+def passes_on(*parts: Callable[..., Any], **defaults: Any) -> Callable[[Part], Part]:
     """Class decorator: the keyword-only settings of other parts are settings of this one, too.
 
     They stand in its signature behind its own, with the types, bounds, marks and defaults that they are declared with
     in the other parts, so that they are checked, filled in and documented from there. The constructor takes all of them
-    as one mapping, its last argument `flat`. A setting of several parts offers the choices of all and comes last.
+    as one mapping, its last argument `flat`, but for those that it declares itself, too; one that is inherited takes
+    them as they are. A setting of several parts offers the choices of all and comes last.
     TypeError where parts disagree about the default or the type of a setting; and in the constructor, as for any other,
-    for a setting that does not exist."""
-    settings = _joined(parts)
+    for a setting that does not exist.
+
+    Args:
+        defaults: those that are others here."""
+    joined = _joined(parts)
+    joined |= {name: joined[name].replace(default=value) for name, value in defaults.items()}
 
     def decorate(part: Part) -> Part:
         construct = part.__init__  # type: ignore[misc]
-        own = [p for p in inspect.signature(construct).parameters.values() if p.name != "flat"]
-        signature = inspect.Signature([*own, *settings.values()])
+        own, is_own = dict(inspect.signature(construct).parameters), "__init__" in vars(part)
+        settings = {name: one for name, one in joined.items() if not is_own or name not in own}
+        kept = [one for name, one in own.items() if name != "flat" and name not in settings]
+        signature = inspect.Signature([*kept, *settings.values()])
 
         @functools.wraps(construct)
         def constructing(*positional: Any, **given: Any) -> None:
             bound = signature.bind(*positional, **given)
             bound.apply_defaults()
             flat = {name: bound.arguments.pop(name) for name in settings}
-            construct(*bound.args, **bound.kwargs, flat=flat)
+            construct(*bound.args, **bound.kwargs, **({"flat": flat} if is_own else flat))
 
         constructing.__signature__ = signature  # type: ignore[attr-defined]
         part.__init__ = constructing  # type: ignore[misc]

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lingen import flow
 from lingen.autoencoder import Autoencoder, ways
-from lingen.autoencoder.tiling import tiles_of
-from lingen.autoencoder.ways import way_for
+from lingen.autoencoder.ways import tiles_of, way_for
 from lingen.data.batch import Progress
 from lingen.frozen import check_ready
 from lingen.kernels.choice import best_device, memory_here

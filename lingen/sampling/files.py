@@ -79,8 +79,7 @@ def sample_again(
     Raises:
         RecipeError: the MP4 has no notes, its weights are not there, or those there (or those of a frozen part) are
             others."""
-    clip_paths(out, 1)
-    noted = read_notes(made)
+    paths, noted = clip_paths(out, 1), read_notes(made)
     weights = Path(noted.weights)
     if source is not None:
         own = RunFolder(Path(source)).weights(str(noted.stage))
@@ -95,7 +94,7 @@ def sample_again(
     noted.check_same(shared, weights)
     for line in noted.differing(notes_on(shared, noted.take, best_device())):
         say(f"differs from when the clip was made: {line}")
-    (file,) = _write_takes(module, [noted.take], [Path(out)], noted.clip, noted.settings, shared, progress)
+    (file,) = _write_takes(module, [noted.take], paths, noted.clip, noted.settings, shared, progress)
     return file
 
 
@@ -146,7 +145,7 @@ def decode_file(
     Raises:
         RecipeError: the file holds no latents of lingen, the autoencoder's weights are missing, or `out` is no .mp4
             that can be written."""
-    clip_paths(out, 1, [".png"])
+    (path,) = clip_paths(out, 1, [".png"])
     tensor, metadata = read_latents(latents)
     autoencoder = AUTOENCODERS.build(metadata["autoencoder"]).eval().requires_grad_(False).to(best_device())
     check_ready([autoencoder])
@@ -161,8 +160,8 @@ def decode_file(
             shown.extend([frame] * (number in keep))
             yield frame
 
-    path = save_video(passed_on(), out, metadata["fps"], title=about["prompt"], about=about)
-    contact_sheet([np.stack(shown)], Path(out).with_suffix(".png"), [about["prompt"]], about=about)
+    save_video(passed_on(), path, metadata["fps"], title=about["prompt"], about=about)
+    contact_sheet([np.stack(shown)], path.with_suffix(".png"), [about["prompt"]], about=about)
     return path
 
 

@@ -120,16 +120,16 @@ def read_at(curve: Curve, place: float) -> tuple[float | None, str]:
 
 def compare_runs(runs: Sequence[Compared], metric: str | None, axis: str) -> dict[str, Any]:
     """Everything as plain values; the metric is read as far as all runs that have it go. RecipeError: none has it."""
+    known = {name for run in runs for *_, row in run.points for name, value in row.items() if value} - {"stage"}
     for name in [metric] if metric else DEFAULT_METRICS:
-        curves = [run.curve(name, axis) for run in runs]
+        curves = [run.curve(name, axis) if name in known else [] for run in runs]
         place = min((curve[-1][0] for curve in curves if curve), default=math.nan)
         read = [read_at(curve, place) for curve in curves]
         if all(len(curve) > 1 and value is not None for curve, (value, _) in zip(curves, read, strict=True)):
             break
-    known = {name for run in runs for *_, row in run.points for name, value in row.items() if value}
     if known and name not in known:
         told = f"--metric {name}: no run has it.{did_you_mean(name, known)} Known: "
-        raise RecipeError(f"{told}{', '.join(sorted(known - {'stage', 'step'}))}.")
+        raise RecipeError(f"{told}{', '.join(sorted(known - {'step'}))}.")
     settings = {key: [run.settings.get(key, "-") for run in runs] for run in runs for key in run.settings}
     differ = {key: values for key, values in settings.items() if len({*values}) > 1}
     rows = [

@@ -14,10 +14,9 @@ from lingen.data.cache import Cache
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.bounds import CONTENT, FREE, IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
-from lingen.text.folder import Lacking, download_advice
+from lingen.text import Cut
 from lingen.text.instruction import quoted
-from lingen.text.rows import Cut
-from lingen.weights import DTYPES
+from lingen.weights import DTYPES, Lacking
 
 PathSetting = Annotated[str | None, IDENTITY, CONTENT, "the local folder that holds it; nothing is ever downloaded"]
 Dim = Annotated[int, AtLeast(1), IDENTITY, "width of a token, as the weights have it"]
@@ -31,6 +30,7 @@ Read = Annotated[Literal["prompt", "quoted"], IDENTITY, "the prompt, or only wha
 Device = Annotated[Literal["auto", "cpu", "cuda"], FREE, "where it runs; auto: where the denoiser is"]
 BatchSetting = Annotated[int, AtLeast(1), FREE, "texts run at once; with 1, a text has the same bits in any company"]
 
+FILES_END = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 REMEMBERED = 256 * 2**20
 """Bytes of an encoder's cache of tokens (ours): some 300 prompts of UL2, thousands of a small encoder."""
 
@@ -53,7 +53,7 @@ class TextReader(Protocol):
 
 
 class LocalEncoder(nn.Module, abc.ABC):
-    """Base of the frozen encoders. Subclasses declare the settings, inspect the folder and open it.
+    """Base of the frozen encoders. Subclasses pass on its settings (`passes_on`), inspect the folder and open it.
 
     The constructor reads nothing. The network is built at the first `encode` of a text that is not remembered. It is
     no submodule: it is not in the state dict, and neither `.to()` nor a strategy touches it; with ``device=auto`` it
@@ -69,7 +69,10 @@ class LocalEncoder(nn.Module, abc.ABC):
     unit = "tokens"
     place: Tensor
 
-    def __init__(self, path: str | None, dim: int, max_tokens: int, precision: str, read: str, device: str, batch: int):
+    def __init__(
+        self, *, path: PathSetting = None, dim: Dim = 4096, max_tokens: MaxTokens = 256, precision: Precision = "auto",
+        read: Read = "prompt", device: Device = "auto", batch: BatchSetting = 1,
+    ):  # fmt: skip
         super().__init__()
         self.path, self.dim, self.max_tokens = path, dim, max_tokens
         self.precision, self.reads, self.device, self.batch = precision, read, device, batch
@@ -177,6 +180,14 @@ class LocalEncoder(nn.Module, abc.ABC):
             raise RecipeError(f"The text encoder '{self.name}' at {path}: {lacking}; {lacking.cure}.") from lacking
         self._reader, self._opened = reader, (device, dtype)
         return reader
+
+
+def download_advice(public: str, home: str, path: str | None, setting: str, elsewhere: bool = False) -> str:
+    """How to get a published model: to `path`, or to `home` where that is no folder, or holds something else."""
+    is_file = path is not None and (Path(path).is_file() or Path(path).suffix in FILES_END)
+    folder = home if elsewhere or path is None or is_file else path
+    also = "" if folder == path else f" and set {setting.format(folder)}"
+    return f"download {public} with `hf download {public} --local-dir {folder}`{also}"
 
 
 def check_text_weights(found: int, dim: int, longest: int | None, max_tokens: int, special: int = 0) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
 from lingen.recipe.errors import did_you_mean
+from lingen.recipe.passed_on import passes_on
 from lingen.recipe.signature import checked
-from lingen.text.folder import Lacking, check_file, check_model, read_json
-from lingen.text.local import BatchSetting, Device, Dim, LocalEncoder, Precision, Read, check_text_weights
-from lingen.text.rows import Cut, padded
-from lingen.text.transformers_reader import load
+from lingen.text import Cut, padded
+from lingen.text.local import LocalEncoder, check_text_weights
+from lingen.text.transformers_reader import check_model, load
+from lingen.weights import Lacking, check_file, read_json, weight_files
 
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -30,6 +31,7 @@ Forward = Callable[[Int[Tensor, "b n"]], tuple[Float[Tensor, "b n w"], Float[Ten
 
 
 @checked
+@passes_on(LocalEncoder, dim=1024)
 class MetaCLIP(LocalEncoder):
     """MetaCLIP-H14's text tower (arXiv 2309.16671), token by token, which carries how the clip looks.
 
@@ -45,15 +47,11 @@ class MetaCLIP(LocalEncoder):
             str | None, IDENTITY, CONTENT, "local folder, or file of weights; nothing is downloaded"
         ] = None,
         architecture: Annotated[str, IDENTITY, "open_clip's name for it, where path is a file"] = "ViT-H-14-quickgelu",
-        dim: Dim = 1024,
         pooled: Annotated[bool, IDENTITY, "one token more: the embedding of the whole text"] = False,
         max_tokens: Annotated[int, AtLeast(1), IDENTITY, "tokens that are read; the rest is cut, with a warning"] = 77,
-        precision: Precision = "auto",
-        read: Read = "prompt",
-        device: Device = "auto",
-        batch: BatchSetting = 1,
+        flat: dict[str, Any],
     ):
-        super().__init__(path, dim, max_tokens, precision, read, device, batch)
+        super().__init__(path=path, max_tokens=max_tokens, **flat)
         self.architecture, self.pooled = architecture, pooled
 
     def inspect(self, path: Path) -> None:
@@ -168,12 +166,7 @@ def _weights(path: Path) -> Path:
     """The file of weights at `path`, or in the folder there."""
     if not path.exists():
         raise Lacking("there is no such folder or file")
-    if path.is_file():
-        return path
-    found = next((path / name for name in FILES if (path / name).is_file()), None)
-    if found is None:
-        raise Lacking(f"it holds no weights ({', '.join(FILES)})")
-    return found
+    return path if path.is_file() else weight_files(path, FILES)[0]
 
 
 def _tower(config: dict[str, Any], file: Path, dtype: torch.dtype) -> Any:

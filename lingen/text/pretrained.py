@@ -6,10 +6,11 @@ from typing import Annotated, Any
 import torch
 
 from lingen.recipe.bounds import IDENTITY, AtLeast
+from lingen.recipe.passed_on import passes_on
 from lingen.recipe.signature import checked
 from lingen.text import local
-from lingen.text.folder import Lacking, check_model
-from lingen.text.transformers_reader import TransformersReader, load, load_tokenizer
+from lingen.text.transformers_reader import TransformersReader, check_model, load, load_tokenizer
+from lingen.weights import Lacking
 
 T5_FAMILY = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
@@ -19,15 +20,9 @@ COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
 @checked
+@passes_on(local.LocalEncoder, max_tokens=512)
 class _T5Family(local.LocalEncoder):
     """The encoder's half of any T5: `config.json` tells which, and whether the tokenizer is ByT5's, without files."""
-
-    def __init__(
-        self, *, path: local.PathSetting = None, dim: local.Dim = 4096, max_tokens: local.MaxTokens = 512,
-        precision: local.Precision = "auto", read: local.Read = "prompt", device: local.Device = "auto",
-        batch: local.BatchSetting = 1,
-    ):  # fmt: skip
-        super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
     def inspect(self, path: Path) -> None:
         config = check_model(path, T5_FAMILY, tokenizer=False)
@@ -57,20 +52,17 @@ class UL2(_T5Family):
 
 
 @checked
+@passes_on(local.LocalEncoder, dim=1472)
 class ByT5(_T5Family):
     """ByT5-small's encoder (arXiv 2105.13626): bytes, for text in the picture. Movie Gen gives it only quoted words."""
 
     name, public, home, unit = "byt5", "google/byt5-small", "weights/byt5-small", "bytes"
 
     def __init__(
-        self, *, path: local.PathSetting = None, dim: local.Dim = 1472,
+        self, *, flat: dict[str, Any],
         max_tokens: Annotated[int, AtLeast(1), IDENTITY, "bytes read; the rest is cut, with a warning (ours)"] = 256,
-        precision: local.Precision = "auto", read: local.Read = "prompt", device: local.Device = "auto",
-        batch: local.BatchSetting = 1,
     ):  # fmt: skip
-        super().__init__(
-            path=path, dim=dim, max_tokens=max_tokens, precision=precision, read=read, device=device, batch=batch
-        )
+        super().__init__(max_tokens=max_tokens, **flat)
 
     def inspect(self, path: Path) -> None:
         if not _reads_bytes(check_model(path, T5_FAMILY, tokenizer=False)):
@@ -79,6 +71,7 @@ class ByT5(_T5Family):
 
 
 @checked
+@passes_on(local.LocalEncoder)
 class Llama(local.LocalEncoder):
     """A decoder's hidden states: Llama (arXiv 2407.21783), Mistral, Qwen, Gemma, Phi; base and chat models alike.
 
@@ -87,12 +80,10 @@ class Llama(local.LocalEncoder):
     name, public, home = "llama", "meta-llama/Llama-3.1-8B-Instruct", "weights/llama-3.1-8b"
 
     def __init__(
-        self, *, path: local.PathSetting = None, dim: local.Dim = 4096,
+        self, *, flat: dict[str, Any],
         layer: Annotated[int, IDENTITY, "whose states are read: -1 the last, after the norm; 0 the embeddings"] = -1,
-        max_tokens: local.MaxTokens = 256, precision: local.Precision = "auto", read: local.Read = "prompt",
-        device: local.Device = "auto", batch: local.BatchSetting = 1,
     ):  # fmt: skip
-        super().__init__(path, dim, max_tokens, precision, read, device, batch)
+        super().__init__(**flat)
         self.layer = layer
 
     def inspect(self, path: Path) -> None:
@@ -111,17 +102,11 @@ class Llama(local.LocalEncoder):
 
 
 @checked
+@passes_on(local.LocalEncoder, dim=384)
 class BERT(local.LocalEncoder):
     """Any encoder of the BERT family, sentence-transformers' folders included: one token for each word piece."""
 
     name, public, home = "bert", "sentence-transformers/all-MiniLM-L6-v2", "weights/minilm"
-
-    def __init__(
-        self, *, path: local.PathSetting = None, dim: local.Dim = 384, max_tokens: local.MaxTokens = 256,
-        precision: local.Precision = "auto", read: local.Read = "prompt", device: local.Device = "auto",
-        batch: local.BatchSetting = 1,
-    ):  # fmt: skip
-        super().__init__(path, dim, max_tokens, precision, read, device, batch)
 
     def inspect(self, path: Path) -> None:
         _check_fits(check_model(path, BERTS), self, special=2)

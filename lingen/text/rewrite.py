@@ -16,8 +16,10 @@ from lingen.files import cache_folder, write_json
 from lingen.frozen import Missing, check_ready
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import RewriteConfig
-from lingen.text.folder import Lacking, check_model, download_advice, read_json
 from lingen.text.instruction import INSTRUCTION_VERSION, clean, fault_of, question
+from lingen.text.local import download_advice
+from lingen.text.transformers_reader import check_model, quiet
+from lingen.weights import Lacking, read_json
 
 log = logging.getLogger("lingen")
 
@@ -166,11 +168,10 @@ def _kept(file: Path, prompt: str) -> str | None:
 class Chat:
     """A model and its tokenizer, loaded. RecipeError where the folder holds no chat model."""
 
+    @quiet()
     def __init__(self, how: RewriteConfig, device: torch.device, dtype: torch.dtype):
-        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        logging.set_verbosity_error()  # its progress bars and hints would mix with ours
-        logging.disable_progress_bar()
         path = Path(str(how.path))
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, padding_side="left")
@@ -186,6 +187,7 @@ class Chat:
             tokenizer.pad_token = tokenizer.eos_token
         self.how, self.tokenizer, self.model = how, tokenizer, model.to(device).eval()
 
+    @quiet()
     @torch.no_grad()
     def answers(self, talks: list[Talk]) -> list[tuple[str, bool]]:
         """The model's answer to each conversation, and whether it ended before the limit."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lingen.blocks.layers import head_count, undecayed
 from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.signature import checked
-from lingen.text.rows import Cut, padded
+from lingen.text import Cut, padded
 
 _START = 256  # the id after the last byte
 

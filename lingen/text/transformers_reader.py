@@ -1,6 +1,6 @@
-"""Networks of the transformers library, read from a local folder."""
+"""Networks of the transformers library, read from a local folder, of which names, JSON and headers tell what it is."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lingen.text.rows import Cut, padded
+from lingen.text import Cut, padded
+from lingen.weights import Lacking, check_file, read_json, weight_files
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+WEIGHTS_NAMES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""Names of weights files, in the order in which transformers looks for them."""
 
 
 class TransformersReader:
@@ -47,6 +54,26 @@ class TransformersReader:
         hidden = output.last_hidden_state if last else output.hidden_states[self.layer]
         starts = [int(bool(row) and row[0] == self.skip) for row in rows]
         return [hidden[number, start : len(row)] for number, (start, row) in enumerate(zip(starts, rows, strict=True))]
+
+
+def check_model(path: Path, families: Collection[str] | None, *, tokenizer: bool = True) -> dict[str, Any]:
+    """The config.json of a folder as `save_pretrained` writes it. Lacking where the folder, one of its files, a part of
+    its weights, or the right kind of model is not there.
+
+    Args:
+        families: `model_type`s that will do; None: any.
+        tokenizer: its files must be there, too."""
+    if not path.is_dir():
+        raise Lacking("it is a file, not a folder" if path.is_file() else "there is no such folder")
+    config = read_json(path / "config.json")
+    if families is not None and config.get("model_type") not in families:
+        told = f"its config.json says model_type={config.get('model_type')}, wanted is {' or '.join(families)}"
+        raise Lacking(told, elsewhere=True)
+    for file in weight_files(path, WEIGHTS_NAMES):
+        check_file(file)
+    if tokenizer and not any((path / name).is_file() for name in TOKENIZERS):
+        raise Lacking(f"it holds no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)")
+    return config
 
 
 def load(kind: Any, path: Path, dtype: torch.dtype, device: torch.device, config: Any = None) -> Any:

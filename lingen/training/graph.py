@@ -80,7 +80,7 @@ class StepGraphs:
         self._optimizer: torch.optim.Optimizer = module.trainer.optimizers[0]
         device = module.device
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._records = True
+        self.records = True
         """Until a step cannot be recorded."""
         self._known: dict[Any, tuple[Any, Callable[[], Told]] | None] = {}
         """Kind, shapes and place in the step -> the tensors that are read, and what reads them; None: seen once."""
@@ -150,7 +150,7 @@ class StepGraphs:
         """Does a batch's part of a step, by its graph where there is one."""
         module = self._module
         key = (kind, place, module.rms is not None, *(one.shape for one in inputs.tensors()))
-        if key in self._known and self._known[key] is None and self._records:
+        if key in self._known and self._known[key] is None and self.records:
             self._record(key, kind, inputs, place)
         known = self._known.get(key)
         if known is None:
@@ -188,9 +188,9 @@ class StepGraphs:
         self._give_up(fault)
 
     def _give_up(self, fault: str) -> None:
-        if self._records:
+        if self.records:
             refuse_graphs(self._module, fault)
-        self._records = False
+        self.records = False
 
     def _too_large(self) -> str | None:
         """Where the choice is ours: a step that fills the GPU has no need of a graph, which holds its memory."""

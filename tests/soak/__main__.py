@@ -3,7 +3,8 @@
 ``cluster --seed S --times N`` disturbs a job that `lingen submit` made, ``ranks`` compares ranks with one process,
 ``plan`` dry-runs every shipped stage on 1 to 512 ranks, ``plan-peak`` compares a dry-run step with one on a GPU,
 ``gpu`` trains the main recipe on one GPU, ``gpus`` on all of this machine,
-``handover`` trains a toy of two stages, ``study`` asks whether the intervals of `lingen study report` cover."""
+``handover`` trains a toy of two stages, ``study`` asks whether the intervals of `lingen study report` cover, and
+``coverage`` holds them and those of `lingen eval` to what they covered."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.soak.fuzz import TARGETS, fuzz
-from tests.soak.handover import handover
+from tests.soak.handover import cases, unlike_the_page
 from tests.soak.kill import kill
 from tests.soak.moments import MOMENTS, moments
 from tests.soak.one_gpu import on_one_gpu
@@ -27,8 +28,8 @@ def main() -> int:
     args = _arguments()
     trials = {
         "fuzz": _fuzz, "kill": _kill, "moments": _moments, "cluster": _cluster, "ranks": _ranks,
-        "gpu": partial(_told, on_one_gpu), "gpus": _gpus, "handover": partial(_told, handover),
-        "plan": _plan, "plan-peak": _plan_peak, "study": _study,
+        "gpu": partial(_told, on_one_gpu), "gpus": _gpus, "handover": _handover,
+        "plan": _plan, "plan-peak": _plan_peak, "study": _study, "coverage": _coverage,
     }  # fmt: skip
     return trials[args.trial](args)
 
@@ -76,11 +77,15 @@ def _arguments() -> argparse.Namespace:
     several.add_argument("--keep", type=Path, default=Path("gpus"), metavar="DIR", help="runs lie there; made anew")
     several.add_argument("--json", type=Path, help="what was seen")
     toy = trials.add_parser("handover", help="the loss over a hand-over, with and without a decay before it")
+    toy.add_argument("--steps", type=int, nargs=2, default=[120, 48], metavar="N", help="of the first and second stage")
     toy.add_argument("--keep", type=Path, default=Path("handover"), metavar="DIR", help="runs lie there; made anew")
+    toy.add_argument("--json", type=Path, help="what was seen")
     votes = trials.add_parser("study", help="simulated votes with effects of raters and prompts")
     votes.add_argument("--seed", type=int, default=1)
     votes.add_argument("--times", type=int, default=1000, help="studies of each design and taste")
     votes.add_argument("--json", type=Path, help="the table; cells that it has of the same command are kept")
+    held = trials.add_parser("coverage", help="the same and the intervals of eval, against bars; 1 where one is missed")
+    held.add_argument("--times", type=int, default=4000, help="simulations of each cell")
     return parser.parse_args()
 
 
@@ -98,6 +103,23 @@ def _study(args: argparse.Namespace) -> int:
         if args.json:
             write_text(args.json, json.dumps({**head({}), "command": command, "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def _handover(args: argparse.Namespace) -> int:
+    from lingen.files import write_json
+    from tests.yardsticks.results import head
+
+    shutil.rmtree(args.keep, ignore_errors=True)
+    rows = []
+    for row in cases(args.keep.absolute(), *args.steps):
+        rows.append(row)
+        print(*row.values(), sep="  ", flush=True)
+    failures = list(unlike_the_page(rows))
+    print(*failures, f"{len(failures)} failures", sep="\n")
+    if args.json:
+        command = f"python -m tests.soak handover --steps {args.steps[0]} {args.steps[1]}"
+        write_json(args.json, {**head({}), "command": command, "rows": rows}, end="\n")
+    return 1 if failures else 0
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -148,10 +170,20 @@ def _gpus(args: argparse.Namespace) -> int:
     return several_gpus(args.keep.absolute(), args.acts, asked, args.json)
 
 
+def _coverage(args: argparse.Namespace) -> int:
+    from tests.soak.coverage import coverage
+
+    return _printed(coverage(args.times))
+
+
 def _told(trial: Callable[[Path], Iterator[str]], args: argparse.Namespace) -> int:
     shutil.rmtree(args.keep, ignore_errors=True)
+    return _printed(trial(args.keep.absolute()))
+
+
+def _printed(lines: Iterator[str]) -> int:
     failures = 0
-    for line in trial(args.keep.absolute()):
+    for line in lines:
         print(line, flush=True)
         failures += line.startswith("failed")
     print(f"{failures} failures")

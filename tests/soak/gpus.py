@@ -34,6 +34,7 @@ from lingen.data import manifest
 from lingen.data.fingerprint import frozen_settings, hash_settings
 from lingen.data.latents import LATENTS_NPY, TEXT
 from lingen.data.shards import write_shards
+from lingen.kernels.choice import best_device
 from lingen.plan.forecast import text_tokens
 from lingen.recipe import load_recipe
 from lingen.recipe.sections import DataConfig
@@ -44,6 +45,8 @@ from tests.helpers.ranks import steps_of_ranks
 from tests.helpers.tiny import write_recipe, write_shapes
 from tests.soak import ranks
 from tests.soak.kill import RECORDER, notes_of
+from tests.yardsticks.place import device_name
+from tests.yardsticks.results import head
 
 Row = dict[str, Any]
 LARGE = """
@@ -366,9 +369,9 @@ def several_gpus(folder: Path, acts: Sequence[str], asked: Speed, json_file: Pat
     for act in acts:
         (folder / act).mkdir(parents=True)
         for row in chosen[act]():
-            rows.append(row)
+            rows.append({"name": "gpus", **row})
             print(json.dumps(row), flush=True)
             if json_file:
-                command = f"python -m tests.soak {' '.join(sys.argv[1:])}"
-                json_file.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+                about = {"device": device_name(best_device()), **head({}, program="python -m tests.soak")}
+                json_file.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     return int(any(row.get("failed") for row in rows))

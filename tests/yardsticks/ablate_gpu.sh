@@ -1,5 +1,5 @@
 #!/bin/bash
-# The ablation study of docs/compare.md on one GPU, many runs at once: a small model waits for its kernels to be launched,
+# The ablation study of docs/results.md on one GPU, many runs at once: a small model waits for its kernels to be launched,
 # so that several share a GPU well. Each process of `lingen ablate --part` has its own share of the runs in one folder.
 #     SECONDS_ALL=380 bash tests/yardsticks/ablate_gpu.sh
 # Ended by the clock, every run keeps its rows; the same command goes on. What is to be kept is put into $OUT/study.tgz:

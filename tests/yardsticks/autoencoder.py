@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.autoencoder import Autoencoder
-from lingen.autoencoder.tiling import Tiles, tiles_of
-from lingen.autoencoder.ways import PIECE_FRAMES, WAYS, decode, encode, ways_of
+from lingen.autoencoder.ways import PIECE_FRAMES, WAYS, Tiles, decode, encode, tiles_of, ways_of
 from lingen.frozen import check_ready, missing_of
 from lingen.media import as_frames
 from lingen.metrics.reconstruction import mse_to_psnr

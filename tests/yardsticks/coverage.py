@@ -9,8 +9,14 @@ from typing import Any
 import numpy as np
 
 from lingen.data.batch import Progress
-from lingen.evaluation.distances import FeatureSet, KernelDistance, kernel_floor, paired_kernel_p
-from lingen.evaluation.statistics import mean_interval, paired_p
+from lingen.evaluation.statistics import (
+    FeatureSet,
+    KernelDistance,
+    kernel_floor,
+    mean_interval,
+    paired_kernel_p,
+    paired_p,
+)
 from lingen.metrics.shapes import wilson
 
 CLIPS = 3

@@ -116,6 +116,8 @@ class LoopMeter(Callback):
         if phase == 1:
             self.found["ms"] = 1e3 * (now - self._began) / self.steps
             self.found["gib"] = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
+            graphs = cast(Any, module).graphs
+            self.found["compile"] = "graph" if graphs is not None and graphs.records else "off"
             cast(Any, trainer).profiler = self._parts = StepProfiler(device)
         if phase == 2:
             self.found["parts"] = {
@@ -133,7 +135,8 @@ class LoopMeter(Callback):
 
 def bench_fit(recipe: str, overrides: Sequence[str], stage: str | None, steps: int, results: Results) -> None:
     """A row for each kind of sample that a stage trains on: milliseconds of a step, undisturbed and by part, tokens a
-    second, MFU and HFU where the GPU's peak is known, GiB, and on a GPU the share of the time in which it computes.
+    second, MFU and HFU where the GPU's peak is known, GiB, whether steps were graphs (`compile`), and on a GPU the
+    share of the time in which it computes.
 
     Args:
         stage: of the recipe; None is the last one. One rank of it is measured.

@@ -36,6 +36,8 @@ from lingen.blocks.mamba2 import Mamba2, ScanMemory
 from lingen.recipe.sections import Triple
 from lingen.tables import as_table
 
+from .results import head
+
 SIZES = {"state_dim": 8, "head_dim": 8, "bidirectional": False}
 DIM, FEATURES, NOISE, LONGER = 16, 4, 0.3, 4
 GRIDS: list[Triple] = [(1, 4, 8), (1, 12, 12), (4, 12, 12), (8, 24, 24)]
@@ -53,6 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "long 1, per head": {"long_heads": 1.0, "norm": "per_head"},
 }
 """Name -> what is compared; `a_min` is 1 / (0.01 n) in all of them, where n are the tokens of a clip read."""
+WIDE = {"A in 1e-4..16": {"long_heads": 1.0, "a_min": 1e-4, "a_top": 16.0}}
+"""What only `at_start` looks at: one law for all heads, A log-uniform up to `a_top`."""
 TASKS = ("remember", "forget")
 
 
@@ -73,24 +77,26 @@ def clips(task: str, batch: int, grid: Triple, generator: torch.Generator) -> tu
     return x.unflatten(1, grid), (bit.gather(1, places[:, -1:]).squeeze(1) > 0).float()
 
 
-def at_start(name: str, tokens: Sequence[int] = (8_704, 139_264), heads: int = 80) -> dict[str, Any]:
-    """What the initialisation of 100 layers with an `a_min` of 7e-4 says of a clip whose tokens all write alike: the
-    reach; how much larger the state is at the end of the longer clip; and which share of its energy, all of which the
-    shared norm divides by, lies in heads of A above 1."""
-    settings = {"long_heads": 0.25, "dt_min": 1e-3} | SETTINGS[name]
+def at_start(name: str, tokens: Sequence[int] = (256, 8_704, 139_264), heads: int = 80) -> dict[str, Any]:
+    """What the initialisation of 100 layers with an `a_min` of 7e-4 says of clips whose tokens all write alike: the
+    reach; how much larger the state is at the end of the longest clip than of the others; and which share of its
+    energy, all of which the shared norm divides by, lies in heads of A above 1."""
+    settings = {"long_heads": 0.25, "dt_min": 1e-3, "a_min": 7e-4, "a_top": 1.0} | (SETTINGS | WIDE)[name]
     reaches, energies = [], []
     for seed in range(100):
         torch.manual_seed(seed)
         memory = ScanMemory(1, heads)
-        memory.draw(settings["dt_min"], 0.1, settings["long_heads"], 7e-4, 16.0)
+        memory.draw(settings["dt_min"], 0.1, settings["long_heads"], settings["a_min"] / settings["a_top"], 16.0)
+        memory.a_log.data += math.log(settings["a_top"])
         reaches.append(float(memory.horizon()))
         a, dt = memory.a_log.detach().double().exp(), F.softplus(memory.dt_bias.detach().double())
         held = torch.stack([dt.square() * torch.expm1(-2 * n * dt * a) / torch.expm1(-2 * dt * a) for n in tokens])
         energies.append(torch.stack([held.sum((1, 2)), (held * (a > 1)).sum((1, 2))]))
-    near, far = torch.stack(energies).mean(0).mT
-    return {"settings": name, "reach": round(statistics.median(reaches), 1),
-            f"state, {tokens[1]} / {tokens[0]}": round(float(far[0] / near[0]) ** 0.5, 3),
-            "energy of short heads": f"{float(far[1] / far[0]):.2%}"}  # fmt: skip
+    *shorter, (longest, short_heads) = torch.stack(energies).mean(0).mT.tolist()
+    row: dict[str, Any] = {"settings": name, "reach": round(statistics.median(reaches), 1)}
+    for n, (energy, _) in zip(tokens[:-1], shorter, strict=True):
+        row[f"state, {tokens[-1]} / {n}"] = round((longest / energy) ** 0.5, 3)
+    return row | {"energy of short heads": f"{short_heads / longest:.2%}"}
 
 
 class Reader(nn.Module):
@@ -185,7 +191,7 @@ def main() -> int:
     parser.add_argument("--start", action="store_true", help="tell only what layers of t2v_68s start with")
     args = parser.parse_args()
     if args.start:
-        rows = [at_start(name) for name in SETTINGS if "per head" not in name]
+        rows = [at_start(name) for name in SETTINGS | WIDE if "per head" not in name]
         print(as_table([{key: str(value) for key, value in row.items()} for row in rows], terminal=False))
         return 0
     held = json.loads(args.json.read_text())["rows"] if args.json and args.json.is_file() else []
@@ -214,7 +220,8 @@ def _one_thread() -> None:
 
 def _json(rows: list[dict[str, Any]]) -> str:
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    return f'{{\n "command": "python -m tests.yardsticks.remember",\n "rows": [\n  {lines}\n ]\n}}\n'
+    about = json.dumps(head({}, program="python -m tests.yardsticks.remember"))[1:-1]
+    return f'{{\n {about},\n "rows": [\n  {lines}\n ]\n}}\n'
 
 
 if __name__ == "__main__":

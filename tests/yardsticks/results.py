@@ -65,23 +65,27 @@ class Results:
         write_json(self.path, self.data, indent=1, end="\n")
 
 
-def head(more_versions: dict[str, str], commit: str | None = None) -> Fields:
-    """What every result file says of where its numbers come from."""
+def head(more_versions: dict[str, str], commit: str | None = None, program: str = "lingen") -> Fields:
+    """What every result file says of where its numbers come from.
+
+    Args:
+        program: that runs; ``python -m tests.soak``, say."""
     return {
         "versions": versions() | more_versions,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit or git_commit(),
-        "command": command_line(sys.argv),
+        "command": command_line(sys.argv, program),
     }
 
 
-def command_line(argv: list[str]) -> str:
-    """The command without --out and --commit, which do not affect the numbers."""
-    words, skip = ["lingen"], False
+def command_line(argv: list[str], program: str = "lingen") -> str:
+    """The command without what does not affect the numbers: places of files, and --commit."""
+    idle = ("--out", "--commit") if program == "lingen" else ("--json", "--keep")
+    words, skip = program.split(), False
     for word in argv[1:]:
-        if skip or word in ("--out", "--commit"):
+        if skip or word in idle:
             skip = not skip
-        elif not word.startswith(("--out=", "--commit=")):
+        elif not word.startswith(tuple(f"{one}=" for one in idle)):
             words.append(word)
     return shlex.join(words)
 

@@ -73,9 +73,9 @@ def _shares(row: Fields) -> str:
 
 
 def _sources(files: Files) -> Iterator[Fields]:
-    """Files of measurements of tokens or frames."""
+    """Files of measurements of tokens or frames, and of their speed."""
     for name, file in files.items():
-        if any({"tokens", "frames"} & row.keys() for row in file["rows"]):
+        if any({"tokens", "tokens_per_second", "frames"} & row.keys() for row in file["rows"]):
             yield {"file": name, "source": source(file)}
 
 
@@ -118,8 +118,8 @@ PAGE = {
     ),
     "fit": Table(
         named("fit"),
-        "recipe | stage | kind | tokens | ms a step=ms | tokens/s=tokens_per_second | MFU=mfu:.1% | HFU=hfu:.1% | "
-        "GiB=gib | GPU busy=busy:.0% | of a step=shares | file",
+        "recipe | stage | kind | compile | tokens | ms a step=ms | tokens/s=tokens_per_second | MFU=mfu:.1% | "
+        "HFU=hfu:.1% | GiB=gib | GPU busy=busy:.0% | of a step=shares | file",
         {"shares": _shares},
     ),
     "autoencoder": Table(

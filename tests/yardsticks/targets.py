@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+from lingen.recipe.sections import KINDS
 
 from .paper import FORWARDS, TOKENS_17S, TOKENS_68S
 from .place import FP8
@@ -91,11 +94,27 @@ def _longer_clip(result: Fields, half: str) -> float | None:
     return ratio(*(row.get(f"{half}_gib") for row in rows))
 
 
+def _number(result: Fields, field: str, times: float = 1.0, **of: Any) -> float | None:
+    """A number of the last row with these fields."""
+    row = row_of(result, **of)
+    return times * row[field] if field in row else None
+
+
+def _loop_share(result: Fields, **of: Any) -> float | None:
+    """What loader, callbacks and Lightning take of a step whose parts are timed, in per cent of it."""
+    parts = row_of(result, **of).get("parts", {})
+    own = sum(parts.get(part, 0) for part in ("data", "callbacks", "loop"))
+    return 100 * own / sum(parts.values()) if parts else None
+
+
 MA, TESA = "MA-branch without projections", "TESA without projections, shifted"
 CUDNN, FLASH2 = "cudnn, compiled", "flash-attention-2, eager"
 """The kernels of the DiT twins that LinGen is compared with."""
 
 LENGTHS = {"17 s": TOKENS_17S, "68 s": TOKENS_68S}
+EMOJI = {"name": "fit", "recipe": "emoji_64", "compile": "graph"}
+LARGE = {"name": "gpus", "act": "speed", "gpus": 1, "overrides": []}
+"""Fields of rows in training: of a small model whose steps are graphs, and of LinGen-4B on one GPU."""
 
 TARGETS = (
     Target("100 forwards, 17 s", "s", partial(_seconds, tokens=TOKENS_17S), reach=53, paper=102, stock=76),
@@ -134,6 +153,33 @@ TARGETS = (
         Target(f"memory to {half} 68 s, exact", "x that of 17 s", partial(_longer_clip, half=half), reach=1.1)
         for half in ("encode", "decode")
     ),
+    Target("emoji_64, image step", "ms", partial(_number, field="ms", kind="image", **EMOJI), reach=30),
+    Target("emoji_64, video step", "ms", partial(_number, field="ms", kind="video", **EMOJI), reach=42),
+    *(
+        Target(
+            f"emoji_64, {kind} step, GPU busy", "%", partial(_number, field="busy", times=100, kind=kind, **EMOJI), 80,
+            more=True,
+        )
+        for kind in KINDS
+    ),
+    *(
+        Target(f"emoji_64, {kind} step, loop", "% of a timed step", partial(_loop_share, kind=kind, **EMOJI), reach=10)
+        for kind in KINDS
+    ),
+    *(
+        Target(
+            f"LinGen-4B trains, {length}", "tokens/s",
+            partial(_number, field="tokens_per_second", stage=f"t2v_512_{length.replace(' ', '')}", **LARGE), *bars,
+            more=True,
+        )
+        for length, bars in (("17 s", (17_000, 18_000)), ("68 s", (15_000,)))
+    ),
+    Target(
+        "LinGen-4B of half the depth trains, 17 s, nothing recomputed", "% MFU",
+        partial(_number, field="mfu", times=100, **LARGE | {"overrides": ["model.depth=14"], "checkpointing": "false"}),
+        43, more=True,
+    ),
+    Target("LinGen-4B trains, 17 s, loop", "% of a timed step", partial(_loop_share, stage="t2v_512_17s", **LARGE), 2),
 )  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """``python -m tests.yardsticks.time_order``: the paper's temporal scans against others (docs/model.md, Order of time).
 
-- ``reach``: which tokens a last-frame token hears, by gradients; with ``--png`` the picture of the page.
+- ``reach``: which tokens a last-frame token hears, by gradients; with ``--png`` the pictures of the page, one for
+  each order.
+- ``review``: how far into a clip the review is heard, by the share of the output that it makes; with ``--png`` also
+  as a picture.
 - ``stripes``: what differs from one column to the next where all columns hold the same.
 - ``task``: a small model that must recall a bit of its column's first quarter at the column's last frame, and remove
   noise on the way; several seeds.
@@ -32,6 +35,8 @@ from lingen.blocks.scan import permutation
 from lingen.recipe.sections import Triple
 from lingen.tables import as_table
 
+from .results import head
+
 Row = dict[str, Any]
 WAYS: dict[str, dict[str, str]] = {
     "paper": {"scan": "rotary_major", "conv_ends": "joined"},
@@ -44,6 +49,15 @@ TEMPORAL = {"hwt": 2, "wht": 3}
 PAPER = WAYS["paper"] | {"norm": "shared"}
 SPEED = WAYS | {"norm per head": {"norm": "per_head"}, "masked, norm per head": WAYS["masked"] | {"norm": "per_head"}}
 """Of `speed`: settings of the mixer, each over `PAPER`."""
+LONG_HEADS = (0, 0.25)
+"""Shares of them in `reach`."""
+REVIEWS: dict[str, dict[str, Any]] = {
+    "mamba_ssm": {"long_heads": 0.0},
+    "dt_min 1e-5": {"long_heads": 0.0, "dt_min": 1e-5},
+    "long_heads 0.25": {"a_min": 7e-4},
+    "long_heads 0.25, norm per head": {"a_min": 7e-4, "norm": "per_head"},
+}
+"""Of `review`: the names in docs/model.md, and what is set."""
 SMALL = {"head_dim": 16, "state_dim": 16}
 CHANNELS, NOISE = 4, 0.7
 """Of the task: noisy signal, bit, whether there is one, frame; deviation of the noise, the signal's being 1."""
@@ -70,10 +84,10 @@ def heard(way: str, name: str, grid: Triple, dim: int, seeds: Sequence[int], lon
 
 
 def reach(grid: Triple, dim: int, seeds: Sequence[int], png: Path | None) -> Iterator[Row]:
-    pictures: dict[tuple[str, str], Tensor] = {}
-    for name, long in ((name, long) for name in TEMPORAL for long in (0, 0.25)):
-        for way in WAYS:
-            share = pictures[way, name] = heard(way, name, grid, dim, seeds, long)
+    for name in TEMPORAL:
+        pictures: dict[tuple[float, str], Tensor] = {}
+        for long, way in ((long, way) for long in LONG_HEADS for way in WAYS):
+            share = pictures[long, way] = heard(way, name, grid, dim, seeds, long)
             frames, middle = share.sum(0), len(share) // 2
             half = slice(grid[0] // 2, grid[0] - 1 - grid[0] // 8)
             yield {
@@ -82,29 +96,64 @@ def reach(grid: Triple, dim: int, seeds: Sequence[int], png: Path | None) -> Ite
                 "last frame of other columns": _number(frames[-1] - share[middle, -1]),
                 "own column": _number(share[middle].sum()),
             }  # fmt: skip
-    if png is not None:
-        draw(pictures, png)
+        if png is not None:
+            draw(pictures, png.with_stem(f"{png.stem}_{name}"))
 
 
-def draw(pictures: dict[tuple[str, str], Tensor], png: Path) -> None:
-    """Columns around the listener's over frames, as shares in decades."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 2.6), dpi=80, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, image = figure.subplots(1, len(WAYS), sharey=True), None
-    for panel, way in zip(axes, WAYS, strict=True):
-        share = pictures[way, "hwt"]
+def draw(pictures: dict[tuple[float, str], Tensor], png: Path) -> None:
+    """Columns around the listener's over frames, as shares in decades; a row for each share of long heads."""
+    figure = _figure(11, 4.4)
+    rows, image = figure.subplots(len(LONG_HEADS), len(WAYS), sharex=True, sharey=True), None
+    for panel, ((long, way), share) in zip(rows.flat, pictures.items(), strict=True):
         middle = len(share) // 2
         near = share[middle - 3 : middle + 4].clamp(1e-12).log10()
         image = panel.imshow(near, aspect="auto", vmin=-8, vmax=0, cmap="magma", interpolation="nearest",
                              extent=(-0.5, share.shape[1] - 0.5, 3.5, -3.5))  # fmt: skip
-        panel.set_title(way, fontsize=9)
-        panel.set_xlabel("frame", fontsize=8)
-    axes[0].set_ylabel("column, from the listener's", fontsize=8)
-    figure.colorbar(image, ax=axes, label="share of gradient energy, log10")
+        panel.set_title(f"{way}, long heads: {long or 'none'}", fontsize=9)
+    figure.supxlabel("frame", fontsize=8)
+    figure.supylabel("column, from the listener's", fontsize=8)
+    figure.colorbar(image, ax=rows, label="share of gradient energy, log10")
     figure.savefig(png)
+
+
+@torch.no_grad()
+def review_shares(grid: Triple, dim: int, seed: int, settings: dict[str, Any]) -> Tensor:
+    """Share of a layer's output that the review makes, at each token [n] in reading order: the part of its energy that
+    leaving out the review changes. One direction, read frame by frame, without the token's own input (D = 0)."""
+    torch.manual_seed(seed)
+    one = Mamba2(dim, 0, scan="thw", bidirectional=False, **SMALL | settings)
+    one.memory.d.zero_()
+    x = torch.randn(1, *grid, dim)
+    with_review, one.review = one(x), None
+    changed = (with_review - one(x)).square().sum(-1).flatten()
+    return changed / with_review.square().sum(-1).flatten()
+
+
+def review(grid: Triple, dim: int, seeds: Sequence[int], png: Path | None) -> Iterator[Row]:
+    curves: dict[str, dict[int, float]] = {}
+    for name, settings in REVIEWS.items():
+        shares = torch.stack([review_shares(grid, dim, seed, settings) for seed in seeds]).mean(0)
+        starts = [2**power for power in range(math.ceil(math.log2(len(shares))))]
+        curves[name] = {start: float(shares[start : 2 * start].mean()) for start in starts}
+        told = {f"from {start}": _number(curves[name][start]) for start in starts if start in (256, 1024, 4096, 16384)}
+        yield {"heads": name, "first token": _number(shares[0])} | told
+    if png is not None:
+        figure = _figure(6, 2.8)
+        axes = figure.subplots()
+        for name, curve in curves.items():
+            axes.loglog([1.5 * start for start in curve], [max(one, 1e-12) for one in curve.values()], label=name)
+        axes.set(xlabel="tokens read since the review", ylabel="share of the output")
+        axes.legend(frameon=False, fontsize=8)
+        figure.savefig(png)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=80, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 class Tiny(nn.Module):
@@ -254,11 +303,11 @@ def _number(value: Any) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.yardsticks.time_order", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("act", choices=["reach", "stripes", "task", "speed"])
+    parser.add_argument("act", choices=["reach", "review", "stripes", "task", "speed"])
     parser.add_argument("--grid", type=int, nargs=3, metavar=("T", "H", "W"))
     parser.add_argument("--dim", type=int, default=0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--png", type=Path, help="reach: where the picture goes")
+    parser.add_argument("--png", type=Path, help="reach, review: where pictures go")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(SPEED), help="task, speed: which ones")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=8)
@@ -270,10 +319,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    grids: dict[str, Triple] = {"reach": (69, 8, 8), "stripes": (32, 8, 8), "task": (32, 2, 2), "speed": (34, 32, 32)}
+    grids: dict[str, Triple] = {
+        "reach": (69, 8, 8), "review": (34, 32, 32), "stripes": (32, 8, 8), "task": (32, 2, 2), "speed": (34, 32, 32)
+    }  # fmt: skip
     grid: Triple = tuple(args.grid or grids[args.act])  # type: ignore[assignment]
     found = {
         "reach": lambda: reach(grid, args.dim or 64, args.seeds, args.png),
+        "review": lambda: review(grid, args.dim or 64, args.seeds, args.png),
         "stripes": lambda: stripes(grid, args.dim or 64, args.seeds),
         "task": lambda: task(args.seeds, args.ways, args.jobs, grid, args.dim or 32, args.steps, args.batch, args.rate),
         "speed": lambda: speed(
@@ -287,8 +339,7 @@ def main() -> int:
     print(as_table([{key: str(value) for key, value in row.items()} for row in rows], terminal=False))
     if args.json:
         kept = json.loads(args.json.read_text()) if args.json.exists() else {}
-        words = [word for word in sys.argv[1:] if word not in ("--json", str(args.json))]
-        kept[args.act] = {"command": " ".join(["python -m tests.yardsticks.time_order", *words]), "rows": rows}
+        kept[args.act] = {**head({}, program="python -m tests.yardsticks.time_order"), "rows": rows}
         args.json.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
 

@@ -74,6 +74,11 @@ def kept(times: Tensor, solver: str, deviation: float) -> float:
     return float(flow.solve(velocity, torch.ones(1, dtype=torch.float64), times, solver)) / deviation
 
 
+def stacked() -> Tensor:
+    """The times of 50 steps that are linear-quadratic and moved by a shift of 4, which sampling no longer does."""
+    return flow.shift_time(flow.linear_quadratic(50, 250), 4.0)
+
+
 def kept_by_recipe(name: str) -> dict[str, float]:
     """Stage -> what its sampling keeps of a deviation of 0.3 at its own clips; of a denoiser's recipe."""
     stages = load_curriculum(name).stages
@@ -120,6 +125,9 @@ def gauss() -> Iterator[dict[str, Any]]:
                 times = flow.Times(TimeConfig(shift=shift), 1).schedule(how)
                 shares = {f"s = {one}": round(kept(times, solver, one), 3) for one in DEVIATIONS}
                 yield {"shift": shift, "schedule": way, "solver": solver, "steps": steps} | shares
+    for solver in ("euler", "ab2"):
+        shares = {f"s = {one}": round(kept(stacked(), solver, one), 3) for one in DEVIATIONS}
+        yield {"shift": 4.0, "schedule": "both stacked, as it was", "solver": solver, "steps": 50} | shares
     for name in shipped_recipes():
         for stage, share in kept_by_recipe(name).items():
             yield {"schedule": f"recipe {name}, stage {stage}", f"s = {DEVIATIONS[0]}": round(share, 3)}

@@ -111,8 +111,13 @@ def main() -> int:
         rows.append(row | milliseconds | {"ratios": ratios})
         print(json.dumps(rows[-1]), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"command": " ".join(["python -m tests.yardsticks.versions", *sys.argv[1:]]),
-                                         "rows": rows}, indent=1) + "\n")  # fmt: skip
+        from lingen.kernels.choice import best_device
+
+        from .place import device_name
+        from .results import head
+
+        about = {"device": device_name(best_device()), **head({}, program="python -m tests.yardsticks.versions")}
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     return 0
 
 
