@@ -19,7 +19,6 @@ from lingen.plan.practice import note_of_warmup
 from lingen.ranks import heartbeat, launch, local_ranks, signals, watchdog
 from lingen.ranks.collectives import is_first_rank, on_first_rank, together
 from lingen.ranks.environment import here
-from lingen.ranks.signs import LifeSigns
 from lingen.recipe import Curriculum, load_for_training, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
@@ -31,7 +30,7 @@ from lingen.sampling import samples
 from lingen.tables import as_table
 from lingen.training.base import Trained
 from lingen.training.begin import StageStart, hand_over, start_of
-from lingen.training.callbacks import ClipsDuringTraining, StageEnd, StepEdge
+from lingen.training.callbacks import ClipsDuringTraining, LifeSigns, StageEnd, StepEdge
 from lingen.training.denoiser import LinGenModule
 from lingen.training.dry_run import too_large
 from lingen.training.health import GoBack, NonFiniteError
@@ -267,16 +266,12 @@ def _fit_once(
         # They come last: a stage that has weights owes nothing.
         save_weights(folder.weights(name), module, to_yaml(curriculum.base), step)
 
-    def done(step: int) -> None:
-        lock.check_held()
-        reporter.step(step)
-
     def build() -> tuple[lightning.Trainer, Trained]:
         clips = ClipsDuringTraining(
             sample, lambda step: (folder.samples(name, step) / samples.SHEET).is_file(), edge, "sample_every"
         )
         measured = ClipsDuringTraining(evaluate, is_evaluated, edge, "evaluate_every")
-        steps = LambdaCallback(on_train_batch_end=lambda trainer, *_: done(trainer.global_step))
+        steps = LambdaCallback(on_train_batch_end=lambda trainer, *_: reporter.step(trainer.global_step))
         callbacks = [*more, Rows(), edge, clips, measured, StageEnd(finish, edge), steps, LifeSigns(name)]
         trainer = build_trainer(recipe, folder, callbacks)
         lightning.seed_everything(recipe.seed, verbose=False)

@@ -75,7 +75,7 @@ def test_weights_that_are_not_there_are_told_without_torch():
         ("study", "arguments are required: {make,report}."),
         ("prompts", "arguments are required: {"),
         ("data check d --ranks -2", "argument --ranks: '-2' is no whole number above 0. Write --ranks N."),
-        ("data index d --processes -1", "argument --processes: '-1' is no whole number above 0. Write --processes N."),
+        ("data index d --processes -1", "argument --processes: '-1' is no whole number from 0 on."),
         ("data check --recipe quickstart_cpu trainer.devices=two", "(as 0,1) or auto, got 'two'. (at trainer.devices)"),
         ("new mixer class", "A part has a name that is no word of Python's own, such as my_mixer; got 'class'."),
         ("data fech", "no command called 'data fech'. Did you mean 'data fetch'?"),

@@ -156,7 +156,6 @@ def test_on_meta_and_in_low_precision():
         ({"weight": torch.zeros(39, 4)}, "weight [c m]"),
         ({"segment": 7}, "24 tokens into segments of 7"),
         ({"index": torch.arange(23)}, "index of the 24 tokens"),
-        ({"u": torch.zeros(2, 40, 24).mT, "kernel": "triton"}, "side by side"),
     ],
 )
 def test_bad_input_is_named(change, says, device):
@@ -165,6 +164,13 @@ def test_bad_input_is_named(change, says, device):
     unchecked = inspect.unwrap(conv_silu)  # the types that the tests watch would speak first
     with pytest.raises(ValueError, match=re.escape(says)):
         unchecked(**{"u": u, "weight": weight, "bias": bias, "index": index, "before": 2} | change)
+
+
+def test_channels_may_lie_apart(device):
+    u, weight, bias, index = operands((2, 3, 4), 4, device)
+    apart = u.mT.contiguous().mT
+    told = [conv_silu(x, weight, bias, index, before=2, kernel="triton") for x in (u, apart)]
+    assert apart.stride() != u.stride() and torch.equal(*told)
 
 
 def test_an_unknown_kernel_is_named():

@@ -186,13 +186,13 @@ def test_a_run_that_was_taken_over_stops(
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
-    with locked(tmp_path) as held:
+    with locked(tmp_path):
         os.utime(tmp_path / LOCK_NAME, (0, 0))
         end = time.monotonic() + 20
         while (tmp_path / LOCK_NAME).stat().st_mtime == 0:
             assert time.monotonic() < end
             time.sleep(0.005)
-        held.check()
+        lock.check_held()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
 from lingen.kernels.swiglu import swiglu
+from lingen.kernels.window_attention import rms_norm
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
 
@@ -47,10 +48,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        high = x.to(dtype)
-        scale = torch.rsqrt(high.square().mean(-1, keepdim=True) + self.eps)
-        return (high * scale * self.weight.to(dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

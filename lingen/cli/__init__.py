@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 # Their commands register themselves, in the order of `lingen --help`.
-from lingen.cli import runs, compare, recipes, data, encode, prompts, export, evaluate, cluster, doctor, bench  # noqa: F401  # isort: skip
+from lingen.cli import runs, compare, recipes, data, encode, prompts, evaluate, cluster, doctor, bench  # noqa: F401  # isort: skip
 from lingen.cli.command import COMMANDS, DONE, FAILED, WRONG_USE, parse_arguments
 from lingen.cli.edge import TellsOfTorch, line_of
 from lingen.ranks.environment import OtherRankError, here, who

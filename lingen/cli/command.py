@@ -45,10 +45,10 @@ def argument(*flags: str, **options: Any) -> Argument:
     return flags, options
 
 
-def natural(text: str) -> int:
-    """A whole number above 0, as an argument's `type`."""
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+def natural(text: str, least: int = 1) -> int:
+    """A whole number above 0, or from 0 on, as an argument's `type`."""
+    if not (text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number {'above 0' if least else 'from 0 on'}")
     return int(text)
 
 
@@ -76,7 +76,7 @@ JSON = argument("--json", action="store_true", help="for machines")
 IMPORT = argument("--import", dest="imports", metavar="MODULE", action="append", default=[],
                   help="import a module that registers parts of yours; may be given again")  # fmt: skip
 PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
-PROCESSES = argument("--processes", type=natural, metavar="N", help="default: one for each core")
+PROCESSES = argument("--processes", type=lambda text: natural(text, 0), metavar="N", help="default: one for each core")
 STREAM_FLAGS = (
     argument("--stream", choices=["exact", "tiled", "whole"],
              help="by the autoencoder's own streams, the same in cross-faded tiles of a frame, or in one call; "

@@ -1,4 +1,4 @@
-"""Training and sampling: ``lingen fit``, ``sample``, ``demo`` and ``decode``."""
+"""Training, sampling and what comes of it: ``lingen fit``, ``sample``, ``demo``, ``decode`` and ``export``."""
 
 from __future__ import annotations
 
@@ -333,3 +333,29 @@ def ui(args: argparse.Namespace) -> None:
     from lingen.sampling.ui import open_page
 
     open_page(Path(args.runs), Path(args.out).resolve(), args.port, partial(print, flush=True))
+
+
+@cli.command(
+    "the averaged weights of a finished stage as one small file, for sampling, `init` or autoencoder.path; or a folder",
+    cli.argument("run", metavar="RUN", help="a run folder: its last finished stage; or a weights file"),
+    cli.argument("--out", metavar="F", help="the .safetensors file to write"),
+    cli.argument("--to", nargs=2, metavar=("diffusers", "DIR"),
+                 help="the new folder to write, for lingen.LinGenPipeline.from_pretrained, with a model card"),
+    cli.argument("--precision", choices=["bf16", "fp32"],
+                 help="default: bf16; of a folder fp32, which makes the same clips"),
+)  # fmt: skip
+def export(args: argparse.Namespace) -> None:
+    from lingen.weights import export_weights, find_weights
+
+    if (args.out is None) == (args.to is None):
+        raise RecipeError("Say what to write: either --out F.safetensors, or --to diffusers DIR.")
+    if args.to and args.to[0] != "diffusers":
+        meant = did_you_mean(args.to[0], ["diffusers"])
+        raise RecipeError(f"--to knows no '{args.to[0]}'.{meant} A folder: --to diffusers DIR; a file: --out F.")
+    find_weights(args.run)  # a wrong name is told before torch is imported
+    if args.out is not None:
+        print(export_weights(args.run, args.out, args.precision or "bf16"))
+        return
+    from lingen.sampling.pipeline import export_folder
+
+    print(export_folder(args.run, args.to[1], args.precision or "fp32"))

@@ -347,8 +347,7 @@ def _closing() -> Any:
 def _start_worker(closing: Any, worker: int) -> None:
     """Signals are for the training process, which ends its workers itself. A scheduler that stops a job signals all its
     processes, and a worker that ended at once would break the step that is still to be saved."""
-    for number in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, number):
-            signal.signal(getattr(signal, number), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
     follow_parent()

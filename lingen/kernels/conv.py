@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lingen.kernels.choice import choose
-from lingen.kernels.gradients import FromInputs
+from lingen.kernels.gradients import FromInputs, channels_last
 
 MOST_TAPS = 8
 
@@ -25,7 +25,7 @@ def conv_silu(
     """y_p = silu(bias + sum over taps m of weight_m u_{index[p + m - before]}), the conv of Mamba2 (arXiv 2405.21060).
 
     Args:
-        u: tokens in raster order; a slice of a wider projection is read where it lies (last axis contiguous).
+        u: tokens in raster order; a slice of a wider projection is read where it lies.
         index: raster row of each position of the sequence, a bijection; None for raster order.
         before: how many of the taps lie in the past: m - 1 is causal. Positions outside of the sequence count as zero.
         segment: positions between two ends that the conv does not reach across: beyond them, too, it counts zero. A
@@ -57,8 +57,7 @@ def conv_silu(
         for i, tap in enumerate(weight.to(dtype).unbind(1)):
             pre = torch.addcmul(pre, padded[:, :, i : i + segment], tap)
         return F.pad(F.silu(pre.flatten(1, 2)), (0, 0, 0, rows - n)).to(u.dtype)
-    if u.stride(-1) != 1 and u.shape[-1] > 1:
-        raise ValueError(f"conv_silu needs the channels of u side by side, but its strides are {u.stride()}.")
     from lingen.kernels.conv_triton import conv_silu_forward, conv_silu_gradients
 
+    u = channels_last(u)
     return FromInputs.apply(conv_silu_forward, conv_silu_gradients, u, weight, bias, index, before, segment, rows)

@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lingen.kernels.choice import choose
-from lingen.kernels.gradients import FromInputs
+from lingen.kernels.fp8 import FLOAT8, check_no_gradient
+from lingen.kernels.gradients import FromInputs, channels_last
 
 WIDEST_ROW = 8192
 
@@ -27,7 +28,7 @@ def gated_norm(
 
     Args:
         y: result of the scan, in scan order; rows behind the n tokens are ignored.
-        z: gates in raster order; a slice of a wider projection is read where it lies (last axis contiguous).
+        z: gates in raster order; a slice of a wider projection is read where it lies.
         index: raster row of each position of the sequence, a bijection; None for raster order.
         eps: added to the mean square, above 0.
         quantize: for products in float8, without gradients: (values in float8_e4m3fn, a float32 scale for each row),
@@ -46,8 +47,7 @@ def gated_norm(
         raise ValueError(f"groups={groups} does not divide the {c} channels of the gated norm.")
     if eps <= 0:
         raise ValueError(f"eps={eps} of the gated norm must be above 0.")
-    if quantize and torch.is_grad_enabled() and any(x.requires_grad for x in (y, z, weight)):
-        raise ValueError("A quantized gated norm has no gradient: call it under torch.no_grad().")
+    check_no_gradient(FLOAT8 if quantize else None, y, z, weight)
     wide = f"kernel='triton' of the gated norm takes up to {WIDEST_ROW} channels, not {c}." if c > WIDEST_ROW else ""
     if choose("gated norm", kernel, y, wide) == "reference":
         dtype = torch.promote_types(y.dtype, torch.float32)
@@ -61,9 +61,7 @@ def gated_norm(
         largest = torch.finfo(torch.float8_e4m3fn).max
         row = (out.abs().amax(-1) / largest).clamp_min(1e-12)
         return (out / row[..., None]).clamp(-largest, largest).to(torch.float8_e4m3fn), row.float()
-    for name, x in (("y", y), ("z", z)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"gated_norm needs the channels of {name} side by side, but its strides are {x.stride()}.")
+    y, z = channels_last(y), channels_last(z)
     from lingen.kernels.gated_norm_triton import gated_norm_forward, gated_norm_gradients
 
     if quantize:

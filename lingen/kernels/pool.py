@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lingen.kernels.choice import choose
+from lingen.kernels.gradients import channels_last
 
 # One number each for t, h and w.
 Size = tuple[int, int, int]
@@ -15,7 +16,7 @@ Size = tuple[int, int, int]
 def pool(x: Float[Tensor, "b t h w c"], size: Size, *, kernel: str = "auto") -> Float[Tensor, "b t2 h2 w2 c"]:
     """Mean over windows of `size` tokens (t, h, w), without parameters; ceil(tokens / size) windows in each axis. The
     size is clamped to the grid; a partial window at the far edge is averaged over its real tokens only. A slice of a
-    wider projection is read where it lies (last axis contiguous). Computed in float32 at least; contiguous, in x's
+    wider projection is read where it lies. Computed in float32 at least; contiguous, in x's
     dtype. kernel: auto, reference, triton. Raises ValueError for a size below 1 and for a kernel that cannot run."""
     if min(size) < 1 or x.numel() == 0:
         raise ValueError(f"pool needs windows and a grid of 1 or more, not {list(size)} and {list(x.shape)}.")
@@ -24,11 +25,9 @@ def pool(x: Float[Tensor, "b t h w c"], size: Size, *, kernel: str = "auto") -> 
         for axis, tokens in enumerate(size, start=1):
             pooled = _mean_along(pooled, axis, min(tokens, x.shape[axis]))
         return pooled.to(x.dtype).contiguous()
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"pool needs the channels of x side by side, but its strides are {x.stride()}.")
     from lingen.kernels.pool_triton import PoolFunction
 
-    return PoolFunction.apply(x, size)
+    return PoolFunction.apply(channels_last(x), size)
 
 
 def windows_of(x: Float[Tensor, "b t h w c"], size: Size) -> tuple[Size, Size]:

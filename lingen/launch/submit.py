@@ -155,10 +155,7 @@ def submit(submission: Submission) -> str:
     if shutil.which("sbatch") is None:
         raise RecipeError("There is no sbatch on this machine, so nothing was submitted; --dry-run prints the script.")
     place = submission.folder
-    try:
-        place.mkdir(parents=True)
-    except FileExistsError:
-        raise RecipeError(f"{place} was just made by another submission; say it again.") from None
+    place.mkdir(parents=True)
     script = place / "job.sbatch"
     write_text(script, submission.script)
     if submission.recipe is not None:

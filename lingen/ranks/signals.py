@@ -19,6 +19,7 @@ TOGETHER = 0.2
 """Seconds within which several SIGINTs count as one: a terminal, `timeout` or `torchrun` may each send it."""
 TELLS = b"\nStopping as soon as the step is done and saved; Ctrl-C again stops at once.\n"
 """At the first Ctrl-C."""
+LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SHOW_CURSOR = b"\x1b[?25h"
 """For a terminal on which a progress bar had hidden it."""
 
@@ -66,7 +67,7 @@ class Listener:
             signal.set_wakeup_fd(told, warn_on_full_buffer=False)
             os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
             threading.Thread(target=self._watch, args=(heard,), name="lingen-signals", daemon=True).start()
-        self._before = {number: signal.signal(number, self._note) for number in _numbers()}
+        self._before = {number: signal.signal(number, self._note) for number in LISTENED}
 
     def stop(self) -> None:
         """Gives the handlers back that were there before."""
@@ -76,7 +77,7 @@ class Listener:
     @staticmethod
     def _settle() -> None:
         """The exit code stands; while the interpreter clears up, handlers would be gone and a signal change it."""
-        for number in _numbers():
+        for number in LISTENED:
             signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: object) -> None:
@@ -163,15 +164,13 @@ def promptly(act: Callable[[], None]) -> None:
     of its own: `check` is to follow."""
     if _listener is None:
         return act()
-    try:
+    with contextlib.suppress(Stopped):  # `is_prompt` is False by then
         try:
             _listener.is_prompt = True
             if _listener.number is None:
                 act()
         finally:
             _listener.is_prompt = False
-    except Stopped:
-        _listener.is_prompt = False
 
 
 def by_first_rank(work: Callable[[], Iterator[None]]) -> None:
@@ -196,10 +195,6 @@ def by_first_rank(work: Callable[[], Iterator[None]]) -> None:
         raise error
     if state == failed:
         raise FirstRankError("rank 0 could not do its part of the work")
-
-
-def _numbers() -> list[int]:
-    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def _leave() -> NoReturn:

@@ -92,14 +92,15 @@ def read_about(path: Path) -> dict[str, Any]:
     """What the JSON file of a checkpoint holds. BrokenError where it lacks something or was changed."""
     try:
         about = decode_json((path / ABOUT).read_bytes())
-        if about.get("format") != FORMAT:
-            raise BrokenError(f"its {ABOUT} is of another format")
-        if about.pop("sha256", None) != _hash_of(about):
-            raise BrokenError(f"its {ABOUT} was changed or damaged")
+        form, told = about.get("format"), about.pop("sha256", None)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BrokenError(f"it has no {ABOUT}") from error
     except (ValueError, AttributeError) as error:
-        raise error if isinstance(error, BrokenError) else BrokenError(f"its {ABOUT} is damaged ({error})") from error
+        raise BrokenError(f"its {ABOUT} is damaged ({error})") from error
+    if form != FORMAT:
+        raise BrokenError(f"its {ABOUT} is of another format")
+    if told != _hash_of(about):
+        raise BrokenError(f"its {ABOUT} was changed or damaged")
     return about  # type: ignore[no-any-return]
 
 

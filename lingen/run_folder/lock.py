@@ -32,6 +32,7 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 
 HIDDEN = "hidden"
 Owner = dict[str, Any]
+_held: list["Lock"] = []
 
 
 def myself() -> Owner:
@@ -135,11 +136,14 @@ def check_held(*, look: bool = False) -> None:
     Args:
         look: into the folder; else what was found within the last `HEARTBEAT` counts."""
     for lock in _held:
-        lock.check(look)
-
-
-_held: list["Lock"] = []
-"""Of this process."""
+        with contextlib.suppress(OSError):
+            if look:
+                lock.look()
+        if lock.thief is not None:
+            raise RecipeError(
+                f"{lock.path}: process {lock.thief.get('pid')} on {_place(lock.thief)} has taken this run over, "
+                f"because this one gave no sign for more than {SILENCE:.0f} s. Nothing more is written here."
+            )
 
 
 class Lock:
@@ -220,22 +224,12 @@ class Lock:
         while self.thief is None and not self._over.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
-                self._look()
+                self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Finds out whether another process has it."""
         owner = _read(self.path)
         self.thief = owner if owner != self.owner else None
-
-    def check(self, look: bool = False) -> None:
-        """See `check_held`."""
-        with contextlib.suppress(OSError):
-            if look:
-                self._look()
-        if self.thief is not None:
-            raise RecipeError(
-                f"{self.path}: process {self.thief.get('pid')} on {_place(self.thief)} has taken this run over, "
-                f"because this one gave no sign for more than {SILENCE:.0f} s. Nothing more is written here."
-            )
 
     def release(self) -> None:
         """Removes the lock, if it still is this process's."""

@@ -205,7 +205,7 @@ class Trained(lightning.LightningModule):
 
     def _overflows(self, step: Step) -> bool:
         """Whether only the scale of float16 was too high: Lightning's scaler leaves such a step out and halves it."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = getattr(getattr(self._trainer, "precision_plugin", None), "scaler", None)
         if scaler is None or scaler.get_scale() <= 1 or not math.isfinite(step.loss) or math.isfinite(sum(step.norms)):
             return False
         self.meter.take()

@@ -1,7 +1,8 @@
-"""What happens between optimiser steps: checkpoints, signals, the ledger, samples."""
+"""What happens between optimiser steps: checkpoints, signals, the ledger, samples, signs of life."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, cast
 
 import lightning
@@ -13,6 +14,7 @@ from lingen.ranks import signals
 from lingen.ranks.collectives import gather_objects, largest, on_first_rank
 from lingen.ranks.heartbeat import sign
 from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.lock import check_held
 from lingen.run_folder.saver import Saver
 from lingen.training.base import Trained
 from lingen.training.checkpoint import planned_tensors, state_of, tensors_of
@@ -63,6 +65,7 @@ class StepEdge(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        check_held()
         self._own.record(batch)
         recipe = pl_module.recipe
         if (batch_idx + 1) % recipe.train.accumulate:
@@ -191,3 +194,35 @@ class StageEnd(Callback):
             self.finish(pl_module, trainer.global_step)
         except signals.Stopped as stopped:
             self.edge.stop(trainer, stopped.number)
+
+
+class LifeSigns(Callback):
+    """A sign at each batch that comes, each that is done, and each of a validation. Whatever other callbacks do after a
+    step, a checkpoint or clips, counts as the step's, so it is to be the last one.
+
+    The first step of a stage, which may compile, is part of its start.
+
+    Args:
+        stage: that is trained."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+        self._coming: Iterator[list[str]] = iter(())
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        # Lightning reads a batch ahead: after the first one has come, it waits for the second.
+        self._doing = "start"
+        self._coming = islice(cast(Any, trainer).datamodule.names(), 1, None)
+        sign("start", self.stage, trainer.global_step, ([], next(self._coming)))
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        sign(self._doing, self.stage, trainer.global_step, (batch.keys, []))
+        self._doing = "step"
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        sign("data", self.stage, trainer.global_step, (batch.keys, next(self._coming)))
+
+    def on_validation_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        sign("validation", self.stage, trainer.global_step)

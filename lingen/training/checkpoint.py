@@ -92,12 +92,10 @@ def state_of(trainer: lightning.Trainer, module: Trained) -> dict[str, Any]:
 
 def _plain_state(callback: Callback) -> dict[str, Any]:
     """A callback's state. RecipeError where it is more than a checkpoint holds."""
-    state = callback.state_dict()
     try:
-        json.dumps(state)
+        json.dumps(state := callback.state_dict())
     except TypeError as error:
-        told = "expected numbers, texts, lists and mappings"
-        raise RecipeError(f"state_dict of the callback {type(callback).__name__}: {error}; {told}.") from error
+        raise RecipeError(f"state_dict of the callback {type(callback).__name__}: {error}.") from error
     return state
 
 

@@ -2,7 +2,7 @@
 
 - ``reach``: which tokens a last-frame token hears, by gradients; with ``--png`` the pictures of the page, one for
   each order.
-- ``review``: how far into a clip the review is heard, by the share of the output that it makes; with ``--png`` also
+- ``review``: how far into a clip the review is heard, by how much of the output it makes; with ``--png`` also
   as a picture.
 - ``stripes``: what differs from one column to the next where all columns hold the same.
 - ``task``: a small model that must recall a bit of its column's first quarter at the column's last frame, and remove
@@ -118,8 +118,8 @@ def draw(pictures: dict[tuple[float, str], Tensor], png: Path) -> None:
 
 @torch.no_grad()
 def review_shares(grid: Triple, dim: int, seed: int, settings: dict[str, Any]) -> Tensor:
-    """Share of a layer's output that the review makes, at each token [n] in reading order: the part of its energy that
-    leaving out the review changes. One direction, read frame by frame, without the token's own input (D = 0)."""
+    """How much of a layer's output the review makes, at each token [n] in reading order: the energy of what changes
+    without the review, over that of the output. One direction, frame by frame, without a token's own input (D = 0)."""
     torch.manual_seed(seed)
     one = Mamba2(dim, 0, scan="thw", bidirectional=False, **SMALL | settings)
     one.memory.d.zero_()
