@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lingen_yardsticks.paper import VARIANTS
@@ -17,6 +18,7 @@ from lingen.cli import main
 from lingen.cli.bench import yardstick
 from lingen.kernels.choice import has_triton
 from tests.helpers.commands import ROOT
+from tests.yardsticks.times import pair
 
 TARGETS, MA, TESA, CUDNN = (getattr(yardstick("targets"), name) for name in ("TARGETS", "MA", "TESA", "CUDNN"))
 HEAD = {"device": "a GPU", "versions": {}, "date": "2026-01-02", "commit": "abc", "command": "lingen bench model"}
@@ -230,3 +232,20 @@ def test_a_wrong_use_is_one_sentence(words, says, tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_quickstart_before_and_after_is_what_the_page_says():
+    """From the counts that are kept; the bounds by hand, for motion: 6.6 over captions, 16.4 over pairs of runs."""
+    before, now = (ROOT / "docs" / "results" / f"quickstart_{name}.json" for name in ("before", "now"))
+    rows = {row["attribute"]: row for row in pair([before], [now])}
+    text = (ROOT / "docs" / "model.md").read_text()
+    for name, row in rows.items():
+        bound = row["worse by at most, over captions"]
+        shares = [f"{row[side]:.1f}%".replace("100.0", "100") for side in ("before", "now")]
+        assert f"| {name} | {' | '.join(shares)} | " in text and f"({bound:g}) |" in text
+    assert rows["motion"]["by pair"] == [9.9, -5.1, -7.1]
+    kept = [json.loads(path.read_text())["rows"] for path in (before, now)]
+    sides = [np.array([[*run["motion by caption"].values()] for run in runs]) / 13 for runs in kept]
+    worse = (sides[0] - sides[1]).mean(0)
+    most = worse.mean() + 1.714 * worse.std(ddof=1) / 24**0.5  # Student's t of 23 degrees, 95%
+    assert rows["motion"]["worse by at most, over captions"] == pytest.approx(100 * most, abs=0.1)

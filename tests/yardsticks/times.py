@@ -5,7 +5,7 @@
 - ``late``: the share of its loss that an untrained model of each recipe that predicts the clip spends at late times.
 - ``heldout``: the loss of runs on held-out samples, in bins of times that are drawn alike whatever they trained at.
 - ``follow``: how often clips of those runs show what their held-out captions say, by schedule and solver.
-- ``pair``: how much less often than others, paired by caption, from two lists of what ``follow --json`` wrote.
+- ``pair``: how much less often than others, paired by caption, from what ``follow --json`` wrote of both.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def pair(before: Sequence[Path], now: Sequence[Path]) -> Iterator[dict[str, Any]
     by which it may be worse, by the spread over captions and by that over pairs (one-sided 95% of Student's t)."""
     from scipy import stats
 
-    told = [[json.loads(path.read_text())[0] for path in paths] for paths in (before, now)]
+    read = [[json.loads(path.read_text()) for path in paths] for paths in (before, now)]
+    told = [[row for one in side for row in (one if isinstance(one, list) else one["rows"])] for side in read]
     for name in ATTRIBUTES:
         first, second = (np.array([[*one[f"{name} by caption"].values()] for one in rows]) for rows in told)
         points = 100 * (second - first) / CLIPS_OF_A_CAPTION
