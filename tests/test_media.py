@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lingen.media import as_floats, as_frames, encode_mp4, encode_png, encode_webp, save_video
+from lingen.media import as_floats, as_frames, contact_sheet, encode_mp4, encode_png, encode_webp, save_video
 from tests.helpers.media import read_about
 
 
@@ -96,3 +96,21 @@ def test_pictures_as_members():
 def test_no_torch_is_needed():
     code = "import sys, lingen.media; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_half_a_contact_sheet_does_not_pass_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run takes the sheet of a step for the sign that all of its clips are made."""
+    sheet = tmp_path / "samples" / "sheet.png"
+    save = Image.Image.save
+
+    def cut(self: Image.Image, path: Path, *form: str, **options: object) -> None:
+        save(self, path, *form, **options)
+        Path(path).write_bytes(Path(path).read_bytes()[:100])
+        raise SystemExit  # the process ends amid it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", cut)
+        with pytest.raises(SystemExit):
+            contact_sheet([_clip()], sheet)
+    assert not sheet.exists()
+    assert contact_sheet([_clip()], sheet) == sheet and Image.open(sheet).format == "PNG"

@@ -16,8 +16,8 @@ Size = tuple[int, int, int]
 def pool(x: Float[Tensor, "b t h w c"], size: Size, *, kernel: str = "auto") -> Float[Tensor, "b t2 h2 w2 c"]:
     """Mean over windows of `size` tokens (t, h, w), without parameters; ceil(tokens / size) windows in each axis. The
     size is clamped to the grid; a partial window at the far edge is averaged over its real tokens only. A slice of a
-    wider projection is read where it lies. Computed in float32 at least; contiguous, in x's
-    dtype. kernel: auto, reference, triton. Raises ValueError for a size below 1 and for a kernel that cannot run."""
+    wider projection is read where it lies. Computed in float32 at least; contiguous, in x's dtype. kernel: auto,
+    reference, triton. Raises ValueError for a size below 1 and for a kernel that cannot run."""
     if min(size) < 1 or x.numel() == 0:
         raise ValueError(f"pool needs windows and a grid of 1 or more, not {list(size)} and {list(x.shape)}.")
     if choose("pool", kernel, x) == "reference":
