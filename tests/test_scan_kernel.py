@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lingen.kernels.scan import rows_of, scan, scan_state
+from lingen.kernels.scan import chunk_of, rows_of, scan, scan_state
 from lingen.recipe.errors import RecipeError
 from tests.helpers.closeness import assert_close, relative_error
 
@@ -84,9 +84,18 @@ def test_triton_is_the_recurrence(case, device):
     compare(case, torch.float32, device, {"y": 1e-5} | dict.fromkeys(WEIGHTS, 1e-4))
 
 
-@pytest.mark.parametrize("case", [CASES[2], (300, 2, 16, 1, 16, 1)], ids=str)
+def test_heads_with_small_states_are_read_in_shorter_chunks():
+    low, full = torch.bfloat16, torch.float32
+    assert [chunk_of(9999, low, size) for size in (32 * 32, 64 * 32, 64 * 64, 64 * 128)] == [64, 128, 128, 256]
+    assert [chunk_of(n, low, 32 * 32) for n in (20, 40, 70)] == [32, 64, 64] and chunk_of(9999, full) == 64
+    for n in (1, 33, 65, 300, 1536):  # rows are whole chunks whatever the heads are
+        assert {rows_of(n, "triton", low) % chunk_of(n, low, size) for size in (256, 4096, 8192)} == {0}
+
+
+@pytest.mark.parametrize("case", [CASES[2], (300, 2, 16, 1, 16, 1), (200, 1, 64, 1, 32, 2)], ids=str)
 def test_triton_in_bfloat16(case, device):
-    """More than one chunk in the second: a decay's gradient must not be a difference to states in 16 bits."""
+    """More than one chunk in the second: a decay's gradient must not be a difference to states in 16 bits. Chunks of
+    128 in the third."""
     # The interpreter cuts digits off where a GPU rounds: twice the error.
     factor = 1 if device == "cuda" else 2
     weights = dict.fromkeys(WEIGHTS, 1e-2 * factor)

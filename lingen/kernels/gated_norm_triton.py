@@ -73,7 +73,7 @@ def _tiles(c: int, groups: int, launch: dict[str, int], whole: bool = False) -> 
     if width == triton.next_power_of_2(width) and not whole:
         tall = min(tall, max(launch["LANES"] // width, 1))
     lanes = min(max(launch["LANES"] // tall, 1), triton.next_power_of_2(width))
-    warps = min(launch["num_warps"], max(tall * lanes // 64, 1))
+    warps = min(launch["num_warps"], max(tall * lanes // 128, 1))
     tiles = {"GROUPS": tall, "LANES": lanes, "PIECES": triton.cdiv(width, lanes), "num_warps": warps}
     return launch | tiles, triton.cdiv(groups, tall)
 

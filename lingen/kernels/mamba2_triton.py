@@ -88,7 +88,7 @@ def _scan(xbc: Tensor, dt: Tensor, weights: Weights, plan: Mamba2Plan, review: b
     rows = rows_of(n, "triton", xbc.dtype)
     u = conv_silu_forward(xbc, weights.conv, weights.conv_bias, index, before=plan.before, segment=segment, rows=rows)
     a, bias = weights.a[: sizes.ways], weights.dt_bias[: sizes.ways]
-    return Scan(u, dt, a, bias, index, sizes, chunk_of(n, xbc.dtype))
+    return Scan(u, dt, a, bias, index, sizes, chunk_of(n, xbc.dtype, sizes.width * sizes.state))
 
 
 def _review(projected: Tensor, weights: Weights, plan: Mamba2Plan) -> Tensor | None:

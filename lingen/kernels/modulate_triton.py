@@ -18,6 +18,7 @@ from lingen.kernels.gradients import channels_last
 TUNING = {"forward": (2112, 16, 3), "backward": (528, 16, 2)}
 """The most programs that share the tokens (16 and 4 for each multiprocessor of an H100), the warps of each, and the
 tokens that it loads ahead."""
+_LANES = 256  # channels of a warp, where a row is narrow; there are more programs then
 
 
 @triton.jit
@@ -274,9 +275,11 @@ def _split(operands: Operands, kind: str) -> tuple[tuple[int, int], tuple[int, i
     modulation = (operands.gate, operands.shift, operands.scale)
     frames = max((rows.shape[1] for rows in modulation if rows is not None), default=1)
     rows = t * h * w // frames
-    programs, warps, stages = TUNING[kind]
-    run = max(1, triton.cdiv(b * t * h * w, programs))
-    options = {"BLOCK": triton.next_power_of_2(width), "STAGES": stages, "num_warps": warps}
+    programs, most, stages = TUNING[kind]
+    block = triton.next_power_of_2(width)
+    warps = min(most, max(1, block // _LANES))
+    run = max(1, triton.cdiv(b * t * h * w, programs * min(8, most // warps)))
+    options = {"BLOCK": block, "STAGES": stages, "num_warps": warps}
     return (triton.cdiv(rows, run), b * frames), (width, frames, rows, run), options
 
 

@@ -33,10 +33,10 @@ def scan_kernel(kernel: str, u: Tensor, width: int, state_dim: int) -> str:
     return choose("scan", kernel, u, "" if fits else too_large)
 
 
-def chunk_of(n: int, dtype: torch.dtype) -> int:
-    """Tokens in a chunk of the Triton kernel: 256; 64 in float32, which takes twice the shared memory and has no tensor
-    cores here; less for short sequences."""
-    longest = 64 if dtype == torch.float32 else 256
+def chunk_of(n: int, dtype: torch.dtype, numbers: int = _LARGEST_STATE) -> int:
+    """Tokens in a chunk of the Triton kernel: 256, less where a state of so many numbers costs less than its pairs;
+    64 in float32, which takes twice the shared memory and has no tensor cores here; less for short sequences."""
+    longest = 64 if dtype == torch.float32 or numbers <= 1024 else 128 if numbers <= 4096 else 256
     return min(longest, max(32, 1 << (n - 1).bit_length()))
 
 
@@ -72,19 +72,19 @@ def scan(
             else "chunked"."""
     n, heads = dt.shape[1:]
     width = (u.shape[2] - 2 * groups * state_dim) // heads
-    kernel = scan_kernel(kernel, u, width, state_dim)
+    kernel, chunk = scan_kernel(kernel, u, width, state_dim), chunk_of(n, u.dtype, width * state_dim)
     if u.shape[1] != rows_of(n, kernel, u.dtype):
         rows = rows_of(n, kernel, u.dtype)
         raise ValueError(f"u has {u.shape[1]} rows; {n} tokens take {rows} with kernel='{kernel}'.")
     if kernel == "triton" and not (holds_numbers(u) or is_unlaunched(u)):
-        return kept(lambda: _products_of_triton(u, chunk_of(n, u.dtype), len(a), heads, groups, state_dim))
+        return kept(lambda: _products_of_triton(u, chunk, len(a), heads, groups, state_dim))
     if kernel == "triton":
         from lingen.kernels.scan_backward_triton import FusedScan
         from lingen.kernels.scan_triton import ScanSizes
 
         begin = None if initial_state is None else initial_state.float().mT.contiguous()
         sizes = ScanSizes(heads, width, groups, state_dim, len(a))
-        return FusedScan.apply(u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk_of(n, u.dtype))
+        return FusedScan.apply(u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk)
     # One causal scan in which the second direction is further heads, whose streams are flipped.
     ways, dt = len(a), dt if index is None else dt[:, index]
     if ways == 2:
@@ -140,9 +140,9 @@ def scan_state(
     name one matrix product. The gradient is always that of the product, whose factors are 16-bit where the streams are
     16-bit on CUDA."""
     width = (u.shape[2] - 2 * groups * state_dim) // dt.shape[2]
-    kernel = scan_kernel(kernel, u, width, state_dim)
+    kernel, chunk = scan_kernel(kernel, u, width, state_dim), chunk_of(dt.shape[1], u.dtype, width * state_dim)
     if kernel == "triton" and not (holds_numbers(u) or is_unlaunched(u)):
-        x, b, _ = _in_chunks(u, chunk_of(dt.shape[1], u.dtype), dt.shape[2], groups, state_dim)
+        x, b, _ = _in_chunks(u, chunk, dt.shape[2], groups, state_dim)
         states = torch.stack([torch.einsum("zqgs,zqgme->zgmes", b, x) for _ in a], 1).flatten(2, 3)
         return states.unflatten(0, (len(u), -1)).sum(1, dtype=torch.float32)
     if kernel == "triton":
@@ -150,7 +150,7 @@ def scan_state(
         from lingen.kernels.scan_triton import ScanSizes
 
         sizes = ScanSizes(dt.shape[2], width, groups, state_dim, len(a), turns=False)
-        return FusedState.apply(u, dt, a.float(), dt_bias.float(), index, sizes, chunk_of(dt.shape[1], u.dtype))
+        return FusedState.apply(u, dt, a.float(), dt_bias.float(), index, sizes, chunk)
     return state_by_product(u, dt, a, dt_bias, index, groups, state_dim)
 
 

@@ -11,7 +11,7 @@ from lingen.kernels.scan import state_gradients
 from lingen.kernels.scan_triton import Scan, scan_forward
 
 # Tuned on an H100 at heads of 64 and a state of 128.
-LAUNCH = {"pairs": {"num_warps": 8, "num_stages": 2}, "inter": {"num_warps": 4, "num_stages": 2}}
+LAUNCH = {"pairs": {"num_stages": 2}, "inter": {"num_warps": 4, "num_stages": 2}}
 
 
 @triton.jit
@@ -149,8 +149,7 @@ def _pairs_backward(scan: Scan, dy: Tensor, pairs: Tensor) -> tuple[Tensor, Tens
         _scan_pairs[scan.chunks * (2 if side == 0 else 1), sizes.groups * split, scan.batch](
             scan.x, dy, pairs, scan.steps, scan.logs, dpairs, by_row, by_column, own, scan.rows, sizes.heads,
             scan.per_group, scan.x.stride(1), dy.stride(1), split,
-            E=scan.shape["E"], E_PADDED=scan.shape["E_PADDED"], HALF=half, SIDE=side, **scan.common,
-            **LAUNCH["pairs"],
+            E=scan.shape["E"], E_PADDED=scan.shape["E_PADDED"], SIDE=side, **scan.of_halves, **LAUNCH["pairs"],
         )  # fmt: skip
     return dpairs.sum(0).to(dy.dtype), by_row, by_column, own
 

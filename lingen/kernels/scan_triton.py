@@ -24,7 +24,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 # Tuned on an H100 at heads of 64 and a state of 128.
 LAUNCH = {
     "sums": {"num_warps": 8}, "states": {"num_warps": 4, "num_stages": 3}, "carry": {"num_warps": 2},
-    "mix": {"num_warps": 8, "num_stages": 2},
+    "mix": {"num_stages": 2},
 }  # fmt: skip
 # Parts that the heads of a group are shared out to, so that there are programs enough to fill a GPU.
 SPLIT = 8
@@ -296,7 +296,9 @@ class Scan:
             "E_PADDED": max(16, triton.next_power_of_2(sizes.width)),
             "S_PADDED": max(16, triton.next_power_of_2(sizes.state)),
         }
-        self.common = {"DIRECTIONS": sizes.ways, "PRECISION": "ieee" if u.dtype == torch.float32 else "tf32"}
+        full = u.dtype == torch.float32
+        self.common = {"DIRECTIONS": sizes.ways, "PRECISION": "ieee" if full else "tf32"}
+        self.of_halves = self.common | {"HALF": chunk // 2, "num_warps": 8 if full else max(1, chunk // 32)}
 
     def fitting(self, launch: dict[str, int]) -> dict[str, int]:
         """`launch` with one stage where the states are larger: two do not fit into shared memory."""
@@ -340,7 +342,7 @@ class Scan:
         _scan_mix[self.sizes.groups * split, 2 * self.chunks, self.batch](
             v, k, pairs, self.steps, self.logs, self.columns, states, d, out, self.rows, self.sizes.heads,
             self.per_group, split, v.stride(1), k.stride(1), out.stride(1),
-            HALF=self.chunk // 2, ADJOINT=adjoint, **self.shape, **self.common, **self.fitting(LAUNCH["mix"]),
+            ADJOINT=adjoint, **self.shape, **self.of_halves, **self.fitting(LAUNCH["mix"]),
         )  # fmt: skip
 
 

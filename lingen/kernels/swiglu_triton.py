@@ -12,6 +12,7 @@ from lingen.kernels.fp8_triton import as_rows, row_to_fp8
 
 TUNING = {"forward": (8192, 16), "backward": (8192, 16), "quantized": (1 << 20, 16)}
 """Most columns of a program, and its warps. 8-bit rows need their largest value, so one program has the whole row."""
+_LANES = 256  # columns of a warp, where a row is narrow
 
 
 @triton.jit
@@ -71,4 +72,5 @@ def backward(dy: Tensor, gate_up: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
 def _grid(rows: Tensor, half: int, kind: str) -> tuple[tuple[int, int], dict[str, int]]:
     most, warps = TUNING[kind]
     block = min(most, triton.next_power_of_2(half))
-    return (len(rows), triton.cdiv(half, block)), {"BLOCK": block, "num_warps": warps}
+    options = {"BLOCK": block, "num_warps": min(warps, max(1, block // _LANES))}
+    return (len(rows), triton.cdiv(half, block)), options
