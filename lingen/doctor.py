@@ -124,6 +124,8 @@ class Line(NamedTuple):
 
 def machine() -> Iterator[Line]:
     """What this machine has, one thing after the other. Imports no lightning, which may be malware."""
+    import av
+
     yield Line(True, "python", platform.python_version())
     yield Line(True, "torch", f"{torch.__version__}, CPU threads: {torch.get_num_threads()}")
     yield _lightning()
@@ -133,7 +135,8 @@ def machine() -> Iterator[Line]:
     yield Line(True, "kernels", _kernels())
     steps = "CUDA graphs where nothing forbids them" if torch.cuda.is_available() else "no CUDA graphs without a GPU"
     yield Line(True, "training steps", f"train.compile=auto: {steps}")
-    yield _encoder()
+    h264, told = "libx264" in av.codecs_available, f"in PyAV {version_of('av')}"
+    yield Line(h264, "libx264", told if h264 else f"not {told}: no MP4 can be written; pip install -U av")
     for name, folder in (("here", Path.cwd()), ("cache", cache_folder())):
         there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
         free = shutil.disk_usage(there).free / 1e9
@@ -173,10 +176,3 @@ def _kernels() -> str:
     for operation in (one for one in TWINS if one not in beside):
         taken.setdefault(choose(operation, "auto", x), []).append(operation)
     return "auto takes " + "; ".join(f"{twin} for {', '.join(operations)}" for twin, operations in taken.items())
-
-
-def _encoder() -> Line:
-    import av
-
-    there, told = "libx264" in av.codecs_available, f"in PyAV {version_of('av')}"
-    return Line(there, "libx264", told if there else f"not {told}: no MP4 can be written; pip install -U av")

@@ -62,13 +62,27 @@ def told_of(about: dict[str, Any] | None) -> str:
 def save_animation(clip: Frames, path: Path, fps: float, about: dict[str, Any] | None = None) -> Path:
     """Writes a GIF or an animated WebP, by the name of the file, that begins anew for ever; `told_of` is its comment,
     or the description in its EXIF."""
-    first, *others = map(Image.fromarray, clip)
     told, exif = told_of(about).encode(), Image.Exif()
     exif[ExifTags.Base.ImageDescription] = told
     how: dict[str, Any] = {"comment": told} if path.suffix == ".gif" else {"exif": exif}
     with whole_file(path) as partial:
-        first.save(partial, path.suffix[1:], save_all=True, append_images=others, duration=1000 / fps, loop=0, **how)
+        partial.write_bytes(encode_animation(clip, path.suffix[1:], fps, **how))
     return path
+
+
+def encode_animation(clip: Frames, form: str, fps: float, **options: Any) -> bytes:
+    """Frames as a GIF or an animated WebP that begins anew for ever."""
+    others = [Image.fromarray(frame) for frame in clip[1:]]
+    return encode_picture(clip[0], form, save_all=True, append_images=others, duration=1000 / fps, loop=0, **options)
+
+
+def gif_of(film: Path, most: int = 64, side: int = 256) -> bytes:
+    """A small GIF of an MP4: at most so many frames, spread over its time, and pixels of its longer side."""
+    frames, fps = read_video(film.read_bytes())
+    every = -(-max(frames.shape[1:3]) // side)
+    few = frames[sorted(sheet_frames(len(frames), most)), ::every, ::every]
+    hundredths = max(2, round(100 * len(frames) / fps / len(few)))  # a GIF knows no finer ones
+    return encode_animation(few, "gif", 100 / hundredths)
 
 
 def read_video(data: bytes) -> tuple[Frames, float]:
@@ -144,17 +158,8 @@ def _checked(frame: Any) -> Picture:
     return np.ascontiguousarray(array)
 
 
-def encode_png(image: Picture) -> bytes:
-    """A PNG, losslessly."""
-    return _encode_picture(image, "png")
-
-
-def encode_webp(image: Picture, quality: int = 92) -> bytes:
-    """A WebP, about a tenth of a PNG for pictures."""
-    return _encode_picture(image, "webp", quality=quality)
-
-
-def _encode_picture(image: Picture, form: str, **options: int) -> bytes:
+def encode_picture(image: Picture, form: str = "png", **options: Any) -> bytes:
+    """A PNG, losslessly, or another of Pillow's forms with its options: a WebP has about a tenth of a PNG's bytes."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, form, **options)
     return buffer.getvalue()

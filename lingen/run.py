@@ -154,6 +154,7 @@ def _begin(
     for line in begun.lines:
         reporter.say(line)
     flop = {str(one.stage): flop_a_step(one, plans[str(one.stage)]) for one in unfinished}
+    reporter.flop = {str(one.stage): one.train.steps * flop[str(one.stage)] for one in unfinished}
     mark = held.enter_context(
         sessions.session(folder, stage=begins, step=step, ranks=max(ranks, here().ranks), was=own.was, flop=flop)
     )

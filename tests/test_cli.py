@@ -326,3 +326,10 @@ def test_recipes_are_found_in_a_wheel(tmp_path):
         out.startswith(str(tmp_path / "site")) and all(name in out for name in shipped_recipes()) and "quality" in out
     )
     assert OmegaConf.load(tmp_path / "site" / "lingen" / "recipes" / "t2v_68s.yaml").model.depth == 28
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    run_python("-m", "lingen", "demo", "a pig turns in the snow by day", "--steps", "1", cwd=empty, env=environment)
+    short = ("stages.images.train.steps=1", "stages.videos.train.steps=1", "score.clips=0", "sample.prompts=[]")
+    run_python("-m", "lingen", "fit", "--recipe", "quickstart_cpu", *short, "--run", "run", cwd=empty, env=environment)
+    assert {one.name for one in empty.iterdir()} == {"demo.mp4", "demo.png", "run"}
+    assert (empty / "run" / "report.html").is_file()

@@ -30,7 +30,7 @@ from lingen.data.ledger import DataError, Ledger
 from lingen.data.locations import Location, expand
 from lingen.data.shards import parse_sample, write_shards
 from lingen.data.sources import Reader
-from lingen.media import encode_mp4, encode_png
+from lingen.media import encode_mp4, encode_picture
 from lingen.prepare.index import index_folder
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards, TrainConfig
@@ -46,7 +46,7 @@ def mp4(level: int, frames: int = FRAMES) -> bytes:
 
 @lru_cache
 def png(level: int) -> bytes:
-    return encode_png(np.full((*SIZE, 3), level, np.uint8))
+    return encode_picture(np.full((*SIZE, 3), level, np.uint8))
 
 
 def video_samples(count: int, frames: int = FRAMES) -> list[dict[str, Any]]:

@@ -178,21 +178,24 @@ def test_latents_of_another_recipe_are_refused(tiny_recipe: Path, faulty: list[s
 
 
 def test_without_a_terminal_a_slow_run_still_gives_signs(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are told every half minute where no row comes, each line with what is left of the stage."""
+    """Steps are told every half minute where no row comes, each line with what is left of the stage and, where
+    others follow, of the run: by FLOP, of which the stage after these 100 steps needs half as many."""
     from rich.console import Console
 
     now = [100.0]
     monkeypatch.setattr("lingen.cli.progress.time.monotonic", lambda: now[0])
     out = io.StringIO()
     with ConsoleReporter(Console(file=out, width=200)) as reporter:
-        reporter.stage(load_recipe(tiny_recipe, ["train.steps=100"], stage="clips"), 2, 2, 10)
+        reporter.flop = {"clips": 1e9, "longer": 5e8}
+        reporter.stage(load_recipe(tiny_recipe, ["train.steps=100"], stage="clips"), 2, 3, 10)
         for step, now[0] in ((11, 110.0), (12, 140.0), (13, 141.0), (14, 180.0)):
             reporter.step(step)
         now[0] = 190.0
         reporter.row({"step": 15, "loss": 1.0})
     lines = [line for line in out.getvalue().splitlines() if "left" in line]
     assert [line.split("  ")[0] for line in lines] == [
-        "clips 12/100, 30 min left", "clips 14/100, 29 min left", "clips 15/100, 26 min left",
+        "clips 12/100, 30 min left, 46 min of the run", "clips 14/100, 29 min left, 46 min of the run",
+        "clips 15/100, 26 min left, 41 min of the run",
     ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from lingen.data.locations import Location, expand
 from lingen.data.manifest import About, ManifestError, Row
 from lingen.data.shards import write_shards
 from lingen.data.sources import Reader
-from lingen.media import encode_mp4, encode_png, encode_webp
+from lingen.media import encode_mp4, encode_picture
 from lingen.prepare.index import index_folder
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
@@ -60,7 +60,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips = [{"__key__": f"v{i:02d}", "mp4": mp4(*shapes[i % 5]), "txt": f"clip {i}"} for i in range(30)]
     sizes = [(16, 16), (16, 30)]
     pictures = [
-        {"__key__": f"i{i}", "png": encode_png(np.zeros((*sizes[i % 2], 3), np.uint8)), "txt": "a"} for i in range(8)
+        {"__key__": f"i{i}", "png": encode_picture(np.zeros((*sizes[i % 2], 3), np.uint8)), "txt": "a"}
+        for i in range(8)
     ]
     write_shards(clips, str(folder / "video-%d.tar"), per_shard=8)
     write_shards(pictures, str(folder / "image-%d.tar"), per_shard=5)
@@ -232,7 +233,7 @@ def test_index_folder_tells_every_sort_of_sample(tmp_path: Path) -> None:
     samples = [
         {"__key__": "clip", "mp4": mp4(5, 16, 24), "json": {"captions": ["one", "another"]}},
         {"__key__": "animation", "webp": animation.getvalue(), "txt": "ab"},
-        {"__key__": "photo", "webp": encode_webp(still), "txt": "abc"},
+        {"__key__": "photo", "webp": encode_picture(still, "webp"), "txt": "abc"},
         {"__key__": "silent", "mp4": mp4(5, 16, 24)},
         {"__key__": "broken", "mp4": mp4(5, 16, 24)[:300], "txt": "a"},
         {"__key__": "sound", "wav": b"x", "txt": "a"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lingen.media import as_floats, as_frames, contact_sheet, encode_mp4, encode_png, encode_webp, save_video
+from lingen.media import as_floats, as_frames, contact_sheet, encode_mp4, encode_picture, save_video
 from tests.helpers.media import read_about
 
 
@@ -88,8 +88,8 @@ def test_what_is_no_clip_is_not_written(tmp_path: Path, clip: object, says: str)
 
 def test_pictures_as_members():
     image = _clip()[0]
-    assert (np.asarray(Image.open(io.BytesIO(encode_png(image)))) == image).all()
-    seen = Image.open(io.BytesIO(encode_webp(image)))
+    assert (np.asarray(Image.open(io.BytesIO(encode_picture(image)))) == image).all()
+    seen = Image.open(io.BytesIO(encode_picture(image, "webp", quality=92)))
     assert seen.format == "WEBP" and np.abs(np.asarray(seen).astype(int) - image).mean() < 4
 
 

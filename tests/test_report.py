@@ -55,7 +55,8 @@ def test_a_page_tells_of_the_run_and_needs_nothing_else(run: Path, capsys: pytes
     own = re.compile("#|data:image/jpeg;base64,")  # places of the drawings themselves, and pictures
     assert all(own.match(address) for address in page.addresses)
     assert "finished. Stages: images 2 of 2 steps, clips 6 of 6 steps." in text and ">nan<" not in text
-    assert re.search("<td>model.depth<td>2", text)
+    assert re.search("<td>model.depth<td>2", text) and "<td>reconstruction." not in text
+    assert re.search(r"<th>most memory of a.*<td>rank [\d.]+ GiB", text, flags=re.S)
 
 
 def test_a_score_stands_beside_what_chance_reaches(run: Path):

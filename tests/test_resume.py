@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lingen.data.shards import write_shards
-from lingen.media import encode_mp4, encode_png
+from lingen.media import encode_mp4, encode_picture
 from lingen.prepare.index import index_folder
 from lingen.run_folder.folder import RunFolder
 from tests.helpers.commands import wait_for
@@ -54,7 +54,7 @@ def clips(tmp_path: Path) -> Path:
         for i in range(21)
     ]
     images = [
-        {"__key__": f"i{i}", "png": encode_png(np.full((*shapes[i % 2][1:], 3), 9 * i, np.uint8)), "txt": "a shape"}
+        {"__key__": f"i{i}", "png": encode_picture(np.full((*shapes[i % 2][1:], 3), 9 * i, np.uint8)), "txt": "a shape"}
         for i in range(13)
     ]
     write_shards(videos, f"{folder}/video-%d.tar", per_shard=8)

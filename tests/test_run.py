@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -10,19 +11,24 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image, ImageSequence
 
 import lingen
 from lingen.cli import main
 from lingen.data.ledger import DataError
-from lingen.media import read_video
+from lingen.media import gif_of, read_video, save_video
 from lingen.run import fit
 from lingen.run_folder.folder import RunFolder
 from lingen.run_folder.intact import Checkpoint
 from lingen.sampling.files import sample_again
 from lingen.sampling.notes import read_notes
+from lingen.sampling.samples import log_samples
 from lingen.training.denoiser import LinGenModule
 from lingen.training.health import NonFiniteError
 from lingen.training.rows import MetricsFile
@@ -380,9 +386,42 @@ def test_curves_of_a_logger_go_on_over_stages(tiny_recipe: Path, tmp_path: Path)
     assert [one.step for one in events.Scalars("images/loss")] == [1, 2]
     assert [one.step for one in events.Scalars("clips/loss")] == [3, 4, 5, 6, 7, 8]
     assert [one.step for one in events.Images("clips/samples")] == [8]
+    (moving,) = events.Images("clips/samples/00")
+    with Image.open(io.BytesIO(moving.encoded_image_string)) as gif:
+        frames, _ = read_video((RunFolder(run).samples("clips", 6) / "00.mp4").read_bytes())
+        assert (moving.step, gif.format, gif.height) == (8, "GIF", moving.height)
+        assert getattr(gif, "n_frames", 1) == len(frames) > 1
     with RunFolder(run).metrics.open(newline="") as file:
         rows = [(row["stage"], row["step"]) for row in csv.DictReader(file)]
     assert rows == [("images", "1"), ("images", "2"), *(("clips", str(step)) for step in range(1, 7))]
+
+
+def test_a_gif_of_a_long_clip_is_small_and_takes_as_long(tmp_path: Path):
+    clip = np.random.default_rng(0).integers(0, 255, (100, 520, 300, 3), np.uint8)
+    with Image.open(io.BytesIO(gif_of(save_video(clip, tmp_path / "clip.mp4", 20)))) as shown:
+        durations = [one.info["duration"] for one in ImageSequence.all_frames(shown)]
+    assert (shown.size, len(durations), sum(durations)) == ((100, 174), 64, pytest.approx(5000, rel=0.1))
+
+
+def test_wandb_gets_the_sheet_and_the_clips(tmp_path: Path):
+    """With Lightning's own methods replaced: the service has not been asked."""
+
+    class Heard(WandbLogger):
+        def __init__(self) -> None:
+            self.told: list[Any] = []
+
+        def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+            self.told.append((key, [Path(one).name for one in images], step))
+
+        log_video = log_image
+
+    for name in ("00.mp4", "01.mp4", "sheet.png"):
+        (tmp_path / name).touch()
+    logger = Heard()
+    module: Any = SimpleNamespace(loggers=[logger], recipe=SimpleNamespace(stage="clips"), steps_before=2)
+    log_samples(module, tmp_path / "sheet.png", 6)
+    wanted = [("clips/samples", ["sheet.png"], 8), ("clips/samples/clips", ["00.mp4", "01.mp4"], 8)]
+    assert logger.told == wanted
 
 
 def test_metrics_join_a_step_and_drop_what_is_trained_again(tmp_path: Path):

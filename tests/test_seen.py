@@ -25,7 +25,7 @@ from lingen.data.locations import Location, expand
 from lingen.data.manifest import About
 from lingen.data.shards import parse_sample, write_shards
 from lingen.data.sources import Reader
-from lingen.media import encode_png
+from lingen.media import encode_picture
 from lingen.prepare.captions import Captions, read_table
 from lingen.prepare.check import check_folders
 from lingen.prepare.footage import MediaSource, look_through
@@ -319,7 +319,7 @@ def test_a_remote_caption_that_changes_is_read_anew(tmp_path: Path, monkeypatch:
     with serve(tmp_path / "set") as address:
         for caption in (b"a red cat", b"a tall dog"):
             shutil.rmtree(tmp_path / "set", ignore_errors=True)
-            sample = {"__key__": "a", "png": encode_png(np.zeros((8, 8, 3), np.uint8)), "txt": caption}
+            sample = {"__key__": "a", "png": encode_picture(np.zeros((8, 8, 3), np.uint8)), "txt": caption}
             write_shards([sample], str(tmp_path / "set" / "%d.tar"))
             index_folder(tmp_path / "set", 0)
             index = open_index([f"{address}/{manifest.NAME}"], "image", "x", Reader(Remote()))

@@ -27,7 +27,7 @@ from lingen.data.locations import Location, expand
 from lingen.data.remote import SourceError
 from lingen.data.shards import scan_shard, write_shards
 from lingen.data.sources import PieceCache, Reader
-from lingen.media import encode_png
+from lingen.media import encode_picture
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe, Remote, Shards
 from tests.helpers.commands import wait_for
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 pictures in 3 shards with a manifest."""
     folder = tmp_path_factory.mktemp("pictures")
     samples = [
-        {"__key__": f"p{i:02d}", "png": encode_png(np.full((16, 16, 3), 10 * i, np.uint8)), "txt": f"picture {i}"}
+        {"__key__": f"p{i:02d}", "png": encode_picture(np.full((16, 16, 3), 10 * i, np.uint8)), "txt": f"picture {i}"}
         for i in range(12)
     ]
     paths = write_shards(samples, str(folder / "image-%03d.tar"), per_shard=4)

@@ -173,14 +173,7 @@ def _lines_of(one: Status) -> Iterator[str]:
         yield f"  restarted {restart['time']}: {restart['reason']}"
     if one.ranks:
         hosts = len({rank.host for rank in one.ranks})
-        memory = [rank.memory for rank in one.ranks]
-        sizes = {
-            "rank": max(each.get("process", 0) for each in memory),
-            "worker": max((size for each in memory for size in each.get("workers", ())), default=0),
-            "GPU": max(each.get("gpu", 0) for each in memory),
-        }
-        most = ", a ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in sizes.items() if size)
-        yield f"  ranks: {len(one.ranks)} on {hosts} host{'s' * (hosts > 1)}; most memory of a {most}"
+        yield f"  ranks: {len(one.ranks)} on {hosts} host{'s' * (hosts > 1)}; most memory of a {one.most_memory()}"
     for rank in one.slowest():
         now = f"{rank.doing} for {rank.doing_seconds:.0f} s, {rank.data_share:.0%} of its time waiting for data"
         now += f", {rank.pace[0]:.3g} s of forward pass in a step" if rank.pace else ""

@@ -72,4 +72,4 @@ class ConsoleReporter(LineReporter):
         if not self._is_terminal:
             super().row(row)
         elif note := self.note_of(row):
-            self._bar.update(self._task, note=note)
+            self._bar.update(self._task, note=note + self.left_of_run(int(row["step"])))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.cli import command as cli
+from lingen.plan.gpus import GPUS
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import SYNTHETIC
 from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
@@ -176,7 +177,7 @@ def show(args: argparse.Namespace) -> None:
     "what each stage takes: tokens, FLOPs and hours, memory of a GPU by kind, disk; and what makes it fit",
     cli.NEEDED, cli.STAGE,
     cli.argument("--gpus", type=cli.natural, metavar="N", help="ranks; default: the recipe's"),
-    cli.argument("--gpu", default="h100-80", metavar="NAME", help="h100-80 (default), h200, b200, a100-80, ..."),
+    cli.argument("--gpu", default="h100-80", choices=GPUS, metavar="NAME", help=f"{', '.join(GPUS)}; default: h100-80"),
     cli.argument("--mfu", type=cli.positive, default=0.4, metavar="SHARE", help="of its bfloat16 FLOP/s; default: 0.4"),
     cli.JSON, overrides=True,
 )  # fmt: skip

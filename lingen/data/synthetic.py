@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 
 from lingen.data.theatre import SPLITS, Split
 from lingen.files import cache_folder, whole_folder
-from lingen.media import encode_mp4, encode_png, read_video
+from lingen.media import encode_mp4, encode_picture, read_video
 from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import SYNTHETIC
@@ -207,7 +207,7 @@ def _samples(
     rng = np.random.default_rng([seed, SPLITS.index(split), KINDS.index(kind), 1])
     for index, caption in enumerate(_texts(seed, split, kind, count)):
         clip = draw_clip(caption, size, frames if kind == "video" else 1, rng)
-        data = {"mp4": encode_mp4(clip, fps, exact=True)} if kind == "video" else {"png": encode_png(clip[0])}
+        data = {"mp4": encode_mp4(clip, fps, exact=True)} if kind == "video" else {"png": encode_picture(clip[0])}
         yield {"__key__": f"{split}-{index:06d}", **data, "json": {"caption": caption}}
 
 

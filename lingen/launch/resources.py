@@ -9,16 +9,12 @@ from typing import Any, NamedTuple
 
 from lingen.data.order import steps_of
 from lingen.plan.forecast import PEAK_FLOPS, Plan, disk_of, flop_a_step, largest_batch, plan, text_tokens
-from lingen.recipe.errors import RecipeError, did_you_mean
+from lingen.plan.gpus import GPUS
+from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.recipe.sizes import patch_of, ranks_of
 from lingen.training.dry_run import Memory, step_memory
 
-GPUS = {
-    "h100-80": ("H100", 79.1), "h200": ("H200", 139.8), "b200": ("B200", 178.4), "a100-80": ("A100", 79.1),
-    "a100-40": ("A100", 39.4), "l40s": ("L40S", 44.4), "rtx-4090": ("RTX 4090", 23.5),
-}  # fmt: skip
-"""Name -> its key in `PEAK_FLOPS`, and GiB of memory as torch sees them."""
 USABLE = 0.84
 """Share of a GPU that tensors may take; the rest is for CUDA's context and gaps of the allocator, which held 18% more
 than was in use at 17 seconds on an H200 [measured: docs/plan.md]."""
@@ -51,13 +47,7 @@ class Cluster(NamedTuple):
 
 
 def cluster_of(recipe: Recipe, gpus: int | None, gpu: str) -> Cluster:
-    """So many GPUs, by default those that the recipe asks for.
-
-    Raises:
-        RecipeError: for a GPU that is not known, and for a number that does not fill nodes."""
-    if gpu not in GPUS:
-        known = f"{did_you_mean(gpu, GPUS)} Known: {', '.join(GPUS)}"
-        raise RecipeError(f"--gpu: there is no GPU called '{gpu}' here.{known}.")
+    """So many GPUs of `GPUS`, by default those that the recipe asks for. RecipeError: they do not fill nodes."""
     nodes = int(recipe.trainer.get("num_nodes", 1))
     asked = ranks_of(recipe, NODE if nodes > 1 else 1) // nodes
     if gpus is None:

@@ -54,6 +54,15 @@ class Status:
     ranks: list[Heartbeat] = field(default_factory=list)
     """Of the last session."""
 
+    def most_memory(self) -> str:
+        """Of a rank, of a worker that loads for one, and on a GPU."""
+        sizes = {
+            "rank": [rank.memory.get("process", 0) for rank in self.ranks],
+            "worker": [size for rank in self.ranks for size in rank.memory.get("workers", ())],
+            "GPU": [rank.memory.get("gpu", 0) for rank in self.ranks],
+        }
+        return ", a ".join(f"{name} {max(of) / 2**30:.3g} GiB" for name, of in sizes.items() if any(of))
+
     def slowest(self) -> list[Heartbeat]:
         """Ranks that lag, 1% of all at least: those without a sign first, then those that have been waiting for data
         for long, then those that take longest for their own part of a step."""

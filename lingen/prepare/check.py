@@ -98,7 +98,12 @@ def check_shard(job: CheckJob) -> Checked:
                     file.seek(entry.start)
                     problems += _look_into(file.read(entry.end - entry.start), entry.key, row, job.depth)
                 if entry.key and job.rows is not None and where not in job.left_out and not entry.fault:
-                    problems += _compare(row, entry.start, entry.end, bool(problems))
+                    place = entry.start, entry.end - entry.start
+                    if row is None:
+                        problems = problems or ["not in the manifest: the shard has it"]  # no broken one belongs there
+                    elif (row.offset, row.length) != place:
+                        told = f"it says {row.length} bytes at {row.offset}, there are {place[1]} at {place[0]}"
+                        problems.append(f"manifest is wrong: {told}")
                 faults += [Drop(where, problem) for problem in problems]
                 seen.add(entry.key)
         gone = [f"{job.path.name}:{key}" for key in known if key not in seen]
@@ -106,14 +111,6 @@ def check_shard(job: CheckJob) -> Checked:
         return Checked(samples, faults)
     except OSError as error:
         return Checked(0, [Drop(job.path.name, f"unreadable shard: {error.strerror or error}")])
-
-
-def _compare(row: Row | None, start: int, end: int, broken: bool) -> Iterator[str]:
-    if row is None:
-        if not broken:  # a broken sample belongs in no manifest
-            yield "not in the manifest: the shard has it"
-    elif (row.offset, row.length) != (start, end - start):
-        yield f"manifest is wrong: it says {row.length} bytes at {row.offset}, there are {end - start} at {start}"
 
 
 def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator[str]:

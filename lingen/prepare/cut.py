@@ -18,7 +18,7 @@ from lingen.data.frames import covering, fit_frame, frames_at, nearest_frames
 from lingen.data.manifest import Row, media_hash
 from lingen.data.pictures import fit_picture, open_picture, reported
 from lingen.files import whole_file
-from lingen.media import encode_mp4, encode_webp
+from lingen.media import encode_mp4, encode_picture
 from lingen.prepare import filters as limits
 from lingen.prepare.footage import MediaSource, read_frames, sample_key
 from lingen.prepare.formats import MEMBERS, MOVING, picture_formats
@@ -209,7 +209,7 @@ def _picture(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
         return
     media = MEMBERS.get(picture.format, "")
     if size != (height, width) or not media:
-        media, data = "webp", encode_webp(fit_picture(upright, size), quality=95)
+        media, data = "webp", encode_picture(fit_picture(upright, size), "webp", quality=95)
     row = _row(job, sample_key(job.source.key), media, data, size, 1, 0.0)
     yield JournalEntry(row, (look(grey),) * LOOKS, job.source.key, job.mark), data, _about(job)
 

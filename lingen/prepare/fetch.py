@@ -21,7 +21,7 @@ from lingen.data.batch import Progress, no_progress
 from lingen.data.pictures import on_plain, webp_times
 from lingen.data.theatre import ACTORS
 from lingen.files import whole_folder
-from lingen.media import encode_mp4, encode_webp, read_video
+from lingen.media import encode_mp4, encode_picture, read_video
 from lingen.prepare.packages import CARRIED, PACKAGES, Package, download, read_member
 from lingen.recipe.errors import RecipeError, no_such
 
@@ -238,7 +238,7 @@ def _image_sample(item: MediaItem) -> dict[str, Any]:
     """The first frame of an animation, the middle one of a film."""
     still = item.data[:4] == b"RIFF"
     frames = _webp_frames(item.data) if still else read_video(item.data)[0]
-    return _sample(item, "webp", encode_webp(frames[0 if still else len(frames) // 2]))
+    return _sample(item, "webp", encode_picture(frames[0 if still else len(frames) // 2], "webp", quality=92))
 
 
 def _sample(item: MediaItem, extension: str, data: bytes) -> dict[str, Any]:

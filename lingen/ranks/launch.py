@@ -199,9 +199,7 @@ def check_layout(everyone: Sequence[Rank]) -> None:
 
 def ranks_to_start(stages: Sequence[Recipe]) -> int:
     """How many ranks a run of these stages has, where this process has to start the others; 1: none is missing.
-
-    Raises:
-        RecipeError: the ranks that are there are not those that a stage asks for."""
+    RecipeError: the ranks that are there are not those that a stage asks for."""
     own, asked = here(), dict[str, tuple[int, int]]()
     for one in stages:
         nodes = int(one.trainer.get("num_nodes", 1))

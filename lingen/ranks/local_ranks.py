@@ -34,10 +34,7 @@ SAID = (1, 2)
 
 def start_ranks(ranks: int) -> bool:
     """Starts the other ranks of a run on this machine, with the command of this process, and connects to them. Returns
-    whether it did: not for one rank, nor where they are there.
-
-    Raises:
-        RecipeError: this process has no command."""
+    whether it did: not for one rank, nor where they are there. RecipeError: this process has no command."""
     if ranks == 1 or (is_connected() and dist.get_world_size() > 1):
         return False
     disconnect()  # a strategy for many ranks connects also one
@@ -61,10 +58,7 @@ def start_ranks(ranks: int) -> bool:
 def share(parts: int) -> Rank:
     """Connects to the ranks that share so many independent parts of work, and is one of them: those that a launcher has
     started, else one for each GPU of this machine, no more than parts, where this process is the command `lingen`: they
-    repeat it. Its GPU is this process's own from then on.
-
-    Raises:
-        RecipeError: as `launch.join` and `start_ranks`."""
+    repeat it. Its GPU is this process's own from then on. RecipeError as by `launch.join` and `start_ranks`."""
     join()
     gpus = torch.cuda.device_count()
     named = getattr(sys.modules["__main__"].__spec__, "name", None)

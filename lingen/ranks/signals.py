@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 INTERRUPTED, REQUEUE = 130, 75
 """Exit codes of a run that was stopped: by Ctrl-C; by another signal, which wants to go on (EX_TEMPFAIL)."""
@@ -97,8 +97,11 @@ class Listener:
         while numbers := os.read(heard, 1):
             if numbers[0] != signal.SIGINT:
                 continue
-            if self._is_second():
-                _leave()
+            if self._is_second():  # ends this process without any of the work of an end, and those that it started
+                end_children()
+                if os.isatty(2):
+                    _write(SHOW_CURSOR)
+                os._exit(INTERRUPTED)
             elif not self._is_told and here().rank == 0:
                 self._is_told = True
                 _write(TELLS)
@@ -195,14 +198,6 @@ def by_first_rank(work: Callable[[], Iterator[None]]) -> None:
         raise error
     if state == failed:
         raise FirstRankError("rank 0 could not do its part of the work")
-
-
-def _leave() -> NoReturn:
-    """Ends this process, without any of the work that is done at an end, and those that it started."""
-    end_children()
-    if os.isatty(2):
-        _write(SHOW_CURSOR)
-    os._exit(INTERRUPTED)
 
 
 def _write(text: bytes) -> None:

@@ -109,10 +109,7 @@ def check_unlocked(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator["Lock"]:
-    """Holds the lock of a folder, which is made.
-
-    Raises:
-        RecipeError: another process trains there, or nothing can be written."""
+    """Locks a folder, which is made. RecipeError: another process trains there, or nothing can be written."""
     check_place(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from torch import Tensor
 from lingen.data.datamodule import ClipData
 from lingen.files import write_json
 from lingen.kernels.choice import best_device
-from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, save_video
+from lingen.media import as_floats, as_frames, beside, contact_sheet, error_frames, gif_of, save_video
 from lingen.metrics.measures import measure_clip
 from lingen.ranks import signals
 from lingen.ranks.collectives import on_first_rank
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: Sequence[str]) -> None:
-    """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which goes to loggers of images too.
+    """Clips of the prompts with the averaged weights: MP4s and a contact sheet, which go to loggers of pictures too.
     All ranks sample every clip together, since each may hold a part of the weights; the first one decodes and writes.
     Stopped, on all of them, between two clips where any got a signal.
 
@@ -54,7 +55,7 @@ def sample_prompts(module: LinGenModule, folder: RunFolder, step: int, prompts: 
     for take, latents in zip(takes, sample_takes(module, takes, clip, how), strict=True):
         on_first_rank(partial(write, take, latents))
         signals.check()
-    on_first_rank(lambda: log_sheet(module, contact_sheet(clips, target / SHEET, prompts, about=shared), step))
+    on_first_rank(lambda: log_samples(module, contact_sheet(clips, target / SHEET, prompts, about=shared), step))
 
 
 def evaluate_prompts(module: LinGenModule, captions: Sequence[str]) -> None:
@@ -97,19 +98,26 @@ def sample_reconstructions(module: AutoencoderModule, data: ClipData, folder: Ru
             strips += [one, other, error_frames(one, other)]
             save_video(beside(one, other), target / f"{number:02d}.mp4", module.recipe.data.fps, title="clip | latents")
     sheet = contact_sheet(strips, target / SHEET, ["clip", "reconstruction", "error x 4"] * (len(strips) // 3))
-    log_sheet(module, sheet, step)
+    log_samples(module, sheet, step)
 
 
-def log_sheet(module: Trained, sheet: Path, step: int) -> None:
+def log_samples(module: Trained, sheet: Path, step: int) -> None:
+    """Gives loggers of pictures a contact sheet and, as video, the clips in its folder: W&B MP4s, TensorBoard GIFs."""
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
     tag, step = f"{module.recipe.stage or 'main'}/samples", module.steps_before + step
+    films = sorted(sheet.parent.glob("[0-9]*.mp4"))
     for logger in module.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, np.asarray(Image.open(sheet)), step, dataformats="HWC")
+            for name, data in {tag: sheet.read_bytes(), **{f"{tag}/{one.stem}": gif_of(one) for one in films}}.items():
+                width, height = Image.open(io.BytesIO(data)).size
+                image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+                logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
         elif isinstance(logger, WandbLogger):
             logger.log_image(tag, [str(sheet)], step=step)
+            logger.log_video(f"{tag}/clips", [str(one) for one in films], step=step)
 
 
 def score_samples(folder: RunFolder, recipe: Recipe) -> Iterator[None]:

@@ -124,6 +124,7 @@ def write_report(folder: str | Path) -> Path:
     """Writes ``report.html`` into a run folder, finished or not, anew each time. RecipeError where it is none."""
     status, (run,) = status_of(folder), read_compared([folder])
     numbers = {key.replace("_", " "): cell_of(one) for key, one in run.about.items() if key not in ("run", "state")}
+    numbers["most memory of a"] = status.most_memory() or "-"
     score = [
         {"attribute": name, "right": f"{one['share']:.0%} ({one['low']:.0%} to {one['high']:.0%})",
          "by chance": f"{one['chance']:.0%}"} for name, one in run.scores.items()
@@ -170,5 +171,6 @@ def _settings(run: Compared) -> str:
     shared = {key: re.sub(r"^stages\.[^.]+\.", "", key) for key in [*usual, *own]}  # what a stage takes, else
     both = {key: [one.get(key, one.get(shared[key], "-")) for one in (run.settings, usual)] for key in shared}
     changed = [{"setting": key, "here": a, "in the recipe": b} for key, (a, b) in both.items() if a != b]
-    every = table([{"setting": key, "value": value} for key, value in run.settings.items()])
+    unused = [one for one in run.settings if one.startswith("reconstruction.") and run.settings["trains"] == "denoiser"]
+    every = table([{"setting": key, "value": value} for key, value in run.settings.items() if key not in unused])
     return f"{table(changed)}<details><summary>All settings and versions</summary>{every}</details>"

@@ -32,7 +32,9 @@ class EarlierCheckpoint:
             own = module.trained_state()
             raw, averaged = names_now(held["state_dict"], own), names_now(average["weights"], own)
             self.tensors: dict[str, Tensor] = {f"raw.{name}": value for name, value in raw.items()}
-            names = _order(list(raw), module)
+            known = {id(parameter): name for name, parameter in module.trained_parameters().items()}
+            grouped = [{known[id(p)] for p in group["params"]} for group in module.parameter_groups()]
+            names = [name for group in grouped for name in raw if name in group]  # as AdamW's groups held them
         except (KeyError, IndexError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
             raise BrokenError(f"it is no checkpoint of an earlier lingen ({error})") from error
         if len(names) != sum(len(group["params"]) for group in optimizer["param_groups"]):
@@ -53,13 +55,6 @@ class EarlierCheckpoint:
         """Some rows, on the CPU."""
         value = self.tensors[name]
         return value[start:stop] if value.ndim else value
-
-
-def _order(stored: list[str], module: Trained) -> list[str]:
-    """The names of parameters in the order in which AdamW's groups held them."""
-    names = {id(parameter): name for name, parameter in module.trained_parameters().items()}
-    grouped = [{names[id(p)] for p in group["params"]} for group in module.parameter_groups()]
-    return [name for group in grouped for name in stored if name in group]
 
 
 def _state(held: dict[str, Any], counts: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lingen.recipe.sections import Recipe
@@ -16,6 +16,9 @@ log = logging.getLogger("lingen")
 
 class Reporter:
     """Receives what a run reports; this base class ignores it."""
+
+    flop: Mapping[str, float] = {}
+    """Of each stage that is to be trained, in order, set before the first one; 0: not known."""
 
     def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
         """Called when a stage starts, of which `done` steps are trained already."""
@@ -43,12 +46,17 @@ class LineReporter(Reporter):
         self._name, self._steps, self._done = "", 0, 0
         self._dropped = 0
         """Samples that were replaced since the stage began or went on."""
+        self._later = 0.0
+        """What later stages cost, in steps of this one; 0 where that is not known."""
 
     def say(self, text: str) -> None:
         self._write(text)
 
     def stage(self, recipe: Recipe, number: int, count: int, done: int) -> None:
         self._name, self._steps, self._done, self._dropped = str(recipe.stage), recipe.train.steps, done, 0
+        names = list(self.flop)
+        own, *later = [self.flop[one] for one in names[names.index(self._name) :]] if self._name in names else [0.0]
+        self._later = self._steps * sum(later) / own if own and all(later) else 0.0
         self._began = time.monotonic()
         self._said = self._began - self.every
         going_on = f", going on from step {done}" if done else ""
@@ -71,10 +79,16 @@ class LineReporter(Reporter):
         dropped = f"  {self._dropped:,} dropped" if self._dropped else ""
         return f"loss {row['loss']:.4f}  {row.get('tokens_per_second', 0):,.0f} tokens/s{dropped}"
 
+    def left_of_run(self, step: int) -> str:
+        """How long the run still takes, where stages follow."""
+        return f", {self._time_of(self._steps - step + self._later, step)} of the run" if self._later else ""
+
+    def _time_of(self, steps: float, step: int) -> str:
+        return as_duration((time.monotonic() - self._began) / max(1, step - self._done) * steps)
+
     def _line(self, step: int, note: str) -> None:
         self._said = time.monotonic()
-        pace = (self._said - self._began) / max(1, step - self._done)
-        left = f", {as_duration(pace * (self._steps - step))} left" if step < self._steps else ""
+        left = f", {self._time_of(self._steps - step, step)} left{self.left_of_run(step)}" if step < self._steps else ""
         self.say(f"{self._name} {step}/{self._steps}{left}{note}")
 
 

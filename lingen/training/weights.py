@@ -49,9 +49,7 @@ def averaged_state(module: Trained) -> dict[str, Tensor]:
 
 def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
     """Puts weights into a module; positional tables of another size are resized (model.resize_tables).
-
-    Raises:
-        RecipeError: names what is missing, left over or of another shape."""
+    RecipeError names what is missing, left over or of another shape."""
     own = module.trained_state()
     weights = module.fitted(stored.names_now(weights, own))
     both = sorted(own.keys() & weights.keys())
@@ -71,10 +69,7 @@ def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
 
 def load_module(source: str | Path, device: str | torch.device = "cpu") -> Trained:
     """The module of a run folder (its last finished stage), an export or another weights file, from the recipe inside,
-    with its averaged weights, in eval mode.
-
-    Raises:
-        RecipeError: no weights there, or weights that do not fit."""
+    with its averaged weights, in eval mode. RecipeError: no weights there, or weights that do not fit."""
     path = stored.find_weights(source)
     recipe = recipe_of(path)
     module = recipe.subject.build_module(recipe)

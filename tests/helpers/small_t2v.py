@@ -13,7 +13,7 @@ from lingen.cli import main
 from lingen.data.shards import write_shards
 from lingen.data.synthetic import captions, draw_clip
 from lingen.files import write_text
-from lingen.media import encode_mp4, encode_png
+from lingen.media import encode_mp4, encode_picture
 from lingen.recipe import load_recipe, to_yaml
 from lingen.recipe.registry import AUTOENCODERS
 from lingen.weights import write_tensors
@@ -93,7 +93,7 @@ def _write_raw(name: str, count: int, frames: int, side: int) -> str:
     rng, samples = np.random.default_rng(0), []
     for number, caption in enumerate((captions("train", "video") * count)[:count]):
         clip = draw_clip(caption, (side, side), frames, rng)
-        media = {"png": encode_png(clip[0])} if frames == 1 else {"mp4": encode_mp4(clip, 16, exact=True)}
+        media = {"png": encode_picture(clip[0])} if frames == 1 else {"mp4": encode_mp4(clip, 16, exact=True)}
         samples.append({"__key__": f"{number:04d}", **media, "json": {"caption": caption}})
     write_shards(samples, f"raw/{name}-%05d.tar")
     return f"raw/{name}-*.tar"

@@ -26,14 +26,14 @@ def write_pictures(folder: Path) -> Path:
     """A recipe whose stage `images` meets the poisoned picture at step `AT`, as the second of its two samples."""
     from lingen.data.datamodule import ClipData
     from lingen.data.shards import write_shards
-    from lingen.media import encode_png
+    from lingen.media import encode_picture
     from lingen.prepare.encode import Encoding, encode_shards
     from lingen.prepare.index import index_folder
     from lingen.recipe import load_stages
 
     rng = np.random.default_rng(0)
     pictures = [
-        {"__key__": f"{n:02d}", "png": encode_png(rng.integers(0, 255, (8, 8, 3), np.uint8)), "txt": "noise"}
+        {"__key__": f"{n:02d}", "png": encode_picture(rng.integers(0, 255, (8, 8, 3), np.uint8)), "txt": "noise"}
         for n in range(PICTURES)
     ]
     write_shards(pictures, f"{folder}/raw/image-%d.tar")

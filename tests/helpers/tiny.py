@@ -45,14 +45,14 @@ def write_shapes(folder: Path) -> Path:
     """Two video shards and one of images."""
     from lingen.data.shards import write_shards
     from lingen.data.synthetic import captions, draw_clip
-    from lingen.media import encode_mp4, encode_png
+    from lingen.media import encode_mp4, encode_picture
 
     rng = np.random.default_rng(0)
     for kind in ("video", "image"):
         samples = []
         for number, caption in enumerate(captions("train", kind)[:16]):
             clip = draw_clip(caption, (16, 16), 6 if kind == "video" else 1, rng)
-            media = {"mp4": encode_mp4(clip, 8, exact=True)} if kind == "video" else {"png": encode_png(clip[0])}
+            media = {"mp4": encode_mp4(clip, 8, exact=True)} if kind == "video" else {"png": encode_picture(clip[0])}
             samples.append({"__key__": f"{number:04d}", **media, "json": {"caption": caption}})
         write_shards(samples, f"{folder}/{kind}-%05d.tar", per_shard=8 if kind == "video" else 16)
     return folder

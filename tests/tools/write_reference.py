@@ -338,11 +338,15 @@ def _built(file: str) -> str:
 
 
 def first_sentence(page: str) -> str:
-    """Of a page's prose, without links and line breaks."""
+    """Of a page's prose, whole, without links and line breaks; of a page that is a table, the names of its columns."""
     prose = re.sub(r"<!--.*?-->|^```.*?^```$|^(#|!\[|\|)[^\n]*$", "", page, flags=re.M | re.S).strip()
+    if not prose:
+        return (
+            "; ".join(cell.strip() for cell in re.findall(r"[^|\n]+", re.findall(r"^\|.*$", page, flags=re.M)[0])) + "."
+        )
     one = " ".join(prose.partition("\n\n")[0].split())
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", one).replace("**", "")
-    return re.split(r"(?<=[.:?]) ", plain)[0].rstrip(":")
+    return re.sub(r":$", ".", re.split(r"(?<=[.?]) (?=[A-Z`])", plain)[0])
 
 
 PAGES: dict[str, Callable[[], str]] = {
