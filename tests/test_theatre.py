@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageSequence
 
 import lingen
+from lingen import flow
 from lingen.cli import main
 from lingen.data.acting import SPRITE, SPRITE_FRAMES, DrawnIndex, load_sprites, perform
 from lingen.data.datamodule import ClipData
@@ -356,3 +357,25 @@ def test_judges_see_each_event_and_what_it_shows(sprites: str):
     worse = judging.summary([board], [wrong])
     assert worse["rates"]["all"]["share"] == 0.0 and worse["rates"]["action"]["share"] == 1.0
     assert len(worse["confusions"]["who"]) == 1
+
+
+def test_judged_clips_are_shown_side_by_side_with_what_is_wrong(tmp_path: Path):
+    boards = judging.asked(3, 4.0)
+    targets = [judging.targets_of(board.events) for board in boards]
+    wrong = [targets[0], (targets[1] + 1) % 2, targets[2]]
+    clips = [np.tile(np.arange(0, 100, 20, np.uint8)[:, None, None, None], (1, 128, 128, 3))] * 3
+    judging.show(clips, tmp_path / "sheet.webp", boards, wrong, columns=2)
+    with Image.open(tmp_path / "sheet.webp") as sheet:
+        assert sheet.size == (256, 2 * (128 + 72)) and sheet.n_frames == 5
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    red = (pixels[..., 0] - pixels[..., 1] > 80).any(0)
+    assert red[128:].any() and not red[:128].any()
+
+
+def test_the_recipe_trains_and_solves_at_the_times_at_which_a_clip_is_decided():
+    """Between 0.003 and 0.03 (docs/theatre.md, "The times decided")."""
+    recipe = load_stages("theatre_128")[1]
+    times = flow.Times(recipe.time, 6 * 16 * 16)
+    drawn = times.draw(20_000, torch.Generator().manual_seed(0))
+    assert 0.29 < (drawn < 0.03).float().mean() < 0.33 and 0.01 < (drawn < 0.003).float().mean()
+    assert (times.schedule(recipe.sample)[:-1] < 0.03).sum() == 4

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.cli import command as cli
-from lingen.plan.gpus import GPUS
+from lingen.plan import GPUS
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import SYNTHETIC
 from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry

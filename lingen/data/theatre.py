@@ -36,9 +36,7 @@ SPLITS: tuple[Split, ...] = ("train", "tune", "report")
 class Theatre:
     """Animated emoji that act before drawn scenes, drawn while training goes on; nothing is kept on the disk."""
 
-    sprites: Annotated[str, IDENTITY, CONTENT, "the actors' pictures, of `lingen data fetch theatre`"] = (
-        "data/theatre/sprites.webp"
-    )
+    sprites: Annotated[str, IDENTITY, CONTENT, "of `lingen data fetch theatre`"] = "data/theatre/sprites.webp"
     clips: Annotated[int, AtLeast(1), IDENTITY, "clips to train on before the first comes again"] = 1_000_000
     held_out: Annotated[int, AtLeast(1), IDENTITY, "clips in each of the two held-out splits"] = 512
     seed: Annotated[int, AtLeast(0), IDENTITY, "of the storyboards; independent of the recipe's seed"] = 0

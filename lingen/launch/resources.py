@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lingen.data.order import steps_of
+from lingen.plan import GPUS
 from lingen.plan.forecast import PEAK_FLOPS, Plan, disk_of, flop_a_step, largest_batch, plan, text_tokens
-from lingen.plan.gpus import GPUS
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import Recipe
 from lingen.recipe.sizes import patch_of, ranks_of

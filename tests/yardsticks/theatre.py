@@ -7,11 +7,13 @@ captions of ``report``. Every score appends a line to a file of uses, so that no
     python -m tests.yardsticks.theatre components --sprites data/theatre/sprites.webp --out pca_theatre.safetensors
     python -m tests.yardsticks.theatre train --sprites data/theatre/sprites.webp --out judge.safetensors
     python -m tests.yardsticks.theatre check --sprites data/theatre/sprites.webp --judge judge.safetensors
+    python -m tests.yardsticks.theatre times --weights denoiser.safetensors --out times.json
     python -m tests.yardsticks.theatre score --judge judge.safetensors --weights FOLDER --out docs/results/theatre.json
 """
 
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -30,10 +33,11 @@ from lingen.autoencoder.pca import PCA
 from lingen.data.acting import load_sprites, perform
 from lingen.data.fingerprint import hash_weights
 from lingen.data.theatre import ACTIONS, ACTORS, LIGHTS, SCENES, Event, Split, Storyboard, caption_of, storyboard
-from lingen.media import as_floats
+from lingen.media import as_floats, encode_animation
 from lingen.metrics.shapes import diversity_of, wilson
 from lingen.provenance import git_commit, versions
 from lingen.weights import write_tensors
+from tests.yardsticks.results import head
 
 FRAMES, SIDE = 16, 64
 """What the judge sees of an event."""
@@ -210,6 +214,39 @@ def components(args: argparse.Namespace) -> None:
     print(f"{args.out}: {np.mean(errors):.2f} dB on 24 clips of tune")
 
 
+@torch.no_grad()
+def times(args: argparse.Namespace) -> None:
+    """How surely noise at a time still tells two clips of one caption apart (nats between them, the median), and the
+    error of the clean clip that weights see in it: over clips of ``tune``."""
+    from lingen.sampling.clips import clip_size, encode_prompts
+    from lingen.training.weights import load_denoiser
+
+    model, sprites = load_denoiser(args.weights), load_sprites(args.sprites)
+
+    def latents(board: Storyboard, *seed: int) -> Tensor:
+        clip = perform(board, 48, 12.0, (2 * SIDE, 2 * SIDE), sprites, np.random.default_rng(seed))
+        return model.autoencoder.encode(as_floats(torch.from_numpy(clip).permute(3, 0, 1, 2)[None]))
+
+    boards = [storyboard("tune", 0, number, 4.0) for number in range(args.clips)]
+    clips = [latents(board, 1, number) for number, board in enumerate(boards)]
+    others = [latents(board, 2, number) for number, board in enumerate(boards)]
+    apart = torch.stack([(one - other).square().sum() for one, other in zip(clips, others, strict=True)]).median()
+    texts = encode_prompts(model, [caption_of(board) for board in boards], clip_size(model))
+    rows = []
+    for time_ in args.at:
+        errors = []
+        for number, (clip, text) in enumerate(zip(clips, texts, strict=True)):
+            noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(number))
+            seen = time_ * clip + (1 - time_) * noise
+            velocity = model.model(seen, torch.tensor([time_]), text.text)
+            errors.append(float((seen + (1 - time_) * velocity - clip).square().mean()))
+        nats = float(apart) * (time_ / (1 - time_)) ** 2 / 2
+        rows.append({"time": time_, "nats": nats, "error": float(np.mean(errors))})
+        print(rows[-1], flush=True)
+    about = head({}, program="python -m tests.yardsticks.theatre") | {"hash": hash_weights(Path(args.weights))}
+    Path(args.out).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
 def asked(count: int, seconds: float) -> list[Storyboard]:
     """The first storyboards to report on."""
     return [storyboard("report", 0, number, seconds) for number in range(count)]
@@ -250,6 +287,22 @@ def clips_of_boards(boards: list[Storyboard], args: argparse.Namespace) -> Itera
     yield from generate(args.weights, prompts, seconds=args.seconds, steps=args.steps, seed=args.seed)
 
 
+def show(clips: list[np.ndarray], path: Path, boards: list[Storyboard], found: list[Tensor], columns: int = 4) -> None:
+    """Clips side by side as one animated picture, under each its caption and what the judge took for wrong."""
+    side, lines = clips[0].shape[2], 6
+    tiles = []
+    for clip, board, labels in zip(clips, boards, found, strict=False):
+        wrong = (labels != targets_of(board.events)).nonzero().tolist()
+        told = ["wrong: " + ", ".join(f"{list(HEADS)[head]} of {event + 1}" for event, head in wrong)] if wrong else []
+        text = Image.new("RGB", (side, 12 * lines), "white")
+        for at, line in enumerate([*textwrap.wrap(caption_of(board), side // 6), *told][-lines:]):
+            ImageDraw.Draw(text).text((2, 12 * at), line, fill="firebrick" if line in told else "black")
+        tiles.append(np.concatenate([clip, np.broadcast_to(np.asarray(text), (len(clip), 12 * lines, side, 3))], 1))
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[at : at + columns], 2) for at in range(0, len(tiles), columns)]
+    path.write_bytes(encode_animation(np.concatenate(rows, 1), "webp", 12.0, quality=60, method=6))
+
+
 def score(args: argparse.Namespace) -> None:
     """Judges a model on captions to report on, writes the result, and notes that they were used."""
     boards, judge = asked(args.prompts, args.seconds), load_judge(args.judge, args.device)
@@ -273,9 +326,7 @@ def score(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if first:
-        from lingen.media import contact_sheet
-
-        contact_sheet(first, out.with_suffix(".png"), [caption_of(board) for board in boards])
+        show(first, out.with_suffix(".webp"), boards, found)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     with out.with_name("theatre_uses.jsonl").open("a", encoding="utf-8") as uses:
         uses.write(json.dumps({"when": when, **about, "all": result["rates"]["all"]["share"]}) + "\n")
@@ -285,7 +336,7 @@ def score(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True)
-    for job in (components, train, check, score):
+    for job in (components, train, check, times, score):
         own = jobs.add_parser(job.__name__, help=job.__doc__)
         own.set_defaults(job=job)
         own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -297,12 +348,16 @@ def main() -> None:
         if job is train:
             own.add_argument("--minutes", type=float, default=5.0)
             own.add_argument("--workers", type=int, default=2)
+        elif job is times:
+            own.add_argument("--weights", required=True)
+            own.add_argument("--clips", type=int, default=12)
+            own.add_argument("--at", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5])
         elif job is components:
             own.add_argument("--clips", type=int, default=1000)
             own.add_argument("--channels", type=int, default=80)
         elif job is check:
             own.add_argument("--clips", type=int, default=200)
-        else:
+        elif job is score:
             own.add_argument("--weights", required=True, help="as of `lingen demo --checkpoint`")
             own.add_argument("--prompts", type=int, default=300)
             own.add_argument("--seconds", type=float, default=4.0)

@@ -84,7 +84,7 @@ while [ $# -gt 0 ]; do
         ;;
     4s)
         train "$seconds" theatre-4s 4s stages.4s. --recipe theatre_128 --stage 4s $(of_shards) \
-            init=runs/theatre/stages/images/weights.safetensors ${MORE:-}
+            $(find runs/theatre/stages/images -name weights.safetensors -printf 'init=%p' 2> /dev/null) ${MORE:-}
         keep theatre-4s denoiser
         ;;
     long) # 16 s and 60 s, as many steps as the speed of 4 s lets expect: a step of each has as many tokens
