@@ -378,4 +378,4 @@ def test_the_recipe_trains_and_solves_at_the_times_at_which_a_clip_is_decided():
     times = flow.Times(recipe.time, 6 * 16 * 16)
     drawn = times.draw(20_000, torch.Generator().manual_seed(0))
     assert 0.29 < (drawn < 0.03).float().mean() < 0.33 and 0.01 < (drawn < 0.003).float().mean()
-    assert (times.schedule(recipe.sample)[:-1] < 0.03).sum() == 4
+    assert (times.schedule(recipe.sample)[:-1] < 0.029).sum() == 6
