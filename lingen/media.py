@@ -71,13 +71,14 @@ def save_animation(clip: Frames, path: Path, fps: float, about: dict[str, Any] |
 
 
 def encode_animation(clip: Frames, form: str, fps: float, **options: Any) -> bytes:
-    """Frames as a GIF or an animated WebP that begins anew for ever."""
+    """Frames, uint8 [t h w 3] at `fps` a second, as a GIF or an animated WebP that begins anew for ever; its bytes."""
     others = [Image.fromarray(frame) for frame in clip[1:]]
     return encode_picture(clip[0], form, save_all=True, append_images=others, duration=1000 / fps, loop=0, **options)
 
 
 def gif_of(film: Path, most: int = 64, side: int = 256) -> bytes:
-    """A small GIF of an MP4: at most so many frames, spread over its time, and pixels of its longer side."""
+    """Bytes of a GIF of an MP4, as long in seconds: at most so many frames, spread over its time, and about so many
+    pixels of its longer side [ours]. Errors as of `read_video`."""
     frames, fps = read_video(film.read_bytes())
     every = -(-max(frames.shape[1:3]) // side)
     few = frames[sorted(sheet_frames(len(frames), most)), ::every, ::every]

@@ -55,7 +55,7 @@ class Status:
     """Of the last session."""
 
     def most_memory(self) -> str:
-        """Of a rank, of a worker that loads for one, and on a GPU."""
+        """Of a rank, of a worker that loads for one, and on a GPU, in GiB and words; empty where none has told."""
         sizes = {
             "rank": [rank.memory.get("process", 0) for rank in self.ranks],
             "worker": [size for rank in self.ranks for size in rank.memory.get("workers", ())],
