@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from safetensors.torch import save_file
 
 import lingen
 from lingen import flow
+from lingen.blocks.layers import cut_patches, join_patches
 from lingen.cli import main
 from lingen.data.acting import SPRITE, SPRITE_FRAMES, DrawnIndex, load_sprites, perform
 from lingen.data.datamodule import ClipData
@@ -35,13 +38,17 @@ from lingen.data.theatre import (
     splits_in,
     storyboard,
 )
-from lingen.recipe import load_stages
+from lingen.recipe import load_stages, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe
 from lingen.text.small import Words
+from lingen.training.denoiser import LinGenModule
+from lingen.training.weights import load_denoiser, save_weights
 from lingen.weights import BUILT_IN
+from tests.helpers.closeness import assert_close
 from tests.helpers.tiny import as_theatre
 from tests.yardsticks import theatre as judging
+from tests.yardsticks import theatre_judge
 
 REPORT = "1664458191316f98005909df547500fdc235416c3be7ee72bec4f818a906f823"
 """SHA-256 of the captions of the clips to report on, fixed before anything was trained on the theatre."""
@@ -343,12 +350,12 @@ def test_words_that_know_their_neighbours_tell_an_empty_text_from_none():
 
 
 def test_judges_see_each_event_and_what_it_shows(sprites: str):
-    events, targets = judging.drawn("tune", 3, sprites, judging.LENGTHS[2])
+    events, targets = theatre_judge.drawn("tune", 3, sprites, theatre_judge.LENGTHS[2])
     board = storyboard("tune", 1, 3, 60.0)
-    assert events.shape == (len(board.events), 3, judging.FRAMES, judging.SIDE, judging.SIDE)
+    assert events.shape == (len(board.events), 3, theatre_judge.FRAMES, theatre_judge.SIDE, theatre_judge.SIDE)
     assert [list(ACTORS)[row[0]] for row in targets.tolist()] == [event.who for event in board.events]
-    judge = judging.EventJudge(width=8).eval()
-    found = judging.verdicts(judge, events, "coarse")
+    judge = theatre_judge.EventJudge(width=8).eval()
+    found = theatre_judge.verdicts(judge, events, "coarse")
     assert found.shape == targets.shape
     perfect = judging.summary([board], [targets])["rates"]
     assert perfect["all"]["share"] == perfect["who"]["share"] == 1.0
@@ -359,9 +366,63 @@ def test_judges_see_each_event_and_what_it_shows(sprites: str):
     assert len(worse["confusions"]["who"]) == 1
 
 
+def test_the_judge_of_actors_sees_frames_in_any_order_and_who_follows_on_the_right():
+    torch.manual_seed(0)
+    judge = theatre_judge.EventJudge(width=8).eval()
+    frames, ways = torch.randn(2, 5, 3, 64, 64), theatre_judge.WAYS
+    left, right = (torch.full((2,), ways.index(one)) for one in ("left", "right"))
+    found = judge.actors(frames, left)
+    assert torch.allclose(judge.actors(frames[:, [3, 1, 4, 0, 2]], left), found, atol=1e-5)
+    assert torch.allclose(judge.actors(frames.flip(-1), right), found, atol=1e-5)
+    assert not torch.allclose(judge.actors(frames, right), found, atol=1e-5)
+    torch.manual_seed(1)
+    moved = theatre_judge.moved(frames[:, :1].expand(2, 5, 3, 64, 64))
+    assert moved.shape == frames.shape and not torch.allclose(moved[:, 0], moved[:, 1])
+
+
+def test_clips_are_made_once_and_judged_beside_real_ones(
+    sprites: str, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clips, judge, out = tmp_path / "clips.npz", tmp_path / "judge.safetensors", tmp_path / "theatre.json"
+    torch.manual_seed(0)
+    save_file(theatre_judge.EventJudge().state_dict(), judge)
+    words = ["--weights", str(as_theatre(tiny_run, tmp_path)), "--prompts", "3", "--sheet", "2", "--steps", "1"]
+    asked = [["sample", *words, "--out", str(clips)], ["sample", *words, "--seed", "1", "--out", str(clips) + "1.npz"]]
+    judged = ["--judge", str(judge), "--sprites", sprites, "--clips", str(clips), "--again", str(clips) + "1.npz"]
+    for line in (*asked, ["score", *judged, "--out", str(out)]):
+        monkeypatch.setattr(sys, "argv", ["theatre", *line, "--device", "cpu"])
+        judging.main()
+    held = json.loads(out.read_text())
+    events = sum(len(board.events) for board in judging.asked(3, 4.0))
+    assert held["rates"]["who"]["of"] == held["real clips"]["who"]["of"] == events
+    assert held["distance of two seeds"] > 0 and held["prompts"] == 3
+    (used,) = (tmp_path / "theatre_uses.jsonl").read_text().splitlines()
+    assert json.loads(used)["all"] == held["rates"]["all"]["share"]
+    with Image.open(out.with_suffix(".webp")) as sheet:
+        assert sheet.n_frames > 1
+
+
+def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told = load_stages("theatre_128", ["model.patch=[2,1,1]"])[1]
+    coarse = LinGenModule(told)
+    torch.nn.init.normal_(coarse.model.unpatchify.weight)
+    save_weights(tmp_path / "coarse.safetensors", coarse, to_yaml(told), 1)
+    words = ["--weights", str(tmp_path / "coarse.safetensors"), "--out", str(tmp_path / "fine.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["theatre", "finer", *words])
+    judging.main()
+    fine = load_denoiser(tmp_path / "fine.safetensors")
+    assert fine.recipe.model.patch == (1, 1, 1)
+    one = torch.randn(1, 80, 1, 2, 2)
+    twice = cut_patches(one.expand(1, 80, 2, 2, 2), (2, 1, 1))
+    tokens = fine.model.patchify(cut_patches(one, (1, 1, 1)))
+    assert_close("patchify", tokens, coarse.model.patchify(twice), 1e-5)
+    out = join_patches(coarse.model.unpatchify(tokens), (2, 1, 1)).mean(2, keepdim=True)
+    assert_close("unpatchify", join_patches(fine.model.unpatchify(tokens), (1, 1, 1)), out, 1e-5)
+
+
 def test_judged_clips_are_shown_side_by_side_with_what_is_wrong(tmp_path: Path):
     boards = judging.asked(3, 4.0)
-    targets = [judging.targets_of(board.events) for board in boards]
+    targets = [theatre_judge.targets_of(board.events) for board in boards]
     wrong = [targets[0], (targets[1] + 1) % 2, targets[2]]
     clips = [np.tile(np.arange(0, 100, 20, np.uint8)[:, None, None, None], (1, 128, 128, 3))] * 3
     judging.show(clips, tmp_path / "sheet.webp", boards, wrong, columns=2)
@@ -375,7 +436,7 @@ def test_judged_clips_are_shown_side_by_side_with_what_is_wrong(tmp_path: Path):
 def test_the_recipe_trains_and_solves_at_the_times_at_which_a_clip_is_decided():
     """Between 0.003 and 0.03 (docs/theatre.md, "The times decided")."""
     recipe = load_stages("theatre_128")[1]
-    times = flow.Times(recipe.time, 6 * 16 * 16)
+    times = flow.Times(recipe.time, 12 * 16 * 16)
     drawn = times.draw(20_000, torch.Generator().manual_seed(0))
     assert 0.29 < (drawn < 0.03).float().mean() < 0.33 and 0.01 < (drawn < 0.003).float().mean()
     assert (times.schedule(recipe.sample)[:-1] < 0.029).sum() == 6

@@ -167,7 +167,7 @@ class _Parser(argparse.ArgumentParser):
             word, known = wrong[1], re.findall(r"[^', ]+", wrong[2])
             told = did_you_mean(word, known)
             if word == "bench":
-                raise RecipeError("No package holds tests/yardsticks: run this command from a checkout of lingen.")
+                raise RecipeError("Run `pip install -e .`, then run this command from a checkout of lingen.")
             if self.get_default("command") is None:  # the word should have named one
                 start = f"{self.prog} ".removeprefix("lingen ")
                 raise RecipeError(no_such("command", start + word, [start + name for name in known]))

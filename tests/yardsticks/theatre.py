@@ -1,20 +1,21 @@
-"""Judges of the emoji theatre and the score of a model: who does what, where, in which light and order.
+"""Emoji theatre: its components, its judges, and the score of a model.
 
-One small network looks at one event at a time; its heads name actor, action, way, scene and light. It is trained on
-clips of the split ``tune`` alone, checked on degraded clips of the other ones, and then judges what a model makes of
-captions of ``report``. Every score appends a line to a file of uses, so that nobody reports the best of many.
+The judges (`tests.yardsticks.theatre_judge`) are trained on clips of the split ``tune`` alone, checked on real clips of
+all three, and then judge what a model makes of captions of ``report``. Every score appends a line to a file of uses, so
+that nobody reports the best of many.
 
     python -m tests.yardsticks.theatre components --sprites data/theatre/sprites.webp --out pca_theatre.safetensors
     python -m tests.yardsticks.theatre train --sprites data/theatre/sprites.webp --out judge.safetensors
     python -m tests.yardsticks.theatre check --sprites data/theatre/sprites.webp --judge judge.safetensors
+    python -m tests.yardsticks.theatre finer --weights denoiser.safetensors --out start.safetensors
     python -m tests.yardsticks.theatre times --weights denoiser.safetensors --out times.json
-    python -m tests.yardsticks.theatre score --judge judge.safetensors --weights FOLDER --out docs/results/theatre.json
+    python -m tests.yardsticks.theatre sample --weights FOLDER --out clips.npz
+    python -m tests.yardsticks.theatre score --judge judge.safetensors --clips clips.npz --out docs/results/theatre.json
 """
 
 import argparse
 import json
 import textwrap
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,173 +24,33 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from lingen.autoencoder.pca import PCA
-from lingen.data.acting import load_sprites, perform
+from lingen.data.acting import DrawnIndex, load_sprites, perform
 from lingen.data.fingerprint import hash_weights
-from lingen.data.theatre import ACTIONS, ACTORS, LIGHTS, SCENES, Event, Split, Storyboard, caption_of, storyboard
-from lingen.media import as_floats, encode_animation
+from lingen.data.theatre import Split, Storyboard, Theatre, caption_of, storyboard
+from lingen.media import as_floats, contact_sheet, encode_animation
 from lingen.metrics.shapes import diversity_of, wilson
 from lingen.provenance import git_commit, versions
+from lingen.recipe import load_stages, to_yaml
+from lingen.sampling.clips import clip_size, encode_prompts, generate
+from lingen.training.denoiser import LinGenModule
+from lingen.training.weights import load_denoiser, save_weights
 from lingen.weights import write_tensors
 from tests.yardsticks.results import head
-
-FRAMES, SIDE = 16, 64
-"""What the judge sees of an event."""
-WAYS = ("", "left", "right")
-HEADS: dict[str, list[str]] = {
-    "who": list(ACTORS), "action": ACTIONS, "way": list(WAYS), "scene": SCENES, "light": LIGHTS,
-}  # fmt: skip
-LENGTHS = ((4.0, 12.0), (16.0, 5.0), (60.0, 3.0))
-"""Seconds of the clips that judges learn from, and frames a second that are drawn of them."""
-
-
-class EventJudge(nn.Module):
-    """Logits of each head for events [b 3 t h w] in -1..1."""
-
-    def __init__(self, width: int = 32):
-        super().__init__()
-        widths = [3, width, 2 * width, 4 * width, 8 * width]
-        strides = ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv3d(one, other, 3, stride, 1), nn.GroupNorm(8, other), nn.SiLU(),
-                nn.Conv3d(other, other, 3, 1, 1, groups=8), nn.GroupNorm(8, other), nn.SiLU(),
-            )
-            for one, other, stride in zip(widths, widths[1:], strides, strict=False)
-        )  # fmt: skip
-        # Where something is at which moment tells the action: the last grid is read as it is, not averaged.
-        self.flat = nn.Linear(8 * width * (FRAMES // 4) * (SIDE // 16) ** 2, 512)
-        self.heads = nn.ModuleDict({name: nn.Linear(512, len(labels)) for name, labels in HEADS.items()})
-
-    def forward(self, events: Float[Tensor, "b 3 t h w"]) -> dict[str, Float[Tensor, "b n"]]:
-        for layer in self.layers:
-            events = layer(events)
-        hidden = F.silu(self.flat(events.flatten(1)))
-        return {name: head(hidden) for name, head in self.heads.items()}
-
-
-def windows_of(clip: UInt8[np.ndarray, "t h w 3"], count: int) -> UInt8[Tensor, "n 3 t h w"]:
-    """The events of a clip, `FRAMES` evenly spaced frames of each, in small."""
-    edges = np.linspace(0, len(clip), count + 1)
-    places = [np.linspace(a, b - 1, FRAMES).round().astype(int) for a, b in zip(edges, edges[1:], strict=False)]
-    frames = torch.from_numpy(clip[np.stack(places)]).permute(0, 1, 4, 2, 3).flatten(0, 1).float()
-    small = F.interpolate(frames, (SIDE, SIDE), mode="area").round().byte()
-    return small.unflatten(0, (count, FRAMES)).transpose(1, 2).contiguous()
-
-
-def targets_of(events: tuple[Event, ...]) -> Int[Tensor, "n k"]:
-    """The number of the right label of each head, for each event."""
-    return torch.tensor([[labels.index(getattr(one, name)) for name, labels in HEADS.items()] for one in events])
-
-
-def drawn(split: Split, number: int, sprites: str, length: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Events of a clip, and what they show."""
-    seconds, fps = length
-    board = storyboard(split, 1, number, seconds)
-    rng = np.random.default_rng([1, number])
-    clip = perform(board, round(seconds * fps), fps, (2 * SIDE, 2 * SIDE), load_sprites(sprites), rng)
-    return windows_of(clip, len(board.events)), targets_of(board.events)
-
-
-class Lessons(Dataset[tuple[Tensor, Tensor]]):
-    """Clips of the split ``tune``, of all lengths."""
-
-    def __init__(self, sprites: str, count: int):
-        self.sprites, self.count = sprites, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        return drawn("tune", number, self.sprites, LENGTHS[(0, 0, 1, 0, 0, 2)[number % 6]])
-
-
-def degraded(events: Float[Tensor, "b 3 t h w"], how: str, generator: torch.Generator | None = None) -> Tensor:
-    """Events in -1..1, damaged as a small model's clips are: ``blur``, ``noise``, ``dim``, ``coarse``, or ``none``."""
-    if how == "blur":
-        return F.avg_pool3d(events, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
-    if how == "noise":
-        return events + 0.15 * torch.randn(events.shape, generator=generator).to(events)
-    if how == "dim":
-        return 0.8 * events - 0.1
-    if how == "coarse":
-        small = F.interpolate(events, scale_factor=(1, 0.5, 0.5), mode="area")
-        return F.interpolate(small, events.shape[2:], mode="trilinear")
-    return events
-
-
-DAMAGES = ("none", "blur", "noise", "dim", "coarse")
-
-
-def train(args: argparse.Namespace) -> None:
-    """Trains for `args.minutes`; a batch is the events of some 48 clips, each batch damaged in another way."""
-    torch.manual_seed(0)
-    judge = EventJudge().to(args.device).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), 1e-3, weight_decay=0.05)
-    loader = DataLoader(
-        Lessons(args.sprites, 10**7), batch_size=48, num_workers=args.workers, collate_fn=_side_by_side,
-        multiprocessing_context="fork" if args.workers else None,
-    )  # fmt: skip
-    begun = time.monotonic()
-    for step, (events, targets) in enumerate(loader):
-        share = (time.monotonic() - begun) / (60 * args.minutes)
-        if share >= 1:
-            break
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 50) * (1 - share)
-        pixels = degraded(events.to(args.device).float() / 127.5 - 1, DAMAGES[step % len(DAMAGES)])
-        found, targets = judge(pixels), targets.to(args.device)
-        loss = sum(F.cross_entropy(found[name], targets[:, at]) for at, name in enumerate(HEADS))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            right = (found["who"].argmax(1) == targets[:, 0]).float().mean()
-            print(f"step {step}: loss {loss.item():.3f}, who right {right:.0%}, {share:.0%} of the time", flush=True)
-    save_file({name: value.cpu().half() for name, value in judge.state_dict().items()}, args.out)
-    print(args.out)
-
-
-def _side_by_side(clips: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    events, targets = zip(*clips, strict=True)
-    return torch.cat(events), torch.cat(targets)
-
-
-def load_judge(path: str, device: str = "cpu") -> EventJudge:
-    """A trained judge."""
-    judge = EventJudge()
-    judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    return judge.to(device).eval()
-
-
-@torch.no_grad()
-def verdicts(judge: EventJudge, events: UInt8[Tensor, "n 3 t h w"], how: str = "none") -> Int[Tensor, "n k"]:
-    """The number of the label that each head gives each event."""
-    device = next(judge.parameters()).device
-    found = judge(degraded(events.to(device).float() / 127.5 - 1, how))
-    return torch.stack([found[name].argmax(1) for name in HEADS], 1).cpu()
-
-
-def check(args: argparse.Namespace) -> None:
-    """How often the judge is right on real clips that it never saw, whole and damaged; the bar is 97%."""
-    judge, result = load_judge(args.judge, args.device), {}
-    for split, first in (("train", 0), ("tune", 5 * 10**7)):
-        for how in DAMAGES:
-            right = []
-            for number in range(first, first + args.clips):
-                events, targets = drawn(split, number, args.sprites, LENGTHS[0])
-                right.append(verdicts(judge, events, how) == targets)
-            shares = torch.cat(right).float().mean(0)
-            result[f"{split}, {how}"] = {name: round(float(one), 4) for name, one in zip(HEADS, shares, strict=True)}
-            print(f"{split}, {how}: {result[f'{split}, {how}']}", flush=True)
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+from tests.yardsticks.theatre_judge import (
+    HEADS,
+    SIDE,
+    check,
+    drawn,
+    load_judge,
+    targets_of,
+    train,
+    verdicts,
+    windows_of,
+)
 
 
 def components(args: argparse.Namespace) -> None:
@@ -214,13 +75,32 @@ def components(args: argparse.Namespace) -> None:
     print(f"{args.out}: {np.mean(errors):.2f} dB on 24 clips of tune")
 
 
+def finer(args: argparse.Namespace) -> None:
+    """Weights of a model whose tokens hold two latent frames each, as a start for one of single frames: what goes in is
+    the sum, what comes out the mean of the two, and each position in time becomes two."""
+    coarse = load_denoiser(args.weights)
+    recipe = load_stages("theatre_128")[1]
+    fine = LinGenModule(recipe)
+    own = fine.model.state_dict()
+    torch.manual_seed(0)
+    for name, value in coarse.model.state_dict().items():
+        if name == "patchify.weight":  # the numbers of a patch: channel first, then time
+            value = value[:, 0::2] + value[:, 1::2]
+        elif name.startswith("unpatchify"):
+            value = (value[0::2] + value[1::2]) / 2
+        elif name == "positions.t":
+            value = value.repeat_interleave(2, 0)[: len(own[name])] + 0.1 * torch.randn_like(own[name])
+        own[name] = value
+    fine.model.load_state_dict(own)
+    fine.text.load_state_dict(coarse.text.state_dict())
+    save_weights(Path(args.out), fine, to_yaml(recipe), 0)
+    print(args.out)
+
+
 @torch.no_grad()
 def times(args: argparse.Namespace) -> None:
     """How surely noise at a time still tells two clips of one caption apart (nats between them, the median), and the
     error of the clean clip that weights see in it: over clips of ``tune``."""
-    from lingen.sampling.clips import clip_size, encode_prompts
-    from lingen.training.weights import load_denoiser
-
     model, sprites = load_denoiser(args.weights), load_sprites(args.sprites)
 
     def latents(board: Storyboard, *seed: int) -> Tensor:
@@ -243,8 +123,13 @@ def times(args: argparse.Namespace) -> None:
         nats = float(apart) * (time_ / (1 - time_)) ** 2 / 2
         rows.append({"time": time_, "nats": nats, "error": float(np.mean(errors))})
         print(rows[-1], flush=True)
-    about = head({}, program="python -m tests.yardsticks.theatre") | {"hash": hash_weights(Path(args.weights))}
+    about = head({}, program="python -m tests.yardsticks.theatre") | {"hash": hash_weights(_file_of(args.weights))}
     Path(args.out).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _file_of(weights: str) -> Path:
+    """The file itself, so that its hash is the same however it was named."""
+    return Path(weights) / "denoiser.safetensors" if Path(weights).is_dir() else Path(weights)
 
 
 def asked(count: int, seconds: float) -> list[Storyboard]:
@@ -281,8 +166,6 @@ def _rate(column: Tensor) -> dict[str, float]:
 
 def clips_of_boards(boards: list[Storyboard], args: argparse.Namespace) -> Iterator[np.ndarray]:
     """A clip of each, one model for all of them."""
-    from lingen.sampling.clips import generate
-
     prompts = [caption_of(board) for board in boards]
     yield from generate(args.weights, prompts, seconds=args.seconds, steps=args.steps, seed=args.seed)
 
@@ -303,51 +186,81 @@ def show(clips: list[np.ndarray], path: Path, boards: list[Storyboard], found: l
     path.write_bytes(encode_animation(np.concatenate(rows, 1), "webp", 12.0, quality=60, method=6))
 
 
-def score(args: argparse.Namespace) -> None:
-    """Judges a model on captions to report on, writes the result, and notes that they were used."""
-    boards, judge = asked(args.prompts, args.seconds), load_judge(args.judge, args.device)
-    found, first = [], []
+def sample(args: argparse.Namespace) -> None:
+    """Makes a model's clips of captions to report on, once, and keeps what judges see of them, the first ones whole."""
+    boards, events, first = asked(args.prompts, args.seconds), [], []
     for number, (board, clip) in enumerate(zip(boards, clips_of_boards(boards, args), strict=True)):
-        found.append(verdicts(judge, windows_of(clip, len(board.events))))
+        events.append(windows_of(clip, len(board.events)).numpy())
         first += [clip] if number < args.sheet else []
         print(f"{number + 1}/{len(boards)} {caption_of(board)}", flush=True)
-    weights = hash_weights(Path(args.weights))
-    about = {
-        "seconds": args.seconds,
-        "prompts": len(boards),
-        "seed": args.seed,
-        "steps": args.steps,
-        "weights": weights,
-    }
-    result = {**about, **summary(boards, found), "commit": git_commit(), "versions": versions()}
-    again = argparse.Namespace(**{**vars(args), "seed": args.seed + 1})
-    pairs = zip(first, clips_of_boards(boards[: len(first)], again), strict=True) if args.repeat else ()
-    result["distance of two seeds"] = diversity_of([list(pair) for pair in pairs])
+    about: dict[str, Any] = {"seconds": args.seconds, "prompts": len(boards), "seed": args.seed, "steps": args.steps}
+    about |= {"weights": hash_weights(_file_of(args.weights)), "commit": git_commit(), "versions": versions()}
+    np.savez_compressed(args.out, events=np.concatenate(events), first=np.stack(first), about=json.dumps(about))
+
+
+def score(args: argparse.Namespace) -> None:
+    """Judges the clips of `sample`, writes the result, and notes that the captions were used; where real clips of
+    the same captions can be drawn, it says what the judge finds in them, too."""
+    held = np.load(args.clips)
+    about, judge = json.loads(str(held["about"])), load_judge(args.judge, args.device)
+    boards, events = asked(about["prompts"], about["seconds"]), torch.from_numpy(held["events"])
+    found = [verdicts(judge, each) for each in events.split([len(board.events) for board in boards])]
+    result = {**about, **summary(boards, found)}
+    real = [drawn("report", number, args.sprites, (about["seconds"], 12.0), seed=0)[0] for number in range(len(boards))]
+    result["real clips"] = summary(boards, [verdicts(judge, each) for each in real])["rates"]
+    if args.again:
+        pairs = zip(held["first"], np.load(args.again)["first"], strict=False)
+        result["distance of two seeds"] = diversity_of([list(pair) for pair in pairs])
     out = Path(args.out)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if first:
-        show(first, out.with_suffix(".webp"), boards, found)
-    when = datetime.now(UTC).isoformat(timespec="seconds")
+    show([*held["first"]], out.with_suffix(".webp"), boards, found)
+    note = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **about}
     with out.with_name("theatre_uses.jsonl").open("a", encoding="utf-8") as uses:
-        uses.write(json.dumps({"when": when, **about, "all": result["rates"]["all"]["share"]}) + "\n")
+        uses.write(json.dumps(note | {"all": result["rates"]["all"]["share"]}) + "\n")
     print(json.dumps(result["rates"], indent=1))
+
+
+def nearest(args: argparse.Namespace) -> None:
+    """Beside each whole clip of `sample` the clip to train on that is nearest to it, by the mean absolute difference of
+    twelve frames of 32x32 pixels, as a contact sheet, and what the distances are."""
+    clips = np.load(args.clips)["first"][: args.first]
+    frames = torch.from_numpy(clips[:, ::4]).movedim(-1, 2)
+    small = torch.stack([F.interpolate(as_floats(clip), (32, 32), mode="area") for clip in frames])
+    index = DrawnIndex.of(Theatre(sprites=args.sprites), "train")
+    best = [(float("inf"), 0)] * len(clips)
+    for number in range(args.count):
+        far = (small - as_floats(index.draw(number, (12, 32, 32), 3.0)[0].transpose(0, 1))).abs().mean((1, 2, 3, 4))
+        best = [min(one, (distance, number)) for one, distance in zip(best, far.tolist(), strict=True)]
+    whole = [index.draw(number, (48, 128, 128), 12.0) for _, number in best]
+    pairs = [
+        each
+        for clip, (other, _) in zip(clips, whole, strict=True)
+        for each in (clip, other.permute(1, 2, 3, 0).numpy())
+    ]
+    names = [caption_of(board) for board in asked(len(clips), 4.0)]
+    told = [f"{distance:.3f} away: {captions[0]}" for (distance, _), (_, captions) in zip(best, whole, strict=True)]
+    contact_sheet(pairs, Path(args.out), [name for pair in zip(names, told, strict=True) for name in pair])
+    print(json.dumps(best))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True)
-    for job in (components, train, check, times, score):
+    for job in (components, train, check, finer, times, sample, score, nearest):
         own = jobs.add_parser(job.__name__, help=job.__doc__)
         own.set_defaults(job=job)
         own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         own.add_argument("--out", required=job is not check)
-        if job is not score:
+        if job is not sample:
             own.add_argument("--sprites", default="data/theatre/sprites.webp")
         if job in (check, score):
             own.add_argument("--judge", required=True)
         if job is train:
             own.add_argument("--minutes", type=float, default=5.0)
             own.add_argument("--workers", type=int, default=2)
+            own.add_argument("--init", help="a judge to go on from")
+        elif job is finer:
+            own.add_argument("--weights", required=True)
         elif job is times:
             own.add_argument("--weights", required=True)
             own.add_argument("--clips", type=int, default=12)
@@ -358,13 +271,19 @@ def main() -> None:
         elif job is check:
             own.add_argument("--clips", type=int, default=200)
         elif job is score:
+            own.add_argument("--clips", required=True, help="what `sample` wrote")
+            own.add_argument("--again", help="the same with another --seed: how far clips of one caption are apart")
+        elif job is nearest:
+            own.add_argument("--clips", required=True, help="what `sample` wrote")
+            own.add_argument("--count", type=int, default=40_000, help="clips to train on")
+            own.add_argument("--first", type=int, default=8, help="clips to look at")
+        elif job is sample:
             own.add_argument("--weights", required=True, help="as of `lingen demo --checkpoint`")
             own.add_argument("--prompts", type=int, default=300)
             own.add_argument("--seconds", type=float, default=4.0)
             own.add_argument("--seed", type=int, default=0)
             own.add_argument("--steps", type=int)
-            own.add_argument("--sheet", type=int, default=24, help="clips on the contact sheet")
-            own.add_argument("--repeat", action="store_true", help="those of the sheet with another seed, too")
+            own.add_argument("--sheet", type=int, default=16, help="clips that are kept whole")
     args = parser.parse_args()
     args.job(args)
 

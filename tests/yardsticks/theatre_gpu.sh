@@ -1,6 +1,8 @@
 #!/bin/bash
 # Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
-#     bash tests/yardsticks/theatre_gpu.sh judge 160 encode 40000 images 4000 4s 480 long 150 score
+#     bash tests/yardsticks/theatre_gpu.sh judge 200 encode 40000 coarse 690 4s 210 score
+# `coarse` trains with two latent frames in a token, at half the cost, and `4s` goes on from it with one; `images 4000`
+# in its place starts with single frames, and `16s 150 60s 100` go on with longer clips (encoded with STAGE=16s, STAGE=60s).
 # Needs data/theatre/sprites.webp (`lingen data fetch theatre`). `images` takes a number of steps, the other pieces
 # seconds: they train at a constant rate for three quarters of them, look how far they came, and lower the rate over as
 # many steps as fit into the rest: nobody has to know the GPU's speed. What is to be kept is put into $OUT: weights/denoiser.safetensors in bfloat16, in the
@@ -27,7 +29,7 @@ fit() {
     echo "$run: exit code $code, $SECONDS s"
 }
 
-# train SECONDS RUN STAGE PREFIX WORDS...: a stage in the time; its steps are left in runs/RUN.STAGE.
+# train SECONDS RUN STAGE PREFIX WORDS...: a stage in the time.
 train() {
     local seconds=$1 run=$2 stage=$3 prefix=$4
     shift 4
@@ -35,7 +37,6 @@ train() {
     local done steps
     done=$(find "runs/$run/stages/$stage" -maxdepth 1 -name 'step-*' | sort | tail -n 1 | sed 's/.*step-0*//')
     steps=$((${done:-0} * 5 / 4))
-    echo $steps > "runs/$run.$stage"
     fit "$seconds" "$run" "$@" "${prefix}train.steps=$steps" "${prefix}train.decay=$decay"
     echo "$run $stage: $steps steps"
 }
@@ -63,6 +64,17 @@ of_shards() {
     done
 }
 
+# start_of STAGE: what it goes on from.
+start_of() {
+    local found
+    case $1 in
+    4s) found=$(find runs/finer.safetensors runs/theatre/stages/images -name '*.safetensors' 2> /dev/null | head -n 1) ;;
+    16s) found=runs/theatre-4s/stages/4s/weights.safetensors ;;
+    60s) found=runs/theatre-16s/stages/16s/weights.safetensors ;;
+    esac
+    echo "${found:+init=$found}"
+}
+
 keep() {
     $python -m lingen export "runs/$1" --precision bf16 --out "$out/weights/$2.safetensors"
     cp "runs/$1/metrics.csv" "$out/metrics_$2.csv"
@@ -80,29 +92,26 @@ while [ $# -gt 0 ]; do
         ;;
     images)
         fit 600 theatre --recipe theatre_128 --stage images "stages.images.train.steps=$seconds" ${MORE:-}
-        echo "$seconds" > runs/theatre.images
         ;;
-    4s)
-        train "$seconds" theatre-4s 4s stages.4s. --recipe theatre_128 --stage 4s $(of_shards) \
-            $(find runs/theatre/stages/images -name weights.safetensors -printf 'init=%p' 2> /dev/null) ${MORE:-}
-        keep theatre-4s denoiser
+    coarse)
+        train "$seconds" theatre-coarse 4s stages.4s. --recipe theatre_128 --stage 4s 'model.patch=[2,1,1]' \
+            stages.4s.data.batch.video=32 $(of_shards) ${MORE:-}
+        $python -m tests.yardsticks.theatre finer --weights runs/theatre-coarse/stages/4s/weights.safetensors \
+            --out runs/finer.safetensors
         ;;
-    long) # 16 s and 60 s, as many steps as the speed of 4 s lets expect: a step of each has as many tokens
-        steps=$(cat runs/theatre.4s)
-        share=$((steps * seconds / ${SECONDS_4S:-480} / 3))
-        fit "$seconds" theatre --recipe theatre_128 $(of_shards) ${MORE:-} \
-            "stages.images.train.steps=$(cat runs/theatre.images)" \
-            "stages.4s.train.steps=$steps" "stages.4s.train.decay=$decay" \
-            "stages.16s.train.steps=$share" "stages.60s.train.steps=$share"
-        keep theatre denoiser_long
+    4s | 16s | 60s)
+        train "$seconds" "theatre-$1" "$1" "stages.$1." --recipe theatre_128 --stage "$1" $(of_shards) \
+            $(start_of "$1") ${MORE:-}
+        keep "theatre-$1" "denoiser$([ "$1" = 4s ] || echo "_$1")"
         ;;
     score)
-        $python -m tests.yardsticks.theatre score --judge "$out/judge.safetensors" --weights "$out/weights" \
+        $python -m tests.yardsticks.theatre sample --weights "$out/weights" --out "$out/clips.npz"
+        $python -m tests.yardsticks.theatre score --judge "$out/judge.safetensors" --clips "$out/clips.npz" \
             --out "$out/theatre.json"
         shift
         continue
         ;;
-    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [images STEPS] [4s SECONDS] [long SECONDS] [score]" >&2; exit 2 ;;
+    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [images STEPS] [coarse SECONDS] [4s SECONDS] [16s SECONDS] [60s SECONDS] [score]" >&2; exit 2 ;;
     esac
     shift 2
 done
