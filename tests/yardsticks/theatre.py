@@ -199,8 +199,8 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Judges the clips of `sample`, writes the result, and notes that the captions were used; where real clips of
-    the same captions can be drawn, it says what the judge finds in them, too."""
+    """Judges the clips of `sample` and real clips of the same captions, writes both, and notes that the captions were
+    used."""
     held = np.load(args.clips)
     about, judge = json.loads(str(held["about"])), load_judge(args.judge, args.device)
     boards, events = asked(about["prompts"], about["seconds"]), torch.from_numpy(held["events"])
