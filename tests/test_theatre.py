@@ -381,7 +381,7 @@ def test_the_judge_of_actors_sees_frames_in_any_order_and_who_follows_on_the_rig
 
 
 def test_clips_are_made_once_and_judged_beside_real_ones(
-    sprites: str, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sprites: str, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     clips, judge, out = tmp_path / "clips.npz", tmp_path / "judge.safetensors", tmp_path / "theatre.json"
     torch.manual_seed(0)
@@ -400,6 +400,26 @@ def test_clips_are_made_once_and_judged_beside_real_ones(
     assert json.loads(used)["all"] == held["rates"]["all"]["share"]
     with Image.open(out.with_suffix(".webp")) as sheet:
         assert sheet.n_frames > 1
+    words = [
+        "nearest",
+        "--clips",
+        str(clips),
+        "--sprites",
+        sprites,
+        "--count",
+        "3",
+        "--out",
+        str(tmp_path / "near.png"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["theatre", *words])
+    capsys.readouterr()
+    judging.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 2 and all(number < 3 and distance > 0 for distance, number in found)
+    monkeypatch.setattr(sys, "argv", ["theatre", *asked[0], "--sheet", "0"])
+    with pytest.raises(SystemExit):
+        judging.main()
+    assert "--sheet is 1 to 3" in capsys.readouterr().err
 
 
 def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

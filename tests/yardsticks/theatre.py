@@ -222,22 +222,25 @@ def score(args: argparse.Namespace) -> None:
 
 def nearest(args: argparse.Namespace) -> None:
     """Beside each whole clip of `sample` the clip to train on that is nearest to it, by the mean absolute difference of
-    twelve frames of 32x32 pixels, as a contact sheet, and what the distances are."""
-    clips = np.load(args.clips)["first"][: args.first]
+    every fourth frame at 32x32 pixels, as a contact sheet, and what the distances are."""
+    held = np.load(args.clips)
+    clips, seconds = held["first"][: args.first], json.loads(str(held["about"]))["seconds"]
     frames = torch.from_numpy(clips[:, ::4]).movedim(-1, 2)
+    few, many, side = frames.shape[1], clips.shape[1], clips.shape[2]
     small = torch.stack([F.interpolate(as_floats(clip), (32, 32), mode="area") for clip in frames])
     index = DrawnIndex.of(Theatre(sprites=args.sprites), "train")
     best = [(float("inf"), 0)] * len(clips)
     for number in range(args.count):
-        far = (small - as_floats(index.draw(number, (12, 32, 32), 3.0)[0].transpose(0, 1))).abs().mean((1, 2, 3, 4))
+        other = as_floats(index.draw(number, (few, 32, 32), few / seconds)[0].transpose(0, 1))
+        far = (small - other).abs().mean((1, 2, 3, 4))
         best = [min(one, (distance, number)) for one, distance in zip(best, far.tolist(), strict=True)]
-    whole = [index.draw(number, (48, 128, 128), 12.0) for _, number in best]
+    whole = [index.draw(number, (many, side, side), many / seconds) for _, number in best]
     pairs = [
         each
         for clip, (other, _) in zip(clips, whole, strict=True)
         for each in (clip, other.permute(1, 2, 3, 0).numpy())
     ]
-    names = [caption_of(board) for board in asked(len(clips), 4.0)]
+    names = [caption_of(board) for board in asked(len(clips), seconds)]
     told = [f"{distance:.3f} away: {captions[0]}" for (distance, _), (_, captions) in zip(best, whole, strict=True)]
     contact_sheet(pairs, Path(args.out), [name for pair in zip(names, told, strict=True) for name in pair])
     print(json.dumps(best))
@@ -258,7 +261,6 @@ def main() -> None:
         if job is train:
             own.add_argument("--minutes", type=float, default=5.0)
             own.add_argument("--workers", type=int, default=2)
-            own.add_argument("--init", help="a judge to go on from")
         elif job is finer:
             own.add_argument("--weights", required=True)
         elif job is times:
@@ -285,6 +287,8 @@ def main() -> None:
             own.add_argument("--steps", type=int)
             own.add_argument("--sheet", type=int, default=16, help="clips that are kept whole")
     args = parser.parse_args()
+    if args.job is sample and not 1 <= args.sheet <= args.prompts:
+        parser.error(f"--sheet is 1 to {args.prompts}, the number of prompts.")
     args.job(args)
 
 

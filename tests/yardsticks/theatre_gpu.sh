@@ -64,11 +64,11 @@ of_shards() {
     done
 }
 
-# start_of STAGE: what it goes on from.
+# start_of STAGE: what it goes on from; before 4 s the newer of both, an earlier try may have left the other.
 start_of() {
     local found
     case $1 in
-    4s) found=$(find runs/finer.safetensors runs/theatre/stages/images -name '*.safetensors' 2> /dev/null | head -n 1) ;;
+    4s) found=$(ls -t runs/finer.safetensors runs/theatre/stages/images/weights.safetensors 2> /dev/null | head -n 1) ;;
     16s) found=runs/theatre-4s/stages/4s/weights.safetensors ;;
     60s) found=runs/theatre-16s/stages/16s/weights.safetensors ;;
     esac

@@ -99,7 +99,8 @@ def targets_of(events: tuple[Event, ...]) -> Int[Tensor, "n k"]:
 
 
 def drawn(split: Split, number: int, sprites: str, length: tuple[float, float], seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Events of a clip, and what they show."""
+    """Events of a clip, uint8 [n 3 t h w], and the labels [n k] of what they show; `length`: its seconds and frames a
+    second."""
     seconds, fps = length
     board = storyboard(split, seed, number, seconds)
     rng = np.random.default_rng([1, number])
@@ -140,7 +141,7 @@ DAMAGES = ("none", "blur", "noise", "dim", "coarse")
 def train(args: argparse.Namespace) -> None:
     """Trains for `args.minutes`; a batch is the events of some 48 clips, each batch damaged in another way."""
     torch.manual_seed(0)
-    judge = (load_judge(args.init) if args.init else EventJudge()).to(args.device).train()
+    judge = EventJudge().to(args.device).train()
     optimizer = torch.optim.AdamW(judge.parameters(), 1e-3, weight_decay=0.05)
     loader = DataLoader(
         Lessons(args.sprites, 10**7), batch_size=48, num_workers=args.workers, collate_fn=_side_by_side,
