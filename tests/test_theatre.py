@@ -21,6 +21,7 @@ from lingen import flow
 from lingen.blocks.layers import cut_patches, join_patches
 from lingen.cli import main
 from lingen.data.acting import SPRITE, SPRITE_FRAMES, DrawnIndex, load_sprites, perform
+from lingen.data.buckets import pool_of
 from lingen.data.datamodule import ClipData
 from lingen.data.theatre import (
     ACTIONS,
@@ -184,6 +185,20 @@ def test_validation_is_the_split_to_tune_on(sprites: str):
     assert first.captions[0] in captions
 
 
+def test_clips_of_several_lengths_are_dealt_out_with_as_many_frames_of_each(sprites: str):
+    asked = recipe(sprites, frames=64, lengths=[16, 4]).data
+    drawn = DrawnIndex.of(Theatre(sprites=sprites, clips=2000), "train")
+    pool = pool_of(drawn, asked, "video", lambda shape: shape.frames, "")
+    assert [shape.frames for shape in pool.shapes] == [64, 16, 4] and pool.batches == [4, 16, 64]
+    assert sorted(np.concatenate(pool.rows).tolist()) == list(range(2000)), "each clip in one length"
+    shares = [len(rows) * shape.frames for rows, shape in zip(pool.rows, pool.shapes, strict=True)]
+    assert max(shares) < 1.05 * min(shares)
+    data = ClipData(recipe(sprites, frames=16, lengths=[8, 4], batch=PerKind(video=1)))
+    batches = [batch for _, batch in zip(range(6), data.train_dataloader(), strict=False)]
+    assert {batch.clips.shape[2] for batch in batches} == {16, 8, 4}
+    assert len({key for batch in batches for key in batch.keys}) == sum(len(batch.keys) for batch in batches)
+
+
 def test_mistakes_are_told_before_anything_runs(sprites: str, tmp_path: Path):
     absent = recipe(str(tmp_path / "none" / "sprites.webp"))
     for do in (ClipData(absent).check, ClipData(absent).setup):
@@ -192,8 +207,6 @@ def test_mistakes_are_told_before_anything_runs(sprites: str, tmp_path: Path):
     Image.new("RGBA", (8, 8)).save(tmp_path / "small.png")
     with pytest.raises(RecipeError, match="does not hold this version's actors"):
         load_sprites(str(tmp_path / "small.png"))
-    with pytest.raises(RecipeError, match="data.lengths and data.sizes stay"):
-        ClipData(recipe(sprites, lengths=[4])).setup()
 
 
 def test_an_image_is_a_moment_of_one_event(sprites: str):
@@ -393,7 +406,7 @@ def test_clips_are_made_once_and_judged_beside_real_ones(
         monkeypatch.setattr(sys, "argv", ["theatre", *line, "--device", "cpu"])
         judging.main()
     held = json.loads(out.read_text())
-    events = sum(len(board.events) for board in judging.asked(3, 4.0))
+    events = sum(len(board.events) for _, board in judging.asked(3, 4.0))
     assert held["rates"]["who"]["of"] == held["real clips"]["who"]["of"] == events
     assert held["distance of two seeds"] > 0 and held["prompts"] == 3
     (used,) = (tmp_path / "theatre_uses.jsonl").read_text().splitlines()
@@ -441,7 +454,7 @@ def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monk
 
 
 def test_judged_clips_are_shown_side_by_side_with_what_is_wrong(tmp_path: Path):
-    boards = judging.asked(3, 4.0)
+    boards = [board for _, board in judging.asked(3, 4.0)]
     targets = [theatre_judge.targets_of(board.events) for board in boards]
     wrong = [targets[0], (targets[1] + 1) % 2, targets[2]]
     clips = [np.tile(np.arange(0, 100, 20, np.uint8)[:, None, None, None], (1, 128, 128, 3))] * 3

@@ -41,6 +41,7 @@ PerFrame = Float[np.ndarray, " t"]
 class DrawnIndex(Index):
     """The clips of a split, drawn when they are asked for, in the place of an index of shards."""
 
+    drawn: bool = True
     theatre: Theatre = Theatre()
     split: Split = "train"
 
@@ -49,8 +50,7 @@ class DrawnIndex(Index):
         """As many clips as the settings say, which take no memory: all have the same record."""
         check_sprites(theatre.sprites)
         records = np.broadcast_to(np.zeros(1, RECORD), theatre.clips if split == "train" else theatre.held_out)
-        place = [Location("theatre", split)]
-        return cls(place, records, np.zeros(0, np.uint8), ["theatre"], theatre=theatre, split=split)
+        return cls([Location("theatre", split)], records, np.zeros(0, "u1"), ["theatre"], theatre=theatre, split=split)
 
     def key(self, number: int) -> str:
         return f"{number:08d}"
@@ -102,20 +102,15 @@ def check_alike(path: str) -> None:
 
 
 def perform(
-    board: Storyboard,
-    frames: int,
-    fps: float,
-    size: tuple[int, int],
-    sprites: UInt8[np.ndarray, "n k s s 4"],
+    board: Storyboard, frames: int, fps: float, size: tuple[int, int], sprites: UInt8[np.ndarray, "n k s s 4"],
     rng: np.random.Generator,
-) -> UInt8[np.ndarray, "t h w 3"]:
+) -> UInt8[np.ndarray, "t h w 3"]:  # fmt: skip
     """Draws a storyboard.
 
     Args:
         size: height and width in pixels.
         sprites: of `load_sprites`.
-        rng: of everything that the captions do not tell: places, sizes, and how a scene looks.
-    """
+        rng: of everything that the captions do not tell: places, sizes, and how a scene looks."""
     moments, lasts, first = (np.arange(frames) + 0.5) / frames, frames / fps / len(board.events), 0
     if frames == 1:  # an image is any moment in the midst of four seconds
         moments, lasts, first = rng.uniform(0.2, 0.8, 1), 4.0, int(rng.integers(SPRITE_FRAMES))

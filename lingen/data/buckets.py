@@ -78,16 +78,17 @@ def pool_of(index: Index, data: DataConfig, kind: str, tokens: Callable[[Shape],
 
     A video goes to the longest clip that it fills, and among those to the frame whose aspect ratio is nearest. What the
     manifest does not tell counts as fitting ``data.frames`` and ``data.size``. Encoded samples must have been encoded
-    for the very shape and frame rate. A batch holds as many samples as come to the tokens of ``data.batch`` samples of
-    the first shape. RecipeError where several shapes are asked for, and there is no manifest to sort by, and where one
-    sample of a shape comes to more tokens than a batch may have.
+    for the very shape and frame rate. Drawn ones are dealt out, as many pixels of each shape. A batch holds as many
+    samples as come to the tokens of ``data.batch`` samples of the first shape. RecipeError where several shapes are
+    asked for, and there is no manifest to sort by, and where one sample of a shape comes to more tokens than a batch
+    may have.
 
     Args:
         tokens: of one sample of a shape.
         setting: where the shards stand in the recipe, for messages."""
     lengths = [data.frames, *data.lengths] if kind == "video" else [1]
     shapes = list(dict.fromkeys(Shape(frames, *size) for frames in lengths for size in [data.size, *data.sizes]))
-    if len(shapes) > 1 and not index.mark:
+    if len(shapes) > 1 and not (index.mark or index.drawn):
         cure = f"write it with `lingen data index {index.shards[0].folder}`."
         raise RecipeError(f"{setting}: data.sizes and data.lengths need a manifest to sort the samples by; {cure}")
     chunks = _sorted(index, shapes, kind, data.fps)
@@ -129,7 +130,7 @@ def _write(folder: Path, chunks: Iterator[list[np.ndarray]], shapes: int) -> Non
 
 def _sorted(index: Index, shapes: Sequence[Shape], kind: str, fps: float) -> Iterator[list[np.ndarray]]:
     """For some samples at a time: the numbers of those of each shape, then of those left out for each reason."""
-    sort = _sort_encoded if index.encoded else _sort_media
+    sort = _deal if index.drawn else _sort_encoded if index.encoded else _sort_media
     for start in range(0, len(index), SORTED_AT_ONCE) or [0]:
         records = index.records[start : start + SORTED_AT_ONCE]
         found = sort(records, shapes, kind, fps)
@@ -166,3 +167,9 @@ def _sort_encoded(records: np.ndarray, shapes: Sequence[Shape], kind: str, fps: 
             same &= np.isclose(records["fps"], fps)
         found[same] = number
     return found
+
+
+def _deal(records: np.ndarray, shapes: Sequence[Shape], kind: str, fps: float) -> Int[np.ndarray, " n"]:
+    """As `_sort_media`, for what can be drawn in any shape: any run of numbers holds all shapes by their shares."""
+    shares = np.cumsum([1 / math.prod(shape) for shape in shapes])
+    return np.searchsorted(shares[:-1] / shares[-1], np.arange(len(records)) * (5**0.5 - 1) / 2 % 1, side="right")

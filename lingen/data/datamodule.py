@@ -112,13 +112,9 @@ class ClipData(lightning.LightningDataModule):
 
     @cached_property
     def theatre(self) -> Theatre | None:
-        """What draws clips of `data.frames` and `data.size`, where no shards are named."""
+        """What draws clips, where no shards are named."""
         data = self.recipe.data
         made = data.synthetic and not (data.shards.image or data.shards.video) and SYNTHETIC.build(data.synthetic)
-        if isinstance(made, Theatre) and (data.lengths or data.sizes):
-            raise RecipeError(
-                "The theatre draws clips of data.frames and data.size: data.lengths and data.sizes stay []."
-            )
         return made if isinstance(made, Theatre) else None
 
     def _shards(self) -> tuple[Shards, Shards]:

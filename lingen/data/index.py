@@ -91,6 +91,8 @@ class Index:
     """Hex digits that change whenever any sample does; empty where there is no manifest."""
     versions: list[str] = field(default_factory=list)
     """For each shard the version of its manifest, which changes when the manifest does; empty without manifests."""
+    drawn: bool = False
+    """Whether they are drawn when they are asked for, in any shape."""
 
     def __len__(self) -> int:
         return len(self.records)

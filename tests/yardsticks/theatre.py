@@ -14,6 +14,7 @@ that nobody reports the best of many.
 """
 
 import argparse
+import itertools
 import json
 import textwrap
 from collections.abc import Iterator
@@ -35,13 +36,22 @@ from lingen.media import as_floats, contact_sheet, encode_animation
 from lingen.metrics.shapes import diversity_of, wilson
 from lingen.provenance import git_commit, versions
 from lingen.recipe import load_stages, to_yaml
-from lingen.sampling.clips import clip_size, encode_prompts, generate
+from lingen.sampling.clips import (
+    as_sampled,
+    clip_size,
+    decoded,
+    encode_prompts,
+    sample_latents,
+    settings_with,
+    takes_of,
+)
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import load_denoiser, save_weights
 from lingen.weights import write_tensors
 from tests.yardsticks.results import head
 from tests.yardsticks.theatre_judge import (
     HEADS,
+    LENGTHS,
     SIDE,
     check,
     drawn,
@@ -51,6 +61,7 @@ from tests.yardsticks.theatre_judge import (
     verdicts,
     windows_of,
 )
+from tests.yardsticks.times import joined
 
 
 def components(args: argparse.Namespace) -> None:
@@ -132,9 +143,11 @@ def _file_of(weights: str) -> Path:
     return Path(weights) / "denoiser.safetensors" if Path(weights).is_dir() else Path(weights)
 
 
-def asked(count: int, seconds: float) -> list[Storyboard]:
-    """The first storyboards to report on."""
-    return [storyboard("report", 0, number, seconds) for number in range(count)]
+def asked(count: int, seconds: float, events: int | None = None) -> list[tuple[int, Storyboard]]:
+    """The numbers of the first storyboards to report on, and these; only those of so many events, if that is given."""
+    boards = ((number, storyboard("report", 0, number, seconds)) for number in itertools.count())
+    fitting = (one for one in boards if events in (None, len(one[1].events)))
+    return list(itertools.islice(fitting, count))
 
 
 def summary(boards: list[Storyboard], found: list[Tensor]) -> dict[str, Any]:
@@ -165,9 +178,16 @@ def _rate(column: Tensor) -> dict[str, float]:
 
 
 def clips_of_boards(boards: list[Storyboard], args: argparse.Namespace) -> Iterator[np.ndarray]:
-    """A clip of each, one model for all of them."""
-    prompts = [caption_of(board) for board in boards]
-    yield from generate(args.weights, prompts, seconds=args.seconds, steps=args.steps, seed=args.seed)
+    """A clip of each, `args.batch` of them at a time."""
+    module = load_denoiser(args.weights).to(args.device)
+    settings = settings_with(module.recipe.sample, seed=args.seed, steps=args.steps, guidance=args.guidance)
+    prompts, clip = [caption_of(board) for board in boards], clip_size(module, args.seconds)
+    with as_sampled(module):
+        texts = encode_prompts(module, prompts, clip)
+        for at in range(0, len(boards), args.batch):
+            some = slice(at, at + args.batch)
+            for latents in sample_latents(module, takes_of(prompts)[some], joined(texts[some]), clip, settings):
+                yield decoded(module, latents, clip, settings)
 
 
 def show(clips: list[np.ndarray], path: Path, boards: list[Storyboard], found: list[Tensor], columns: int = 4) -> None:
@@ -186,14 +206,35 @@ def show(clips: list[np.ndarray], path: Path, boards: list[Storyboard], found: l
     path.write_bytes(encode_animation(np.concatenate(rows, 1), "webp", 12.0, quality=60, method=6))
 
 
+def show_stories(clips: list[np.ndarray], path: Path, boards: list[Storyboard], found: list[Tensor]) -> None:
+    """A row for each story: of each event two frames, and under them what it should show, red where the judge sees
+    another actor or action."""
+    rows = []
+    for clip, board, labels in zip(clips, boards, found, strict=False):
+        edges, tiles = np.linspace(0, len(clip), len(board.events) + 1), []
+        for number, (event, right) in enumerate(zip(board.events, labels == targets_of(board.events), strict=True)):
+            frames = [clip[int(edges[number] + share * (edges[number + 1] - edges[number]))] for share in (0.35, 0.65)]
+            text = Image.new("RGB", (2 * clip.shape[2], 26), "white")
+            what = f"{event.who} {event.action}s {event.way}{' ' * bool(event.other)}{event.other}"
+            colour = "black" if right[:2].all() else "firebrick"
+            ImageDraw.Draw(text).text((2, 1), f"{what}\n{event.scene}, {event.light}", fill=colour, spacing=1)
+            tiles.append(np.concatenate([np.concatenate(frames, 1), np.asarray(text)], 0))
+        rows.append(np.concatenate(tiles, 1))
+    widest = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 6), (0, widest - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    Image.fromarray(np.concatenate(rows)).save(path, quality=75, method=6)
+
+
 def sample(args: argparse.Namespace) -> None:
     """Makes a model's clips of captions to report on, once, and keeps what judges see of them, the first ones whole."""
-    boards, events, first = asked(args.prompts, args.seconds), [], []
+    boards = [board for _, board in asked(args.prompts, args.seconds, args.events)]
+    events, first = [], []
     for number, (board, clip) in enumerate(zip(boards, clips_of_boards(boards, args), strict=True)):
         events.append(windows_of(clip, len(board.events)).numpy())
         first += [clip] if number < args.sheet else []
         print(f"{number + 1}/{len(boards)} {caption_of(board)}", flush=True)
-    about: dict[str, Any] = {"seconds": args.seconds, "prompts": len(boards), "seed": args.seed, "steps": args.steps}
+    given = ("seconds", "prompts", "events", "seed", "steps", "guidance")
+    about: dict[str, Any] = {name: getattr(args, name) for name in given}
     about |= {"weights": hash_weights(_file_of(args.weights)), "commit": git_commit(), "versions": versions()}
     np.savez_compressed(args.out, events=np.concatenate(events), first=np.stack(first), about=json.dumps(about))
 
@@ -203,17 +244,19 @@ def score(args: argparse.Namespace) -> None:
     used."""
     held = np.load(args.clips)
     about, judge = json.loads(str(held["about"])), load_judge(args.judge, args.device)
-    boards, events = asked(about["prompts"], about["seconds"]), torch.from_numpy(held["events"])
+    numbers, boards = zip(*asked(about["prompts"], about["seconds"], about["events"]), strict=True)
+    boards, events = list(boards), torch.from_numpy(held["events"])
     found = [verdicts(judge, each) for each in events.split([len(board.events) for board in boards])]
     result = {**about, **summary(boards, found)}
-    real = [drawn("report", number, args.sprites, (about["seconds"], 12.0), seed=0)[0] for number in range(len(boards))]
+    length = next((one for one in LENGTHS if one[0] == about["seconds"]), (about["seconds"], 12.0))
+    real = [drawn("report", number, args.sprites, length, seed=0)[0] for number in numbers]
     result["real clips"] = summary(boards, [verdicts(judge, each) for each in real])["rates"]
     if args.again:
         pairs = zip(held["first"], np.load(args.again)["first"], strict=False)
         result["distance of two seeds"] = diversity_of([list(pair) for pair in pairs])
     out = Path(args.out)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show([*held["first"]], out.with_suffix(".webp"), boards, found)
+    (show if about["seconds"] <= 8 else show_stories)([*held["first"]], out.with_suffix(".webp"), boards, found)
     note = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **about}
     with out.with_name("theatre_uses.jsonl").open("a", encoding="utf-8") as uses:
         uses.write(json.dumps(note | {"all": result["rates"]["all"]["share"]}) + "\n")
@@ -240,7 +283,7 @@ def nearest(args: argparse.Namespace) -> None:
         for clip, (other, _) in zip(clips, whole, strict=True)
         for each in (clip, other.permute(1, 2, 3, 0).numpy())
     ]
-    names = [caption_of(board) for board in asked(len(clips), seconds)]
+    names = [caption_of(board) for _, board in asked(len(clips), seconds)]
     told = [f"{distance:.3f} away: {captions[0]}" for (distance, _), (_, captions) in zip(best, whole, strict=True)]
     contact_sheet(pairs, Path(args.out), [name for pair in zip(names, told, strict=True) for name in pair])
     print(json.dumps(best))
@@ -261,6 +304,7 @@ def main() -> None:
         if job is train:
             own.add_argument("--minutes", type=float, default=5.0)
             own.add_argument("--workers", type=int, default=2)
+            own.add_argument("--start", help="a trained judge: who names actors learns on, by few frames of more clips")
         elif job is finer:
             own.add_argument("--weights", required=True)
         elif job is times:
@@ -284,7 +328,10 @@ def main() -> None:
             own.add_argument("--prompts", type=int, default=300)
             own.add_argument("--seconds", type=float, default=4.0)
             own.add_argument("--seed", type=int, default=0)
-            own.add_argument("--steps", type=int)
+            own.add_argument("--events", type=int, help="only storyboards of so many")
+            own.add_argument("--steps", type=int, help="default: as the weights say")
+            own.add_argument("--guidance", type=float, help="default: as the weights say")
+            own.add_argument("--batch", type=int, default=1, help="clips that are made at a time")
             own.add_argument("--sheet", type=int, default=16, help="clips that are kept whole")
     args = parser.parse_args()
     if args.job is sample and not 1 <= args.sheet <= args.prompts:

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
-#     bash tests/yardsticks/theatre_gpu.sh judge 200 encode 40000 coarse 690 4s 210 score
+#     bash tests/yardsticks/theatre_gpu.sh judge 740 encode 40000 coarse 690 4s 210 long 1200 60s 670 score
 # `coarse` trains with two latent frames in a token, at half the cost, and `4s` goes on from it with one; `images 4000`
-# in its place starts with single frames, and `16s 150 60s 100` go on with longer clips (encoded with STAGE=16s, STAGE=60s).
+# in its place starts with single frames. `60s` goes on with clips of all three lengths, of which `long` encodes so many
+# of 16 s, half as many of 60 s, and nine times as many more of 4 s.
 # Needs data/theatre/sprites.webp (`lingen data fetch theatre`). `images` takes a number of steps, the other pieces
 # seconds: they train at a constant rate for three quarters of them, look how far they came, and lower the rate over as
 # many steps as fit into the rest: nobody has to know the GPU's speed. What is to be kept is put into $OUT: weights/denoiser.safetensors in bfloat16, in the
@@ -41,27 +42,25 @@ train() {
     echo "$run $stage: $steps steps"
 }
 
-# encode STAGE CLIPS: latents of a stage's clips and of the held-out ones.
+# encode FRAMES CLIPS HELD SEED: latents of so many clips of a length and of held-out ones, drawn by a seed.
 encode() {
-    local stage=$1 clips=$2 part
+    local set=$shards/$4/$1 part always="--device cpu data.workers=0 stages.4s.data.frames=$1"
     for part in $(seq "$workers"); do
-        OMP_NUM_THREADS=1 $python -m lingen encode --recipe theatre_128 --stage "$stage" --out "$shards/$stage" \
-            --part "$part/$workers" --device cpu data.workers=0 "data.synthetic.clips=$clips" \
-            >> "$out/encode.log" 2>&1 &
+        OMP_NUM_THREADS=1 $python -m lingen encode --recipe theatre_128 --stage 4s --out "$set" $always \
+            --part "$part/$workers" "data.synthetic.clips=$2" "data.synthetic.seed=$4" >> "$out/encode.log" 2>&1 &
     done
-    $python -m lingen encode --recipe theatre_128 --stage "$stage" --out "$shards/$stage-held" --validation \
-        --device cpu data.workers=0 data.synthetic.held_out=${HELD:-256} >> "$out/encode.log" 2>&1
+    $python -m lingen encode --recipe theatre_128 --stage 4s --out "$set-held" --validation $always \
+        "data.synthetic.held_out=$3" >> "$out/encode.log" 2>&1
     wait
-    echo "encode $stage: $(du -sh "$shards/$stage" | cut -f1), $SECONDS s"
+    echo "encode $1 frames: $(du -sh "$set" | cut -f1), $SECONDS s"
 }
 
-# of_shards: what has the stages that were encoded train on that.
+# of_shards STAGE: what has it train on what was encoded for it, if anything was.
 of_shards() {
-    local stage
-    for stage in 4s 16s 60s; do
-        [ -d "$shards/$stage" ] && printf '%s ' "stages.$stage.data."{synthetic=null,"shards.video=$shards/$stage/*.tar"} \
-            "stages.$stage.data.validation.video=$shards/$stage-held/*.tar"
-    done
+    local sets=$shards/0
+    [ "$1" = 60s ] && sets=$shards/1
+    [ -d "$sets" ] && printf '%s ' "stages.$1.data."{synthetic=null,"shards.video=$sets/*[0-9]/*.tar"} \
+        "stages.$1.data.validation.video=$sets/*-held/*.tar"
 }
 
 # start_of STAGE: what it goes on from; before 4 s the newer of both, an earlier try may have left the other.
@@ -69,8 +68,7 @@ start_of() {
     local found
     case $1 in
     4s) found=$(ls -t runs/finer.safetensors runs/theatre/stages/images/weights.safetensors 2> /dev/null | head -n 1) ;;
-    16s) found=runs/theatre-4s/stages/4s/weights.safetensors ;;
-    60s) found=runs/theatre-16s/stages/16s/weights.safetensors ;;
+    60s) found=${START-runs/theatre-4s/stages/4s/weights.safetensors} ;;
     esac
     echo "${found:+init=$found}"
 }
@@ -84,34 +82,45 @@ while [ $# -gt 0 ]; do
     seconds=${2:-0}
     case $1 in
     judge) # on a CPU it takes an hour
-        $python -m tests.yardsticks.theatre train --minutes "$(((seconds - 10) / 6))e-1" --workers "$workers" \
-            --out "$out/judge.safetensors"
+        $python -m tests.yardsticks.theatre train --minutes "$((seconds / 24))e-1" --workers "$workers" \
+            --out "$out/start.safetensors"
+        $python -m tests.yardsticks.theatre train --minutes "$(((seconds - 20) / 8))e-1" --workers "$workers" \
+            --start "$out/start.safetensors" --out "$out/judge.safetensors"
         ;;
     encode)
-        encode "${STAGE:-4s}" "$seconds"
+        encode 48 "$seconds" 256 0
+        ;;
+    long)
+        encode 48 $((9 * seconds)) 90 1
+        encode 192 "$seconds" 21 1
+        encode 720 $((seconds / 2)) 8 1
         ;;
     images)
         fit 600 theatre --recipe theatre_128 --stage images "stages.images.train.steps=$seconds" ${MORE:-}
         ;;
     coarse)
         train "$seconds" theatre-coarse 4s stages.4s. --recipe theatre_128 --stage 4s 'model.patch=[2,1,1]' \
-            stages.4s.data.batch.video=32 $(of_shards) ${MORE:-}
+            stages.4s.data.batch.video=32 $(of_shards 4s) ${MORE:-}
         $python -m tests.yardsticks.theatre finer --weights runs/theatre-coarse/stages/4s/weights.safetensors \
             --out runs/finer.safetensors
         ;;
-    4s | 16s | 60s)
-        train "$seconds" "theatre-$1" "$1" "stages.$1." --recipe theatre_128 --stage "$1" $(of_shards) \
-            $(start_of "$1") ${MORE:-}
-        keep "theatre-$1" "denoiser$([ "$1" = 4s ] || echo "_$1")"
+    4s | 60s)
+        train "$seconds" "theatre-$1" "$1" "stages.$1." --recipe theatre_128 --stage "$1" \
+            $(of_shards "$1") $(start_of "$1") ${MORE:-}
+        keep "theatre-$1" denoiser
         ;;
     score)
-        $python -m tests.yardsticks.theatre sample --weights "$out/weights" --out "$out/clips.npz"
+        $python -m tests.yardsticks.theatre sample --weights "$out/weights" --batch 30 --out "$out/clips.npz"
         $python -m tests.yardsticks.theatre score --judge "$out/judge.safetensors" --clips "$out/clips.npz" \
             --out "$out/theatre.json"
+        $python -m tests.yardsticks.theatre sample --weights "$out/weights" --prompts 50 --seconds 60 --events 6 \
+            --batch 2 --sheet 4 --out "$out/stories.npz"
+        $python -m tests.yardsticks.theatre score --judge "$out/judge.safetensors" --clips "$out/stories.npz" \
+            --out "$out/theatre_60s.json"
         shift
         continue
         ;;
-    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [images STEPS] [coarse SECONDS] [4s SECONDS] [16s SECONDS] [60s SECONDS] [score]" >&2; exit 2 ;;
+    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [images STEPS] [coarse SECONDS] [4s SECONDS] [long CLIPS] [60s SECONDS] [score]" >&2; exit 2 ;;
     esac
     shift 2
 done

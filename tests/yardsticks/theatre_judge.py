@@ -30,6 +30,8 @@ HEADS: dict[str, list[str]] = {
 }  # fmt: skip
 LENGTHS = ((4.0, 12.0), (16.0, 5.0), (60.0, 3.0))
 """Seconds of the clips that judges learn from, and frames a second that are drawn of them."""
+FEW = 2.0
+"""Frames a second of four seconds where only actors are learned: more clips in the time, and fewer frames of each."""
 
 
 class EventJudge(nn.Module):
@@ -109,16 +111,17 @@ def drawn(split: Split, number: int, sprites: str, length: tuple[float, float], 
 
 
 class Lessons(Dataset[tuple[Tensor, Tensor]]):
-    """Clips of the split ``tune``, of all lengths."""
+    """Clips of the split ``tune``, of all lengths; or `few` frames of four seconds."""
 
-    def __init__(self, sprites: str, count: int):
-        self.sprites, self.count = sprites, count
+    def __init__(self, sprites: str, count: int, few: bool):
+        self.sprites, self.count, self.few = sprites, count, few
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        return drawn("tune", number, self.sprites, LENGTHS[(0, 0, 1, 0, 0, 2)[number % 6]])
+        length = (LENGTHS[0][0], FEW) if self.few else LENGTHS[(0, 0, 1, 0, 0, 2)[number % 6]]
+        return drawn("tune", number, self.sprites, length)
 
 
 def degraded(events: Float[Tensor, "b 3 t h w"], how: str, generator: torch.Generator | None = None) -> Tensor:
@@ -139,15 +142,17 @@ DAMAGES = ("none", "blur", "noise", "dim", "coarse")
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains for `args.minutes`; a batch is the events of some 48 clips, each batch damaged in another way."""
+    """Trains for `args.minutes`; a batch is the events of some 48 clips, each batch damaged in another way. With
+    `args.start`, a trained judge, only who names actors goes on learning."""
     torch.manual_seed(0)
-    judge = EventJudge().to(args.device).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), 1e-3, weight_decay=0.05)
+    judge = (load_judge(args.start, args.device) if args.start else EventJudge().to(args.device)).train()
+    learned = [*judge.faces.parameters(), *judge.who.parameters()] if args.start else list(judge.parameters())
+    optimizer = torch.optim.AdamW(learned, 1e-3, weight_decay=0.05)
     loader = DataLoader(
-        Lessons(args.sprites, 10**7), batch_size=48, num_workers=args.workers, collate_fn=_side_by_side,
-        multiprocessing_context="fork" if args.workers else None,
+        Lessons(args.sprites, 10**7, few=bool(args.start)), batch_size=48, num_workers=args.workers,
+        collate_fn=_side_by_side, multiprocessing_context="fork" if args.workers else None,
     )  # fmt: skip
-    begun = time.monotonic()
+    ways, begun = list(HEADS).index("way"), time.monotonic()
     for step, (events, targets) in enumerate(loader):
         share = (time.monotonic() - begun) / (60 * args.minutes)
         if share >= 1:
@@ -155,19 +160,27 @@ def train(args: argparse.Namespace) -> None:
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 50) * (1 - share)
         pixels = degraded(events.to(args.device).float() / 127.5 - 1, DAMAGES[step % len(DAMAGES)])
         targets = targets.to(args.device)
-        for seen in torch.randperm(FRAMES).split(FRAMES // 2):  # drawing takes longer than learning: each twice
-            way = targets[:, list(HEADS).index("way")]
-            found = {"who": judge.actors(moved(pixels[:, :, seen].transpose(1, 2)), way)} | judge.events(pixels)
-            loss = sum(F.cross_entropy(found[name], targets[:, at]) for at, name in enumerate(HEADS))
+        for seen in _frames_of(bool(args.start)):
+            found = {"who": judge.actors(moved(pixels[:, :, seen].transpose(1, 2)), targets[:, ways])}
+            found |= {} if args.start else judge.events(pixels)
+            loss = sum(F.cross_entropy(found[name], targets[:, list(HEADS).index(name)]) for name in found)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
-        if step % 20 == 0:
+        if step % 100 == 0:
             right = (found["who"].argmax(1) == targets[:, 0]).float().mean()
             print(f"step {step}: loss {loss.item():.3f}, who right {right:.0%}, {share:.0%} of the time", flush=True)
     save_file({name: value.cpu().half() for name, value in judge.state_dict().items()}, args.out)
     print(args.out)
+
+
+def _frames_of(few: bool) -> tuple[Tensor, ...]:
+    """The frames of an event that actors are named by, in each of a batch's steps: where few were drawn, four; else all
+    in two halves, for drawing takes longer than learning."""
+    if few:
+        return (torch.arange(0, FRAMES, 4) + torch.randint(4, ()),)
+    return torch.randperm(FRAMES).split(FRAMES // 2)
 
 
 def _side_by_side(clips: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
