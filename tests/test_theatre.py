@@ -429,10 +429,12 @@ def test_clips_are_made_once_and_judged_beside_real_ones(
     judging.main()
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 2 and all(number < 3 and distance > 0 for distance, number in found)
-    monkeypatch.setattr(sys, "argv", ["theatre", *asked[0], "--sheet", "0"])
-    with pytest.raises(SystemExit):
-        judging.main()
-    assert "--sheet is 1 to 3" in capsys.readouterr().err
+    wrongs = {"--sheet 0": "--sheet is 1 to 3", "--batch 0": "1 or more", "--events 3": "4 s are 1 to 2"}
+    for wrong, told in wrongs.items():
+        monkeypatch.setattr(sys, "argv", ["theatre", *asked[0], *wrong.split()])
+        with pytest.raises(SystemExit):
+            judging.main()
+        assert told in capsys.readouterr().err
 
 
 def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -451,6 +453,17 @@ def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monk
     assert_close("patchify", tokens, coarse.model.patchify(twice), 1e-5)
     out = join_patches(coarse.model.unpatchify(tokens), (2, 1, 1)).mean(2, keepdim=True)
     assert_close("unpatchify", join_patches(fine.model.unpatchify(tokens), (1, 1, 1)), out, 1e-5)
+
+
+def test_stories_have_the_events_that_were_asked_for_and_a_row_each(tmp_path: Path):
+    numbers, stories = zip(*judging.asked(2, 60.0, events=6), strict=True)
+    assert {len(story.events) for story in stories} == {6} and 0 <= numbers[0] < numbers[1]
+    assert stories == tuple(storyboard("report", 0, number, 60.0) for number in numbers)
+    found = [theatre_judge.targets_of(story.events) for story in stories]
+    clips = [np.full((60, 16, 16, 3), shade, np.uint8) for shade in (50, 200)]
+    judging.show_stories(clips, tmp_path / "stories.webp", list(stories), found)
+    with Image.open(tmp_path / "stories.webp") as sheet:
+        assert sheet.size == (6 * 2 * 16, 2 * (16 + 26 + 6))
 
 
 def test_judged_clips_are_shown_side_by_side_with_what_is_wrong(tmp_path: Path):

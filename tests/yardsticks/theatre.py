@@ -244,7 +244,7 @@ def score(args: argparse.Namespace) -> None:
     used."""
     held = np.load(args.clips)
     about, judge = json.loads(str(held["about"])), load_judge(args.judge, args.device)
-    numbers, boards = zip(*asked(about["prompts"], about["seconds"], about["events"]), strict=True)
+    numbers, boards = zip(*asked(about["prompts"], about["seconds"], about.get("events")), strict=True)
     boards, events = list(boards), torch.from_numpy(held["events"])
     found = [verdicts(judge, each) for each in events.split([len(board.events) for board in boards])]
     result = {**about, **summary(boards, found)}
@@ -336,6 +336,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.job is sample and not 1 <= args.sheet <= args.prompts:
         parser.error(f"--sheet is 1 to {args.prompts}, the number of prompts.")
+    if args.job is sample and args.batch < 1:
+        parser.error(f"--batch is 1 or more, got {args.batch}.")
+    if args.job is sample and args.events:
+        counts = {len(storyboard("report", 0, number, args.seconds).events) for number in range(200)}
+        if args.events not in counts:
+            parser.error(f"--events of {args.seconds:g} s are {min(counts)} to {max(counts)}.")
     args.job(args)
 
 
