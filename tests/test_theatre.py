@@ -23,6 +23,7 @@ from lingen.cli import main
 from lingen.data.acting import SPRITE, SPRITE_FRAMES, DrawnIndex, load_sprites, perform
 from lingen.data.buckets import pool_of
 from lingen.data.datamodule import ClipData
+from lingen.data.order import BatchOrder
 from lingen.data.theatre import (
     ACTIONS,
     ACTORS,
@@ -193,6 +194,10 @@ def test_clips_of_several_lengths_are_dealt_out_with_as_many_frames_of_each(spri
     assert sorted(np.concatenate(pool.rows).tolist()) == list(range(2000)), "each clip in one length"
     shares = [len(rows) * shape.frames for rows, shape in zip(pool.rows, pool.shapes, strict=True)]
     assert max(shares) < 1.05 * min(shares)
+    ranks = BatchOrder({"video": pool.lanes}, asked.mix, ("seed", 0), world=2)
+    for step in range(20):
+        one, other = (ranks.place(step, rank=rank) for rank in range(2))
+        assert one.bucket == other.bucket and not {*one.numbers} & {*other.numbers}
     data = ClipData(recipe(sprites, frames=16, lengths=[8, 4], batch=PerKind(video=1)))
     batches = [batch for _, batch in zip(range(6), data.train_dataloader(), strict=False)]
     assert {batch.clips.shape[2] for batch in batches} == {16, 8, 4}

@@ -8,7 +8,7 @@
 # seconds: they train at a constant rate for three quarters of them, look how far they came, and lower the rate over as
 # many steps as fit into the rest: nobody has to know the GPU's speed. What is to be kept is put into $OUT: weights/denoiser.safetensors in bfloat16, in the
 # folder that `lingen demo --checkpoint` takes; judge.safetensors; logs and metrics. PYTHON names the interpreter, MORE
-# further overrides of the denoiser's recipe. `encode` draws clips once, in a process for each core, and keeps their latents
+# further overrides of the denoiser's recipe, START other weights that `60s` goes on from (empty: none). `encode` draws clips once, in a process for each core, and keeps their latents
 # in $SHARDS: drawn anew for each step, clips of 2.4 MB come to the GPU at some 400 a second, which is less than half of
 # what it trains on.
 set -ufo pipefail # f: patterns of shards are not for this shell
