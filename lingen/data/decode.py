@@ -69,7 +69,9 @@ def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size:
     all, everything is decoded: a container may call a frame a key frame that is none."""
     needed = set(chosen.tolist())
     key = max((i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= chosen[0]), default=0)
-    if key and _is_old_x264(packets[0]):
+    told = re.search(rb"x264 - core (\d+)", bytes(memoryview(packets[0])[:2048])) if key else None
+    if told is not None and int(told[1]) < 151:
+        # The 4:4:4 of x264 before build 151 differs from the standard, which FFmpeg learns from the first packet alone.
         codec.decode(packets[0])
         codec.flush_buffers()
     end = max((i for i, p in enumerate(packets) if p.pts in needed), default=len(packets)) + 1
@@ -103,13 +105,6 @@ def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int,
         if len(found) == len(needed):
             break
     return found
-
-
-def _is_old_x264(first: Any) -> bool:
-    """Whether the first packet says that x264 before build 151 wrote this. Its 4:4:4 differs from the standard; FFmpeg
-    handles it only after it has read that packet, so decoding must not begin at a later key frame."""
-    found = re.search(rb"x264 - core (\d+)", bytes(memoryview(first)[:2048]))
-    return found is not None and int(found[1]) < 151
 
 
 def _is_spare(packet: Any, codec: Any) -> bool:

@@ -76,23 +76,18 @@ def opened_video(data: bytes) -> Iterator[tuple[Any, list[Any], Int[np.ndarray, 
     FFmpeg's errors inside the context are ValueErrors: ``broken video: ...``."""
     import av
 
+    # The only formats that FFmpeg may take the bytes for: others (playlists, say) can name other files.
+    is_mp4 = data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
+    if not is_mp4 and data[:4] != b"\x1a\x45\xdf\xa3":
+        raise ValueError("broken video: neither an MP4 nor a WebM")
     try:
-        opened: Any = av.open(io.BytesIO(data), format=_container_of(data))
+        opened: Any = av.open(io.BytesIO(data), format="mp4" if is_mp4 else "matroska")
         with opened as file:
             stream = picture_stream(file, "broken video")
             packets = [packet for packet in file.demux(stream) if packet.pts is not None and packet.size]
             yield stream, packets, np.array(sorted(p.pts for p in packets if not p.is_discard), np.int64)
     except av.FFmpegError as error:
         raise ValueError(f"broken video: {error.strerror or error}") from error
-
-
-def _container_of(data: bytes) -> str:
-    """The only formats that FFmpeg may take the bytes for: others (playlists, say) can name other files."""
-    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
-        return "mp4"
-    if data[:4] == b"\x1a\x45\xdf\xa3":
-        return "matroska"
-    raise ValueError("broken video: neither an MP4 nor a WebM")
 
 
 def frames_at(fps: float, length: float, interval: float, count: int, tick: float) -> int:

@@ -55,19 +55,14 @@ def permute(position: int, size: int, key: int) -> int:
     mask = (1 << half) - 1
     while True:
         left, right = position >> half, position & mask
-        for turn in range(TURNS):
-            left, right = right, left ^ (_scramble(right, key, turn) & mask)
+        for turn in range(TURNS):  # each by the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)
+            mixed = (right * 0x9E3779B97F4A7C15 + key + turn * 0xD1B54A32D192ED03) & WORD
+            mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & WORD
+            mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & WORD
+            left, right = right, left ^ ((mixed ^ mixed >> 31) & mask)
         position = left << half | right
         if position < size:
             return position
-
-
-def _scramble(value: int, key: int, turn: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    value = (value * 0x9E3779B97F4A7C15 + key + turn * 0xD1B54A32D192ED03) & WORD
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & WORD
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & WORD
-    return value ^ value >> 31
 
 
 def sample_at(number: int, size: int, stream: StreamKey, block: int = 1) -> tuple[int, int]:

@@ -120,8 +120,12 @@ def _film(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
             notes.append(Note(key, verdict))
         else:
             kept.append((key, frames))
-    if kept:
-        notes += [Note(job.source.key, f"{KEPT}{what}") for what in _not_as_it_is(track, fps)]
+    rounding = track.fps_at_most - track.fps  # 8 frames a second read as 7.99 in a GIF: its times are whole 1/100 s
+    if kept and track.fps and abs(track.fps - fps) > max(1e-3 * fps, rounding):
+        notes.append(Note(job.source.key, f"{KEPT}retimed from {track.fps:.5g} to {fps:.5g} frames a second"))
+    if kept and track.mended:
+        told = f"time stamps mended: {track.mended} of {len(track.times)} were missing or did not ascend"
+        notes.append(Note(job.source.key, f"{KEPT}{told}"))
     size = covering(track.size, job.wanted.sizes)
     reel = _reel(job.source.path, size, [number for _, frames in kept for number in frames.tolist()])
     for key, frames in kept:
@@ -135,15 +139,6 @@ def _film(job: CutJob, notes: list[Note]) -> Iterator[SampleFiles]:
         looks = tuple(int(track.looks[i]) for i in at)
         row = _row(job, key, "mp4", media, size, len(frames), fps)
         yield JournalEntry(row, looks, job.source.key, job.mark), media, about
-
-
-def _not_as_it_is(track: Track, fps: float) -> Iterator[str]:
-    """What became of the times of a film that was kept."""
-    rounding = track.fps_at_most - track.fps  # 8 frames a second read as 7.99 in a GIF: its times are whole 1/100 s
-    if track.fps and abs(track.fps - fps) > max(1e-3 * fps, rounding):
-        yield f"retimed from {track.fps:.5g} to {fps:.5g} frames a second"
-    if track.mended:
-        yield f"time stamps mended: {track.mended} of {len(track.times)} were missing or did not ascend"
 
 
 def _pieces(job: CutJob, track: Track, fps: float, notes: list[Note]) -> Iterator[Int[np.ndarray, " t"]]:

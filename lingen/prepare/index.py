@@ -102,7 +102,12 @@ def describe_sample(members: dict[str, bytes]) -> dict[str, Any]:
         with reported():
             height, width = webp_size(data)[::-1]
         return {"kind": "video", **told, "height": height, "width": width, "frames": len(times), "fps": _rate(times)}
-    return {"kind": "image", **told, **_image(data)}
+    from PIL import ImageOps
+
+    picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
+    with reported():
+        upright = ImageOps.exif_transpose(picture)  # reads it, so that a broken one is found now
+    return {"kind": "image", **told, "height": upright.height, "width": upright.width, "frames": 1, "fps": 0.0}
 
 
 def _video(data: bytes) -> dict[str, Any]:
@@ -121,12 +126,3 @@ def _video(data: bytes) -> dict[str, Any]:
 def _rate(times: Sequence[float] | np.ndarray) -> float:
     """Frames per second by the times at which they are shown; 0 where there is only one."""
     return float((len(times) - 1) / (times[-1] - times[0])) if len(times) > 1 else 0.0
-
-
-def _image(data: bytes) -> dict[str, Any]:
-    from PIL import ImageOps
-
-    picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
-    with reported():
-        upright = ImageOps.exif_transpose(picture)  # reads it, so that a broken one is found now
-    return {"height": upright.height, "width": upright.width, "frames": 1, "fps": 0.0}
