@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,22 +153,17 @@ def to_yaml(recipe: Recipe) -> str:
     import yaml
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-        value = value.replace("${", "\\${")
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="'" if _is_number(value) else None)
+        value, style = value.replace("${", "\\${"), None
+        with suppress(ValueError):  # OmegaConf would read it as a number though YAML 1.1 does not, e.g. 1e-4
+            float(value)
+            style = "'"
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     class Dumper(yaml.SafeDumper):
         yaml_representers = {**yaml.SafeDumper.yaml_representers, str: text}
 
     tree = {key: value for key, value in as_plain(recipe).items() if value or key not in ("stage", "stages")}
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-
-
-def _is_number(text: str) -> bool:
-    """Whether OmegaConf would read this text as a number though YAML 1.1 does not, e.g. 1e-4."""
-    try:
-        return bool(float(text)) or True
-    except ValueError:
-        return False
 
 
 def _complete(draft: Draft, *, to_train: bool = False) -> Curriculum:

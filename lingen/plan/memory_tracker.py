@@ -63,8 +63,12 @@ class MemoryTracker(TorchDispatchMode):
             return NotImplemented  # seen once more as an operation on its part
         out = func(*args, **(kwargs or {}))
         made = [one for one in tree_leaves(out) if isinstance(one, FakeTensor)]
-        for tensor in made:
-            self._note(tensor)
+        for storage in (tensor.untyped_storage() for tensor in made):
+            if storage._cdata not in self._numbers:
+                number = self._numbers[storage._cdata] = next(self._count)
+                self.held[number] = 0
+                weakref.finalize(storage, self._free, storage._cdata)
+                self._hold(number, storage.nbytes())
         if func.namespace in COLLECTIVE:
             self.buffers |= self.numbers([*made, *tree_leaves((args, kwargs))])
         return out
@@ -73,14 +77,6 @@ class MemoryTracker(TorchDispatchMode):
         """Of the storages in which tensors lie, of sharded ones their parts here; what is no tensor is left out."""
         places = (part_here(one).untyped_storage()._cdata for one in tensors if isinstance(one, Tensor))
         return {self._numbers[place] for place in places if place in self._numbers}
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._numbers:
-            number = self._numbers[storage._cdata] = next(self._count)
-            self.held[number] = 0
-            weakref.finalize(storage, self._free, storage._cdata)
-            self._hold(number, storage.nbytes())
 
     def _hold(self, number: int, size: int) -> None:
         size = math.ceil(size / GRAIN) * GRAIN

@@ -22,7 +22,12 @@ def passes_on(*parts: Callable[..., Any], **defaults: Any) -> Callable[[Part], P
 
     Args:
         defaults: those that are others here."""
-    joined = _joined(parts)
+    found: dict[str, list[inspect.Parameter]] = {}
+    for part in parts:
+        for name, parameter in inspect.signature(part).parameters.items():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                found.setdefault(name, []).append(parameter)
+    joined = {name: _merged(same) for name, same in sorted(found.items(), key=lambda one: len(one[1]) > 1)}
     joined |= {name: joined[name].replace(default=value) for name, value in defaults.items()}
 
     def decorate(part: Part) -> Part:
@@ -44,16 +49,6 @@ def passes_on(*parts: Callable[..., Any], **defaults: Any) -> Callable[[Part], P
         return part
 
     return decorate
-
-
-def _joined(parts: tuple[Callable[..., Any], ...]) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of all parts, those that several have behind the others."""
-    found: dict[str, list[inspect.Parameter]] = {}
-    for part in parts:
-        for name, parameter in inspect.signature(part).parameters.items():
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                found.setdefault(name, []).append(parameter)
-    return {name: _merged(same) for name, same in sorted(found.items(), key=lambda one: len(one[1]) > 1)}
 
 
 def _merged(same: list[inspect.Parameter]) -> inspect.Parameter:

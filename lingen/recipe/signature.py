@@ -28,6 +28,8 @@ SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str:
 PLURALS = {bool: "true or false", int: "whole numbers", float: "numbers", str: "texts"}
 LISTS = (list, set, frozenset, collections.abc.Sequence, collections.abc.Iterable)
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+CHECKED = (*SCALARS, type(None), None, tuple, *LISTS, *MAPPINGS, Literal, Annotated, Union, types.UnionType)
+"""What values are checked against, beside dataclasses; other hints let every value pass."""
 
 
 class Mistake(NamedTuple):
@@ -66,7 +68,8 @@ def settings_of(part: Callable[..., Any], given: Collection[str] | None = None) 
     if dataclasses.is_dataclass(part):
         space = vars(sys.modules[part.__module__])
         fields = [f for f in dataclasses.fields(part) if not f.metadata.get("derived")]
-        return {f.name: _setting(f.type, _field_default(f), space) for f in fields}
+        made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+        return {f.name: _setting(f.type, made.get(f.name, f.default), space) for f in fields}
     function = inspect.unwrap(part.__init__) if inspect.isclass(part) else inspect.unwrap(part)
     space = getattr(function, "__globals__", {})
     kinds = [inspect.Parameter.KEYWORD_ONLY, *([inspect.Parameter.POSITIONAL_OR_KEYWORD] if given is not None else [])]
@@ -184,12 +187,6 @@ def bounds_of(hint: Any) -> list[Bound]:
     return [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Bound)]
 
 
-def _field_default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return REQUIRED if field.default is dataclasses.MISSING else field.default
-
-
 def _parameters(part: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(part).parameters
@@ -203,8 +200,8 @@ def _setting(annotation: Any, default: Any, space: dict[str, Any]) -> Setting:
             annotation = eval(annotation, dict(space))  # resolves the strings of `from __future__ import annotations`
         except Exception:  # a name that only a type checker imports: such a setting is not checked
             annotation = Any
-    if annotation is REQUIRED:
-        annotation = Any
+    annotation = Any if annotation is REQUIRED else annotation
+    default = REQUIRED if default is dataclasses.MISSING else default
     notes = getattr(annotation, "__metadata__", ())
     doc = next((note for note in notes if isinstance(note, str)), "")
     return Setting(annotation, default, doc, next((note for note in notes if isinstance(note, Mark)), None))
@@ -272,7 +269,7 @@ def _check_scalar(value: Any, hint: type) -> tuple[Any, Found]:
 
 
 def _check_union(value: Any, hint: Any, members: tuple[Any, ...]) -> tuple[Any, Found]:
-    known = [member for member in members if _checkable(member)]
+    known = [one for one in members if (get_origin(one) or one) in CHECKED or dataclasses.is_dataclass(one)]
     if all(member is type(None) for member in known):
         return value, []
     tried = [_check(value, member) for member in known]
@@ -321,12 +318,6 @@ def _check_entries(value: Any, hint: Any, kind: Any, arguments: tuple[Any, ...])
 
 def _is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType)
-
-
-def _checkable(hint: Any) -> bool:
-    kind = get_origin(hint) or hint
-    known = (*SCALARS, type(None), None, tuple, *LISTS, *MAPPINGS, Literal, Annotated, Union, types.UnionType)
-    return kind in known or dataclasses.is_dataclass(hint)
 
 
 def _same_shape(value: Any, hint: Any) -> bool:
