@@ -128,35 +128,22 @@ def block(in_dim: int, out_dim: int) -> SpaceTime:
     return SpaceTime(SpaceBlock(in_dim, out_dim), TimeBlock(out_dim))
 
 
-class Down(nn.Module):
-    """Halves space, then time, by convolutions with stride 2. The temporal one starts as the mean of two frames."""
+class Resample(nn.Module):
+    """Halves space, then time, by convolutions with stride 2; the temporal one starts as the mean of two frames. Or it
+    doubles them (`up`): space by repeating and convolving, then time by a convolution that starts as repeating."""
 
-    def __init__(self, dim: int, scale: Triple):
+    def __init__(self, dim: int, scale: Triple, *, up: bool = False):
         super().__init__()
-        self.space = SpaceConv(dim, dim, scale[1:]) if max(scale[1:]) > 1 else None
-        self.time = TimeConv(dim, 2).start_as([0.0, 0.5, 0.5, 0.0]) if scale[0] > 1 else None
-        self.rate = 1 / scale[0]
+        self.repeats = scale[1:] if up else None
+        self.space = SpaceConv(dim, dim, (1, 1) if up else scale[1:]) if max(scale[1:]) > 1 else None
+        stride, phases, taps = (1, 2, [0.0, 1.0, 0.0]) if up else (2, 1, [0.0, 0.5, 0.5, 0.0])
+        self.time = TimeConv(dim, stride, phases).start_as(taps) if scale[0] > 1 else None
+        self.rate = scale[0] if up else 1 / scale[0]
         """Output frames for each input frame."""
 
     def forward(self, x: Grid, stream: Stream) -> Float[Tensor, "b _t _h _w d"]:
         if self.space is not None:
-            x = self.space(x)
-        return x if self.time is None else self.time(x, stream)
-
-
-class Up(nn.Module):
-    """Doubles space, repeating positions and convolving, then time. The temporal convolution starts as repeating."""
-
-    def __init__(self, dim: int, scale: Triple):
-        super().__init__()
-        self.scale = scale[1:]
-        self.space = SpaceConv(dim, dim) if max(self.scale) > 1 else None
-        self.time = TimeConv(dim, phases=2).start_as([0.0, 1.0, 0.0]) if scale[0] > 1 else None
-        self.rate = scale[0]
-
-    def forward(self, x: Grid, stream: Stream) -> Float[Tensor, "b _t _h _w d"]:
-        if self.space is not None:
-            x = self.space(repeat(x, self.scale))
+            x = self.space(repeat(x, self.repeats) if self.repeats else x)
         return x if self.time is None else self.time(x, stream)
 
 
@@ -240,7 +227,7 @@ def encoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
             layers[f"level{i}_block{j}"] = block(before, width)
             before = width
         if i < len(sizes.scales):
-            layers[f"level{i}_down"] = Down(width, sizes.scales[i])
+            layers[f"level{i}_down"] = Resample(width, sizes.scales[i])
     layers |= middle(before, sizes)
     return Network(layers, before, 2 * sizes.channels, checkpointing)
 
@@ -255,7 +242,7 @@ def decoder(sizes: NetworkSizes, checkpointing: bool = False) -> Network:
             layers[f"level{i}_block{j}"] = block(before, width)
             before = width
         if i > 0:
-            layers[f"level{i}_up"] = Up(width, sizes.scales[i - 1])
+            layers[f"level{i}_up"] = Resample(width, sizes.scales[i - 1], up=True)
     return Network(layers, before, 3, checkpointing)
 
 

@@ -141,22 +141,17 @@ class TimeConv(nn.Conv3d):
     def forward(self, x: Grid, stream: Stream) -> Ready:  # type: ignore[override]
         if not x.shape[1]:
             return x
-        padded, frames = self._padded(x, stream)
+        stride, held = self.stride[0], stream.held.pop(self, None)
+        count = x.shape[1] + (1 if held is None else held.shape[1])
+        after = 1 + (count - 1) % stride if stream.last else 0
+        # x behind the frames before it and, at the end, before those that follow; how often the taps fit into it.
+        padded = _Ends.apply(x, 1, after) if held is None else torch.cat([held, x, *[x[:, -1:]] * after], 1)
+        frames = max(0, (padded.shape[1] - self.kernel_size[0]) // stride + 1)
+        stream.keep(self, padded[:, frames * stride :])
         if not frames:
             return x[:, :0]
         y = self._convolved(padded.movedim(-1, 1)).movedim(1, -1)
         return y if self.phases == 1 else y.unflatten(-1, (self.phases, -1)).movedim(-2, 2).flatten(1, 2)
-
-    def _padded(self, x: Grid, stream: Stream) -> tuple[Ready, int]:
-        """x behind the frames before it and, at the end, before those that follow; how often the taps fit into it."""
-        stride = self.stride[0]
-        held = stream.held.pop(self, None)
-        count = x.shape[1] + (1 if held is None else held.shape[1])
-        after = 1 + (count - 1) % stride if stream.last else 0
-        padded = _Ends.apply(x, 1, after) if held is None else torch.cat([held, x, *[x[:, -1:]] * after], 1)
-        frames = max(0, (padded.shape[1] - self.kernel_size[0]) // stride + 1)
-        stream.keep(self, padded[:, frames * stride :])
-        return padded, frames
 
     def _convolved(self, x: Float[Tensor, "b d t h w"]) -> Float[Tensor, "b e _t h w"]:
         strips = x.tensor_split(math.ceil(x[0].numel() * self.phases / LARGEST_IMAGE), 3)
@@ -208,15 +203,11 @@ class TimeAttention(nn.Module):
         done = max(0, line.shape[1] - new.shape[1] - self.reach)
         ready = max(done, line.shape[1] - (0 if stream.last else self.reach))
         stream.keep(self.qkv, line[:, max(0, ready - self.reach) :])
-        return stream.add(self, x, self.out(self._attend(line, done, ready)))
-
-    def _attend(self, line: Float[Tensor, "b t h w qkv"], start: int, end: int) -> Float[Tensor, "b _t h w _d"]:
-        """Results of the frames start..end of a line of frames. Every layout is [b h w k t e] inside."""
-        q, k, v = line.unflatten(-1, (3, self.heads, -1)).permute(4, 0, 2, 3, 5, 1, 6)
+        q, k, v = line.unflatten(-1, (3, self.heads, -1)).permute(4, 0, 2, 3, 5, 1, 6)  # [b h w k t e]
         steps = torch.arange(line.shape[1], device=line.device)
-        distance = steps - steps[start:end, None]
+        distance = steps - steps[done:ready, None]
         bias = self.bias[:, distance.clamp(-self.reach, self.reach) + self.reach]
         bias = bias.masked_fill(distance.abs() > self.reach, -torch.inf)
-        q = q[..., start:end, :] * q.shape[-1] ** -0.5
+        q = q[..., done:ready, :] * q.shape[-1] ** -0.5
         weights = (q @ k.mT + bias).softmax(-1)
-        return (weights.to(v.dtype) @ v).permute(0, 4, 1, 2, 3, 5).flatten(-2)
+        return stream.add(self, x, self.out((weights.to(v.dtype) @ v).permute(0, 4, 1, 2, 3, 5).flatten(-2)))
