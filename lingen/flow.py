@@ -59,13 +59,6 @@ def shift_time(time: Float[Tensor, "*any"], shift: float) -> Float[Tensor, "*any
     return time / (time + shift * (1 - time))
 
 
-def auto_shift(tokens: int) -> float:
-    """What `shift: auto` is for samples of so many tokens, of which noise hides the less the more there are (SD3): a
-    straight line between two anchors, in the logarithms of both, and never below 1 [ours]."""
-    (few, low), (many, high) = IMAGE_ANCHOR, VIDEO_ANCHOR
-    return max(1.0, low * (high / low) ** (math.log(tokens / few) / math.log(many / few)))
-
-
 @dataclass(frozen=True)
 class Times:
     """The times at which a model is trained on samples of so many tokens, and those at which a solver asks it."""
@@ -75,8 +68,12 @@ class Times:
 
     @property
     def shift(self) -> float:
-        """Of training times."""
-        return auto_shift(self.tokens) if self.config.shift == "auto" else float(self.config.shift)
+        """Of training times. `auto` is, for samples of so many tokens, of which noise hides the less the more there are
+        (SD3), a straight line between two anchors, in the logarithms of both, and never below 1 [ours]."""
+        if self.config.shift != "auto":
+            return float(self.config.shift)
+        (few, low), (many, high) = IMAGE_ANCHOR, VIDEO_ANCHOR
+        return max(1.0, low * (high / low) ** (math.log(self.tokens / few) / math.log(many / few)))
 
     def draw(self, n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
         """n training times: sigmoid of a normal number, or uniform, then shifted; float32, drawn in float64."""

@@ -192,7 +192,10 @@ class Trained(lightning.LightningModule):
         is_finite = all(map(math.isfinite, (step.loss, *step.norms)))
         spike = self.spikes.look(step.like, step.loss, step.norms[0]) if is_finite else None
         if spike is not None:
-            self._meet(spike, step)
+            self.meter.count("spikes", is_first_rank())
+        if spike is not None and spike.is_news:  # of several in a row only the first one is said
+            done = f"train.on_spike={self.recipe.train.on_spike}"
+            self.say(f"{self._where(step)} spikes: {spike}; {done}; {_samples(step)}")
         if not is_finite or (spike is not None and self.recipe.train.on_spike != "keep"):
             self._throw_away(step, spike)
             return False
@@ -226,13 +229,6 @@ class Trained(lightning.LightningModule):
             dist.all_reduce(told)
         total, count, *sums = told.tolist()
         return [total / count, *(one / place()[1] for one in sums)]
-
-    def _meet(self, spike: Spike, step: Step) -> None:
-        """Counts a spike, and says it with its samples; of several in a row only the first one is said."""
-        self.meter.count("spikes", is_first_rank())
-        if spike.is_news:
-            done = f"train.on_spike={self.recipe.train.on_spike}"
-            self.say(f"{self._where(step)} spikes: {spike}; {done}; {_samples(step)}")
 
     def _throw_away(self, step: Step, spike: Spike | None) -> None:
         """Leaves the step out. GoBack where training goes on from an earlier one, NonFiniteError where it ends."""

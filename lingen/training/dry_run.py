@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from lingen import flow
 from lingen.autoencoder.perceptual import NoDistance, Trunk, VGG16Distance
 from lingen.frozen import is_trained
 from lingen.kernels.choice import memory_here, unlaunched
@@ -275,10 +274,7 @@ def _loss_of_velocity(module: LinGenModule, rows: int, grid: Triple) -> Tensor:
             text.append(module.encode_with(number, ["word " * tokens] * rows, module.recipe.data.fps))
         else:
             text.append((torch.empty(rows, tokens, config.text_dims[number]), torch.ones(rows, tokens).bool()))
-    times = torch.empty(rows)
-    velocity = module.model(flow.interpolate(noise, latents, times), times, tuple(text))
-    loss: Tensor = module.loss(velocity.to(latents.dtype), flow.target(noise, latents), times)
-    return loss.mean()
+    return module.losses_of(latents, noise, torch.empty(rows), tuple(text), module.loss).mean()
 
 
 def _loss_of_reconstruction(module: AutoencoderModule, rows: int, kind: str) -> Tensor:
