@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lingen.cli.command import DONE, FAILED, JSON, RECIPE, argument, command, natural, parse_arguments, print_json
+from lingen.cli.command import DONE, FAILED, JSON, RECIPE, argument, command, natural, parse_arguments, print_json, uint
 from lingen.recipe.errors import RecipeError
 from lingen.tables import as_duration
 
@@ -21,11 +21,6 @@ WATCH = 5.0
 """Seconds between two looks of `lingen status --watch`."""
 IN_SHARES = ("encode", "data pack", "data caption", "sweep", "ablate")
 """Commands whose work a job array shares."""
-
-
-def _count(text: str) -> int:
-    """A whole number, 0 included."""
-    return 0 if text == "0" else natural(text)
 
 
 @command(
@@ -40,7 +35,7 @@ def _count(text: str) -> int:
         "--sbatch", action="append", default=[], metavar="OPTIONS",
         help="of sbatch, e.g. --sbatch='--partition=NAME --account=NAME'; may be given again",
     ),
-    argument("--max-requeues", type=_count, metavar="N", help="how often a job goes on by itself; default: 20"),
+    argument("--max-requeues", type=uint, metavar="N", help="how often a job goes on by itself; default: 20"),
     argument(
         "--signal-seconds", type=natural, metavar="S",
         help="between the signal to stop and the end of a job; default: by the forecast of the longest step",

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from lingen import __version__
@@ -52,6 +53,10 @@ def natural(text: str, least: int = 1) -> int:
     return int(text)
 
 
+uint = partial(natural, least=0)
+"""A whole number from 0 on, as an argument's `type`."""
+
+
 def positive(text: str) -> float:
     """A finite number above 0, as an argument's `type`."""
     with suppress(ValueError):
@@ -76,7 +81,7 @@ JSON = argument("--json", action="store_true", help="for machines")
 IMPORT = argument("--import", dest="imports", metavar="MODULE", action="append", default=[],
                   help="import a module that registers parts of yours; may be given again")  # fmt: skip
 PART = argument("--part", metavar="I/N", help="only the I-th of N shares of the work, counted from 1, for a job array")
-PROCESSES = argument("--processes", type=lambda text: natural(text, 0), metavar="N", help="default: one for each core")
+PROCESSES = argument("--processes", type=uint, metavar="N", help="default: one for each core")
 STREAM_FLAGS = (
     argument("--stream", choices=["exact", "tiled", "whole"],
              help="by the autoencoder's own streams, the same in cross-faded tiles of a frame, or in one call; "

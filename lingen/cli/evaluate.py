@@ -226,21 +226,16 @@ def study_report(args: argparse.Namespace) -> None:
     from lingen.evaluation.study_report import report_votes
 
     found = report_votes(args.votes, args.key, args.margin)
-    if args.json:
-        cli.print_json(found)
-        return
-    cli.print_table([_preference(row) for row in found["pairs"]])
-    cli.print_table(
-        [{"axis": row["axis"], "of": row["of"], "strength": _with_ends(row, "+.2f")} for row in found["strengths"]]
-    )
-    print(*found["notes"], sep="\n", file=sys.stderr)
+    table = [{"axis": row["axis"], "of": row["of"], "strength": _with_ends(row, "+.2f")} for row in found["strengths"]]
+    cli.tell(args, found, [[_preference(row) for row in found["pairs"]], table])
+    if not args.json:
+        print(*found["notes"], sep="\n", file=sys.stderr)
 
 
 def _preference(row: dict[str, Any]) -> dict[str, str]:
     cells = {name: _with_ends(row[name], "+.0%" if name == "net" else ".0%") for name in ("win", "tie", "loss", "net")}
     cells |= {"raters": f"{row['ahead']}:{row['behind']}", "p": f"{row['p']:.2g}", "p, Holm": f"{row['p_holm']:.2g}"}
-    cells |= {"agreement": "-" if row["agreement"] is None else f"{row['agreement']:.2f}"}
-    cells |= {"raters needed": "-" if row["raters_needed"] is None else str(row["raters_needed"])}
+    cells |= {"agreement": _cell(row["agreement"], ".2f"), "raters needed": _cell(row["raters_needed"], "d")}
     return {"axis": row["axis"], "of": row["of"], "against": row["against"], "votes": str(row["n"]), **cells}
 
 
