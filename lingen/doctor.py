@@ -50,7 +50,7 @@ class Checkup(NamedTuple):
 
 def examine(stages: Sequence[Recipe]) -> Checkup:
     """Looks on disk for what these stages name (frozen parts, `rewrite`, `init`, shards); notes what `fit` refuses."""
-    missing = dict.fromkeys(one for recipe in stages for one in (*_lacks(recipe), *_init(recipe)))
+    missing = dict.fromkeys(one for recipe in stages for one in _lacks(recipe))
     absent = dict.fromkeys(one for recipe in stages for one in _shards(recipe))
     ok = dict.fromkeys(one for recipe in stages for one in _there(recipe))
     asked = [(recipe.trainer.get("strategy"), recipe.trains, recipe.trainer.get("precision")) for recipe in stages]
@@ -59,16 +59,19 @@ def examine(stages: Sequence[Recipe]) -> Checkup:
     return Checkup(list(missing), list(absent), list(ok), notes)
 
 
-def _lacks(recipe: Recipe) -> list[Missing]:
+def _lacks(recipe: Recipe) -> Iterator[Missing]:
     """Needed weights that are missing."""
     from lingen.training.inputs import missing_parts
+    from lingen.weights import find_weights, read_metadata
 
     try:
-        lacks = missing_parts(recipe)
+        yield from missing_parts(recipe)
     except ValueError:  # shards that cannot be opened, of which `_shards` tells: are they encoded?
-        lacks = missing_of(recipe.subject.frozen_parts(recipe))
+        yield from missing_of(recipe.subject.frozen_parts(recipe))
     unneeded = "(`lingen sample --rewrite` alone reads it: training does without.)"
-    return lacks + [one._replace(cure=f"{one.cure} {unneeded}") for one in missing_of(_rewriters(recipe))]
+    yield from (one._replace(cure=f"{one.cure} {unneeded}") for one in missing_of(_rewriters(recipe)))
+    if (init := recipe.init) is not None:
+        yield from _missed("init", init, lambda: read_metadata(find_weights(init)))
 
 
 def _there(recipe: Recipe) -> Iterator[str]:
@@ -94,13 +97,6 @@ def _missed(setting: str, named: Any, look: Callable[[], object]) -> Iterator[Mi
         look()
     except RecipeError as error:
         yield Missing(setting, named if isinstance(named, str) else " ".join(named), str(error))
-
-
-def _init(recipe: Recipe) -> Iterator[Missing]:
-    from lingen.weights import find_weights, read_metadata
-
-    if (init := recipe.init) is not None:
-        yield from _missed("init", init, lambda: read_metadata(find_weights(init)))
 
 
 def _shards(recipe: Recipe) -> Iterator[Missing]:

@@ -264,10 +264,8 @@ def find_weights(source: str | Path) -> Path:
         if one.is_file():
             return one
     if file != path and not path.is_dir():
-        cure = (
-            "Train some on a GPU: `lingen data fetch theatre` (340 MB), `lingen fit --recipe theatre_128`. On a laptop "
-        )
-        cure += "take `lingen fit --recipe quickstart_cpu` and `lingen sample`."
+        cure = "Train some on a GPU: `lingen data fetch theatre` (340 MB), `lingen fit --recipe theatre_128`."
+        cure += " On a laptop take `lingen fit --recipe quickstart_cpu` and `lingen sample`."
         raise WeightsError(path, f"this installation has no weights of it. {cure}")
     if not path.is_dir():
         raise WeightsError(path, "there is no run folder or weights file.")

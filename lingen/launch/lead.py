@@ -24,7 +24,7 @@ def signal_seconds(stages: Sequence[Recipe], plans: Sequence[Plan]) -> int:
     slowest known is taken."""
     speeds = {True: CPU_FLOPS, False: SLOWEST_SHARE * min(PEAK_FLOPS.values())}
     act = max(
-        max(_step_flop(one, forecast), _clip_flop(one, forecast)) / speeds[one.trainer.get("accelerator") == "cpu"]
+        _longest_flop(one, forecast) / speeds[one.trainer.get("accelerator") == "cpu"]
         for one, forecast in zip(stages, plans, strict=True)
     )
     checkpoint = max(forecast.checkpoint for forecast in plans) / WRITE_SPEED
@@ -32,16 +32,10 @@ def signal_seconds(stages: Sequence[Recipe], plans: Sequence[Plan]) -> int:
     return min(MOST, max(LEAST, 60 * math.ceil(needed / 60)))
 
 
-def _step_flop(recipe: Recipe, forecast: Plan) -> float:
-    """Of the longest optimiser step of a rank."""
+def _longest_flop(recipe: Recipe, forecast: Plan) -> float:
+    """Of the longest optimiser step of a rank, or of a clip that training samples: each solver step is a forward with
+    and without the text, twice for Heun."""
     asked = [kind for kind in KINDS if getattr(recipe.data.mix, kind)]
     flop = [getattr(recipe.data.batch, kind) * forecast.training_flops.get(kind, 0.0) for kind in asked]
-    return recipe.train.accumulate * max(flop)
-
-
-def _clip_flop(recipe: Recipe, forecast: Plan) -> float:
-    """Of a clip that training samples: each solver step is a forward with and without the text, twice for Heun."""
-    if not recipe.sample.prompts:
-        return 0.0
-    passes = 2 * recipe.sample.steps * (2 if recipe.sample.solver == "heun" else 1)
-    return passes * max(forecast.flops.values(), default=0.0)
+    passes = 2 * recipe.sample.steps * (2 if recipe.sample.solver == "heun" else 1) if recipe.sample.prompts else 0
+    return max(recipe.train.accumulate * max(flop), passes * max(forecast.flops.values(), default=0.0))

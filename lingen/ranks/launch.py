@@ -77,7 +77,12 @@ def join() -> None:
         _be_quiet()
     if PARENT in os.environ:
         end_with(int(os.environ[PARENT]))
-    _check_address(own)
+    try:
+        socket.getaddrinfo(own.address, own.port)
+    except OSError as error:
+        if own.local_rank:  # of ranks that do not speak the first of a node says so
+            raise OtherRankError(f"{own.address} has no address") from error
+        raise _no_meeting(own, f"this name has no address on {socket.gethostname()}") from error
     try:
         store = _store(own)
         store.set(f"here/{own.rank}", str(own.node))
@@ -130,16 +135,6 @@ def load_together(load: Callable[[], T]) -> T:
         return load()
     join()
     return together(load)
-
-
-def _check_address(own: Rank) -> None:
-    """RecipeError where rank 0's name tells no address here. Of ranks that do not speak the first of a node says so."""
-    try:
-        socket.getaddrinfo(own.address, own.port)
-    except OSError as error:
-        if own.local_rank:
-            raise OtherRankError(f"{own.address} has no address") from error
-        raise _no_meeting(own, f"this name has no address on {socket.gethostname()}") from error
 
 
 def _no_meeting(own: Rank, why: str) -> RecipeError:

@@ -106,7 +106,15 @@ def start(
     changes = _changes(held, here, finished)
     acting = {name: change for name, change in changes.items() if name not in finished}
     if changes and not acting:
-        raise RecipeError(_refusal(folder, changes))
+        parts = "; ".join(
+            f"stage '{one}' is finished at step {folder.finished_steps(one)} and was trained otherwise: {told(change)}"
+            for one, change in changes.items()
+        )
+        raise RecipeError(
+            f"{folder.path}: {parts}. Nothing was changed. To train on with the new settings, ask for more steps than "
+            "it has (stages.NAME.train.steps); to train it anew, name another folder with --run, or none; else take "
+            "the settings that it was trained with."
+        )
     course = {name: held.stages[name].course if name in finished else stage.course for name, stage in here.items()}
     asked = {name: stage.course for name, stage in here.items() if stage.course != course[name]}
     steps = {name: folder.last_step(name) for name in here} | ({} if step is None else {begins: step})
@@ -190,18 +198,6 @@ def _changes(held: Held, here: dict[str, Stage], finished: set[str]) -> Changes:
         if change and other_course(held.stages[name].course | asked, stage.course):
             found[name] = change
     return found
-
-
-def _refusal(folder: RunFolder, changes: Changes) -> str:
-    parts = "; ".join(
-        f"stage '{name}' is finished at step {folder.finished_steps(name)} and was trained otherwise: {told(change)}"
-        for name, change in changes.items()
-    )
-    return (
-        f"{folder.path}: {parts}. Nothing was changed. To train on with the new settings, ask for more steps than it "
-        "has (stages.NAME.train.steps); to train it anew, name another folder with --run, or none; else take the "
-        "settings that it was trained with."
-    )
 
 
 def _true_recipe(folder: RunFolder, curriculum: Curriculum, kept: set[str]) -> Recipe:
