@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from lingen.recipe.sections import SampleConfig, TimeConfig
@@ -241,7 +241,7 @@ def guided(
     return out * (rescale * factor + 1 - rescale)
 
 
-MaskedTokens = tuple[Float[Tensor, "_ _ w"], Bool[Tensor, "_ _"]]
+MaskedTokens = tuple[Float[Tensor, "_ _ w"], Shaped[Tensor, "_ _"]]
 
 
 def stack_text(*parts: MaskedTokens) -> MaskedTokens:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from lingen.blocks.block import Block, mixers_of
@@ -26,12 +26,13 @@ log = logging.getLogger("lingen")
 
 __all__ = ["LinGen", "Text", "token_grid", "resize_tables"]
 
-TIME_FEATURES = 256
+TIME_FEATURES, PHASE_FEATURES = 256, 32
 SMALLEST_TIME_LEFT = 0.05
 """Floor of 1 - time where the clean clip is predicted, see `LinGen`."""
 
-Text = tuple[tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]], ...]
-"""One (tokens [b n w], mask [b n]) per text encoder; n and w differ between encoders, a False is padding."""
+Text = tuple[tuple[Float[Tensor, "b _ _"], Shaped[Tensor, "b _"]], ...]
+"""One (tokens [b n w], mask [b n]) per text encoder; n and w differ between encoders, a False is padding. Of an encoder
+that tells `parts` the mask holds numbers: 0 for padding, else of the part, from 1."""
 
 
 class LinGen(nn.Module):
@@ -39,6 +40,9 @@ class LinGen(nn.Module):
 
     The positions enter the normed input of each mixer and never the residual stream. Timestep and modulation are
     computed in float32 at least, under autocast too.
+
+    A text encoder that tells the parts of a text, such as "a bee flies, then a cow jumps", has each frame attend to its
+    own part alone, whose mean `pool_text` takes, and how far that part has come joins the timestep's embedding [ours].
 
     With `predict: clip` the last layer puts out the clean clip, which is easier to learn where a patch holds more
     numbers than a token, because it holds no noise; `forward` still returns a velocity, (clip - latents) / max(1 -
@@ -63,12 +67,11 @@ class LinGen(nn.Module):
         self.time = TimeEmbedding(dim)
         self.text = TextJoin(dim, config.text_dims)
         self.pool_text = nn.Linear(dim, dim) if config.pool_text else None
+        self.phase = _zeroed(nn.Linear(PHASE_FEATURES, dim)) if config.text_parts else None
         self.blocks = nn.ModuleList(Block(config, mixer, layer) for mixer, layer in mixers_of(config))
         self.norm = RMSNorm(dim)
         self.modulation = undecayed(nn.Parameter(torch.zeros(2, dim)))
-        self.unpatchify = nn.Linear(dim, numbers)
-        nn.init.zeros_(self.unpatchify.weight)
-        nn.init.zeros_(self.unpatchify.bias)
+        self.unpatchify = _zeroed(nn.Linear(dim, numbers))
 
     def forward(
         self, latents: Float[Tensor, "b c t h w"], time: Float[Tensor, "b *frames"], text: Text, condition: Any = None
@@ -84,11 +87,14 @@ class LinGen(nn.Module):
         if torch.is_grad_enabled() and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
             torch.set_autocast_cache_enabled(False)  # until autocast ends: each weight, and its copy, is used once
         grid = self.grid_of(latents.shape[2:])
-        tokens, mask = self.text(text, len(latents))
+        tokens, parts = self.text(text, len(latents))
+        seen, phase = seen_by_frames(parts, 1 if self.phase is None else grid[0])
         pooled = None
         if self.pool_text is not None:
-            weight = mask.to(tokens.dtype)[..., None]
-            pooled = _linear(self.pool_text, (tokens * weight).sum(1) / weight.sum(1))
+            weight = seen.to(tokens.dtype)[..., None]
+            pooled = _linear(self.pool_text, (tokens[:, None] * weight).sum(2) / weight.sum(2))
+        if self.phase is not None:
+            pooled = _linear(self.phase, waves(phase)) + (0 if pooled is None else pooled)
         # [b] -> [b 1]; [b t] -> the mean over each token's frames.
         frames = self.config.patch[0]
         of_token = _repeat_last(time, 1, frames).unflatten(1, (-1, frames)).mean(2) if time.ndim > 1 else time[:, None]
@@ -98,7 +104,7 @@ class LinGen(nn.Module):
         x = self.patchify(cut_patches(_repeat_last(latents, 2, frames), self.config.patch).to(dtype)).to(dtype)
         positions = self.positions(grid).to(x.dtype)
         for block, level in zip(self.blocks, self._levels(x), strict=False):
-            x = block(x, positions, modulation, tokens, mask, level)
+            x = block(x, positions, modulation, tokens, seen, level)
         shift, scale = (embedding[:, :, None] + self.modulation).unbind(2)
         dtype = torch.promote_types(dtype, torch.float32)  # that of `_linear`
         _, normed = modulate(x, weight=self.norm.weight, shift=shift, scale=scale, eps=self.norm.eps, dtype=dtype)
@@ -151,12 +157,10 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(TIME_FEATURES, dim)
         self.out = nn.Linear(dim, dim)
-        self.modulation = nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = _zeroed(nn.Linear(dim, 6 * dim))
 
     def forward(
-        self, time: Float[Tensor, "b f"], pooled: Float[Tensor, "b d"] | None
+        self, time: Float[Tensor, "b _"], pooled: Float[Tensor, "b _ d"] | None
     ) -> tuple[Float[Tensor, "b f d"], Float[Tensor, "b f 6 d"]]:
         dtype = torch.promote_types(self.out.weight.dtype, torch.float32)
         half = TIME_FEATURES // 2
@@ -164,29 +168,56 @@ class TimeEmbedding(nn.Module):
         angle = 1000 * time.to(dtype)[..., None] * frequencies
         embedding = _linear(self.out, F.silu(_linear(self.hidden, torch.cat([angle.cos(), angle.sin()], -1))))
         if pooled is not None:
-            embedding = embedding + pooled[:, None]
+            embedding = embedding + pooled
         return embedding, _linear(self.modulation, F.silu(embedding)).unflatten(-1, (6, -1))
 
 
 class TextJoin(nn.Module):
     """A linear layer and a LayerNorm for each encoder's tokens, then one sequence of all (Movie Gen, section 3.1.4).
 
-    In front stands a learned null token, unmasked only in rows that have no text, which are the rows of guidance."""
+    In front stands a learned null token, unmasked only in rows that have no text, which are the rows of guidance. With
+    the tokens comes the part of the text that each belongs to: 0 for padding, -1 for one that belongs to all."""
 
     def __init__(self, dim: int, widths: Sequence[int]):
         super().__init__()
         self.projections = nn.ModuleList(nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim)) for width in widths)
         self.null = nn.Parameter(torch.randn(dim))
 
-    def forward(self, text: Text, rows: int) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
+    def forward(self, text: Text, rows: int) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b n"]]:
         tokens, masks = [self.null.expand(rows, 1, -1)], []
         for project, (encoded, mask) in zip(self.projections, text, strict=True):
             # Padding may hold anything, NaN included, and NaN times zero is NaN.
-            clean = encoded.masked_fill(~mask[..., None], 0).to(self.null.dtype)
+            clean = encoded.masked_fill(mask[..., None] == 0, 0).to(self.null.dtype)
             tokens.append(project(clean).to(self.null.dtype))
-            masks.append(mask)
-        real = torch.cat(masks, 1) if masks else torch.zeros(rows, 0, dtype=torch.bool, device=self.null.device)
-        return torch.cat(tokens, 1), torch.cat([~real.any(1, keepdim=True), real], 1)
+            masks.append(-mask.long() if mask.dtype == torch.bool else mask)
+        real = torch.cat(masks, 1) if masks else torch.zeros(rows, 0, dtype=torch.long, device=self.null.device)
+        return torch.cat(tokens, 1), torch.cat([real.any(1, keepdim=True).long() - 1, real], 1)
+
+
+def seen_by_frames(
+    parts: Int[Tensor, "b n"], frames: int
+) -> tuple[Bool[Tensor, "b {frames} n"], Float[Tensor, "b {frames}"]]:
+    """Which text tokens each frame sees, and how much of its part has passed there, 0 to 1. The parts of a text follow
+    each other in equal shares of the clip, and each frame sees its own, as in TALC (arXiv 2405.04682); a single frame
+    sees all.
+
+    Args:
+        parts: as `TextJoin` numbers them."""
+    at = (torch.arange(frames, device=parts.device) + 0.5) / frames * parts.amax(1, keepdim=True).clamp(min=1)
+    of_all = parts != 0 if frames == 1 else parts < 0
+    return of_all[:, None] | (parts[:, None] == at.floor()[..., None] + 1), at % 1
+
+
+def waves(phase: Float[Tensor, "b t"]) -> Float[Tensor, "b t f"]:
+    """Sines and cosines of half a turn to `PHASE_FEATURES` / 4 turns in one phase [ours]."""
+    angle = phase[..., None] * torch.arange(1, PHASE_FEATURES // 2 + 1, device=phase.device) * math.pi
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def _zeroed(layer: nn.Linear) -> nn.Linear:
+    for one in layer.parameters():
+        nn.init.zeros_(one)
+    return layer
 
 
 @lru_cache

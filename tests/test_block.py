@@ -36,7 +36,7 @@ def test_parts_give_what_the_whole_gives_and_leave_the_callers_tensor_alone(mixe
     for parameter in block.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     x, positions, modulation = random(2, 4, 3, 5, 16), random(4, 3, 5, 16), random(2, frames, 6, 16)
-    text, mask = random(2, 7, 16), torch.rand(2, 7) > 0.3
+    text, mask = random(2, 7, 16), torch.rand(2, 1, 7) > 0.3
     given, want = x.clone(), block(x, positions, modulation, text, mask)
     sizes = []
     block.ffn.register_forward_hook(lambda _, arguments, __: sizes.append(arguments[0][..., 0].numel()))
@@ -83,7 +83,7 @@ def test_a_second_backward_pass_computes_again_what_the_first_one_used_up():
     torch.manual_seed(0)
     block = Block(CONFIG, {"name": "attention"}, 0)
     x = torch.randn(2, 4, 3, 5, 16, requires_grad=True)
-    rest = torch.randn(4, 3, 5, 16), torch.randn(2, 1, 6, 16), torch.randn(2, 7, 16), torch.ones(2, 7) > 0
+    rest = torch.randn(4, 3, 5, 16), torch.randn(2, 1, 6, 16), torch.randn(2, 7, 16), torch.ones(2, 1, 7) > 0
     (want,) = torch.autograd.grad(block(x, *rest).square().sum(), x)
     loss = block(x, *rest, PRODUCTS).square().sum()
     for _ in range(2):
@@ -95,7 +95,7 @@ def test_a_block_that_keeps_products_lets_go_of_the_rest():
     """What lives between the passes: of the results of weights alone, beside the input."""
     torch.manual_seed(0)
     block = Block(CONFIG, {"name": "attention"}, 0)
-    rest = torch.randn(4, 3, 5, 16), torch.randn(2, 1, 6, 16), torch.randn(2, 7, 16), torch.ones(2, 7) > 0
+    rest = torch.randn(4, 3, 5, 16), torch.randn(2, 1, 6, 16), torch.randn(2, 7, 16), torch.ones(2, 1, 7) > 0
     sizes = {}
     for level in (INPUT, NARROW, PRODUCTS, ALL):
         with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:

@@ -121,6 +121,22 @@ class Floats(Text):
         return torch.zeros(len(texts), 3, 4), torch.ones(len(texts), 3)
 
 
+class Parts(Text):
+    parts, first = True, 1
+
+    def encode(self, texts):
+        numbers = torch.tensor([self.first, self.first + 1, 0])
+        return torch.zeros(len(texts), 3, 4), numbers.where(torch.tensor([[bool(text)] for text in texts]), 0)
+
+
+class FromTwoOn(Parts):
+    first = 2
+
+
+class NoNumbers(Text):
+    parts = True
+
+
 class Flat(nn.Module):
     channels, strides = 3, (1, 1, 1)
 
@@ -194,6 +210,8 @@ FAULTS = [
     ("text", "text: parts_to_try:Silent", "it has no method `encode`"),
     ("text", "text: parts_to_try:Narrow", "gives tokens [2, 3, 5]; expected [2, n, 4]"),
     ("text", "text: parts_to_try:Floats", "gives a mask torch.float32; expected torch.bool"),
+    ("text", "text: parts_to_try:FromTwoOn", "numbers the parts of a text [2, 3]; expected 1, 2, ..., none left out"),
+    ("text", "text: parts_to_try:NoNumbers", "gives a mask torch.bool; expected torch.int64"),
     ("autoencoder", "autoencoder: parts_to_try:NoStrides", "its `strides` are three whole numbers (t, h, w)"),
     ("autoencoder", "autoencoder: parts_to_try:Doubles", "gives [1, 6, 1, 2, 2]; expected [1, 3, 1, 2, 2]"),
     ("autoencoder", "autoencoder: parts_to_try:Grows", "decode of [1, 3, 1, 2, 2] gives [1, 3, 1, 4, 2]"),
@@ -216,6 +234,8 @@ def test_a_part_that_breaks_its_contract_is_named_by_its_line(parts: Path, capsy
         ("model", mixer("parts_to_try:Good")),
         ("model", mixer("parts_to_try:LooksAtNumbers")),
         ("text", "text: parts_to_try:Text"),
+        ("text", "text: parts_to_try:Parts"),
+        ("text", "text: [parts_to_try:Parts, parts_to_try:Text, bytes]"),
         ("autoencoder", "autoencoder: parts_to_try:Flat"),
     ],
 )

@@ -6,7 +6,8 @@ import torch
 from lingen import flow
 from lingen.blocks.block import mixers_of
 from lingen.blocks.positions import Positions, resize_tables, sin_cos
-from lingen.model import LinGen, token_grid
+from lingen.kernels.kept import ALL, INPUT
+from lingen.model import LinGen, seen_by_frames, token_grid
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import LinGenConfig
 from tests.helpers.closeness import assert_close
@@ -88,8 +89,10 @@ def test_a_large_recipe_starts_at_zero_velocity_and_blind_to_the_text(mixer):
     assert not model(latents, time, text).any()
     assert not any(block.cross_attention.out_proj.weight.any() for block in model.blocks)
     stream = torch.randn(2, 4, 3, 5, 16, dtype=torch.float64)
-    modulation, (tokens, mask) = torch.zeros(2, 1, 6, 16).double(), model.text(text, 2)
-    assert torch.equal(model.blocks[0](stream, torch.zeros(4, 3, 5, 16).double(), modulation, tokens, mask), stream)
+    modulation, (tokens, parts) = torch.zeros(2, 1, 6, 16).double(), model.text(text, 2)
+    assert torch.equal(
+        model.blocks[0](stream, torch.zeros(4, 3, 5, 16).double(), modulation, tokens, parts[:, None] != 0), stream
+    )
 
 
 def test_gates_start_at_gate_init_and_shifts_and_scales_at_zero():
@@ -103,7 +106,7 @@ def test_gates_start_at_gate_init_and_shifts_and_scales_at_zero():
 def test_a_block_is_what_figure_2_draws():
     block, x = build().blocks[0], torch.randn(2, 4, 3, 5, 16, dtype=torch.float64)
     positions, shared = torch.randn(4, 3, 5, 16).double(), torch.randn(2, 4, 6, 16).double()
-    text, mask = torch.randn(2, 7, 16).double(), torch.ones(2, 7, dtype=torch.bool)
+    text, mask = torch.randn(2, 7, 16).double(), torch.ones(2, 1, 7, dtype=torch.bool)
     rows = [(shared + block.modulation.weight)[:, :, i, None, None] for i in range(6)]
     y = x + rows[2] * block.mixer((block.mixer_norm(x) + positions) * (1 + rows[1]) + rows[0])
     y = y + block.cross_attention.attend(block.text_norm(y), block.cross_attention.keys(text, mask))
@@ -123,6 +126,56 @@ def test_gradients_reach_every_parameter(changes):
         n for n, p in model.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()
     ]
     assert silent == []
+
+
+def test_each_frame_attends_to_its_own_part_of_the_text():
+    torch.manual_seed(0)
+    attention = build(gate_init=1.0).blocks[0].cross_attention
+    x, text = torch.randn(2, 6, 2, 3, 16).double(), torch.randn(2, 5, 16).double()
+    parts = torch.tensor([[1, 1, 2, 3, 0], [0, -1, 1, 1, 2]])
+    seen, phase = seen_by_frames(parts, 6)
+    shown = [[[0, 1], [0, 1], [2], [2], [3], [3]], [[1, 2, 3]] * 3 + [[1, 4]] * 3]
+    assert [[row.nonzero().flatten().tolist() for row in clip] for clip in seen] == shown
+    torch.testing.assert_close(phase, torch.tensor([[1, 3, 1, 3, 1, 3], [2 / 3, 2, 10 / 3] * 2]) / 4)
+    whole = attention.attend(x, attention.keys(text, seen))
+    for clip in range(2):
+        for frame, words in enumerate(shown[clip]):
+            own = text[clip : clip + 1, words]
+            keys = attention.keys(own, torch.ones(1, 1, len(words), dtype=torch.bool))
+            alone = attention.attend(x[clip : clip + 1, frame : frame + 1], keys)
+            torch.testing.assert_close(whole[clip : clip + 1, frame : frame + 1], alone)
+
+
+@pytest.mark.parametrize("pool_text", [False, True])
+@pytest.mark.parametrize("level", [ALL, INPUT])
+def test_parts_of_one_text_tell_what_a_text_of_one_part_tells_but_their_order(pool_text, level):
+    """With one part everything is as without parts, but for the phase; an encoder without parts speaks to all frames;
+    words of a part change the frames of other parts only by way of the mixers."""
+    plain = build(pool_text=pool_text, checkpointing=level < ALL)
+    model = LinGen(config(pool_text=pool_text, checkpointing=level < ALL, text_parts=True)).double()
+    missing = model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.missing_keys == ["phase.weight", "phase.bias"] and not model.phase.weight.any()
+    latents, time, (first, second) = inputs()
+    want = plain(latents, time, (first, second))
+    assert_close("no parts", want, model(latents, time, (first, second)), 1e-12)
+    one = torch.ones(2, 4, dtype=torch.long)
+    assert_close(
+        "one part", plain(latents, time, (first, second)), model(latents, time, ((first[0], one), second)), 1e-12
+    )
+    for block in (*model.blocks, *plain.blocks):  # nothing passes from frame to frame
+        torch.nn.init.zeros_(block.mixer.out_proj.weight)
+    two = (first[0], torch.tensor([[1, 1, 2, 2], [1, 2, 2, 2]]))
+    found = model(latents, time, (two, second))
+    changed = first[0].clone()
+    changed[:, 3] += 1
+    other = model(latents, time, ((changed, two[1]), second))
+    assert_close("frames of the first part", found[:, :, :2], other[:, :, :2], 1e-12)
+    assert (found - other)[:, :, 2:].abs().amax((1, 2, 3, 4)).min() > 1e-6
+    other.square().sum().backward()
+    assert (
+        all(p.grad is not None and p.grad.isfinite().all() for p in model.phase.parameters())
+        and model.phase.bias.grad.any()
+    )
 
 
 @pytest.mark.parametrize("pool_text", [False, True])

@@ -65,7 +65,7 @@ CHANGED: dict[str, str | tuple[str, ...]] = {
     "model.gate_init": "0.5", "model.position_std": "0.6", "model.pool_text": "false", "model.max_grid": "[8, 8, 8]",
     "autoencoder.name": "autoencoder={name: 'lingen.autoencoder.pixels:Pixels'}", "autoencoder.scale": "2",
     "text.0.name": ("text=bytes", "text.0.dim=8"), "text.0.dim": "16", "text.0.buckets": "32",
-    "text.0.max_tokens": "16", "text.0.depth": "1",
+    "text.0.max_tokens": "16", "text.0.depth": "1", "text.0.parts": "true",
     "data.shards.image": ("data.shards={image: FOLDER/one.tar, video: FOLDER/one.tar}",),
     "data.shards.video": ("data.shards={image: FOLDER/one.tar, video: FOLDER/one.tar}",),
     "data.synthetic.name": "'lingen.data.synthetic:Shapes'", "data.synthetic.clips": "7",

@@ -90,7 +90,23 @@ def test_words_of_the_embedded_data_do_not_share_a_bucket():
 
     words = {word for part in (*COLOURS, *SHAPES, *MOTIONS, "a fps 8 16 24") for word in part.split()}
     words |= set("a fps 8 16 24".split())
-    assert len({Words()._ids(word)[0] for word in words}) == len(words)
+    ids, _ = Words().read_ids(sorted(words))
+    assert len(set(ids.flatten().tolist())) == len(words)
+
+
+def test_parts_of_a_text_are_numbered_and_never_without_words():
+    encoder = Words(dim=8, parts=True, max_tokens=9)
+    story = "Then a bee flies, then a cow leaves. After that then"
+    tokens, parts = encoder.encode([story, "a cow by the sea", "", "before, and then, then then"])
+    assert parts.tolist() == [
+        [1, 1, 1, 1, 2, 2, 2, 2, 3],  # cut: what is left is still numbered from 1 on
+        [1, 1, 1, 1, 1, 0, 0, 0, 0],
+        [0] * 9,
+        [1, 1, 2, 3, 4, 0, 0, 0, 0],
+    ]
+    plain, mask = build("words", dim=8, max_tokens=9).encode([story])
+    assert tokens.shape == (4, 9, 8) and torch.isfinite(tokens).all() and mask.dtype == torch.bool
+    assert plain.shape[1] == parts.shape[1], "parts change no word"
 
 
 def test_bytes_tell_accents_apart_and_take_any_text():

@@ -129,10 +129,11 @@ def test_training_holds_every_word_of_the_held_out_captions():
 def test_the_words_of_the_recipe_have_a_row_each():
     (text,) = load_stages("theatre_128")[0].text
     encoder = Words(**{key: value for key, value in text.items() if key != "name"})
-    rows = [encoder._ids(word)[0] for word in known_words()]
-    assert len(set(rows)) == len(rows)
+    words = sorted(known_words())
+    rows, _ = encoder.read_ids(words)
+    assert rows.shape == (len(words), 1) and len(set(rows.flatten().tolist())) == len(words)
     longest = max((caption_of(board) for board in boards("train", 60.0)), key=lambda text: len(text.split()))
-    assert len(encoder._ids(longest)) <= text["max_tokens"]
+    assert encoder.read_ids([longest])[0].shape[1] < text["max_tokens"] and not encoder.cut.count
 
 
 def test_captions_say_all_events_in_order():
@@ -458,6 +459,27 @@ def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monk
     assert_close("patchify", tokens, coarse.model.patchify(twice), 1e-5)
     out = join_patches(coarse.model.unpatchify(tokens), (2, 1, 1)).mean(2, keepdim=True)
     assert_close("unpatchify", join_patches(fine.model.unpatchify(tokens), (1, 1, 1)), out, 1e-5)
+
+
+def test_weights_that_know_no_parts_of_captions_start_a_model_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = load_stages("theatre_128", ["text.0.parts=false"])[1]
+    before = LinGenModule(told)
+    torch.nn.init.normal_(before.model.unpatchify.weight)
+    save_weights(tmp_path / "before.safetensors", before, to_yaml(told), 1)
+    words = ["--weights", str(tmp_path / "before.safetensors"), "--out", str(tmp_path / "start.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["theatre", "finer", *words])
+    judging.main()
+    start = load_denoiser(tmp_path / "start.safetensors")
+    assert start.recipe.text[0]["parts"] and before.model.phase is None
+    clip, time = torch.randn(1, 80, 2, 4, 4), torch.tensor([0.3])
+    one, two = (
+        [module.model(clip, time, module.encode_text([words], 0.0)) for module in (before, start)]
+        for words in ("a cow leaves", "a cow leaves, then a bee flies")
+    )
+    assert_close("one event", *one, 1e-5)
+    assert (two[0] - two[1]).abs().max() > 1e-4
 
 
 def test_stories_have_the_events_that_were_asked_for_and_a_row_each(tmp_path: Path):

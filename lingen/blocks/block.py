@@ -54,7 +54,7 @@ class Block(nn.Module):
         positions: Float[Tensor, "t h w d"],
         modulation: Float[Tensor, "b f 6 d"],
         text: Float[Tensor, "b n d"],
-        mask: Bool[Tensor, "b n"],
+        mask: Bool[Tensor, "b _ n"],
         level: int = ALL,
     ) -> Float[Tensor, "b t h w d"]:
         if level < ALL:
@@ -73,7 +73,7 @@ class Block(nn.Module):
         if torch.is_grad_enabled():
             return self._after_mixer(x, update, rows, keys)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        if rows[0].shape[1] > 1 or x[..., 0].numel() <= self._part(x):
+        if max(rows[0].shape[1], mask.shape[1]) > 1 or x[..., 0].numel() <= self._part(x):
             return self._after_mixer(x, update, rows, keys, out)
         streams = [stream.flatten(1, 3) for stream in (x, update, out)]
         size = self._part(x)
@@ -115,8 +115,9 @@ class ModulationRows(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Each token of the grid attends to the unmasked text tokens; queries and keys are RMS-normed. Each row of `mask`
-    must hold a True. The output starts scaled by `gate_init`: at 0 the text has no effect at first."""
+    """Each token of the grid attends to the text tokens that are unmasked for its clip (f = 1) or frame; queries and
+    keys are RMS-normed. Each row of `mask` must hold a True. The output starts scaled by `gate_init`: at 0 the text has
+    no effect at first."""
 
     def __init__(self, dim: int, num_heads: int | None, gate_init: float):
         super().__init__()
@@ -133,14 +134,16 @@ class CrossAttention(nn.Module):
     def wants_fp8(self) -> bool:
         return wants_fp8(self.q_proj)
 
-    def keys(self, text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> TextKeys:
-        """Keys and values of the text, prepared once for all parts of a clip."""
+    def keys(self, text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b f n"]) -> TextKeys:
+        """Keys and values of the text, prepared once: a row for each clip, or for each of its f frames."""
         k, v = self.kv_proj(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        return text_keys(k, v, mask, self.k_norm.weight, eps=self.k_norm.eps)
+        if (frames := mask.shape[1]) > 1:
+            k, v = (one.repeat_interleave(frames, 0) for one in (k, v))
+        return text_keys(k, v, mask.flatten(0, 1), self.k_norm.weight, eps=self.k_norm.eps)
 
     def attend(self, x: Float[Tensor, "b t h w d"] | Quantized, text: TextKeys) -> Float[Tensor, "b t h w d"]:
         """The attention of the grid's tokens to the text that `keys` prepared, projected."""
-        q = self.q_proj(x).flatten(1, 3).unflatten(-1, (self.num_heads, -1))
+        q = self.q_proj(x).view(len(text.k), -1, self.num_heads, text.k.shape[-1])
         out = cross_attention(q, text, self.q_norm.weight, self.k_norm.weight, eps=self.q_norm.eps)
         return self.out_proj(out.flatten(2)).view(*x.shape[:4], -1)
 

@@ -22,7 +22,7 @@ from lingen.recipe.sections import Triple
 
 TRIED_GRID = (2, 4, 4)
 """Tokens (t, h, w) on which a mixer is tried."""
-TEXTS = ["a red ball rolls", ""]
+TEXTS = ["a red ball rolls, then it rests", ""]
 
 
 def broken_contract(registry: Registry, component: dict[str, Any], part: Any, *positional: Any) -> str | None:
@@ -160,7 +160,15 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
     tokens, mask = output
     if tokens.ndim != 3 or tokens.shape[0] != len(TEXTS) or tokens.shape[1] < 1 or tokens.shape[2] != dim:
         return f"encode of {len(TEXTS)} texts gives tokens {list(tokens.shape)}; expected [{len(TEXTS)}, n, {dim}]."
-    return unlike(mask, tuple(tokens.shape[:2]), torch.bool, "encode gives a mask")
+    kind = torch.long if getattr(part, "parts", False) else torch.bool
+    fault = unlike(mask, tuple(tokens.shape[:2]), kind, "encode gives a mask")
+    for row in mask if kind == torch.long and fault is None else ():
+        numbers = sorted({*row.tolist()} - {0})
+        if numbers != [*range(1, len(numbers) + 1)]:
+            return (
+                f"encode numbers the parts of a text {numbers}; expected 1, 2, ..., none left out, and 0 for padding."
+            )
+    return fault
 
 
 def _tried(

@@ -88,8 +88,9 @@ def _scans(draft: Layered, recipe: Recipe, grids: list[Triple]) -> Iterator[Prob
 def derived(recipe: Recipe, largest: Triple) -> LinGenConfig:
     """The model's settings, with those that follow from autoencoder, text encoders and stages."""
     channels = on_meta(AUTOENCODERS, recipe.autoencoder).channels
-    text_dims = tuple(on_meta(TEXT_ENCODERS, component).dim for component in recipe.text)
-    return replace(recipe.model, channels=channels, text_dims=text_dims, max_grid=largest)
+    encoders = [on_meta(TEXT_ENCODERS, component) for component in recipe.text]
+    dims, parts = tuple(one.dim for one in encoders), any(getattr(one, "parts", False) for one in encoders)
+    return replace(recipe.model, channels=channels, text_dims=dims, text_parts=parts, max_grid=largest)
 
 
 def faults_of_models(stages: list[tuple[str, Layered, Recipe]]) -> Iterator[Problem]:

@@ -61,6 +61,8 @@ class LinGenConfig:
     """Latent channels, from the autoencoder."""
     text_dims: tuple[int, ...] = field(default=(), metadata=DERIVED)
     """Width of each text encoder's tokens."""
+    text_parts: bool = field(default=False, metadata=DERIVED)
+    """Whether one of them tells the parts of a text."""
     max_grid: Annotated[tuple[int, int, int], AtLeast(1), "rows of the positional tables (t, h, w)"] = (1, 16, 16)
     """At least any stage's grid: the loader works it out; a filled recipe of one stage carries it."""
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lingen import flow
@@ -167,7 +167,7 @@ def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[in
     return ClipSize(frames, (height, width), data.fps)
 
 
-Tokens = tuple[Float[Tensor, "b _ _"], Bool[Tensor, "b _"]]
+Tokens = tuple[Float[Tensor, "b _ _"], Shaped[Tensor, "b _"]]
 """What one text encoder makes of some prompts, and where it is real."""
 
 

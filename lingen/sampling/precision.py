@@ -15,9 +15,9 @@ from lingen.training.base import Trained
 from lingen.training.denoiser import LinGenModule
 from lingen.training.weights import load_module
 
-FLOAT32_NAMES = ("modulation", "pool_text", "unpatchify")
+FLOAT32_NAMES = ("modulation", "pool_text", "phase", "unpatchify")
 """Names of parameters and layers of the denoiser that stay float32 beside the modules that say so themselves
-(`lingen.blocks.layers.stays_float32`): the last rows of modulation, which are added to a float32 row, and the two small
+(`lingen.blocks.layers.stays_float32`): the last rows of modulation, which are added to a float32 row, and the small
 layers that compute in float32."""
 
 

@@ -5,7 +5,7 @@ import zlib
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from lingen.blocks.layers import head_count, undecayed
@@ -14,6 +14,8 @@ from lingen.recipe.signature import checked
 from lingen.text import Cut, padded
 
 _START = 256  # the id after the last byte
+_PART = re.compile(r"\b(?=(?:then|after that)\b)")
+_words = re.compile(r"\w+").findall
 
 
 class _Small(nn.Module):
@@ -43,7 +45,7 @@ class _Small(nn.Module):
         hidden = self.embedding(ids) + self.position[: ids.shape[1]]
         return hidden if self.layers is None else self.layers(hidden, src_key_padding_mask=~seen)
 
-    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
+    def encode(self, texts: list[str]) -> tuple[Float[Tensor, "b n w"], Shaped[Tensor, "b n"]]:
         """Tokens of the longest text's length, at least 1; an empty text is masked all over."""
         own: Any = self
         return own.embed(*(one.to(self.position.device) for one in own.read_ids(texts)))
@@ -63,21 +65,24 @@ class Words(_Small):
         buckets: Annotated[int, AtLeast(1), IDENTITY, "rows of the embedding, into which words are hashed"] = 4096,
         max_tokens: Annotated[int, AtLeast(1), IDENTITY, "words that are read; the rest is cut, with a warning"] = 32,
         depth: Annotated[int, AtLeast(0), IDENTITY, "layers of the encoder; 0: none, each word for itself"] = 0,
+        parts: Annotated[bool, IDENTITY, "'then' and 'after that' begin parts, shown one after the other"] = False,
     ):
         super().__init__(dim, buckets, max_tokens, depth)
-        self.cut = Cut("words", max_tokens)
+        self.cut, self.parts = Cut("words", max_tokens), parts
 
     def read_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """What `embed` takes, on the CPU."""
-        ids = self.cut([self._ids(text) for text in texts])
-        return padded(ids, few_up_to=len(self.position) if self.position.is_cuda else None)
+        parts = [[part for part in map(_words, _PART.split(text.lower())) if part] for text in texts]
+        buckets, few = self.embedding.num_embeddings, len(self.position) if self.position.is_cuda else None
+        rows = [[zlib.crc32(word.encode()) % buckets for part in row for word in part] for row in parts]
+        ids, mask = padded(self.cut(rows), few_up_to=few)
+        if self.parts:
+            numbers = [[n for n, part in enumerate(row, 1) for _ in part] for row in parts]
+            mask = padded([row[: self.cut.limit] for row in numbers], few_up_to=few)[0]
+        return ids, mask
 
-    def embed(self, ids: Tensor, mask: Tensor) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        return self._hidden(ids, mask | ~mask.any(1, keepdim=True)), mask  # an empty text attends to its padding
-
-    def _ids(self, text: str) -> list[int]:
-        words = re.findall(r"\w+", text.lower())
-        return [zlib.crc32(word.encode()) % self.embedding.num_embeddings for word in words]
+    def embed(self, ids: Tensor, mask: Tensor) -> tuple[Float[Tensor, "b n w"], Shaped[Tensor, "b n"]]:
+        return self._hidden(ids, (mask != 0) | ~mask.any(1, keepdim=True)), mask  # no text attends to its padding
 
 
 @checked

@@ -51,7 +51,7 @@ class PlainBlock(nn.Module):
         q = part.q_proj(x).flatten(1, 3).unflatten(-1, (part.num_heads, -1))
         k, v = part.kv_proj(text).unflatten(-1, (2, part.num_heads, -1)).unbind(2)
         q, k, v = (u.transpose(1, 2) for u in (rms_norm(q, part.q_norm), rms_norm(k, part.k_norm), v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
         return part.out_proj(out.transpose(1, 2).flatten(2)).view_as(x)
 
 

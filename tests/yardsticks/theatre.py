@@ -87,15 +87,18 @@ def components(args: argparse.Namespace) -> None:
 
 
 def finer(args: argparse.Namespace) -> None:
-    """Weights of a model whose tokens hold two latent frames each, as a start for one of single frames: what goes in is
-    the sum, what comes out the mean of the two, and each position in time becomes two."""
+    """Weights of an earlier model as a start for the recipe's. Where its tokens hold two latent frames each: what goes
+    in is the sum, what comes out the mean of the two, and each position in time becomes two. Where it knows no parts of
+    captions: how far a part has come starts at having no effect."""
     coarse = load_denoiser(args.weights)
     recipe = load_stages("theatre_128")[1]
     fine = LinGenModule(recipe)
     own = fine.model.state_dict()
     torch.manual_seed(0)
     for name, value in coarse.model.state_dict().items():
-        if name == "patchify.weight":  # the numbers of a patch: channel first, then time
+        if coarse.recipe.model.patch[0] == 1:
+            pass
+        elif name == "patchify.weight":  # the numbers of a patch: channel first, then time
             value = value[:, 0::2] + value[:, 1::2]
         elif name.startswith("unpatchify"):
             value = (value[0::2] + value[1::2]) / 2

@@ -97,5 +97,5 @@ def block_inputs(dim: int, grid: Triple, place: Place) -> list[Tensor]:
     """A block's inputs: tokens, positions, modulation, text and its mask."""
     make = partial(torch.randn, device=place.device, dtype=place.dtype)
     modulation = torch.randn(1, 1, 6, dim, device=place.device) * 0.1
-    mask = torch.ones(1, TEXT_LENGTH + 1, dtype=torch.bool, device=place.device)
+    mask = torch.ones(1, 1, TEXT_LENGTH + 1, dtype=torch.bool, device=place.device)
     return [make(1, *grid, dim), make(*grid, dim), modulation, make(1, TEXT_LENGTH + 1, dim), mask]
