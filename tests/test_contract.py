@@ -122,7 +122,7 @@ class Floats(Text):
 
 
 class Parts(Text):
-    parts, first = True, 1
+    trainable, parts, first = True, True, 1
 
     def encode(self, texts):
         numbers = torch.tensor([self.first, self.first + 1, 0])
@@ -134,7 +134,11 @@ class FromTwoOn(Parts):
 
 
 class NoNumbers(Text):
-    parts = True
+    trainable = parts = True
+
+
+class FrozenParts(Parts):
+    trainable = False
 
 
 class Flat(nn.Module):
@@ -211,6 +215,7 @@ FAULTS = [
     ("text", "text: parts_to_try:Narrow", "gives tokens [2, 3, 5]; expected [2, n, 4]"),
     ("text", "text: parts_to_try:Floats", "gives a mask torch.float32; expected torch.bool"),
     ("text", "text: parts_to_try:FromTwoOn", "numbers the parts of a text [2, 3]; expected 1, 2, ..., none left out"),
+    ("text", "text: parts_to_try:FrozenParts", "it tells `parts` and is not `trainable`"),
     ("text", "text: parts_to_try:NoNumbers", "gives a mask torch.bool; expected torch.int64"),
     ("autoencoder", "autoencoder: parts_to_try:NoStrides", "its `strides` are three whole numbers (t, h, w)"),
     ("autoencoder", "autoencoder: parts_to_try:Doubles", "gives [1, 6, 1, 2, 2]; expected [1, 3, 1, 2, 2]"),

@@ -443,15 +443,20 @@ def test_clips_are_made_once_and_judged_beside_real_ones(
         assert told in capsys.readouterr().err
 
 
-def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    told = load_stages("theatre_128", ["model.patch=[2,1,1]"])[1]
-    coarse = LinGenModule(told)
-    torch.nn.init.normal_(coarse.model.unpatchify.weight)
-    save_weights(tmp_path / "coarse.safetensors", coarse, to_yaml(told), 1)
-    words = ["--weights", str(tmp_path / "coarse.safetensors"), "--out", str(tmp_path / "fine.safetensors")]
+def finer_of(override: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LinGenModule, LinGenModule]:
+    """An earlier model, by one setting of the recipe, and what `theatre finer` makes of its weights."""
+    told = load_stages("theatre_128", [override])[1]
+    before = LinGenModule(told)
+    torch.nn.init.normal_(before.model.unpatchify.weight)
+    save_weights(folder / "before.safetensors", before, to_yaml(told), 1)
+    words = ["--weights", str(folder / "before.safetensors"), "--out", str(folder / "start.safetensors")]
     monkeypatch.setattr(sys, "argv", ["theatre", "finer", *words])
     judging.main()
-    fine = load_denoiser(tmp_path / "fine.safetensors")
+    return before, load_denoiser(folder / "start.safetensors")
+
+
+def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    coarse, fine = finer_of("model.patch=[2,1,1]", tmp_path, monkeypatch)
     assert fine.recipe.model.patch == (1, 1, 1)
     one = torch.randn(1, 80, 1, 2, 2)
     twice = cut_patches(one.expand(1, 80, 2, 2, 2), (2, 1, 1))
@@ -461,17 +466,8 @@ def test_weights_of_two_frames_a_token_start_a_model_of_one(tmp_path: Path, monk
     assert_close("unpatchify", join_patches(fine.model.unpatchify(tokens), (1, 1, 1)), out, 1e-5)
 
 
-def test_weights_that_know_no_parts_of_captions_start_a_model_that_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    told = load_stages("theatre_128", ["text.0.parts=false"])[1]
-    before = LinGenModule(told)
-    torch.nn.init.normal_(before.model.unpatchify.weight)
-    save_weights(tmp_path / "before.safetensors", before, to_yaml(told), 1)
-    words = ["--weights", str(tmp_path / "before.safetensors"), "--out", str(tmp_path / "start.safetensors")]
-    monkeypatch.setattr(sys, "argv", ["theatre", "finer", *words])
-    judging.main()
-    start = load_denoiser(tmp_path / "start.safetensors")
+def test_weights_that_know_no_parts_start_a_model_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before, start = finer_of("text.0.parts=false", tmp_path, monkeypatch)
     assert start.recipe.text[0]["parts"] and before.model.phase is None
     clip, time = torch.randn(1, 80, 2, 4, 4), torch.tensor([0.3])
     one, two = (

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lingen.blocks.scan import permutation
+from lingen.frozen import is_trained
 from lingen.recipe.errors import SettingError
 from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, Registry
 from lingen.recipe.sections import Triple
@@ -150,6 +151,8 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
     dim = getattr(part, "dim", None)
     if not _is_count(dim):
         return f"its `dim` is the whole number of a token's width, got {dim!r}."
+    if getattr(part, "parts", False) and not is_trained(part):
+        return "it tells `parts` and is not `trainable`: shards that are encoded before training keep none."
     if hasattr(part, "missing"):
         return None
     output, fault = _tried(part, build, lambda one: one.encode(TEXTS), "encode", on_meta=False)

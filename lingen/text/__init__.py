@@ -17,9 +17,9 @@ class TextEncoder(Protocol):
     What else one may have: `trainable = True`, where it is trained with the denoiser, any other being frozen and run
     without gradients; `missing() -> list[lingen.frozen.Missing]`, where its weights lie on disk, from which it reads
     them when they are first needed; `release()`, which gives them up until then. A trained one whose `encode` is
-    `read_ids(texts)`, tensors of the CPU, and `embed(*tensors)` of them on its device lets a step be a CUDA graph. One
-    with `parts = True` numbers the parts of a text, which the clip shows one after the other: its mask is of int64, 0
-    for padding, else the part from 1 on, none left out."""
+    `read_ids(texts)`, tensors of the CPU, and `embed(*tensors)` of them on its device lets a step be a CUDA graph. A
+    trained one with `parts = True` numbers the parts of a text, which the clip shows one after the other: its mask is
+    of int64, 0 for padding, else the part from 1 on, none left out."""
 
     dim: int
     """Width of a token."""
