@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from lingen.sampling.pipeline import LinGenPipeline
     from lingen.sampling.precision import load_model
     from lingen.training.denoiser import LinGenModule
+    from lingen.training.modules import TextToVideo
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AUTOENCODERS", "ClipData", "LinGen", "LinGenModule", "LinGenPipeline", "MIXERS", "RecipeError", "SCANS",
-    "TEXT_ENCODERS", "fit", "generate", "load_model", "load_recipe", "sample_demo", "save_video", "stages_of",
+    "TEXT_ENCODERS", "TextToVideo", "fit", "generate", "load_model", "load_recipe", "sample_demo", "save_video",
+    "stages_of",
 ]  # fmt: skip
 
 _HOMES = {
     "lingen.data.datamodule": ("ClipData",), "lingen.sampling.clips": ("generate", "sample_demo"),
     "lingen.sampling.precision": ("load_model",), "lingen.model": ("LinGen",), "lingen.run": ("fit",),
-    "lingen.sampling.pipeline": ("LinGenPipeline",),
+    "lingen.sampling.pipeline": ("LinGenPipeline",), "lingen.training.modules": ("TextToVideo",),
     "lingen.training.denoiser": ("LinGenModule",), "lingen.recipe": ("load_recipe", "stages_of"),
     "lingen.recipe.errors": ("RecipeError",),
     "lingen.recipe.registry": ("AUTOENCODERS", "MIXERS", "SCANS", "TEXT_ENCODERS"), "lingen.media": ("save_video",),

@@ -30,6 +30,17 @@ def test_help_imports_nothing_heavy():
     run_python("-c", code, cwd=ROOT)
 
 
+def test_clips_are_made_without_a_trainer(here: Path):
+    code = (
+        "import sys; from lingen.cli import main\n"
+        "assert main(['demo', 'a dog jumps', '--seconds', '0.1', '--steps', '1', '--out', 'x.webp']) == 0\n"
+        "heavy = {'lightning', 'torchmetrics', 'torchvision', 'transformers', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    run_python("-c", code, cwd=here, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (here / "x.webp").is_file()
+
+
 def test_weights_that_are_not_there_are_told_without_torch():
     code = (
         "import sys, pathlib, lingen.weights; from lingen.cli import main\n"

@@ -475,3 +475,23 @@ def test_weights_of_another_model_are_refused(run: Path, tiny_recipe: Path):
         load_into(other, read_weights(find_weights(run), "raw"), run)
     about = json.loads((run / "run.json").read_text())
     assert about["stages"] == ["images", "clips"]
+
+
+def test_memory_freed_on_a_cpu_is_used_again():
+    code = (
+        "import resource, torch\n"
+        "from lingen.kernels.choice import keep_memory\n"
+        "keep_memory(torch.device('cpu'))\n"
+        "torch.ones(2**21)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(50): torch.ones(2**21)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    faults, as_set = (
+        int(run_python("-c", code, cwd=ROOT, env=kept | more))
+        for more in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"})
+    )
+    if faults == as_set:
+        pytest.skip("this allocator is not glibc's")
+    assert 4 * faults < as_set, (faults, as_set)

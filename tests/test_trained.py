@@ -11,22 +11,22 @@ import lingen
 from lingen.data.theatre import caption_of, storyboard
 from lingen.sampling.clips import ClipSize, as_sampled, clip_size, encode_prompts, sample_latents, takes_of
 from lingen.sampling.precision import lower
-from lingen.training.denoiser import LinGenModule
+from lingen.training.modules import TextToVideo
 from lingen.training.weights import load_denoiser
 
 CAPTION, OTHER = "a ship moves left by the sea at dusk", "a ship moves left by the sea at night"
 
 
 @pytest.fixture(scope="module")
-def trained() -> LinGenModule:
+def trained() -> TextToVideo:
     return load_denoiser("theatre_128").eval()
 
 
-def second(module: LinGenModule) -> ClipSize:
+def second(module: TextToVideo) -> ClipSize:
     return clip_size(module, 1.0)
 
 
-def latents(module: LinGenModule, caption: str, **settings: object) -> Tensor:
+def latents(module: TextToVideo, caption: str, **settings: object) -> Tensor:
     """Of a second of the caption: [1 c t h w]."""
     clip, how = second(module), replace(module.recipe.sample, guidance=1.0, **settings)
     with as_sampled(module):
@@ -34,14 +34,14 @@ def latents(module: LinGenModule, caption: str, **settings: object) -> Tensor:
         return sample_latents(module, takes_of([caption]), text, clip, how)
 
 
-def velocity(module: LinGenModule, clip: Tensor, time: float, caption: str) -> Tensor:
+def velocity(module: TextToVideo, clip: Tensor, time: float, caption: str) -> Tensor:
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))
     (text,) = encode_prompts(module, [caption], second(module))
     with torch.no_grad(), as_sampled(module):
         return module.model(time * clip + (1 - time) * noise, torch.tensor([time]), tuple(text.text)).float()
 
 
-def test_sixteen_bits_move_as_thirty_two(trained: LinGenModule):
+def test_sixteen_bits_move_as_thirty_two(trained: TextToVideo):
     low = load_denoiser("theatre_128").eval()
     lower(low.model, "bf16-true")
     clip = latents(trained, CAPTION)
@@ -50,7 +50,7 @@ def test_sixteen_bits_move_as_thirty_two(trained: LinGenModule):
         assert torch.cosine_similarity(one, other, dim=0) > 0.999, time
 
 
-def test_a_solver_of_second_order_is_nearer_to_the_solution_at_equal_steps(trained: LinGenModule):
+def test_a_solver_of_second_order_is_nearer_to_the_solution_at_equal_steps(trained: TextToVideo):
     solution = latents(trained, CAPTION, solver="ab2", steps=60)
     errors = {
         solver: float((latents(trained, CAPTION, solver=solver, steps=20) - solution).norm() / solution.norm())
@@ -59,7 +59,7 @@ def test_a_solver_of_second_order_is_nearer_to_the_solution_at_equal_steps(train
     assert errors["ab2"] < 0.85 * errors["euler"] < 0.85 * 0.5, errors
 
 
-def test_its_own_caption_tells_the_clip_better_than_another(trained: LinGenModule):
+def test_its_own_caption_tells_the_clip_better_than_another(trained: TextToVideo):
     board = storyboard("tune", 0, 0, 4.0)
     clip = latents(trained, CAPTION)
     for time in (0.01, 0.03):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lingen.autoencoder.diffusers_vae import DiffusersVAE
 from lingen.autoencoder.tae import TAE
@@ -183,6 +184,20 @@ def test_an_exported_denoiser_samples_and_starts_a_training(tiny_run: Path, tmp_
     for name, value in module.trained_state().items():
         wanted = averaged[name].bfloat16() if averaged[name].ndim > 1 else averaged[name]
         assert torch.equal(value, wanted.float()), name
+
+
+def test_weights_are_read_whatever_the_trainer_of_their_recipe(tiny_run: Path, tmp_path: Path):
+    path, other, own = find_weights(tiny_run), tmp_path / "other.safetensors", tmp_path / "own.yaml"
+    metadata = read_metadata(path)
+    told = metadata["recipe"].replace("\ntrainer: {", "\ntrainer: {of_another_version: 1, ")
+    assert told != metadata["recipe"]
+    own.write_text(told)
+    with pytest.raises(RecipeError, match="of_another_version"):
+        load_recipe(own)
+    with safe_open(path, "pt") as held:
+        save_file({name: held.get_tensor(name) for name in held.keys()}, other, metadata | {"recipe": told})
+    one, same = (load_denoiser(each).trained_state() for each in (path, other))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,14 @@ from lingen.autoencoder import Autoencoder, ways
 from lingen.autoencoder.ways import tiles_of, way_for
 from lingen.data.batch import Progress
 from lingen.frozen import check_ready
-from lingen.kernels.choice import best_device, memory_here
+from lingen.kernels.choice import best_device, keep_memory, memory_here
 from lingen.media import as_frames
 from lingen.ranks.heartbeat import sign
 from lingen.recipe.sections import SampleConfig
 from lingen.recipe.sizes import check_frames
 from lingen.sampling import find_demo
 from lingen.sampling.precision import set_precision
-from lingen.training.denoiser import LinGenModule
+from lingen.training.modules import TextToVideo
 from lingen.training.weights import load_denoiser
 
 log = logging.getLogger("lingen")
@@ -77,7 +77,7 @@ def takes_of(prompts: Sequence[str], rewritten: Sequence[str] = (), repeat: int 
 
 
 def generate(
-    run_or_checkpoint: str | Path | LinGenModule, prompts: str | Sequence[str], *, seed: int | None = None,
+    run_or_checkpoint: str | Path | TextToVideo, prompts: str | Sequence[str], *, seed: int | None = None,
     steps: int | None = None, guidance: float | None = None, seconds: float | None = None,
     size: tuple[int, int] | None = None, repeat: int = 1, progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
@@ -106,7 +106,7 @@ def generate(
             raise TypeError(f"A prompt is a text, got {prompt!r}.")
     if repeat < 1:
         raise ValueError(f"Each prompt has at least 1 clip, got repeat={repeat}.")
-    if isinstance(run_or_checkpoint, LinGenModule):
+    if isinstance(run_or_checkpoint, TextToVideo):
         module, device = run_or_checkpoint, run_or_checkpoint.device
     else:
         module, device = load_denoiser(run_or_checkpoint), best_device()
@@ -132,7 +132,7 @@ def settings_with(
     return replace(settings, **{key: value for key, value in given.items() if value is not None})
 
 
-def clip_size(module: LinGenModule, seconds: float | None = None, size: tuple[int, int] | None = None) -> ClipSize:
+def clip_size(module: TextToVideo, seconds: float | None = None, size: tuple[int, int] | None = None) -> ClipSize:
     """Checks what is asked for against the recipe and the model. ValueError names the cure."""
     data = module.recipe.data
     if seconds is not None and not math.isfinite(seconds):
@@ -180,7 +180,7 @@ class Texts(NamedTuple):
 
 
 @torch.no_grad()
-def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize) -> list[Texts]:
+def encode_prompts(module: TextToVideo, prompts: Sequence[str], clip: ClipSize) -> list[Texts]:
     """Encodes each prompt for itself (b = 1), so that it is the same whatever else is asked for.
 
     One text encoder comes after the other, and a frozen one is freed before the next is read: memory must hold the
@@ -198,7 +198,7 @@ def encode_prompts(module: LinGenModule, prompts: Sequence[str], clip: ClipSize)
 
 
 @contextmanager
-def as_sampled(module: LinGenModule) -> Iterator[None]:
+def as_sampled(module: TextToVideo) -> Iterator[None]:
     """Inside the block the module is in eval mode and holds the averaged weights, which clips are made with."""
     was_training = module.training
     module.eval()
@@ -210,7 +210,7 @@ def as_sampled(module: LinGenModule) -> Iterator[None]:
 
 
 def sample_takes(
-    module: LinGenModule, takes: Sequence[Take], clip: ClipSize, settings: SampleConfig,
+    module: TextToVideo, takes: Sequence[Take], clip: ClipSize, settings: SampleConfig,
     device: torch.device | None = None, progress: Progress | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The one way from prompts to latents [c t h w], float32: of `lingen.generate`, `lingen sample`, clips during
@@ -225,6 +225,7 @@ def sample_takes(
         RecipeError: weights of a frozen part are missing."""
     check_ready([module.autoencoder, *module.text])
     device = device or module.device
+    keep_memory(device)
     module.text.to(device)
     with as_sampled(module):
         texts = encode_prompts(module, [take.words for take in takes], clip)
@@ -236,7 +237,7 @@ def sample_takes(
 
 
 def clips_of(
-    module: LinGenModule, takes: Sequence[Take], clip: ClipSize, settings: SampleConfig,
+    module: TextToVideo, takes: Sequence[Take], clip: ClipSize, settings: SampleConfig,
     device: torch.device | None = None, progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """`sample_takes`, decoded: uint8 [t h w 3] of each take."""
@@ -244,14 +245,14 @@ def clips_of(
         yield decoded(module, latents, clip, settings)
 
 
-def decoded(module: LinGenModule, latents: Tensor, clip: ClipSize, settings: SampleConfig) -> np.ndarray:
+def decoded(module: TextToVideo, latents: Tensor, clip: ClipSize, settings: SampleConfig) -> np.ndarray:
     """Latents [c t h w] of a clip -> uint8 [t h w 3], by `decode_frames`."""
     return np.stack(list(decode_frames(module.autoencoder, latents, clip.frames, settings.decode, settings.tile)))
 
 
 @torch.no_grad()
 def sample_latents(
-    module: LinGenModule, takes: Sequence[Take], texts: Texts, clip: ClipSize, settings: SampleConfig,
+    module: TextToVideo, takes: Sequence[Take], texts: Texts, clip: ClipSize, settings: SampleConfig,
     progress: Progress | None = None,
 ) -> Tensor:  # fmt: skip
     """Solves the flow from noise for a batch of clips, in `settings.precision` (see `lingen.sampling.precision`).

@@ -22,7 +22,7 @@ from lingen.run_folder.folder import RunFolder
 from lingen.sampling import clips
 from lingen.sampling.asked import untrained
 from lingen.sampling.notes import Notes, notes_of, notes_on, read_notes
-from lingen.training.denoiser import LinGenModule
+from lingen.training.modules import TextToVideo
 from lingen.training.weights import load_denoiser
 from lingen.weights import find_weights, write_tensors
 
@@ -99,7 +99,7 @@ def sample_again(
 
 
 def _write_takes(
-    module: LinGenModule, takes: Sequence[clips.Take], paths: Sequence[Path], clip: clips.ClipSize,
+    module: TextToVideo, takes: Sequence[clips.Take], paths: Sequence[Path], clip: clips.ClipSize,
     settings: SampleConfig, shared: Notes, progress: Progress | None,
 ) -> Iterator[Path]:  # fmt: skip
     """Each clip's latents, with everything that decoding needs to know, and then what `decode_file` makes of them."""

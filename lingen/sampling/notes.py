@@ -18,7 +18,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import SampleConfig
 from lingen.recipe.signature import as_plain, check_value, settings_of
 from lingen.sampling.clips import ClipSize, Take
-from lingen.training.denoiser import LinGenModule
+from lingen.training.modules import TextToVideo
 from lingen.training.state import whole_of
 from lingen.training.weights import averaged_state
 from lingen.weights import hash_tensors
@@ -28,7 +28,7 @@ Notes = dict[str, Any]
 """Plain values: the JSON in the comment of an MP4, and `about` in a latents file."""
 
 
-def notes_of(module: LinGenModule, weights: Path, clip: ClipSize, settings: SampleConfig) -> Notes:
+def notes_of(module: TextToVideo, weights: Path, clip: ClipSize, settings: SampleConfig) -> Notes:
     """What all clips of one sampling share; in training all ranks ask for it. To be asked before anything is sampled:
     with `sample.precision` the denoiser's weights may change.
 

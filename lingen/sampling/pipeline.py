@@ -27,7 +27,7 @@ from lingen.recipe.signature import as_plain
 from lingen.recipe.text import decode_json
 from lingen.run_folder.folder import RunFolder
 from lingen.sampling.clips import generate
-from lingen.training.denoiser import LinGenModule
+from lingen.training.modules import TextToVideo
 from lingen.training.weights import averaged_state, load_denoiser, load_into
 from lingen.weights import WeightsError, find_weights, read_metadata, write_tensors
 
@@ -47,7 +47,7 @@ class LinGenPipeline:
     """Prompts to clips, called as the pipelines of diffusers are. On the same machine a clip has the bits of that of
     `lingen sample` with the same weights, prompt, seed and settings. `module`: of `lingen.load_model`."""
 
-    def __init__(self, module: LinGenModule):
+    def __init__(self, module: TextToVideo):
         self.module = module.to(best_device())
 
     @classmethod
@@ -67,7 +67,7 @@ class LinGenPipeline:
             autoencoder["path"] = str(_weights(path / "autoencoder"))
         words = {**index.get("recipe", {}), **_read(path / _TIMES), "model": model, "autoencoder": autoencoder}
         yaml = json.dumps(words | {"text": text}).replace("${", "\\\\${")
-        module = LinGenModule(load_recipe(RecipeText(yaml, f"the model in {path}", path.resolve().name)))
+        module = TextToVideo(load_recipe(RecipeText(yaml, f"the model in {path}", path.resolve().name)))
         trained = [(f"text.{n}.", name) for n, name in enumerate(names[2:]) if is_trained(module.text[n])]
         stored = {start: load_file(_weights(path / name)) for start, name in (("model.", "denoiser"), *trained)}
         load_into(module, {start + k: v for start, state in stored.items() for k, v in state.items()}, path)
@@ -156,7 +156,7 @@ def _read(file: Path) -> dict[str, Any]:
     return {key: value for key, value in held.items() if file.name == _INDEX or not key.startswith("_")}
 
 
-def card_of(module: LinGenModule, weights: Path, about: Mapping[str, str]) -> str:
+def card_of(module: TextToVideo, weights: Path, about: Mapping[str, str]) -> str:
     """The model card of a weights file with this metadata: what is known of data, scores and how it was made."""
     folder, recipe = RunFolder(weights.resolve().parents[2]), module.recipe
     run = _held(folder.about)
@@ -172,7 +172,7 @@ def card_of(module: LinGenModule, weights: Path, about: Mapping[str, str]) -> st
     )  # fmt: skip
 
 
-def _sources(module: LinGenModule, folder: RunFolder) -> Iterator[Sequence[str]]:
+def _sources(module: TextToVideo, folder: RunFolder) -> Iterator[Sequence[str]]:
     """Samples of the stage trained last by their source, with the licence that was written beside the shards."""
     own, shards = module.recipe.data.synthetic or {}, module.recipe.data.shards
     named = [[one] if isinstance(one, str) else one or [] for one in (shards.image, shards.video, own.get("sprites"))]

@@ -1,19 +1,24 @@
 """Weights as a module to use, and the precision that a denoiser samples in: float32, bfloat16 throughout, or bfloat16
 with products in 8 bits."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from lingen.blocks.layers import is_float32
 from lingen.kernels.fp8 import SMALLEST_LAYER, Fp8Linear, to_fp8
 from lingen.model import LinGen
 from lingen.recipe.errors import RecipeError
-from lingen.training.base import Trained
-from lingen.training.denoiser import LinGenModule
-from lingen.training.weights import load_module
+from lingen.training.modules import TextToVideo
+from lingen.training.weights import recipe_of, with_weights
+from lingen.weights import find_weights
+
+if TYPE_CHECKING:
+    from lingen.training.base import Trained
 
 FLOAT32_NAMES = ("modulation", "pool_text", "phase", "unpatchify")
 """Names of parameters and layers of the denoiser that stay float32 beside the modules that say so themselves
@@ -21,7 +26,7 @@ FLOAT32_NAMES = ("modulation", "pool_text", "phase", "unpatchify")
 layers that compute in float32."""
 
 
-def set_precision(module: LinGenModule, precision: str) -> bool:
+def set_precision(module: TextToVideo, precision: str) -> bool:
     """Puts a loaded module's denoiser into `sample.precision`, once and in place; says whether autocast is needed, too.
 
     A module in training is left alone: its weights are the optimiser's, so it samples as it trains, under autocast
@@ -31,6 +36,8 @@ def set_precision(module: LinGenModule, precision: str) -> bool:
             where no layer is large enough for them."""
     is_low, on_cuda = "bf16" in str(module.recipe.trainer.get("precision", "")), module.device.type == "cuda"
     if module.average is not None:
+        from torch.distributed.fsdp import FSDPModule
+
         # On a CPU as `lingen sample` does there, in float32, unless the weights are gathered in bfloat16.
         return is_low and (on_cuda or isinstance(module.model.blocks[0], FSDPModule))
     now = precision_of(module.model)
@@ -93,9 +100,11 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu", dtype: t
         ValueError: for another dtype."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"A model is loaded in torch.float32 or torch.bfloat16, got {dtype}.")
-    module = load_module(path)
+    weights = find_weights(path)
+    recipe = recipe_of(weights)
+    module: Trained = with_weights(recipe.subject.build_module(recipe), weights)
     if dtype == torch.bfloat16:
-        if isinstance(module, LinGenModule):
+        if isinstance(module, TextToVideo):
             lower(module.model, "bf16-true")
         else:
             module.to(dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lingen.blocks.layers import decays
 from lingen.data.batch import Batch
 from lingen.data.ledger import is_cut
 from lingen.plan.forecast import Plan, peak_flops, plan
@@ -28,31 +26,21 @@ from lingen.training.checkpoint import moments_of, open_checkpoint, restore
 from lingen.training.graph import StepGraphs, fused_here, graphs_of
 from lingen.training.health import GoBack, NonFiniteError, Spike, SpikeWatch, Step, told_samples
 from lingen.training.meter import Meter
+from lingen.training.modules import StageModules
 from lingen.training.pace import Pace, compared
 from lingen.training.sharding import clip_gradients
 from lingen.training.state import load_state_by_name
 
 
-class Trained(lightning.LightningModule):
+class Trained(StageModules, lightning.LightningModule):
     """Base of a stage's LightningModule. Subclasses define what is trained and the loss: `frozen_parts`,
     `training_step` and `validation_step`, which pass each batch to `note`.
-
-    Frozen parts run without gradients and stay out of checkpoints.
 
     Args:
         recipe: a loaded stage."""
 
-    optional: tuple[str, ...] = ()
-    """Prefixes of names that only some stages have: weights to load may lack them, and may hold ones that are not
-    used."""
-    decayed: frozenset[str]
-    """Names of the trained parameters that weight decay pulls at, noted before a strategy replaces them: tags are
-    lost."""
-
     def __init__(self, recipe: Recipe):
-        super().__init__()
-        self.recipe = recipe
-        self.average: AveragedWeights | None = None
+        super().__init__(recipe)
         self.meter, self.validation_meter = Meter(), Meter()
         self.callbacks_meter = Meter()
         """What callbacks log; steps that are thrown away take nothing from it."""
@@ -82,17 +70,9 @@ class Trained(lightning.LightningModule):
         self._lr = 0.0
         """Of the last step."""
 
-    def frozen_parts(self) -> dict[str, nn.Module]:
-        """Prefix of the parameters' names -> the frozen parts."""
-        raise NotImplementedError
-
     def begin(self) -> str:
         """Called at the start of a run without `init`; returns a description of the weights that it starts from."""
         return "random weights"
-
-    def fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Trained weights of another stage, in the sizes of this one."""
-        return weights
 
     def before_saving(self, data: Any) -> None:
         """Measures what it needs on the data module's samples, before the weights of a finished stage are written."""
@@ -101,30 +81,9 @@ class Trained(lightning.LightningModule):
         """Modules in whose forward pass this rank waits for no other one; they tell its pace."""
         return ()
 
-    def freeze_parts(self) -> None:
-        """For the end of a constructor: no gradients for the frozen parts; of the others decay is noted."""
-        for part in self.frozen_parts().values():
-            part.requires_grad_(False).eval()
-        self.decayed = frozenset(name for name, p in self.trained_parameters().items() if decays(p))
-
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter that the optimiser moves."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """`state_dict` without the frozen parts."""
-        frozen = tuple(self.frozen_parts())
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
-
     def shard(self, mesh: DeviceMesh, device: torch.device, low: torch.dtype | None) -> None:
         """Splits what is trained over the ranks of a mesh, see `lingen.training.sharding.shard_denoiser`."""
         raise NotImplementedError
-
-    def train(self, mode: bool = True) -> Trained:
-        super().train(mode)
-        for part in self.frozen_parts().values():
-            part.eval()
-        return self
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.recipe.train, self.parameter_groups())
@@ -283,10 +242,6 @@ class Trained(lightning.LightningModule):
         """Judges the steps that a graph has done, and that nobody has looked at yet; errors as for `judge`."""
         if self.graphs is not None:
             self.graphs.settle()
-
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Inside the block the parameters hold the averaged values; a module loaded for sampling holds only those."""
-        return self.average.applied() if self.average is not None else nullcontext()
 
     def note(self, batch: Batch, losses: Tensor, tokens: int) -> None:
         """Called with each training batch: what is counted of it goes into the next row.

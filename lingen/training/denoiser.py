@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,18 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from lingen import flow
 from lingen.data.batch import Batch
 from lingen.frozen import is_trained
-from lingen.media import as_floats
-from lingen.model import LinGen, Text, resize_tables
-from lingen.ranks.heartbeat import sign
-from lingen.recipe.registry import AUTOENCODERS, LOSSES, TEXT_ENCODERS
-from lingen.recipe.sections import Recipe
-from lingen.text import TextEncoder, replace_rows, with_frame_rate
+from lingen.model import Text
+from lingen.recipe.registry import LOSSES
+from lingen.text import with_frame_rate
 from lingen.training.base import Trained
+from lingen.training.modules import TextToVideo
 from lingen.training.named import SquaredError
 from lingen.training.sharding import shard_denoiser
 
-TokensByEncoder = Mapping[int, tuple[Tensor, Tensor]]
-"""Number of a text encoder -> tokens [b n w] and their mask [b n]."""
 TIME_BINS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Edges of the bins of the logged loss: narrow at low times, where clips are decided and training is sparse (ours)."""
 
@@ -48,33 +43,20 @@ class Inputs(NamedTuple):
         return Inputs(self.latents.clone(), self.noise.clone(), self.times.clone(), text)
 
 
-class LinGenModule(Trained):
-    """A denoiser with autoencoder and text encoders: the loss of flow matching (Movie Gen, 2410.13720, section 3.1.2),
+class LinGenModule(TextToVideo, Trained):
+    """A `TextToVideo` in training: the loss of flow matching (Movie Gen, 2410.13720, section 3.1.2),
     an optimiser, averaged weights.
 
-    Trained parts are the denoiser and those text encoders that are `trainable`; everything else is frozen, runs without
-    gradients and stays out of checkpoints. A step's randomness is a function of (seed, stage, slot), see `Batch.slots`.
+    A step's randomness is a function of (seed, stage, slot), see `Batch.slots`.
 
     Args:
         recipe: a loaded stage."""
-
-    def __init__(self, recipe: Recipe):
-        super().__init__(recipe)
-        self.model = LinGen(recipe.model)
-        self.text = nn.ModuleList(TEXT_ENCODERS.build(component) for component in recipe.text)
-        self.autoencoder = AUTOENCODERS.build(recipe.autoencoder)
-        self.freeze_parts()
 
     @cached_property
     def loss(self) -> nn.Module:
         """`train.loss`; no child of the module, so that clips are made where it is not installed."""
         made: nn.Module = LOSSES.build(self.recipe.train.loss)
         return made.to(self.device)
-
-    def frozen_parts(self) -> dict[str, nn.Module]:
-        """Prefix of the parameters' names -> the frozen parts."""
-        parts = {f"text.{i}.": encoder for i, encoder in enumerate(self.text) if not is_trained(encoder)}
-        return {**parts, "autoencoder.": self.autoencoder}
 
     def own_parts(self) -> Iterable[nn.Module]:
         """The blocks: where they are sharded, ranks wait for each other's weights before each of them."""
@@ -83,52 +65,6 @@ class LinGenModule(Trained):
     def shard(self, mesh: DeviceMesh, device: torch.device, low: torch.dtype | None) -> None:
         """See `lingen.training.sharding.shard_denoiser`; frozen parts stay whole on every rank."""
         shard_denoiser(self.model, filter(is_trained, self.text), mesh, device, low)
-
-    def fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Positional tables of another size are resized (`resize_tables`)."""
-        own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-        resized = resize_tables(own, self.recipe.model)
-        return weights | {f"model.{name}": value for name, value in resized.items()}
-
-    def encode_clips(self, clips: Tensor) -> Tensor:
-        """uint8 [b 3 t h w] -> latents [b c t h w]; what is latents already stays as it is."""
-        if clips.is_floating_point():
-            return clips
-        with torch.no_grad():
-            return self.autoencoder.encode(as_floats(clips))
-
-    def encode_text(
-        self, captions: list[str], fps: float, stored: TokensByEncoder = MappingProxyType({}),
-        null: TokensByEncoder = MappingProxyType({}),
-    ) -> tuple[tuple[Tensor, Tensor], ...]:  # fmt: skip
-        """Captions -> one (tokens [b n w], mask [b n]) per encoder; fps 0 is an image. An empty caption is no text.
-
-        Args:
-            stored: number of an encoder -> what it made of these captions before; not read where a caption is empty.
-            null: number of an encoder -> what it made of no text at this fps before, a row for each caption."""
-        return tuple(
-            self.encode_with(number, captions, fps, stored.get(number), null.get(number))
-            for number in range(len(self.text))
-        )
-
-    def encode_with(
-        self, number: int, captions: list[str], fps: float, stored: tuple[Tensor, Tensor] | None = None,
-        null: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The tokens and mask of one encoder, as in `encode_text`."""
-        sign()  # it may read its weights anew
-        encoder = cast(TextEncoder, self.text[number])
-        prefix = fps if self.recipe.data.fps_prefix else 0.0
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(encoder)):
-            if stored is None:
-                return encoder.encode([with_frame_rate(caption, prefix) for caption in captions])
-            kept = stored[0].to(self.model.patchify.weight.dtype), stored[1]
-            empty = [row for row, caption in enumerate(captions) if not caption]
-            if not empty:
-                return kept
-            if null is None:
-                return replace_rows(kept, empty, encoder.encode([with_frame_rate("", prefix)]))
-            return replace_rows(kept, empty, (null[0][empty], null[1][empty]))
 
     def losses(self, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
         """`train.loss` of the velocity of each sample; in validation its squared error, whatever is trained with.
@@ -202,14 +138,6 @@ class LinGenModule(Trained):
         self.meter.add(f"loss/{kind}", losses)
         for name, picked in bins_of(times):
             self.meter.add(f"loss/{name}", losses, picked)
-
-    def times_of(self, latents: Sequence[int]) -> flow.Times:
-        """Training and sampling times of latents of a size (t, h, w)."""
-        return flow.Times(self.recipe.time, math.prod(self.model.grid_of(latents)))
-
-    def latent_size(self, clip: Any) -> tuple[int, int, int]:
-        """(frames, height, width) of a clip -> (t, h, w) of its latents; a last partial group of frames is one more."""
-        return tuple(math.ceil(n / stride) for n, stride in zip(clip, self.autoencoder.strides, strict=True))  # type: ignore[return-value]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses, times = self.losses(batch, "validation")

@@ -2,7 +2,7 @@
 
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +14,13 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import RecipeText
 from lingen.recipe.sections import Recipe
 from lingen.run_folder.lock import check_held
-from lingen.training.base import Trained
-from lingen.training.denoiser import LinGenModule
+from lingen.training.modules import StageModules, TextToVideo
 from lingen.training.state import whole_of
 
+M = TypeVar("M", bound=StageModules)
 
-def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> None:
+
+def save_weights(path: Path, module: StageModules, recipe_yaml: str, step: int) -> None:
     """Writes the raw and the averaged copy of everything trained, with the whole filled recipe, in one step. All ranks
     gather one tensor after the other, the first one writes; where it cannot, all raise.
 
@@ -42,12 +43,12 @@ def save_weights(path: Path, module: Trained, recipe_yaml: str, step: int) -> No
     on_first_rank(write)
 
 
-def averaged_state(module: Trained) -> dict[str, Tensor]:
+def averaged_state(module: StageModules) -> dict[str, Tensor]:
     """Name -> tensor of everything trained, averaged where an average is kept: what clips are sampled with."""
     return module.trained_state() | (module.average.weights() if module.average is not None else {})
 
 
-def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
+def load_into(module: StageModules, weights: dict[str, Tensor], source: Any) -> None:
     """Puts weights into a module; positional tables of another size are resized (model.resize_tables).
     RecipeError names what is missing, left over or of another shape."""
     own = module.trained_state()
@@ -67,29 +68,27 @@ def load_into(module: Trained, weights: dict[str, Tensor], source: Any) -> None:
     module.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
 
 
-def load_module(source: str | Path, device: str | torch.device = "cpu") -> Trained:
-    """The module of a run folder (its last finished stage), an export or another weights file, from the recipe inside,
-    with its averaged weights, in eval mode. RecipeError: no weights there, or weights that do not fit."""
+def with_weights(module: M, path: Path) -> M:
+    """A module with the averaged weights of a file, in eval mode. RecipeError where they do not fit."""
+    load_into(module, stored.read_weights(path, "averaged"), path)
+    return module.eval()
+
+
+def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> TextToVideo:
+    """What makes clips, of a run folder (its last finished stage), an export or another weights file, from the recipe
+    inside; an autoencoder.safetensors beside the weights is its autoencoder. RecipeError: no weights there, weights
+    that do not fit, or those of an autoencoder."""
     path = stored.find_weights(source)
     recipe = recipe_of(path)
-    module = recipe.subject.build_module(recipe)
-    load_into(module, stored.read_weights(path, "averaged"), path)
-    return module.to(device).eval()
-
-
-def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> LinGenModule:
-    """`load_module` for what makes clips; an autoencoder.safetensors beside the weights is its autoencoder. RecipeError
-    for the weights of an autoencoder, too."""
-    path = stored.find_weights(source)
-    module = load_module(path, device)
-    if not isinstance(module, LinGenModule):
+    if recipe.trains == "autoencoder":
         raise RecipeError(
             f"{path} holds the weights of an autoencoder, which makes no clips of its own. Train a denoiser with "
             f"autoencoder.path={source}."
         )
+    module = with_weights(TextToVideo(recipe), path)
     if (autoencoder := path.with_name("autoencoder.safetensors")).is_file():
         module.autoencoder.path = str(autoencoder)
-    return module
+    return module.to(device)
 
 
 def recipe_of(path: Path) -> Recipe:
