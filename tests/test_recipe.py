@@ -393,6 +393,7 @@ def test_mistakes(name):
         "data.fps=0": "Expected a number above 0, got 0. (at data.fps)",
         "data.batch.video=-1": "Expected at least 1, got -1. (at data.batch.video)",
         "train.text_drop=2": "Expected a number from 0 to 1, got 2. (at train.text_drop)",
+        "seed=4294967296": "Expected a number from 0 to 4,294,967,295, got ",
         "train.lr=-1": "Expected at least 0, got -1. (at train.lr)",
         "train.lr=fast": "Expected a number, got 'fast'. (at train.lr)",
         "score.clips=301": "Expected a number from 0 to 300, got 301. (at score.clips)",
