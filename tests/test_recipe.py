@@ -346,13 +346,13 @@ MISTAKES = {
     "a stage as a list": (TINY + "stages: {a: [b]}\n", "r.yaml:7: A stage is a mapping of sections. (at stages.a)"),
     "a stage outside of the run folder": (
         TINY + "stages: {../../a: {}}\n",
-        "r.yaml:7: A stage's name, as '../../a', names a folder: take letters and digits, and not 'score', which is where "
-        "judged clips lie. (at stages.../../a)",
+        "r.yaml:7: A stage's name, as '../../a', names a folder: take letters and digits, and not 'score', which is "
+        "where judged clips lie. (at stages.../../a)",
     ),
     "a stage where judged clips lie": (
         TINY + "stages: {score: {}}\n",
-        "r.yaml:7: A stage's name, as 'score', names a folder: take letters and digits, and not 'score', which is where "
-        "judged clips lie. (at stages.score)",
+        "r.yaml:7: A stage's name, as 'score', names a folder: take letters and digits, and not 'score', which is "
+        "where judged clips lie. (at stages.score)",
     ),
     "a stage in a stage": (
         TINY + "stages: {a: {stages: {}}}\n",
