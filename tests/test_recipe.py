@@ -344,6 +344,16 @@ MISTAKES = {
         "r.yaml:7: Stages are a mapping: a name and an overlay for each. (at stages)",
     ),
     "a stage as a list": (TINY + "stages: {a: [b]}\n", "r.yaml:7: A stage is a mapping of sections. (at stages.a)"),
+    "a stage outside of the run folder": (
+        TINY + "stages: {../../a: {}}\n",
+        "r.yaml:7: A stage's name, as '../../a', names a folder: take letters and digits, and not 'score', which is "
+        "where judged clips lie. (at stages.../../a)",
+    ),
+    "a stage where judged clips lie": (
+        TINY + "stages: {score: {}}\n",
+        "r.yaml:7: A stage's name, as 'score', names a folder: take letters and digits, and not 'score', which is "
+        "where judged clips lie. (at stages.score)",
+    ),
     "a stage in a stage": (
         TINY + "stages: {a: {stages: {}}}\n",
         "r.yaml:7: A stage cannot set 'stages'. (at stages.a.stages)",
@@ -383,6 +393,7 @@ def test_mistakes(name):
         "data.fps=0": "Expected a number above 0, got 0. (at data.fps)",
         "data.batch.video=-1": "Expected at least 1, got -1. (at data.batch.video)",
         "train.text_drop=2": "Expected a number from 0 to 1, got 2. (at train.text_drop)",
+        "seed=4294967296": "Expected a number from 0 to 4,294,967,295, got ",
         "train.lr=-1": "Expected at least 0, got -1. (at train.lr)",
         "train.lr=fast": "Expected a number, got 'fast'. (at train.lr)",
         "score.clips=301": "Expected a number from 0 to 300, got 301. (at score.clips)",

@@ -116,6 +116,15 @@ def test_no_bijection_is_named(bad):
         order_of(bad, 0)
 
 
+def by_chance(t, h, w):
+    return torch.randperm(t * h * w)
+
+
+def test_an_order_of_its_own_at_each_call_is_refused():
+    with pytest.raises(SettingError, match="Scan order 'by_chance' gives another order at each call"):
+        order_of(by_chance, 0)
+
+
 def late(t, h, w):
     return torch.arange(t * h * w) if t < 5 else torch.zeros(t * h * w).long()
 

@@ -96,17 +96,31 @@ def test_words_of_the_embedded_data_do_not_share_a_bucket():
 
 def test_parts_of_a_text_are_numbered_and_never_without_words():
     encoder = Words(dim=8, parts=True, max_tokens=9)
-    story = "Then a bee flies, then a cow leaves. After that then"
+    story = "Then a bee flies, then a cow leaves. After that a ship"
     tokens, parts = encoder.encode([story, "a cow by the sea", "", "before, and then, then then"])
     assert parts.tolist() == [
         [1, 1, 1, 1, 2, 2, 2, 2, 3],  # cut: what is left is still numbered from 1 on
         [1, 1, 1, 1, 1, 0, 0, 0, 0],
         [0] * 9,
-        [1, 1, 2, 3, 4, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0, 0],
     ]
     plain, mask = build("words", dim=8, max_tokens=9).encode([story])
     assert tokens.shape == (4, 9, 8) and torch.isfinite(tokens).all() and mask.dtype == torch.bool
     assert plain.shape[1] == parts.shape[1], "parts change no word"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a bee, then after that a cow", [1, 1, 2, 2, 2, 2, 2]),
+        ("a bee, and then, after that, then a cow", [1, 1, 1, 2, 2, 2, 2, 2, 2]),
+        ("a bee after\nthat | a cow", [1, 1, 2, 2, 2, 2]),
+        ("a cat jumps now and then.", [1] * 6),
+        ("then " * 5, [1] * 5),
+    ],
+)
+def test_no_part_of_a_text_is_a_joining_word_alone(text, parts):
+    assert Words(dim=8, parts=True).encode([text])[1].tolist() == [parts]
 
 
 def test_bytes_tell_accents_apart_and_take_any_text():

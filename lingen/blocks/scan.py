@@ -128,6 +128,11 @@ def _raster_index(order: ScanOrder, grid: Triple) -> Int[Tensor, "n"]:
     if index.shape != raster.shape or not torch.equal(index.long().sort().values, raster):
         told = f"does not visit each of the {len(raster)} tokens of a {grid} grid once"
         raise SettingError("scan", f"Scan order '{name}' {told}.")
+    if not torch.equal(index, order(*grid)):
+        told = (
+            "gives another order at each call, so that ranks, a resumed run and sampling would differ; give it a seed"
+        )
+        raise SettingError("scan", f"Scan order '{name}' {told}.")
     return index.long()
 
 

@@ -55,7 +55,7 @@ def Above(low: float) -> Bound:
 def Between(low: float, high: float) -> Bound:
     """From `low` to `high`, both included."""
     schema = {"minimum": low, "maximum": high}
-    return Bound(f"a number from {low:g} to {high:g}", schema, lambda number: low <= number <= high)
+    return Bound(f"a number from {low:,} to {high:,}", schema, lambda number: low <= number <= high)
 
 
 def Finite() -> Bound:

@@ -1,6 +1,7 @@
 """First half of loading a recipe: YAML, `extends`, stages and overrides, merged and checked without importing torch."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path as File
@@ -35,6 +36,8 @@ LISTED = (("text",), ("trainer", "callbacks"))
 MAY_LACK = (*LISTED, ("data", "synthetic"))
 """Where there need not be any."""
 
+STAGE_NAME = re.compile(r"(?!\.|score$)[^/\\*?\[\]]+")
+"""A stage has folders of its name in the run folder, where ``samples/score-STEP`` is what was judged."""
 NOT_IN_A_STAGE = ("name", "stage", "stages", "extends")
 
 
@@ -82,6 +85,9 @@ def read_draft(recipe: str | File | RecipeText, overrides: Sequence[str] = ()) -
         raise RecipeError(str(stages.problem((), "Stages are a mapping: a name and an overlay for each.")))
     staged = bool(stages.tree)
     names = list(stages.tree) or [str(base.tree.get("stage") or "main")]
+    told = "names a folder: take letters and digits, and not 'score', which is where judged clips lie."
+    wrong = [name for name in names if not STAGE_NAME.fullmatch(name)]
+    problems += [stages.problem((name,), f"A stage's name, as '{name}', {told}") for name in wrong]
     unknown = [stage for stage in of_stage if stage not in names]
     problems += [Problem("command line", no_such("stage", stage, names), f"stages.{stage}") for stage in unknown]
     drafts = {name: _merge(base, [_overlay(stages, name), *plain, *of_stage.get(name, [])], problems) for name in names}

@@ -310,7 +310,7 @@ class Recipe:
         FREE,  # which parts a run has is said where they are named
         "modules that register parts of yours (`@lingen.MIXERS.register`), imported before parts are looked up",
     ] = field(default_factory=list)
-    seed: Annotated[int, AtLeast(0), IDENTITY] = 0
+    seed: Annotated[int, Between(0, 2**32 - 1), IDENTITY] = 0  # what NumPy takes
     init: Annotated[str | None, IDENTITY, CONTENT, "weights (file or run folder) that training starts from"] = None
     trains: Annotated[
         Literal["denoiser", "autoencoder"],

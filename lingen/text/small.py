@@ -14,7 +14,8 @@ from lingen.recipe.signature import checked
 from lingen.text import Cut, padded
 
 _START = 256  # the id after the last byte
-_PART = re.compile(r"\b(?=(?:then|after that)\b)")
+_PART = re.compile(r"\b(?:then|after\s+that)\b(?:\W+(?:then|after\s+that)\b)*+(?=\W+\w)")
+"""A run of words that begins a part: what follows it are words of the part, so that none is "then" alone."""
 _words = re.compile(r"\w+").findall
 
 
@@ -72,7 +73,8 @@ class Words(_Small):
 
     def read_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """What `embed` takes, on the CPU."""
-        parts = [[part for part in map(_words, _PART.split(text.lower())) if part] for text in texts]
+        marked = (_PART.sub(r"|\g<0>", text.lower().replace("|", " ")) for text in texts)
+        parts = [[part for part in map(_words, text.split("|")) if part] for text in marked]
         buckets, few = self.embedding.num_embeddings, len(self.position) if self.position.is_cuda else None
         rows = [[zlib.crc32(word.encode()) % buckets for part in row for word in part] for row in parts]
         ids, mask = padded(self.cut(rows), few_up_to=few)
