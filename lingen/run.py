@@ -181,7 +181,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> RunFolder:  # fmt: skip
     """Every chosen stage that is not finished, the first of them from `first`, and the score."""
-    stages, names = curriculum.stages, curriculum.names
+    stages, names, moved = curriculum.stages, curriculum.names, ""
     for index, settings in enumerate(stages):
         if settings not in chosen:
             continue
@@ -190,6 +190,9 @@ def _train(
         writer.sign("start")
         known = first is not None and first.stage == names[index]
         start = first if known else on_first_rank(partial(start_of, folder, stages, index, reporter.say))
+        if moved and (start is None or start.step):
+            told = "began from what that was before; for one that begins from what it is now, take another --run"
+            reporter.say(f"stage {moved} was trained on, but stage {names[index]} {told}")
         if start is None:
             reporter.say(f"stage {names[index]} is finished: {folder.weights(names[index])}")
             continue
@@ -198,6 +201,7 @@ def _train(
         if note := note_of_warmup(settings):
             reporter.say(note)
         train_stage(folder, curriculum, index, start, reporter, callbacks)
+        moved = names[index]
     signals.by_first_rank(lambda: _score(folder, stages[-1], reporter))
     return folder
 

@@ -326,6 +326,20 @@ def test_a_disk_that_fills_up_keeps_what_was_complete(tiny_recipe: Path, tmp_pat
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_finished_weights_that_are_cut_off_are_named_and_their_stage_ends_anew(tiny_recipe: Path, here: Path, capsys):
+    words = ["fit", "--recipe", str(tiny_recipe), "--run", "run", "--stage", "images", *SHORT]
+    assert main(words) == 0
+    weights = RunFolder(Path("run")).weights("images")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{weights}: it is cut off" in said and "Delete it, and `lingen fit` ends stage 'images' anew" in said
+    weights.unlink()
+    assert main(words) == 0 and weights.read_bytes() == whole
+
+
 def test_without_a_whole_one_the_stage_begins_again(tiny_recipe: Path, here: Path, capsys):
     words = ["fit", "--recipe", str(tiny_recipe), "--run", "run", "--stage", "images", *SHORT]
     assert main(words) == 0

@@ -29,7 +29,7 @@ ENDED = "a process that has ended"
 
 def write_lock(folder: Path, age: float = 0.0, **changes: Any) -> dict[str, Any]:
     """A lock of another owner, last touched so many seconds ago."""
-    owner = myself() | changes
+    owner = {name: value for name, value in (myself() | changes).items() if value is not ...}
     folder.mkdir(exist_ok=True)
     (folder / LOCK_NAME).write_text(json.dumps(owner))
     os.utime(folder / LOCK_NAME, (time.time() - age,) * 2)
@@ -67,6 +67,7 @@ def test_two_commands_at_once_leave_one_run(tiny_recipe: Path, tmp_path: Path):
     ("age", "changes", "why"),
     [
         (0, {"pid": ENDED}, "has ended"),
+        (0, {"pid": ...}, None),  # by hand
         (0, {"process_started": "long ago"}, "has ended"),  # its number was given again
         (0, {}, None),
         (10 * SILENCE, {}, None),  # asleep, but there

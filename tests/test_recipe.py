@@ -311,6 +311,11 @@ MISTAKES = {
         TINY + "stages: {one: {data: {mix: {image: 0, video: 0}}}}\n",
         "r.yaml:7: This mix is empty; image or video must be above 0. (at stages.one.data.mix)",
     ),
+    "parts behind a frame rate": (
+        TINY + "text: {name: words, parts: true}\n",
+        "r.yaml:7: The text encoder 'words': frames of later parts would not see the frame rate: set "
+        "data.fps_prefix=false (at text.name)",
+    ),
     "score without synthetic clips": (
         TINY.replace("synthetic: shapes", "shards: {video: v.tar, image: i.tar}") + "score: {clips: 3}\n",
         "r.yaml:7: Only clips of data.synthetic=shapes can be scored; set it, or score.clips=0. (at score.clips)",

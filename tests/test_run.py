@@ -208,6 +208,15 @@ def test_hand_over_takes_raw_weights_and_seeds_the_average(
         assert torch.equal(value, raw[name]), name
 
 
+def test_a_stage_trained_on_tells_the_later_ones_that_began_before(tiny_recipe: Path, tmp_path: Path, capsys):
+    run, told = tmp_path / "run", "stage images was trained on, but stage clips began from what that was before"
+    words = ["fit", "--recipe", str(tiny_recipe), "--run", str(run)]
+    assert main(words) == 0 and told not in capsys.readouterr().err
+    before, steps = find_weights(run).read_bytes(), 1 + RunFolder(run).finished_steps("images")
+    assert main([*words, f"stages.images.train.steps={steps}"]) == 0 and told in capsys.readouterr().err
+    assert RunFolder(run).finished_steps("images") == steps and find_weights(run).read_bytes() == before
+
+
 def test_keep_optimizer_carries_the_moments_over(tiny_recipe: Path, tmp_path: Path):
     runs = {"kept": ["stages.clips.train.keep_optimizer=true"], "fresh": []}
     ends = {}

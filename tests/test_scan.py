@@ -116,6 +116,17 @@ def test_no_bijection_is_named(bad):
         order_of(bad, 0)
 
 
+def even(t, h, w):
+    if t % 2:
+        raise ValueError("odd")
+    return torch.arange(t * h * w)
+
+
+def test_an_order_that_raises_is_named_with_its_grid():
+    with pytest.raises(SettingError, match=r"Scan order 'even' raises ValueError on a \(3, 2, 2\) grid: odd"):
+        permutation(order_of(even, 0), (3, 2, 2), torch.device("cpu"))
+
+
 def by_chance(t, h, w):
     return torch.randperm(t * h * w)
 

@@ -72,6 +72,15 @@ def test_its_own_caption_tells_the_clip_better_than_another(trained: TextToVideo
         assert own < 0.8 * min(other, strange), (time, own, other, strange)
 
 
+def test_more_parts_than_latent_frames_are_told(caplog: pytest.LogCaptureFixture):
+    story = "a dog jumps, then a cat leaves, then a rocket takes off"
+    lingen.sample_demo(story, seconds=0.5, steps=1)
+    assert "3 parts, and the clip 2 latent frames" in caplog.text
+    caplog.clear()
+    lingen.sample_demo(story, seconds=2, steps=1)
+    assert not caplog.text
+
+
 def test_a_clip_longer_than_four_seconds_keeps_its_scene():
     clip = lingen.sample_demo("a rocket takes off in space at night", seconds=6, steps=4)
     assert clip.shape == (72, 128, 128, 3)

@@ -121,14 +121,19 @@ def _raster_index(order: ScanOrder, grid: Triple) -> Int[Tensor, "n"]:
     raster = torch.arange(grid[0] * grid[1] * grid[2])
     if isinstance(order, str):
         return raster.view(grid).permute(*map("thw".index, order)).flatten()
-    name, index = getattr(order, "__name__", repr(order)), order(*grid)
+    name = getattr(order, "__name__", repr(order))
+    try:
+        index, again = order(*grid), order(*grid)
+    except Exception as error:
+        told = f"Scan order '{name}' raises {type(error).__name__} on a {grid} grid: {error}"
+        raise SettingError("scan", told) from error
     if not isinstance(index, Tensor) or index.is_floating_point():
         what = str(index.dtype) if isinstance(index, Tensor) else type(index).__name__
         raise SettingError("scan", f"Scan order '{name}' gives {what}, not a tensor of whole numbers.")
     if index.shape != raster.shape or not torch.equal(index.long().sort().values, raster):
         told = f"does not visit each of the {len(raster)} tokens of a {grid} grid once"
         raise SettingError("scan", f"Scan order '{name}' {told}.")
-    if not torch.equal(index, order(*grid)):
+    if not torch.equal(index, again):
         told = (
             "gives another order at each call, so that ranks, a resumed run and sampling would differ; give it a seed"
         )

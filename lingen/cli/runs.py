@@ -14,6 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from lingen.cli import command as cli
@@ -142,9 +143,9 @@ def _print_outcome(folder: RunFolder, subject: Subject) -> None:
     except Exception as error:  # the run is finished, whatever becomes of its page
         print(f"report.html was not made ({error}); lingen report {folder.path} tries again", file=sys.stderr)
     if subject is SUBJECTS["autoencoder"]:
-        print(f"lingen eval tae --run {folder.path}")
+        print(f"lingen eval tae --run {quote(str(folder.path))}")
     else:
-        print(f"lingen sample --run {folder.path} --prompt '...' --out clip.mp4")
+        print(f"lingen sample --run {quote(str(folder.path))} --prompt '...' --out clip.mp4")
 
 
 def _about_score(what: str, score: dict[str, Any]) -> str:
@@ -275,7 +276,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str], weights: Path) -> l
         help="a run of the theatre, its weights, or a folder of both models; default: lingen's own weights",
     ),
     cli.argument(
-        "--seconds", type=cli.positive, default=4.0, metavar="S", help="default: 4, which lingen's own weights trained"
+        "--seconds", type=cli.positive, default=4.0, metavar="S", help="default: 4; trained were 4, 16 and 60"
     ),
     cli.argument("--seed", type=int, default=0, help="another seed gives another clip"),
     cli.argument("--steps", type=cli.natural, metavar="N", help="solver steps"),

@@ -45,6 +45,8 @@ def faults_of_parts(draft: Layered, recipe: Recipe, *, to_train: bool) -> Iterat
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
                 continue
             fault = broken_contract(registry, component, part, *positional)
+            if registry is TEXT_ENCODERS and recipe.data.fps_prefix and getattr(part, "parts", False):
+                fault = fault or "frames of later parts would not see the frame rate: set data.fps_prefix=false"
         if fault:
             yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
 

@@ -52,11 +52,11 @@ def _why(name: str, error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
         return f"there is no module '{error.name}' in the current folder or installed. Run where it lies or install it."
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {told}. Mend it."
+        return f"{type(error).__name__}: {told.rstrip('.')}. Mend it."
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
     place = f" at {os.path.relpath(own[-1].filename)}:{own[-1].lineno}" if own else ""
-    return f"it raises {type(error).__name__}{place}: {told}. Mend it, or take the module out of `imports`."
+    return f"it raises {type(error).__name__}{place}: {told.rstrip('.')}. Mend it, or take the module out of `imports`."
 
 
 @contextlib.contextmanager

@@ -43,10 +43,14 @@ class RunFolder:
 
     def finished_steps(self, stage: str) -> int:
         """Steps that the finished weights of a stage were trained for; 0: not finished."""
-        from lingen.weights import OF_TRAINING, read_metadata
+        from lingen.weights import OF_TRAINING, WeightsError, read_metadata
 
         path = self.weights(stage)
-        return int(read_metadata(path, OF_TRAINING)["step"]) if path.is_file() else 0
+        try:
+            return int(read_metadata(path, OF_TRAINING)["step"]) if path.is_file() else 0
+        except WeightsError as error:
+            cure = f"Delete it, and `lingen fit` ends stage '{stage}' anew from its last checkpoint."
+            raise WeightsError(path, f"{error.what} {cure}") from error
 
     def finished(self, stages: Sequence[str]) -> list[str]:
         """The stages that have weights, in order."""

@@ -77,7 +77,7 @@ def death_of(owner: Owner, silent: float) -> str | None:
 
     Args:
         silent: seconds since the lock was touched."""
-    if owner.get("host") == _host():
+    if owner.get("host") == _host() and "pid" in owner:
         alive = started(int(owner["pid"])) in (HIDDEN, owner.get("process_started"))
         return None if alive else f"process {owner.get('pid')} of {_place(owner)} has ended"
     job = os.environ.get("SLURM_JOB_ID")

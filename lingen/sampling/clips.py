@@ -276,6 +276,8 @@ def sample_latents(
     noise = torch.stack([flow.clip_noise(shape, settings.seed, take.words, take.repetition) for take in takes])
     null, text = tuple(texts.null), tuple(texts.text)
     both = tuple(flow.stack_text(a, b) for a, b in zip(null, text, strict=True))
+    if (parts := max((int(mask.max()) for _, mask in text), default=1)) > frames:
+        log.warning("A prompt has %d parts, and the clip %d latent frames: some are not shown.", parts, frames)
     tokens = len(takes) * training.tokens
     one_batch = tokens <= GUIDANCE_TOKENS if settings.guidance_batch == "auto" else settings.guidance_batch
     low, high = settings.guidance_interval
