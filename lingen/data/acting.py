@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 
 from lingen.data.index import RECORD, Index
@@ -79,8 +80,6 @@ def check_sprites(path: str) -> None:
 def load_sprites(path: str) -> UInt8[np.ndarray, "n k s s 4"]:
     """RGB times opacity, and opacity, of each actor's animation. RecipeError where the file is missing or is another
     version's."""
-    from PIL import Image
-
     check_sprites(path)
     if multiprocessing.parent_process() is not None:
         cv2.setNumThreads(0)  # its threads do not outlive a fork, and each core has a process of its own

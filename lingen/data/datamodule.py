@@ -30,6 +30,7 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import Anchor, BatchOrder, RankBatch
 from lingen.data.sources import Reader
+from lingen.data.synthetic import ensure
 from lingen.data.theatre import Theatre
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.errors import RecipeError
@@ -124,8 +125,6 @@ class ClipData(lightning.LightningDataModule):
         if self.theatre is not None:
             shards = Shards(image="theatre", video="theatre")
             return shards, shards
-        from lingen.data.synthetic import ensure
-
         return ensure(self.recipe)
 
     def _expand(self, shards: Shards, kind: str, setting: str) -> list[str]:

@@ -6,6 +6,8 @@ import os
 from glob import glob, has_magic
 from typing import NamedTuple
 
+import braceexpand
+
 from lingen.data.manifest import NAME, without_manifest
 from lingen.data.remote import is_remote
 from lingen.data.sources import Reader
@@ -53,8 +55,6 @@ def expand(patterns: str | list[str] | None, setting: str, timeout: float = 30.0
 
 
 def _expand_one(pattern: str, setting: str, timeout: float) -> list[str]:
-    import braceexpand
-
     if ("://" in pattern and not is_remote(pattern)) or pattern.startswith("pipe:"):
         cure = "copy the shards to where pieces of them can be read, and name them there."
         raise RecipeError(f"{setting}: '{pattern}' is neither a path nor an address at https:// or s3://; {cure}")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lingen.data import manifest
@@ -103,8 +104,6 @@ class Captioner:
         return [" ".join(text.split()) for text in texts]
 
     def _inputs(self, frames: np.ndarray) -> dict[str, Tensor]:
-        from PIL import Image
-
         processor, pictures = self.processor, [Image.fromarray(frame) for frame in frames]
         if getattr(processor, "chat_template", None):
             as_video = len(frames) > 1 and getattr(processor, "video_processor", None) is not None

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
+
 from lingen.data.frames import decoder_of, picture_stream
 from lingen.data.pictures import as_rgb, open_picture, reported, webp_times
 from lingen.prepare.formats import CAPTIONS, READ, extensions
@@ -196,8 +198,6 @@ def read_frames(path: Path) -> Iterator[Frame]:
 def _film(path: Path) -> Iterator[tuple[Any, Any, Any]]:
     """First (seconds between two frames on average, seconds of the time base, None); then for each frame (seconds or
     None where they are unknown, picture or None where it is damaged, aspect)."""
-    import av
-
     options = {"format_whitelist": READ, "protocol_whitelist": "file"}
     try:
         with av.open(str(path), options=options) as file:
@@ -231,8 +231,6 @@ def _decoding_order(file: Any) -> list[int] | None:
 
 def _pictures(codec: Any, packet: Any) -> Iterator[Any]:
     """What a packet gives, None for a damaged picture; the last packet is empty and drains the decoder."""
-    import av
-
     if not packet.size and packet.dts is not None:
         return
     try:
@@ -244,8 +242,6 @@ def _pictures(codec: Any, packet: Any) -> Iterator[Any]:
 
 def _animation(path: Path) -> Iterator[tuple[Any, Any, None]]:
     """As `_film`, of an animated WebP, on white; a still one has one picture."""
-    import av
-
     data = path.read_bytes()
     animation = open_picture(data, ("WEBP",))
     yield 0.1, 0.001, None

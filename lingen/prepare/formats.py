@@ -3,6 +3,9 @@
 from contextlib import suppress
 from functools import cache
 
+from av.format import ContainerFormat
+from PIL import Image, ImageFile
+
 READ = (
     "mov,matroska,avi,mpeg,mpegts,mpegvideo,gif,asf,flv,mxf,ogg,dv,rm,nut,ivf,wtv,h264,hevc,yuv4mpegpipe,apng,gxf,m4v"
 )
@@ -29,12 +32,8 @@ CAPTIONS = (".txt", ".json")
 def extensions(kind: str) -> frozenset[str]:
     """Extensions of a kind, ``image`` or ``video``, in lower case with their dots. ``.gif`` and a few are of both."""
     if kind == "image":
-        from PIL import Image
-
         read = picture_formats()
         return frozenset(one for one, name in Image.registered_extensions().items() if name in read)
-    from av.format import ContainerFormat
-
     found = {".gif", ".apng", ".webp"}
     for name in f"{READ},{WRITTEN}".split(","):
         with suppress(ValueError):  # FFmpeg was built without it
@@ -45,8 +44,6 @@ def extensions(kind: str) -> frozenset[str]:
 @cache
 def picture_formats() -> tuple[str, ...]:
     """The formats that Pillow opens by itself, by its names."""
-    from PIL import Image, ImageFile
-
     Image.init()
     opened = ((name, opener) for name, (opener, _) in Image.OPEN.items())
     stubs = {name for name, one in opened if isinstance(one, type) and issubclass(one, ImageFile.StubImageFile)}

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from lingen.data import manifest
 from lingen.data.manifest import Row
+from lingen.media import contact_sheet
 from lingen.recipe.errors import RecipeError
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -74,8 +75,6 @@ def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Pat
 def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int = 0) -> Path | None:
     """Some samples to look at: a row of frames for each clip, eight pictures in a row. None where there are none. What
     cannot be decoded is black, with the reason above it."""
-    from lingen.media import contact_sheet as sheet
-
     picked = chosen(folders, count, seed)
     looks = [_look(folder, row) for folder, row in picked if row.kind == "video"]
     pictures = [_look(folder, row) for folder, row in picked if row.kind == "image"]
@@ -83,7 +82,7 @@ def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int 
         of_row = pictures[first : first + 8]
         looks.append((np.concatenate([clip for clip, _ in of_row]), "; ".join(text for _, text in of_row)))
     clips, captions = [clip for clip, _ in looks], [text for _, text in looks]
-    return sheet(clips, path, captions) if clips else None
+    return contact_sheet(clips, path, captions) if clips else None
 
 
 def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning
+
 from lingen.data.fingerprint import content_of
 from lingen.data.indexing import content_of_shards
 from lingen.data.locations import expand
@@ -101,8 +103,6 @@ def _packaged(recipe: Recipe) -> Values:
 
 def _is_lightnings(key: str, entry: Entry) -> bool:
     """An argument of lightning.Trainer that is given as it would be without a word."""
-    import lightning
-
     known = inspect.signature(lightning.Trainer).parameters
     name = key.removeprefix("trainer.")
     return name != key and name in known and known[name].default == entry.value

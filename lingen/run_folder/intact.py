@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lingen.files import wait_for
@@ -66,8 +67,6 @@ class Checkpoint:
         return found
 
     def _file(self, name: str) -> Any:
-        from safetensors import safe_open
-
         if name not in self._open:
             self._open[name] = safe_open(str(self.path / name), "pt")
         return self._open[name]
