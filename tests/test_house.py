@@ -38,7 +38,6 @@ LISTED: dict[tuple[str, str], str] = {
 CIRCLES: list[set[str]] = [
     # A plain twin asks for the Triton one when it is taken; that one shares the plain one's sizes, states and products.
     {"lingen.kernels.pool", "lingen.kernels.pool_triton"},
-    {"lingen.kernels.scan", "lingen.kernels.scan_backward_triton"},
 ]
 """Files that import each other, and why."""
 

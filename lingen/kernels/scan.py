@@ -6,12 +6,15 @@ For each head, with the state h [e s] and the token i, the first direction is
 
 and the second the same from the last token to the first, with a, d and dt bias of its own; their y are summed."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lingen.kernels.choice import choose, device_type, full_precision, holds_numbers, is_unlaunched, stands_for_cuda
+from lingen.kernels.gradients import FromInputs
 from lingen.kernels.kept import kept
 from lingen.kernels.ssd import ssd
 
@@ -79,12 +82,13 @@ def scan(
     if kernel == "triton" and not (holds_numbers(u) or is_unlaunched(u)):
         return kept(lambda: _products_of_triton(u, chunk, len(a), heads, groups, state_dim))
     if kernel == "triton":
-        from lingen.kernels.scan_backward_triton import FusedScan
+        from lingen.kernels.scan_backward_triton import fused_scan, fused_scan_gradients
         from lingen.kernels.scan_triton import ScanSizes
 
         begin = None if initial_state is None else initial_state.float().mT.contiguous()
         sizes = ScanSizes(heads, width, groups, state_dim, len(a))
-        return FusedScan.apply(u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk)
+        inputs = u, dt, a.float(), d.float(), dt_bias.float(), index, begin, sizes, chunk
+        return FromInputs.apply(fused_scan, fused_scan_gradients, *inputs)
     # One causal scan in which the second direction is further heads, whose streams are flipped.
     ways, dt = len(a), dt if index is None else dt[:, index]
     if ways == 2:
@@ -146,11 +150,12 @@ def scan_state(
         states = torch.stack([torch.einsum("zqgs,zqgme->zgmes", b, x) for _ in a], 1).flatten(2, 3)
         return states.unflatten(0, (len(u), -1)).sum(1, dtype=torch.float32)
     if kernel == "triton":
-        from lingen.kernels.scan_backward_triton import FusedState
-        from lingen.kernels.scan_triton import ScanSizes
+        from lingen.kernels.scan_triton import ScanSizes, end_states
 
         sizes = ScanSizes(dt.shape[2], width, groups, state_dim, len(a), turns=False)
-        return FusedState.apply(u, dt, a.float(), dt_bias.float(), index, sizes, chunk)
+        run = partial(end_states, sizes=sizes, chunk=chunk)
+        back = partial(state_gradients, groups=groups, state_dim=state_dim)
+        return FromInputs.apply(run, back, u, dt, a.float(), dt_bias.float(), index)
     return state_by_product(u, dt, a, dt_bias, index, groups, state_dim)
 
 

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lingen.kernels.scan import state_gradients
-from lingen.kernels.scan_triton import Scan, scan_forward
+from lingen.kernels.scan_triton import Scan, ScanSizes, scan_forward
 
 # Tuned on an H100 at heads of 64 and a state of 128.
 LAUNCH = {"pairs": {"num_stages": 2}, "inter": {"num_warps": 4, "num_stages": 2}}
@@ -214,37 +213,19 @@ def _of_decays(scan: Scan, rows: Tensor, inside: Tensor, later: Tensor, met: Ten
     return (decays + (later.sum(-1) + met)[..., None]).flatten(-2)
 
 
-class FusedScan(torch.autograd.Function):
-    """`lingen.kernels.scan.scan` with kernel="triton"; saves its inputs and recomputes the rest for the gradient."""
-
-    @staticmethod
-    def forward(ctx, u, dt, a, d, bias, index, begin, sizes, chunk):
-        ctx.save_for_backward(u, dt, a, d, bias, index, begin)
-        ctx.sizes, ctx.chunk = sizes, chunk
-        return scan_forward(Scan(u, dt, a, bias, index, sizes, chunk), d.sum(0), begin)
-
-    @staticmethod
-    def backward(ctx, dy):
-        u, dt, a, d, bias, index, begin = ctx.saved_tensors
-        scan = Scan(u, dt, a, bias, index, ctx.sizes, ctx.chunk)
-        ddt = torch.empty(dt.shape, device=dt.device, dtype=dt.dtype)
-        du, da, dd, dbias, dbegin = scan_backward(scan, dy.contiguous(), a, d.sum(0), begin, index, ddt)
-        return du, ddt, da, dd.expand_as(d), dbias, None, None if begin is None else dbegin, None, None
+def fused_scan(
+    u: Tensor, dt: Tensor, a: Tensor, d: Tensor, bias: Tensor, index: Tensor | None, begin: Tensor | None,
+    sizes: ScanSizes, chunk: int,
+) -> Tensor:  # fmt: skip
+    """`lingen.kernels.scan.scan` with kernel="triton"."""
+    return scan_forward(Scan(u, dt, a, bias, index, sizes, chunk), d.sum(0), begin)
 
 
-class FusedState(torch.autograd.Function):
-    """`lingen.kernels.scan.scan_state` with kernel="triton"; the gradient is that of its plain twin, recomputed."""
-
-    @staticmethod
-    def forward(ctx, u, dt, a, bias, index, sizes, chunk):
-        ctx.save_for_backward(u, dt, a, bias, index)
-        ctx.sizes = sizes
-        scan = Scan(u, dt, a, bias, index, sizes, chunk)
-        _, end, _ = scan.states(scan.x, scan.b, None)
-        return end.mT.contiguous()
-
-    @staticmethod
-    def backward(ctx, grad):
-        u, dt, a, bias, index = ctx.saved_tensors
-        grads = state_gradients(grad, u, dt, a, bias, index, ctx.sizes.groups, ctx.sizes.state)
-        return *grads, None, None, None
+def fused_scan_gradients(
+    dy: Tensor, u: Tensor, dt: Tensor, a: Tensor, d: Tensor, bias: Tensor, index: Tensor | None, begin: Tensor | None,
+    sizes: ScanSizes, chunk: int,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Those of `fused_scan`, in the order of its arguments; all but these is computed again."""
+    scan, ddt = Scan(u, dt, a, bias, index, sizes, chunk), torch.empty(dt.shape, device=dt.device, dtype=dt.dtype)
+    du, da, dd, dbias, dbegin = scan_backward(scan, dy.contiguous(), a, d.sum(0), begin, index, ddt)
+    return du, ddt, da, dd.expand_as(d), dbias, None, None if begin is None else dbegin

@@ -352,3 +352,11 @@ def scan_forward(scan: Scan, d: Tensor, begin: Tensor | None) -> Tensor:
     states, _, _ = scan.states(scan.x, scan.b, begin)
     scan.mix(scan.x, scan.c, scan.products(scan.c, scan.b), states, d, y, adjoint=False)
     return y
+
+
+def end_states(
+    u: Tensor, dt: Tensor, a: Tensor, bias: Tensor, index: Tensor | None, sizes: ScanSizes, chunk: int
+) -> Tensor:
+    """The states [b r k e s] that a scan leaves, float32; arguments as of `Scan`."""
+    scan = Scan(u, dt, a, bias, index, sizes, chunk)
+    return scan.states(scan.x, scan.b, None)[1].mT.contiguous()
