@@ -15,16 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lingen.autoencoder.temporal import (
-    Activation,
-    ClipConv,
-    Grid,
-    Stream,
-    TimeAttention,
-    TimeBlock,
-    TimeConv,
-    add,
-)
+from lingen.autoencoder.temporal import Activation, ClipConv, Grid, Stream, TimeAttention, TimeBlock, TimeConv, add
 from lingen.blocks.layers import RMSNorm, head_count
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple

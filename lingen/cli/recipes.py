@@ -12,8 +12,8 @@ from typing import Any
 from lingen.cli import command as cli
 from lingen.plan import GPUS
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.reading import SYNTHETIC, shipped_folder, shipped_recipes
-from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
+from lingen.recipe.reading import shipped_folder, shipped_recipes
+from lingen.recipe.registry import SCANS, Registry, registries
 from lingen.recipe.signature import REQUIRED, as_plain
 from lingen.recipe.sizes import ranks_of
 from lingen.tables import as_cell
@@ -44,13 +44,6 @@ def list_(args: argparse.Namespace) -> None:
         cli.print_table([{key: as_cell(value) for key, value in row.items()} for row in rows])
         if what != asked[-1]:
             print()
-
-
-def registries() -> dict[str, Registry]:
-    """What `lingen list` shows beside recipes."""
-    for_training = {str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()}
-    models = {"mixers": MIXERS, "scans": SCANS, "autoencoders": AUTOENCODERS, "text": TEXT_ENCODERS}
-    return models | {"perceptual": PERCEPTUAL} | for_training | {"synthetic": SYNTHETIC}
 
 
 def parts(what: str) -> list[CatalogueRow]:

@@ -34,8 +34,7 @@ from lingen.data.synthetic import ensure
 from lingen.data.theatre import Theatre
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.reading import SYNTHETIC
-from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.recipe.registry import AUTOENCODERS, SYNTHETIC, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.sizes import patch_of, round_of
 

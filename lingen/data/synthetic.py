@@ -21,7 +21,7 @@ from lingen.files import cache_folder, whole_folder
 from lingen.media import encode_mp4, encode_picture, read_video
 from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.reading import SYNTHETIC
+from lingen.recipe.registry import SYNTHETIC
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.signature import section
 

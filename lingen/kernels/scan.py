@@ -1,10 +1,6 @@
-"""The scan of Mamba2 over a sequence, in one direction or in both at once (arXiv 2405.21060).
-
-For each head, with the state h [e s] and the token i, the first direction is
-
-    h_i = exp(dt_i a) h_{i-1} + dt_i x_i b_i^T        y_i = h_i c_i + d x_i
-
-and the second the same from the last token to the first, with a, d and dt bias of its own; their y are summed."""
+"""The scan of Mamba2 over a sequence, in one direction or in both at once (arXiv 2405.21060). The first direction is
+the recurrence of `lingen.kernels.ssd`, and the second the same from the last token to the first, with a, d and dt bias
+of its own; their y are summed."""
 
 from functools import partial
 

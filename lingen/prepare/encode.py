@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,14 +190,9 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
         clips, batch_size=None, collate_fn=load, num_workers=min(workers, len(tasks)), worker_init_fn=follow_parent,
         multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
     )  # fmt: skip
-    group: Group = []
-    for task, loaded in zip(tasks, loader, strict=True):
-        if group and (len(group) == batch or group[0][0].shape != task.shape):
+    for _, same in groupby(zip(tasks, loader, strict=True), lambda one: one[0].shape):
+        while group := list(islice(same, batch)):
             yield group
-            group = []
-        group.append((task, loaded))
-    if group:
-        yield group
 
 
 def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None:

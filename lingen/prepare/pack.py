@@ -1,6 +1,5 @@
 """From folders of footage to shards with a manifest: `lingen data pack`."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from lingen.data.batch import Progress, no_progress
 from lingen.data.captions import NO_CAPTION
 from lingen.data.fingerprint import hash_settings, hash_weights
-from lingen.data.manifest import About
+from lingen.data.manifest import About, media_hash
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import OUTCOME, ClipRequirements, CutJob, make_samples, read_samples
 from lingen.prepare.filters import Filters
@@ -158,4 +157,4 @@ def _job(job: Packing, source: MediaSource, stream: ShardStream) -> CutJob:
 
 
 def _digest(told: list[Any]) -> str:
-    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+    return media_hash(json.dumps(told).encode())

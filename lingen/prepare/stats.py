@@ -1,6 +1,5 @@
 """A data set in numbers and pictures: `lingen data stats`."""
 
-import hashlib
 import heapq
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,8 +61,8 @@ def _spread(values: np.ndarray) -> str:
 def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Path, Row]]:
     """Samples to look at: `count` of each kind, drawn by chance, the same for the same seed; latents left out."""
 
-    def lot(one: tuple[Path, Row]) -> bytes:
-        return hashlib.blake2b(f"{seed} {one[1].shard}:{one[1].key}".encode(), digest_size=8).digest()
+    def lot(one: tuple[Path, Row]) -> str:
+        return manifest.media_hash(f"{seed} {one[1].shard}:{one[1].key}".encode())
 
     def drawn(kind: str) -> list[tuple[Path, Row]]:
         rows = ((folder, row) for folder in folders for row in manifest.rows(folder / manifest.NAME))
