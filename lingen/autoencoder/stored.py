@@ -91,8 +91,7 @@ def unfit_weights(path: Path, own: TensorShapes) -> str | None:
         return "its layers are not those of this version of lingen. Train it anew."
     typed = partial(json.dumps, separators=(",", ":"))  # as on a command line
     sets = [f"autoencoder.{key}={typed(value)} (not {typed(wanted[key])})" for key, value in wrong.items()]
-    cure = " and ".join(sets)
-    return f"its weights are of other sizes. Set {cure}, or autoencoder.path to weights that fit."
+    return f"its weights are of other sizes. Set {' and '.join(sets)}, or autoencoder.path to weights that fit."
 
 
 def _cure(path: Path) -> str:

@@ -70,8 +70,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     asked = {"data.frames": args.frames, "data.size": args.size and list(args.size)}
     changes = [f"{key}={value}" for key, value in asked.items() if value is not None]
     overrides = [*first, *args.overrides, *changes, *last, *UNUSED]
-    recipe = args.recipe or RunFolder(Path(args.run)).recipe
-    return load_curriculum(recipe, overrides).chosen(args.stage)[-1]
+    return load_curriculum(args.recipe or RunFolder(Path(args.run)).recipe, overrides).chosen(args.stage)[-1]
 
 
 def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -171,8 +170,7 @@ def eval_clips(args: argparse.Namespace) -> None:
     from lingen.evaluation.judging import Judge
 
     check_place(Path(args.out))
-    view = View(args.fps, args.frames)
-    judge = partial(Judge, networks, view, args.clip, args.device)
+    judge = partial(Judge, networks, View(args.fps, args.frames), args.clip, args.device)
     found = evaluate_clips(
         args.subjects, judge, Path(args.out), cli.count_bar, real=args.real, repeat=args.repeat,
         prompts=lines_of(args.prompts) if args.prompts else (), seed=args.seed,

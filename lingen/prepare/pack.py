@@ -16,7 +16,7 @@ from lingen.prepare.cut import OUTCOME, ClipRequirements, CutJob, make_samples, 
 from lingen.prepare.filters import Filters
 from lingen.prepare.footage import Footage, MediaSource, look_through
 from lingen.prepare.journal import Note, Part, Record, SetFolder, ShardStream
-from lingen.prepare.looks import Duplicates
+from lingen.prepare.limits import Duplicates
 from lingen.prepare.report import Report, close_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
@@ -100,8 +100,7 @@ def pack(job: Packing, out: Path, progress: Progress = no_progress) -> Report:
         complete = folder.finish()
     # Near-duplicates of a sample in an earlier part stay in their shard, but not in the manifest.
     across = job.filters.duplicates if job.part.total > 1 else None
-    about = About(hash_settings(job.settings), job.settings)
-    return close_set(folder, about, complete, fileless, across)
+    return close_set(folder, About(hash_settings(job.settings), job.settings), complete, fileless, across)
 
 
 def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) -> Iterator[MediaSource]:

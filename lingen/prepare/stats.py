@@ -9,7 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from lingen.data import manifest
-from lingen.data.manifest import Row
+from lingen.data.captions import captions_of
+from lingen.data.decode import decode_sample
+from lingen.data.manifest import Row, media_hash
+from lingen.data.shards import read_sample
 from lingen.media import contact_sheet
 from lingen.recipe.errors import RecipeError
 
@@ -60,15 +63,12 @@ def _spread(values: np.ndarray) -> str:
 
 def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Path, Row]]:
     """Samples to look at: `count` of each kind, drawn by chance, the same for the same seed; latents left out."""
-
-    def lot(one: tuple[Path, Row]) -> str:
-        return manifest.media_hash(f"{seed} {one[1].shard}:{one[1].key}".encode())
-
-    def drawn(kind: str) -> list[tuple[Path, Row]]:
+    drawn: list[tuple[Path, Row]] = []
+    for kind in ("video", "image"):
         rows = ((folder, row) for folder in folders for row in manifest.rows(folder / manifest.NAME))
-        return heapq.nsmallest(count, (one for one in rows if one[1].kind == kind), lot)
-
-    return drawn("video") + drawn("image")
+        own = (one for one in rows if one[1].kind == kind)
+        drawn += heapq.nsmallest(count, own, lambda one: media_hash(f"{seed} {one[1].shard}:{one[1].key}".encode()))
+    return drawn
 
 
 def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int = 0) -> Path | None:
@@ -86,10 +86,6 @@ def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int 
 
 def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:
     """Small frames [t h w 3], and a line: the key, its measures, the caption."""
-    from lingen.data.captions import captions_of
-    from lingen.data.decode import decode_sample
-    from lingen.data.shards import read_sample
-
     moving = row.kind == "video" and row.width
     size = (96, max(16, round(96 * row.width / max(1, row.height)))) if moving else (96, 96)
     seconds = f", {row.frames / row.fps:.3g} s at {row.fps:.3g}" if row.fps else ""

@@ -104,8 +104,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def _hash_of(about: dict[str, Any]) -> str:
-    text = json.dumps(about, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(about, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def wait_for_files(path: Path) -> Path:
