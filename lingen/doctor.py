@@ -22,6 +22,7 @@ from lingen.recipe.reading import components_of
 from lingen.recipe.registry import AUTOENCODERS, PERCEPTUAL, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe
 from lingen.recipe.signature import as_plain
+from lingen.text.rewrite import Rewriter
 
 LITTLE_DISK = 20.0
 """GB of free disk space below which there is a warning: a checkpoint of the largest recipe is larger (ours)."""
@@ -86,8 +87,6 @@ def _there(recipe: Recipe) -> Iterator[str]:
 
 
 def _rewriters(recipe: Recipe) -> list[Any]:
-    from lingen.text.rewrite import Rewriter
-
     return [] if recipe.rewrite.path is None else [Rewriter(recipe.rewrite)]
 
 

@@ -27,8 +27,7 @@ def as_floats(pixels: Any) -> Any:
 
 def as_frames(clip: Any) -> Frames:
     """A tensor [1 3 t h w] in -1..1 -> frames; what is beyond is clamped."""
-    pixels = ((clip[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return pixels.permute(1, 2, 3, 0).cpu().numpy()
+    return ((clip[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 def save_video(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from safetensors import SafetensorError, safe_open
+
 from lingen.files import check_target, whole_file
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json
@@ -98,8 +100,6 @@ def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def check_file(file: Path) -> None:
     """Lacking where a file of published weights is missing or incomplete; reads its header."""
-    from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         raise Lacking(f"its {file.name} is missing")
     with file.open("rb") as opened:
@@ -211,8 +211,6 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:
     """The metadata of a weights file. WeightsError for a file that lingen did not write, or without a `needed` key."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), "np") as file:  # "pt" would import torch
             metadata = dict(sorted((file.metadata() or {}).items()))  # they come in any order
@@ -229,8 +227,6 @@ def read_metadata(path: Path, needed: Collection[str] = ()) -> dict[str, str]:
 
 def read_weights(path: Path, copy: Copy) -> dict[str, Tensor]:
     """name -> tensor (CPU) of one copy."""
-    from safetensors import safe_open
-
     prefix = f"{copy}."
     with safe_open(str(path), "pt") as file:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118

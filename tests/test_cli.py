@@ -12,10 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from lingen.cli import COMMANDS, main
-from lingen.cli.recipes import registries
 from lingen.recipe import load_recipe
 from lingen.recipe.reading import shipped_recipes
-from lingen.recipe.registry import MIXERS, SCANS
+from lingen.recipe.registry import MIXERS, SCANS, registries
 from tests.helpers.commands import ROOT, lingen_command, run_command, run_python
 
 pytestmark = pytest.mark.usefixtures("here")

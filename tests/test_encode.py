@@ -38,8 +38,7 @@ from lingen.frozen import Missing
 from lingen.prepare.captions import Captions
 from lingen.prepare.check import check_folders
 from lingen.prepare.cut import ClipRequirements
-from lingen.prepare.encode import Encoding, _load, encode_shards, tasks_of
-from lingen.prepare.encoders import Encoders
+from lingen.prepare.encode import Encoders, Encoding, _load, encode_shards, tasks_of
 from lingen.prepare.filters import Filters
 from lingen.prepare.index import index_folder
 from lingen.prepare.journal import Part

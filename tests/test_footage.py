@@ -25,7 +25,7 @@ from lingen.prepare.captions import Captions
 from lingen.prepare.cut import ClipRequirements, CutJob, divide, make_samples, read_samples
 from lingen.prepare.filters import Filters, frozen_share
 from lingen.prepare.footage import MediaSource, look_through, read_frames, sample_key
-from lingen.prepare.looks import BANDS, LOOKS, Duplicates
+from lingen.prepare.limits import BANDS, LOOKS, Duplicates
 from lingen.prepare.shots import follow
 from lingen.recipe.errors import RecipeError
 from tests.helpers.footage import SIZE, Cut, cut_out, film, frames, write_film

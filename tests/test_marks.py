@@ -11,7 +11,8 @@ import pytest
 from lingen.recipe import load_recipe, load_stages
 from lingen.recipe.bounds import COURSE, FREE, IDENTITY, Mark
 from lingen.recipe.marks import entries_of
-from lingen.recipe.reading import COMPONENTS, shipped_recipes
+from lingen.recipe.reading import shipped_recipes
+from lingen.recipe.registry import COMPONENTS
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import as_plain, bare, settings_of
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lingen.recipe import load_recipe
 from lingen.recipe.bounds import Above, AtLeast, Finite
 from lingen.recipe.errors import RecipeError, SettingError
-from lingen.recipe.reading import COMPONENTS
-from lingen.recipe.registry import AUTOENCODERS, MIXERS, SCANS, TEXT_ENCODERS, Registry
+from lingen.recipe.registry import AUTOENCODERS, COMPONENTS, MIXERS, SCANS, TEXT_ENCODERS, Registry
 from lingen.recipe.signature import bounds_of, settings_of
 from tests.helpers.commands import ROOT, run_command, run_python
 

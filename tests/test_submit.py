@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from lingen.cli import main
-from lingen.launch.lead import signal_seconds
 from lingen.launch.options import (
     ClusterSettings,
     merged,
@@ -20,7 +19,7 @@ from lingen.launch.options import (
     seconds_of,
     settings_file,
 )
-from lingen.plan.forecast import plan
+from lingen.plan.forecast import plan, signal_seconds
 from lingen.recipe import load_recipe, load_stages
 from lingen.recipe.errors import RecipeError
 from tests.helpers.commands import ROOT

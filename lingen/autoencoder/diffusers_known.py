@@ -57,11 +57,6 @@ def _halvings(config: Config) -> int:
     return len(config.get("block_out_channels", (0, 0, 0, 0))) - 1
 
 
-def _mochi(config: Config) -> tuple[int, int]:
-    frames, pixels = config.get("temporal_expansions", (1, 2, 3)), config.get("spatial_expansions", (2, 2, 2))
-    return math.prod(frames), math.prod(pixels)
-
-
 KNOWN = {
     "AutoencoderKLWan": Known((4, 8, 8), 16, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _wan),
     "AutoencoderKLHunyuanVideo": Known((4, 8, 8), 16, "hunyuanvideo-community/HunyuanVideo", _named),
@@ -78,7 +73,9 @@ KNOWN = {
     # The class has the switch, but its encoder and decoder ignore it.
     "AutoencoderKLCosmos": Known((8, 8, 8), 16, "nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
                                  partial(_named, frames=8, pixels=8), tiles=False),
-    "AutoencoderKLMochi": Known((6, 8, 8), 12, "genmo/mochi-1-preview", _mochi),
+    "AutoencoderKLMochi": Known((6, 8, 8), 12, "genmo/mochi-1-preview",
+                                lambda config: (math.prod(config.get("temporal_expansions", (1, 2, 3))),
+                                                math.prod(config.get("spatial_expansions", (2, 2, 2))))),
     "AutoencoderKLMagvit": Known((4, 8, 8), 16, "alibaba-pai/EasyAnimateV5.1-7b-zh-diffusers",
                                   lambda config: (2 ** (_halvings(config) - 1), 2 ** _halvings(config))),
 }  # fmt: skip

@@ -15,16 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lingen.autoencoder.temporal import (
-    Activation,
-    ClipConv,
-    Grid,
-    Stream,
-    TimeAttention,
-    TimeBlock,
-    TimeConv,
-    add,
-)
+from lingen.autoencoder.temporal import Activation, ClipConv, Grid, Stream, TimeAttention, TimeBlock, TimeConv, add
 from lingen.blocks.layers import RMSNorm, head_count
 from lingen.recipe.errors import SettingError
 from lingen.recipe.sections import Triple
@@ -79,8 +70,7 @@ class SpaceConv(nn.Conv2d):
         super().__init__(in_dim, out_dim, 3, scale, padding=1, bias=bias)
 
     def forward(self, x: Grid, stream: Stream | None = None) -> Float[Tensor, "b t _h _w _d"]:  # type: ignore[override]
-        frames = x.shape[:2]
-        return super().forward(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, frames)
+        return super().forward(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).unflatten(0, x.shape[:2])
 
 
 class SpaceBlock(nn.Module):

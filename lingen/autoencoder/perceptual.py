@@ -8,6 +8,8 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lingen.frozen import Missing, check_ready
@@ -83,8 +85,6 @@ class VGG16Distance(nn.Module):
         return (images.flip(1) + 1) * 127.5 - self.means
 
     def _load(self) -> Trunk:
-        from safetensors.torch import load_file
-
         check_ready([self])
         trunk = Trunk(ceil=True)  # as HED's pools do
         trunk.load_state_dict(load_file(self.path))
@@ -93,8 +93,6 @@ class VGG16Distance(nn.Module):
 
 def _file_fault(path: Path) -> str:
     """A sentence for why a file does not hold the trunk's weights; empty where it does. Reads its header only."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return "The file is not there."
     with torch.device("meta"):

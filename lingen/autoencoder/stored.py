@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ def unfit_weights(path: Path, own: TensorShapes) -> str | None:
         wrong.pop("multipliers", None)  # they follow from the strides, unless a recipe gives them
     if not wrong:
         return "its layers are not those of this version of lingen. Train it anew."
-    sets = [f"autoencoder.{key}={_plain(value)} (not {_plain(wanted[key])})" for key, value in wrong.items()]
-    cure = " and ".join(sets)
-    return f"its weights are of other sizes. Set {cure}, or autoencoder.path to weights that fit."
+    typed = partial(json.dumps, separators=(",", ":"))  # as on a command line
+    sets = [f"autoencoder.{key}={typed(value)} (not {typed(wanted[key])})" for key, value in wrong.items()]
+    return f"its weights are of other sizes. Set {' and '.join(sets)}, or autoencoder.path to weights that fit."
 
 
 def _cure(path: Path) -> str:
@@ -125,11 +126,6 @@ def settings_from_shapes(shapes: TensorShapes) -> dict[str, Any]:
         "blocks": len(found(r"level0_block\d+\.space\.conv2\.weight")), "attention": bool(bias),
         **({"reach": bias[0][1] // 2} if bias else {}),
     }  # fmt: skip
-
-
-def _plain(value: Any) -> str:
-    """The value as it is written on a command line."""
-    return json.dumps(value, separators=(",", ":"))
 
 
 def read_shapes(file: Path) -> TensorShapes:

@@ -177,8 +177,7 @@ class TimeBlock(nn.Module):
 
     def forward(self, x: Grid, stream: Stream) -> Ready:
         late = self.conv1(self.activation1(x), stream)
-        late = self.conv2(self.activation2(late), stream)
-        return stream.add(self, x, late)
+        return stream.add(self, x, self.conv2(self.activation2(late), stream))
 
 
 class TimeAttention(nn.Module):

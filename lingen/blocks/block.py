@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lingen.blocks import Mixer
 from lingen.blocks.layers import RMSNorm, SwiGLU, head_count, stays_float32, undecayed
 from lingen.kernels.cross_attention import TextKeys, cross_attention, text_keys
-from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
+from lingen.kernels.fp8 import Quantized, as_its, input_dtype
 from lingen.kernels.kept import ALL, twice
 from lingen.kernels.modulate import modulate
 from lingen.recipe.registry import MIXERS
@@ -119,6 +119,8 @@ class CrossAttention(nn.Module):
     keys are RMS-normed. Each row of `mask` must hold a True. The output starts scaled by `gate_init`: at 0 the text has
     no effect at first."""
 
+    wants_fp8 = as_its("q_proj")
+
     def __init__(self, dim: int, num_heads: int | None, gate_init: float):
         super().__init__()
         self.num_heads = head_count(dim, num_heads)
@@ -129,10 +131,6 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
         with torch.no_grad():
             self.out_proj.weight.mul_(gate_init)
-
-    @property
-    def wants_fp8(self) -> bool:
-        return wants_fp8(self.q_proj)
 
     def keys(self, text: Float[Tensor, "b n d"], mask: Bool[Tensor, "b f n"]) -> TextKeys:
         """Keys and values of the text, prepared once: a row for each clip, or for each of its f frames."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from lingen.kernels.fp8 import Quantized, input_dtype, wants_fp8
+from lingen.kernels.fp8 import Quantized, as_its, input_dtype
 from lingen.kernels.swiglu import swiglu
 from lingen.kernels.window_attention import rms_norm
 from lingen.recipe.errors import SettingError
@@ -54,14 +54,12 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """silu(x W_gate) * (x W_up) W_down without biases (arXiv 2002.05202, eq. 6)."""
 
+    wants_fp8 = as_its("in_proj")
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * hidden, bias=False)
         self.out_proj = nn.Linear(hidden, dim, bias=False)
-
-    @property
-    def wants_fp8(self) -> bool:
-        return wants_fp8(self.in_proj)
 
     def forward(self, x: Float[Tensor, "*any d"] | Quantized) -> Float[Tensor, "*any d"]:
         gate_up = self.in_proj(x)

@@ -13,7 +13,7 @@ from lingen.blocks.layers import RMSNorm, grid_of, stays_float32, trains_in_floa
 from lingen.blocks.scan import column_length, order_of, permutation
 from lingen.kernels.choice import holds_numbers, is_unlaunched
 from lingen.kernels.conv import MOST_TAPS, conv_silu
-from lingen.kernels.fp8 import Quantized, wants_fp8
+from lingen.kernels.fp8 import Quantized, as_its, wants_fp8
 from lingen.kernels.gated_norm import gated_norm
 from lingen.kernels.pool import pool, windows_of
 from lingen.kernels.scan import rows_of, scan, scan_kernel, scan_state
@@ -50,6 +50,8 @@ class Mamba2(nn.Module):
         bidirectional: false is the causal Mamba2 of other implementations.
         kernel: of `lingen.kernels.scan`. The scan order costs nothing with "triton": the conv reads the grid in scan
             order, and the gated norm writes it back."""
+
+    wants_fp8 = as_its("in_proj")
 
     def __init__(
         self,
@@ -100,11 +102,6 @@ class Mamba2(nn.Module):
         self.memory.draw(dt_min, dt_max, long_heads, a_min, a_max)
         self.norm, self.norm_groups = RMSNorm(inner, eps=1e-5), heads if norm == "per_head" else groups
         self.out_proj = nn.Linear(inner, dim, bias=False)
-
-    @property
-    def wants_fp8(self) -> bool:
-        """Whether `forward` takes a `Quantized`, see `lingen.kernels.fp8`."""
-        return wants_fp8(self.in_proj)
 
     def forward(self, x: Float[Tensor, "b t h w d"] | Quantized) -> Float[Tensor, "b t h w d"]:
         projected = self.in_proj(x)

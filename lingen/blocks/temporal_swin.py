@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lingen.blocks.layers import RMSNorm, clamp, grid_of, head_count
-from lingen.kernels.fp8 import Quantized, wants_fp8
+from lingen.kernels.fp8 import Quantized, as_its, wants_fp8
 from lingen.kernels.window_attention import Padding, window_attention
 from lingen.recipe.bounds import FREE, IDENTITY, AtLeast
 from lingen.recipe.sections import Triple
@@ -23,6 +23,7 @@ class TemporalSwin(nn.Module):
     and their sources: docs/facts.md, "TESA" and "TESA at the edges". Raises SettingError."""
 
     adds_onto = True
+    wants_fp8 = as_its("in_proj")
 
     def __init__(
         self,
@@ -42,11 +43,6 @@ class TemporalSwin(nn.Module):
         self.q_norm = RMSNorm(dim // self.num_heads)
         self.k_norm = RMSNorm(dim // self.num_heads)
         self.out_proj = nn.Linear(dim, dim, bias=False)
-
-    @property
-    def wants_fp8(self) -> bool:
-        """Whether `forward` takes a `Quantized`, see `lingen.kernels.fp8`."""
-        return wants_fp8(self.in_proj)
 
     def tile(self, grid: Triple) -> Triple:
         """The window on a grid, no larger than it in any axis."""

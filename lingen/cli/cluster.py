@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, argument, command, natural, parse_arguments, print_json, uint
+from lingen.launch.status import Status, status_of
+from lingen.ranks.signals import REQUEUE
 from lingen.recipe.errors import RecipeError
+from lingen.run_folder.folder import RunFolder
+from lingen.run_folder.sessions import unfit_nodes, worth_another_start
 from lingen.tables import as_duration
-
-if TYPE_CHECKING:
-    from lingen.launch.status import Status
 
 WATCH = 5.0
 """Seconds between two looks of `lingen status --watch`."""
@@ -118,8 +118,6 @@ def _check_array(args: argparse.Namespace) -> list[str]:
     JSON,
 )  # fmt: skip
 def status(args: argparse.Namespace) -> int:
-    from lingen.launch.status import status_of
-
     if args.ended is not None:
         return _judge(Path(args.runs[0]), args.ended)
     while True:
@@ -138,10 +136,6 @@ def status(args: argparse.Namespace) -> int:
 
 def _judge(run: Path, code: int) -> int:
     """For a script: whether a run is started again whose ranks ended with this code, and without which nodes."""
-    from lingen.ranks.signals import REQUEUE
-    from lingen.run_folder.folder import RunFolder
-    from lingen.run_folder.sessions import unfit_nodes, worth_another_start
-
     try:
         again, why = worth_another_start(RunFolder(run), code)
         print(unfit_nodes(RunFolder(run)), end="")

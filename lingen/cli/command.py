@@ -13,6 +13,7 @@ from lingen import __version__
 from lingen.recipe.errors import RecipeError, did_you_mean, no_such
 from lingen.recipe.registry import import_module
 from lingen.recipe.sections import Recipe
+from lingen.tables import as_table
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 """Exit codes; beside them those of `lingen.ranks.signals`."""
@@ -218,8 +219,6 @@ def count_bar(description: str) -> AbstractContextManager[Callable[[int, int], N
 
 
 def print_table(rows: Sequence[dict[str, str]]) -> None:
-    from lingen.tables import as_table
-
     print(as_table(rows, terminal=sys.stdout.isatty()))
 
 

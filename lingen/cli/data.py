@@ -9,6 +9,7 @@ from typing import Any
 
 from lingen.cli import command as cli
 from lingen.cli.encode import split_overrides
+from lingen.files import check_place
 from lingen.recipe.errors import RecipeError
 
 WEIGHTS = ("vgg16", "i3d", "efficientnet")
@@ -32,7 +33,6 @@ def data_fetch(args: argparse.Namespace) -> int:
         raise RecipeError(f"--parts goes with emoji: {args.set} does not come in parts. Leave it out.")
     if args.limit is not None and args.set not in ("emoji", "footage"):
         raise RecipeError(f"--limit goes with emoji and footage: {args.set} is fetched whole. Leave it out.")
-    from lingen.files import check_place
     from lingen.prepare.packages import FetchError
 
     out = args.out or ("weights" if args.set in WEIGHTS else f"data/{args.set}")

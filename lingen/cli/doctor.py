@@ -8,6 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lingen.cli.command import DONE, FAILED, JSON, RECIPE, STAGE, argument, command, print_json
+from lingen.cli.runs import leave_unfit, load_alike
+from lingen.ranks import signals
 from lingen.ranks.environment import UnfitError, here
 from lingen.recipe.errors import RecipeError
 
@@ -53,9 +55,6 @@ def doctor(args: argparse.Namespace) -> int:
 
 def _preflight(args: argparse.Namespace) -> int:
     """As `lingen fit` starts, without training."""
-    from lingen.cli.runs import leave_unfit, load_alike
-    from lingen.ranks import signals
-
     try:
         with signals.listening():
             curriculum = load_alike(args)

@@ -11,7 +11,11 @@ from typing import Any
 from lingen.cli import command as cli
 from lingen.cli.encode import DEVICE
 from lingen.cli.prompts import lines_of
+from lingen.files import check_place
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.subjects import SUBJECTS
+from lingen.run_folder.folder import RunFolder
+from lingen.weights import find_weights
 
 
 @cli.command(
@@ -59,7 +63,6 @@ UNUSED = ("trains=denoiser", "model.patch=[1,1,1]", "sample.decode=auto", "sampl
 def _recipe(args: argparse.Namespace) -> Any:
     """The stage that is asked for, with the autoencoder that is asked for; the last stage where none is named."""
     from lingen.recipe import load_curriculum
-    from lingen.run_folder.folder import RunFolder
 
     if args.recipe is None and args.run is None:
         raise RecipeError("Say on which recipe's clips: --recipe R, or --run DIR for the recipe of a run.")
@@ -67,8 +70,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     asked = {"data.frames": args.frames, "data.size": args.size and list(args.size)}
     changes = [f"{key}={value}" for key, value in asked.items() if value is not None]
     overrides = [*first, *args.overrides, *changes, *last, *UNUSED]
-    recipe = args.recipe or RunFolder(Path(args.run)).recipe
-    return load_curriculum(recipe, overrides).chosen(args.stage)[-1]
+    return load_curriculum(args.recipe or RunFolder(Path(args.run)).recipe, overrides).chosen(args.stage)[-1]
 
 
 def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -89,11 +91,8 @@ def _autoencoder(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def _trained(source: Path) -> dict[str, Any]:
     """The autoencoder of a run folder or weights file, as a recipe that names these weights says it."""
-    from lingen.weights import find_weights
-
     file = find_weights(source)  # a wrong name is told before torch is imported
     from lingen.autoencoder.stored import read_shapes, settings_from_shapes
-    from lingen.recipe.subjects import SUBJECTS
     from lingen.training.weights import recipe_of
 
     recipe = recipe_of(file)
@@ -169,11 +168,9 @@ def eval_clips(args: argparse.Namespace) -> None:
     from lingen.evaluation.clips import View
     from lingen.evaluation.comparison import evaluate_clips
     from lingen.evaluation.judging import Judge
-    from lingen.files import check_place
 
     check_place(Path(args.out))
-    view = View(args.fps, args.frames)
-    judge = partial(Judge, networks, view, args.clip, args.device)
+    judge = partial(Judge, networks, View(args.fps, args.frames), args.clip, args.device)
     found = evaluate_clips(
         args.subjects, judge, Path(args.out), cli.count_bar, real=args.real, repeat=args.repeat,
         prompts=lines_of(args.prompts) if args.prompts else (), seed=args.seed,

@@ -12,9 +12,11 @@ from typing import Any
 from lingen.cli import command as cli
 from lingen.plan import GPUS
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.reading import SYNTHETIC
-from lingen.recipe.registry import AUTOENCODERS, FOR_TRAINING, MIXERS, PERCEPTUAL, SCANS, TEXT_ENCODERS, Registry
-from lingen.recipe.signature import REQUIRED
+from lingen.recipe.reading import shipped_folder, shipped_recipes
+from lingen.recipe.registry import SCANS, Registry, registries
+from lingen.recipe.signature import REQUIRED, as_plain
+from lingen.recipe.sizes import ranks_of
+from lingen.tables import as_cell
 
 GRID = (8, 16, 16)
 """Tokens (t, h, w) on which scan orders are compared."""
@@ -31,8 +33,6 @@ CatalogueRow = dict[str, Any]
     cli.JSON, cli.IMPORT,
 )  # fmt: skip
 def list_(args: argparse.Namespace) -> None:
-    from lingen.tables import as_cell
-
     asked = [args.what] if args.what else [*registries(), "recipes"]
     found = {what: recipes() if what == "recipes" else parts(what) for what in asked}
     if args.json:
@@ -46,13 +46,6 @@ def list_(args: argparse.Namespace) -> None:
             print()
 
 
-def registries() -> dict[str, Registry]:
-    """What `lingen list` shows beside recipes."""
-    for_training = {str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()}
-    models = {"mixers": MIXERS, "scans": SCANS, "autoencoders": AUTOENCODERS, "text": TEXT_ENCODERS}
-    return models | {"perceptual": PERCEPTUAL} | for_training | {"synthetic": SYNTHETIC}
-
-
 def parts(what: str) -> list[CatalogueRow]:
     """A row for each part of a registry (``mixers``, ``scans``, ``autoencoders``, ``text``), plugins included."""
     registry = registries()[what]
@@ -63,7 +56,6 @@ def parts(what: str) -> list[CatalogueRow]:
 def recipes() -> list[CatalogueRow]:
     """A row for each recipe that comes with lingen: its stages, and the first line that says what it is."""
     from lingen.recipe import stages_of
-    from lingen.recipe.reading import shipped_recipes
 
     rows: list[dict[str, Any]] = []
     for name, file in shipped_recipes().items():
@@ -119,8 +111,6 @@ def _sentence(text: str) -> str:
     cli.argument("name", metavar="NAME", help="of part, package and folder: small letters, digits and _"),
 )
 def new(args: argparse.Namespace) -> None:
-    from lingen.recipe.reading import shipped_folder
-
     folder, told = Path(args.name), f"such as my_{args.what}; got '{args.name}'."
     if not (args.name.isidentifier() and args.name.islower() and args.name.isascii()):
         raise RecipeError(f"A part is named in small letters, digits and _, {told}")
@@ -153,7 +143,6 @@ def show(args: argparse.Namespace) -> None:
     if args.recipe is None:
         raise RecipeError("Say which recipe: --recipe R, or --schema.")
     from lingen.plan.loading import load_curriculum, to_yaml
-    from lingen.recipe.signature import as_plain
 
     curriculum = load_curriculum(args.recipe, args.overrides, to_train=True)
     stages = curriculum.chosen(args.stage)
@@ -188,7 +177,6 @@ def plan(args: argparse.Namespace) -> None:
 
     stages = load_curriculum(args.recipe, args.overrides).chosen(args.stage)
     from lingen.launch.resources import resource_rows
-    from lingen.recipe.sizes import ranks_of
 
     rows: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, start=1):  # each takes up to minutes

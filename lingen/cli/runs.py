@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -25,6 +26,7 @@ from lingen.ranks import signals
 from lingen.ranks.environment import OtherRankError, UnfitError, here, who
 from lingen.recipe.errors import RecipeError, SettingError, did_you_mean
 from lingen.recipe.subjects import SUBJECTS, Subject
+from lingen.weights import export_weights, find_weights, read_run
 
 if TYPE_CHECKING:
     from lingen.plan.loading import Curriculum
@@ -125,7 +127,6 @@ def leave_unfit(error: UnfitError) -> int:
 
 def _print_outcome(folder: RunFolder, subject: Subject) -> None:
     from lingen.studies.report import write_report
-    from lingen.weights import read_run
 
     if folder.score.is_file():
         score = json.loads(folder.score.read_text())
@@ -182,8 +183,6 @@ def sample(args: argparse.Namespace) -> int:
     if not prompts:
         raise RecipeError("There is no prompt. Give --prompt TEXT, or --prompts FILE with one on each line.")
     repeat, out = args.repeat or 1, check_target(args.out or "clip.mp4", ".mp4")
-    from lingen.weights import find_weights
-
     weights = find_weights(args.run or args.checkpoint)  # a wrong name is told before torch is imported
     from lingen.ranks.collectives import on_first_rank, together
     from lingen.ranks.local_ranks import share
@@ -246,8 +245,6 @@ NOTED = ("prompt", "prompts", "rewrite", "rewriter", "seed", "steps", "guidance"
 
 def _rewritten(args: argparse.Namespace, prompts: list[str], weights: Path) -> list[Rewritten]:
     """The prompts as the chat model rewrites them, before anything else takes memory; none without --rewrite."""
-    from dataclasses import replace
-
     from lingen.kernels.choice import best_device
     from lingen.training.weights import recipe_of
 
@@ -346,8 +343,6 @@ def ui(args: argparse.Namespace) -> None:
                  help="default: bf16; of a folder fp32, which makes the same clips"),
 )  # fmt: skip
 def export(args: argparse.Namespace) -> None:
-    from lingen.weights import export_weights, find_weights
-
     if (args.out is None) == (args.to is None):
         raise RecipeError("Say what to write: either --out F.safetensors, or --to diffusers DIR.")
     if args.to and args.to[0] != "diffusers":

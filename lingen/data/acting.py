@@ -1,22 +1,34 @@
-"""A storyboard as pixels: where each actor is at each moment, sprites put onto the scenes of `lingen.data.scenes`."""
+"""A storyboard as pixels: where each actor is at each moment, and sprites on scenes as theatre.yaml has them."""
 
 import io
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 
 from lingen.data.index import RECORD, Index
 from lingen.data.locations import Location
-from lingen.data.scenes import draw_scene
-from lingen.data.theatre import ACTORS, SPLITS, WORDINGS, Event, Split, Storyboard, Theatre, caption_of, storyboard
+from lingen.data.theatre import (
+    ACTORS,
+    PLAY,
+    SPLITS,
+    WORDINGS,
+    Event,
+    Split,
+    Storyboard,
+    Theatre,
+    caption_of,
+    storyboard,
+)
 from lingen.recipe.errors import RecipeError
 
 SPRITE = 64
@@ -33,6 +45,9 @@ PANORAMA, BLEND = 1.4, 0.25
 """Width of a scene in pictures; seconds that an actor or another scene takes to appear."""
 VIEWS = 64
 """Of each scene in each light."""
+WINDOWS = {"day": (0.62, 0.72, 0.82), "dusk": (1.0, 0.86, 0.45), "night": (1.0, 0.86, 0.45)}
+BITS = 4
+"""Corners lie at sixteenths of a pixel, so that outlines are smooth."""
 
 PerFrame = Float[np.ndarray, " t"]
 
@@ -79,8 +94,6 @@ def check_sprites(path: str) -> None:
 def load_sprites(path: str) -> UInt8[np.ndarray, "n k s s 4"]:
     """RGB times opacity, and opacity, of each actor's animation. RecipeError where the file is missing or is another
     version's."""
-    from PIL import Image
-
     check_sprites(path)
     if multiprocessing.parent_process() is not None:
         cv2.setNumThreads(0)  # its threads do not outlive a fork, and each core has a process of its own
@@ -208,3 +221,45 @@ def _put(
     under = frame[rows, columns]
     over = patch[rows.start - top :, columns.start - left :][: len(under), : under.shape[1]] * np.float32(seen)
     under[:] = np.rint(under * (1 - over[..., 3:] / 255) + over[..., :3])
+
+
+def draw_scene(scene: str, light: str, size: tuple[int, int], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+    """A panorama of one of `SCENES` in one of `LIGHTS`; `size`: height, width in pixels; `rng`: of what lies where."""
+    height, width = size
+    above, below = np.array(PLAY["skies"]["space" if scene == "space" else "earth"][light])
+    fall = np.clip(np.linspace(0, 1 / 0.65, height), 0, 1)[:, None, None]
+    pixels = np.rint(255 * (above + fall * (below - above))).astype(np.uint8).repeat(width, 1)
+    lamps = [] if scene == "space" else PLAY["lamps"][light]
+    for stroke in (*lamps, *PLAY["strokes"][scene]):
+        shine = (1.0, 1.0, 1.0) if stroke.get("glows") else PLAY["shine"][light]
+        for corners, colour in _shapes(stroke, width / height, rng):
+            own = WINDOWS[light] if colour == "window" else np.multiply(colour, shine)
+            points = np.rint(corners * height * 2**BITS).astype(np.int32)
+            cv2.fillPoly(pixels, [points], [255 * float(part) for part in own], cv2.LINE_AA, BITS)
+    return pixels
+
+
+def _shapes(
+    stroke: dict[str, Any], width: float, rng: np.random.Generator
+) -> Iterator[tuple[Float[np.ndarray, "n 2"], Sequence[float] | str]]:
+    """Corners and colour of each shape of a stroke, on a panorama of this width in heights."""
+    if "hills" in stroke:
+        top, rise, length = stroke["hills"]
+        x = np.linspace(0, width, 80)
+        wave = np.sin(2 * np.pi * (x / length + rng.random())) + 0.4 * np.sin(5 * x / length + rng.random())
+        yield np.concatenate([np.stack([x, top - rise * wave], 1), [[width, 1.1], [0, 1.1]]]), stroke["colour"]
+        return
+    every = stroke.get("every")
+    places = np.arange(0, width, every) if every else rng.uniform(0.1, 0.9, stroke["count"]) * width
+    for x in places:
+        y, size = rng.uniform(*stroke["y"]), rng.uniform(*stroke["size"])
+        for part in stroke["stamp"]:
+            yield np.array([x, y]) + size * _outline(part), part["colour"]
+
+
+def _outline(part: dict[str, Any]) -> Float[np.ndarray, "n 2"]:
+    if "shape" in part:
+        return np.array(part["shape"], float)
+    x, y, radius, flat = part["disc"]
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    return np.stack([x + radius * np.cos(angle), y + flat * radius * np.sin(angle)], 1)

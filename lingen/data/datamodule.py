@@ -30,11 +30,11 @@ from lingen.data.ledger import DataError
 from lingen.data.locations import expand
 from lingen.data.order import Anchor, BatchOrder, RankBatch
 from lingen.data.sources import Reader
+from lingen.data.synthetic import ensure
 from lingen.data.theatre import Theatre
 from lingen.frozen import is_trained, on_meta
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.reading import SYNTHETIC
-from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
+from lingen.recipe.registry import AUTOENCODERS, SYNTHETIC, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.sizes import patch_of, round_of
 
@@ -124,8 +124,6 @@ class ClipData(lightning.LightningDataModule):
         if self.theatre is not None:
             shards = Shards(image="theatre", video="theatre")
             return shards, shards
-        from lingen.data.synthetic import ensure
-
         return ensure(self.recipe)
 
     def _expand(self, shards: Shards, kind: str, setting: str) -> list[str]:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from jaxtyping import Int, UInt8
+from PIL import ExifTags, ImageOps
 from torch import Tensor
 
 from lingen.data.frames import decoder_of, fit_frame, opened_video, refuse_odd, resample
@@ -88,8 +90,6 @@ def _decode(codec: Any, packets: list[Any], chosen: Int[np.ndarray, " t"], size:
 def _pick(codec: Any, packets: Iterable[Any], needed: set[int], size: tuple[int, int]) -> dict[int, np.ndarray]:
     """Presentation time -> those of the needed frames that the packets give, fitted to `size`. ValueError for what
     `refuse_odd` refuses, and where times are those of decoding: decoders give frames as they are shown."""
-    from av.video.reformatter import VideoReformatter
-
     scaler = VideoReformatter()  # one scaler for all frames, because it keeps its tables
     found: dict[int, np.ndarray] = {}
     last: int | None = None
@@ -132,8 +132,6 @@ def decode_image(data: bytes, *, size: tuple[int, int]) -> UInt8[Tensor, "3 1 h 
     Args:
         data: the file.
         size: height and width in pixels: scaled to cover it, the centre is cut out."""
-    from PIL import ExifTags, ImageOps
-
     picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
     with reported():
         turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # after decoding

@@ -7,7 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import av
 import numpy as np
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
+from av.video.reformatter import Interpolation
 from jaxtyping import Float, Int, UInt8
 
 MAX_PIXELS = 50_000_000
@@ -34,8 +38,6 @@ def picture_stream(file: Any, reason: str) -> Any:
     """The pictures of an opened video, to be decoded by one thread, as the processes share the cores: of its streams of
     pictures the one that it declares as its default, else the first. Raises ValueError where there are none (with this
     `reason`), or where they are too large to be decoded."""
-    from av.stream import Disposition
-
     if not file.streams.video:
         raise ValueError(f"{reason}: there is no picture in it")
     # Covers of sound files and thumbnails are no film.
@@ -54,8 +56,6 @@ def picture_stream(file: Any, reason: str) -> Any:
 
 def decoder_of(stream: Any) -> Any:
     """The decoder of a stream; for VP8 and VP9 that declare transparency libvpx, as FFmpeg's own ones leave it out."""
-    import av
-
     own = stream.codec_context
     declared = {name.lower(): value for name, value in stream.metadata.items()}
     if declared.get("alpha_mode") != "1" or own.name not in ALPHA_DECODERS:
@@ -74,8 +74,6 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 def opened_video(data: bytes) -> Iterator[tuple[Any, list[Any], Int[np.ndarray, " n"]]]:
     """The pictures of an MP4 or a WebM: the stream, its packets, and the time stamps of what is shown, ascending.
     FFmpeg's errors inside the context are ValueErrors: ``broken video: ...``."""
-    import av
-
     # The only formats that FFmpeg may take the bytes for: others (playlists, say) can name other files.
     is_mp4 = data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
     if not is_mp4 and data[:4] != b"\x1a\x45\xdf\xa3":
@@ -134,8 +132,6 @@ def nearest_frames(
 def orientation(frame: Any) -> tuple[int, bool]:
     """How a stored frame becomes upright by its display matrix (ISO 14496-12): mirrored left to right first, if at all,
     then turned so many quarters counterclockwise."""
-    from av.sidedata.sidedata import Type
-
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
         return 0, False
@@ -159,20 +155,16 @@ def refuse_odd(frame: Any) -> None:
 
 def on_white(frame: Any, scaler: Any) -> Any:
     """The frame on white where its format has transparency. What it declares besides is gone then."""
-    from av import VideoFrame
-
     if not frame.format.has_palette and not any(component.is_alpha for component in frame.format.components):
         return frame
     pixels = scaler.reformat(frame, format="rgba", threads=1).to_ndarray().astype(np.uint16)
     share = pixels[..., 3:]
     mixed = (pixels[..., :3] * share + 255 * (255 - share) + 127) // 255
-    return VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
+    return av.VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
 
 
 def fit_frame(frame: Any, scaler: Any, aspect: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
     """On white where it is transparent: scales to cover `size`, turns upright, cuts out the centre."""
-    from av.video.reformatter import Interpolation
-
     refuse_bomb(frame.width, frame.height)
     turns, mirrored = orientation(frame)
     height, width = size if turns % 2 == 0 else size[::-1]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from glob import glob, has_magic
 from typing import NamedTuple
+
+import braceexpand
 
 from lingen.data.manifest import NAME, without_manifest
 from lingen.data.remote import is_remote
@@ -53,8 +56,6 @@ def expand(patterns: str | list[str] | None, setting: str, timeout: float = 30.0
 
 
 def _expand_one(pattern: str, setting: str, timeout: float) -> list[str]:
-    import braceexpand
-
     if ("://" in pattern and not is_remote(pattern)) or pattern.startswith("pipe:"):
         cure = "copy the shards to where pieces of them can be read, and name them there."
         raise RecipeError(f"{setting}: '{pattern}' is neither a path nor an address at https:// or s3://; {cure}")
@@ -64,10 +65,8 @@ def _expand_one(pattern: str, setting: str, timeout: float) -> list[str]:
     except ValueError as error:
         told = "has unbalanced braces; write e.g. 'clips-{000..127}.tar'."
         raise RecipeError(f"{setting}: '{pattern}' {told}") from error
-    if is_remote(pattern):
-        found = [match for name in names for match in _remote(name, setting, timeout)]
-    else:
-        found = [match for name in names for match in _local(folder, name, setting)]
+    look = partial(_remote, timeout=timeout) if is_remote(pattern) else partial(_local, folder=folder)
+    found = [match for name in names for match in look(name, setting)]
     if not found:
         raise RecipeError(
             f"{setting}: no file matches '{pattern}'; correct the pattern, or the folder that lingen is started in. "
@@ -98,7 +97,7 @@ def _literal(pattern: str) -> tuple[str, str]:
     return folder, rest
 
 
-def _local(folder: str, name: str, setting: str) -> list[str]:
+def _local(name: str, setting: str, folder: str) -> list[str]:
     if has_magic(name) and not os.path.exists(os.path.join(folder, name)):
         matched = glob(name, root_dir=folder or None, recursive=True)
     else:

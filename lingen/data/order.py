@@ -17,6 +17,7 @@ keeps neighbours of a shard near each other."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -231,10 +232,8 @@ class BatchOrder:
 
     def places(self, start: int, rank: int = 0) -> Iterator[RankBatch]:
         """One rank's batches from optimiser step `start` on, without end."""
-        step = start
-        while True:
+        for step in itertools.count(start):
             yield from (self.place(step, micro, rank) for micro in range(self.accumulate))
-            step += 1
 
     def taken(self, step: int) -> dict[str, list[int]]:
         """Samples of each bucket that were taken before a step, by all ranks."""

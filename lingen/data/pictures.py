@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lingen.data.frames import Refused, refuse_bomb
 
 
 def open_picture(data: bytes, formats: tuple[str, ...]) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
     with reported(), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and raises an error
         if data[:4] == b"RIFF":
@@ -42,16 +41,12 @@ def reported() -> Iterator[None]:
 
 def fit_picture(picture: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     """Scales to cover `size` and cuts out the centre."""
-    from PIL import Image, ImageOps
-
     return np.asarray(ImageOps.fit(as_rgb(picture), size[::-1], method=Image.Resampling.BICUBIC))
 
 
 def as_rgb(picture: Any) -> Any:
     """A picture in sRGB, by its colour profile where it has one, on white where it is transparent. ValueError: ``broken
     colour profile: ...``"""
-    from PIL import Image
-
     profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I"):  # 16 bits
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
@@ -62,8 +57,6 @@ def as_rgb(picture: Any) -> Any:
 
 def _by_profile(picture: Any, profile: bytes) -> Any:
     """The picture in sRGB, as transparent as it was. A profile of other colours than the picture's is left."""
-    from PIL import ImageCms
-
     modes = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -83,8 +76,6 @@ def _by_profile(picture: Any, profile: bytes) -> Any:
 
 def on_plain(picture: Any, background: str | tuple[int, int, int] = "white") -> Any:
     """A picture in RGB, on a plain background where it is transparent."""
-    from PIL import Image
-
     shown = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", shown.size, background), shown).convert("RGB")
 

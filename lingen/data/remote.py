@@ -9,6 +9,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+import urllib3
+
 from lingen.recipe.errors import RecipeError
 
 FIRST_LOOK = 1 << 16
@@ -74,15 +76,11 @@ def stat_remote(location: str, timeout: float) -> Stat:
 @cache
 def _pool(process: int, proxy: str | None) -> Any:
     """Connections of this process; those of a parent cannot be shared."""
-    import urllib3
-
     return urllib3.ProxyManager(proxy, maxsize=32) if proxy else urllib3.PoolManager(maxsize=32)
 
 
 def _get(url: str, offset: int, length: int, timeout: float) -> tuple[bytes, Mapping[str, str]]:
     """A piece, and the headers that came with it. Of a reply that is no piece nothing is read."""
-    import urllib3
-
     parts = urlsplit(url)
     proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
     headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}

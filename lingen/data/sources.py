@@ -58,27 +58,23 @@ class PieceCache:
         if not self.limit:
             return None
         path = self._path(name)
-        try:
+        with contextlib.suppress(OSError):
             data = path.read_bytes()
             os.utime(path)
-        except OSError:
-            return None
-        return data
+            return data
+        return None
 
     def put(self, name: str, data: bytes) -> None:
         """Keeps a piece; a full or missing disk only means that it is not kept."""
         if not self.limit or len(data) > self.limit // 4:
             return
-        path = self._path(name)
-        try:
-            with whole_file(path, durable=False) as partial:
+        with contextlib.suppress(OSError):
+            with whole_file(self._path(name), durable=False) as partial:
                 partial.write_bytes(data)
             self._written += len(data)
             if self._written > self.limit // 100:
                 self._written = 0
                 self._shrink()
-        except OSError:
-            return
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / name
@@ -87,11 +83,9 @@ class PieceCache:
         """Deletes the least recently used pieces until nine tenths of the limit are left."""
         found = []
         for path in self.folder.glob("??/*"):
-            try:
+            with contextlib.suppress(OSError):  # another process was first
                 about = path.stat()
                 found.append((about.st_mtime_ns, about.st_size, path))
-            except OSError:  # another process was first
-                continue
         size = sum(one[1] for one in found)
         if size <= self.limit:
             return

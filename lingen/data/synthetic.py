@@ -15,12 +15,13 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from lingen.data.shards import read_shard, write_shards
 from lingen.data.theatre import SPLITS, Split
 from lingen.files import cache_folder, whole_folder
 from lingen.media import encode_mp4, encode_picture, read_video
 from lingen.recipe.bounds import IDENTITY, AtLeast
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.reading import SYNTHETIC
+from lingen.recipe.registry import SYNTHETIC
 from lingen.recipe.sections import KINDS, Recipe, Shards
 from lingen.recipe.signature import section
 
@@ -152,8 +153,6 @@ def held_out_clips(
 ) -> tuple[list[UInt8[np.ndarray, "t h w 3"]], list[str]]:
     """The first `count` clips of a split (no more than were drawn), decoded from their MP4, with their captions. How
     well the judge of `lingen.metrics.shapes` does on them is the most that a model can reach."""
-    from lingen.data.shards import read_shard
-
     clips, texts = [], []
     paths = sorted((_folder(recipe) / split).glob("video-*.tar"))
     for sample in itertools.islice(itertools.chain.from_iterable(map(read_shard, paths)), count):
@@ -172,8 +171,6 @@ def settings(component: dict[str, Any] | None) -> Shapes:
 
 
 def _folder(recipe: Recipe) -> Path:
-    from lingen.data.shards import write_shards
-
     shapes = settings(recipe.data.synthetic)
     height, width = (extent + extent % 2 for extent in recipe.data.size)  # yuv420p needs even sizes
     frames = recipe.data.frames if recipe.data.frames > 1 else 8

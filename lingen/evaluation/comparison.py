@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from lingen.data.batch import Progress
 from lingen.evaluation import statistics
@@ -218,8 +219,6 @@ def _sampled(weights: Path, out: Path, prompts: Sequence[str], repeat: int, seed
 
 def _draw(results: list[dict[str, Any]], path: Path) -> None:
     """A panel for each metric: subjects with their intervals, and the floor as a dashed line."""
-    from matplotlib.figure import Figure
-
     metrics = list(dict.fromkeys(row["metric"] for row in results))
     figure = Figure(figsize=(13, 2.2 * -(-len(metrics) // 4)), layout="constrained")
     for number, metric in enumerate(metrics, start=1):

@@ -105,6 +105,11 @@ def wants_fp8(module: object) -> bool:
     return isinstance(module, Fp8Linear) or getattr(module, "wants_fp8", False) is True
 
 
+def as_its(layer: str) -> property:
+    """The `wants_fp8` of a class of modules: that of its layer of this name, which reads the input."""
+    return property(lambda self: wants_fp8(getattr(self, layer)))
+
+
 def input_dtype(module: object, x: Tensor) -> torch.dtype:
     """The dtype in which `module` wants its input: `FLOAT8` for a `Quantized`, else autocast's dtype or that of x."""
     kind = x.device.type

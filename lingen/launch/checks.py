@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader
 
 from lingen.data.datamodule import ClipData, as_it_is
 from lingen.files import wait_for, write_text
-from lingen.launch.lead import signal_seconds
-from lingen.plan.forecast import Plan, disk_of, plan
+from lingen.plan.forecast import Plan, disk_of, plan, signal_seconds
 from lingen.provenance import git_commit, versions
 from lingen.ranks.environment import UnfitError, here
 from lingen.ranks.slurm import answer

@@ -48,8 +48,7 @@ def prepare_training(
         options: of sbatch, which go before ours.
         gpus: of a node, where the command line says it."""
     per_node = _per_node(recipe, overrides, gpus, settings, stage)  # tells mistakes in words before torch is imported
-    from lingen.launch.lead import signal_seconds
-    from lingen.plan.forecast import plan
+    from lingen.plan.forecast import plan, signal_seconds
     from lingen.run_folder import identity, record
     from lingen.training.inputs import check_inputs
 

@@ -98,7 +98,6 @@ class _Source:
         self.kind = kind
         self.data = ClipData(replace(recipe, data=replace(recipe.data, mix=mix)))
         self.data.setup()
-        assert self.data.train is not None and self.data.validation is not None
         held_out = self.data.validation.pools.get(kind)
         self.setting = f"data.{'shards' if held_out is None else 'validation'}.{kind}"
         self.pool: Pool = self.data.train.pools[kind] if held_out is None else held_out

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 
 from lingen.data.synthetic import parse_caption
@@ -95,8 +96,6 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, clip: UInt8[np.ndarray, "t h w 3"], prompt: str) -> float:
-        from PIL import Image
-
         chosen = sorted(sheet_frames(len(clip), 8))
         frames = torch.stack([self.prepare(Image.fromarray(clip[number])) for number in chosen])
         images = self.model.encode_image(frames.to(self.device)).float()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lingen.autoencoder.ways import Video
 
@@ -64,8 +65,6 @@ class Comparison:
 
     def _add(self, clip: Tensor, rebuilt: Tensor) -> None:
         """Frames [t 3 h w] in 0..1."""
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
         self.frames += len(clip)
         self._sum("squares", (rebuilt - clip).square().mean((1, 2, 3)))
         ssim = structural_similarity_index_measure(rebuilt, clip, data_range=1.0, reduction="none")

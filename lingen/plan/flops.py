@@ -86,8 +86,7 @@ def _of_model(
         return (torch.empty(1, *grid, config.dim, dtype=dtype),)
 
     counted = ((flops_inside(mixer, tokens, sixteen_bit, device, level)[""], times) for mixer, times in mixers.values())
-    mixing = sum(each * times for each, times in counted)
-    return whole[""] - block + config.depth * (block - first) + mixing
+    return whole[""] - block + config.depth * (block - first) + sum(each * times for each, times in counted)
 
 
 def flops_inside(

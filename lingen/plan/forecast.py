@@ -1,7 +1,9 @@
-"""Forecast of a stage: its tokens, parameters and FLOPs, counted. Its memory: `lingen.training.dry_run`."""
+"""Forecast of a stage: its tokens, parameters and FLOPs, counted, and how long before its end a job has to be told. Its
+memory: `lingen.training.dry_run`."""
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +23,16 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "
 """Dense bfloat16 FLOP/s by the makers' data sheets, for the share of it that training reaches (MFU)."""
 DEFAULT_TEXT_TOKENS = 256
 """Tokens of a text encoder that does not say `max_tokens` [ours]."""
+SLOWEST_SHARE = 0.25
+"""Share of the peak that the slowest training still reaches [ours]."""
+CPU_FLOPS = 2e10
+"""FLOP/s of a process on a CPU [ours]."""
+WRITE_SPEED = 0.5e9
+"""Bytes a second at which a checkpoint reaches the disk [ours]."""
+SLURM_DELAY = 60
+"""Seconds that SLURM may take to send a signal, and a process to leave."""
+LEAST, MOST = 120, 65535
+"""Seconds before its end at which a job is told, at least and at most; SLURM takes no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,3 +199,25 @@ def rough_memory(recipe: Recipe, forecast: Plan) -> int:
     tokens = max(_batch_tokens(recipe, kind, grid) for kind, grid in forecast.grids.items())
     levels = kept_by_blocks(recipe.model, tokens, *_where(recipe))
     return 20 * forecast.trained + activation_bytes(recipe.model, tokens, levels, *_where(recipe))
+
+
+def signal_seconds(stages: Sequence[Recipe], plans: Sequence[Plan]) -> int:
+    """Seconds between the signal and the end of a job, by the forecast of its stages: twice the longest act that no
+    signal ends, which is an optimiser step or a sampled clip, and a checkpoint. Of a GPU that is not known here the
+    slowest known is taken."""
+    speeds = {True: CPU_FLOPS, False: SLOWEST_SHARE * min(PEAK_FLOPS.values())}
+    act = max(
+        _longest_flop(one, forecast) / speeds[one.trainer.get("accelerator") == "cpu"]
+        for one, forecast in zip(stages, plans, strict=True)
+    )
+    checkpoint = max(forecast.checkpoint for forecast in plans) / WRITE_SPEED
+    return min(MOST, max(LEAST, 60 * math.ceil((2 * act + checkpoint + SLURM_DELAY) / 60)))
+
+
+def _longest_flop(recipe: Recipe, forecast: Plan) -> float:
+    """Of the longest optimiser step of a rank, or of a clip that training samples: each solver step is a forward with
+    and without the text, twice for Heun."""
+    asked = [kind for kind in KINDS if getattr(recipe.data.mix, kind)]
+    flop = [getattr(recipe.data.batch, kind) * forecast.training_flops.get(kind, 0.0) for kind in asked]
+    passes = 2 * recipe.sample.steps * (2 if recipe.sample.solver == "heun" else 1) if recipe.sample.prompts else 0
+    return max(recipe.train.accumulate * max(flop), passes * max(forecast.flops.values(), default=0.0))

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from lingen.plan.trainer import fault_of_logger, faults_of_names, listed
 from lingen.plan.trial import derived, faults_of_grids, faults_of_models, faults_of_parts, grids_of_stage
 from lingen.recipe.errors import RecipeError, did_you_mean, no_such
@@ -150,7 +152,6 @@ def fault_of_strategy(strategy: Any, trains: Any, precision: Any) -> str | None:
 
 def to_yaml(recipe: Recipe) -> str:
     """The filled recipe as YAML; loading it again gives an equal recipe."""
-    import yaml
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
         value, style = value.replace("${", "\\${"), None

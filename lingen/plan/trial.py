@@ -120,7 +120,10 @@ def faults_of_models(stages: list[tuple[str, Layered, Recipe]]) -> Iterator[Prob
         first = shapes if first is None else first
         if shapes != first:
             text = f"The weights of stage '{name}' have other shapes than those of stage '{stages[0][0]}'."
-            yield draft.problem(_changed(stages[0][2], recipe), text)
+            ours = stages[0][2].model
+            differ = [key for key in settings_of(LinGenConfig) if getattr(ours, key) != getattr(recipe.model, key)]
+            of_model = recipe.subject.section == "model"
+            yield draft.problem(("model", *differ[:1]) if of_model else (recipe.subject.section,), text)
 
 
 class ModelKey:
@@ -224,11 +227,3 @@ def trainable(autoencoder: Autoencoder, name: str) -> TrainableAutoencoder:
     if not all(hasattr(autoencoder, method) for method in ("posterior", "reconstruct")):
         raise SettingError("autoencoder", f"The autoencoder '{name}' cannot be trained; take 'tae'.")
     return cast("TrainableAutoencoder", autoencoder)
-
-
-def _changed(one: Recipe, other: Recipe) -> tuple[str, ...]:
-    """The setting of the model in which two stages differ."""
-    if one.subject.section != "model":
-        return (one.subject.section,)
-    names = [name for name in settings_of(LinGenConfig) if getattr(one.model, name) != getattr(other.model, name)]
-    return ("model", *names[:1])

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lingen.data import manifest
@@ -99,12 +100,9 @@ class Captioner:
         asked = inputs.get("input_ids")
         if asked is not None and said.shape[1] >= asked.shape[1] and (said[:, : asked.shape[1]] == asked).all():
             said = said[:, asked.shape[1] :]  # the output begins with the prompt
-        texts = self.processor.batch_decode(said, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        return [" ".join(text.split()) for text in self.processor.batch_decode(said, skip_special_tokens=True)]
 
     def _inputs(self, frames: np.ndarray) -> dict[str, Tensor]:
-        from PIL import Image
-
         processor, pictures = self.processor, [Image.fromarray(frame) for frame in frames]
         if getattr(processor, "chat_template", None):
             as_video = len(frames) > 1 and getattr(processor, "video_processor", None) is not None

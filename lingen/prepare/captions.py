@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lingen.data.captions import captions_of, clean_captions
-from lingen.prepare.footage import MediaSource
-from lingen.prepare.formats import CAPTIONS, extensions
+from lingen.prepare.footage import CAPTIONS, MediaSource, extensions
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.text import decode_json, read_text_file
 

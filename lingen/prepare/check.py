@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 from lingen.data import manifest
 from lingen.data.batch import Drop, Progress, no_progress
 from lingen.data.captions import captions_of
-from lingen.data.latents import LATENTS_NPY
+from lingen.data.decode import decode_sample
+from lingen.data.latents import LATENTS_NPY, read_sample_latents, read_text
 from lingen.data.manifest import ManifestError, Row, media_hash
 from lingen.data.shards import parse_sample, scan_shard
 from lingen.prepare.index import compressed_shards, crashed_at, describe_sample, shards_of
@@ -135,9 +136,6 @@ def _look_into(data: bytes, key: str, row: Row | None, depth: Depth) -> Iterator
 
 def _decode(members: dict[str, bytes], row: Row | None) -> None:
     """Decodes every frame. ValueError where one cannot be."""
-    from lingen.data.decode import decode_sample
-    from lingen.data.latents import read_sample_latents, read_text
-
     if LATENTS_NPY in members:
         read_sample_latents(members)
         read_text(members, len(captions_of(members)))

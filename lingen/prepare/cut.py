@@ -20,10 +20,9 @@ from lingen.data.pictures import fit_picture, open_picture, reported
 from lingen.files import whole_file
 from lingen.media import encode_mp4, encode_picture
 from lingen.prepare import filters as limits
-from lingen.prepare.footage import MediaSource, read_frames, sample_key
-from lingen.prepare.formats import MEMBERS, MOVING, picture_formats
+from lingen.prepare.footage import MEMBERS, MOVING, MediaSource, picture_formats, read_frames, sample_key
 from lingen.prepare.journal import KEPT, JournalEntry, Note, Record, parse_record
-from lingen.prepare.looks import LOOKS
+from lingen.prepare.limits import LOOKS
 from lingen.prepare.shots import BLACK, HEIGHT, Track, follow, look
 
 CRF = 18

@@ -1,16 +1,19 @@
 """Samples encoded once, by the frozen parts of a recipe, instead of at every step: `lingen encode`. One set holds the
 samples of all stages; each stage takes those of its own shapes."""
 
+import io
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lingen.data.acting import DrawnIndex
@@ -23,15 +26,18 @@ from lingen.data.decode import decode_sample
 from lingen.data.fingerprint import differences, frozen_settings, hash_settings
 from lingen.data.follow import follow_parent
 from lingen.data.index import Index, short_names
-from lingen.data.latents import LATENTS_NPY
+from lingen.data.latents import LATENTS_NPY, TEXT
 from lingen.data.manifest import About, Row, media_hash
 from lingen.data.shards import parse_sample
 from lingen.data.sources import Reader
-from lingen.prepare.encoders import Encoders
+from lingen.frozen import check_ready, is_trained
+from lingen.media import as_floats
 from lingen.prepare.journal import JournalEntry, Note, Part, SetFolder, ShardStream, name_for
 from lingen.prepare.report import Report, close_set
 from lingen.recipe.errors import RecipeError
+from lingen.recipe.registry import AUTOENCODERS, TEXT_ENCODERS
 from lingen.recipe.sections import KINDS, Recipe
+from lingen.text import TextEncoder, with_frame_rate
 
 
 class Task(NamedTuple):
@@ -118,19 +124,82 @@ def _load(reader: Reader, task: Task) -> LoadedClip:
     try:
         piece = Ahead(task.samples, reader).get(task.number)
         members = parse_sample(piece.data, task.samples.key(task.number))
-        captions = captions_of(members)
-        return LoadedClip(_decode(members, task), captions)
+        captions, (frames, height, width) = captions_of(members), task.shape
+        available = _available(task.samples.records[task.number], task.fps)
+        start = min((task.window * frames + 0.5) / max(1, available - frames + 1), 1 - 1e-9)
+        kind, fps = ("video", task.fps) if task.fps else ("image", 1.0)
+        clip = decode_sample(members, kind, frames=frames, size=(height, width), fps=fps, start=start)
+        return LoadedClip(clip.pixels, captions)
     except (OSError, ValueError) as error:
         return LoadedClip(torch.empty(0), [], str(error))
 
 
-def _decode(members: dict[str, bytes], task: Task) -> Tensor:
-    frames, height, width = task.shape
-    available = _available(task.samples.records[task.number], task.fps)
-    start = (task.window * frames + 0.5) / max(1, available - frames + 1)
-    kind = "video" if task.fps else "image"
-    size, fps = (height, width), task.fps or 1.0
-    return decode_sample(members, kind, frames=frames, size=size, fps=fps, start=min(start, 1 - 1e-9)).pixels
+class Encoders:
+    """The frozen parts of a recipe on a device.
+
+    Args:
+        recipe: any of the stages.
+        device: where they run.
+        precision: of what is kept, ``float16`` or ``float32``; half is enough for latents of a spread near 1 (ours).
+    Raises:
+        RecipeError: a part lacks something; all of them are named."""
+
+    def __init__(self, recipe: Recipe, device: str, precision: str):
+        self.dtype: torch.dtype = getattr(torch, precision)
+        self.prefix = recipe.data.fps_prefix
+        self.device = torch.device(device)
+        self.autoencoder = AUTOENCODERS.build(recipe.autoencoder)
+        text = {number: TEXT_ENCODERS.build(component) for number, component in enumerate(recipe.text)}
+        self.text = {number: part for number, part in text.items() if not is_trained(part)}
+        parts: list[nn.Module] = [self.autoencoder, *self.text.values()]
+        check_ready(parts)
+        for part in parts:
+            part.to(self.device).eval().requires_grad_(False)
+        self._null: dict[float, dict[int, Tensor]] = {}
+        """Frame rate -> number of a text encoder -> tokens [n w] of no text, which it is asked for once."""
+
+    @torch.no_grad()
+    def latents(self, clips: Sequence[Tensor]) -> Tensor:
+        """uint8 [3 t h w] each -> latents [b c t h w]."""
+        return self.autoencoder.encode(as_floats(torch.stack(list(clips)).to(self.device)))
+
+    @torch.no_grad()
+    def tokens(self, captions: Sequence[str], fps: float) -> dict[int, list[Tensor]]:
+        """Number of a text encoder -> tokens [n w] of each caption."""
+        texts = [with_frame_rate(caption, fps if self.prefix else 0.0) for caption in captions]
+        found = {}
+        for number, encoder in self.text.items():
+            tokens, mask = cast(TextEncoder, encoder).encode(texts)
+            found[number] = [one[real] for one, real in zip(tokens, mask, strict=True)]
+        return found
+
+    def members(self, latents: Tensor, captions: Sequence[str], fps: float, source: str) -> dict[str, bytes]:
+        """The members of a sample, as `lingen.data.latents` reads them. ValueError for what is not finite here.
+
+        Args:
+            latents: [c t h w]
+            captions: at least one.
+            fps: of the clip, 0 for an image.
+            source: where it came from, for the JSON."""
+        if fps not in self._null:
+            self._null[fps] = {number: nothing for number, (nothing,) in self.tokens([""], fps).items()}
+        tokens, null = self.tokens(captions, fps), self._null[fps]
+        about: dict[str, Any] = {"captions": list(captions), "source": source}
+        about["tokens"] = {str(number): [len(one) for one in each] for number, each in tokens.items()}
+        about["null"] = {str(number): len(nothing) for number, nothing in null.items()}
+        told = {number: torch.cat([*each, null[number]]) for number, each in tokens.items()}
+        text = {TEXT.format(number): self._npy(each, "text") for number, each in told.items()}
+        stored = {LATENTS_NPY: self._npy(latents, "latents"), **text}
+        return stored | {"json": json.dumps(about, ensure_ascii=False).encode()}
+
+    def _npy(self, tensor: Tensor, what: str) -> bytes:
+        tensor = tensor.to(self.dtype).cpu().contiguous()
+        if not torch.isfinite(tensor).all():
+            kind = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"{what} not finite: as {kind} they hold NaN or infinity")
+        buffer = io.BytesIO()
+        np.save(buffer, tensor.numpy(), allow_pickle=False)
+        return buffer.getvalue()
 
 
 class Encoding(NamedTuple):
@@ -189,14 +258,9 @@ def _groups(tasks: list[Task], recipe: Recipe, workers: int, batch: int) -> Iter
         clips, batch_size=None, collate_fn=load, num_workers=min(workers, len(tasks)), worker_init_fn=follow_parent,
         multiprocessing_context="fork" if workers and tasks and sys.platform == "linux" else None,
     )  # fmt: skip
-    group: Group = []
-    for task, loaded in zip(tasks, loader, strict=True):
-        if group and (len(group) == batch or group[0][0].shape != task.shape):
+    for _, same in groupby(zip(tasks, loader, strict=True), lambda one: one[0].shape):
+        while group := list(islice(same, batch)):
             yield group
-            group = []
-        group.append((task, loaded))
-    if group:
-        yield group
 
 
 def _encode_group(group: Group, encoders: Encoders, stream: ShardStream) -> None:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image, ImageSequence
 
 from lingen.data.acting import SPRITE, SPRITE_FRAMES
 from lingen.data.batch import Progress, no_progress
 from lingen.data.pictures import on_plain, webp_times
+from lingen.data.shards import write_shards
 from lingen.data.theatre import ACTORS
 from lingen.files import whole_folder
 from lingen.media import encode_mp4, encode_picture, read_video
@@ -134,8 +136,6 @@ def _build(work: Path, wanted: dict[str, Any], progress: Progress) -> None:
 
 def _write_actors(work: Path, progress: Progress) -> dict[str, int]:
     """A row for each actor, its animation of three seconds from left to right, transparent."""
-    from PIL import Image, ImageSequence
-
     sheet = Image.new("RGBA", (SPRITE * SPRITE_FRAMES, SPRITE * len(ACTORS)))
     names = {emoji: name for name, emoji in ACTORS.items()}
     items = itertools.chain.from_iterable(_emoji_files(package, names) for package in ACTOR_VIDEO)
@@ -152,8 +152,6 @@ def _write_actors(work: Path, progress: Progress) -> dict[str, int]:
 
 def _write(work: Path, videos: list[MediaItem], images: list[MediaItem], progress: Progress) -> dict[str, int]:
     """The shards of both kinds, held-out ones apart; the number of samples of each sort."""
-    from lingen.data.shards import write_shards
-
     held_out = _held_out([item.caption for item in videos], [item.caption for item in images])
     counts: dict[str, int] = {}
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow and PyAV release the interpreter's lock
@@ -249,8 +247,6 @@ def _sample(item: MediaItem, extension: str, data: bytes) -> dict[str, Any]:
 
 def _webp_frames(data: bytes) -> UInt8[np.ndarray, "t h w 3"]:
     """All frames on the plain background."""
-    from PIL import Image, ImageSequence
-
     with Image.open(io.BytesIO(data)) as picture:
         return np.stack([np.asarray(on_plain(shown, BACKGROUND)) for shown in ImageSequence.Iterator(picture)])
 

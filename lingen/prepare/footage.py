@@ -1,21 +1,70 @@
-"""Files of footage: finding them, naming them, and their frames one after the other, whatever the container."""
+"""Files of footage: which are films and which are pictures, by the extensions that FFmpeg and Pillow declare for what
+they read; finding them, naming them, and their frames one after the other, whatever the container."""
 
 import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
+from av.format import ContainerFormat
+from PIL import Image, ImageFile
+
 from lingen.data.frames import decoder_of, picture_stream
 from lingen.data.pictures import as_rgb, open_picture, reported, webp_times
-from lingen.prepare.formats import CAPTIONS, READ, extensions
 from lingen.recipe.errors import RecipeError
 
 NAMES = {"video": "film", "image": "picture"}
 OTHER = {"video": "image", "image": "video"}
 USUAL = {"video": (".mp4", ".mov", ".mkv", ".webm", ".avi"), "image": (".jpg", ".png", ".webp", ".tiff")}
+
+READ = (
+    "mov,matroska,avi,mpeg,mpegts,mpegvideo,gif,asf,flv,mxf,ogg,dv,rm,nut,ivf,wtv,h264,hevc,yuv4mpegpipe,apng,gxf,m4v"
+)
+"""Containers of films that lie in one file. What FFmpeg reads beside them (playlists, lists of pictures, scripts,
+devices, text) can name other files, or is no film."""
+WRITTEN = (
+    "mov,mp4,ipod,3gp,3g2,psp,ismv,f4v,matroska,webm,avi,mpeg,dvd,vob,svcd,mpegts,mpeg1video,mpeg2video,gif,asf,flv,"
+    "mxf,ogv,dv,rm,nut,ivf,wtv,h264,hevc,yuv4mpegpipe,apng,gxf,m4v"
+)
+"""The same as FFmpeg names them where it writes: there it declares extensions that it reads by content alone."""
+NO_FILMS = frozenset((".m4a", ".m4b", ".wma", ".ra", ".isma", ".mka", ".mks", ".heic", ".heif"))
+"""Extensions of the same containers for sound, subtitles and pictures alone."""
+NO_PICTURES = frozenset(("EPS", "FLI", "MPEG", "IPTC"))
+"""What Pillow reads by running another program, or reads no picture of."""
+MEMBERS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+"""Formats of pictures that training reads, as Pillow names them, and the extensions of their members in a shard."""
+MOVING = ("GIF", "WEBP", "PNG", "AVIF")
+"""Formats whose pictures follow each other in time; several pictures of others are pages or sizes."""
+CAPTIONS = (".txt", ".json")
+"""Extensions of captions beside a file."""
+
+
+@cache
+def extensions(kind: str) -> frozenset[str]:
+    """Extensions of a kind, ``image`` or ``video``, in lower case with their dots. ``.gif`` and a few are of both."""
+    if kind == "image":
+        read = picture_formats()
+        return frozenset(one for one, name in Image.registered_extensions().items() if name in read)
+    found = {".gif", ".apng", ".webp"}
+    for name in f"{READ},{WRITTEN}".split(","):
+        with suppress(ValueError):  # FFmpeg was built without it
+            found |= {f".{one}" for one in ContainerFormat(name).extensions} - NO_FILMS - extensions("image")
+    return frozenset(found)
+
+
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """The formats that Pillow opens by itself, by its names."""
+    Image.init()
+    opened = ((name, opener) for name, (opener, _) in Image.OPEN.items())
+    stubs = {name for name, one in opened if isinstance(one, type) and issubclass(one, ImageFile.StubImageFile)}
+    return tuple(sorted(Image.OPEN.keys() - stubs - NO_PICTURES))
 
 
 class MediaSource(NamedTuple):
@@ -196,8 +245,6 @@ def read_frames(path: Path) -> Iterator[Frame]:
 def _film(path: Path) -> Iterator[tuple[Any, Any, Any]]:
     """First (seconds between two frames on average, seconds of the time base, None); then for each frame (seconds or
     None where they are unknown, picture or None where it is damaged, aspect)."""
-    import av
-
     options = {"format_whitelist": READ, "protocol_whitelist": "file"}
     try:
         with av.open(str(path), options=options) as file:
@@ -231,8 +278,6 @@ def _decoding_order(file: Any) -> list[int] | None:
 
 def _pictures(codec: Any, packet: Any) -> Iterator[Any]:
     """What a packet gives, None for a damaged picture; the last packet is empty and drains the decoder."""
-    import av
-
     if not packet.size and packet.dts is not None:
         return
     try:
@@ -244,8 +289,6 @@ def _pictures(codec: Any, packet: Any) -> Iterator[Any]:
 
 def _animation(path: Path) -> Iterator[tuple[Any, Any, None]]:
     """As `_film`, of an animated WebP, on white; a still one has one picture."""
-    import av
-
     data = path.read_bytes()
     animation = open_picture(data, ("WEBP",))
     yield 0.1, 0.001, None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ImageOps
 
 from lingen.data import manifest
 from lingen.data.batch import Drop, Progress, no_progress
@@ -102,8 +103,6 @@ def describe_sample(members: dict[str, bytes]) -> dict[str, Any]:
         with reported():
             height, width = webp_size(data)[::-1]
         return {"kind": "video", **told, "height": height, "width": width, "frames": len(times), "fps": _rate(times)}
-    from PIL import ImageOps
-
     picture = open_picture(data, ("PNG", "JPEG", "WEBP"))
     with reported():
         upright = ImageOps.exif_transpose(picture)  # reads it, so that a broken one is found now

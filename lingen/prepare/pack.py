@@ -1,6 +1,5 @@
 """From folders of footage to shards with a manifest: `lingen data pack`."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -11,13 +10,13 @@ from typing import Any, NamedTuple
 from lingen.data.batch import Progress, no_progress
 from lingen.data.captions import NO_CAPTION
 from lingen.data.fingerprint import hash_settings, hash_weights
-from lingen.data.manifest import About
+from lingen.data.manifest import About, media_hash
 from lingen.prepare.captions import Captions
 from lingen.prepare.cut import OUTCOME, ClipRequirements, CutJob, make_samples, read_samples
 from lingen.prepare.filters import Filters
 from lingen.prepare.footage import Footage, MediaSource, look_through
 from lingen.prepare.journal import Note, Part, Record, SetFolder, ShardStream
-from lingen.prepare.looks import Duplicates
+from lingen.prepare.limits import Duplicates
 from lingen.prepare.report import Report, close_set
 from lingen.prepare.workers import in_order
 from lingen.recipe.errors import RecipeError
@@ -101,8 +100,7 @@ def pack(job: Packing, out: Path, progress: Progress = no_progress) -> Report:
         complete = folder.finish()
     # Near-duplicates of a sample in an earlier part stay in their shard, but not in the manifest.
     across = job.filters.duplicates if job.part.total > 1 else None
-    about = About(hash_settings(job.settings), job.settings)
-    return close_set(folder, about, complete, fileless, across)
+    return close_set(folder, About(hash_settings(job.settings), job.settings), complete, fileless, across)
 
 
 def _pack_kind(job: Packing, sources: list[MediaSource], stream: ShardStream) -> Iterator[MediaSource]:
@@ -158,4 +156,4 @@ def _job(job: Packing, source: MediaSource, stream: ShardStream) -> CutJob:
 
 
 def _digest(told: list[Any]) -> str:
-    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+    return media_hash(json.dumps(told).encode())

@@ -9,7 +9,7 @@ from lingen.data.ledger import count_reason
 from lingen.data.manifest import About, Row
 from lingen.files import write_json
 from lingen.prepare.journal import KEPT, Note, Record, SetFolder
-from lingen.prepare.looks import Duplicates
+from lingen.prepare.limits import Duplicates
 from lingen.recipe.sections import KINDS
 
 LEDGER = "ledger.json"

@@ -1,6 +1,5 @@
 """A data set in numbers and pictures: `lingen data stats`."""
 
-import hashlib
 import heapq
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from lingen.data import manifest
-from lingen.data.manifest import Row
+from lingen.data.captions import captions_of
+from lingen.data.decode import decode_sample
+from lingen.data.manifest import Row, media_hash
+from lingen.data.shards import read_sample
+from lingen.media import contact_sheet
 from lingen.recipe.errors import RecipeError
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -60,22 +63,17 @@ def _spread(values: np.ndarray) -> str:
 
 def chosen(folders: Sequence[Path], count: int, seed: int = 0) -> list[tuple[Path, Row]]:
     """Samples to look at: `count` of each kind, drawn by chance, the same for the same seed; latents left out."""
-
-    def lot(one: tuple[Path, Row]) -> bytes:
-        return hashlib.blake2b(f"{seed} {one[1].shard}:{one[1].key}".encode(), digest_size=8).digest()
-
-    def drawn(kind: str) -> list[tuple[Path, Row]]:
+    drawn: list[tuple[Path, Row]] = []
+    for kind in ("video", "image"):
         rows = ((folder, row) for folder in folders for row in manifest.rows(folder / manifest.NAME))
-        return heapq.nsmallest(count, (one for one in rows if one[1].kind == kind), lot)
-
-    return drawn("video") + drawn("image")
+        own = (one for one in rows if one[1].kind == kind)
+        drawn += heapq.nsmallest(count, own, lambda one: media_hash(f"{seed} {one[1].shard}:{one[1].key}".encode()))
+    return drawn
 
 
 def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int = 0) -> Path | None:
     """Some samples to look at: a row of frames for each clip, eight pictures in a row. None where there are none. What
     cannot be decoded is black, with the reason above it."""
-    from lingen.media import contact_sheet as sheet
-
     picked = chosen(folders, count, seed)
     looks = [_look(folder, row) for folder, row in picked if row.kind == "video"]
     pictures = [_look(folder, row) for folder, row in picked if row.kind == "image"]
@@ -83,15 +81,11 @@ def sample_sheet(folders: Sequence[Path], path: Path, count: int = 8, seed: int 
         of_row = pictures[first : first + 8]
         looks.append((np.concatenate([clip for clip, _ in of_row]), "; ".join(text for _, text in of_row)))
     clips, captions = [clip for clip, _ in looks], [text for _, text in looks]
-    return sheet(clips, path, captions) if clips else None
+    return contact_sheet(clips, path, captions) if clips else None
 
 
 def _look(folder: Path, row: Row) -> tuple[np.ndarray, str]:
     """Small frames [t h w 3], and a line: the key, its measures, the caption."""
-    from lingen.data.captions import captions_of
-    from lingen.data.decode import decode_sample
-    from lingen.data.shards import read_sample
-
     moving = row.kind == "video" and row.width
     size = (96, max(16, round(96 * row.width / max(1, row.height)))) if moving else (96, 96)
     seconds = f", {row.frames / row.fps:.3g} s at {row.fps:.3g}" if row.fps else ""

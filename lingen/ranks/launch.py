@@ -37,15 +37,13 @@ PATIENCE = timedelta(minutes=60)
 class RankEnvironment(LightningEnvironment):
     """The ranks for Lightning, which neither looks for them nor starts any itself (docs/upstream.md)."""
 
+    creates_processes_externally = True
+
     def __init__(self) -> None:
         super().__init__()
         self.own = here()
         self.set_world_size(self.own.ranks)
         self.set_global_rank(self.own.rank)
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     def main_address(self) -> str:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from lingen.recipe.errors import RecipeError
-from lingen.recipe.reading import COMPONENTS
-from lingen.recipe.registry import Registry
+from lingen.recipe.registry import COMPONENTS, Registry
 from lingen.recipe.sections import Component, Recipe
 from lingen.recipe.signature import LISTS, MAPPINGS, REQUIRED, Path, bare, bounds_of, settings_of
 

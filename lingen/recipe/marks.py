@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lingen.recipe.bounds import CONTENT, COURSE, FREE, IDENTITY, Mark
-from lingen.recipe.reading import COMPONENTS
-from lingen.recipe.registry import Registry
+from lingen.recipe.registry import COMPONENTS, Registry
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import Path, Setting, settings_of
 

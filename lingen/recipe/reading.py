@@ -9,28 +9,11 @@ from typing import Any, NamedTuple
 
 from lingen.recipe.errors import RecipeError, did_you_mean, no_such
 from lingen.recipe.layers import Layered, Origin, Problem, read_override, read_yaml, resolve
-from lingen.recipe.registry import (
-    AUTOENCODERS,
-    FOR_TRAINING,
-    MIXERS,
-    PERCEPTUAL,
-    TEXT_ENCODERS,
-    Registry,
-    import_module,
-)
+from lingen.recipe.registry import COMPONENTS, MIXERS, Registry, import_module
 from lingen.recipe.sections import DataConfig, Recipe, SampleConfig
 from lingen.recipe.signature import Path, as_plain, check_settings
 from lingen.recipe.text import NoText, decode_text
 
-DRAWN = {"shapes": "lingen.data.synthetic:Shapes", "theatre": "lingen.data.theatre:Theatre"}
-SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", DRAWN)
-"""Data sets that lingen draws itself, by name; their settings are the fields of a dataclass."""
-
-COMPONENTS: dict[Path, Registry] = {
-    ("model", "mixer"): MIXERS, ("autoencoder",): AUTOENCODERS, ("text",): TEXT_ENCODERS,
-    ("data", "synthetic"): SYNTHETIC, ("reconstruction", "features"): PERCEPTUAL, **FOR_TRAINING,
-}  # fmt: skip
-"""Where a recipe names registered parts: one of them, or a list."""
 LISTED = (("text",), ("trainer", "callbacks"))
 """Where one alone is short for a list."""
 MAY_LACK = (*LISTED, ("data", "synthetic"))

@@ -224,6 +224,11 @@ PERCEPTUAL = Registry("perceptual distance", "lingen.perceptual", {
 """Perceptual distances: frozen `nn.Module`s, ``forward(a [n 3 h w] in -1..1, b) -> [n]`` with gradients into a and b,
 ``missing() -> list[Missing]``."""
 
+SYNTHETIC = Registry("synthetic data set", "lingen.synthetic", {
+    "shapes": "lingen.data.synthetic:Shapes", "theatre": "lingen.data.theatre:Theatre",
+})  # fmt: skip
+"""Data sets that lingen draws itself, by name; their settings are the fields of a dataclass."""
+
 OPTIMIZERS = Registry(
     "optimiser",
     "lingen.optimizers",
@@ -253,3 +258,16 @@ FOR_TRAINING: dict[Path, Registry] = {
     ("trainer", "callbacks"): CALLBACKS,
 }
 """Where a recipe names parts that nothing but training needs: weights are used where they are not installed."""
+
+COMPONENTS: dict[Path, Registry] = {
+    ("model", "mixer"): MIXERS, ("autoencoder",): AUTOENCODERS, ("text",): TEXT_ENCODERS,
+    ("data", "synthetic"): SYNTHETIC, ("reconstruction", "features"): PERCEPTUAL, **FOR_TRAINING,
+}  # fmt: skip
+"""Where a recipe names registered parts: one of them, or a list."""
+
+
+def registries() -> dict[str, Registry]:
+    """What `lingen list` shows beside recipes."""
+    for_training = {str(key): registry for (_, key), registry in FOR_TRAINING.items() if registry.names()}
+    models = {"mixers": MIXERS, "scans": SCANS, "autoencoders": AUTOENCODERS, "text": TEXT_ENCODERS}
+    return models | {"perceptual": PERCEPTUAL} | for_training | {"synthetic": SYNTHETIC}

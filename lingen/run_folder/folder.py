@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lingen.weights import OF_TRAINING, WeightsError, read_metadata
+
 CHECKPOINT = re.compile(r"step-\d+(\.ckpt)?")
 
 
@@ -43,8 +45,6 @@ class RunFolder:
 
     def finished_steps(self, stage: str) -> int:
         """Steps that the finished weights of a stage were trained for; 0: not finished."""
-        from lingen.weights import OF_TRAINING, WeightsError, read_metadata
-
         path = self.weights(stage)
         try:
             return int(read_metadata(path, OF_TRAINING)["step"]) if path.is_file() else 0

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning
+
 from lingen.data.fingerprint import content_of
 from lingen.data.indexing import content_of_shards
 from lingen.data.locations import expand
@@ -51,9 +53,12 @@ def described(stages: Sequence[Recipe]) -> dict[str, Stage]:
 
 def identity_of(recipe: Recipe) -> Values:
     """Every setting of a stage that is marked as `IDENTITY`, or has no mark."""
+    # Arguments of lightning.Trainer that are given as they would be without a word say nothing.
+    known = inspect.signature(lightning.Trainer).parameters
+    unsaid = {f"trainer.{name}": one.default for name, one in known.items()}
     entries = {key: entry for key, entry in entries_of(recipe).items() if entry.mark is IDENTITY}
-    told = {key: _identity(key, entry, recipe) for key, entry in entries.items() if not _is_lightnings(key, entry)}
-    return told | _packaged(recipe)
+    told = {key: entry for key, entry in entries.items() if key not in unsaid or unsaid[key] != entry.value}
+    return {key: _identity(key, entry, recipe) for key, entry in told.items()} | _packaged(recipe)
 
 
 def course_of(recipe: Recipe) -> Values:
@@ -97,15 +102,6 @@ def _packaged(recipe: Recipe) -> Values:
             if isinstance(place, str):
                 found[".".join(map(str, (*path, "weights")))] = {"content": content_of(Path(place))}
     return found
-
-
-def _is_lightnings(key: str, entry: Entry) -> bool:
-    """An argument of lightning.Trainer that is given as it would be without a word."""
-    import lightning
-
-    known = inspect.signature(lightning.Trainer).parameters
-    name = key.removeprefix("trainer.")
-    return name != key and name in known and known[name].default == entry.value
 
 
 # comparing

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lingen.files import wait_for
@@ -66,8 +67,6 @@ class Checkpoint:
         return found
 
     def _file(self, name: str) -> Any:
-        from safetensors import safe_open
-
         if name not in self._open:
             self._open[name] = safe_open(str(self.path / name), "pt")
         return self._open[name]
@@ -105,8 +104,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def _hash_of(about: dict[str, Any]) -> str:
-    text = json.dumps(about, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(about, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def wait_for_files(path: Path) -> Path:

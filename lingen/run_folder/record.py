@@ -14,16 +14,7 @@ from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import shipped_folder
 from lingen.recipe.sections import Recipe
 from lingen.run_folder.folder import RunFolder
-from lingen.run_folder.identity import (
-    SAMPLES,
-    Stage,
-    Values,
-    described,
-    fingerprint,
-    other_course,
-    other_identity,
-    shown,
-)
+from lingen.run_folder.identity import SAMPLES, Stage, described, fingerprint, other_course, other_identity, shown
 from lingen.weights import read_run
 
 OLD_TRIED = 8
@@ -171,7 +162,7 @@ def _check_identity(folder: RunFolder, held: Held, here: dict[str, Stage], name:
         )
 
 
-def _known(held: Values, here: Values) -> Values:
+def _known(held: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     """What a run is, with what its record knows of files that are not on this machine."""
     unknown = [key for key, value in here.items() if value == {"content": None} and key in held]
     return here | {key: held[key] for key in unknown}

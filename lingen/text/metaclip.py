@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lingen.recipe.bounds import CONTENT, IDENTITY, AtLeast
@@ -185,8 +186,6 @@ def _tower(config: dict[str, Any], file: Path, dtype: torch.dtype) -> Any:
 def _text_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Names, as the tower has them, and tensors. A pickle is read with `weights_only`."""
     if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
         with safe_open(str(file), "pt") as opened:
             names = {_name(name): name for name in opened.keys()}  # noqa: SIM118
             yield from ((name, opened.get_tensor(stored)) for name, stored in names.items() if name)

@@ -17,11 +17,10 @@ import yaml
 
 import lingen
 from lingen.cli.command import COMMANDS, UNSAID, Argument
-from lingen.cli.recipes import parts, registries
+from lingen.cli.recipes import parts
 from lingen.recipe.bounds import IDENTITY, Bound, Mark
 from lingen.recipe.marks import TRAINER
-from lingen.recipe.reading import COMPONENTS
-from lingen.recipe.registry import Registry
+from lingen.recipe.registry import COMPONENTS, Registry, registries
 from lingen.recipe.sections import Recipe
 from lingen.recipe.signature import REQUIRED, Setting, as_plain, bare, bounds_of, describe, settings_of
 
