@@ -168,15 +168,16 @@ def memory_here(device: torch.device | None = None) -> int:
 
 
 def keep_memory(device: torch.device) -> None:
-    """For sampling on the CPU: glibc keeps memory that is freed, up to blocks of 32 MiB, for the next tensor. Otherwise
-    it goes back to the system, which clears its pages and maps them anew at each use. What MALLOC_TRIM_THRESHOLD_ or
-    MALLOC_MMAP_THRESHOLD_ set stays; with another C library or allocator nothing happens."""
+    """For sampling on the CPU: glibc keeps memory that is freed for the next tensor. Otherwise it goes back to the
+    system, which clears its pages and maps them anew at each use: half of the time of a long clip. The most that is
+    held at a time grows by up to a third. What MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ set stays; with another C
+    library or allocator nothing happens."""
     if device.type == "cpu":
-        for variable, (number, size) in _MALLOC.items():
+        for variable, (number, value) in _MALLOC.items():
             with suppress(AttributeError, OSError, TypeError):
                 if variable not in os.environ:
-                    ctypes.CDLL(None).mallopt(number, size)
+                    ctypes.CDLL(None).mallopt(number, value)
 
 
-_MALLOC = {"MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1), "MALLOC_MMAP_THRESHOLD_": (-3, 2**25)}
-"""Settings of glibc's malloc: the variable of each -> its number in malloc.h, and the largest value."""
+_MALLOC = {"MALLOC_TRIM_THRESHOLD_": (-1, -1), "MALLOC_MMAP_MAX_": (-4, 0)}
+"""Variables of glibc's malloc -> the number of each in malloc.h, and the value that keeps everything."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from lingen.kernels.choice import best_device
+from lingen.kernels.choice import best_device, keep_memory
 from lingen.recipe.errors import RecipeError
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
@@ -35,6 +35,7 @@ def place_of(device: str | None, precision: str | None = None, budget: float | N
     if device and device.partition(":")[0] not in ("cpu", "cuda"):
         raise RecipeError(f"There is no device '{device}' to measure on; say cpu or cuda.")
     found = best_device(device)
+    keep_memory(found)  # as sampling does
     dtype, seconds = (torch.bfloat16, 0.5) if found.type == "cuda" else (torch.float32, 0.1)
     return Place(found, PRECISIONS[precision] if precision else dtype, budget or seconds)
 
