@@ -1,11 +1,13 @@
 """Rows of metrics.csv: what is measured every few steps, and the file."""
 
 import csv
+import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import lightning
@@ -119,11 +121,11 @@ class Rows(Callback):
         for hook in self._hooks:
             hook.remove()
         pl_module.settle()
-        ranks = gather_objects({name: float(square) for name, square in (pl_module.rms or {}).items()})
+        ranks = gather_objects(_read(pl_module.rms or {}))
         # Over the tokens of all ranks, which have as many each.
-        rms = {name: torch.tensor([one[name] for one in ranks]).mean().sqrt() for name in ranks[0]}
-        for name, value in (rms | horizons(pl_module)).items():
-            pl_module.meter.add(name, value[None])
+        rms = {name: math.sqrt(fmean(one[name] for one in ranks)) for name in ranks[0]}
+        for name, value in (rms | _read(horizons(pl_module))).items():
+            pl_module.meter.add(name, torch.tensor([value]))
         self._hooks, pl_module.rms = [], None
         pl_module.log_row(pl_module.collect_metrics())
 
@@ -131,6 +133,11 @@ class Rows(Callback):
 def blocks_of(module: Trained) -> Iterable[Any]:
     """The denoiser's blocks; an autoencoder has none."""
     return module.own_parts() if isinstance(module, LinGenModule) else ()
+
+
+def _read(values: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers of a device, fetched at once."""
+    return dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True)) if values else {}
 
 
 def horizons(module: Trained) -> dict[str, Tensor]:
