@@ -13,6 +13,7 @@ from lingen.ranks.collectives import is_first_rank, on_first_rank
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.reading import RecipeText
 from lingen.recipe.sections import Recipe
+from lingen.recipe.subjects import SUBJECTS
 from lingen.run_folder.lock import check_held
 from lingen.training.modules import StageModules, TextToVideo
 from lingen.training.state import whole_of
@@ -80,7 +81,7 @@ def load_denoiser(source: str | Path, device: str | torch.device = "cpu") -> Tex
     that do not fit, or those of an autoencoder."""
     path = stored.find_weights(source)
     recipe = recipe_of(path)
-    if recipe.trains == "autoencoder":
+    if recipe.subject is not SUBJECTS["denoiser"]:
         raise RecipeError(
             f"{path} holds the weights of an autoencoder, which makes no clips of its own. Train a denoiser with "
             f"autoencoder.path={source}."
