@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import lingen
 from lingen.cli import main
@@ -50,6 +51,17 @@ class Fails(Mixer):
 class Detaches(Mixer):
     def forward(self, x):
         return x.detach() * self.weight.detach()
+
+
+class OnCuda(Mixer):
+    def forward(self, x):
+        if not x.is_cuda:
+            raise ValueError("a pointer that Triton cannot read")
+        return x * self.weight
+
+
+class SaysSo(OnCuda):
+    cuda_only = True
 
 
 class SeesOthers(Mixer):
@@ -246,6 +258,17 @@ def test_a_part_that_breaks_its_contract_is_named_by_its_line(parts: Path, capsy
 )
 def test_parts_that_keep_their_contract_pass(parts: Path, section: str, text: str):
     assert load_curriculum(recipe_with(parts, section, text)).names == ["one", "two"]
+
+
+def test_a_mixer_that_runs_on_cuda_alone_says_so(parts: Path, capsys):
+    told = recipe_with(parts, "model", mixer("{name: mate, te: 'parts_to_try:SaysSo', head_dim: 8}"))
+    assert load_curriculum(told, ["trainer.accelerator=auto"]).names == ["one", "two"]
+    assert main(["fit", "--recipe", told, "trainer.accelerator=cpu"]) == 2
+    assert "The mixer 'mate': it runs on CUDA alone, but trainer.accelerator is cpu" in capsys.readouterr().err
+    untold = recipe_with(parts, "model", mixer("parts_to_try:OnCuda"))
+    assert main(["show", "--recipe", untold, "trainer.accelerator=auto"]) == (0 if torch.cuda.is_available() else 2)
+    said = capsys.readouterr().err
+    assert ("let its class say `cuda_only = True`" in said) != torch.cuda.is_available(), said
 
 
 LOGGER = """\

@@ -36,6 +36,8 @@ class Mixer(Protocol):
             of every module inside the mixer that has it.
         ``kernel``: name of the twin that runs; "auto" must be among its values, and is set while MATE measures its
             branches, on whatever device it is built.
+        ``cuda_only = True``: it runs on CUDA alone, as a layer of Triton kernels does; where there is no GPU, a recipe
+            is then checked without trying it.
         ``tile(grid)``: the part of a grid that it treats like the whole, such as a window; MATE measures on one.
         ``out_proj``: a layer whose `weight` scales the output; MATE gives its branches equal size by that of `te`."""
 

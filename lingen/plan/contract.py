@@ -84,6 +84,9 @@ def has_scan_of_others(component: dict[str, Any]) -> bool:
 def _of_mixer(mixer: Any, dim: int, build: Callable[[], Any]) -> str | None:
     def fault_in(one: Any, again: Callable[[], Any]) -> str | None:
         output, fault = _tried(one, again, lambda part: part(torch.zeros(1, *TRIED_GRID, dim)), "forward")
+        if fault and not torch.cuda.is_available():
+            only = "If it runs on CUDA alone, let its class say `cuda_only = True`."
+            return None if getattr(one, "cuda_only", False) else f"{fault} {only}"
         fault = fault or unlike(output, (1, *TRIED_GRID, dim), torch.float32, "forward gives")
         return fault or _untrainable(again, dim)
 
@@ -177,18 +180,21 @@ def _of_text_encoder(part: Any, build: Callable[[], Any]) -> str | None:
 def _tried(
     part: Any, build: Callable[[], Any], run: Callable[[Any], Any], what: str, *, on_meta: bool = True
 ) -> tuple[Any, str | None]:
-    """What a part gives, and a sentence where it fails: on the meta device, and where that fails on the CPU."""
+    """What a part gives, and a sentence where it fails: on the meta device, where that fails on the CPU, and where that
+    fails, too, on the GPU, if there is one: layers of Triton kernels alone run nowhere else."""
     with torch.no_grad():
         if on_meta:
             with suppress(Exception), torch.device("meta"):  # it may look at numbers: it is tried where there are some
                 return run(part), None
-        try:
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                return run(build()), None
-        except OSError as error:
-            raise _Unreadable from error
-        except Exception as error:
-            return None, f"{what} fails: {error_told(error)}"
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            try:
+                with torch.random.fork_rng(devices=[]), torch.device(device):
+                    return run(build()), None
+            except OSError as error:
+                raise _Unreadable from error
+            except Exception as error:
+                fault = f"{what} fails: {error_told(error)}"
+    return None, fault
 
 
 def unlike(output: Any, shape: tuple[int, ...], dtype: torch.dtype | None, what: str) -> str | None:

@@ -45,8 +45,11 @@ def faults_of_parts(draft: Layered, recipe: Recipe, *, to_train: bool) -> Iterat
                 yield _refused(draft, path, error, f"The {registry.kind} '{component['name']}' cannot be built")
                 continue
             fault = broken_contract(registry, component, part, *positional)
-            if registry is TEXT_ENCODERS and recipe.data.fps_prefix and getattr(part, "parts", False):
+            if registry is TEXT_ENCODERS and recipe.data.fps_prefix and component.get("parts"):
                 fault = fault or "frames of later parts would not see the frame rate: set data.fps_prefix=false"
+            on_cpu = registry is MIXERS and recipe.trainer.get("accelerator") == "cpu"
+            if on_cpu and any(getattr(one, "cuda_only", False) for one in part.modules()):
+                fault = fault or "it runs on CUDA alone, but trainer.accelerator is cpu: set trainer.accelerator=auto"
         if fault:
             yield draft.problem((*path, "name"), f"The {registry.kind} '{component['name']}': {fault}")
 
