@@ -105,7 +105,7 @@ def load_recipe(recipe: str | Path | RecipeText, overrides: Sequence[str] = (), 
         RecipeError: one sentence for each mistake, with file and line or ``command line``."""
     draft = read_draft(recipe, overrides)
     _check_stage(stage, list(draft.stages))  # before anything is built
-    curriculum = _complete(draft, is_trained=isinstance(recipe, RecipeText))
+    curriculum = _complete(draft, of_weights=isinstance(recipe, RecipeText))
     return curriculum.base if stage is None else curriculum.chosen(stage)[0]
 
 
@@ -167,9 +167,9 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
-def _complete(draft: Draft, *, to_train: bool = False, is_trained: bool = False) -> Curriculum:
+def _complete(draft: Draft, *, to_train: bool = False, of_weights: bool = False) -> Curriculum:
     """Second half of loading: checks settings against signatures, derives settings from other parts, builds models on
-    `meta`. Parts that only training needs may be missing unless it comes `to_train`. Where it `is_trained` nobody
+    `meta`. Parts that only training needs may be missing unless it comes `to_train`. Of one `of_weights` nobody
     looks at arguments of the trainer: weights are of use whatever Lightning knows, and its import takes seconds."""
     everything = [draft.base, *draft.stages.values()]
     raise_all(
@@ -177,7 +177,7 @@ def _complete(draft: Draft, *, to_train: bool = False, is_trained: bool = False)
         for one in everything
         for problem in (
             *_fill_components(one, to_train),
-            *(() if is_trained else _check_trainer(one)),
+            *(() if of_weights else _check_trainer(one)),
             *_check_kernels(one),
         )  # fmt: skip
     )
