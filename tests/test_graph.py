@@ -20,6 +20,7 @@ from lingen.run_folder.intact import Checkpoint
 from lingen.text.small import Words
 from lingen.training import base
 from lingen.training.graph import READ_EVERY, StepGraphs
+from lingen.training.named import Muon
 
 NAN = (
     'autoencoder={name: "tests.helpers.frozen:Pooling", nan_above: -0.62}', "model.patch=[1, 1, 1]",
@@ -87,9 +88,11 @@ def assert_same(one: Path, other: Path, *but: str) -> None:
         ["stages.clips.train.steps=24", "train.checkpoint_every=7"],
         ["stages.clips.train.steps=12", "train.accumulate=3", "train.ema={width: 0.1}", "trainer.precision=bf16-mixed"],
         ["stages.clips.train.steps=20", "model.checkpointing=true", "text=bytes", "train.log_every=50"],
+        ["stages.clips.train.steps=24", "train.optimizer=muon", "trainer.precision=bf16-mixed"],
         ["stages.clips.train.steps=30", *NAN],
+        ["stages.clips.train.steps=30", *NAN, "train.optimizer=muon"],
     ],
-    ids=["plain", "accumulated", "recomputed", "not finite"],
+    ids=["plain", "accumulated", "recomputed", "muon", "not finite", "not finite, muon"],
 )
 def test_graphs_change_no_bit(
     more: list[str], words: list[str], tiny_recipe: Path, tmp_path: Path, recorded: list[Any]
@@ -98,10 +101,26 @@ def test_graphs_change_no_bit(
         fit(tiny_recipe, [*words, *more, f"train.compile={how}"], run=tmp_path / how)
     assert len(recorded) >= 4
     assert_same(tmp_path / "off", tmp_path / "graph")
-    if more[1:] == [*NAN]:
+    if more[1:4] == [*NAN]:
         bad = sum(float(row["nonfinite_steps"] or 0) for row in rows_of(tmp_path / "graph"))
         updates = end_of(tmp_path / "graph")[1]["average_updates"]
         assert bad > 0 and 0 < updates < 30
+
+
+def test_weights_move_outside_of_autocast(words: list[str], tiny_recipe: Path, tmp_path: Path, monkeypatch: Any):
+    """Within it norms are of another dtype: Muon moved elsewhere in a graph."""
+    seen, move = [], Muon._move
+
+    def noted(self: Muon, matrices: list[Tensor], *args: Any) -> None:
+        seen.append(torch.is_autocast_enabled(matrices[0].device.type))
+        move(self, matrices, *args)
+
+    monkeypatch.setattr(Muon, "_move", noted)
+    more = ["train.optimizer=muon", "trainer.precision=bf16-mixed", "stages.clips.train.steps=2"]
+    for how in ("off", "graph"):
+        seen.clear()
+        fit(tiny_recipe, [*words, *more, f"train.compile={how}"], run=tmp_path / how)
+        assert {*seen} == {False}, how
 
 
 def test_a_run_goes_on_with_and_without_graphs(words: list[str], tiny_recipe: Path, tmp_path: Path):

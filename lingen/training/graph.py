@@ -201,12 +201,16 @@ class StepGraphs:
 
     def _act(self, kind: str, inputs: Any, place: tuple[bool, bool]) -> Told:
         """A batch's part of a step: what is recorded. Nothing here reads a number of the device."""
-        module, (first, last) = self._module, place
-        with torch.autocast(module.device.type, enabled=False):  # Lightning's, which the backward pass does not see
-            with module.trainer.precision_plugin.forward_context():
-                losses = module.losses_at(kind, inputs)
-            loss = losses.mean()
-            (loss / module.recipe.train.accumulate).backward()
+        with torch.autocast(self._module.device.type, enabled=False):  # Lightning's, only the forward pass is to see it
+            return self._part(kind, inputs, *place)
+
+    def _part(self, kind: str, inputs: Any, first: bool, last: bool) -> Told:
+        """As `_act`; whether the batch is the first and the last of its step."""
+        module = self._module
+        with module.trainer.precision_plugin.forward_context():
+            losses = module.losses_at(kind, inputs)
+        loss = losses.mean()
+        (loss / module.recipe.train.accumulate).backward()
         names, sums = zip(*module.meter.take(), strict=True)
         self._total.copy_(losses.detach().sum()) if first else self._total.add_(losses.detach().sum())
         if not (first and last):
@@ -247,15 +251,16 @@ class StepGraphs:
     @contextmanager
     def _on_device(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Inside the block the learning rates are those of the device, which change between two plays of a graph."""
-        rates = [group["lr"] for group in optimizer.param_groups]
+        before = [dict(group) for group in optimizer.param_groups]
         recorded = self._pool is not None and torch.cuda.is_current_stream_capturing()
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group |= {"lr": rate, "capturable": recorded}  # torch warns of what is capturable and not recorded
         try:
             yield
         finally:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group |= {"lr": rate, "capturable": False}
+            for group, old in zip(optimizer.param_groups, before, strict=True):
+                group.clear()
+                group |= old
 
 
 def graphs_of(module: Trained) -> StepGraphs | None:
@@ -279,8 +284,8 @@ def refuse_graphs(module: Trained, fault: str) -> None:
 
 
 def fused_here(module: Trained) -> bool:
-    """Whether AdamW is one kernel, which may be part of a graph: on a GPU, with or without one. On a CPU one process
-    would read the rate in float32, and ranks would not."""
+    """Whether AdamW, or the part of Muon that is AdamW, is one kernel, which may be part of a graph: on a GPU, with or
+    without one. On a CPU one process would read the rate in float32, and ranks would not."""
     is_wanted = module.device.type == "cuda" or module.recipe.train.compile == "graph"
     return is_wanted and cast(Any, module)._trainer is not None and _what_forbids_fused(module) is None
 
@@ -291,7 +296,7 @@ def _what_forbids_fused(module: Trained) -> str | None:
         return f"trainer.strategy={module.recipe.trainer.get('strategy', 'auto')} is for several ranks"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:  # such a scaler hides the gradients
         return f"trainer.precision={module.recipe.trainer['precision']} scales gradients"
-    if settings.optimizer["name"] != "adamw":
+    if settings.optimizer["name"] not in ("adamw", "muon"):
         return f"train.optimizer is {settings.optimizer['name']}"
     return None
 

@@ -1,24 +1,24 @@
 #!/bin/bash
 # Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
-#     bash tests/yardsticks/theatre_gpu.sh judge 740 encode 40000 coarse 690 4s 210 long 1200 60s 670 score
-# `coarse` trains with two latent frames in a token, at half the cost, and `4s` goes on from it with one; `images 4000`
-# in its place starts with single frames. `60s` goes on with clips of all three lengths, of which `long` encodes so many
-# of 16 s, half as many of 60 s, and nine times as many more of 4 s.
-# Needs data/theatre/sprites.webp (`lingen data fetch theatre`). `images` takes a number of steps, the other pieces
-# seconds: they train at a constant rate for three quarters of them, look how far they came, and lower the rate over as
-# many steps as fit into the rest: nobody has to know the GPU's speed. What is to be kept is put into $OUT: weights/denoiser.safetensors in bfloat16, in the
-# folder that `lingen demo --checkpoint` takes; judge.safetensors; logs and metrics. PYTHON names the interpreter, MORE
-# further overrides of the denoiser's recipe, START other weights that `60s` goes on from (empty: none). `encode` draws clips once, in a process for each core, and keeps their latents
-# in $SHARDS: drawn anew for each step, clips of 2.4 MB come to the GPU at some 400 a second, which is less than half of
-# what it trains on.
+#     bash tests/yardsticks/theatre_gpu.sh judge 740 encode 30000 long 1400 coarse 260 60s 640 score
+# `coarse` trains on clips of 4 s with two latent frames in a token, at half the cost; `60s` goes on from it with one frame
+# in a token and clips of all three lengths, of which `long` encodes so many of 16 s, half as many of 60 s, and twelve
+# times as many more of 4 s.
+# Needs data/theatre/sprites.webp (`lingen data fetch theatre`). The pieces that train take seconds: they train at a
+# constant rate for the first of them, look how far they came, and lower the rate over as many steps as fit into the
+# rest (SHARE percent; 5 of `coarse`, 30 of `60s`): nobody has to know the GPU's speed. What is to be kept is put into
+# $OUT: weights/denoiser.safetensors in bfloat16, in the folder that `lingen demo --checkpoint` takes; judge.safetensors;
+# logs and metrics. PYTHON names the interpreter, MORE further overrides of the denoiser's recipe, START other weights
+# that `60s` goes on from (empty: none). `encode` draws clips once, in a process for each core, and keeps their latents in
+# $SHARDS: drawn anew for each step, clips of 2.4 MB come to the GPU at some 400 a second, which is less than half of what
+# it trains on.
 set -ufo pipefail # f: patterns of shards are not for this shell
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python} out=$(realpath -m "${OUT:-runs/out}") workers=${WORKERS:-14} shards=${SHARDS:-/dev/shm/theatre}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 [ -f data/theatre/sprites.webp ] || { echo "data/theatre/sprites.webp is missing: lingen data fetch theatre" >&2; exit 2; }
 mkdir -p "$out/weights"
-always=(data.workers="$workers" train.checkpoint_every=2000 train.sample_every=0 sample.prompts=[] train.log_every=50)
-decay='{name: wsd, share: 0.25}'
+always=(data.workers="$workers" train.checkpoint_every=2000 train.validate_every=5000 train.validation_samples=64 train.sample_every=0 sample.prompts=[] train.log_every=50)
 
 # fit SECONDS RUN WORDS...: a signal after so many seconds; the run saves a checkpoint and exits with 75.
 fit() {
@@ -30,15 +30,16 @@ fit() {
     echo "$run: exit code $code, $SECONDS s"
 }
 
-# train SECONDS RUN STAGE PREFIX WORDS...: a stage in the time.
+# train SECONDS SHARE RUN STAGE WORDS...: a stage in the time, of which so many percent lower the rate.
 train() {
-    local seconds=$1 run=$2 stage=$3 prefix=$4
+    local seconds=$1 share=${SHARE:-$2} run=$3 stage=$4 of="stages.$4.train"
     shift 4
-    fit $((seconds * 3 / 4)) "$run" "$@" "${prefix}train.steps=1000000" "${prefix}train.decay=constant"
+    set -- --recipe theatre_128 --stage "$stage" "$@"
+    fit $((seconds * (100 - share) / 100)) "$run" "$@" "$of.steps=1000000" "$of.decay=constant"
     local done steps
     done=$(find "runs/$run/stages/$stage" -maxdepth 1 -name 'step-*' | sort | tail -n 1 | sed 's/.*step-0*//')
-    steps=$((${done:-0} * 5 / 4))
-    fit "$seconds" "$run" "$@" "${prefix}train.steps=$steps" "${prefix}train.decay=$decay"
+    steps=$((${done:-0} * 100 / (100 - share)))
+    fit "$seconds" "$run" "$@" "$of.steps=$steps" "$of.decay={name: wsd, share: $(printf 0.%02d "$share")}"
     echo "$run $stage: $steps steps"
 }
 
@@ -63,16 +64,6 @@ of_shards() {
         "stages.$1.data.validation.video=$sets/*-held/*.tar"
 }
 
-# start_of STAGE: what it goes on from; before 4 s the newer of both, an earlier try may have left the other.
-start_of() {
-    local found
-    case $1 in
-    4s) found=$(ls -t runs/finer.safetensors runs/theatre/stages/images/weights.safetensors 2> /dev/null | head -n 1) ;;
-    60s) found=${START-runs/theatre-4s/stages/4s/weights.safetensors} ;;
-    esac
-    echo "${found:+init=$found}"
-}
-
 keep() {
     $python -m lingen export "runs/$1" --precision bf16 --out "$out/weights/$2.safetensors"
     cp "runs/$1/metrics.csv" "$out/metrics_$2.csv"
@@ -91,23 +82,19 @@ while [ $# -gt 0 ]; do
         encode 48 "$seconds" 256 0
         ;;
     long)
-        encode 48 $((9 * seconds)) 90 1
+        encode 48 $((12 * seconds)) 90 1
         encode 192 "$seconds" 21 1
         encode 720 $((seconds / 2)) 8 1
         ;;
-    images)
-        fit 600 theatre --recipe theatre_128 --stage images "stages.images.train.steps=$seconds" ${MORE:-}
-        ;;
     coarse)
-        train "$seconds" theatre-coarse 4s stages.4s. --recipe theatre_128 --stage 4s 'model.patch=[2,1,1]' \
-            stages.4s.data.batch.video=32 $(of_shards 4s) ${MORE:-}
+        train "$seconds" 5 theatre-coarse 4s 'model.patch=[2,1,1]' stages.4s.data.batch.video=32 $(of_shards 4s) ${MORE:-}
         $python -m tests.yardsticks.theatre finer --weights runs/theatre-coarse/stages/4s/weights.safetensors \
             --out runs/finer.safetensors
         ;;
-    4s | 60s)
-        train "$seconds" "theatre-$1" "$1" "stages.$1." --recipe theatre_128 --stage "$1" \
-            $(of_shards "$1") $(start_of "$1") ${MORE:-}
-        keep "theatre-$1" denoiser
+    60s)
+        start=${START-runs/finer.safetensors}
+        train "$seconds" 30 theatre-60s 60s $(of_shards 60s) ${start:+init=$start} ${MORE:-}
+        keep theatre-60s denoiser
         ;;
     score)
         $python -m tests.yardsticks.theatre sample --weights "$out/weights" --batch 30 --out "$out/clips.npz"
@@ -120,7 +107,7 @@ while [ $# -gt 0 ]; do
         shift
         continue
         ;;
-    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [images STEPS] [coarse SECONDS] [4s SECONDS] [long CLIPS] [60s SECONDS] [score]" >&2; exit 2 ;;
+    *) echo "usage: $0 [judge SECONDS] [encode CLIPS] [long CLIPS] [coarse SECONDS] [60s SECONDS] [score]" >&2; exit 2 ;;
     esac
     shift 2
 done
