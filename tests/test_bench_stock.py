@@ -59,15 +59,17 @@ def test_other_settings_are_refused():
         StockMamba2(Mamba2(16, 0, state_dim=4, head_dim=8, conv="per_direction"))
 
 
+@pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("mixer", ["attention", "mate", "temporal_swin"])
-def test_the_plain_denoiser_is_ours(mixer):
+def test_the_plain_denoiser_is_ours(mixer, parts):
     component = {"name": mixer} | ({"state_dim": 4, "head_dim": 8} if mixer == "mate" else {})
     sizes = {"channels": 4, "text_dims": (6,), "max_grid": (3, 4, 4)}
-    config = LinGenConfig(dim=16, depth=2, mixer=component, **sizes)
+    config = LinGenConfig(dim=16, depth=2, mixer=component, text_parts=parts, **sizes)
     torch.manual_seed(0)
     model = LinGen(config)
     draw_weights(model)
     tokens, mask = torch.randn(2, 5, 6), torch.arange(5) < torch.tensor([[5], [3]])
+    mask = torch.tensor([[1, 1, 2, 2, 3], [1, 2, 2, 0, 0]]) if parts else mask
     inputs = torch.randn(2, 4, 3, 6, 4), torch.tensor([0.2, 0.8]), ((tokens, mask),)
     with torch.no_grad():
         want, got = model(*inputs), PlainDenoiser(model)(*inputs)

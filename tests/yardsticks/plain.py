@@ -47,11 +47,11 @@ class PlainBlock(nn.Module):
         return x + (ours.ffn.out_proj(F.silu(hidden) * up) * ffn_gate).to(x.dtype)
 
     def _text(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        part = self.ours.cross_attention
-        q = part.q_proj(x).flatten(1, 3).unflatten(-1, (part.num_heads, -1))
-        k, v = part.kv_proj(text).unflatten(-1, (2, part.num_heads, -1)).unbind(2)
+        part, frames = self.ours.cross_attention, mask.shape[1]
+        q = part.q_proj(x).reshape(len(x) * frames, -1, part.num_heads, part.q_norm.weight.shape[0])
+        k, v = part.kv_proj(text).repeat_interleave(frames, 0).unflatten(-1, (2, part.num_heads, -1)).unbind(2)
         q, k, v = (u.transpose(1, 2) for u in (rms_norm(q, part.q_norm), rms_norm(k, part.k_norm), v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1)[:, None, None])
         return part.out_proj(out.transpose(1, 2).flatten(2)).view_as(x)
 
 
