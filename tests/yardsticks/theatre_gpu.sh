@@ -43,16 +43,24 @@ train() {
     echo "$run $stage: $steps steps"
 }
 
-# encode FRAMES CLIPS HELD SEED: latents of so many clips of a length and of held-out ones, drawn by a seed.
+# encode FRAMES CLIPS HELD SEED: latents of so many clips of a length and of held-out ones, drawn by a seed. A part that
+# ends early is begun again, once, and goes on: nothing trains on shards of which some are missing.
 encode() {
-    local set=$shards/$4/$1 part always="--device cpu data.workers=0 stages.4s.data.frames=$1"
-    for part in $(seq "$workers"); do
-        OMP_NUM_THREADS=1 $python -m lingen encode --recipe theatre_128 --stage 4s --out "$set" $always \
-            --part "$part/$workers" "data.synthetic.clips=$2" "data.synthetic.seed=$4" >> "$out/encode.log" 2>&1 &
+    local set=$shards/$4/$1 job each words="--device cpu data.workers=0 stages.4s.data.frames=$1"
+    local -A parts=()
+    words="lingen encode --recipe theatre_128 --stage 4s $words"
+    part() {
+        OMP_NUM_THREADS=1 $python -m $words --out "$set" --part "$1/$workers" "${@:2}" >> "$out/encode.log" 2>&1
+    }
+    each=("data.synthetic.clips=$2" "data.synthetic.seed=$4")
+    for job in $(seq "$workers"); do
+        part "$job" "${each[@]}" &
+        parts[$!]=$job
     done
-    $python -m lingen encode --recipe theatre_128 --stage 4s --out "$set-held" --validation $always \
-        "data.synthetic.held_out=$3" >> "$out/encode.log" 2>&1
-    wait
+    $python -m $words --out "$set-held" --validation "data.synthetic.held_out=$3" >> "$out/encode.log" 2>&1
+    for job in "${!parts[@]}"; do
+        wait "$job" || part "${parts[$job]}" "${each[@]}" || exit 1
+    done
     echo "encode $1 frames: $(du -sh "$set" | cut -f1), $SECONDS s"
 }
 
