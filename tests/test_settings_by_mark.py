@@ -30,6 +30,7 @@ SETS = "data.synthetic={name: shapes, clips: 6, images: 6, held_out: 2}"
 SMALL = {
     "quickstart_cpu": (
         SETS, "model.dim=16", "model.depth=1", "model.mixer.state_dim=4", "model.mixer.head_dim=8", "text.0.dim=8",
+        "train.optimizer=adamw",
         "text.0.buckets=64", "data.batch={image: 2, video: 1}", "stages.videos.data.mix={image: 1, video: 1}",
         "train.warmup=1", "trainer.precision=32-true", "trainer.logger=false", "score.clips=0", "sample.prompts=[]",
         "reconstruction.features.path=FOLDER/one", "stages.images.train.steps=1",
@@ -132,6 +133,7 @@ LAST = {"quickstart_cpu": "videos", "tae_8x8x8": "detail"}
 REASONS = {
     "stage": "the name of a stage: other stages are another run, see below",
     "train.steps": "every fit here asks for more of them",
+    "train.optimizer.momentum": "Muon's, held to torch's in tests/test_extend.py",
     "trainer.devices": "several processes: tests/test_resume.py kills a run of two ranks, which goes on with one",
     "trainer.num_nodes": "several machines; counted as devices are, see tests/test_record.py",
     "trainer.max_time": "a clock",

@@ -314,11 +314,16 @@ def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     out, weights = tmp_path / "clip.webp", as_theatre(tiny_run, tmp_path)
-    words = ["demo", "a", "honeybea", "jumps", "--checkpoint", str(weights), "--seconds", "1", "--steps", "1"]
+    words = ["demo", "a", "honeybea", "jumps", "a xylophone bee", "--checkpoint", str(weights)]
+    words += ["--seconds", "1", "--steps", "1"]
     assert main([*words, "--out", str(out)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["1 seconds of: a honeybea(?) jumps", "'honeybea' is not known. Did you mean 'honeybee'?"]
-    assert said[2:] == [str(out), str(out.with_suffix(".png"))]
+    assert said[:2] == [
+        "1 seconds of: a honeybea(?) jumps a xylophone(?) bee(?)",
+        "'honeybea' is not known. Did you mean 'honeybee'?",
+    ]
+    assert said[2:4] == ["'xylophone' is not known.", "'bee' is not known. Did you mean 'honeybee'?"]
+    assert said[4:] == [str(out), str(out.with_suffix(".png"))]
     with Image.open(out) as picture:
         frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)])
     clip = lingen.sample_demo("a honeybea jumps", seconds=1, steps=1, weights=weights)

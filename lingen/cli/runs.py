@@ -280,7 +280,7 @@ def _rewritten(args: argparse.Namespace, prompts: list[str], weights: Path) -> l
     cli.argument("--out", default="demo.mp4", metavar="x.mp4", help="or x.gif, x.webp; default: demo.mp4"),
 )
 def demo(args: argparse.Namespace) -> None:
-    from lingen.data.theatre import known_words
+    from lingen.data.theatre import ACTIONS, ACTORS, LIGHTS, SCENES, known_words
     from lingen.sampling import find_demo
     from lingen.sampling.asked import unknown_words
 
@@ -290,7 +290,11 @@ def demo(args: argparse.Namespace) -> None:
     prompt, known = " ".join(args.prompt), known_words()
     unknown = unknown_words(prompt, known)
     marked = re.sub(r"\w+", lambda word: f"{word[0]}(?)" if word[0] in unknown else word[0], prompt)
-    told = [f"'{word}' is not known.{did_you_mean(word, known)}" for word in unknown]
+    names = {part for name in (*ACTORS, *ACTIONS, *SCENES, *LIGHTS) for part in name.split()}
+    told = []
+    for word in unknown:  # a bee is a honeybee, and not "becomes"
+        longer = [name for name in names if len(word) > 2 and name.endswith(word)]
+        told.append(f"'{word}' is not known.{did_you_mean(longer[0] if longer else word, names)}")
     print(f"{args.seconds:g} seconds of: {marked}", *told, sep="\n", flush=True)  # importing torch takes its time
     with cli.count_bar("sampling") as bar:
         _make(_demo_files(weights, prompt, out, seconds=args.seconds, seed=args.seed, steps=args.steps, progress=bar))

@@ -45,8 +45,8 @@ def _of_optimizer(component: dict[str, Any], recipe: Recipe) -> str | None:
     settings, takes = recipe.train, inspect.signature(OPTIMIZERS[component["name"]]).parameters
     sharded = str(recipe.trainer.get("strategy")).lower() in ("fsdp", "hsdp")
     if OPTIMIZERS.origin(component["name"]) == "lingen":
-        wants_whole = sharded and component["name"] == "muon"
-        return "it needs whole matrices; set trainer.strategy=ddp." if wants_whole else None
+        told = "it needs whole matrices; set trainer.strategy=ddp or train.optimizer=adamw."
+        return told if sharded and component["name"] == "muon" else None
     asked = {"lr": True, "weight_decay": settings.weight_decay > 0, "betas": settings.betas != TrainConfig.betas}
     if idle := [key for key, is_asked in asked.items() if is_asked and key not in takes]:
         return f"it takes no `{idle[0]}`, so train.{idle[0]} would do nothing; leave that out, or at 0."

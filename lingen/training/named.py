@@ -27,9 +27,9 @@ def adamw(
 
 @checked
 class Muon(torch.optim.Optimizer):
-    """Orthogonal updates (Jordan et al. 2024, as torch.optim.Muon) as large as AdamW's (arXiv 2502.16982), in bfloat16,
-    for the matrices that weight decay pulls at; AdamW for all else. Matrices of one shape move together, and a step may
-    be part of a CUDA graph."""
+    """Orthogonal updates (Jordan et al. 2024, as torch.optim.Muon) as large as AdamW's (arXiv 2502.16982) for the
+    matrices that weight decay pulls at; AdamW for all else. Matrices of one shape move together, and a step may be part
+    of a CUDA graph."""
 
     def __init__(
         self, params: Groups, *, momentum: Annotated[float, Between(0, 1), COURSE, "what stays of the old one"] = 0.95
@@ -78,10 +78,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Float[Tensor, "n a b"]) -> Float[Tensor, "n a b"]:
-    """The nearest orthogonal matrix of each, roughly (singular values of 0.5 to 1.5), in bfloat16: five steps of
-    Newton and Schulz with Muon's factors (Jordan et al. 2024)."""
+    """The nearest orthogonal matrix of each, roughly (singular values of 0.5 to 1.5): five steps of Newton and Schulz
+    with Muon's factors (Jordan et al. 2024). In bfloat16, and on a CPU in float32: one without instructions for
+    bfloat16 takes 20 times as long."""
     is_tall = matrices.shape[1] > matrices.shape[2]
-    now = (matrices.mT if is_tall else matrices).bfloat16()
+    now = (matrices.mT if is_tall else matrices).to(torch.float32 if matrices.is_cpu else torch.bfloat16)
     now = now / now.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = now @ now.mT
