@@ -13,7 +13,7 @@ from lingen.recipe.bounds import COURSE, IDENTITY, Above, AtLeast, Between
 from lingen.recipe.signature import checked
 
 Groups = list[dict[str, Any]]
-MOST = 2**26
+MOVED_TOGETHER = 2**26
 """Numbers of matrices that Muon moves together; those of the largest models in several turns [ours]."""
 
 
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
             self._adamw.param_groups = [{**defaults, **group, "params": others}]
             self._adamw.step()
             for shape, matrices in alike.items():
-                few = max(1, MOST // shape.numel())
+                few = max(1, MOVED_TOGETHER // shape.numel())
                 for at in range(0, len(matrices), few):
                     self._move(matrices[at : at + few], group["lr"], group["weight_decay"], bad)
         self._adamw.__dict__.pop("found_inf", None)
