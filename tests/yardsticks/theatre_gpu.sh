@@ -38,8 +38,8 @@ train() {
     fit $((seconds * (100 - share) / 100)) "$run" "$@" "$of.steps=1000000" "$of.decay=constant"
     local done steps
     done=$(find "runs/$run/stages/$stage" -maxdepth 1 -name 'step-*' | sort | tail -n 1 | sed 's/.*step-0*//')
-    steps=$((${done:-0} * 100 / (100 - share)))
-    fit "$seconds" "$run" "$@" "$of.steps=$steps" "$of.decay={name: wsd, share: $(printf 0.%02d "$share")}"
+    steps=$((${done:-0} * 100 / (100 - share))) # to their end: a stage that is cut off leaves no weights
+    fit $((seconds + 120)) "$run" "$@" "$of.steps=$steps" "$of.decay={name: wsd, share: $(printf 0.%02d "$share")}"
     echo "$run $stage: $steps steps"
 }
 
