@@ -178,7 +178,7 @@ def test_show_prints_a_recipe_that_loads_again(capsys):
     Path("filled.yaml").write_text(out)
     assert load_recipe("filled.yaml") == load_recipe("quickstart_cpu", ["model.depth=2", "train.lr=1e-3"])
     comments = [line for line in out.splitlines() if line.startswith("#")]
-    told = "stage: videos, tokens: 9 (image) + 36 (video), steps: 100 (image) + 900 (video)"
+    told = "stage: videos, tokens: 9 (image) + 36 (video), steps: 60 (image) + 540 (video)"
     assert told in comments[1] and "GiB" in comments[1]
     assert "blocks.mixer: " in comments[-1]
 

@@ -82,7 +82,7 @@ def test_settings_are_told_as_stages_take_them():
     settings = dict(leaves(yaml.safe_load(to_yaml(base))))
     told = _settings(Compared(RunFolder(Path("run")), [], {}, settings, {}, []))
     rows = dict(re.findall("<td>([a-z_.]+)<td>([^<]*<td>[^<]*)", told.partition("<details>")[0]))
-    assert rows["stages.videos.train.steps"].split("<td>") == ["40", "1000"]
+    assert rows["stages.videos.train.steps"].split("<td>") == ["40", "600"]
     assert rows["stages.videos.score.clips"].split("<td>") == ["4", "36"]
     assert len(rows) == 3
 
