@@ -123,7 +123,9 @@ def test_weights_move_outside_of_autocast(words: list[str], tiny_recipe: Path, t
         assert {*seen} == {False}, how
 
 
-def test_a_run_goes_on_with_and_without_graphs(words: list[str], tiny_recipe: Path, tmp_path: Path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_with_and_without_graphs(optimizer: str, words: list[str], tiny_recipe: Path, tmp_path: Path):
+    words = [*words, f"train.optimizer={optimizer}"]
     for how, later in (("off", "off"), ("graph", "off"), ("off", "graph"), ("graph", "graph")):
         for steps, compile in ((7, how), (16, later)):
             more = [f"stages.clips.train.steps={steps}", "train.checkpoint_every=4", f"train.compile={compile}"]

@@ -290,11 +290,11 @@ def demo(args: argparse.Namespace) -> None:
     prompt, known = " ".join(args.prompt), known_words()
     unknown = unknown_words(prompt, known)
     marked = re.sub(r"\w+", lambda word: f"{word[0]}(?)" if word[0] in unknown else word[0], prompt)
-    names = {part for name in (*ACTORS, *ACTIONS, *SCENES, *LIGHTS) for part in name.split()}
+    names = sorted({part for name in (*ACTORS, *ACTIONS, *SCENES, *LIGHTS) for part in name.split()})
     told = []
     for word in unknown:  # a bee is a honeybee, and not "becomes"
-        longer = [name for name in sorted(names) if len(word) > 2 and name.endswith(word)]
-        told.append(f"'{word}' is not known.{did_you_mean(longer[0] if longer else word, sorted(names))}")
+        longer = [name for name in names if len(word) > 2 and name.endswith(word)]
+        told.append(f"'{word}' is not known.{did_you_mean(longer[0] if longer else word, names)}")
     print(f"{args.seconds:g} seconds of: {marked}", *told, sep="\n", flush=True)  # importing torch takes its time
     with cli.count_bar("sampling") as bar:
         _make(_demo_files(weights, prompt, out, seconds=args.seconds, seed=args.seed, steps=args.steps, progress=bar))

@@ -110,7 +110,8 @@ class StepGraphs:
             for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
         begun = module.pace.mark()
-        told = self._told(batch.kind, inputs, place)
+        with torch.autocast(module.device.type, enabled=False):  # Lightning's: it is for the forward pass alone
+            told = self._told(batch.kind, inputs, place)
         module.pace.end(begun)
         module.note(batch, told.numbers[: len(batch.keys)], tokens)
         module._seen.clear()
@@ -201,12 +202,7 @@ class StepGraphs:
 
     def _act(self, kind: str, inputs: Any, place: tuple[bool, bool]) -> Told:
         """A batch's part of a step: what is recorded. Nothing here reads a number of the device."""
-        with torch.autocast(self._module.device.type, enabled=False):  # Lightning's, only the forward pass is to see it
-            return self._part(kind, inputs, *place)
-
-    def _part(self, kind: str, inputs: Any, first: bool, last: bool) -> Told:
-        """As `_act`; whether the batch is the first and the last of its step."""
-        module = self._module
+        module, (first, last) = self._module, place
         with module.trainer.precision_plugin.forward_context():
             losses = module.losses_at(kind, inputs)
         loss = losses.mean()

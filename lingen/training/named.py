@@ -27,9 +27,9 @@ def adamw(
 
 @checked
 class Muon(torch.optim.Optimizer):
-    """Orthogonal updates (Jordan et al. 2024, as torch.optim.Muon) as large as AdamW's (arXiv 2502.16982) for the
-    matrices that weight decay pulls at; AdamW for all else. Matrices of one shape move together, and a step may be part
-    of a CUDA graph."""
+    """Orthogonal updates (Jordan et al. 2024, kellerjordan.github.io/posts/muon; as torch.optim.Muon), as large as
+    AdamW's (arXiv 2502.16982), for the matrices that weight decay pulls at; AdamW for all else. Matrices of one shape
+    move together, and a step may be part of a CUDA graph."""
 
     def __init__(
         self, params: Groups, *, momentum: Annotated[float, Between(0, 1), COURSE, "what stays of the old one"] = 0.95
