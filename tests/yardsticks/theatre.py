@@ -218,9 +218,8 @@ def show_stories(clips: list[np.ndarray], path: Path, boards: list[Storyboard], 
         for number, (event, right) in enumerate(zip(board.events, labels == targets_of(board.events), strict=True)):
             frames = [clip[int(edges[number] + share * (edges[number + 1] - edges[number]))] for share in (0.35, 0.65)]
             text = Image.new("RGB", (2 * clip.shape[2], 26), "white")
-            what = f"{event.who} {event.action}s {event.way}{' ' * bool(event.other)}{event.other}"
-            colour = "black" if right[:2].all() else "firebrick"
-            ImageDraw.Draw(text).text((2, 1), f"{what}\n{event.scene}, {event.light}", fill=colour, spacing=1)
+            what = "\n".join(textwrap.wrap(caption_of(Storyboard((event,), "")), clip.shape[2] // 3))
+            ImageDraw.Draw(text).text((2, 1), what, fill="black" if right[:2].all() else "firebrick", spacing=1)
             tiles.append(np.concatenate([np.concatenate(frames, 1), np.asarray(text)], 0))
         rows.append(np.concatenate(tiles, 1))
     widest = max(row.shape[1] for row in rows)
@@ -296,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True)
     for job in (components, train, check, finer, times, sample, score, nearest):
-        own = jobs.add_parser(job.__name__, help=job.__doc__)
+        own = jobs.add_parser(job.__name__, help=(job.__doc__ or "").replace("%", "%%"))
         own.set_defaults(job=job)
         own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         own.add_argument("--out", required=job is not check)

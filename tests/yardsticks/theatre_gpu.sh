@@ -1,12 +1,12 @@
 #!/bin/bash
 # Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
-#     bash tests/yardsticks/theatre_gpu.sh judge 740 encode 30000 long 1400 coarse 260 60s 640 score
-# `coarse` trains on clips of 4 s with two latent frames in a token, at half the cost; `60s` goes on from it with one frame
-# in a token and clips of all three lengths, of which `long` encodes so many of 16 s, half as many of 60 s, and twelve
-# times as many more of 4 s.
+#     bash tests/yardsticks/theatre_gpu.sh judge 740 encode 34000 long 2000 coarse 300 60s 590 score
+# `encode` takes so many clips of 4 s, `long` so many of 16 s and half as many of 60 s. `coarse` trains on clips of 4 s with
+# two latent frames in a token, at half the cost; `60s` goes on from it with one frame in a token and clips of all three
+# lengths.
 # Needs data/theatre/sprites.webp (`lingen data fetch theatre`). The pieces that train take seconds: they train at a
 # constant rate for the first of them, look how far they came, and lower the rate over as many steps as fit into the
-# rest (SHARE percent; 5 of `coarse`, 30 of `60s`): nobody has to know the GPU's speed. What is to be kept is put into
+# rest (SHARE percent; 5 of `coarse`, 50 of `60s`): nobody has to know the GPU's speed. What is to be kept is put into
 # $OUT: weights/denoiser.safetensors in bfloat16, in the folder that `lingen demo --checkpoint` takes; judge.safetensors;
 # logs and metrics. PYTHON names the interpreter, MORE further overrides of the denoiser's recipe, START other weights
 # that `60s` goes on from (empty: none). `encode` draws clips once, in a process for each core, and keeps their latents in
@@ -43,16 +43,16 @@ train() {
     echo "$run $stage: $steps steps"
 }
 
-# encode FRAMES CLIPS HELD SEED: latents of so many clips of a length and of held-out ones, drawn by a seed. A part that
-# ends early is begun again, once, and goes on: nothing trains on shards of which some are missing.
+# encode FRAMES CLIPS HELD: latents of so many clips of a length and of held-out ones. A part that ends early is begun
+# again, once, and goes on: nothing trains on shards of which some are missing.
 encode() {
-    local set=$shards/$4/$1 job each words="--device cpu data.workers=0 stages.4s.data.frames=$1"
+    local set=$shards/$1 job each words="--device cpu data.workers=0 stages.4s.data.frames=$1"
     local -A parts=()
     words="lingen encode --recipe theatre_128 --stage 4s $words"
     part() {
         OMP_NUM_THREADS=1 $python -m $words --out "$set" --part "$1/$workers" "${@:2}" >> "$out/encode.log" 2>&1
     }
-    each=("data.synthetic.clips=$2" "data.synthetic.seed=$4")
+    each=("data.synthetic.clips=$2" "data.synthetic.seed=$(($1 - 48))") # other stories in other lengths
     for job in $(seq "$workers"); do
         part "$job" "${each[@]}" &
         parts[$!]=$job
@@ -66,10 +66,10 @@ encode() {
 
 # of_shards STAGE: what has it train on what was encoded for it, if anything was.
 of_shards() {
-    local sets=$shards/0
-    [ "$1" = 60s ] && sets=$shards/1
-    [ -d "$sets" ] && printf '%s ' "stages.$1.data."{synthetic=null,"shards.video=$sets/*[0-9]/*.tar"} \
-        "stages.$1.data.validation.video=$sets/*-held/*.tar"
+    local of=48
+    [ "$1" = 60s ] && of='*[0-9]'
+    [ -d "$shards" ] && printf '%s ' "stages.$1.data."{synthetic=null,"shards.video=$shards/$of/*.tar"} \
+        "stages.$1.data.validation.video=$shards/$of-held/*.tar"
 }
 
 keep() {
@@ -87,12 +87,11 @@ while [ $# -gt 0 ]; do
             --start "$out/start.safetensors" --out "$out/judge.safetensors"
         ;;
     encode)
-        encode 48 "$seconds" 256 0
+        encode 48 "$seconds" 90
         ;;
     long)
-        encode 48 $((12 * seconds)) 90 1
-        encode 192 "$seconds" 21 1
-        encode 720 $((seconds / 2)) 8 1
+        encode 192 "$seconds" 21
+        encode 720 $((seconds / 2)) 8
         ;;
     coarse)
         train "$seconds" 5 theatre-coarse 4s 'model.patch=[2,1,1]' stages.4s.data.batch.video=32 $(of_shards 4s) ${MORE:-}
@@ -101,7 +100,7 @@ while [ $# -gt 0 ]; do
         ;;
     60s)
         start=${START-runs/finer.safetensors}
-        train "$seconds" 30 theatre-60s 60s $(of_shards 60s) ${start:+init=$start} ${MORE:-}
+        train "$seconds" 50 theatre-60s 60s $(of_shards 60s) ${start:+init=$start} ${MORE:-}
         keep theatre-60s denoiser
         ;;
     score)
