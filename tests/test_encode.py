@@ -244,6 +244,18 @@ def test_parts_and_workers_make_the_same_set(stages: list[Recipe], encoded: Path
     assert parts == whole
 
 
+@pytest.mark.parametrize("shards", ["{}", "{}/*.tar"])
+def test_nothing_trains_on_a_set_of_which_parts_are_missing(
+    shards: str, stages: list[Recipe], folder: Path, tmp_path: Path
+) -> None:
+    encode_shards(stages, tmp_path / "set", Encoding(precision="float32", part=Part(1, 2)))
+    recipe = load_stages(folder / "r.yaml", [VIDEO, f"data.shards.video={shards.format(tmp_path / 'set')}"])[0]
+    with pytest.raises(RecipeError, match=r"data.shards.video: .*not all parts of it have ended; start what makes it"):
+        ClipData(recipe).setup()
+    encode_shards(stages, tmp_path / "set", Encoding(precision="float32", part=Part(2, 2)))
+    ClipData(recipe).setup()
+
+
 @pytest.mark.parametrize(("override", "told"), [
     ("autoencoder.gain=2.0", "autoencoder.gain is 1.0 there and 2.0 here"),
     ("data.fps_prefix=false", "fps_prefix is true there and false here"),

@@ -95,7 +95,8 @@ def kept_folder(name: str, write: Callable[[Path], None]) -> Path:
 
 
 def _sort(locations: Sequence[str], setting: str, reader: Reader) -> tuple[list[Set], list[Location]]:
-    """The locations that have a manifest, by folder, and those that have none."""
+    """The locations that have a manifest, by folder, and those that have none. RecipeError for those of a set that is
+    not whole yet."""
     folders: dict[str, list[Location]] = {}
     for one in map(Location.of, locations):
         folders.setdefault(one.folder, []).append(one)
@@ -104,6 +105,8 @@ def _sort(locations: Sequence[str], setting: str, reader: Reader) -> tuple[list[
     for folder, named in folders.items():
         whole = [one for one in named if one.is_manifest]
         found = _fetch(whole[0] if whole else Location(folder, manifest.NAME), bool(whole), setting, reader)
+        if found is None and manifest.is_unfinished(folder):
+            raise RecipeError(f"{setting}: {manifest.without_manifest(folder)}")
         if found is None:
             bare += named
         else:

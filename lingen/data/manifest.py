@@ -81,7 +81,16 @@ class ManifestError(RecipeError):
 
 def without_manifest(folder: str | Path) -> str:
     """The sentence for a folder that has no manifest, with the cure."""
-    return nothing_packed(Path(folder)) or f"'{folder}' has no {NAME}; write it with {writer_of(folder)}."
+    if nothing := nothing_packed(Path(folder)):
+        return nothing
+    if is_unfinished(folder):
+        return f"'{folder}' has no {NAME}, as not all parts of it have ended; start what makes it again, it goes on."
+    return f"'{folder}' has no {NAME}; write it with {writer_of(folder)}."
+
+
+def is_unfinished(folder: str | Path) -> bool:
+    """Whether a command of lingen's began a set in this local folder and has not ended all of its parts."""
+    return (Path(folder) / ".parts").is_dir() and not (Path(folder) / NAME).is_file()
 
 
 def writer_of(folder: str | Path, *, encoded: bool = False) -> str:
