@@ -13,7 +13,7 @@ parts=("$@")
 python=${PYTHON:-python} failed=0
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 mkdir -p "$out"
-suite() { "$python" -m pytest -n "${JOBS:-14}"; }
+suite() { "$python" -m pytest -n "${JOBS:-14}" -v; } # -v: what failed is named at once, should time run out
 gpu() { "$python" -m tests.soak gpu --keep "$out/gpu"; }
 gpus() { "$python" -m tests.soak gpus --keep "$out/gpus" --json "$out/gpus.json"; }
 fit() {
