@@ -20,6 +20,7 @@ import lingen
 from lingen import flow
 from lingen.blocks.layers import cut_patches, join_patches
 from lingen.cli import main
+from lingen.data import manifest
 from lingen.data.acting import SPRITE, SPRITE_FRAMES, DrawnIndex, load_sprites, perform
 from lingen.data.buckets import pool_of
 from lingen.data.datamodule import ClipData
@@ -40,6 +41,8 @@ from lingen.data.theatre import (
     splits_in,
     storyboard,
 )
+from lingen.prepare.encode import Encoding, encode_shards
+from lingen.prepare.journal import Part
 from lingen.recipe import load_stages, to_yaml
 from lingen.recipe.errors import RecipeError
 from lingen.recipe.sections import DataConfig, PerKind, Recipe
@@ -205,6 +208,20 @@ def test_clips_of_several_lengths_are_dealt_out_with_as_many_frames_of_each(spri
     assert len({key for batch in batches for key in batch.keys}) == sum(len(batch.keys) for batch in batches)
 
 
+def test_all_parts_of_what_is_encoded_are_drawn_alike(sprites: str, tmp_path: Path):
+    def encode(number: int, **component: object) -> None:
+        drawn = {"name": "theatre", "sprites": sprites, "clips": 4, "held_out": 1, "seed": 0, **component}
+        encode_shards([recipe(sprites, synthetic=drawn)], tmp_path / "set", Encoding(part=Part(number, 2)))
+
+    encode(1)
+    with pytest.raises(RecipeError, match="begun in another way: data.synthetic.seed is 0 there and 5 here"):
+        encode(2, seed=5)
+    moved = tmp_path / "moved.png"
+    moved.write_bytes(Path(sprites).read_bytes())
+    encode(2, sprites=str(moved))
+    assert len(list(manifest.rows(tmp_path / "set" / manifest.NAME))) == 4
+
+
 def test_mistakes_are_told_before_anything_runs(sprites: str, tmp_path: Path):
     absent = recipe(str(tmp_path / "none" / "sprites.webp"))
     for do in (ClipData(absent).check, ClipData(absent).setup):
@@ -329,6 +346,9 @@ def test_the_demo_marks_words_that_it_does_not_know_and_writes_what_is_asked(
     clip = lingen.sample_demo("a honeybea jumps", seconds=1, steps=1, weights=weights)
     assert clip.dtype == np.uint8 and clip.shape == frames.shape
     assert main(["demo", "a dog jumps", "--out", str(tmp_path / "clip.avi")]) == 2
+    capsys.readouterr()
+    assert main(["demo", " ", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("Say what the clip shows, such as: lingen demo ")
     monkeypatch.setitem(BUILT_IN, "theatre_128", tmp_path / "none")
     assert main(["demo", "a dog jumps", "--out", str(out)]) == 2
     assert "this installation has no weights of it" in capsys.readouterr().err

@@ -287,7 +287,9 @@ def demo(args: argparse.Namespace) -> None:
     suffix = Path(args.out).suffix.lower()
     out = check_target(args.out, suffix if suffix in (".gif", ".webp") else ".mp4")
     weights = find_demo(args.checkpoint)
-    prompt, known = " ".join(args.prompt), known_words()
+    prompt, known = " ".join(args.prompt).strip(), known_words()
+    if not prompt:
+        raise RecipeError("Say what the clip shows, such as: lingen demo a penguin jumps in the snow at night")
     unknown = unknown_words(prompt, known)
     marked = re.sub(r"\w+", lambda word: f"{word[0]}(?)" if word[0] in unknown else word[0], prompt)
     names = sorted({part for name in (*ACTORS, *ACTIONS, *SCENES, *LIGHTS) for part in name.split()})

@@ -23,7 +23,7 @@ from lingen.data.buckets import Pool, Shape
 from lingen.data.captions import captions_of
 from lingen.data.datamodule import ClipData
 from lingen.data.decode import decode_sample
-from lingen.data.fingerprint import differences, frozen_settings, hash_settings
+from lingen.data.fingerprint import differences, frozen_settings, hash_settings, hash_weights
 from lingen.data.follow import follow_parent
 from lingen.data.index import Index, short_names
 from lingen.data.latents import LATENTS_NPY, TEXT
@@ -110,6 +110,21 @@ def tasks_of(stages: Sequence[Recipe], kind: str, part: Part, *, validation: boo
                     name = name_for(f"{key}-{shape}-{window:02d}", place, keys)
                     tasks.append(Task(pool.index, number, shape, fps, window, name, where))
     return tasks
+
+
+def _drawn(stages: Sequence[Recipe]) -> dict[str, Any]:
+    """What draws the stages' clips, files by their contents: samples of two seeds have the same keys."""
+
+    def content(value: Any) -> Any:
+        return hash_weights(Path(value)) if isinstance(value, str) and Path(value).is_file() else value
+
+    return {
+        f"{f'stages.{stage.stage}.' * bool(stage.stage)}data.synthetic": {
+            key: content(value) for key, value in stage.data.synthetic.items()
+        }
+        for stage in stages
+        if stage.data.synthetic
+    }
 
 
 def _available(record: np.void, fps: float) -> int:
@@ -229,7 +244,8 @@ def encode_shards(stages: Sequence[Recipe], out: Path, how: Encoding, progress: 
             )
     settings = {**frozen, "null_text": True}
     encoders = Encoders(stages[0], how.device, how.precision)
-    folder = SetFolder(out, how.part, {**settings, "precision": how.precision, "validation": how.validation})
+    common = {**settings, **_drawn(stages), "precision": how.precision, "validation": how.validation}
+    folder = SetFolder(out, how.part, common)
     with folder.locked():
         work = {kind: tasks_of(stages, kind, how.part, validation=how.validation) for kind in KINDS}
         total, done = sum(map(len, work.values())), 0
