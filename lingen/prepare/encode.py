@@ -123,7 +123,7 @@ def _drawn(stages: Sequence[Recipe]) -> dict[str, Any]:
             key: content(value) for key, value in stage.data.synthetic.items()
         }
         for stage in stages
-        if stage.data.synthetic
+        if stage.data.synthetic and not any(getattr(stage.data.shards, kind) for kind in KINDS)
     }
 
 

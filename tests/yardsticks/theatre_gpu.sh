@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains the emoji theatre on one GPU in pieces of so many seconds, each in a call of its own or several in one:
+# Trains the emoji theatre on one GPU in pieces of so many seconds (of `encode` and `long`: clips), each in a call of its
+# own or several in one:
 #     bash tests/yardsticks/theatre_gpu.sh judge 740 encode 34000 long 2000 coarse 300 60s 590 score
 # `encode` takes so many clips of 4 s, `long` so many of 16 s and half as many of 60 s. `coarse` trains on clips of 4 s with
 # two latent frames in a token, at half the cost; `60s` goes on from it with one frame in a token and clips of all three
@@ -9,8 +10,8 @@
 # rest (SHARE percent; 5 of `coarse`, 50 of `60s`): nobody has to know the GPU's speed. What is to be kept is put into
 # $OUT: weights/denoiser.safetensors in bfloat16, in the folder that `lingen demo --checkpoint` takes; judge.safetensors;
 # logs and metrics. PYTHON names the interpreter, MORE further overrides of the denoiser's recipe, START other weights
-# that `60s` goes on from (empty: none). `encode` draws clips once, in a process for each core, and keeps their latents in
-# $SHARDS: drawn anew for each step, clips of 2.4 MB come to the GPU at some 400 a second, which is less than half of what
+# that `60s` goes on from (empty: none). `encode` and `long` draw clips once, in $WORKERS processes (14), and keep their
+# latents in $SHARDS: drawn anew for each step, clips of 2.4 MB come to the GPU at some 400 a second, which is less than half of what
 # it trains on.
 set -ufo pipefail # f: patterns of shards are not for this shell
 cd "$(dirname "$0")/../.."
